@@ -1,0 +1,1 @@
+"""Operations with several implementations: each folder holds one op, its definition in `api.py`."""

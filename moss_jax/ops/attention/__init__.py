@@ -1,0 +1,6 @@
+"""Attention in which each query sees one range of the keys."""
+
+from moss_jax.ops.attention.api import IMPLEMENTATIONS, attention, choose
+from moss_jax.ops.attention.arguments import Arguments, KeyRange, Unsupported
+
+__all__ = ["IMPLEMENTATIONS", "Arguments", "KeyRange", "Unsupported", "attention", "choose"]

@@ -1,0 +1,242 @@
+"""Loading and saving checkpoint folders: config.json, safetensors, tokenizer.json."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from moss_jax import sharding
+from moss_jax.config import ConfigError, ModelConfig, RowsBeforeFirstFrame
+from moss_jax.convert import configs, names
+from moss_jax.nn import MossVideo
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+# Problems that an error names one by one.
+LISTED = 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message lists everything that is wrong with it."""
+
+
+def load_config(path: str | os.PathLike) -> ModelConfig:
+    """Settings of a checkpoint folder.
+
+    Raises:
+      CheckpointError: no folder, no or broken config.json, an unknown model type.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a checkpoint folder: there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint folder: it has no config.json")
+    preprocessor = folder / "preprocessor_config.json"
+    try:
+        return configs.from_hugging_face(
+            _read_json(folder / "config.json"), _read_json(preprocessor) if preprocessor.is_file() else None
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    dtype: DTypeLike = "float32",
+    mesh: Mesh | None = None,
+    rows_before_first_frame: RowsBeforeFirstFrame = "skip",
+    attention: str | None = None,
+) -> MossVideo:
+    """The model of a checkpoint folder in Hugging Face layout.
+
+    Tensors are read one by one, straight into their dtype and place, so that the host never holds more than
+    the largest parameter beside what stays there.
+
+    Args:
+      path: folder with config.json and model.safetensors, or shards with their index.
+      dtype: of the parameters.
+      mesh: lays the parameters on its devices by `sharding.RULES`; None puts them on the default one.
+      rows_before_first_frame, attention: see `ModelConfig`.
+
+    Raises:
+      CheckpointError: listing all tensors that are missing, surplus or of the wrong shape, and broken files.
+    """
+    folder = Path(path)
+    base = load_config(folder)
+    config = ModelConfig(
+        vision=base.vision,
+        compressor=base.compressor,
+        decoder=base.decoder,
+        rows_before_first_frame=rows_before_first_frame,
+        attention=attention,
+    )
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    abstract = nnx.eval_shape(lambda: MossVideo(config, rngs=nnx.Rngs(0), dtype=dtype))
+    graph, params = nnx.split(abstract)
+    with contextlib.ExitStack() as files:
+        tensors = _open_tensors(folder, files)
+        entries = list(names.entries(config))
+        _check_tensors(folder, entries, tensors)
+        by_path = {entry.path: entry for entry in entries}
+        loaded = []
+        for place, variable in nnx.to_flat_state(params):
+            entry = by_path[place]
+            value = entry.join([tensors[name].get_tensor() for name in entry.names])
+            loaded.append((place, variable.replace(_put(value, variable, dtype, mesh))))
+    return nnx.merge(graph, nnx.from_flat_state(loaded))
+
+
+def save(
+    path: str | os.PathLike,
+    model: MossVideo,
+    *,
+    tokenizer: str | os.PathLike | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes a checkpoint folder in Hugging Face layout; it appears whole or not at all.
+
+    Args:
+      path: the folder, which must not exist yet or be empty.
+      model: written in its own dtype.
+      tokenizer: a tokenizer.json to copy into it.
+      shard_bytes: size of a safetensors file at which the next one begins.
+
+    Raises:
+      CheckpointError: the folder has something in it.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty; save to a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        config, preprocessor = configs.to_hugging_face(model.config)
+        config["torch_dtype"] = str(model.dtype)
+        _write_json(draft / "config.json", config)
+        _write_json(draft / "preprocessor_config.json", preprocessor)
+        _save_tensors(draft, names.to_hugging_face(model.config, nnx.state(model)), shard_bytes)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, draft / "tokenizer.json")
+        draft.chmod(0o755)
+        os.replace(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return folder
+
+
+class _Tensor:
+    """A tensor in an open file, read when asked for."""
+
+    def __init__(self, file: Any, name: str):
+        self._file, self._name = file, name
+        self.shape = tuple(file.get_slice(name).get_shape())
+
+    def get_tensor(self) -> np.ndarray:
+        return self._file.get_tensor(self._name)
+
+
+def _open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, _Tensor]:
+    """All tensors of a folder by canonical name."""
+    if (folder / INDEX).is_file():
+        index = _read_json(folder / INDEX).get("weight_map", {})
+        shards = sorted(set(index.values()))
+    elif (folder / SINGLE).is_file():
+        shards = [SINGLE]
+    else:
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    tensors, problems = {}, []
+    for shard in shards:
+        try:
+            file = files.enter_context(safe_open(folder / shard, framework="numpy"))
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{shard} is missing, truncated or damaged ({error})")
+            continue
+        tensors |= {names.canonical(name): _Tensor(file, name) for name in file.keys()}  # noqa: SIM118
+    if problems:
+        raise CheckpointError(f"{folder}: {'; '.join(problems)}")
+    return tensors
+
+
+def _check_tensors(folder: Path, entries: list[names.Entry], tensors: dict[str, _Tensor]) -> None:
+    expected = {
+        name: shape for entry in entries for name, shape in zip(entry.names, entry.shapes, strict=True)
+    }
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"surplus {name}" for name in tensors if name not in expected]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        rest = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise CheckpointError(
+            f"{folder} does not hold the tensors that its config.json calls for:\n  "
+            + "\n  ".join(problems[:LISTED])
+            + rest
+        )
+
+
+def _put(value: np.ndarray, variable: nnx.Variable, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
+    # A copy of its own: the file that `value` may be a view of is closed afterwards.
+    value = np.array(value, dtype=dtype, order="C")
+    if mesh is None:
+        return jax.device_put(value)
+    return jax.device_put(value, sharding.named_sharding(variable.get_metadata()["axes"], value.shape, mesh))
+
+
+def _save_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+    """Writes shards as they fill, then names them, since only the end tells how many there are."""
+    parts: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush():
+        save_file(pending, folder / f"part-{len(parts)}", metadata={"format": "pt"})
+        parts.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        pending[name] = tensor
+        total += tensor.nbytes
+    flush()
+    if len(parts) == 1:
+        (folder / "part-0").rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for i, part in enumerate(parts):
+        shard = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+        (folder / f"part-{i}").rename(folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,49 @@
+"""The frame compressor: the class token and a pooled patch grid.
+
+B frames, P positions, H W patch grid, S stride, C channels, N vectors a frame
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from moss_jax.config import CompressorConfig, VisionConfig
+from moss_jax.nn.layers import Linear
+
+
+class Compressor(nnx.Module):
+    """Pools the patch grid by `mode`; only channelFusion, a strided convolution, has parameters."""
+
+    def __init__(self, config: CompressorConfig, vision: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.config = config
+        self.grid = vision.grid
+        self.merger = None
+        if config.mode == "channelFusion":
+            window = {"window": config.stride**2, "channels": vision.output_size}
+            self.merger = Linear(window, {"embed": vision.output_size}, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "B P C"]) -> Float[Array, "B N C"]:
+        """Compresses [B, 1 + grid², C] to [B, N, C]."""
+        grid, size = self.grid, self.config.output_grid(self.grid)
+        patches = x[:, 1:].reshape(x.shape[0], grid, grid, -1)
+        if self.config.mode == "bilinear":
+            shape = (x.shape[0], size, size, x.shape[-1])
+            pooled = jax.image.resize(patches, shape, "linear", antialias=False)
+        else:
+            pooled = self._pool_windows(patches, size)
+        return jnp.concatenate([x[:, :1], pooled.reshape(x.shape[0], size * size, -1)], axis=1)
+
+    def _pool_windows(self, patches, size):
+        stride = self.config.stride
+        # Patches that fill no whole window are left out, as strided pooling does.
+        windows = patches[:, : size * stride, : size * stride]
+        windows = windows.reshape(-1, size, stride, size, stride, patches.shape[-1]).swapaxes(2, 3)
+        windows = windows.reshape(-1, size, size, stride * stride, patches.shape[-1])  # [B, H, W, S*S, C]
+        match self.config.mode:
+            case "average":
+                return windows.mean(axis=3, dtype=jnp.float32).astype(windows.dtype)
+            case "max":
+                return windows.max(axis=3)
+            case "channelFusion":
+                return self.merger(windows)

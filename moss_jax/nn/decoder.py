@@ -1,0 +1,238 @@
+"""The language decoder: self-attention over text, cross-attention over the memory bank.
+
+B batch/slot, T tokens, F frames, N vectors a frame, K kv heads, G query heads per kv head, H = K * G, D width
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from moss_jax.cache import (
+    MemoryBank,
+    StreamState,
+    TextCache,
+    frames_visible,
+    remember_frames,
+    write_rows,
+)
+from moss_jax.config import DecoderConfig, RowsBeforeFirstFrame
+from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, RMSNorm, gate, normal
+from moss_jax.nn.rope import Rotation, rotate, rotation
+from moss_jax.ops.attention import KeyRange, attention
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of one layer, [B, K, S, D]."""
+
+    keys: Float[Array, "B K S D"]
+    values: Float[Array, "B K S D"]
+
+
+class Append(NamedTuple):
+    """Where a cached call puts the keys of its tokens, and what each token then sees."""
+
+    start: Int[Array, " B"]
+    count: Int[Array, " B"]
+    kv_range: KeyRange
+
+
+class SelfAttention(nnx.Module):
+    """Causal attention over the text."""
+
+    def __init__(self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.config = config
+        self.implementation = implementation
+        group = config.num_heads // config.num_kv_heads
+        kv_heads, head = {"kv_heads": config.num_kv_heads}, {"head_dim": config.head_dim}
+        embed = {"embed": config.hidden_size}
+        self.qkv = Linear(embed, {**kv_heads, "group_and_kv": group + 2, **head}, rngs=rngs, dtype=dtype)
+        self.out = Linear({"heads": config.num_heads, **head}, embed, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x, rope: Rotation, past: KeysValues | None, append: Append | None):
+        """Attends among the tokens of `x`, or, given a cache, appends them to it and attends to that."""
+        B, T, _ = x.shape
+        qkv = self.qkv(x)  # [B, T, K, G + 2, D]
+        q = rotate(qkv[..., :-2, :].reshape(B, T, -1, self.config.head_dim), rope)
+        k = rotate(qkv[..., -2, :], rope).swapaxes(1, 2)  # [B, K, T, D]
+        v = qkv[..., -1, :].swapaxes(1, 2)
+        if past is None:
+            now = KeysValues(k, v)
+            return self.out(attention(q, k, v, causal=True, implementation=self.implementation)), now
+        now = KeysValues(
+            *(write_rows(old, new, append.start, append.count) for old, new in zip(past, (k, v), strict=True))
+        )
+        return self.out(attention(q, *now, append.kv_range, implementation=self.implementation)), now
+
+
+class CrossAttention(nnx.Module):
+    """Attention over the frames, with a norm per head on queries and keys."""
+
+    def __init__(self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.config = config
+        self.implementation = implementation
+        kv_heads, head = {"kv_heads": config.num_kv_heads}, {"head_dim": config.head_dim}
+        heads, embed = {"heads": config.num_heads}, {"embed": config.hidden_size}
+        self.q = Linear(embed, {**heads, **head}, rngs=rngs, dtype=dtype)
+        self.kv = Linear(embed, {**kv_heads, "key_value": 2, **head}, rngs=rngs, dtype=dtype)
+        self.out = Linear({**heads, **head}, embed, rngs=rngs, dtype=dtype)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype)
+
+    def project(self, features: Float[Array, "B F N D"], rope: Rotation) -> KeysValues:
+        """Keys and values of frames, [B, K, F*N, D]; all vectors of a frame share its position."""
+        kv = self.kv(features)  # [B, F, N, K, 2, D]
+        # Keys are rotated before their norm, queries after theirs: so the original was trained.
+        keys = self.k_norm(rotate(kv[..., 0, :], rope))
+
+        def flat(x):
+            B, F, N, K, D = x.shape
+            return x.reshape(B, F * N, K, D).swapaxes(1, 2)
+
+        return KeysValues(flat(keys), flat(kv[..., 1, :]))
+
+    def __call__(self, x, rope: Rotation, frames: KeysValues, kv_range: KeyRange):
+        q = rotate(self.q_norm(self.q(x)), rope)  # [B, T, H, D]
+        return self.out(attention(q, *frames, kv_range, implementation=self.implementation))
+
+
+class SelfLayer(nnx.Module):
+    """A pre-norm layer over the text."""
+
+    def __init__(self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.attention = SelfAttention(config, implementation, rngs=rngs, dtype=dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x, rope: Rotation, past: KeysValues | None, append: Append | None):
+        attended, now = self.attention(self.attention_norm(x), rope, past, append)
+        x += attended
+        return x + self.mlp(self.mlp_norm(x)), now
+
+
+class CrossLayer(nnx.Module):
+    """A pre-norm layer over the frames, whose branches tanh gates scale."""
+
+    def __init__(self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.attention = CrossAttention(config, implementation, rngs=rngs, dtype=dtype)
+        self.attention_gate = gate(INITIAL_GATE, dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs, dtype=dtype)
+        self.mlp_gate = gate(INITIAL_GATE, dtype)
+
+    def __call__(self, x, rope: Rotation, frames: KeysValues, kv_range: KeyRange, sees: Bool[Array, "B T"]):
+        """Rows that see no frame get no MLP branch, and from an empty range no attention either."""
+        attended = self.attention(self.attention_norm(x), rope, frames, kv_range)
+        x += jnp.tanh(self.attention_gate[...]) * attended
+        branch = jnp.tanh(self.mlp_gate[...]) * self.mlp(self.mlp_norm(x))
+        return x + jnp.where(sees[..., None], branch, 0)
+
+
+class Decoder(nnx.Module):
+    """Tokens and frames to hidden states; three calls share the same layers."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rows_before_first_frame: RowsBeforeFirstFrame,
+        implementation: str | None,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+    ):
+        self.config = config
+        self.rows_before_first_frame = rows_before_first_frame
+        rows = config.vocab_size + config.extra_embeddings
+        # Not split over "vocab": a lookup that is would gather from every device.
+        self.embedding = normal(rngs, (rows, config.hidden_size), (None, "embed"), dtype)
+        self.layers = nnx.List(
+            (CrossLayer if i in config.cross_attention_layers else SelfLayer)(
+                config, implementation, rngs=rngs, dtype=dtype
+            )
+            for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.lm_head = Linear(
+            {"embed": config.hidden_size}, {"vocab": config.vocab_size}, rngs=rngs, dtype=dtype
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        features: Float[Array, "B F N D"],
+        frame_positions: Int[Array, "B F"],
+    ) -> Float[Array, "B T D"]:
+        """The whole sequence in one pass; frames must be in order of position."""
+        B, T = tokens.shape
+        vectors = features.shape[2]
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        visible = frames_visible(frame_positions, positions)
+        attended = visible
+        if self.rows_before_first_frame == "attend":
+            present = (frame_positions < T).sum(axis=-1, dtype=jnp.int32)
+            attended = jnp.where(visible > 0, visible, present[:, None])
+        rope = self._rotation(frame_positions)
+        frames = [layer.attention.project(features, rope) for layer in self._cross_layers()]
+        hidden, _ = self._run(tokens, positions, frames, attended * vectors, visible > 0, None, None)
+        return hidden
+
+    def remember(
+        self,
+        bank: MemoryBank,
+        features: Float[Array, "B F N D"],
+        positions: Int[Array, "B F"],
+        count: Int[Array, " B"],
+    ) -> MemoryBank:
+        """Projects frames for every cross-attention layer and appends the first `count` of each slot."""
+        rope = self._rotation(positions)
+        projected = [layer.attention.project(features, rope) for layer in self._cross_layers()]
+        keys, values = zip(*projected, strict=True)
+        return remember_frames(bank, keys, values, positions, count)
+
+    def decode(
+        self, state: StreamState, tokens: Int[Array, "B T"], count: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B T D"], StreamState]:
+        """Appends the first `count` tokens of each slot and attends to text and bank as they then stand."""
+        text, bank = state.text, state.bank
+        row = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = text.length[:, None] + row
+        real = row < count[:, None]
+        visible = jnp.where(real, frames_visible(bank.positions, positions), 0)
+        end = jnp.where(real, jnp.minimum(positions + 1, text.capacity), 0)
+        append = Append(text.length, count, KeyRange(jnp.zeros_like(end), end))
+        vectors = bank.keys[0].shape[2] // bank.capacity
+        past = [KeysValues(k, v) for k, v in zip(text.keys, text.values, strict=True)]
+        frames = [KeysValues(k, v) for k, v in zip(bank.keys, bank.values, strict=True)]
+        hidden, now = self._run(tokens, positions, frames, visible * vectors, visible > 0, past, append)
+        keys, values = zip(*now, strict=True)
+        length = jnp.minimum(text.length + count, text.capacity)
+        return hidden, StreamState(text=TextCache(keys, values, length), bank=bank)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores of the next token, float32."""
+        return self.lm_head(hidden, out_dtype=jnp.float32)
+
+    def _run(self, tokens, positions, frames, frame_keys, sees, past, append):
+        """Through all layers; returns the final hidden states and each text layer's keys and values."""
+        rope = self._rotation(positions)
+        frame_range = KeyRange(jnp.zeros_like(frame_keys), frame_keys)
+        past = iter(past or [None] * self.config.num_self_attention_layers)
+        frames = iter(frames)
+        now = []
+        x = self.embedding[tokens]
+        for layer in self.layers:
+            if isinstance(layer, CrossLayer):
+                x = layer(x, rope, next(frames), frame_range, sees)
+            else:
+                x, kv = layer(x, rope, next(past), append)
+                now.append(kv)
+        return self.norm(x), now
+
+    def _cross_layers(self):
+        return [self.layers[i] for i in self.config.cross_attention_layers]
+
+    def _rotation(self, positions):
+        return rotation(positions, self.config.rope, self.config.head_dim)

@@ -1,0 +1,116 @@
+"""The layers that both pathways are built of: parameters, linear maps, norms.
+
+A parameter carries the logical names of its axes (`axes`), which `sharding.py` lays on a mesh. Everything
+is computed in the dtype of the parameters, norms and softmax in float32.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+INIT_STDDEV = 0.02
+
+
+def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], dtype: DTypeLike) -> nnx.Param:
+    """A parameter drawn from a normal distribution."""
+    value = jax.nn.initializers.normal(INIT_STDDEV)(rngs.params(), tuple(shape), dtype)
+    return nnx.Param(value, axes=tuple(axes))
+
+
+def full(fill: float, shape: Sequence[int], axes: Sequence[str | None], dtype: DTypeLike) -> nnx.Param:
+    """A parameter of one value."""
+    return nnx.Param(jnp.full(tuple(shape), fill, dtype), axes=tuple(axes))
+
+
+def gate(fill: float, dtype: DTypeLike) -> nnx.Param:
+    """A number whose tanh scales a branch."""
+    return full(fill, (1,), (None,), dtype)
+
+
+class Linear(nnx.Module):
+    """A linear map between groups of axes: the last axes of the input, `inputs`, become `outputs`.
+
+    Fused projections keep their parts on an axis of their own, `[embed, kv_heads, parts, head_dim]`, so that
+    one matmul serves them all and tensor parallelism still splits by head.
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+    ):
+        self.num_inputs = len(inputs)
+        axes = (*inputs, *outputs)
+        self.kernel = normal(rngs, (*inputs.values(), *outputs.values()), axes, dtype)
+        self.bias = full(0, outputs.values(), tuple(outputs), dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
+        kernel = self.kernel[...]
+        contract = (range(x.ndim - self.num_inputs, x.ndim), range(self.num_inputs))
+        x = jax.lax.dot_general(
+            x, kernel, (contract, ((), ())), preferred_element_type=out_dtype or kernel.dtype
+        )
+        return x if self.bias is None else x + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight over the last axis."""
+
+    def __init__(self, size: int, eps: float, *, dtype: DTypeLike):
+        self.weight = full(1, (size,), (None,), dtype)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * weight + bias over the last axis."""
+
+    def __init__(self, size: int, eps: float, *, dtype: DTypeLike):
+        self.weight = full(1, (size,), (None,), dtype)
+        self.bias = full(0, (size,), (None,), dtype)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        wide -= wide.mean(axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        wide = wide * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return wide.astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)), with gate and up fused."""
+
+    def __init__(self, size: int, hidden: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.gate_up = Linear({"embed": size}, {"gate_up": 2, "mlp": hidden}, rngs=rngs, dtype=dtype)
+        self.down = Linear({"mlp": hidden}, {"embed": size}, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x = self.gate_up(x)  # [B, T, 2, F]
+        return self.down(jax.nn.silu(x[..., 0, :]) * x[..., 1, :])
+
+
+class GeluMLP(nnx.Module):
+    """fc2(gelu(fc1(x))) with biases and the exact gelu."""
+
+    def __init__(self, size: int, hidden: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.fc1 = Linear({"embed": size}, {"mlp": hidden}, bias=True, rngs=rngs, dtype=dtype)
+        self.fc2 = Linear({"mlp": hidden}, {"embed": size}, bias=True, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+INITIAL_GATE = math.pi / 4

@@ -1,0 +1,177 @@
+"""The model: encode, remember, decode over an explicit state, and the whole sequence in one pass.
+
+B batch/slot, S T tokens, F frames, H W pixels, N vectors a frame, D width, V vocabulary
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from moss_jax.cache import StreamState, check_room, init_state
+from moss_jax.config import ModelConfig
+from moss_jax.nn.compressor import Compressor
+from moss_jax.nn.decoder import Decoder
+from moss_jax.nn.layers import Linear
+from moss_jax.nn.vision import VisionEncoder
+
+
+class MossVideo(nnx.Module):
+    """MOSS-Video-Preview. Holds parameters only: state goes in and comes out.
+
+    Args:
+      config: the model's shape.
+      rngs: for the initial parameters.
+      dtype: of the parameters, and so of everything computed with them.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        self.config = config
+        self.vision = VisionEncoder(config.vision, config.attention, rngs=rngs, dtype=dtype)
+        self.compressor = Compressor(config.compressor, config.vision, rngs=rngs, dtype=dtype)
+        self.projector = Linear(
+            {"features": config.vision.output_size},
+            {"embed": config.decoder.hidden_size},
+            bias=True,
+            rngs=rngs,
+            dtype=dtype,
+        )
+        self.decoder = Decoder(
+            config.decoder,
+            rows_before_first_frame=config.rows_before_first_frame,
+            implementation=config.attention,
+            rngs=rngs,
+            dtype=dtype,
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.projector.kernel.dtype
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        pixels: Float[Array, "B F H W 3"],
+        frame_positions: Int[Array, "B F"],
+    ) -> Float[Array, "B S V"]:
+        """Logits of a whole sequence in one pass.
+
+        Args:
+          tokens: with one `<|image|>` for each frame.
+          pixels: normalised frames.
+          frame_positions: index of each frame's `<|image|>` among the tokens, ascending; an index past the
+            sequence marks a frame that is not there.
+
+        Returns:
+          float32 [B, S, V].
+        """
+        self._check_tokens(tokens)
+        if pixels.ndim != 5 or pixels.shape[:2] != frame_positions.shape:
+            raise ValueError(
+                "frames are pixels [B, F, H, W, 3] with frame_positions [B, F]; "
+                f"got {pixels.shape} and {frame_positions.shape}"
+            )
+        B, F = frame_positions.shape
+        features = self.encode(pixels.reshape(B * F, *pixels.shape[2:]))
+        features = features.reshape(B, F, *features.shape[1:])
+        return self.decoder.logits(self.decoder(tokens, features, frame_positions))
+
+    def encode(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
+        """Features of frames, each on its own; the frames of a batch may come from any streams."""
+        size = self.config.vision.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
+            raise ValueError(f"encode takes normalised pixels [B, {size}, {size}, 3]; got {pixels.shape}")
+        return self.projector(self.compressor(self.vision(pixels.astype(self.dtype))))
+
+    def init_state(self, slots: int, *, text_capacity: int, bank_capacity: int) -> StreamState:
+        """An empty state for `slots` streams of at most so many tokens and frames."""
+        return init_state(
+            self.config, slots, text_capacity=text_capacity, bank_capacity=bank_capacity, dtype=self.dtype
+        )
+
+    def remember(
+        self,
+        state: StreamState,
+        features: Float[Array, "B N D"] | Float[Array, "B F N D"],
+        position: Int[Array, " B"] | Int[Array, "B F"],
+        *,
+        mask: Bool[Array, " B"] | Bool[Array, "B F"] | None = None,
+    ) -> StreamState:
+        """Appends a frame, or F of them, to the memory bank of each slot.
+
+        Args:
+          features: from `encode`.
+          position: that of the frame's `<|image|>` token. It sees the frame, and so does all that follows.
+          mask: which slots remember; with F frames, which of them, the real ones first.
+
+        Raises:
+          CapacityError: the bank is full (inside `jax.jit`, the frame is dropped instead).
+        """
+        position = jnp.asarray(position, jnp.int32)
+        if features.ndim == 3:
+            features, position = features[:, None], position[:, None]
+            mask = None if mask is None else mask[:, None]
+        if features.ndim != 4 or position.shape != features.shape[:2] or len(position) != state.slots:
+            raise ValueError(
+                f"remember takes features [B, N, D] with position [B], or [B, F, N, D] with [B, F], for "
+                f"B = {state.slots} slots; got {features.shape} and {position.shape}"
+            )
+        count = jnp.sum(jnp.ones(position.shape, bool) if mask is None else mask, axis=-1, dtype=jnp.int32)
+        check_room("memory bank", state.bank.length, count, state.bank.capacity)
+        bank = self.decoder.remember(state.bank, features.astype(self.dtype), position, count)
+        return dataclasses.replace(state, bank=bank)
+
+    def decode(
+        self,
+        state: StreamState,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        mask: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], StreamState]:
+        """Appends tokens to each slot and predicts what follows each of them.
+
+        Args:
+          lengths: how many of the T tokens of each slot are real, from the first on; all if None. The logits
+            of the others mean nothing.
+          mask: which slots decode at all; the others stay as they are.
+
+        Returns:
+          float32 logits [B, T, V], and the state.
+
+        Raises:
+          CapacityError: the text cache is full (inside `jax.jit`, the tokens are dropped instead).
+        """
+        hidden, state = self.decode_hidden(state, tokens, lengths=lengths, mask=mask)
+        return self.decoder.logits(hidden), state
+
+    def decode_hidden(
+        self,
+        state: StreamState,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        mask: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], StreamState]:
+        """`decode` up to the final hidden states, for callers who need the logits of few rows."""
+        self._check_tokens(tokens)
+        if len(tokens) != state.slots:
+            raise ValueError(f"the state has {state.slots} slots, but tokens are {tokens.shape}")
+        count = jnp.full(state.slots, tokens.shape[1]) if lengths is None else jnp.asarray(lengths)
+        count = (count if mask is None else jnp.where(mask, count, 0)).astype(jnp.int32)
+        check_room("text cache", state.text.length, count, state.text.capacity)
+        return self.decoder.decode(state, tokens, count)
+
+    def _check_tokens(self, tokens):
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens are integers [B, T]; got {tokens.dtype} {tokens.shape}")
+        if isinstance(tokens, jax.core.Tracer):
+            return
+        rows = self.decoder.embedding.shape[0]
+        if tokens.size and not (np.min(tokens) >= 0 and np.max(tokens) < rows):
+            raise ValueError(
+                f"token ids must lie in [0, {rows}); got {int(np.min(tokens))} to {int(np.max(tokens))}"
+            )

@@ -1,0 +1,122 @@
+"""The vision encoder: frame pixels to patch features.
+
+B frames, P positions (class token, patches, padding), H heads, D head or hidden width
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from moss_jax.config import VisionConfig
+from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, full, gate, normal
+from moss_jax.ops.attention import attention
+
+# The original pads the positions to a multiple of this and lets the padding take part in attention.
+POSITION_MULTIPLE = 8
+# A frame is always one tile, whose row in the aspect-ratio tables is this.
+ONE_TILE = 1
+
+
+class VisionAttention(nnx.Module):
+    """Attention of every position to every position, without biases."""
+
+    def __init__(self, config: VisionConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+        self.qkv = Linear({"embed": config.hidden_size}, {"qkv": 3, **heads}, rngs=rngs, dtype=dtype)
+        self.out = Linear(heads, {"embed": config.hidden_size}, rngs=rngs, dtype=dtype)
+        self.implementation = implementation
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        qkv = self.qkv(x)  # [B, P, 3, H, D]
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        return self.out(
+            attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), implementation=self.implementation)
+        )
+
+
+class VisionLayer(nnx.Module):
+    """A pre-norm transformer layer; in a global layer tanh gates scale both branches."""
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        implementation: str | None,
+        *,
+        gated: bool,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+    ):
+        self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.attention = VisionAttention(config, implementation, rngs=rngs, dtype=dtype)
+        self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.mlp = GeluMLP(config.hidden_size, config.intermediate_size, rngs=rngs, dtype=dtype)
+        self.attention_gate = gate(INITIAL_GATE, dtype) if gated else None
+        self.mlp_gate = gate(INITIAL_GATE, dtype) if gated else None
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        x += _scaled(self.attention(self.attention_norm(x)), self.attention_gate)
+        x += _scaled(self.mlp(self.mlp_norm(x)), self.mlp_gate)
+        return x
+
+
+def _scaled(branch, branch_gate):
+    return branch if branch_gate is None else branch * jnp.tanh(branch_gate[...])
+
+
+class VisionEncoder(nnx.Module):
+    """One frame to its feature vectors: final hidden state, then the stacked inputs of some layers."""
+
+    def __init__(self, config: VisionConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.config = config
+        width, positions, tiles = config.hidden_size, config.num_positions, config.max_num_tiles
+        ids = config.num_aspect_ratio_ids
+        self.patch_embedding = Linear(
+            {"patch": config.patch_size**2 * 3}, {"embed": width}, rngs=rngs, dtype=dtype
+        )
+        self.class_embedding = normal(rngs, (width,), (None,), dtype)
+        self.position_embedding = normal(rngs, (positions, width), (None, None), dtype)
+        self.tile_position_embedding = normal(rngs, (ids, tiles, positions, width), (None,) * 4, dtype)
+        self.position_gate = gate(0, dtype)
+        self.pre_tile_embedding = normal(rngs, (ids, tiles, width), (None,) * 3, dtype)
+        self.pre_tile_gate = gate(0, dtype)
+        self.post_tile_embedding = normal(rngs, (ids, tiles, width), (None,) * 3, dtype)
+        self.post_tile_gate = gate(0, dtype)
+        self.pre_norm = LayerNorm(width, config.norm_eps, dtype=dtype)
+        self.post_norm = LayerNorm(width, config.norm_eps, dtype=dtype)
+
+        def layers(count: int, gated: bool) -> nnx.List:
+            return nnx.List(
+                VisionLayer(config, implementation, gated=gated, rngs=rngs, dtype=dtype) for _ in range(count)
+            )
+
+        self.layers = layers(config.num_layers, gated=False)
+        self.global_layers = layers(config.num_global_layers, gated=True)
+
+    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
+        """Encodes normalised frames; returns [B, num_positions, output_size], the class token first."""
+        x = self._embed(pixels)
+        kept = []
+        for i, layer in enumerate(self.layers):
+            if i in self.config.intermediate_layers:
+                kept.append(x)
+            x = layer(x)
+        x = self.post_norm(x)
+        x += jnp.tanh(self.post_tile_gate[...]) * self.post_tile_embedding[ONE_TILE, 0]
+        for layer in self.global_layers:
+            x = layer(x)
+        # The stack is on the last axis, so the states of one channel lie side by side.
+        stacked = jnp.stack(kept, axis=-1).reshape(*x.shape[:2], -1)
+        return jnp.concatenate([x, stacked], axis=-1)[:, : self.config.num_positions]
+
+    def _embed(self, pixels):
+        """Patches with their embeddings, normalised, then padded with zeros."""
+        grid, patch = self.config.grid, self.config.patch_size
+        x = pixels.reshape(-1, grid, patch, grid, patch, 3).swapaxes(2, 3)
+        x = self.patch_embedding(x.reshape(-1, grid * grid, patch * patch * 3))
+        x += jnp.tanh(self.pre_tile_gate[...]) * self.pre_tile_embedding[ONE_TILE, 0]
+        class_token = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[-1]))
+        x = jnp.concatenate([class_token, x], axis=1)
+        position_gate = jnp.tanh(self.position_gate[...])
+        x += (1 - position_gate) * self.position_embedding[...]
+        x += position_gate * self.tile_position_embedding[ONE_TILE, 0]
+        return jnp.pad(self.pre_norm(x), ((0, 0), (0, -x.shape[1] % POSITION_MULTIPLE), (0, 0)))

@@ -1,0 +1,95 @@
+"""The attention op: its contract, and the choice among its implementations.
+
+B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head
+"""
+
+import functools
+import logging
+import math
+
+import jax
+from jaxtyping import Array, Float
+
+from moss_jax.ops.attention import cudnn, reference, xla
+from moss_jax.ops.attention.arguments import Arguments, KeyRange, Unsupported
+
+logger = logging.getLogger(__name__)
+
+# Each is a module with `unsupported(arguments, platform) -> reason or None` and `attend(arguments)`.
+IMPLEMENTATIONS = {"cudnn": cudnn, "xla": xla, "reference": reference}
+
+# The first that supports the arguments is taken.
+ORDER = {"gpu": ("cudnn", "xla"), "cpu": ("xla",), "tpu": ("xla",)}
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    kv_range: KeyRange | None = None,
+    *,
+    causal: bool = False,
+    bias: Float[Array, "B S"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T H D"]:
+    """Softmax attention in which each query sees one range of the keys.
+
+    Head `h` of the queries reads kv head `h // G`. Keys outside a query's range have no influence, whatever
+    they hold (NaN too), and a query whose range is empty gives exact zeros. Accumulates in float32.
+
+    Args:
+      q, k, v: queries, keys and values.
+      kv_range: the keys that each query sees; None for all of them.
+      causal: instead of a range: query `t` sees the keys up to `t`.
+      bias: float32, added to the scores of each key.
+      scale: of the scores before the bias; 1 / sqrt(D) if None.
+      implementation: a name in `IMPLEMENTATIONS`; None takes the first of the platform's order that can.
+
+    Returns:
+      [B, T, H, D] in q's dtype.
+
+    Raises:
+      ValueError: shapes that don't fit together.
+      Unsupported: the named implementation cannot take these arguments.
+    """
+    arguments = Arguments(
+        q=q,
+        k=k,
+        v=v,
+        kv_range=None if kv_range is None else KeyRange(*kv_range),
+        bias=bias,
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        causal=causal,
+    )
+    return IMPLEMENTATIONS[choose(arguments, implementation)].attend(arguments)
+
+
+def choose(arguments: Arguments, implementation: str | None = None, platform: str | None = None) -> str:
+    """Name of the implementation that takes a call; the choice and its reasons are logged once each.
+
+    Raises:
+      Unsupported: the named implementation does not exist or cannot take the arguments.
+    """
+    platform = platform or jax.default_backend()
+    if implementation is not None:
+        if implementation not in IMPLEMENTATIONS:
+            raise Unsupported(
+                f"no attention implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
+            )
+        if reason := IMPLEMENTATIONS[implementation].unsupported(arguments, platform):
+            raise Unsupported(f"attention implementation {implementation!r} cannot be used: {reason}")
+        return implementation
+    passed_over = []
+    for name in ORDER.get(platform, ("xla",)):
+        reason = IMPLEMENTATIONS[name].unsupported(arguments, platform)
+        if reason is None:
+            _log_once(f"attention on {platform}: using {name}", *passed_over)
+            return name
+        passed_over.append(f"not using {name}: {reason}")
+    raise Unsupported(f"no attention implementation for {platform}: {'; '.join(passed_over)}")
+
+
+@functools.cache
+def _log_once(*lines: str) -> None:
+    logger.info("%s", "; ".join(lines))

@@ -1,0 +1,72 @@
+"""What every attention implementation is called with.
+
+B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Unsupported(ValueError):
+    """An implementation cannot take these arguments; the message says which and why."""
+
+
+class KeyRange(NamedTuple):
+    """Query `t` of row `b` sees the keys `start[b, t] <= s < end[b, t]`; an empty range sees none."""
+
+    start: Int[Array, "B T"]
+    end: Int[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """One checked call of the op; `attention` builds it, implementations read it.
+
+    Attributes:
+      kv_range: None lets every query see every key.
+      bias: added to the scores of a key for all heads and queries, before the softmax.
+      causal: query `t` sees the keys `s <= t` (T == S); static, so that kernels for it can be chosen.
+    """
+
+    q: Float[Array, "B T H D"]
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S D"]
+    kv_range: KeyRange | None
+    bias: Float[Array, "B S"] | None
+    scale: float = dataclasses.field(metadata={"static": True})
+    causal: bool = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        if not hasattr(self.q, "shape"):  # JAX rebuilds pytrees around placeholders.
+            return
+        if self.q.ndim != 4 or self.k.ndim != 4 or self.v.shape != self.k.shape:
+            raise ValueError(
+                f"attention takes q [B, T, H, D] and k, v [B, K, S, D]; "
+                f"got q {self.q.shape}, k {self.k.shape}, v {self.v.shape}"
+            )
+        (b, t, h, d), (kb, kv_heads, s, kd) = self.q.shape, self.k.shape
+        if (b, d) != (kb, kd) or h % kv_heads:
+            raise ValueError(
+                f"q {self.q.shape} and k {self.k.shape} must share B and D, and H must be a multiple of K"
+            )
+        if self.causal and (self.kv_range is not None or t != s):
+            raise ValueError(f"causal attention needs T == S and no kv_range; got T={t}, S={s}")
+        for bound in self.kv_range or ():
+            if bound.shape != (b, t):
+                raise ValueError(f"kv_range holds int32 [B, T] = {(b, t)} bounds; got {bound.shape}")
+        if self.bias is not None and self.bias.shape != (b, s):
+            raise ValueError(f"bias is one number a key, [B, S] = {(b, s)}; got {self.bias.shape}")
+
+    @property
+    def bounds(self) -> KeyRange:
+        """The range of every query, spelt out."""
+        if self.kv_range is not None:
+            return self.kv_range
+        b, t = self.q.shape[:2]
+        end = jnp.arange(1, t + 1) if self.causal else jnp.full(t, self.k.shape[2])
+        return KeyRange(jnp.zeros((b, t), jnp.int32), jnp.broadcast_to(end.astype(jnp.int32), (b, t)))

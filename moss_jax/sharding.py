@@ -1,0 +1,51 @@
+"""The device mesh, and where each logical axis of a parameter or a batch lies on it."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Axes that are not named here are on every device.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp` and `tensor`.
+
+    Raises:
+      ValueError: their product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = (data, fsdp, tensor)
+    if math.prod(shape) != len(devices):
+        raise ValueError(f"a mesh of {data} x {fsdp} x {tensor} needs {math.prod(shape)} devices, not {len(devices)}")
+    return jax.make_mesh(shape, MESH_AXES, devices=devices)
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Where an array with these logical axes lies; a dimension that its mesh axes don't divide stays whole."""
+    taken: set[str] = set()
+    spec = []
+    for axis, size in zip(axes, shape, strict=True):
+        places = tuple(a for a in RULES.get(axis or "", ()) if a not in taken)
+        if not places or size % math.prod(mesh.shape[a] for a in places):
+            spec.append(None)
+            continue
+        taken.update(places)
+        spec.append(places)
+    return PartitionSpec(*spec)
+
+
+def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """`partition_spec` on a mesh."""
+    return NamedSharding(mesh, partition_spec(axes, shape, mesh))

@@ -1,0 +1,71 @@
+"""Token sequences of the dialogue.
+
+A turn is `<|start_header_id|>ROLE<|end_header_id|>\\n\\nCONTENT<|eot_id|>`, and `<|begin_of_text|>` opens the
+sequence. The assistant's turn is left open: frames and the model's own tokens go on from its header.
+"""
+
+from typing import Literal
+
+from moss_jax.text.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant"]
+
+SYSTEM_PROMPT = """\
+You are a helpful assistant that watches the world through a live camera and talks with the user. \
+You watch all the time, also when nobody asks anything.
+
+- Answer only from what you see now or have seen before, and never guess.
+- When the scene changes in a way that matters to the user's question, correct or update your answer at once.
+- When you cannot answer yet or have nothing more to say, output `<|silence|>`."""
+
+
+def header(tokenizer: Tokenizer, role: Role) -> list[int]:
+    """Opens a turn of `role`; its content follows."""
+    special = tokenizer.special
+    return [special.start_header, *tokenizer.encode(role), special.end_header, *tokenizer.encode("\n\n")]
+
+
+def opening(tokenizer: Tokenizer, *, system: str | None, prompt: str = "") -> list[int]:
+    """Starts a live session: system turn unless None or empty, user turn, assistant header.
+
+    `<|silence|>` in the system prompt is the token itself, as in the training data; all else is plain text.
+    Raises TokenizerError if a text is not valid Unicode.
+    """
+    return offline_opening(tokenizer, system=system, num_frames=0, prompt=prompt)
+
+
+def interjection(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ends the assistant's open turn with a user's prompt and opens the next one.
+
+    Raises TokenizerError if the prompt is not valid Unicode.
+    """
+    return [tokenizer.special.eot, *_user_turn(tokenizer, prompt), *header(tokenizer, "assistant")]
+
+
+def offline_opening(tokenizer: Tokenizer, *, system: str | None, num_frames: int, prompt: str) -> list[int]:
+    """Like `opening`, with all the frames of a clip in front of the user's text.
+
+    Raises ValueError if `num_frames` is negative and TokenizerError if a text is not valid Unicode.
+    """
+    if num_frames < 0:
+        raise ValueError(f"num_frames must not be negative, but is {num_frames}")
+    return [
+        tokenizer.special.begin_of_text,
+        *_system_turn(tokenizer, system),
+        *_user_turn(tokenizer, prompt, num_frames=num_frames),
+        *header(tokenizer, "assistant"),
+    ]
+
+
+def _system_turn(tokenizer: Tokenizer, system: str | None) -> list[int]:
+    text = (system or "").strip()
+    if not text:
+        return []
+    first, *rest = [tokenizer.encode(piece) for piece in text.split("<|silence|>")]
+    content = [*first, *(i for piece in rest for i in (tokenizer.special.silence, *piece))]
+    return [*header(tokenizer, "system"), *content, tokenizer.special.eot]
+
+
+def _user_turn(tokenizer: Tokenizer, prompt: str, *, num_frames: int = 0) -> list[int]:
+    frames = [tokenizer.special.image] * num_frames
+    return [*header(tokenizer, "user"), *frames, *tokenizer.encode(prompt.strip()), tokenizer.special.eot]
