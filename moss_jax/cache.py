@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from moss_jax.config import ModelConfig
@@ -176,9 +177,10 @@ def check_room(what: str, length: Int[Array, " B"], count: Int[Array, " B"], cap
     """
     if isinstance(length, jax.core.Tracer) or isinstance(count, jax.core.Tracer):
         return
-    full = [int(b) for b in jnp.flatnonzero((count > 0) & (length + count > capacity))]
-    if full:
-        held = ", ".join(f"slot {b} holds {int(length[b])} and would get {int(count[b])} more" for b in full)
+    length, count = np.asarray(length), np.asarray(count)
+    full = np.flatnonzero((count > 0) & (length + count > capacity))
+    if full.size:
+        held = ", ".join(f"slot {b} holds {length[b]} and would get {count[b]} more" for b in full)
         raise CapacityError(f"the {what} has room for {capacity}: {held}; make the state with a larger one")
 
 

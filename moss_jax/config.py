@@ -299,7 +299,7 @@ class TokenSampling:
       top_p: draw among the likeliest that hold this share of the probability.
       repetition_penalty: above 1, divides the score of what the current turn has said already. Silence,
         control and punctuation tokens are exempt: repeating them is how a stream goes on.
-      seed: of the random stream; each slot draws its own from it.
+      seed: a draw depends on it and on the position in the stream alone, so slots don't disturb each other.
     """
 
     temperature: float = 0.0
@@ -312,4 +312,57 @@ class TokenSampling:
         _require(self.temperature >= 0, f"temperature {self.temperature} must not be negative")
         _require(self.top_k >= 0, f"top_k {self.top_k} must not be negative; 0 turns it off")
         _require(0 < self.top_p <= 1, f"top_p {self.top_p} must lie in (0, 1]")
-        _require(self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty} must be positive")
+        _require(
+            self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty} must be positive"
+        )
+
+
+# ------------------------------------------------------------------------------------ live stream
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Room that is set aside for a stream.
+
+    Attributes:
+      slots: streams side by side.
+      text_capacity: tokens that a stream can hold, its frames' `<|image|>` tokens among them.
+      bank_capacity: frames that a stream can hold.
+    """
+
+    slots: int = 1
+    text_capacity: int = 4096
+    bank_capacity: int = 256
+
+    def __post_init__(self):
+        for name in ("slots", "text_capacity", "bank_capacity"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionConfig:
+    """How a live session runs.
+
+    Attributes:
+      clock: "realtime" runs by the wall clock. "lockstep" runs by the stream's own: a token takes
+        1 / tokens_per_second of it, so the outcome depends on the input alone.
+      tokens_per_second: speed of speech on the lockstep clock.
+      tail_seconds: how long an answer may still go on after the end of the stream.
+      inbox_frames: frames that may wait in a realtime session; the oldest is dropped for one more. Prompts
+        are never dropped, and a lockstep session drops nothing.
+    """
+
+    clock: Clock = "lockstep"
+    tokens_per_second: int = 32
+    tail_seconds: float = 1.0
+    inbox_frames: int = 8
+
+    def __post_init__(self):
+        clocks = ("lockstep", "realtime")
+        _require(self.clock in clocks, f"unknown clock {self.clock!r}; it is one of {', '.join(clocks)}")
+        _require(
+            self.tokens_per_second >= 1,
+            f"tokens_per_second must be at least 1, not {self.tokens_per_second}",
+        )
+        _require(self.tail_seconds >= 0, f"tail_seconds {self.tail_seconds} must not be negative")
+        _require(self.inbox_frames >= 1, f"inbox_frames must be at least 1, not {self.inbox_frames}")

@@ -28,7 +28,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence |
     devices = jax.devices() if devices is None else devices
     shape = (data, fsdp, tensor)
     if math.prod(shape) != len(devices):
-        raise ValueError(f"a mesh of {data} x {fsdp} x {tensor} needs {math.prod(shape)} devices, not {len(devices)}")
+        raise ValueError(
+            f"a mesh of {data} x {fsdp} x {tensor} needs {math.prod(shape)} devices, not {len(devices)}"
+        )
     return jax.make_mesh(shape, MESH_AXES, devices=devices)
 
 

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from moss_jax.config import CompressorConfig, ConfigError, DecoderConfig, ModelConfig, RopeConfig, VisionConfig
+from moss_jax.config import (
+    CompressorConfig,
+    ConfigError,
+    DecoderConfig,
+    ModelConfig,
+    RopeConfig,
+    VisionConfig,
+)
 
 MODEL_TYPES = ("mllama", "video_mllama")
 

@@ -49,7 +49,11 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
     yield from _vision(config)
     yield from _compressor(config)
     yield from _linear(
-        ("projector",), "multi_modal_projector", config.vision.output_size, config.decoder.hidden_size, bias=True
+        ("projector",),
+        "multi_modal_projector",
+        config.vision.output_size,
+        config.decoder.hidden_size,
+        bias=True,
     )
     yield from _decoder(config)
 
@@ -77,7 +81,10 @@ def _vision(config: ModelConfig) -> Iterator[Entry]:
     gated = f"{name}.gated_positional_embedding"
     yield _same((*root, "position_embedding"), f"{gated}.embedding", (c.num_positions, width))
     yield _reshaped(
-        (*root, "tile_position_embedding"), f"{gated}.tile_embedding.weight", ids, (tiles, c.num_positions, width)
+        (*root, "tile_position_embedding"),
+        f"{gated}.tile_embedding.weight",
+        ids,
+        (tiles, c.num_positions, width),
     )
     yield _same((*root, "position_gate"), f"{gated}.gate", (1,))
     for side in ("pre", "post"):
@@ -94,9 +101,15 @@ def _vision(config: ModelConfig) -> Iterator[Entry]:
             yield from _layer_norm((*here, "attention_norm"), f"{there}.input_layernorm", width)
             yield from _layer_norm((*here, "mlp_norm"), f"{there}.post_attention_layernorm", width)
             yield _vision_qkv(here, there, width, c.num_heads, c.head_dim)
-            yield _kernel((*here, "attention", "out"), f"{there}.self_attn.o_proj", (c.num_heads, c.head_dim), width)
-            yield from _linear((*here, "mlp", "fc1"), f"{there}.mlp.fc1", width, c.intermediate_size, bias=True)
-            yield from _linear((*here, "mlp", "fc2"), f"{there}.mlp.fc2", c.intermediate_size, width, bias=True)
+            yield _kernel(
+                (*here, "attention", "out"), f"{there}.self_attn.o_proj", (c.num_heads, c.head_dim), width
+            )
+            yield from _linear(
+                (*here, "mlp", "fc1"), f"{there}.mlp.fc1", width, c.intermediate_size, bias=True
+            )
+            yield from _linear(
+                (*here, "mlp", "fc2"), f"{there}.mlp.fc2", c.intermediate_size, width, bias=True
+            )
             if stack == "global_transformer":
                 yield _same((*here, "attention_gate"), f"{there}.gate_attn", (1,))
                 yield _same((*here, "mlp_gate"), f"{there}.gate_ffn", (1,))

@@ -41,7 +41,9 @@ class Append(NamedTuple):
 class SelfAttention(nnx.Module):
     """Causal attention over the text."""
 
-    def __init__(self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
         self.config = config
         self.implementation = implementation
         group = config.num_heads // config.num_kv_heads
@@ -69,7 +71,9 @@ class SelfAttention(nnx.Module):
 class CrossAttention(nnx.Module):
     """Attention over the frames, with a norm per head on queries and keys."""
 
-    def __init__(self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
         self.config = config
         self.implementation = implementation
         kv_heads, head = {"kv_heads": config.num_kv_heads}, {"head_dim": config.head_dim}
@@ -100,7 +104,9 @@ class CrossAttention(nnx.Module):
 class SelfLayer(nnx.Module):
     """A pre-norm layer over the text."""
 
-    def __init__(self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.attention = SelfAttention(config, implementation, rngs=rngs, dtype=dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
@@ -115,7 +121,9 @@ class SelfLayer(nnx.Module):
 class CrossLayer(nnx.Module):
     """A pre-norm layer over the frames, whose branches tanh gates scale."""
 
-    def __init__(self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.attention = CrossAttention(config, implementation, rngs=rngs, dtype=dtype)
         self.attention_gate = gate(INITIAL_GATE, dtype)

@@ -170,8 +170,6 @@ class MossVideo(nnx.Module):
             raise ValueError(f"tokens are integers [B, T]; got {tokens.dtype} {tokens.shape}")
         if isinstance(tokens, jax.core.Tracer):
             return
-        rows = self.decoder.embedding.shape[0]
-        if tokens.size and not (np.min(tokens) >= 0 and np.max(tokens) < rows):
-            raise ValueError(
-                f"token ids must lie in [0, {rows}); got {int(np.min(tokens))} to {int(np.max(tokens))}"
-            )
+        ids, rows = np.asarray(tokens), self.decoder.embedding.shape[0]
+        if ids.size and not (ids.min() >= 0 and ids.max() < rows):
+            raise ValueError(f"token ids must lie in [0, {rows}); got {ids.min()} to {ids.max()}")

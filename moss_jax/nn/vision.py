@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.config import VisionConfig
-from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, full, gate, normal
+from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, gate, normal
 from moss_jax.ops.attention import attention
 
 # The original pads the positions to a multiple of this and lets the padding take part in attention.
@@ -29,9 +29,7 @@ class VisionAttention(nnx.Module):
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         qkv = self.qkv(x)  # [B, P, 3, H, D]
         q, k, v = (qkv[:, :, i] for i in range(3))
-        return self.out(
-            attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), implementation=self.implementation)
-        )
+        return self.out(attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), implementation=self.implementation))
 
 
 class VisionLayer(nnx.Module):

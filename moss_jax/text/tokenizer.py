@@ -179,7 +179,7 @@ class Tokenizer:
 def _find_special(control: dict[str, int], name: str) -> SpecialTokens:
     """Finds the markers by their text, in a Llama 3 vocabulary also by id.
 
-    Raises TokenizerError with every marker that is missing or that could not be predicted.
+    Raises TokenizerError that names every marker that is missing or lies beyond the predictable ids.
     """
     ids = {field: control[text] for field, text in _MARKERS.items() if text in control}
     if ids.get("begin_of_text") == _LLAMA3_BEGIN_OF_TEXT:
@@ -191,7 +191,7 @@ def _find_special(control: dict[str, int], name: str) -> SpecialTokens:
     beyond = [_MARKERS[field] for field, i in ids.items() if i > ids["image"]]
     if beyond:
         raise TokenizerError(
-            f"{name} must give <|image|> the highest id of all markers, but {ids['image']} is below the id of "
+            f"{name} must give no marker a higher id than the {ids['image']} of <|image|>, but it does so to "
             f"{', '.join(beyond)}"
         )
     return SpecialTokens(**ids)

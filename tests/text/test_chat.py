@@ -1,17 +1,10 @@
 """The dialogue's token sequences."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_jax.text import (
-    SYSTEM_PROMPT,
-    Tokenizer,
-    header,
-    interjection,
-    offline_opening,
-    opening,
-)
+from moss_jax.text import SYSTEM_PROMPT, Tokenizer, header, interjection, offline_opening, opening
 
 TINY = Tokenizer.moss_tiny()
 ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -66,6 +59,7 @@ def test_offline_opening_puts_the_frames_before_the_text():
 HOSTILE = st.lists(st.sampled_from(list(TINY.special.by_text())) | st.text(max_size=4)).map("".join)
 
 
+@settings(deadline=None)
 @given(HOSTILE)
 def test_a_prompt_adds_no_control_token(prompt):
     def control(ids):
@@ -77,6 +71,7 @@ def test_a_prompt_adds_no_control_token(prompt):
     assert offline.count(TINY.special.image) == 2
 
 
+@settings(deadline=None)
 @given(HOSTILE)
 def test_a_system_prompt_adds_silence_at_most(text):
     ids = opening(TINY, system=f"S{text}S")
@@ -85,6 +80,7 @@ def test_a_system_prompt_adds_silence_at_most(text):
     assert ids.count(TINY.special.silence) == text.count("<|silence|>")
 
 
+@settings(deadline=None)
 @given(st.text().map(str.strip))
 def test_the_header_never_merges_with_the_content(content):
     assert TINY.encode("\n\n" + content) == header(TINY, "user")[-1:] + TINY.encode(content)

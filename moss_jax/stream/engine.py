@@ -1,0 +1,288 @@
+"""The jitted steps of live streams: encode frames; append what happened and draw the next token.
+
+One step does it all: it appends a row to each slot - the token drawn last, then prompts and frames - and
+draws the next one. A token that was drawn is *pending* until the next step appends it, so a silent second
+costs one step, and the host knows each token as soon as it is drawn.
+
+B slots, T tokens, F frames, P pool of encoded frames, N vectors a frame, D width, V vocabulary
+"""
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from moss_jax.cache import StreamState, init_state
+from moss_jax.config import EngineConfig, TokenSampling
+from moss_jax.nn import MossVideo
+from moss_jax.stream.sampling import sample
+from moss_jax.text import Tokenizer
+from moss_jax.video import preprocess
+
+# In a row: the token that was drawn last.
+PENDING = -1
+
+# Sizes that programs are compiled for. Longer rows are taken in pieces of the largest.
+TOKEN_BUCKETS = (1, 2, 4, 16, 64, 256)
+FRAME_BUCKETS = (1, 2, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one step appends to a slot.
+
+    Attributes:
+      tokens: may begin with PENDING.
+      frames: for each `<|image|>` among the tokens, in order, the index of its frame in the pool.
+      new_turn: the repetition penalty forgets what was said.
+    """
+
+    tokens: Sequence[int]
+    frames: Sequence[int] = ()
+    new_turn: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EngineState:
+    """The state of all slots between two steps.
+
+    Attributes:
+      stream: what the model knows.
+      pending: the token that was drawn last and is not part of the stream yet.
+      said: tokens of the current turn that the repetition penalty applies to; None without a penalty.
+    """
+
+    stream: StreamState
+    pending: Int[Array, " B"]
+    said: Bool[Array, "B V"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a step found: the next token of each slot, and the scores that it was drawn from."""
+
+    tokens: Int[Array, " B"]
+    logits: Float[Array, "B V"]
+
+
+class Engine:
+    """A model ready to stream: its parameters, and the compiled programs for a bounded set of shapes.
+
+    Holds no stream: `start` makes a state, `step` takes one and returns the next.
+
+    Args:
+      model: may be dropped by the caller; its parameters are shared, not copied.
+      tokenizer: of the same checkpoint.
+      config: slots and capacities.
+      sampling: how tokens are drawn.
+
+    Raises:
+      ValueError: the tokenizer is of another vocabulary than the model.
+    """
+
+    def __init__(
+        self,
+        model: MossVideo,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        sampling: TokenSampling | None = None,
+    ):
+        if tokenizer.vocab_size != model.config.decoder.vocab_size:
+            raise ValueError(
+                f"the tokenizer predicts {tokenizer.vocab_size} tokens, "
+                f"the model {model.config.decoder.vocab_size}; they must be of one checkpoint"
+            )
+        self.config = config or EngineConfig()
+        self.sampling = sampling or TokenSampling()
+        self.model_config = model.config
+        self.tokenizer = tokenizer
+        self.dtype = model.dtype
+        graph, params = nnx.split(model)
+        # A plain tuple, because JAX walks it in C++ at every call and an nnx.State in Python.
+        self._params, structure = jax.tree.flatten(params)
+        merge = functools.partial(_merge, graph, structure)
+        self._encode = jax.jit(functools.partial(_encode, merge))
+        self._step = jax.jit(functools.partial(_step, merge, self.sampling), donate_argnums=(2,))
+        special = tokenizer.special
+        # The session writes the frame of the dialogue; the model only what it says, and when it is done.
+        never = tokenizer.control_ids - {special.silence, special.eot}
+        allowed = np.ones(tokenizer.vocab_size, bool)
+        allowed[[i for i in never if i < tokenizer.vocab_size]] = False
+        self._rules = _Rules(
+            key=jax.random.key(self.sampling.seed),
+            allowed=jnp.asarray(allowed),
+            exempt=jnp.asarray(tokenizer.penalty_exempt()),
+        )
+
+    def start(self) -> EngineState:
+        """A state with nothing in it. Each slot's first row must begin with a real token."""
+        slots, vocab = self.config.slots, self.tokenizer.vocab_size
+        penalised = self.sampling.repetition_penalty != 1
+        return EngineState(
+            stream=init_state(
+                self.model_config,
+                slots,
+                text_capacity=self.config.text_capacity,
+                bank_capacity=self.config.bank_capacity,
+                dtype=self.dtype,
+            ),
+            pending=jnp.zeros(slots, jnp.int32),
+            said=jnp.zeros((slots, vocab), bool) if penalised else None,
+        )
+
+    def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
+        """Features of frames of any sizes, from any streams; those of one size share a program call.
+
+        The result may hold more rows than frames; row `i` belongs to frame `i`.
+        """
+        shapes = {frame.shape for frame in frames}
+        if len(shapes) > 1:
+            parts = [self.encode([frame]) for frame in frames]
+        else:
+            most = FRAME_BUCKETS[-1]
+            parts = [self._encode_part(frames[i : i + most]) for i in range(0, len(frames), most)]
+        if len(parts) == 1:
+            return parts[0]
+        # As many rows as a power of two, so that few sizes of pool come to be compiled for.
+        pool = jnp.concatenate(parts)
+        return jnp.pad(pool, ((0, (1 << (len(pool) - 1).bit_length()) - len(pool)), (0, 0), (0, 0)))
+
+    def step(
+        self, state: EngineState, rows: Sequence[Row | None], pool: Float[Array, "P N D"] | None = None
+    ) -> tuple[EngineState, Drawn]:
+        """Appends a row to each slot and draws its next token; slots whose row is None stand still.
+
+        Args:
+          state: is used up (donated).
+          rows: one for each slot; the caller sees to it that they fit.
+          pool: features that the rows' frames point into.
+        """
+        pieces = [list(_pieces(row, self.tokenizer.special.image)) if row else [] for row in rows]
+        count = max(map(len, pieces))
+        # Short rows wait, so that the last piece is the last of every slot and the draw is made from it.
+        pieces = [[None] * (count - len(p)) + p for p in pieces]
+        for piece in zip(*pieces, strict=True):
+            state, drawn = self._step_piece(state, piece, pool)
+        return state, drawn
+
+    def warm_up(self, frame_shape: tuple[int, int, int], prompt_lengths: Sequence[int] = ()) -> None:
+        """Compiles what a live session with frames of this shape and prompts of these lengths will call."""
+        image, eot = self.tokenizer.special.image, self.tokenizer.special.eot
+        pool = self.encode([np.zeros(frame_shape, np.uint8)])
+        for row in [*(Row([eot] * n) for n in prompt_lengths), Row([eot]), Row([eot, image], frames=[0])]:
+            _, drawn = self.step(self.start(), [row] * self.config.slots, pool if row.frames else None)
+            jax.block_until_ready(drawn)
+
+    def _encode_part(self, frames):
+        batch = np.zeros((_bucket(len(frames), FRAME_BUCKETS), *frames[0].shape), np.uint8)
+        batch[: len(frames)] = frames
+        return self._encode(self._params, batch)
+
+    def _step_piece(self, state, rows, pool):
+        slots, image = len(rows), self.tokenizer.special.image
+        length = _bucket(max(len(row.tokens) for row in rows if row), TOKEN_BUCKETS)
+        frames = max(len(row.frames) for row in rows if row)
+        tokens = np.zeros((slots, length), np.int32)
+        lengths = np.zeros(slots, np.int32)
+        new_turn = np.zeros(slots, bool)
+        feed = None
+        if frames:
+            frames = _bucket(frames, FRAME_BUCKETS)
+            feed = _Feed(
+                pool=pool,
+                index=np.zeros((slots, frames), np.int32),
+                row=np.zeros((slots, frames), np.int32),
+                count=np.zeros(slots, np.int32),
+            )
+        for slot, row in enumerate(rows):
+            if row is None:
+                continue
+            tokens[slot, : len(row.tokens)] = row.tokens
+            lengths[slot] = len(row.tokens)
+            new_turn[slot] = row.new_turn
+            if row.frames:
+                count = feed.count[slot] = len(row.frames)
+                feed.index[slot, :count] = row.frames
+                feed.row[slot, :count] = [i for i, token in enumerate(row.tokens) if token == image]
+        return self._step(self._params, self._rules, state, tokens, lengths, new_turn, feed)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    """What sampling needs beside its settings."""
+
+    key: Key[Array, ""]
+    allowed: Bool[Array, " V"]
+    exempt: Bool[Array, " V"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Feed:
+    """Frames of a step: which of the pool, and at which token of the slot's row."""
+
+    pool: Float[Array, "P N D"]
+    index: Int[Array, "B F"]
+    row: Int[Array, "B F"]
+    count: Int[Array, " B"]
+
+
+def _merge(graph, structure, leaves) -> MossVideo:
+    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+
+
+def _encode(merge, params, frames):
+    model = merge(params)
+    vision = model.config.vision
+    pixels = preprocess(frames, image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std)
+    return model.encode(pixels)
+
+
+def _step(merge, sampling, params, rules, state, tokens, lengths, new_turn, feed):
+    """One step of all slots; see `Engine.step`."""
+    model = merge(params)
+    slots = jnp.arange(tokens.shape[0])
+    spoken = tokens[:, 0] == PENDING
+    said = state.said
+    if said is not None:
+        # Of a slot that was told nothing new, remember what it just said.
+        update = jnp.where(spoken & ~rules.exempt[state.pending], True, said[slots, state.pending])
+        said = said.at[slots, state.pending].set(update) & ~new_turn[:, None]
+    tokens = jnp.where(tokens == PENDING, state.pending[:, None], tokens)
+    stream = state.stream
+    if feed is not None:
+        position = stream.text.length[:, None] + feed.row
+        real = jnp.arange(feed.index.shape[1]) < feed.count[:, None]
+        stream = model.remember(stream, feed.pool[feed.index], position, mask=real)
+    hidden, stream = model.decode_hidden(stream, tokens, lengths=lengths)
+    last = hidden[slots, jnp.maximum(lengths - 1, 0)]
+    logits = model.decoder.logits(last[:, None])[:, 0]
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rules.key, stream.text.length)
+    drawn = sample(logits, sampling, keys=keys, allowed=rules.allowed, said=said)
+    pending = jnp.where(lengths > 0, drawn, state.pending)
+    return EngineState(stream=stream, pending=pending, said=said), Drawn(pending, logits)
+
+
+def _bucket(size: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `size`, or the largest there is."""
+    return buckets[min(bisect.bisect_left(buckets, size), len(buckets) - 1)]
+
+
+def _pieces(row: Row, image: int) -> Iterator[Row]:
+    """Cuts a row so that each piece fits the largest buckets."""
+    start, taken, frames = 0, 0, 0
+    for i, token in enumerate(row.tokens):
+        if i - start == TOKEN_BUCKETS[-1] or (token == image and frames == FRAME_BUCKETS[-1]):
+            yield Row(row.tokens[start:i], row.frames[taken : taken + frames], row.new_turn and start == 0)
+            start, taken, frames = i, taken + frames, 0
+        frames += token == image
+    yield Row(row.tokens[start:], row.frames[taken:], row.new_turn and start == 0)

@@ -1,0 +1,95 @@
+"""What a session tells: typed events, each with the time of the stream and of the wall."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+EndReason = Literal["finished", "stopped", "text_capacity", "bank_capacity", "token_limit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """What became of a stream.
+
+    Attributes:
+      frames, frames_dropped: seen by the model, and pushed out of a full inbox.
+      prompts: user turns that were not empty.
+      tokens: tokens of text.
+      silences: times that the model had nothing (more) to say.
+      interruptions: answers that a prompt cut.
+    """
+
+    frames: int = 0
+    frames_dropped: int = 0
+    prompts: int = 0
+    tokens: int = 0
+    silences: int = 0
+    interruptions: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened in a stream.
+
+    Attributes:
+      slot: of the session.
+      stream_time: seconds on the stream's clock.
+      wall_time: seconds since the session began.
+    """
+
+    type: ClassVar[str]
+    slot: int = 0
+    stream_time: float
+    wall_time: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as JSON-ready values, its type first."""
+        return {"type": self.type} | dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frame(Event):
+    """The model has seen frame number `index` of the stream, which was taken at `time`."""
+
+    type: ClassVar[str] = "frame"
+    index: int
+    time: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turn(Event):
+    """A user turn has entered the context, and the assistant's has begun."""
+
+    type: ClassVar[str] = "turn"
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text(Event):
+    """The model has said a piece of text: whole characters, not whole words."""
+
+    type: ClassVar[str] = "text"
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Silence(Event):
+    """The model has nothing (more) to say until something happens."""
+
+    type: ClassVar[str] = "silence"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interrupted(Event):
+    """A prompt has cut an answer; `said` is what it had said, which stays in the context."""
+
+    type: ClassVar[str] = "interrupted"
+    said: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class End(Event):
+    """The slot's stream is over; no more events of it follow."""
+
+    type: ClassVar[str] = "end"
+    reason: EndReason
+    counters: Counters

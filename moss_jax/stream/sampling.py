@@ -1,0 +1,49 @@
+"""Drawing the next token on the device.
+
+B slots, V vocabulary
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moss_jax.config import TokenSampling
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    config: TokenSampling,
+    *,
+    keys: Key[Array, " B"],
+    allowed: Bool[Array, " V"],
+    said: Bool[Array, "B V"] | None = None,
+) -> Int[Array, " B"]:
+    """One token for each slot; rows never influence each other.
+
+    Args:
+      keys: randomness of each slot; unused at temperature 0.
+      allowed: tokens that may be drawn.
+      said: tokens that the repetition penalty applies to; None applies it to none.
+    """
+    logits = jnp.where(allowed, logits, -jnp.inf)
+    if said is not None and config.repetition_penalty != 1:
+        # A positive score is divided and a negative one multiplied, so both fall (CTRL, arXiv 1909.05858).
+        penalty = config.repetition_penalty
+        logits = jnp.where(said, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if config.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / config.temperature
+    if config.top_k and config.top_k < logits.shape[-1]:
+        values, tokens = jax.lax.top_k(logits, config.top_k)
+    elif config.top_p < 1:
+        values, tokens = jax.lax.top_k(logits, logits.shape[-1])
+    else:
+        return _draw(keys, logits).astype(jnp.int32)
+    if config.top_p < 1:
+        share = jax.nn.softmax(values, axis=-1)
+        # A token stays if those before it do not yet hold the share; so the first always does.
+        values = jnp.where(jnp.cumsum(share, axis=-1) - share < config.top_p, values, -jnp.inf)
+    return jnp.take_along_axis(tokens, _draw(keys, values)[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+_draw = jax.vmap(jax.random.categorical)

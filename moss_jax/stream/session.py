@@ -1,0 +1,374 @@
+"""A live session: frames and prompts go in from any thread, typed events come out.
+
+The loop of a stream: what has happened since the last token - prompts, frames - is appended in order of
+time, then one token is drawn. `<|silence|>` parks the stream until something happens. A frame or a prompt
+that arrives while the model is talking enters at the next token.
+"""
+
+import dataclasses
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from moss_jax.config import SessionConfig
+from moss_jax.stream.engine import PENDING, Engine, EngineState, Row
+from moss_jax.stream.events import Counters, End, EndReason, Event, Frame, Interrupted, Silence, Text, Turn
+from moss_jax.text import Detokenizer, chat
+
+# Stream times that lie closer than this are one instant.
+INSTANT = 1e-6
+
+
+class SessionError(ValueError):
+    """A push that the session cannot take; the session goes on."""
+
+
+class Session:
+    """The live loop over the slots of an engine.
+
+    Iterating runs the loop, in the thread that iterates; a session is iterated once. The pushes are
+    thread-safe. A realtime session takes what has been pushed so far, by the wall clock. A lockstep session
+    waits until it knows what comes next, so push in order of time, from another thread or beforehand, and
+    call `finish`.
+
+    Args:
+      engine: of one or more slots.
+      config: clock and bounds.
+      system: system prompt; None for none.
+      prompt: content of the first user turn. Empty, the model watches unasked.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: SessionConfig | None = None,
+        *,
+        system: str | None = chat.SYSTEM_PROMPT,
+        prompt: str = "",
+    ):
+        self.config = config or SessionConfig()
+        self._engine = engine
+        self._changed = threading.Condition()
+        self._order = itertools.count()
+        self._started: float | None = None
+        self._iterated = False
+        opening = chat.opening(engine.tokenizer, system=system, prompt=prompt)
+        self._check_length(opening)
+        self._slots = [
+            _Slot(engine, self.config, slot, opening, prompt) for slot in range(engine.config.slots)
+        ]
+
+    def push_frame(
+        self, rgb: UInt8[np.ndarray, "H W 3"], time: float | None = None, *, slot: int = 0
+    ) -> bool:
+        """Shows the model a frame, taken at `time` seconds of the stream (now, if None).
+
+        Returns:
+          False if the slot's stream is over, so that a feeder knows when to stop.
+
+        Raises:
+          SessionError: the frame is no uint8 [H, W, 3], or a lockstep session is given no time.
+        """
+        rgb = np.asarray(rgb)
+        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3 or not rgb.size:
+            raise SessionError(f"a frame is uint8 RGB [height, width, 3]; got {rgb.dtype} {list(rgb.shape)}")
+        return self._push(_Inbound(self._time(time), 1, next(self._order), rgb=rgb), slot)
+
+    def push_prompt(self, text: str, time: float | None = None, *, slot: int = 0) -> bool:
+        """Asks the model something at `time` seconds of the stream (now, if None); cuts what it is saying.
+
+        Returns:
+          False if the slot's stream is over.
+
+        Raises:
+          SessionError: the prompt is longer than the text capacity, or a lockstep session is given no time.
+        """
+        tokens = chat.interjection(self._engine.tokenizer, text)
+        self._check_length(tokens)
+        return self._push(_Inbound(self._time(time), 0, next(self._order), prompt=text, tokens=tokens), slot)
+
+    def finish(self, slot: int | None = None) -> None:
+        """Nothing more will be pushed: what waits is still seen, the answer is finished, then comes `end`."""
+        with self._changed:
+            for s in self._select(slot):
+                s.finish(self._wall())
+            self._changed.notify_all()
+
+    def stop(self, slot: int | None = None) -> None:
+        """Ends the stream at the next token."""
+        with self._changed:
+            for s in self._select(slot):
+                s.stopped = True
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Event]:
+        if self._iterated:
+            raise SessionError("a session is iterated once; make another for another stream")
+        self._iterated = True
+        self._started = time.monotonic()
+        state = self._engine.start()
+        try:
+            while plans := self._next_plans():
+                for plan in plans.values():
+                    yield from plan.events
+                rows = {slot: plan for slot, plan in plans.items() if plan.tokens}
+                if not rows:
+                    continue
+                state, tokens = self._run(state, rows)
+                for slot in rows:
+                    yield from self._slots[slot].hear(int(tokens[slot]), self._wall())
+        finally:
+            # Whoever still pushes learns that nobody listens any more.
+            with self._changed:
+                for s in self._slots:
+                    s.ended = True
+
+    def _next_plans(self) -> "dict[int, _Plan]":
+        """What each slot does next, once there is anything to do; empty when all streams are over."""
+        with self._changed:
+            # One pass under the lock decides for every slot, so a push is either in it or wakes the wait.
+            while open_slots := [s for s in self._slots if not s.ended]:
+                wall = self._wall()
+                plans = {s.slot: plan for s in open_slots if (plan := s.plan(wall)) is not None}
+                if plans:
+                    return plans
+                self._changed.wait()
+            return {}
+
+    def _run(self, state: EngineState, plans: "dict[int, _Plan]") -> tuple[EngineState, np.ndarray]:
+        """One step for the slots that have a plan; returns the token drawn for each slot."""
+        frames = [rgb for plan in plans.values() for rgb in plan.frames]
+        pool = self._engine.encode(frames) if frames else None
+        index = itertools.count()
+        rows: list[Row | None] = [None] * len(self._slots)
+        for slot, plan in plans.items():
+            rows[slot] = Row(plan.tokens, [next(index) for _ in plan.frames], plan.new_turn)
+        state, drawn = self._engine.step(state, rows, pool)
+        return state, jax.device_get(drawn.tokens)
+
+    def _push(self, inbound: "_Inbound", slot: int) -> bool:
+        with self._changed:
+            (target,) = self._select(slot)
+            if target.ended or target.finished or target.stopped:
+                return False
+            target.receive(inbound)
+            self._changed.notify_all()
+            return True
+
+    def _select(self, slot: int | None) -> "list[_Slot]":
+        if slot is None:
+            return self._slots
+        if not 0 <= slot < len(self._slots):
+            raise SessionError(f"there is no slot {slot}; the session has {len(self._slots)}")
+        return [self._slots[slot]]
+
+    def _time(self, time: float | None) -> float:
+        if time is None:
+            if self.config.clock == "lockstep":
+                raise SessionError("a lockstep session needs the time of each frame and prompt")
+            return self._wall()
+        if not np.isfinite(time) or time < 0:
+            raise SessionError(f"time must be a number of seconds from 0 on, not {time}")
+        return float(time)
+
+    def _wall(self) -> float:
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
+    def _check_length(self, tokens: list[int]) -> None:
+        # One more for the token that answers.
+        capacity = self._engine.config.text_capacity
+        if len(tokens) + 1 > capacity:
+            raise SessionError(
+                f"the prompt takes {len(tokens)} tokens, more than the text capacity of {capacity} leaves room for"
+            )
+
+
+@dataclasses.dataclass(order=True, frozen=True)
+class _Inbound:
+    """A frame or a prompt on its way in; sorts by time, prompts before frames of the same instant."""
+
+    time: float
+    kind: int
+    order: int
+    rgb: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    prompt: str | None = dataclasses.field(default=None, compare=False)
+    tokens: list[int] = dataclasses.field(default_factory=list, compare=False)
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What a slot does next: what to tell first, and the row to append (none if the stream just ended)."""
+
+    events: list[Event]
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    frames: list[np.ndarray] = dataclasses.field(default_factory=list)
+    new_turn: bool = False
+
+
+class _Slot:
+    """One stream of a session: its inbox, its clock, and where its dialogue stands.
+
+    `receive` and `plan` run under the session's lock; `hear` in the thread that iterates, like `plan`.
+    """
+
+    def __init__(self, engine: Engine, config: SessionConfig, slot: int, opening: list[int], prompt: str):
+        self.slot = slot
+        self.finished = self.stopped = self.ended = False
+        self._config = config
+        self._capacity = engine.config
+        self._special = engine.tokenizer.special
+        self._detokenizer = Detokenizer(engine.tokenizer)
+        self._opening: list[int] | None = opening
+        self._prompt = prompt
+        self._inbox: list[_Inbound] = []
+        self._counts = dict.fromkeys((f.name for f in dataclasses.fields(Counters)), 0)
+        # The token that the next row begins with, its text if the model is in the middle of an answer.
+        self._pending: int = PENDING
+        self._speaking = False
+        self._said = ""
+        self._text_length = 0
+        # The lockstep clock: the instant of the last thing that happened, and the tokens since.
+        self._instant, self._ticks = 0.0, 0
+        self._finished_at = 0.0
+        # Why the stream ends when what fitted has been taken in.
+        self._full: EndReason | None = None
+        self._wall = 0.0
+
+    def finish(self, wall: float) -> None:
+        self.finished, self._finished_at = True, wall
+
+    def receive(self, inbound: _Inbound) -> None:
+        waiting = [i for i in self._inbox if i.rgb is not None]
+        full = self._config.clock == "realtime" and len(waiting) >= self._config.inbox_frames
+        if inbound.rgb is not None and full:
+            self._inbox.remove(min(waiting))
+            heapq.heapify(self._inbox)
+            self._counts["frames_dropped"] += 1
+        heapq.heappush(self._inbox, inbound)
+
+    def plan(self, wall: float) -> _Plan | None:
+        """What to do now; None if there is nothing to do until something is pushed."""
+        self._wall = wall
+        if self.stopped:
+            return self._end("stopped")
+        if self._full:
+            return self._end(self._full)
+        if self._opening is not None:
+            tokens, self._opening = self._opening, None
+            self._text_length = len(tokens)
+            return _Plan([self._turn(self._prompt)], tokens, new_turn=True)
+        if due := self._take_due():
+            return self._take_in(due)
+        if self._speaking and self._may_speak():
+            return self._take_in([])
+        if self.finished and not self._inbox:
+            return self._end("finished")
+        return None
+
+    def hear(self, token: int, wall: float) -> Iterator[Event]:
+        """Takes the token that was drawn."""
+        self._wall = wall
+        at = self._now()
+        self._ticks += 1
+        # The model may end its turn by silence or, as in offline dialogues, by <|eot_id|>. In a stream the
+        # turn stays open, so the context gets the silence that it was trained with.
+        if token in (self._special.silence, self._special.eot):
+            self._pending = self._special.silence
+            self._speaking, self._said = False, ""
+            self._detokenizer.flush()
+            self._counts["silences"] += 1
+            yield Silence(slot=self.slot, stream_time=at, wall_time=wall)
+            return
+        self._pending = PENDING
+        self._speaking = True
+        self._counts["tokens"] += 1
+        if text := self._detokenizer.push(token):
+            self._said += text
+            yield Text(slot=self.slot, stream_time=at, wall_time=wall, text=text)
+
+    def _take_due(self) -> list[_Inbound]:
+        """Removes from the inbox what has happened by now."""
+        if not self._inbox:
+            return []
+        limit = np.inf
+        if self._config.clock == "lockstep":
+            first, now = self._inbox[0].time, self._now()
+            if self._speaking and first > now + INSTANT:
+                return []
+            # A silent stream has nothing to do before the next event, so its clock goes there.
+            limit = max(first, now) + INSTANT
+            # Until something later is known, more may yet be pushed for this instant.
+            if not self.finished and max(self._inbox).time <= limit:
+                return []
+        due = []
+        while self._inbox and self._inbox[0].time <= limit:
+            due.append(heapq.heappop(self._inbox))
+        return due
+
+    def _take_in(self, due: list[_Inbound]) -> _Plan:
+        """The row and the events of things that happened, as far as there is room; the end if there is none."""
+        plan = _Plan([], [self._pending])
+        for inbound in due:
+            is_frame = inbound.rgb is not None
+            if is_frame and self._counts["frames"] == self._capacity.bank_capacity:
+                self._full = "bank_capacity"
+                break
+            tokens = [self._special.image] if is_frame else inbound.tokens
+            if self._text_length + len(plan.tokens) + len(tokens) > self._capacity.text_capacity:
+                self._full = "text_capacity"
+                break
+            plan.tokens += tokens
+            if inbound.time > self._instant:
+                self._instant, self._ticks = inbound.time, 0
+            if is_frame:
+                plan.frames.append(inbound.rgb)
+                plan.events.append(Frame(**self._stamp(), index=self._counts["frames"], time=inbound.time))
+                self._counts["frames"] += 1
+            else:
+                plan.new_turn = True
+                plan.events += [*self._interrupt(), self._turn(inbound.prompt)]
+        if self._text_length + len(plan.tokens) > self._capacity.text_capacity:
+            self._full = "text_capacity"
+        if self._full and not plan.events:
+            return self._end(self._full)
+        self._text_length += len(plan.tokens)
+        return plan
+
+    def _interrupt(self) -> list[Event]:
+        """Cuts the answer in progress, if there is one."""
+        cut = [Interrupted(**self._stamp(), said=self._said)] if self._speaking else []
+        self._counts["interruptions"] += len(cut)
+        self._speaking, self._said = False, ""
+        self._detokenizer.flush()
+        return cut
+
+    def _may_speak(self) -> bool:
+        """Whether an answer in progress gets another token now."""
+        if self.finished and not self._inbox:
+            end_of_input = self._instant if self._config.clock == "lockstep" else self._finished_at
+            return self._now() + INSTANT < end_of_input + self._config.tail_seconds
+        # A lockstep stream must know how long it may speak before the next event.
+        return self._config.clock == "realtime" or bool(self._inbox)
+
+    def _turn(self, prompt: str) -> Turn:
+        self._counts["prompts"] += bool(prompt)
+        return Turn(**self._stamp(), prompt=prompt)
+
+    def _end(self, reason: EndReason) -> _Plan:
+        self.ended = True
+        return _Plan([End(**self._stamp(), reason=reason, counters=Counters(**self._counts))])
+
+    def _stamp(self) -> dict[str, float | int]:
+        return {"slot": self.slot, "stream_time": self._now(), "wall_time": self._wall}
+
+    def _now(self) -> float:
+        """The time of the stream."""
+        if self._config.clock == "realtime":
+            return self._wall
+        return self._instant + self._ticks / self._config.tokens_per_second
