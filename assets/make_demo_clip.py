@@ -11,6 +11,7 @@ Run it as `python assets/make_demo_clip.py`; it writes demo.mp4 beside itself. W
 Axes: H, W height and width of the picture.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -58,23 +59,27 @@ def table(xy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def lay(
-    picture: np.ndarray, shape, xy: np.ndarray, colour: tuple[int, int, int], opacity: float = 1.0
+    picture: np.ndarray,
+    shape: Callable[[np.ndarray], np.ndarray],
+    xy: np.ndarray,
+    colour: tuple[int, int, int],
+    opacity: float = 1.0,
 ) -> np.ndarray:
     """Puts a shape with its shadow on the picture; `shape` maps points to signed distances."""
     shadow = 0.4 * opacity * np.clip(0.5 - shape(xy - LIGHT) / 9, 0, 1)[..., None]
     distance = shape(xy)[..., None]
     cover = opacity * np.clip(0.5 - distance, 0, 1)
-    shaded = np.array(colour) * (0.9 + 0.14 * np.clip(-distance / 14, 0, 1))
+    shaded = np.array(colour) * (0.95 + 0.07 * np.clip(-distance / 14, 0, 1))
     return picture * (1 - shadow) * (1 - cover) + shaded * cover
 
 
 def render(t: float, wood: np.ndarray, xy: np.ndarray) -> np.ndarray:
     """The scene after t seconds, float [H, W, 3]."""
     picture = wood
-    if 3.0 <= t:
+    if t >= 3.0:
         centre, turned = glide(t, 3.0, 4.6, (222, -40), (222, 92)), glide(t, 3.0, 4.6, (-1.6, 0), (0.35, 0))
         picture = lay(picture, lambda p: box(p, centre, (24, 24), turned[0]), xy, BLUE)
-    if 5.0 <= t:
+    if t >= 5.0:
         grown = glide(t, 5.0, 5.6, (0.2, 0), (1, 0))[0]
         picture = lay(picture, lambda p: triangle(p, np.array([160, 186]), 34 * grown), xy, GREEN, grown)
     if 1.0 <= t < 10.0:
@@ -95,12 +100,12 @@ def main() -> None:
     wood = table(xy, rng)
     path = Path(__file__).with_name("demo.mp4")
     # One thread, as the encoder's output depends on their number.
-    options = {"crf": "27", "preset": "veryslow", "threads": "1"}
+    options = {"crf": "22", "preset": "veryslow", "threads": "1"}
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for i in range(FPS * SECONDS):
-            noise = rng.normal(0, 1.6, (HEIGHT, WIDTH, 1))
+            noise = rng.normal(0, 3.0, (HEIGHT, WIDTH, 1))
             rgb = np.clip(render(i / FPS, wood, xy) + noise, 0, 255).astype(np.uint8)
             frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, FPS)

@@ -123,7 +123,7 @@ def write_rows(
     start: Int[Array, " B"],
     count: Int[Array, " B"],
 ) -> Float[Array, "B K C D"]:
-    """Writes the first `count[b]` of `rows[b]` to `buffer[b]` from `start[b]` on; what has no room is dropped."""
+    """Writes the first `count[b]` of `rows[b]` to `buffer[b]` from `start[b]` on, as far as there is room."""
     slots, _, capacity, _ = buffer.shape
     at = _targets(start, count, rows.shape[2], capacity)
     return buffer.at[jnp.arange(slots)[:, None], :, at].set(

@@ -1,6 +1,7 @@
 """Every setting of the project as frozen dataclasses that refuse nonsense, and the model presets."""
 
 import dataclasses
+import itertools
 import math
 from typing import Literal
 
@@ -155,8 +156,21 @@ class DecoderConfig:
             f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}",
         )
         _require(
+            self.head_dim % 2 == 0,
+            f"head_dim {self.head_dim} (hidden_size / num_heads) must be even: channels rotate in pairs",
+        )
+        _require(
             all(0 <= i < self.num_layers for i in self.cross_attention_layers),
             f"cross_attention_layers {self.cross_attention_layers} must lie in [0, {self.num_layers})",
+        )
+        _require(
+            all(a < b for a, b in itertools.pairwise(self.cross_attention_layers)),
+            f"cross_attention_layers {self.cross_attention_layers} must ascend",
+        )
+        _require(
+            0 < len(self.cross_attention_layers) < self.num_layers,
+            f"cross_attention_layers {self.cross_attention_layers} must name some of the {self.num_layers} "
+            "layers and leave some to the text",
         )
 
     @property
@@ -285,7 +299,7 @@ class FrameSampling:
         )
         _require(
             1 <= self.min_frames <= self.max_frames,
-            f"frame counts must satisfy 1 <= min_frames <= max_frames, not {self.min_frames} and {self.max_frames}",
+            f"min_frames {self.min_frames} must be at least 1 and at most max_frames {self.max_frames}",
         )
 
 

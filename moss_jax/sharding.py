@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -31,11 +31,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence |
         raise ValueError(
             f"a mesh of {data} x {fsdp} x {tensor} needs {math.prod(shape)} devices, not {len(devices)}"
         )
-    return jax.make_mesh(shape, MESH_AXES, devices=devices)
+    # Automatic axes: the compiler lays out what lies between the parameters and the batch.
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Where an array with these logical axes lies; a dimension that its mesh axes don't divide stays whole."""
+    """Where an array with these logical axes lies; what its mesh axes don't divide evenly stays whole."""
     taken: set[str] = set()
     spec = []
     for axis, size in zip(axes, shape, strict=True):

@@ -60,7 +60,7 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
 
 def to_hugging_face(config: ModelConfig, params: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a tree of parameters (or of their gradients), one by one, in checkpoint order."""
-    values = {path: leaf for path, leaf in nnx.to_flat_state(params)}
+    values = dict(nnx.to_flat_state(params))
     for entry in entries(config):
         for name, tensor in zip(entry.names, entry.split(np.asarray(values[entry.path][...])), strict=True):
             yield name, np.ascontiguousarray(tensor)

@@ -26,20 +26,21 @@ class Compressor(nnx.Module):
     def __call__(self, x: Float[Array, "B P C"]) -> Float[Array, "B N C"]:
         """Compresses [B, 1 + grid², C] to [B, N, C]."""
         grid, size = self.grid, self.config.output_grid(self.grid)
-        patches = x[:, 1:].reshape(x.shape[0], grid, grid, -1)
+        frames, _, channels = x.shape
+        patches = x[:, 1:].reshape(frames, grid, grid, channels)
         if self.config.mode == "bilinear":
-            shape = (x.shape[0], size, size, x.shape[-1])
-            pooled = jax.image.resize(patches, shape, "linear", antialias=False)
+            pooled = jax.image.resize(patches, (frames, size, size, channels), "linear", antialias=False)
         else:
             pooled = self._pool_windows(patches, size)
-        return jnp.concatenate([x[:, :1], pooled.reshape(x.shape[0], size * size, -1)], axis=1)
+        return jnp.concatenate([x[:, :1], pooled.reshape(frames, size * size, channels)], axis=1)
 
     def _pool_windows(self, patches, size):
         stride = self.config.stride
         # Patches that fill no whole window are left out, as strided pooling does.
         windows = patches[:, : size * stride, : size * stride]
-        windows = windows.reshape(-1, size, stride, size, stride, patches.shape[-1]).swapaxes(2, 3)
-        windows = windows.reshape(-1, size, size, stride * stride, patches.shape[-1])  # [B, H, W, S*S, C]
+        frames, _, _, channels = patches.shape
+        windows = windows.reshape(frames, size, stride, size, stride, channels).swapaxes(2, 3)
+        windows = windows.reshape(frames, size, size, stride * stride, channels)  # [B, H, W, S*S, C]
         match self.config.mode:
             case "average":
                 return windows.mean(axis=3, dtype=jnp.float32).astype(windows.dtype)

@@ -69,10 +69,10 @@ class MossVideo(nnx.Module):
           float32 [B, S, V].
         """
         self._check_tokens(tokens)
-        if pixels.ndim != 5 or pixels.shape[:2] != frame_positions.shape:
+        if pixels.ndim != 5 or pixels.shape[:2] != frame_positions.shape or len(pixels) != len(tokens):
             raise ValueError(
-                "frames are pixels [B, F, H, W, 3] with frame_positions [B, F]; "
-                f"got {pixels.shape} and {frame_positions.shape}"
+                "frames are pixels [B, F, H, W, 3] with frame_positions [B, F] for tokens [B, S]; "
+                f"got {pixels.shape}, {frame_positions.shape} and {tokens.shape}"
             )
         B, F = frame_positions.shape
         features = self.encode(pixels.reshape(B * F, *pixels.shape[2:]))
@@ -111,15 +111,22 @@ class MossVideo(nnx.Module):
           CapacityError: the bank is full (inside `jax.jit`, the frame is dropped instead).
         """
         position = jnp.asarray(position, jnp.int32)
-        if features.ndim == 3:
-            features, position = features[:, None], position[:, None]
-            mask = None if mask is None else mask[:, None]
-        if features.ndim != 4 or position.shape != features.shape[:2] or len(position) != state.slots:
+        mask = jnp.ones(position.shape, bool) if mask is None else jnp.asarray(mask)
+        vector = (self.config.vectors_per_frame, self.config.decoder.hidden_size)
+        if (
+            position.ndim not in (1, 2)
+            or len(position) != state.slots
+            or features.shape != (*position.shape, *vector)
+            or mask.shape != position.shape
+        ):
             raise ValueError(
-                f"remember takes features [B, N, D] with position [B], or [B, F, N, D] with [B, F], for "
-                f"B = {state.slots} slots; got {features.shape} and {position.shape}"
+                f"remember takes features [B, N, D] with position and mask [B], or [B, F, N, D] with [B, F], "
+                f"for B = {state.slots} slots and [N, D] = {list(vector)}; got features {features.shape}, "
+                f"position {position.shape} and mask {mask.shape}"
             )
-        count = jnp.sum(jnp.ones(position.shape, bool) if mask is None else mask, axis=-1, dtype=jnp.int32)
+        if position.ndim == 1:
+            features, position, mask = features[:, None], position[:, None], mask[:, None]
+        count = jnp.sum(mask, axis=-1, dtype=jnp.int32)
         check_room("memory bank", state.bank.length, count, state.bank.capacity)
         bank = self.decoder.remember(state.bank, features.astype(self.dtype), position, count)
         return dataclasses.replace(state, bank=bank)
@@ -160,10 +167,20 @@ class MossVideo(nnx.Module):
         self._check_tokens(tokens)
         if len(tokens) != state.slots:
             raise ValueError(f"the state has {state.slots} slots, but tokens are {tokens.shape}")
-        count = jnp.full(state.slots, tokens.shape[1]) if lengths is None else jnp.asarray(lengths)
-        count = (count if mask is None else jnp.where(mask, count, 0)).astype(jnp.int32)
+        count = self._check_lengths(tokens, lengths, mask)
         check_room("text cache", state.text.length, count, state.text.capacity)
         return self.decoder.decode(state, tokens, count)
+
+    def _check_lengths(self, tokens, lengths, mask):
+        """How many tokens each slot decodes."""
+        B, T = tokens.shape
+        lengths = jnp.full(B, T, jnp.int32) if lengths is None else jnp.asarray(lengths)
+        mask = jnp.ones(B, bool) if mask is None else jnp.asarray(mask)
+        if lengths.shape != (B,) or mask.shape != (B,):
+            raise ValueError(f"lengths and mask are [B] = {[B]}; got {lengths.shape} and {mask.shape}")
+        if not isinstance(lengths, jax.core.Tracer) and not all(0 <= n <= T for n in np.asarray(lengths)):
+            raise ValueError(f"lengths must lie in [0, {T}], the tokens given; got {lengths.tolist()}")
+        return jnp.where(mask, lengths, 0).astype(jnp.int32)
 
     def _check_tokens(self, tokens):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):

@@ -3,6 +3,7 @@
 B frames, P positions (class token, patches, padding), H heads, D head or hidden width
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
@@ -103,14 +104,15 @@ class VisionEncoder(nnx.Module):
         for layer in self.global_layers:
             x = layer(x)
         # The stack is on the last axis, so the states of one channel lie side by side.
-        stacked = jnp.stack(kept, axis=-1).reshape(*x.shape[:2], -1)
+        stacked = jax.lax.collapse(jnp.stack(kept, axis=-1), 2)
         return jnp.concatenate([x, stacked], axis=-1)[:, : self.config.num_positions]
 
     def _embed(self, pixels):
         """Patches with their embeddings, normalised, then padded with zeros."""
         grid, patch = self.config.grid, self.config.patch_size
-        x = pixels.reshape(-1, grid, patch, grid, patch, 3).swapaxes(2, 3)
-        x = self.patch_embedding(x.reshape(-1, grid * grid, patch * patch * 3))
+        frames = pixels.shape[0]
+        x = pixels.reshape(frames, grid, patch, grid, patch, 3).swapaxes(2, 3)
+        x = self.patch_embedding(x.reshape(frames, grid * grid, patch * patch * 3))
         x += jnp.tanh(self.pre_tile_gate[...]) * self.pre_tile_embedding[ONE_TILE, 0]
         class_token = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([class_token, x], axis=1)

@@ -30,7 +30,7 @@ PENDING = -1
 
 # Sizes that programs are compiled for. Longer rows are taken in pieces of the largest.
 TOKEN_BUCKETS = (1, 2, 4, 16, 64, 256)
-FRAME_BUCKETS = (1, 2, 4, 8)
+FRAME_BUCKETS = (1, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +176,11 @@ class Engine:
     def warm_up(self, frame_shape: tuple[int, int, int], prompt_lengths: Sequence[int] = ()) -> None:
         """Compiles what a live session with frames of this shape and prompts of these lengths will call."""
         image, eot = self.tokenizer.special.image, self.tokenizer.special.eot
-        pool = self.encode([np.zeros(frame_shape, np.uint8)])
-        for row in [*(Row([eot] * n) for n in prompt_lengths), Row([eot]), Row([eot, image], frames=[0])]:
-            _, drawn = self.step(self.start(), [row] * self.config.slots, pool if row.frames else None)
+        rows = [Row([eot] * length) for length in (1, *prompt_lengths)]
+        rows += [Row([image] * count, frames=range(count)) for count in FRAME_BUCKETS]
+        for row in rows:
+            pool = self.encode([np.zeros(frame_shape, np.uint8)] * len(row.frames)) if row.frames else None
+            _, drawn = self.step(self.start(), [row] * self.config.slots, pool)
             jax.block_until_ready(drawn)
 
     def _encode_part(self, frames):
@@ -190,18 +192,20 @@ class Engine:
         slots, image = len(rows), self.tokenizer.special.image
         length = _bucket(max(len(row.tokens) for row in rows if row), TOKEN_BUCKETS)
         frames = max(len(row.frames) for row in rows if row)
-        tokens = np.zeros((slots, length), np.int32)
         lengths = np.zeros(slots, np.int32)
         new_turn = np.zeros(slots, bool)
         feed = None
         if frames:
             frames = _bucket(frames, FRAME_BUCKETS)
+            # A row of frames may begin with a pending token or not: one program for both.
+            length = max(length, _bucket(frames + 1, TOKEN_BUCKETS))
             feed = _Feed(
                 pool=pool,
                 index=np.zeros((slots, frames), np.int32),
                 row=np.zeros((slots, frames), np.int32),
                 count=np.zeros(slots, np.int32),
             )
+        tokens = np.zeros((slots, length), np.int32)
         for slot, row in enumerate(rows):
             if row is None:
                 continue
@@ -278,11 +282,18 @@ def _bucket(size: int, buckets: Sequence[int]) -> int:
 
 
 def _pieces(row: Row, image: int) -> Iterator[Row]:
-    """Cuts a row so that each piece fits the largest buckets."""
+    """Cuts a row into pieces that fit the largest buckets, frames apart from other real tokens.
+
+    So a session runs on a program for each size of prompt and one for each number of frames, and on none for
+    their combinations.
+    """
     start, taken, frames = 0, 0, 0
     for i, token in enumerate(row.tokens):
-        if i - start == TOKEN_BUCKETS[-1] or (token == image and frames == FRAME_BUCKETS[-1]):
+        is_frame = token == image
+        after_other = i > start and row.tokens[i - 1] != PENDING and (row.tokens[i - 1] == image) != is_frame
+        full = frames == FRAME_BUCKETS[-1] if is_frame else i - start == TOKEN_BUCKETS[-1]
+        if after_other or full:
             yield Row(row.tokens[start:i], row.frames[taken : taken + frames], row.new_turn and start == 0)
             start, taken, frames = i, taken + frames, 0
-        frames += token == image
+        frames += is_frame
     yield Row(row.tokens[start:], row.frames[taken:], row.new_turn and start == 0)

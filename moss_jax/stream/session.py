@@ -34,7 +34,7 @@ class Session:
 
     Iterating runs the loop, in the thread that iterates; a session is iterated once. The pushes are
     thread-safe. A realtime session takes what has been pushed so far, by the wall clock. A lockstep session
-    waits until it knows what comes next, so push in order of time, from another thread or beforehand, and
+    waits until it knows what comes next, so push in order of time, beforehand or from another thread, and
     call `finish`.
 
     Args:
@@ -42,6 +42,9 @@ class Session:
       config: clock and bounds.
       system: system prompt; None for none.
       prompt: content of the first user turn. Empty, the model watches unasked.
+
+    Attributes:
+      opening_length: tokens of system prompt, first turn and header.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Session:
         self._iterated = False
         opening = chat.opening(engine.tokenizer, system=system, prompt=prompt)
         self._check_length(opening)
+        self.opening_length = len(opening)
         self._slots = [
             _Slot(engine, self.config, slot, opening, prompt) for slot in range(engine.config.slots)
         ]
@@ -73,7 +77,7 @@ class Session:
           False if the slot's stream is over, so that a feeder knows when to stop.
 
         Raises:
-          SessionError: the frame is no uint8 [H, W, 3], or a lockstep session is given no time.
+          SessionError: the frame is no uint8 [H, W, 3], or its time is missing or out of order in lockstep.
         """
         rgb = np.asarray(rgb)
         if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3 or not rgb.size:
@@ -87,11 +91,21 @@ class Session:
           False if the slot's stream is over.
 
         Raises:
-          SessionError: the prompt is longer than the text capacity, or a lockstep session is given no time.
+          SessionError: the prompt is longer than the text capacity, or its time is missing or out of order
+            in lockstep.
+        """
+        tokens = self.check_prompt(text)
+        return self._push(_Inbound(self._time(time), 0, next(self._order), prompt=text, tokens=tokens), slot)
+
+    def check_prompt(self, text: str) -> list[int]:
+        """The tokens that a prompt would append.
+
+        Raises:
+          SessionError: they are more than the text capacity.
         """
         tokens = chat.interjection(self._engine.tokenizer, text)
         self._check_length(tokens)
-        return self._push(_Inbound(self._time(time), 0, next(self._order), prompt=text, tokens=tokens), slot)
+        return tokens
 
     def finish(self, slot: int | None = None) -> None:
         """Nothing more will be pushed: what waits is still seen, the answer is finished, then comes `end`."""
@@ -157,6 +171,11 @@ class Session:
             (target,) = self._select(slot)
             if target.ended or target.finished or target.stopped:
                 return False
+            if self._iterated and self.config.clock == "lockstep" and inbound.time < target.latest:
+                raise SessionError(
+                    f"a running lockstep session takes frames and prompts in order of time: "
+                    f"{inbound.time:g} s came after {target.latest:g} s"
+                )
             target.receive(inbound)
             self._changed.notify_all()
             return True
@@ -185,7 +204,8 @@ class Session:
         capacity = self._engine.config.text_capacity
         if len(tokens) + 1 > capacity:
             raise SessionError(
-                f"the prompt takes {len(tokens)} tokens, more than the text capacity of {capacity} leaves room for"
+                f"the prompt takes {len(tokens)} tokens and its answer at least 1, but the text capacity "
+                f"is {capacity}"
             )
 
 
@@ -220,6 +240,7 @@ class _Slot:
     def __init__(self, engine: Engine, config: SessionConfig, slot: int, opening: list[int], prompt: str):
         self.slot = slot
         self.finished = self.stopped = self.ended = False
+        self.latest = 0.0
         self._config = config
         self._capacity = engine.config
         self._special = engine.tokenizer.special
@@ -244,6 +265,7 @@ class _Slot:
         self.finished, self._finished_at = True, wall
 
     def receive(self, inbound: _Inbound) -> None:
+        self.latest = max(self.latest, inbound.time)
         waiting = [i for i in self._inbox if i.rgb is not None]
         full = self._config.clock == "realtime" and len(waiting) >= self._config.inbox_frames
         if inbound.rgb is not None and full:
@@ -312,7 +334,7 @@ class _Slot:
         return due
 
     def _take_in(self, due: list[_Inbound]) -> _Plan:
-        """The row and the events of things that happened, as far as there is room; the end if there is none."""
+        """The row and the events of what happened, as far as there is room; the end if there is none."""
         plan = _Plan([], [self._pending])
         for inbound in due:
             is_frame = inbound.rgb is not None

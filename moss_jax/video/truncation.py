@@ -1,0 +1,93 @@
+"""Tells a cut-off file by the sizes its container declares, without decoding anything.
+
+MP4 and QuickTime, AVI and WebP, Matroska and WebM say how long they are. Other formats (MPEG-TS, FLV, GIF,
+raw streams) do not. Nor do Matroska recordings of live streams, which are read up to wherever they end.
+"""
+
+import os
+from typing import BinaryIO
+
+_ISO_FIRST_BOXES = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_EBML = b"\x1a\x45\xdf\xa3"
+_SEGMENT = b"\x18\x53\x80\x67"
+
+
+def missing_part(path: str | os.PathLike) -> str | None:
+    """What a file lacks, as the end of a sentence that starts with its name; None where nothing is known to.
+
+    Reads a few bytes per top-level part of the file. Raises OSError if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        if head[4:8] in _ISO_FIRST_BOXES:
+            return _missing_of_iso(file, size)
+        if head[:4] == b"RIFF":
+            return _shortfall(size, _riff_end(file, size))
+        if head[:4] == _EBML:
+            return _shortfall(size, _segment_end(file))
+        return None
+
+
+def _shortfall(size: int, declared: int | None) -> str | None:
+    if declared is None or declared <= size:
+        return None
+    return f"is cut off: it has {size} bytes of at least {declared}"
+
+
+def _missing_of_iso(file: BinaryIO, size: int) -> str | None:
+    offset, kinds = 0, set()
+    while offset + 8 <= size:
+        file.seek(offset)
+        header = file.read(16)
+        length, kind = int.from_bytes(header[:4]), header[4:8]
+        if length == 0:  # the box runs to the end of the file
+            length = size - offset
+        elif length == 1:
+            length = int.from_bytes(header[8:16])
+        if length < 8:  # cameras append notes of their own that are no boxes
+            break
+        offset += length
+        kinds.add(kind)
+        if kind in (b"moov", b"moof", b"mdat") and offset > size:
+            return _shortfall(size, offset)
+    if b"mdat" in kinds and not kinds & {b"moov", b"moof", b"meta"}:
+        return "is cut off or was never finished: its index (the moov box) is missing"
+    return None
+
+
+def _riff_end(file: BinaryIO, size: int) -> int | None:
+    # A file beyond 1 GB is several RIFF chunks in a row. 0 and -1 are what a recorder writes before it knows.
+    end = 0
+    while end + 8 <= size:
+        file.seek(end)
+        header = file.read(8)
+        length = int.from_bytes(header[4:], "little")
+        if header[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):
+            break
+        end += 8 + length + length % 2
+    # Some writers count the chunk's header of 8 bytes as well, or pad only in the books.
+    return end if end > size + 9 else None
+
+
+def _segment_end(file: BinaryIO) -> int | None:
+    file.seek(4)
+    header_length = _ebml_size(file)
+    if header_length is None:
+        return None
+    file.seek(header_length, os.SEEK_CUR)
+    if file.read(4) != _SEGMENT:
+        return None
+    length = _ebml_size(file)
+    return None if length is None else file.tell() + length
+
+
+def _ebml_size(file: BinaryIO) -> int | None:
+    """Reads a size of 1 to 8 bytes; None for "unknown", which is what a live stream declares."""
+    first = file.read(1)
+    if first in (b"", b"\0"):
+        return None
+    extra = 8 - first[0].bit_length()
+    unknown = (1 << 7 * (extra + 1)) - 1
+    size = int.from_bytes(first + file.read(extra)) & unknown
+    return None if size == unknown else size

@@ -1,0 +1,163 @@
+#!/usr/bin/env python3
+"""Watches a video and talks about it: `python serve.py --video clip.mp4 --prompt "What is happening?"`."""
+
+import argparse
+import dataclasses
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from moss_jax import gin_bindings
+from moss_jax.config import ConfigError, EngineConfig, FrameSampling, SessionConfig, TokenSampling
+from moss_jax.convert import CheckpointError
+from moss_jax.serving.feed import watch
+from moss_jax.serving.models import open_model
+from moss_jax.serving.terminal import print_json, print_transcript
+from moss_jax.stream import Engine, Session, SessionError, answer
+from moss_jax.text import TokenizerError
+from moss_jax.video import VideoError, probe, sample_clip, sample_file
+
+BAD_INPUT = (CheckpointError, ConfigError, SessionError, TokenizerError, VideoError)
+DEFAULTS = Path(__file__).parent / "configs" / "serve.gin"
+
+
+def main() -> int:
+    args = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("moss_jax").setLevel(logging.INFO if args.verbose else logging.WARNING)
+    try:
+        run(args)
+    except BAD_INPUT as error:
+        print(f"serve.py: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. Nothing more can be flushed to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Opens video and model, runs the stream and prints what happens."""
+    gin_bindings.parse([str(DEFAULTS), *args.gin_file], args.gin_param)
+    sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
+    session_config = override(gin_bindings.settings(SessionConfig), clock=args.clock)
+    engine_config = gin_bindings.settings(EngineConfig)
+    token_sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
+
+    info = probe(args.video)
+    prompts = sorted(args.prompt, key=lambda p: p.at)
+    late = [p for p in prompts if info.duration is not None and p.at > info.duration]
+    if late:
+        raise ConfigError(f"--prompt-at {late[0].at:g} is beyond the clip, which lasts {info.duration:.1f} s")
+    if args.offline and len(prompts) != 1:
+        raise ConfigError(f"--offline answers one --prompt about the whole clip, not {len(prompts)}")
+    if args.offline and prompts[0].at:
+        raise ConfigError("--offline reads the whole clip before it answers, so --prompt-at has no meaning")
+
+    opened = open_model(args.checkpoint)
+    engine = Engine(opened.model, opened.tokenizer, engine_config, token_sampling)
+    length = f" · {info.duration:.1f} s" if info.duration else ""
+    mode = "offline" if args.offline else session_config.clock
+    heading = (
+        f"{Path(args.video).name} · {info.width}×{info.height}{length} · {sampling.fps:g} fps · {mode}\n"
+        f"{opened.description}\n"
+    )
+    if args.offline:
+        limit = min(sampling.max_frames, engine_config.bank_capacity)
+        frames = sample_clip(args.video, override(sampling, max_frames=limit))
+        events = answer(engine, frames, prompts[0].text)
+    else:
+        # What is asked at the beginning is the first user turn; without it the model watches unasked.
+        first = prompts.pop(0).text if prompts and prompts[0].at == 0 else ""
+        session = Session(engine, session_config, prompt=first)
+        timed = [(p.at, p.text) for p in prompts]
+        lengths = [len(session.check_prompt(text)) for _, text in timed]
+        if session_config.clock == "realtime":
+            # Compiled beforehand, so that the clip doesn't run away meanwhile.
+            engine.warm_up((info.height, info.width, 3), [session.opening_length, *lengths])
+        signal.signal(signal.SIGINT, lambda *_: session.stop())
+        events = watch(session, sample_file(args.video, sampling), timed)
+    if args.json:
+        print(heading, file=sys.stderr, end="")
+        print_json(events, sys.stdout)
+    else:
+        console = Console(highlight=False)
+        console.print(heading, style="dim", markup=False)
+        print_transcript(events, console)
+
+
+@dataclasses.dataclass
+class Prompt:
+    """Something to ask, and when."""
+
+    text: str
+    at: float = 0.0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; argparse ends the program with exit code 2 when it makes no sense."""
+    parser = argparse.ArgumentParser(
+        description="Watch a video and talk about it.",
+        epilog="Settings beside these flags are in configs/serve.gin; flags win over gin.",
+    )
+    add = parser.add_argument
+    add("--video", required=True, metavar="FILE", help="video or image file")
+    add(
+        "--prompt",
+        action=AddPrompt,
+        default=[],
+        metavar="TEXT",
+        help="what to ask; may be given several times",
+    )
+    add(
+        "--prompt-at",
+        action=SetTime,
+        type=float,
+        metavar="SECONDS",
+        help="when to ask the --prompt before it",
+    )
+    add("--fps", type=float, help="frames that are looked at in a second of video")
+    add("--clock", choices=("lockstep", "realtime"), help="the stream's own clock, or the wall's")
+    add("--offline", action="store_true", help="read the whole clip first, then answer")
+    add(
+        "--checkpoint", type=Path, metavar="DIR", help="folder in Hugging Face layout; else the shipped model"
+    )
+    add("--seed", type=int, help="of the sampling")
+    add("--json", action="store_true", help="one JSON object for each event instead of a transcript")
+    add("--gin_file", action="append", default=[], metavar="FILE", help="settings, over the defaults")
+    add(
+        "--gin_param", action="append", default=[], metavar="BINDING", help="such as 'EngineConfig.slots = 1'"
+    )
+    add("--verbose", action="store_true", help="log what is chosen and why")
+    return parser.parse_args()
+
+
+class AddPrompt(argparse.Action):
+    """Begins a prompt at the start of the clip."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.prompt = [*namespace.prompt, Prompt(values)]
+
+
+class SetTime(argparse.Action):
+    """Moves the prompt before it to its time."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if not namespace.prompt:
+            parser.error("--prompt-at must follow the --prompt that it belongs to")
+        if not 0 <= values < float("inf"):
+            parser.error(f"--prompt-at is a number of seconds from 0 on, not {values:g}")
+        namespace.prompt[-1].at = values
+
+
+def override[Settings](settings: Settings, **values) -> Settings:
+    """Settings with those values that are given."""
+    return dataclasses.replace(settings, **{k: v for k, v in values.items() if v is not None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
