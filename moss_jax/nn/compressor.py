@@ -18,10 +18,13 @@ class Compressor(nnx.Module):
     def __init__(self, config: CompressorConfig, vision: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
         self.grid = vision.grid
-        self.merger = None
-        if config.mode == "channelFusion":
-            window = {"window": config.stride**2, "channels": vision.output_size}
-            self.merger = Linear(window, {"embed": vision.output_size}, rngs=rngs, dtype=dtype)
+        width = vision.output_size
+        # Assigned once: NNX takes an attribute that was None for a static one.
+        self.merger = (
+            Linear({"window": config.stride**2, "channels": width}, {"embed": width}, rngs=rngs, dtype=dtype)
+            if config.mode == "channelFusion"
+            else None
+        )
 
     def __call__(self, x: Float[Array, "B P C"]) -> Float[Array, "B N C"]:
         """Compresses [B, 1 + grid², C] to [B, N, C]."""

@@ -375,8 +375,10 @@ class _Slot:
         if self.finished and not self._inbox:
             end_of_input = self._instant if self._config.clock == "lockstep" else self._finished_at
             return self._now() + INSTANT < end_of_input + self._config.tail_seconds
-        # A lockstep stream must know how long it may speak before the next event.
-        return self._config.clock == "realtime" or bool(self._inbox)
+        if self._config.clock == "realtime":
+            return True
+        # A lockstep stream must know that nothing happens before this token.
+        return bool(self._inbox) and self._inbox[0].time > self._now() + INSTANT
 
     def _turn(self, prompt: str) -> Turn:
         self._counts["prompts"] += bool(prompt)

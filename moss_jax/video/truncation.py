@@ -65,9 +65,9 @@ def _riff_end(file: BinaryIO, size: int) -> int | None:
         length = int.from_bytes(header[4:], "little")
         if header[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):
             break
-        end += 8 + length + length % 2
-    # Some writers count the chunk's header of 8 bytes as well, or pad only in the books.
-    return end if end > size + 9 else None
+        end += 8 + length
+    # Some writers count the chunk's header of 8 bytes as well.
+    return end if end > size + 8 else None
 
 
 def _segment_end(file: BinaryIO) -> int | None:

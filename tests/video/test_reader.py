@@ -71,6 +71,13 @@ def cut(path: Path, fraction: float) -> Path:
     return short
 
 
+def image(rgb: np.ndarray, codec: str = "mjpeg", pix_fmt: str = "yuvj444p") -> bytes:
+    context = av.CodecContext.create(codec, "w")
+    context.width, context.height, context.pix_fmt, context.framerate = 160, 96, pix_fmt, 25
+    frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+    return b"".join(map(bytes, [*context.encode(frame), *context.encode(None)]))
+
+
 def error_of(call, path: Path) -> str:
     with pytest.raises(VideoError) as caught:
         call(path)
@@ -122,6 +129,38 @@ def test_the_timeline_is_that_of_the_frames(film, name):
     assert spans[-1].duration == pytest.approx(frames[-1].duration)
 
 
+@pytest.mark.parametrize("gap_before", [5, 6, 7, 8, 9])
+def test_a_gap_does_not_lengthen_the_last_frame(tmp_path, encode, gap_before):
+    times = [40 * i + (9000 if i >= gap_before else 0) for i in range(10)]
+    path = encode(tmp_path / "gap.mp4", 10, times_ms=times)
+    for last in (timeline(path)[-1], list(read(path))[-1]):
+        assert last.time == pytest.approx(9.36)
+        assert last.duration < 0.05
+
+
+def test_times_that_start_over_go_on(folder, film, number_of):
+    twice = folder / "twice.ts"
+    twice.write_bytes(2 * film("film.ts").read_bytes())
+    frames = list(read(twice))
+    assert [number_of(frame.rgb) for frame in frames] == 2 * list(range(50))
+    np.testing.assert_allclose([frame.time for frame in frames], np.arange(100) / 25, atol=1e-3)
+
+
+def test_what_an_edit_list_skips_is_not_shown(film, folder, number_of):
+    data = bytearray(film("plain.mp4").read_bytes())
+    # Of the one edit, after version, flags and count: duration, start in the media, rate.
+    start = data.index(b"elst") + 16
+    (before,) = struct.unpack_from(">i", data, start)
+    with av.open(str(film("plain.mp4"))) as container:
+        ticks = int(10 / (25 * container.streams.video[0].time_base))
+    struct.pack_into(">i", data, start, before + ticks)
+    edited = folder / "edited.mp4"
+    edited.write_bytes(data)
+    frames = list(read(edited))
+    assert [number_of(frame.rgb) for frame in frames] == list(range(10, 50))
+    assert [span.time for span in timeline(edited)] == pytest.approx([frame.time for frame in frames])
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_odd_timestamps_are_kept(tmp_path, encode, number_of, suffix):
     gaps = [7, 33, 1, 400, 90, 90, 2500, 13, 17, 60]
@@ -164,21 +203,34 @@ def test_unused_frames_are_not_converted(film):
     [
         ("i.jpg", "mjpeg", "yuvj444p"),
         ("i.png", "png", "rgb24"),
-        ("%d.jpg", "mjpeg", "yuvj444p"),
         ("i.webp", "libwebp", "yuv420p"),
     ],
 )
 def test_an_image_is_one_frame_at_time_0(tmp_path, draw, name, codec, pix_fmt):
-    frame = av.VideoFrame.from_ndarray(draw(90), format="rgb24")
-    context = av.CodecContext.create(codec, "w")
-    context.width, context.height, context.pix_fmt, context.framerate = 160, 96, pix_fmt, 25
-    (tmp_path / name).write_bytes(b"".join(map(bytes, [*context.encode(frame), *context.encode(None)])))
-
+    (tmp_path / name).write_bytes(image(draw(90), codec, pix_fmt))
     info = probe(tmp_path / name)
     assert (info.width, info.height, info.duration, info.fps, info.is_image) == (160, 96, 0, None, True)
     (only,) = read(tmp_path / name)
     assert (only.time, only.duration) == (0, None)
     assert np.abs(only.rgb.astype(int) - draw(90)).mean() < 4
+
+
+def test_file_names_are_no_patterns_and_no_protocols(tmp_path, monkeypatch, draw, film, number_of):
+    for number, name in enumerate(["0.jpg", "%d.jpg"]):
+        (tmp_path / name).write_bytes(image(draw(number)))
+    (only,) = read(tmp_path / "%d.jpg")
+    assert number_of(only.rgb) == 1
+
+    monkeypatch.chdir(tmp_path)
+    Path("concat:0.mp4").write_bytes(film("plain.mp4").read_bytes())
+    assert len(list(read("concat:0.mp4"))) == 50
+
+
+def test_of_two_images_in_one_file_the_first_counts(tmp_path, draw, number_of):
+    path = tmp_path / "two.png"
+    path.write_bytes(image(draw(5), "png", "rgb24") + image(draw(6), "png", "rgb24"))
+    (only,) = read(path)
+    assert number_of(only.rgb) == 5
 
 
 def test_a_broadcast_may_begin_between_key_frames(folder, film):
@@ -196,9 +248,10 @@ def test_a_cut_live_recording_is_read_to_its_end(film, number_of):
     assert [number_of(frame.rgb) for frame in frames][:10] == list(range(10))
 
 
-def test_notes_of_a_camera_after_the_film_are_no_alarm(folder, film):
+@pytest.mark.parametrize("notes", [b"\x7f\xff\xff\xffSEFT", b"\0\0\0\1SEFT"])
+def test_notes_of_a_camera_after_the_film_are_no_alarm(folder, film, notes):
     noted = folder / "noted.mp4"
-    noted.write_bytes(film("faststart.mp4").read_bytes() + b"\x7f\xff\xff\xffSEFT" + b"\0" * 40)
+    noted.write_bytes(film("faststart.mp4").read_bytes() + notes + b"\0" * 40)
     assert len(list(read(noted))) == 50
     assert probe(noted).duration == pytest.approx(2.0)
 
@@ -257,6 +310,7 @@ def test_real_images_are_good(path):
         ("random.mp4", np.random.default_rng(0).bytes(50_000), "neither a video nor an image"),
         ("random.bin", np.random.default_rng(1).bytes(50_000), "neither a video nor an image"),
         ("no_index.mp4", b"\0\0\0\x14ftypisom\0\0\2\0isom\0\0\0\x10mdat12345678", "moov"),
+        ("unfinished.mp4", b"\0\0\0\x14ftypisom\0\0\2\0isom\0\0\0\0mdat12345678", "moov"),
     ],
 )
 def test_what_is_no_video_is_refused(tmp_path, call, name, content, says):
@@ -271,6 +325,23 @@ def test_a_directory_is_refused(tmp_path):
 
 def test_sound_alone_is_refused(tmp_path, encode_audio):
     assert "no video stream, only audio" in error_of(probe, encode_audio(tmp_path / "sound.wav"))
+
+
+def test_the_cover_of_a_song_is_no_video(tmp_path, draw, encode_audio):
+    path = tmp_path / "song.mp4"
+    with av.open(str(encode_audio(tmp_path / "sound.wav"))) as sound, av.open(str(path), "w") as song:
+        audio = song.add_stream("aac", rate=48_000)
+        cover = song.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 160, 96, "yuvj444p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        song.mux(cover.encode(av.VideoFrame.from_ndarray(draw(1), format="rgb24")))
+        song.mux(cover.encode(None))
+        for frame in sound.decode(audio=0):
+            song.mux(audio.encode(frame))
+        song.mux(audio.encode(None))
+    with av.open(str(path)) as container:
+        assert container.streams.video
+    assert "no video stream, only audio" in error_of(probe, path)
 
 
 def test_a_stream_without_frames_is_refused(tmp_path, encode):
@@ -334,15 +405,31 @@ def test_a_cut_off_real_clip_is_refused(tmp_path, path, fraction):
 @pytest.mark.parametrize("name", ["faststart.mp4", "film.webm", "mjpeg.mkv"])
 def test_damage_in_mid_file_comes_after_the_good_frames(film, folder, name, number_of):
     with av.open(str(film(name))) as container:
-        packet = bytes(next(itertools.islice(container.demux(video=0), 30, None)))
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    shown_at = sorted(packet.pts for packet in packets)
+    good = sorted(shown_at.index(packet.pts) for packet in packets[:30])
+    wreck = bytes(packets[30])
     damaged = folder / f"damaged_{name}"
-    damaged.write_bytes(film(name).read_bytes().replace(packet, bytes(len(packet))))
+    damaged.write_bytes(film(name).read_bytes().replace(wreck, bytes(len(wreck))))
 
     probe(damaged)
     frames, message = until_error(damaged)
     assert str(damaged) in message
     assert "is damaged" in message
-    numbers = [number_of(frame.rgb) for frame in frames]
-    assert 24 <= len(numbers) <= 30
+    assert [number_of(frame.rgb) for frame in frames] == good
+
+
+def test_a_half_decoded_frame_is_not_shown_before_the_error(film, folder, number_of):
+    with av.open(str(film("faststart.mp4"))) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    # A frame that is decoded before ones that are shown earlier loses its second half, the next one everything.
+    i = next(i for i in range(25, 49) if packets[i].pts > packets[i + 1].pts)
+    first, second = bytes(packets[i]), bytes(packets[i + 1])
+    half = first[: len(first) // 2] + bytes(len(first) - len(first) // 2)
+    damaged = folder / "half_decoded.mp4"
+    data = film("faststart.mp4").read_bytes()
+    damaged.write_bytes(data.replace(first, half).replace(second, bytes(len(second))))
+
+    numbers = [number_of(frame.rgb) for frame in until_error(damaged)[0]]
     assert numbers[:24] == list(range(24))
-    assert numbers == sorted(set(numbers))
+    assert sorted(packet.pts for packet in packets).index(packets[i].pts) not in numbers

@@ -121,6 +121,8 @@ def test_the_last_frame_stands_for_its_duration():
     assert shown(sample_live(numbered([0, 1]), FrameSampling(fps=2))) == [(0, 0), (0.5, 0), (1, 1)]
     stays = sample_live(numbered([0, 1], 1.5), FrameSampling(fps=2))
     assert shown(stays) == [(0, 0), (0.5, 0), (1, 1), (1.5, 1), (2, 1)]  # not 2.5, where it ends
+    rounded = sample_live(numbered([0, 0.967], 0.0334), FrameSampling(fps=1))
+    assert shown(rounded) == [(0, 0)]
 
 
 def test_a_late_start_leaves_out_the_instants_before():
@@ -204,6 +206,16 @@ def test_a_clip_of_too_few_frames_repeats_them(tmp_path, encode, number_of):
     frames = sample_clip(path, FrameSampling(fps=1, min_frames=6))
     assert [number_of(f.rgb) for f in frames] == [0, 0, 0, 1, 1, 1]
     assert [f.time for f in frames] == pytest.approx([0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3])
+
+
+def test_frames_that_cannot_be_decoded_are_made_up_for(tmp_path, encode):
+    whole = encode(tmp_path / "whole.ts", 50)
+    late = tmp_path / "late.ts"
+    late.write_bytes(whole.read_bytes()[188 * 30 :])
+    assert len(list(sample_file(late, FrameSampling(fps=25)))) < 49
+    frames = sample_clip(late, FrameSampling(fps=25, min_frames=80))
+    assert len(frames) == 80
+    assert np.diff([f.time for f in frames]) == pytest.approx(np.full(79, frames[1].time))
 
 
 def test_the_sounds_length_does_not_count(tmp_path, encode):

@@ -1,0 +1,166 @@
+"""What tests share: where they run, the reference vectors, real data, small models, compiled verbs."""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import moss_jax
+from moss_jax.config import CompressorConfig, DecoderConfig, ModelConfig, VisionConfig
+from moss_jax.nn import MossVideo
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "tiny_average"
+REAL_DATA = ROOT.parent / "shared" / "data"
+
+# float32 matmuls on a GPU are TF32 by default, which no tolerance here allows for.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+hypothesis.settings.register_profile(
+    "moss_jax", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI"))
+)
+hypothesis.settings.load_profile("moss_jax")
+
+
+def pytest_collection_modifyitems(items):
+    if any(item.get_closest_marker("gpu") for item in items) and jax.default_backend() != "gpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def platform(request) -> str:
+    """Runs a test on the CPU, and among the GPU tests on the GPU."""
+    if request.param != jax.default_backend():
+        pytest.skip(f"runs on {request.param}")
+    return request.param
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """A random tiny model and what the original PyTorch code makes of it."""
+
+    folder: Path
+    model: MossVideo
+    vectors: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.vectors["input_ids"].astype(np.int32)
+
+    @property
+    def frame_positions(self) -> np.ndarray:
+        return self.vectors["frame_positions"].astype(np.int32)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """[B, F, H, W, 3], from [B, F, 1 tile, 3, H, W]."""
+        return self.vectors["pixel_values"][:, :, 0].transpose(0, 1, 3, 4, 2)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    return Golden(
+        GOLDEN,
+        moss_jax.load(GOLDEN),
+        dict(np.load(GOLDEN / "vectors.npz")),
+        dict(np.load(GOLDEN / "gradients.npz")),
+    )
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"{REAL_DATA} is not here")
+    return REAL_DATA
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(verb, graph, params, *args, **kwargs):
+    return getattr(nnx.merge(graph, params), verb)(*args, **kwargs)
+
+
+class Compiled:
+    """A model whose verbs run compiled; models of one config share the programs."""
+
+    def __init__(self, model: MossVideo):
+        self.config = model.config
+        self.init_state = model.init_state
+        self._graph, self._params = nnx.split(model)
+
+    def __call__(self, *args, **kwargs):
+        return _call("__call__", self._graph, self._params, *args, **kwargs)
+
+    def encode(self, *args, **kwargs):
+        return _call("encode", self._graph, self._params, *args, **kwargs)
+
+    def remember(self, *args, **kwargs):
+        return _call("remember", self._graph, self._params, *args, **kwargs)
+
+    def decode(self, *args, **kwargs):
+        return _call("decode", self._graph, self._params, *args, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """`compiled(model)` has the model's verbs, compiled."""
+    return Compiled
+
+
+@pytest.fixture(scope="session")
+def small_config():
+    """`small_config(mode)` is the smallest config with every part of the model in it."""
+
+    def make(mode: str = "average", **changes) -> ModelConfig:
+        config = ModelConfig(
+            vision=VisionConfig(
+                image_size=28,
+                patch_size=14,
+                hidden_size=16,
+                intermediate_size=32,
+                num_layers=2,
+                num_global_layers=1,
+                num_heads=2,
+                intermediate_layers=(1,),
+            ),
+            compressor=CompressorConfig(mode=mode, stride=2),
+            decoder=DecoderConfig(
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=48,
+                num_layers=3,
+                num_heads=4,
+                num_kv_heads=2,
+                cross_attention_layers=(0, 2),
+                max_positions=256,
+            ),
+        )
+        return dataclasses.replace(config, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_model():
+    """`random_model(config)` has parameters large enough that every one of them tells in the logits."""
+
+    def make(config: ModelConfig, *, dtype="float32", seed: int = 0) -> MossVideo:
+        rng = np.random.default_rng(seed)
+        graph, params = nnx.split(nnx.eval_shape(lambda: MossVideo(config, rngs=nnx.Rngs(0), dtype=dtype)))
+
+        def draw(path, like):
+            noise = rng.standard_normal(like.shape)
+            centre, spread = (1, 0.1) if path[-2].key == "weight" else (0, 0.2)
+            return jax.numpy.asarray(centre + spread * noise, like.dtype)
+
+        return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, params))
+
+    return make
