@@ -17,8 +17,10 @@ INIT_STDDEV = 0.02
 
 def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], dtype: DTypeLike) -> nnx.Param:
     """A parameter drawn from a normal distribution."""
-    value = jax.nn.initializers.normal(INIT_STDDEV)(rngs.params(), tuple(shape), dtype)
-    return nnx.Param(value, axes=tuple(axes))
+    # Drawn in powers of two: a generator takes long to compile, and so a few serve all shapes.
+    size = math.prod(shape)
+    drawn = jax.random.normal(rngs.params(), (1 << max(16, (size - 1).bit_length()),), dtype)
+    return nnx.Param((drawn[:size] * INIT_STDDEV).reshape(shape), axes=tuple(axes))
 
 
 def full(fill: float, shape: Sequence[int], axes: Sequence[str | None], dtype: DTypeLike) -> nnx.Param:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moss_jax.config import FrameSampling
@@ -58,6 +58,7 @@ def streams(draw):
     return times, duration, fps, draw(st.integers(1, 40))
 
 
+@settings(deadline=None)
 @given(streams())
 def test_live_is_the_definition(stream):
     times, duration, fps, limit = stream
@@ -69,6 +70,7 @@ def test_live_is_the_definition(stream):
     assert shown(sampled) == brute_force(times, duration, fps, limit)
 
 
+@settings(deadline=None)
 @given(streams())
 def test_live_reads_no_further_than_it_must(stream):
     times, duration, fps, limit = stream

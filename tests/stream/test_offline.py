@@ -1,0 +1,69 @@
+"""The offline use: the whole clip first, then the answer."""
+
+import numpy as np
+import pytest
+
+from moss_jax.stream import PENDING, End, Frame, Row, SessionError, Text, Turn, answer
+from moss_jax.text import chat
+from moss_jax.video import Frame as VideoFrame
+
+EOT = 1020
+
+
+def clip(count: int) -> list[VideoFrame]:
+    return [VideoFrame(np.full((4, 4, 3), i, np.uint8), float(i)) for i in range(count)]
+
+
+def test_all_frames_come_before_the_question(scripted, tokenizer):
+    said = tokenizer.encode("A red card.")
+    engine = scripted([9] * 3 + [*said, EOT])
+    events = list(answer(engine, clip(19), "What is it?", system="Look."))
+    opening = chat.offline_opening(tokenizer, system="Look.", num_frames=19, prompt="What is it?")
+    # The tokens that are drawn after each chunk of frames are never taken up.
+    assert engine.state.context[0] == [*opening, *said]
+    assert engine.seen == list(range(19))
+    assert [e.index for e in events if isinstance(e, Frame)] == list(range(19))
+    assert "".join(e.text for e in events if isinstance(e, Text)) == "A red card."
+    assert [type(e) for e in events[19:20]] == [Turn]
+    assert isinstance(events[-1], End)
+    assert (events[-1].reason, events[-1].counters.tokens) == ("finished", len(said))
+
+
+def test_the_answer_ends_at_the_limit_of_tokens_or_of_the_text(scripted, tokenizer):
+    limited = list(answer(scripted([5] * 100), clip(2), "What?", max_tokens=7))[-1]
+    assert (limited.reason, limited.counters.tokens) == ("token_limit", 7)
+    opening = chat.offline_opening(tokenizer, system=None, num_frames=2, prompt="What?")
+    engine = scripted([5] * 100, text_capacity=len(opening) + 4)
+    assert list(answer(engine, clip(2), "What?"))[-1].counters.tokens == 4
+    assert len(engine.state.context[0]) <= len(opening) + 4
+
+
+@pytest.mark.parametrize(
+    ("frames", "prompt", "message"),
+    [
+        (0, "What?", "no frame"),
+        (11, "What?", "the clip has 11 frames; the bank has room for 10"),
+        (3, "what " * 200, "more than the text capacity of 100"),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_once(scripted, frames, prompt, message):
+    engine = scripted(text_capacity=100, bank_capacity=10)
+    with pytest.raises(SessionError, match=message):
+        answer(engine, clip(frames), prompt)
+
+
+def test_the_answer_is_that_of_one_pass(make_engine, frames, tokenizer):
+    engine = make_engine()
+    shown = [VideoFrame(frame, float(i)) for i, frame in enumerate(frames[:10])]
+    events = list(answer(engine, shown, "What is it?", max_tokens=5))
+    opening = chat.offline_opening(tokenizer, system=None, num_frames=10, prompt="What is it?")
+    state, said = engine.start(), []
+    state, drawn = engine.step(state, [Row(opening, range(10))], engine.encode(frames[:10]))
+    for _ in range(5):
+        token = int(drawn.tokens[0])
+        if token == EOT:
+            break
+        said.append(token)
+        state, drawn = engine.step(state, [Row([PENDING])])
+    assert "".join(e.text for e in events if isinstance(e, Text)).startswith(tokenizer.decode(said)[:3])
+    assert events[-1].counters.tokens == len(said)

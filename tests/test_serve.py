@@ -1,0 +1,230 @@
+"""serve.py as a user runs it: on real files, in a process of its own, with all that can be wrong."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+import moss_jax
+import serve
+from moss_jax.config import PRESETS
+from moss_jax.stream import Counters
+from moss_jax.text import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "assets" / "demo.mp4"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A checkpoint that loads and compiles quickly."""
+    tiny = PRESETS["moss_tiny"]()
+    config = dataclasses.replace(
+        tiny,
+        vision=dataclasses.replace(
+            tiny.vision,
+            image_size=28,
+            hidden_size=16,
+            intermediate_size=16,
+            num_layers=2,
+            num_global_layers=1,
+            num_heads=2,
+            intermediate_layers=(0,),
+        ),
+        decoder=dataclasses.replace(
+            tiny.decoder,
+            hidden_size=32,
+            intermediate_size=32,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            cross_attention_layers=(1,),
+        ),
+    )
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    moss_jax.save(folder, moss_jax.MossVideo(config, rngs=nnx.Rngs(0)))
+    Tokenizer.moss_tiny().save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """The processes of these tests share what they compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "serve.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=options.pop("cwd", ROOT),
+        **options,
+    )
+
+
+def events(result: subprocess.CompletedProcess) -> list[dict]:
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_a_real_file_becomes_events_and_the_same_ones_again(checkpoint, tmp_path):
+    arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--json", "--seed", 3]
+    arguments += ["--prompt", "What is there?", "--prompt", "And now?", "--prompt-at", "5.5"]
+    arguments += ["--gin_file", ROOT / "configs" / "demo.gin"]
+    first, second = (events(run(*arguments, cwd=tmp_path)) for _ in range(2))
+    assert [e | {"wall_time": 0} for e in first] == [e | {"wall_time": 0} for e in second]
+    assert [e["prompt"] for e in first if e["type"] == "turn"] == ["What is there?", "And now?"]
+    assert [e["time"] for e in first if e["type"] == "frame"] == list(map(float, range(12)))
+    assert first[-1]["type"] == "end"
+    assert first[-1]["reason"] == "finished"
+    assert set(first[-1]["counters"]) == set(Counters.__dataclass_fields__)
+
+
+def test_offline_reads_the_clip_and_then_answers(checkpoint):
+    told = events(
+        run("--video", DEMO, "--checkpoint", checkpoint, "--json", "--offline", "--prompt", "What?")
+    )
+    types = [e["type"] for e in told]
+    assert types[:13] == ["frame"] * 12 + ["turn"]
+    assert types[-1] == "end"
+
+
+def test_the_transcript_says_what_it_is(checkpoint):
+    result = run("--video", DEMO, "--checkpoint", checkpoint, "--prompt", "What?", "--fps", "0.5")
+    assert result.returncode == 0, result.stderr
+    assert "demo.mp4 · 320×240 · 12.0 s · 0.5 fps · lockstep" in result.stdout
+    assert "  0:00  What?" in result.stdout
+    assert "6 frames" in result.stdout
+
+
+def test_the_shipped_model_runs_and_says_plainly_if_it_is_untrained():
+    result = run("--video", DEMO, "--gin_param", "SessionConfig.tokens_per_second = 1", "--fps", "0.25")
+    assert result.returncode == 0, result.stderr
+    if not (ROOT / "checkpoints" / "moss-tiny").is_dir():
+        assert "UNTRAINED" in result.stdout
+
+
+def test_ctrl_c_ends_a_realtime_stream_cleanly(checkpoint):
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "serve.py",
+            "--video",
+            DEMO,
+            "--checkpoint",
+            checkpoint,
+            "--clock",
+            "realtime",
+            "--json",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = [process.stdout.readline() for _ in range(3)]
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    told = [json.loads(line) for line in [*lines, *rest.splitlines()]]
+    assert process.returncode == 0, errors
+    assert told[-1]["reason"] == "stopped"
+    assert "Traceback" not in errors
+
+
+def test_a_reader_that_goes_away_is_no_error(checkpoint):
+    command = f"{sys.executable} serve.py --video {DEMO} --checkpoint {checkpoint} --json | head -n 2"
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Exception" not in result.stderr
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.fixture
+def fails(monkeypatch, capfd):
+    """Runs serve.py in this process; returns the one sentence on stderr."""
+
+    def call(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, arguments)])
+        try:
+            code = serve.main()
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capfd.readouterr()
+        assert code == 2, (code, out, err)
+        assert "Traceback" not in err
+        assert out == ""
+        return err
+
+    return call
+
+
+def test_bad_videos(fails, tmp_path):
+    empty, text, cut = tmp_path / "empty.mp4", tmp_path / "text.mp4", tmp_path / "cut.mp4"
+    empty.touch()
+    text.write_text("this is not a video " * 100)
+    cut.write_bytes(DEMO.read_bytes()[: DEMO.stat().st_size // 2])
+    for file in (tmp_path / "missing.mp4", empty, text, cut, tmp_path):
+        message = fails("--video", file)
+        assert str(file) in message
+        assert len(message.splitlines()) == 1
+
+
+def test_bad_numbers_and_times(fails):
+    assert "fps must be a positive number" in fails("--video", DEMO, "--fps", "0")
+    assert "fps must be a positive number" in fails("--video", DEMO, "--fps", "-2")
+    late = fails("--video", DEMO, "--prompt", "hi", "--prompt-at", "12.5")
+    assert "--prompt-at 12.5 is beyond the clip, which lasts 12.0 s" in late
+    assert "must follow the --prompt" in fails("--video", DEMO, "--prompt-at", "1")
+    assert "from 0 on" in fails("--video", DEMO, "--prompt", "hi", "--prompt-at=-1")
+
+
+def test_bad_checkpoints(fails, tmp_path, checkpoint):
+    assert "no such folder" in fails("--video", DEMO, "--checkpoint", tmp_path / "nothing")
+    assert "no config.json" in fails("--video", DEMO, "--checkpoint", tmp_path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "tokenizer.json").unlink()
+    assert "no tokenizer" in fails("--video", DEMO, "--checkpoint", broken)
+
+
+def test_prompts_that_do_not_fit(fails, checkpoint):
+    long = "what is this " * 2000
+    for arguments in (
+        ["--prompt", long],
+        ["--prompt", long, "--prompt-at", "3"],
+        ["--offline", "--prompt", long],
+    ):
+        assert "text capacity" in fails("--video", DEMO, "--checkpoint", checkpoint, *arguments)
+
+
+def test_offline_wants_one_prompt_and_no_time(fails):
+    assert "one --prompt" in fails("--video", DEMO, "--offline")
+    assert "no meaning" in fails("--video", DEMO, "--offline", "--prompt", "a", "--prompt-at", "2")
+
+
+def test_bad_gin(fails):
+    assert "nearest valid name" in fails("--video", DEMO, "--gin_param", "SessionConfig.clok = 'realtime'")
+    assert "nowhere.gin" in fails("--video", DEMO, "--gin_file", "nowhere.gin")
