@@ -147,7 +147,7 @@ def token_program(engine: Engine) -> dict:
     state = engine.start()
     slots = engine.config.slots
     arguments = (np.full((slots, 1), PENDING, np.int32), np.ones(slots, np.int32), np.zeros(slots, bool))
-    compiled = engine._step.lower(engine._params, engine._rules, state, *arguments, None).compile()
+    compiled = engine._step.lower(engine._decoder, engine._rules, state, *arguments, None).compile()
     text = compiled.as_text()
     memory = compiled.memory_analysis()
     buffers = [x.nbytes for x in jax.tree.leaves(state)]

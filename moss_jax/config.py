@@ -59,6 +59,10 @@ class VisionConfig:
             all(0 <= i < self.num_layers for i in self.intermediate_layers),
             f"intermediate_layers {self.intermediate_layers} must lie in [0, {self.num_layers})",
         )
+        _require(
+            len(self.image_mean) == len(self.image_std) == 3,
+            f"image_mean and image_std hold three numbers, not {self.image_mean} and {self.image_std}",
+        )
         _require(all(s > 0 for s in self.image_std), f"image_std {self.image_std} must be positive")
 
     @property

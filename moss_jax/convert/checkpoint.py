@@ -63,8 +63,8 @@ def load(
 ) -> MossVideo:
     """The model of a checkpoint folder in Hugging Face layout.
 
-    Tensors are read one by one, straight into their dtype and place, so that the host never holds more than
-    the largest parameter beside what stays there.
+    Parameters are read one by one, straight into their dtype and place, so that the host never holds more
+    than a few copies of the largest one beside what stays there.
 
     Args:
       path: folder with config.json and model.safetensors, or shards with their index.
@@ -153,7 +153,9 @@ class _Tensor:
 def _open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, _Tensor]:
     """All tensors of a folder by canonical name."""
     if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX).get("weight_map", {})
+        index = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise CheckpointError(f"{folder / INDEX} has no weight_map from tensors to shards")
         shards = sorted(set(index.values()))
     elif (folder / SINGLE).is_file():
         shards = [SINGLE]

@@ -38,6 +38,8 @@ def from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any] | Non
         )
     except KeyError as error:
         raise ConfigError(f"config.json lacks the key {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(f"config.json holds a value of the wrong type ({error})") from error
     ratios = config["vision_config"].get("supported_aspect_ratios")
     if ratios is not None and len(ratios) + 1 != model.vision.num_aspect_ratio_ids:
         raise ConfigError(

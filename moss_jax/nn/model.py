@@ -152,24 +152,13 @@ class MossVideo(nnx.Module):
         Raises:
           CapacityError: the text cache is full (inside `jax.jit`, the tokens are dropped instead).
         """
-        hidden, state = self.decode_hidden(state, tokens, lengths=lengths, mask=mask)
-        return self.decoder.logits(hidden), state
-
-    def decode_hidden(
-        self,
-        state: StreamState,
-        tokens: Int[Array, "B T"],
-        *,
-        lengths: Int[Array, " B"] | None = None,
-        mask: Bool[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], StreamState]:
-        """`decode` up to the final hidden states, for callers who need the logits of few rows."""
         self._check_tokens(tokens)
         if len(tokens) != state.slots:
             raise ValueError(f"the state has {state.slots} slots, but tokens are {tokens.shape}")
         count = self._check_lengths(tokens, lengths, mask)
         check_room("text cache", state.text.length, count, state.text.capacity)
-        return self.decoder.decode(state, tokens, count)
+        hidden, state = self.decoder.decode(state, tokens, count)
+        return self.decoder.logits(hidden), state
 
     def _check_lengths(self, tokens, lengths, mask):
         """How many tokens each slot decodes."""

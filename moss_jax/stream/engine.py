@@ -10,7 +10,7 @@ B slots, T tokens, F frames, P pool of encoded frames, N vectors a frame, D widt
 import bisect
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -105,12 +105,10 @@ class Engine:
         self.model_config = model.config
         self.tokenizer = tokenizer
         self.dtype = model.dtype
-        graph, params = nnx.split(model)
-        # A plain tuple, because JAX walks it in C++ at every call and an nnx.State in Python.
-        self._params, structure = jax.tree.flatten(params)
-        merge = functools.partial(_merge, graph, structure)
-        self._encode = jax.jit(functools.partial(_encode, merge))
-        self._step = jax.jit(functools.partial(_step, merge, self.sampling), donate_argnums=(2,))
+        self._encoder, encode = _pure(model, _encode)
+        self._decoder, step = _pure(model.decoder, functools.partial(_step, self.sampling))
+        self._encode = jax.jit(encode)
+        self._step = jax.jit(step, donate_argnums=(2,))
         special = tokenizer.special
         # The session writes the frame of the dialogue; the model only what it says, and when it is done.
         never = tokenizer.control_ids - {special.silence, special.eot}
@@ -186,7 +184,7 @@ class Engine:
     def _encode_part(self, frames):
         batch = np.zeros((_bucket(len(frames), FRAME_BUCKETS), *frames[0].shape), np.uint8)
         batch[: len(frames)] = frames
-        return self._encode(self._params, batch)
+        return self._encode(self._encoder, batch)
 
     def _step_piece(self, state, rows, pool):
         slots, image = len(rows), self.tokenizer.special.image
@@ -216,7 +214,7 @@ class Engine:
                 count = feed.count[slot] = len(row.frames)
                 feed.index[slot, :count] = row.frames
                 feed.row[slot, :count] = [i for i, token in enumerate(row.tokens) if token == image]
-        return self._step(self._params, self._rules, state, tokens, lengths, new_turn, feed)
+        return self._step(self._decoder, self._rules, state, tokens, lengths, new_turn, feed)
 
 
 @jax.tree_util.register_dataclass
@@ -240,20 +238,28 @@ class _Feed:
     count: Int[Array, " B"]
 
 
-def _merge(graph, structure, leaves) -> MossVideo:
-    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+def _pure(module: nnx.Module, call: Callable) -> tuple[list[jax.Array], Callable]:
+    """A module's parameters as a plain list, and `call(module, ...)` as a function of that list.
+
+    JAX walks a list in C++ at every call, an `nnx.State` in Python.
+    """
+    graph, params = nnx.split(module)
+    leaves, structure = jax.tree.flatten(params)
+
+    def pure(leaves, *arguments):
+        return call(nnx.merge(graph, jax.tree.unflatten(structure, leaves)), *arguments)
+
+    return leaves, pure
 
 
-def _encode(merge, params, frames):
-    model = merge(params)
+def _encode(model, frames):
     vision = model.config.vision
     pixels = preprocess(frames, image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std)
     return model.encode(pixels)
 
 
-def _step(merge, sampling, params, rules, state, tokens, lengths, new_turn, feed):
+def _step(sampling, decoder, rules, state, tokens, lengths, new_turn, feed):
     """One step of all slots; see `Engine.step`."""
-    model = merge(params)
     slots = jnp.arange(tokens.shape[0])
     spoken = tokens[:, 0] == PENDING
     said = state.said
@@ -265,11 +271,11 @@ def _step(merge, sampling, params, rules, state, tokens, lengths, new_turn, feed
     stream = state.stream
     if feed is not None:
         position = stream.text.length[:, None] + feed.row
-        real = jnp.arange(feed.index.shape[1]) < feed.count[:, None]
-        stream = model.remember(stream, feed.pool[feed.index], position, mask=real)
-    hidden, stream = model.decode_hidden(stream, tokens, lengths=lengths)
+        bank = decoder.remember(stream.bank, feed.pool[feed.index], position, feed.count)
+        stream = dataclasses.replace(stream, bank=bank)
+    hidden, stream = decoder.decode(stream, tokens, lengths)
     last = hidden[slots, jnp.maximum(lengths - 1, 0)]
-    logits = model.decoder.logits(last[:, None])[:, 0]
+    logits = decoder.logits(last[:, None])[:, 0]
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rules.key, stream.text.length)
     drawn = sample(logits, sampling, keys=keys, allowed=rules.allowed, said=said)
     pending = jnp.where(lengths > 0, drawn, state.pending)

@@ -3,6 +3,7 @@
 Axes: H, W height and width of the frame, S side of the tile, `...` any leading axes.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -12,9 +13,11 @@ from jaxtyping import Array, Float, UInt8
 
 def fitted_size(height: int, width: int, image_size: int) -> tuple[int, int]:
     """Height and width, in whole pixels, of a frame scaled to fit a tile of `image_size`; never 0."""
-    # floor(height * scale) in whole numbers: in floats, 333 * (112 / 333) is less than 112.
-    longer = max(height, width)
-    return max(1, height * image_size // longer), max(1, width * image_size // longer)
+    # In floats and in this order, because the original's processor rounds so: 640 x 360 becomes 112 x 62.
+    scale_height, scale_width = image_size / height, image_size / width
+    if scale_width < scale_height:
+        return max(1, math.floor(height * scale_width)), image_size
+    return image_size, max(1, math.floor(width * scale_height))
 
 
 def preprocess(

@@ -151,9 +151,11 @@ def _open(path: str | os.PathLike) -> Iterator[tuple[av.container.InputContainer
         raise VideoError(f"{path} is {kind}; give the path of a video or an image")
     if file.stat().st_size == 0:
         raise VideoError(f"{path} is empty (0 bytes); copy or download it again")
+    # "file:" and "none" keep names like "a:b.mp4" and "%d.jpg" from being read as protocols and patterns.
+    # No options where none is needed: before version 18, PyAV crashes on FLV files with any.
+    options = {"pattern_type": "none"} if "%" in str(path) else {}
     try:
-        # "file:" and "none" keep names like "a:b.mp4" and "%d.jpg" from being read as protocols and patterns.
-        container = av.open(f"file:{os.fspath(path)}", options={"pattern_type": "none"})
+        container = av.open(f"file:{os.fspath(path)}", options=options)
     except (av.FFmpegError, OSError) as error:
         if isinstance(error, PermissionError):
             raise VideoError(f"{path} may not be read by this user; change its permissions") from error

@@ -172,7 +172,7 @@ def test_the_state_is_donated(make_engine):
 def test_the_token_program_has_no_loop(make_engine):
     engine = make_engine()
     arguments = (np.full((1, 1), PENDING, np.int32), np.ones(1, np.int32), np.zeros(1, bool), None)
-    lowered = engine._step.lower(engine._params, engine._rules, engine.start(), *arguments)
+    lowered = engine._step.lower(engine._decoder, engine._rules, engine.start(), *arguments)
     assert "stablehlo.while" not in lowered.as_text()
 
 

@@ -338,7 +338,7 @@ def test_the_cover_of_a_song_is_no_video(tmp_path, draw, encode_audio):
         audio = song.add_stream("aac", rate=48_000)
         cover = song.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 160, 96, "yuvj444p"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value
         song.mux(cover.encode(av.VideoFrame.from_ndarray(draw(1), format="rgb24")))
         song.mux(cover.encode(None))
         for frame in sound.decode(audio=0):

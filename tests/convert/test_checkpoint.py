@@ -1,0 +1,339 @@
+"""Checkpoint folders: both spellings, one file or shards, what comes back, and all that can be wrong."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import moss_jax
+from moss_jax import CheckpointError
+from moss_jax.convert import checkpoint, configs, load_config, names
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def same(a, b):
+    """Two models have the same parameters, bit for bit."""
+    assert a.config == b.config
+    pairs = zip(nnx.to_flat_state(nnx.state(a)), nnx.to_flat_state(nnx.state(b)), strict=True)
+    for (path, x), (other, y) in pairs:
+        assert path == other
+        assert x.dtype == y.dtype, path
+        assert np.asarray(x[...]).tobytes() == np.asarray(y[...]).tobytes(), path
+
+
+def respelt(name):
+    """The name that transformers 5 gives a tensor."""
+    if name == "language_model.lm_head.weight":
+        return "lm_head.weight"
+    return "model." + name.replace("language_model.model.", "language_model.")
+
+
+@pytest.fixture
+def folder(golden, tmp_path):
+    """A copy of the golden checkpoint that a test may break."""
+    for name in ("config.json", SINGLE):
+        shutil.copyfile(golden.folder / name, tmp_path / name)
+    return tmp_path
+
+
+def rewrite(folder, change):
+    """Passes the tensors of a checkpoint through `change`."""
+    save_file(change(load_file(folder / SINGLE)), folder / SINGLE)
+
+
+# ------------------------------------------------------------------------------------------- there and back
+
+
+def test_both_spellings_load_alike(golden, folder):
+    rewrite(folder, lambda tensors: {respelt(name): tensor for name, tensor in tensors.items()})
+    held = set(load_file(folder / SINGLE))
+    assert {
+        "lm_head.weight",
+        "model.language_model.norm.weight",
+        "model.vision_model.class_embedding",
+    } <= held
+    same(moss_jax.load(folder), golden.model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shard_bytes", [10**9, 200_000])
+def test_what_is_saved_comes_back_bit_for_bit(golden, tmp_path, dtype, shard_bytes):
+    model = moss_jax.load(golden.folder, dtype=dtype)
+    saved = moss_jax.save(tmp_path / "new" / "saved", model, shard_bytes=shard_bytes)
+    same(moss_jax.load(saved, dtype=dtype), model)
+    assert json.loads((saved / "config.json").read_text())["torch_dtype"] == dtype
+    assert not any(path.name.startswith(".") for path in saved.parent.iterdir())
+    if shard_bytes == 10**9:
+        assert {path.name for path in saved.iterdir()} == {"config.json", "preprocessor_config.json", SINGLE}
+        tensors = load_file(saved / SINGLE)
+        assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(dtype)}
+        return
+    index = json.loads((saved / INDEX).read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 2
+    assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    tensors = {}
+    for shard in shards:
+        held = load_file(saved / shard)
+        assert {index["weight_map"][name] for name in held} == {shard}
+        assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= shard_bytes
+        tensors |= held
+    assert set(tensors) == set(index["weight_map"])
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_the_saved_tensors_are_the_originals(golden, tmp_path):
+    saved = load_file(moss_jax.save(tmp_path / "saved", golden.model) / SINGLE)
+    original = load_file(golden.folder / SINGLE)
+    assert set(saved) == set(original)
+    for name, tensor in original.items():
+        assert saved[name].tobytes() == tensor.tobytes(), name
+
+
+@pytest.mark.parametrize("mode", ["max", "bilinear", "channelFusion"])
+def test_every_compressor_comes_back(small_config, random_model, tmp_path, mode):
+    model = random_model(small_config(mode))
+    same(moss_jax.load(moss_jax.save(tmp_path / "saved", model)), model)
+
+
+def test_loading_rounds_to_the_dtype_asked_for(golden):
+    half = moss_jax.load(golden.folder, dtype="bfloat16")
+    assert half.dtype == ml_dtypes.bfloat16
+    full = np.asarray(golden.model.decoder.embedding[...])
+    np.testing.assert_array_equal(half.decoder.embedding[...], full.astype(ml_dtypes.bfloat16))
+
+
+def test_options_of_load_are_part_of_the_config(golden):
+    model = moss_jax.load(golden.folder, rows_before_first_frame="attend", attention="xla")
+    assert model.config.rows_before_first_frame == "attend"
+    assert model.config.attention == "xla"
+    assert load_config(golden.folder) == golden.model.config
+
+
+def test_the_normalisation_comes_back(golden, tmp_path):
+    saved = moss_jax.save(tmp_path / "saved", golden.model)
+    preprocessor = json.loads((saved / "preprocessor_config.json").read_text())
+    preprocessor |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+    (saved / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    vision = moss_jax.load(saved).config.vision
+    assert (vision.image_mean, vision.image_std) == ((0.5,) * 3, (0.25,) * 3)
+    again = moss_jax.save(tmp_path / "again", moss_jax.load(saved))
+    assert load_config(again).vision == vision
+
+
+def test_a_tokenizer_is_copied_along(golden, tmp_path):
+    tokenizer = tmp_path / "some.json"
+    tokenizer.write_text("{}")
+    saved = moss_jax.save(tmp_path / "saved", golden.model, tokenizer=tokenizer)
+    assert (saved / "tokenizer.json").read_text() == "{}"
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+def refuses(folder, *messages):
+    with pytest.raises(CheckpointError) as error:
+        moss_jax.load(folder)
+    for message in (str(folder), *messages):
+        assert message in str(error.value)
+
+
+def test_all_wrong_tensors_are_in_one_error(folder):
+    def spoil(tensors):
+        del tensors["vision_model.class_embedding"]
+        tensors["language_model.model.layers.9.mlp.up_proj.weight"] = np.zeros(3, np.float32)
+        tensors["multi_modal_projector.bias"] = np.zeros((63,), np.float32)
+        return tensors
+
+    rewrite(folder, spoil)
+    refuses(
+        folder,
+        "missing vision_model.class_embedding",
+        "surplus language_model.model.layers.9.mlp.up_proj.weight",
+        "multi_modal_projector.bias has shape [63], not [64]",
+    )
+
+
+def test_a_long_list_is_cut_and_counted(folder):
+    rewrite(folder, lambda tensors: {"lm_head.weight": tensors["language_model.lm_head.weight"]})
+    refuses(folder, "missing vision_model.class_embedding", f"and {142 - checkpoint.LISTED} more")
+
+
+def test_a_truncated_file(folder):
+    whole = (folder / SINGLE).read_bytes()
+    for size in (0, 5, 1000, len(whole) - 1):
+        (folder / SINGLE).write_bytes(whole[:size])
+        refuses(folder, f"{SINGLE} is missing, truncated or damaged")
+
+
+def test_a_missing_and_a_broken_shard_are_in_one_error(golden, tmp_path):
+    saved = moss_jax.save(tmp_path / "saved", golden.model, shard_bytes=200_000)
+    first, second, *_ = sorted(saved.glob("model-*"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    refuses(saved, f"{first.name} is missing", f"{second.name} is missing, truncated or damaged")
+
+
+def test_no_weights(folder):
+    (folder / SINGLE).unlink()
+    refuses(folder, f"has neither {SINGLE} nor {INDEX}")
+
+
+def test_no_folder_and_no_config(folder):
+    refuses(folder / "elsewhere", "there is no such folder")
+    refuses(folder / SINGLE, "there is no such folder")
+    (folder / "config.json").unlink()
+    refuses(folder, "it has no config.json")
+
+
+def test_an_index_without_shards(folder):
+    for index in ({}, {"weight_map": ["model.safetensors"]}):
+        (folder / INDEX).write_text(json.dumps(index))
+        refuses(folder, f"{INDEX} has no weight_map")
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "mllama"', "[]", "", "\xff"])
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", INDEX])
+def test_broken_json(folder, name, text):
+    (folder / name).write_bytes(text.encode("latin-1"))
+    refuses(folder, name, "must hold a JSON object" if text == "[]" else "not readable JSON")
+
+
+def test_an_unknown_model_type(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "qwen2_vl"}
+    (folder / "config.json").write_text(json.dumps(config))
+    refuses(folder, "model_type 'qwen2_vl'; this loads mllama and video_mllama")
+
+
+def test_a_setting_that_cannot_work(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"mllama_pool_stride": 9}
+    (folder / "config.json").write_text(json.dumps(config))
+    refuses(folder, "pool stride 9 exceeds the patch grid of 4")
+
+
+def test_saves_into_new_and_empty_folders_only(golden, tmp_path):
+    (tmp_path / "empty").mkdir()
+    moss_jax.save(tmp_path / "empty", golden.model)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for taken in (tmp_path / "empty", tmp_path / "empty" / "config.json"):
+        with pytest.raises(CheckpointError, match=f"^{re.escape(str(taken))} exists and is not empty"):
+            moss_jax.save(taken, golden.model)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_save_that_fails_leaves_nothing_behind(golden, tmp_path, monkeypatch, error):
+    calls = []
+
+    def fails_midway(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise error("no space left")
+        save_file(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", fails_midway)
+    with pytest.raises(error):
+        moss_jax.save(tmp_path / "saved", golden.model, shard_bytes=200_000)
+    assert len(calls) == 3
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- processes of their own
+
+
+def run_python(code, *arguments, **environment):
+    """Runs a program on the CPU in a process of its own; returns the JSON that it prints last."""
+    root = os.path.dirname(os.path.dirname(moss_jax.__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+ON_A_MESH = """
+import json, sys
+import jax, numpy as np
+from flax import nnx
+import moss_jax
+from moss_jax.sharding import make_mesh, named_sharding
+
+mesh = make_mesh(data=2, fsdp=2, tensor=2)
+model = moss_jax.load(sys.argv[1], mesh=mesh)
+vectors = np.load(sys.argv[1] + "/vectors.npz")
+graph, params = nnx.split(model)
+for path, variable in nnx.to_flat_state(params):
+    expected = named_sharding(variable.get_metadata()["axes"], variable.shape, mesh)
+    assert variable[...].sharding == expected, (path, variable[...].sharding)
+
+pixels = vectors["pixel_values"][:, :, 0].transpose(0, 1, 3, 4, 2)
+batch = [vectors["input_ids"].astype("int32"), pixels, vectors["frame_positions"].astype("int32")]
+axes = [("batch",) + (None,) * (x.ndim - 1) for x in batch]
+batch = [jax.device_put(x, named_sharding(a, x.shape, mesh)) for x, a in zip(batch, axes)]
+logits = jax.jit(lambda params, *batch: nnx.merge(graph, params)(*batch))(params, *batch)
+kernel = model.decoder.layers[0].attention.qkv.kernel[...]
+print(json.dumps({
+    "devices": len(jax.devices()),
+    "error": float(np.abs(logits - vectors["logits_causal"]).max()),
+    "kernel": [kernel.shape, kernel.addressable_shards[0].data.shape],
+}))
+"""
+
+
+def test_loads_onto_a_mesh(golden):
+    found = run_python(ON_A_MESH, golden.folder, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert found["devices"] == 8
+    assert found["kernel"] == [[64, 2, 4, 16], [32, 1, 4, 16]]
+    assert found["error"] <= 1e-4
+
+
+PEAK_OF_LOADING = """
+import json, resource, sys
+import jax, numpy as np
+import moss_jax
+
+jax.device_put(np.zeros(3)).block_until_ready()
+with open("/proc/self/statm") as file:
+    before = int(file.read().split()[1]) * resource.getpagesize()
+model = moss_jax.load(sys.argv[1], dtype="bfloat16")
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_holds_one_parameter_at_a_time(small_config, tmp_path):
+    config = small_config()
+    wide = dataclasses.replace(
+        config.decoder, vocab_size=2000, hidden_size=1024, intermediate_size=4096, num_layers=6
+    )
+    config = dataclasses.replace(config, decoder=wide)
+    raw, _ = configs.to_hugging_face(config)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    tensors, largest = {}, 0
+    for entry in names.entries(config):
+        parts = [np.zeros(shape, ml_dtypes.bfloat16) for shape in entry.shapes]
+        tensors |= zip(entry.names, parts, strict=True)
+        largest = max(largest, sum(part.nbytes for part in parts))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    save_file(tensors, tmp_path / SINGLE)
+    # With the threshold, glibc gives memory back as soon as it is freed.
+    peak = run_python(PEAK_OF_LOADING, tmp_path, MALLOC_MMAP_THRESHOLD_="65536")
+    (tmp_path / SINGLE).unlink()
+    # The parameters, the mapped file (whose pages count), and copies of one parameter on its way.
+    assert peak > size
+    assert peak < 2 * size + 3 * largest + 0.1 * size

@@ -1,0 +1,70 @@
+"""Where logical axes lie on a mesh."""
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moss_jax.sharding import MESH_AXES, RULES, make_mesh, named_sharding, partition_spec
+
+MESH = AbstractMesh((2, 4, 2), MESH_AXES)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("embed", "mlp"), (16, 8), P("fsdp", "tensor")),
+        (("mlp", "embed"), (8, 16), P("tensor", "fsdp")),
+        (("embed", "kv_heads", "group_and_kv", "head_dim"), (16, 2, 6, 4), P("fsdp", "tensor", None, None)),
+        (("heads", "head_dim", "embed"), (4, 8, 16), P("tensor", None, "fsdp")),
+        (("embed", "vocab"), (16, 10), P("fsdp", "tensor")),
+        (("batch", None), (16, 3), P(("data", "fsdp"), None)),
+        ((None,), (5,), P(None)),
+        ((), (), P()),
+    ],
+)
+def test_specs(axes, shape, expected):
+    assert partition_spec(axes, shape, MESH) == expected
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("embed", "mlp"), (6, 8), P(None, "tensor")),
+        (("embed", "mlp"), (16, 7), P("fsdp", None)),
+        # Data times fsdp are 8 devices: what 4 of them would divide stays whole all the same.
+        (("batch",), (4,), P(None)),
+    ],
+)
+def test_what_a_mesh_does_not_divide_stays_whole(axes, shape, expected):
+    assert partition_spec(axes, shape, MESH) == expected
+
+
+def test_a_mesh_axis_is_used_once():
+    assert partition_spec(("embed", "embed"), (16, 16), MESH) == P("fsdp", None)
+    assert partition_spec(("heads", "mlp"), (4, 4), MESH) == P("tensor", None)
+    assert partition_spec(("batch", "embed"), (16, 16), MESH) == P(("data", "fsdp"), None)
+    # The first axis that can take it, takes it.
+    assert partition_spec(("heads", "mlp"), (3, 4), MESH) == P(None, "tensor")
+
+
+def test_axes_and_shape_must_agree():
+    with pytest.raises(ValueError, match="longer than argument"):
+        partition_spec(("embed",), (16, 8), MESH)
+
+
+def test_rules_name_axes_of_the_mesh():
+    assert {axis for places in RULES.values() for axis in places} <= set(MESH_AXES)
+
+
+def test_a_mesh_of_one_device():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    # With explicit axes every operation between sharded arrays would have to name its result's sharding.
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert named_sharding(("embed",), (4,), mesh) == NamedSharding(mesh, P("fsdp"))
+
+
+def test_a_mesh_needs_its_number_of_devices():
+    with pytest.raises(ValueError, match=r"a mesh of 2 x 3 x 1 needs 6 devices, not 5"):
+        make_mesh(data=2, fsdp=3, devices=[None] * 5)
