@@ -121,10 +121,11 @@ def decode(engine: Engine, pool: jax.Array, args: argparse.Namespace) -> dict:
     jax.block_until_ready(drawn)
     compile_s = time.monotonic() - started
 
-    visible, ahead = [], []
+    dispatch, visible, ahead = [], [], []
     for _ in range(args.tokens):
         started = time.monotonic()
         state, drawn = engine.step(state, row)
+        dispatch.append(time.monotonic() - started)
         int(jax.device_get(drawn.tokens)[0])
         visible.append(time.monotonic() - started)
     for _ in range(3):
@@ -135,6 +136,7 @@ def decode(engine: Engine, pool: jax.Array, args: argparse.Namespace) -> dict:
         ahead.append((time.monotonic() - started) / args.tokens)
     return {
         "token_compile_s": compile_s,
+        "token_ms_dispatch": 1e3 * statistics.median(dispatch),
         "token_ms_host_visible": 1e3 * statistics.median(visible),
         "token_ms_host_visible_p95": 1e3 * statistics.quantiles(visible, n=20)[-1],
         "token_ms_dispatched_ahead": 1e3 * statistics.median(ahead),
