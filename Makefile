@@ -12,7 +12,7 @@ demo: .venv/installed
 		--prompt "What is on the table?" --prompt "And now?" --prompt-at 6.5
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -156,11 +156,11 @@ def random_model():
         rng = np.random.default_rng(seed)
         graph, params = nnx.split(nnx.eval_shape(lambda: MossVideo(config, rngs=nnx.Rngs(0), dtype=dtype)))
 
-        def draw(path, like):
-            noise = rng.standard_normal(like.shape)
-            centre, spread = (1, 0.1) if path[-2].key == "weight" else (0, 0.2)
-            return jax.numpy.asarray(centre + spread * noise, like.dtype)
-
-        return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, params))
+        drawn = []
+        for path, variable in nnx.to_flat_state(params):
+            centre, spread = (1, 0.1) if path[-1] == "weight" else (0, 0.2)
+            value = centre + spread * rng.standard_normal(variable.shape)
+            drawn.append((path, variable.replace(jax.numpy.asarray(value, variable.dtype))))
+        return nnx.merge(graph, nnx.from_flat_state(drawn))
 
     return make

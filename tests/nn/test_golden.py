@@ -24,7 +24,8 @@ def test_features_after_each_stage(golden, platform):
     @jax.jit
     def stages(pixels):
         vision = golden.model.vision(pixels)
-        return vision, golden.model.compressor(vision), golden.model.encode(pixels)
+        pooled = golden.model.compressor(vision)
+        return vision, pooled, golden.model.projector(pooled)
 
     vision, pooled, projected = stages(golden.pixels.reshape(-1, *golden.pixels.shape[2:]))
     close(vision, frames(golden, "vision_features"))

@@ -434,7 +434,7 @@ def test_lockstep_does_not_depend_on_when_things_are_pushed(scripted, tokenizer)
 # ------------------------------------------------------------------------------------ with a real engine
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.95}])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_k": 50, "repetition_penalty": 1.3}])
 def test_slots_of_one_session_say_what_they_say_alone(make_engine, frames, sampling):
     scripts = {
         0: [(0.0, frames[0]), (1.0, frames[1]), (1.5, "What?"), (2.0, frames[2])],

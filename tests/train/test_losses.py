@@ -10,6 +10,8 @@ from moss_jax.convert import to_hugging_face
 from moss_jax.train.losses import IGNORED, next_token_loss
 
 SILENCE_WEIGHT = 0.1
+# Of gradients; that of one gate is a sum that nearly cancels, and GPUs add in another order.
+TOLERANCE = {"cpu": 1e-4, "gpu": 1e-3}
 
 
 @pytest.mark.parametrize(
@@ -53,12 +55,13 @@ def test_gradients(golden, platform):
     tensors = dict(to_hugging_face(golden.model.config, gradient))
     assert set(tensors) == set(expected["norm_names"])
     for name, norm in zip(expected["norm_names"], expected["norms"], strict=True):
-        assert np.linalg.norm(tensors[name].astype(np.float64)) == pytest.approx(norm, rel=1e-4), name
+        actual = np.linalg.norm(tensors[name].astype(np.float64))
+        assert actual == pytest.approx(norm, rel=TOLERANCE[platform]), name
     full = {key.removeprefix("grad:"): of for key, of in expected.items() if key.startswith("grad:")}
     assert len(full) == 8
     for name, tensor in full.items():
         error = np.abs(tensors[name] - tensor).max()
-        assert error <= 1e-4 * np.abs(tensor).max(), name
+        assert error <= TOLERANCE[platform] * np.abs(tensor).max(), name
 
 
 def definition(logits, labels, silence_id, weight):

@@ -17,7 +17,7 @@ from moss_jax.ops.attention import IMPLEMENTATIONS, Arguments, KeyRange, Unsuppo
 ALL = ("float32", "bfloat16", "float16")
 
 # Largest error of an output and of a gradient, as a share of the largest number in it (or of 1).
-TOLERANCE = {"float32": (3e-6, 3e-5), "bfloat16": (1.5e-2, 3e-2), "float16": (2e-3, 4e-3)}
+TOLERANCE = {"float32": (1e-5, 5e-5), "bfloat16": (1.5e-2, 3e-2), "float16": (2e-3, 4e-3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +269,7 @@ def test_large_scores_and_a_scale(variant, platform, dtype, G, D):
     k = (k * np.linspace(0, 8, S)[:, None]).astype(k.dtype)
     start, end = np.zeros((B, T), int), np.full((B, T), S)
     out = run(q, k, v, None, None, None, variant=variant, scale=4.0)
-    close(out, definition(q, k, v, None, start, end, 4.0), 10 * TOLERANCE[dtype][0], "scale")
+    close(out, definition(q, k, v, None, start, end, 4.0), max(1e-3, TOLERANCE[dtype][0]), "scale")
 
 
 @every_variant("dtype, G, D, with_bias", GRADIENT_SHAPES, by_block=2)

@@ -1,0 +1,104 @@
+"""Fixtures of the streams' tests: a small engine, and one that says what a test has written down for it."""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moss_jax.config import EngineConfig, TokenSampling
+from moss_jax.nn import MossVideo
+from moss_jax.stream import PENDING, Drawn, Engine
+from moss_jax.text import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.moss_tiny()
+
+
+@pytest.fixture(scope="session")
+def model(small_config, random_model, tokenizer) -> MossVideo:
+    """Random weights, large enough that frames and tokens matter to what is said."""
+    config = small_config()
+    decoder = dataclasses.replace(config.decoder, vocab_size=tokenizer.vocab_size, max_positions=4096)
+    return random_model(dataclasses.replace(config, decoder=decoder))
+
+
+@pytest.fixture(scope="session")
+def make_engine(model, tokenizer) -> Callable[..., Engine]:
+    """Engines over the one small model; those of equal settings are shared, and so their programs."""
+    made: dict = {}
+
+    def make(*, slots=1, text_capacity=512, bank_capacity=32, **sampling) -> Engine:
+        config = EngineConfig(slots=slots, text_capacity=text_capacity, bank_capacity=bank_capacity)
+        key = (config, TokenSampling(**sampling))
+        if key not in made:
+            made[key] = Engine(model, tokenizer, *key)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def frames() -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 256, (24, 32, 3), dtype=np.uint8) for _ in range(16)]
+
+
+@dataclasses.dataclass
+class ScriptedState:
+    """Every token of each slot so far, and the one that is pending."""
+
+    context: list[list[int]]
+    pending: list[int | None]
+
+
+class ScriptedEngine:
+    """Stands in for an engine where a test is about the dialogue and not about the model.
+
+    `says` maps a slot to the tokens that it draws, one after the other; then it is silent.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, says: dict[int, list[int]] | list[int], config: EngineConfig):
+        self.tokenizer, self.config = tokenizer, config
+        says = {0: says} if isinstance(says, list) else says
+        self.script = {slot: collections.deque(tokens) for slot, tokens in says.items()}
+        self.seen: list[int] = []
+        self.state: ScriptedState | None = None
+        self.before_step: Callable[[], None] = lambda: None
+
+    def start(self) -> ScriptedState:
+        slots = self.config.slots
+        self.state = ScriptedState([[] for _ in range(slots)], [None] * slots)
+        return self.state
+
+    def encode(self, frames):
+        # What a frame is known by: its first pixel.
+        return [int(frame[0, 0, 0]) for frame in frames]
+
+    def step(self, state, rows, pool=None):
+        self.before_step()
+        drawn = np.zeros(len(rows), np.int32)
+        for slot, row in enumerate(rows):
+            if row is None:
+                continue
+            tokens = [state.pending[slot] if t == PENDING else t for t in row.tokens]
+            assert sum(t == self.tokenizer.special.image for t in tokens) == len(row.frames)
+            self.seen += [pool[i] for i in row.frames]
+            state.context[slot] += tokens
+            script = self.script.get(slot)
+            drawn[slot] = script.popleft() if script else self.tokenizer.special.silence
+            state.pending[slot] = int(drawn[slot])
+        return state, Drawn(jnp.asarray(drawn), jnp.zeros((len(rows), 1)))
+
+
+@pytest.fixture
+def scripted(tokenizer) -> Callable[..., ScriptedEngine]:
+    def make(says=(), *, slots=1, text_capacity=4096, bank_capacity=256) -> ScriptedEngine:
+        says = says if isinstance(says, dict) else list(says)
+        return ScriptedEngine(tokenizer, says, EngineConfig(slots, text_capacity, bank_capacity))
+
+    return make
