@@ -22,6 +22,9 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
         return "it has no range of keys per query"
     if arguments.bias is not None:
         return "a bias per key would have to be spread over all queries"
+    queries, keys = arguments.q.shape[1], arguments.k.shape[2]
+    if queries % 2 or keys % 2:
+        return f"its backward pass needs even numbers of queries and keys, not {queries} and {keys}"
     head_dim = arguments.q.shape[-1]
     if head_dim % 8 or head_dim > 128:
         return f"head_dim {head_dim} is not a multiple of 8 up to 128"

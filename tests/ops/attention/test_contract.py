@@ -53,7 +53,7 @@ GRADIENT_SHAPES = [("float32", 4, 64, True), ("bfloat16", 4, 128, False), ("floa
 DENSE_SHAPES = [shape[:3] for shape in SHAPES]
 DENSE_GRADIENT_SHAPES = [shape[:3] for shape in GRADIENT_SHAPES]
 
-B, T, S, K = 3, 5, 40, 2
+B, T, S, K = 3, 6, 40, 2
 BLOCK = 16  # Does not divide S.
 
 
