@@ -19,7 +19,7 @@ from moss_jax.serving.models import open_model
 from moss_jax.serving.terminal import print_json, print_transcript
 from moss_jax.stream import Engine, Session, SessionError, answer
 from moss_jax.text import TokenizerError
-from moss_jax.video import VideoError, probe, sample_clip, sample_file
+from moss_jax.video import VideoError, probe, sample_clip, sample_file, timeline
 
 BAD_INPUT = (CheckpointError, ConfigError, SessionError, TokenizerError, VideoError)
 DEFAULTS = Path(__file__).parent / "configs" / "serve.gin"
@@ -45,14 +45,19 @@ def run(args: argparse.Namespace) -> None:
     gin_bindings.parse([str(DEFAULTS), *args.gin_file], args.gin_param)
     sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
     session_config = override(gin_bindings.settings(SessionConfig), clock=args.clock)
-    engine_config = gin_bindings.settings(EngineConfig)
+    engine_config = override(gin_bindings.settings(EngineConfig), slots=1)
     token_sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
 
     info = probe(args.video)
     prompts = sorted(args.prompt, key=lambda p: p.at)
-    late = [p for p in prompts if info.duration is not None and p.at > info.duration]
+    duration = info.duration
+    if duration is None:
+        # Some files don't say how long they are; then their packets do.
+        last = timeline(args.video)[-1]
+        duration = last.time + (last.duration or 0)
+    late = [p for p in prompts if p.at > duration]
     if late:
-        raise ConfigError(f"--prompt-at {late[0].at:g} is beyond the clip, which lasts {info.duration:.1f} s")
+        raise ConfigError(f"--prompt-at {late[0].at:g} is beyond the clip, which lasts {duration:.1f} s")
     if args.offline and len(prompts) != 1:
         raise ConfigError(f"--offline answers one --prompt about the whole clip, not {len(prompts)}")
     if args.offline and prompts[0].at:
@@ -60,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
     opened = open_model(args.checkpoint)
     engine = Engine(opened.model, opened.tokenizer, engine_config, token_sampling)
-    length = f" · {info.duration:.1f} s" if info.duration else ""
+    length = f" · {duration:.1f} s" if duration else ""
     mode = "offline" if args.offline else session_config.clock
     heading = (
         f"{Path(args.video).name} · {info.width}×{info.height}{length} · {sampling.fps:g} fps · {mode}\n"

@@ -16,7 +16,6 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -46,7 +45,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
-    result = {"command": " ".join(["python", *sys.argv]), "device": device(), "versions": versions()}
+    settings = [f"--{name} {value}" for name, value in vars(args).items() if name != "out"]
+    command = f"python benchmarks/live.py {' '.join(settings)}"
+    result = {"command": command, "device": device(), "versions": versions()}
     result |= run(args)
     text = json.dumps(result, indent=2)
     print(text)

@@ -1,6 +1,5 @@
 """serve.py as a user runs it: on real files, in a process of its own, with all that can be wrong."""
 
-import dataclasses
 import json
 import signal
 import subprocess
@@ -8,47 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from flax import nnx
 
 import moss_jax
 import serve
-from moss_jax.config import PRESETS
 from moss_jax.stream import Counters
-from moss_jax.text import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "assets" / "demo.mp4"
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, model, tokenizer):
     """A checkpoint that loads and compiles quickly."""
-    tiny = PRESETS["moss_tiny"]()
-    config = dataclasses.replace(
-        tiny,
-        vision=dataclasses.replace(
-            tiny.vision,
-            image_size=28,
-            hidden_size=16,
-            intermediate_size=16,
-            num_layers=2,
-            num_global_layers=1,
-            num_heads=2,
-            intermediate_layers=(0,),
-        ),
-        decoder=dataclasses.replace(
-            tiny.decoder,
-            hidden_size=32,
-            intermediate_size=32,
-            num_layers=2,
-            num_heads=2,
-            num_kv_heads=1,
-            cross_attention_layers=(1,),
-        ),
-    )
-    folder = tmp_path_factory.mktemp("checkpoint") / "small"
-    moss_jax.save(folder, moss_jax.MossVideo(config, rngs=nnx.Rngs(0)))
-    Tokenizer.moss_tiny().save(folder)
+    folder = moss_jax.save(tmp_path_factory.mktemp("checkpoint") / "small", model)
+    tokenizer.save(folder)
     return folder
 
 

@@ -105,6 +105,7 @@ class MossVideo(nnx.Module):
         Args:
           features: from `encode`.
           position: that of the frame's `<|image|>` token. It sees the frame, and so does all that follows.
+            Never before the frames that the bank holds already.
           mask: which slots remember; with F frames, which of them, the real ones first.
 
         Raises:
