@@ -76,7 +76,7 @@ def test_the_transcript_says_what_it_is(checkpoint):
     result = run("--video", DEMO, "--checkpoint", checkpoint, "--prompt", "What?", "--fps", "0.5")
     assert result.returncode == 0, result.stderr
     assert "demo.mp4 · 320×240 · 12.0 s · 0.5 fps · lockstep" in result.stdout
-    assert "  0:00  What?" in result.stdout
+    assert "  0:00  › What?" in result.stdout
     assert "6 frames" in result.stdout
 
 

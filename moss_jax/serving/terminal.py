@@ -13,6 +13,7 @@ from moss_jax.stream import End, Event, Frame, Interrupted, Silence, Text, Turn
 
 # Columns before the text: a stream time such as " 12:34  " and the speaker's.
 MARGIN = 8
+PROMPT = "›"
 SILENCE = "·"
 FRAME_WHILE_SPEAKING = "▫"
 
@@ -58,7 +59,7 @@ class Transcript:
             case Turn():
                 if event.prompt:
                     self._start("turn", event)
-                    self._write(f"{event.prompt}", "bold cyan")
+                    self._write(f"{PROMPT} {printable(event.prompt)}", "bold cyan")
                     self._end_line()
             case Frame():
                 if self._line == "text":

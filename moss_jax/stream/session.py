@@ -249,7 +249,7 @@ class _Slot:
         self._prompt = prompt
         self._inbox: list[_Inbound] = []
         self._counts = dict.fromkeys((f.name for f in dataclasses.fields(Counters)), 0)
-        # The token that the next row begins with, its text if the model is in the middle of an answer.
+        # The token that the next row begins with: the one that was drawn, or silence in place of <|eot_id|>.
         self._pending: int = PENDING
         self._speaking = False
         self._said = ""
@@ -266,13 +266,17 @@ class _Slot:
 
     def receive(self, inbound: _Inbound) -> None:
         self.latest = max(self.latest, inbound.time)
+        if inbound.rgb is not None and self._config.clock == "realtime":
+            self._make_room()
+        heapq.heappush(self._inbox, inbound)
+
+    def _make_room(self) -> None:
+        """Drops the oldest waiting frame of a full inbox."""
         waiting = [i for i in self._inbox if i.rgb is not None]
-        full = self._config.clock == "realtime" and len(waiting) >= self._config.inbox_frames
-        if inbound.rgb is not None and full:
+        if len(waiting) >= self._config.inbox_frames:
             self._inbox.remove(min(waiting))
             heapq.heapify(self._inbox)
             self._counts["frames_dropped"] += 1
-        heapq.heappush(self._inbox, inbound)
 
     def plan(self, wall: float) -> _Plan | None:
         """What to do now; None if there is nothing to do until something is pushed."""

@@ -42,9 +42,9 @@ def transcript(events, width=100, **options) -> str:
 def test_a_transcript_reads_like_one():
     assert transcript(STORY).splitlines() == [
         "  0:00  · · · ",
-        "  1:01  What is there?",
+        "  1:01  › What is there?",
         "  1:01  A red▫ card — cut",
-        "  1:02  And now?",
+        "  1:02  › And now?",
         "  1:02  Nothing.",
         "  1:02  · ",
         "",
