@@ -18,7 +18,7 @@ from moss_jax.serving.feed import watch
 from moss_jax.serving.models import open_model
 from moss_jax.serving.terminal import print_json, print_transcript
 from moss_jax.stream import Engine, Session, SessionError, answer
-from moss_jax.text import TokenizerError
+from moss_jax.text import TokenizerError, chat
 from moss_jax.video import VideoError, probe, sample_clip, sample_file, timeline
 
 BAD_INPUT = (CheckpointError, ConfigError, SessionError, TokenizerError, VideoError)
@@ -74,11 +74,12 @@ def run(args: argparse.Namespace) -> None:
     if args.offline:
         limit = min(sampling.max_frames, engine_config.bank_capacity)
         frames = sample_clip(args.video, override(sampling, max_frames=limit))
-        events = answer(engine, frames, prompts[0].text)
+        events = answer(engine, frames, prompts[0].text, system=args.system)
     else:
         # What is asked at the beginning is the first user turn; without it the model watches unasked.
         first = prompts.pop(0).text if prompts and prompts[0].at == 0 else ""
-        session = Session(engine, session_config, prompt=first)
+        system = chat.SYSTEM_PROMPT if args.system is None else args.system
+        session = Session(engine, session_config, system=system, prompt=first)
         timed = [(p.at, p.text) for p in prompts]
         lengths = [len(session.check_prompt(text)) for _, text in timed]
         if session_config.clock == "realtime":
@@ -131,6 +132,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--checkpoint", type=Path, metavar="DIR", help="folder in Hugging Face layout; else the shipped model"
     )
+    add("--system", metavar="TEXT", help="system prompt of the model; empty for none")
     add("--seed", type=int, help="of the sampling")
     add("--json", action="store_true", help="one JSON object for each event instead of a transcript")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings, over the defaults")

@@ -63,6 +63,15 @@ def test_a_real_file_becomes_events_and_the_same_ones_again(checkpoint, tmp_path
     assert set(first[-1]["counters"]) == set(Counters.__dataclass_fields__)
 
 
+def test_the_system_prompt_can_be_set(checkpoint, fails):
+    arguments = ["--video", DEMO, "--checkpoint", checkpoint]
+    arguments += ["--gin_param", "EngineConfig.text_capacity = 60"]
+    assert "text capacity is 60" in fails(*arguments)
+    assert "text capacity is 60" in fails(*arguments, "--system", "watch " * 100)
+    told = events(run(*arguments, "--system", "", "--json", "--fps", "0.25"))
+    assert told[-1]["type"] == "end"
+
+
 def test_offline_reads_the_clip_and_then_answers(checkpoint):
     told = events(
         run("--video", DEMO, "--checkpoint", checkpoint, "--json", "--offline", "--prompt", "What?")

@@ -3,7 +3,6 @@
 import contextlib
 import heapq
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from moss_jax.stream import End, Event, Session
@@ -66,11 +65,12 @@ class _Feeder(threading.Thread):
             self._session.finish()
 
     def _feed(self, frames: Iterator[Frame]) -> None:
-        started = time.monotonic()
         timed = ((frame.time, 1, frame) for frame in frames)
         for at, is_frame, item in heapq.merge(self._prompts, timed, key=lambda x: x[:2]):
             if self._paced:
-                self._closed.wait(max(0.0, at - (time.monotonic() - started)))
+                # By the session's clock, which may begin later than this thread.
+                while (ahead := at - self._session.now()) > 0 and not self._closed.wait(ahead):
+                    pass
             elif is_frame:
                 self.room.acquire()
             if self._closed.is_set():

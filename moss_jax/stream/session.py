@@ -107,11 +107,15 @@ class Session:
         self._check_length(tokens)
         return tokens
 
+    def now(self) -> float:
+        """Seconds since the session began; 0 before it is iterated."""
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
     def finish(self, slot: int | None = None) -> None:
         """Nothing more will be pushed: what waits is still seen, the answer is finished, then comes `end`."""
         with self._changed:
             for s in self._select(slot):
-                s.finish(self._wall())
+                s.finish(self.now())
             self._changed.notify_all()
 
     def stop(self, slot: int | None = None) -> None:
@@ -136,7 +140,7 @@ class Session:
                     continue
                 state, tokens = self._run(state, rows)
                 for slot in rows:
-                    yield from self._slots[slot].hear(int(tokens[slot]), self._wall())
+                    yield from self._slots[slot].hear(int(tokens[slot]), self.now())
         finally:
             # Whoever still pushes learns that nobody listens any more.
             with self._changed:
@@ -148,7 +152,7 @@ class Session:
         with self._changed:
             # One pass under the lock decides for every slot, so a push is either in it or wakes the wait.
             while open_slots := [s for s in self._slots if not s.ended]:
-                wall = self._wall()
+                wall = self.now()
                 plans = {s.slot: plan for s in open_slots if (plan := s.plan(wall)) is not None}
                 if plans:
                     return plans
@@ -191,13 +195,10 @@ class Session:
         if time is None:
             if self.config.clock == "lockstep":
                 raise SessionError("a lockstep session needs the time of each frame and prompt")
-            return self._wall()
+            return self.now()
         if not np.isfinite(time) or time < 0:
             raise SessionError(f"time must be a number of seconds from 0 on, not {time}")
         return float(time)
-
-    def _wall(self) -> float:
-        return 0.0 if self._started is None else time.monotonic() - self._started
 
     def _check_length(self, tokens: list[int]) -> None:
         # One more for the token that answers.
