@@ -9,14 +9,14 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from engines import frames, make_engine, model, scripted, tokenizer
+from engines import frames, make_engine, model, one_pass, scripted, tokenizer
 from flax import nnx
 
 import moss_jax
 from moss_jax.config import CompressorConfig, DecoderConfig, ModelConfig, VisionConfig
 from moss_jax.nn import MossVideo
 
-__all__ = ["frames", "make_engine", "model", "scripted", "tokenizer"]
+__all__ = ["frames", "make_engine", "model", "one_pass", "scripted", "tokenizer"]
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "tiny_average"

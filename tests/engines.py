@@ -4,14 +4,17 @@ import collections
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moss_jax.config import EngineConfig, TokenSampling
 from moss_jax.nn import MossVideo
 from moss_jax.stream import PENDING, Drawn, Engine
 from moss_jax.text import Tokenizer
+from moss_jax.video import preprocess
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +43,32 @@ def make_engine(model, tokenizer) -> Callable[..., Engine]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def one_pass(model):
+    """Logits of a whole sequence, one frame for each `<|image|>`; padded, so that one program serves."""
+    graph, params = nnx.split(model)
+    vision = model.config.vision
+    size, most = 512, 16
+
+    @jax.jit
+    def run(params, tokens, frames, positions):
+        normalisation = {"image_size": vision.image_size, "mean": vision.image_mean, "std": vision.image_std}
+        return nnx.merge(graph, params)(tokens, preprocess(frames, **normalisation)[None], positions)[0]
+
+    def one_pass(tokens: list[int], frames: list[np.ndarray]) -> np.ndarray:
+        padded = np.zeros((1, size), np.int32)
+        padded[0, : len(tokens)] = tokens
+        positions = np.full((1, most), size)
+        positions[0, : len(frames)] = [
+            i for i, token in enumerate(tokens) if token == model.config.decoder.image_token_id
+        ]
+        stack = np.zeros((most, *frames[0].shape), np.uint8)
+        stack[: len(frames)] = frames
+        return np.asarray(run(params, padded, stack, positions))[: len(tokens)]
+
+    return one_pass
 
 
 @pytest.fixture

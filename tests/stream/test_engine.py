@@ -5,38 +5,12 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.stream.engine import FRAME_BUCKETS, TOKEN_BUCKETS
 from moss_jax.text import Tokenizer
-from moss_jax.video import preprocess
 
 IMAGE = 1024
-
-
-@pytest.fixture(scope="module")
-def one_pass(model):
-    """Logits of a whole sequence, one frame for each `<|image|>`; padded, so that one program serves."""
-    graph, params = nnx.split(model)
-    vision = model.config.vision
-    size, most = 512, 16
-
-    @jax.jit
-    def run(params, tokens, frames, positions):
-        normalisation = {"image_size": vision.image_size, "mean": vision.image_mean, "std": vision.image_std}
-        return nnx.merge(graph, params)(tokens, preprocess(frames, **normalisation)[None], positions)[0]
-
-    def one_pass(tokens: list[int], frames: list[np.ndarray]) -> np.ndarray:
-        padded = np.zeros((1, size), np.int32)
-        padded[0, : len(tokens)] = tokens
-        positions = np.full((1, most), size)
-        positions[0, : len(frames)] = [i for i, token in enumerate(tokens) if token == IMAGE]
-        stack = np.zeros((most, *frames[0].shape), np.uint8)
-        stack[: len(frames)] = frames
-        return np.asarray(run(params, padded, stack, positions))[: len(tokens)]
-
-    return one_pass
 
 
 def test_a_row_of_any_make_up_gives_the_logits_of_one_pass(make_engine, one_pass, frames):

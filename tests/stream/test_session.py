@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from moss_jax.config import SessionConfig
-from moss_jax.stream import Counters, End, Frame, Interrupted, Session, SessionError, Silence, Text, Turn
+from moss_jax.stream import (
+    PENDING,
+    Counters,
+    End,
+    Frame,
+    Interrupted,
+    Session,
+    SessionError,
+    Silence,
+    Text,
+    Turn,
+)
 from moss_jax.text import chat
 
 SILENCE, EOT, IMAGE = 1021, 1020, 1024
@@ -460,32 +471,69 @@ def test_slots_of_one_session_say_what_they_say_alone(make_engine, frames, sampl
         assert any(e["type"] == "text" for e in together[script])
 
 
-def test_what_is_in_the_context_is_what_the_model_computed_with(make_engine, frames, monkeypatch):
-    """The scores after an interruption are those of the whole dialogue, the cut answer included."""
-    engine = make_engine()
-    rows, logits = [], []
+@dataclasses.dataclass
+class Step:
+    """What a session appended, with the pending token spelt out, and the scores that came of it."""
+
+    tokens: list[int]
+    logits: np.ndarray
+
+
+@pytest.fixture
+def recorded(make_engine, monkeypatch):
+    """An engine, and the steps that a session takes on it."""
+    engine, steps, pending = make_engine(), [], [None]
     step = engine.step
 
-    def recording(state, step_rows, pool=None):
-        state, drawn = step(state, step_rows, pool)
-        rows.append((step_rows[0], int(drawn.tokens[0])))
-        logits.append(np.asarray(drawn.logits[0]))
+    def recording(state, rows, pool=None):
+        state, drawn = step(state, rows, pool)
+        tokens = [pending[0] if token == PENDING else token for token in rows[0].tokens]
+        steps.append(Step(tokens, np.asarray(drawn.logits[0])))
+        pending[0] = int(drawn.tokens[0])
         return state, drawn
 
     monkeypatch.setattr(engine, "step", recording)
+    return engine, steps
+
+
+def context_until(steps: list[Step], last: int) -> list[int]:
+    return [token for step in steps[: last + 1] for token in step.tokens]
+
+
+def test_a_frame_pushed_while_the_model_talks_is_seen_by_the_next_token(recorded, one_pass, frames):
+    engine, steps = recorded
+    session = Session(engine, SessionConfig(clock="realtime"), system=None, prompt="What is this?")
+    session.push_frame(frames[0])
+    pushed_after = None
+    for event in session:
+        if isinstance(event, Text) and pushed_after is None and len(steps) > 4:
+            pushed_after = len(steps)
+            session.push_frame(frames[1])
+        if pushed_after and len(steps) >= pushed_after + 3:
+            session.stop()
+    assert [IMAGE in step.tokens for step in steps[pushed_after - 1 :][:3]] == [False, True, False]
+    for at in (pushed_after, pushed_after + 1):
+        context = context_until(steps, at)
+        seen = one_pass(context, frames[:2])[-1]
+        unseen = one_pass(context, [frames[0], frames[7]])[-1]
+        np.testing.assert_allclose(steps[at].logits, seen, atol=1e-3)
+        assert np.abs(steps[at].logits - unseen).max() > 0.01
+
+
+def test_what_is_in_the_context_is_what_the_model_computed_with(recorded, one_pass, frames):
+    """The scores after an interruption are those of the whole dialogue, the cut answer included."""
+    engine, steps = recorded
     session = Session(engine, SessionConfig(tokens_per_second=6), system=None)
     session.push_frame(frames[0], 0.0)
     session.push_prompt("And now?", 0.8)
     session.push_frame(frames[1], 1.0)
     session.finish()
     events = list(session)
-    assert [e for e in events if isinstance(e, Interrupted)]
-    monkeypatch.undo()
-    # The same dialogue again, in one row: every token that was said is in it.
-    context, pending = [], None
-    for row, drawn in rows:
-        context += [pending if token == -1 else token for token in row.tokens]
-        pending = drawn
-    row = type(rows[0][0])(context, [0, 1])
-    _, drawn = engine.step(engine.start(), [row], engine.encode(frames[:2]))
-    np.testing.assert_allclose(drawn.logits[0], logits[-1], atol=1e-3)
+    (cut,) = [e for e in events if isinstance(e, Interrupted)]
+    context = context_until(steps, len(steps))
+    question = chat.interjection(engine.tokenizer, "And now?")
+    at = next(i for i in range(len(context)) if context[i : i + len(question)] == question)
+    opening = len(chat.opening(engine.tokenizer, system=None))
+    assert cut.said
+    assert engine.tokenizer.decode(context[opening:at]).startswith(cut.said)
+    np.testing.assert_allclose(steps[-1].logits, one_pass(context, frames[:2])[-1], atol=1e-3)
