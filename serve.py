@@ -19,7 +19,7 @@ from moss_jax.serving.models import open_model
 from moss_jax.serving.terminal import print_json, print_transcript
 from moss_jax.stream import Engine, Session, SessionError, answer
 from moss_jax.text import TokenizerError, chat
-from moss_jax.video import VideoError, probe, sample_clip, sample_file, timeline
+from moss_jax.video import VideoError, VideoInfo, probe, sample_clip, sample_file, timeline
 
 BAD_INPUT = (CheckpointError, ConfigError, SessionError, TokenizerError, VideoError)
 DEFAULTS = Path(__file__).parent / "configs" / "serve.gin"
@@ -50,14 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     info = probe(args.video)
     prompts = sorted(args.prompt, key=lambda p: p.at)
-    duration = info.duration
-    if duration is None:
-        # Some files don't say how long they are; then their packets do.
-        last = timeline(args.video)[-1]
-        duration = last.time + (last.duration or 0)
-    late = [p for p in prompts if p.at > duration]
-    if late:
-        raise ConfigError(f"--prompt-at {late[0].at:g} is beyond the clip, which lasts {duration:.1f} s")
+    check_times(prompts, args.video, info)
     if args.offline and len(prompts) != 1:
         raise ConfigError(f"--offline answers one --prompt about the whole clip, not {len(prompts)}")
     if args.offline and prompts[0].at:
@@ -65,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
     opened = open_model(args.checkpoint)
     engine = Engine(opened.model, opened.tokenizer, engine_config, token_sampling)
-    length = f" · {duration:.1f} s" if duration else ""
+    length = f" · {info.duration:.1f} s" if info.duration else ""
     mode = "offline" if args.offline else session_config.clock
     heading = (
         f"{Path(args.video).name} · {info.width}×{info.height}{length} · {sampling.fps:g} fps · {mode}\n"
@@ -102,6 +95,20 @@ class Prompt:
 
     text: str
     at: float = 0.0
+
+
+def check_times(prompts: list[Prompt], video: str, info: VideoInfo) -> None:
+    """Refuses prompts after the end of the clip."""
+    last = max((p.at for p in prompts), default=0.0)
+    if last == 0:
+        return
+    end = 0.0
+    if not info.is_image:
+        # By its packets: what a header says of the length can be missing or wrong.
+        span = timeline(video)[-1]
+        end = span.time + (span.duration or 0.0)
+    if last > end + 1e-3:
+        raise ConfigError(f"--prompt-at {last:g} is beyond the clip, which lasts {end:.1f} s")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -146,7 +146,11 @@ def decode(engine: Engine, pool: jax.Array, args: argparse.Namespace) -> dict:
 
 
 def token_program(engine: Engine) -> dict:
-    """What the compiled program of one token holds."""
+    """What the compiled program of one token holds.
+
+    `copies_over_1mb` counts copy instructions only: a fusion that rewrites a whole array, as the select does
+    that hides unused values from the attention's matmul, shows in `temporary_gb`.
+    """
     state = engine.start()
     slots = engine.config.slots
     arguments = (np.full((slots, 1), PENDING, np.int32), np.ones(slots, np.int32), np.zeros(slots, bool))

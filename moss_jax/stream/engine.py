@@ -172,7 +172,10 @@ class Engine:
         return state, drawn
 
     def warm_up(self, frame_shape: tuple[int, int, int], prompt_lengths: Sequence[int] = ()) -> None:
-        """Compiles what a live session with frames of this shape and prompts of these lengths will call."""
+        """Compiles what a session of one slot calls for frames of this shape and prompts of these lengths.
+
+        With more slots, rows of several kinds can meet in one step; such programs compile when they come up.
+        """
         image, eot = self.tokenizer.special.image, self.tokenizer.special.eot
         rows = [Row([eot] * length) for length in (1, *prompt_lengths)]
         rows += [Row([image] * count, frames=range(count)) for count in FRAME_BUCKETS]
