@@ -8,6 +8,9 @@ from typing import Literal
 PoolMode = Literal["average", "max", "bilinear", "channelFusion"]
 RowsBeforeFirstFrame = Literal["skip", "attend"]
 Clock = Literal["lockstep", "realtime"]
+Remat = Literal["none", "dots", "full"]
+Part = Literal["vision", "compressor", "projector", "decoder"]
+PARTS: tuple[Part, ...] = ("vision", "compressor", "projector", "decoder")
 
 
 class ConfigError(ValueError):
@@ -199,6 +202,8 @@ class ModelConfig:
         leaves them as they are, which is causal; "attend" lets them attend to every frame of the sequence
         without the MLP branch, which is what the original's training forward does.
       attention: name of an attention implementation to force everywhere; None picks by platform.
+      remat: what the layers of the one-pass call keep for its backward pass. "none" keeps everything,
+        "dots" the results of matmuls, "full" only what goes into each layer.
     """
 
     vision: VisionConfig
@@ -206,8 +211,13 @@ class ModelConfig:
     decoder: DecoderConfig
     rows_before_first_frame: RowsBeforeFirstFrame = "skip"
     attention: str | None = None
+    remat: Remat = "none"
 
     def __post_init__(self):
+        _require(
+            self.remat in ("none", "dots", "full"),
+            f"remat is 'none', 'dots' or 'full', not {self.remat!r}",
+        )
         _require(
             self.rows_before_first_frame in ("skip", "attend"),
             f"rows_before_first_frame is 'skip' or 'attend', not {self.rows_before_first_frame!r}",
@@ -384,3 +394,223 @@ class SessionConfig:
         )
         _require(self.tail_seconds >= 0, f"tail_seconds {self.tail_seconds} must not be negative")
         _require(self.inbox_frames >= 1, f"inbox_frames must be at least 1, not {self.inbox_frames}")
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+    """Which model is trained, and from where it starts.
+
+    Attributes:
+      preset: a name in `PRESETS`, for a model with random parameters.
+      checkpoint: instead, a folder in Hugging Face layout to start from.
+      pool, stride: the frame compressor's, where they shall differ.
+      attention, remat: see `ModelConfig`.
+    """
+
+    preset: str | None = "moss_tiny"
+    checkpoint: str | None = None
+    pool: PoolMode | None = None
+    stride: int | None = None
+    attention: str | None = None
+    remat: Remat = "none"
+
+    def __post_init__(self):
+        _require(
+            self.checkpoint is not None or self.preset in PRESETS,
+            f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; 0 for as many as the other axes leave."""
+
+    data: int = 1
+    fsdp: int = 0
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(min(sizes) >= 0, f"a mesh axis has at least 1 device, or 0 for the rest; got {sizes}")
+        _require(sizes.count(0) <= 1, f"only one mesh axis can take the rest of the devices; got {sizes}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW behind clipping, with a linear warm-up and a cosine decay.
+
+    Attributes:
+      learning_rate: at its peak.
+      warmup_share: share of the steps in which it rises from 0.
+      final_share: share of the peak that is left at the last step.
+      clip_norm: of the gradient of all trained parameters together.
+      weight_decay: of matrices; norms, biases, gates and embeddings never decay.
+    """
+
+    learning_rate: float = 2e-5
+    warmup_share: float = 0.1
+    final_share: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, f"learning_rate {self.learning_rate} must be positive")
+        for name in ("warmup_share", "final_share"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name} must lie in [0, 1], not {value}")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} must lie in [0, 1), not {value}")
+        _require(self.weight_decay >= 0, f"weight_decay {self.weight_decay} must not be negative")
+        _require(self.clip_norm > 0, f"clip_norm {self.clip_norm} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+      steps: optimizer steps.
+      batch_size: sequences of a step, over all devices and processes.
+      accumulate: parts that a batch is taken in, one after the other, to save memory.
+      trainable: parts of the model that learn; the others stay bit for bit as they are.
+      compute_dtype: of the forward and backward pass. Master weights, optimizer and loss are float32.
+      silence_weight: weight of `<|silence|>` among the targets (0.1 in arXiv 2606.07639).
+      seed: of the parameters and of the data.
+      log_every, checkpoint_every: in steps.
+      keep_checkpoints: the newest so many stay.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    trainable: tuple[Part, ...] = PARTS
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    silence_weight: float = 0.1
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}",
+        )
+        unknown = [part for part in self.trainable if part not in PARTS]
+        _require(
+            bool(self.trainable) and not unknown,
+            f"trainable names some of {', '.join(PARTS)}; got {list(self.trainable)}",
+        )
+        _require(
+            self.compute_dtype in ("bfloat16", "float32"),
+            f"compute_dtype is 'bfloat16' or 'float32', not {self.compute_dtype!r}",
+        )
+        _require(self.silence_weight >= 0, f"silence_weight {self.silence_weight} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where batches come from.
+
+    Attributes:
+      kind: "tabletop", the world that is generated here, or "conversations", rows in JSON files.
+      workers: processes that make batches; 0 makes them in the training process. The batches are the same.
+      read_ahead: batches that each worker keeps ready.
+      max_dropped_share: share of the rows that may be dropped before a run is refused.
+    """
+
+    kind: Literal["tabletop", "conversations"] = "tabletop"
+    workers: int = 0
+    read_ahead: int = 4
+    max_dropped_share: float = 0.1
+
+    def __post_init__(self):
+        kinds = ("tabletop", "conversations")
+        _require(self.kind in kinds, f"unknown kind of data {self.kind!r}; it is one of {', '.join(kinds)}")
+        _require(self.workers >= 0, f"workers {self.workers} must not be negative")
+        _require(self.read_ahead >= 1, f"read_ahead must be at least 1, not {self.read_ahead}")
+        _require(
+            0 <= self.max_dropped_share <= 1,
+            f"max_dropped_share must lie in [0, 1], not {self.max_dropped_share}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversationConfig:
+    """Conversations about videos, as ShareGPT rows.
+
+    Attributes:
+      files: JSON files, each a list of rows.
+      media_root: folder that the rows' paths are relative to.
+      max_tokens: longer rows are dropped.
+      token_buckets, frame_buckets: sizes that sequences and frames are padded to, ascending; a batch has one
+        size of each. The largest of the former is at least `max_tokens`.
+      swap_probability: that a frame inside running text changes places with the token before it, so that
+        frames land at any boundary.
+    """
+
+    files: tuple[str, ...] = ()
+    media_root: str = "."
+    max_tokens: int = 4096
+    token_buckets: tuple[int, ...] = (1024, 4096)
+    frame_buckets: tuple[int, ...] = (16, 64, 256)
+    swap_probability: float = 0.5
+
+    def __post_init__(self):
+        for name in ("token_buckets", "frame_buckets"):
+            sizes = getattr(self, name)
+            _require(
+                bool(sizes) and sizes[0] >= 1 and all(a < b for a, b in itertools.pairwise(sizes)),
+                f"{name} {sizes} must ascend",
+            )
+        _require(
+            self.token_buckets[-1] >= self.max_tokens,
+            f"token_buckets {self.token_buckets} must reach max_tokens {self.max_tokens}",
+        )
+        _require(
+            0 <= self.swap_probability <= 1,
+            f"swap_probability must lie in [0, 1], not {self.swap_probability}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TabletopConfig:
+    """Streams of the tabletop world.
+
+    Attributes:
+      image_size: side of the square frames, in pixels.
+      min_seconds, max_seconds: length of a stream; it has a frame a second, from second 0 on.
+      max_tokens: tokens that a sequence is padded to; a stream that is longer is cut there.
+      warmup_batches: the first so many batches hold clips of `warmup_seconds` with dense questions, from
+        which seeing is learnt.
+      warmup_seconds, warmup_tokens: their size.
+      warmup_factor: how many times more of the short clips a batch holds.
+      offline_share: share of the streams that are seen whole before they are asked about.
+    """
+
+    image_size: int = 112
+    min_seconds: int = 8
+    max_seconds: int = 32
+    max_tokens: int = 512
+    warmup_batches: int = 0
+    warmup_seconds: int = 4
+    warmup_tokens: int = 256
+    warmup_factor: int = 1
+    offline_share: float = 0.15
+
+    def __post_init__(self):
+        _require(self.image_size >= 32, f"image_size must be at least 32 pixels, not {self.image_size}")
+        _require(
+            1 <= self.min_seconds <= self.max_seconds,
+            f"min_seconds {self.min_seconds} must be at least 1 and at most max_seconds {self.max_seconds}",
+        )
+        _require(0 <= self.offline_share <= 1, f"offline_share {self.offline_share} must lie in [0, 1]")

@@ -3,12 +3,17 @@
 Axes: H, W height and width of the frame, S side of the tile, `...` any leading axes.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
+
+# Outputs of one matrix product of `fit_frame`.
+_BAND = 32
 
 
 def fitted_size(height: int, width: int, image_size: int) -> tuple[int, int]:
@@ -35,9 +40,7 @@ def preprocess(
     Raises:
       ValueError: if `rgb` is not uint8 [..., H, W, 3] with at least one pixel.
     """
-    if rgb.dtype != jnp.uint8 or rgb.ndim < 3 or rgb.shape[-1] != 3 or 0 in rgb.shape[-3:-1]:
-        given = f"{rgb.dtype} {list(rgb.shape)}"
-        raise ValueError(f"frames must be uint8 [..., H, W, 3] and not empty, not {given}")
+    _check(rgb)
     *batch, height, width, channels = rgb.shape
     new_height, new_width = fitted_size(height, width, image_size)
     x = jnp.asarray(rgb, jnp.float32)
@@ -46,3 +49,58 @@ def preprocess(
     padding = [(0, 0)] * len(batch) + [(0, image_size - new_height), (0, image_size - new_width), (0, 0)]
     x = jnp.pad(x, padding)  # [..., S, S, 3]
     return (x / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def fit_frame(rgb: UInt8[np.ndarray, "H W 3"], image_size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """Does on the host, in 8 bit, what `preprocess` does before it normalises.
+
+    `preprocess` of the result, which has the size of the tile, is `preprocess` of the frame, but for values
+    that lie halfway between two levels.
+
+    Raises:
+      ValueError: if `rgb` is not uint8 [H, W, 3] with at least one pixel.
+    """
+    _check(rgb)
+    height, width, channels = rgb.shape
+    new_height, new_width = fitted_size(height, width, image_size)
+    tile = np.zeros((image_size, image_size, channels), np.uint8)
+    if (new_height, new_width) == (height, width):
+        tile[:height, :width] = rgb
+        return tile
+    rows = rgb.reshape(height, width * channels)
+    shrunk = np.empty((new_height, width * channels), np.float32)
+    for new, old, weights in _bands(height, new_height, 1):
+        np.matmul(weights, rows[old].astype(np.float32), out=shrunk[new])
+    fitted = np.empty((new_height, new_width * channels), np.float32)
+    for new, old, weights in _bands(width, new_width, channels):
+        np.matmul(shrunk[:, old], weights.T, out=fitted[:, new])
+    tile[:new_height, :new_width] = np.rint(fitted).reshape(new_height, new_width, channels)
+    return tile
+
+
+@functools.lru_cache(maxsize=32)
+def _bands(size: int, new_size: int, channels: int) -> list[tuple[slice, slice, np.ndarray]]:
+    """Resizing of one axis, with channels behind it, as matrices for a few outputs each: (to, from, matrix).
+
+    One matrix for all outputs would be nearly all zeros, as each depends on a few neighbouring inputs.
+    """
+    scale = size / new_size
+    centres = (np.arange(new_size) + 0.5) * scale - 0.5
+    distances = np.abs(centres[:, None] - np.arange(size)) / max(scale, 1.0)
+    weights = np.maximum(0.0, 1.0 - distances)
+    weights /= weights.sum(axis=1, keepdims=True)
+    bands = []
+    for start in range(0, new_size, _BAND):
+        band = weights[start : start + _BAND]
+        (used,) = np.nonzero(band.any(axis=0))
+        first, last = used[0], used[-1] + 1
+        matrix = np.kron(band[:, first:last], np.eye(channels)).astype(np.float32)
+        to = slice(start * channels, (start + len(band)) * channels)
+        bands.append((to, slice(first * channels, last * channels), matrix))
+    return bands
+
+
+def _check(rgb: Array | np.ndarray) -> None:
+    if rgb.dtype != jnp.uint8 or rgb.ndim < 3 or rgb.shape[-1] != 3 or 0 in rgb.shape[-3:-1]:
+        given = f"{rgb.dtype} {list(rgb.shape)}"
+        raise ValueError(f"frames must be uint8 [..., H, W, 3] and not empty, not {given}")

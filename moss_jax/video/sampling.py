@@ -1,10 +1,9 @@
 """Picks the frames of a stream that are looked at, by the times at which they are shown."""
 
-import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -54,19 +53,48 @@ def sample_clip(path: str | os.PathLike, sampling: FrameSampling) -> list[Frame]
     Raises:
       VideoError: if the file cannot be watched; see `probe` and `read`.
     """
+    return list(sample_at(path, clip_times(path, sampling)))
+
+
+def clip_times(path: str | os.PathLike, sampling: FrameSampling) -> list[float]:
+    """The times of the frames of `sample_clip`, found without decoding more than the first frame.
+
+    Raises:
+      VideoError: if the file cannot be watched; see `probe`.
+    """
     if probe(path).is_image:
-        return list(sample_live(read(path), sampling))
+        return [0.0]
     spans = timeline(path)
     instants = (k / sampling.fps for k in range(sampling.max_frames + 1))
-    count = sum(1 for _ in _pick(spans, instants))
-    if sampling.min_frames <= count <= sampling.max_frames:
-        return list(sample_live(read(path), sampling))
-
-    count = min(max(count, sampling.min_frames), sampling.max_frames)
+    times = [instant for instant, _ in _pick(spans, instants)]
+    if sampling.min_frames <= len(times) <= sampling.max_frames:
+        return times
+    count = min(max(len(times), sampling.min_frames), sampling.max_frames)
     length = spans[-1].time + (spans[-1].duration or 0.0)
-    even = [i * length / count for i in range(count)]
-    frames = [Frame(_checked(frame.rgb), instant) for instant, frame in _pick(read(path), even)]
-    return frames + [dataclasses.replace(frames[-1], time=instant) for instant in even[len(frames) :]]
+    return [i * length / count for i in range(count)]
+
+
+def sample_at(path: str | os.PathLike, times: Sequence[float]) -> Iterator[Frame]:
+    """Yields the frame of a file that a viewer sees at each of some times, after its end the last one.
+
+    Args:
+      times: seconds from 0 on, ascending. Nothing is read beyond the last.
+
+    Raises:
+      VideoError: if the file cannot be watched; see `read`.
+    """
+    count, last = 0, None
+
+    def note(frame: DecodedFrame) -> DecodedFrame:
+        nonlocal last
+        last = frame
+        return frame
+
+    for instant, frame in _pick(map(note, read(path)), times):
+        yield Frame(_checked(frame.rgb), instant)
+        count += 1
+    for instant in times[count:]:
+        yield Frame(_checked(last.rgb), instant)
 
 
 def _pick[T: Frame | DecodedFrame | Span](

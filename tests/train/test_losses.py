@@ -1,5 +1,8 @@
 """The loss against the original's values and gradients, and what it ignores."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +10,26 @@ import pytest
 from flax import nnx
 
 from moss_jax.convert import to_hugging_face
-from moss_jax.train.losses import IGNORED, next_token_loss
+from moss_jax.data.batch import IGNORED
+from moss_jax.train.losses import find_targets, mean_over, token_losses
 
 SILENCE_WEIGHT = 0.1
+# An id that no token has.
+NONE = -1
 # Of gradients; that of one gate is a sum that nearly cancels, and GPUs add in another order.
 TOLERANCE = {"cpu": 1e-4, "gpu": 1e-3}
+
+
+def loss_of(logits, labels, *, tokens=None, silence_id=NONE, silence_weight=1.0):
+    """The loss as a training step adds it up."""
+    targets = find_targets(
+        labels if tokens is None else tokens,
+        labels,
+        silence_id=silence_id,
+        image_id=NONE,
+        silence_weight=silence_weight,
+    )
+    return (token_losses(logits, targets.ids, lambda x: x) * targets.weights).sum()
 
 
 @pytest.mark.parametrize(
@@ -24,14 +42,9 @@ TOLERANCE = {"cpu": 1e-4, "gpu": 1e-3}
 )
 def test_values(golden, logits, weight, expected):
     values = golden.vectors | golden.gradients
-    loss = next_token_loss(
-        values[logits],
-        values["labels"],
-        silence_id=int(values["silence_token_id"]),
-        silence_weight=weight,
-    )
-    assert float(loss.loss) == pytest.approx(float(values[expected]), rel=1e-6)
-    assert loss.targets == (values["labels"][:, 1:] != IGNORED).sum()
+    silence = int(values["silence_token_id"])
+    loss = loss_of(values[logits], values["labels"], silence_id=silence, silence_weight=weight)
+    assert float(loss) == pytest.approx(float(values[expected]), rel=1e-6)
 
 
 def test_gradients(golden, platform):
@@ -39,16 +52,12 @@ def test_gradients(golden, platform):
 
     @jax.jit
     @jax.value_and_grad
-    def loss_of(params):
+    def of(params):
         logits = nnx.merge(graph, params)(golden.tokens, golden.pixels, golden.frame_positions)
-        return next_token_loss(
-            logits,
-            golden.vectors["labels"],
-            silence_id=int(golden.vectors["silence_token_id"]),
-            silence_weight=SILENCE_WEIGHT,
-        ).loss
+        silence = int(golden.vectors["silence_token_id"])
+        return loss_of(logits, golden.vectors["labels"], silence_id=silence, silence_weight=SILENCE_WEIGHT)
 
-    loss, gradient = loss_of(params)
+    loss, gradient = of(params)
     expected = golden.gradients
     assert float(loss) == pytest.approx(float(expected["loss_silence_0p1_causal"]), rel=1e-5)
 
@@ -85,32 +94,29 @@ def batch():
     return logits, labels
 
 
-@pytest.mark.parametrize("silence_id", [None, 3])
+@pytest.mark.parametrize("silence_id", [NONE, 3])
 def test_is_what_it_says(batch, silence_id):
     logits, labels = batch
     labels = labels.copy()
     labels[0, 5] = 3
-    loss = next_token_loss(logits, labels, silence_id=silence_id, silence_weight=0.25)
-    assert float(loss.loss) == pytest.approx(definition(logits, labels, silence_id, 0.25), rel=1e-6)
-    assert loss.targets == 16 - 3 - 2
+    loss = loss_of(logits, labels, silence_id=silence_id, silence_weight=0.25)
+    assert float(loss) == pytest.approx(definition(logits, labels, silence_id, 0.25), rel=1e-6)
 
 
 def test_ignored_labels_have_no_influence(batch):
     logits, labels = batch
-    gradient = jax.grad(lambda x: next_token_loss(x, labels).loss)(jnp.asarray(logits))
+    gradient = jax.grad(loss_of)(jnp.asarray(logits), labels)
     counted = labels[:, 1:] != IGNORED
     assert (np.abs(gradient[:, :-1]).max(axis=-1) > 0).tolist() == counted.tolist()
     assert not np.asarray(gradient[:, -1]).any()
     other = logits.copy()
     other[:, :-1][~counted] = 100.0
-    assert next_token_loss(other, labels).loss == next_token_loss(logits, labels).loss
+    assert loss_of(other, labels) == loss_of(logits, labels)
 
 
 def test_nothing_to_learn_is_no_loss(batch):
     logits, labels = batch
-    value, gradient = jax.value_and_grad(lambda x: next_token_loss(x, np.full_like(labels, IGNORED)).loss)(
-        jnp.asarray(logits)
-    )
+    value, gradient = jax.value_and_grad(loss_of)(jnp.asarray(logits), np.full_like(labels, IGNORED))
     assert value == 0
     assert not np.asarray(gradient).any()
 
@@ -118,7 +124,72 @@ def test_nothing_to_learn_is_no_loss(batch):
 def test_is_computed_in_float32(batch):
     logits, labels = batch
     half = jnp.asarray(logits, jnp.bfloat16)
-    assert next_token_loss(half, labels).loss == next_token_loss(half.astype(jnp.float32), labels).loss
-    assert next_token_loss(half, labels).loss.dtype == jnp.float32
+    assert loss_of(half, labels) == loss_of(half.astype(jnp.float32), labels)
+    assert loss_of(half, labels).dtype == jnp.float32
     # Scores far apart overflow the exponential, but not the loss.
-    assert next_token_loss(1000 * logits, labels).loss < 1e4
+    assert loss_of(1000 * logits, labels) < 1e4
+
+
+@pytest.mark.parametrize("chunks", [2, 4, 9])
+def test_chunks_change_nothing(chunks):
+    """Neither the losses nor the gradients, also where they don't divide the sequence."""
+    rng = np.random.default_rng(1)
+    hidden, head = rng.standard_normal((2, 9, 5), np.float32), rng.standard_normal((5, 7), np.float32)
+    ids, weights = rng.integers(0, 7, (2, 9)), rng.random((2, 9), np.float32)
+
+    def of(chunks):
+        @jax.value_and_grad
+        def loss(arguments):
+            hidden, head = arguments
+            return (token_losses(hidden, ids, lambda x: x @ head, chunks=chunks) * weights).sum()
+
+        return loss((hidden, head))
+
+    for actual, expected in zip(jax.tree.leaves(of(chunks)), jax.tree.leaves(of(1)), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_a_chunk_of_the_logits_is_held():
+    hidden, head = jnp.zeros((1, 64, 4)), jnp.zeros((4, 1000))
+
+    def loss(head, chunks):
+        return token_losses(hidden, jnp.zeros((1, 64), int), lambda x: x @ head, chunks=chunks).sum()
+
+    def largest(chunks):
+        program = str(jax.make_jaxpr(lambda head: jax.grad(loss)(head, chunks))(head))
+        shapes = re.findall(r"f32\[([\d,]+)\]", program)
+        return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+    assert largest(1) == 64 * 1000
+    assert largest(8) == 8 * 1000
+
+
+SILENCE, IMAGE = 5, 9
+
+
+def test_targets_are_told_apart():
+    """Text, silence, and text after a silence, between which frames may lie."""
+    tokens = np.array([[1, 5, 9, 2, 3, 5, 9, 9, 4, 9, 6, 5], [9, 2, 5, 5, 2, 9, 5, 9, 5, 0, 0, 0]])
+    labels = np.where((tokens == IMAGE) | (tokens == 0), IGNORED, tokens)
+    labels[0, :1] = IGNORED
+    labels[1, 4] = IGNORED
+    targets = find_targets(tokens, labels, silence_id=SILENCE, image_id=IMAGE, silence_weight=0.1)
+
+    def places(mask):  # of the targets, not of the tokens before them
+        return [(b, s + 1) for b, s in np.argwhere(np.asarray(mask)).tolist()]
+
+    silence = [(0, 1), (0, 5), (0, 11), (1, 2), (1, 3), (1, 6), (1, 8)]
+    assert places(targets.silence) == silence
+    assert places(targets.text) == [(0, 3), (0, 4), (0, 8), (0, 10), (1, 1)]
+    # (0, 10) comes after text and a frame, (1, 1) after a frame alone, and (1, 4) is not to be learnt.
+    assert places(targets.after_silence) == [(0, 3), (0, 8)]
+    for b, s in places(targets.text | targets.silence):
+        assert targets.ids[b, s - 1] == tokens[b, s]
+        assert targets.weights[b, s - 1] == pytest.approx((0.1 if (b, s) in silence else 1) / 12)
+    assert float(targets.weights.sum()) == pytest.approx((5 + 0.1 * 7) / 12)
+
+
+def test_mean_over():
+    losses = jnp.array([1.0, 2.0, 6.0])
+    assert mean_over(losses, jnp.array([True, False, True])) == 3.5
+    assert mean_over(losses, jnp.zeros(3, bool)) == 0

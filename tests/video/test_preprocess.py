@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moss_jax.config import moss_tiny, moss_video_11b
-from moss_jax.video import fitted_size, preprocess
+from moss_jax.video import fit_frame, fitted_size, preprocess
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "preprocess.npz"
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}  # what the golden file was made with
@@ -95,6 +95,32 @@ def test_leading_axes_and_jit_change_nothing():
     assert (differences > 1e-6).mean() < 1e-3
 
 
+@pytest.mark.parametrize("image_size", [56, 112])
+@pytest.mark.parametrize(
+    "shape", [(333, 77), (360, 640), (40, 90), (112, 112), (1080, 1920), (2, 3000), (1, 1), (56, 20)]
+)
+def test_fitting_on_the_host_is_the_same(shape, image_size):
+    rgb = picture(*shape)
+    fitted = fit_frame(rgb, image_size)
+    assert fitted.dtype == np.uint8
+    assert fitted.shape == (image_size, image_size, 3)
+    vision = moss_tiny().vision
+    run = functools.partial(preprocess, image_size=image_size, mean=vision.image_mean, std=vision.image_std)
+    level = 1 / 255 / min(vision.image_std)
+    differences = np.abs(np.asarray(run(fitted)) - np.asarray(run(rgb)))
+    # A value halfway between two levels may be rounded either way.
+    assert differences.max() <= level + 1e-6
+    assert (differences > 1e-6).mean() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["photo", "gradient", "noise"])
+def test_fitting_on_the_host_agrees_with_the_original(name):
+    with np.load(GOLDEN) as golden:
+        rgb, expected = golden[f"{name}_rgb"], golden[f"{name}_112"]
+    levels = (expected * 0.5 + 0.5) * 255
+    assert np.abs(fit_frame(rgb, 112) - levels).max() <= 1 + 1e-3
+
+
 def test_the_full_size_tile():
     vision = moss_video_11b().vision
     run = functools.partial(
@@ -111,3 +137,5 @@ def test_the_full_size_tile():
 def test_other_arrays_are_refused(shape, dtype):
     with pytest.raises(ValueError, match=r"frames must be uint8 \[\.\.\., H, W, 3\]"):
         preprocess(np.zeros(shape, dtype), image_size=56, **HALF)
+    with pytest.raises(ValueError, match=r"frames must be uint8 \[\.\.\., H, W, 3\]"):
+        fit_frame(np.zeros(shape, dtype), 56)

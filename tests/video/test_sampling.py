@@ -10,7 +10,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moss_jax.config import FrameSampling
-from moss_jax.video import Frame, VideoError, probe, sample_clip, sample_file, sample_live
+from moss_jax.video import (
+    Frame,
+    VideoError,
+    clip_times,
+    probe,
+    sample_at,
+    sample_clip,
+    sample_file,
+    sample_live,
+)
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 CLIPS = sorted([*SHARED.glob("*.mp4"), *SHARED.glob("*.avi")])
@@ -231,6 +240,15 @@ def test_a_changing_frame_rate_is_taken_by_time(tmp_path, encode, number_of):
     path = encode(tmp_path / "vfr.mkv", len(times), times_ms=times)
     frames = sample_clip(path, FrameSampling(fps=1))
     assert [number_of(f.rgb) for f in frames] == [0, 3, 5, 5, 7, 7]
+
+
+def test_frames_at_given_times(film, number_of):
+    times = [0, 0.5, 0.5, 1.99, 3.96, 4.5, 9]
+    frames = list(sample_at(film, times))
+    assert [f.time for f in frames] == times
+    assert [number_of(f.rgb) for f in frames] == [0, 12, 12, 49, 99, 99, 99]
+    assert list(sample_at(film, [])) == []
+    assert clip_times(film, FrameSampling(fps=0.5)) == [0, 2]
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared clips")

@@ -1,0 +1,5 @@
+"""Videos with a number in each frame, as in the tests of reading."""
+
+from video.conftest import draw, encode, number_of
+
+__all__ = ["draw", "encode", "number_of"]

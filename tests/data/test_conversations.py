@@ -1,0 +1,514 @@
+"""Conversations: the exact tokens, labels and frames of a row, what is dropped, and the order of batches."""
+
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moss_jax.config import ConfigError, ConversationConfig, FrameSampling
+from moss_jax.data.batch import IGNORED
+from moss_jax.data.conversations import ConversationBatches
+from moss_jax.data.pipeline import iterate
+from moss_jax.text import Tokenizer, chat
+from moss_jax.video import fit_frame, sample_clip, sample_file
+
+TINY = Tokenizer.moss_tiny()
+IMAGE, SILENCE = TINY.special.image, TINY.special.silence
+SIZE = 96
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory, encode) -> Path:
+    """film.mp4 has the frames 0 to 19, five a second; slow.mp4 has three, one a second."""
+    folder = tmp_path_factory.mktemp("media")
+    encode(folder / "film.mp4", 20, fps=5)
+    encode(folder / "slow.mp4", 3, times_ms=[0, 1000, 2000])
+    encode(folder / "still.png", 1, codec="png", pix_fmt="rgb24", muxer="image2")
+    whole = encode(folder / "cut.mp4", 20, fps=5, muxer_options={"movflags": "faststart"}).read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    # Whole by its sizes, but with nothing but zeros where the second half of the frames was.
+    (folder / "broken.mp4").write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    return folder
+
+
+@pytest.fixture
+def batches(media, tmp_path):
+    """`batches(rows)` is a source of their batches."""
+
+    def make(rows, *, sampling: FrameSampling | None = None, batch_size: int = 1, seed: int = 0, **settings):
+        process = {key: settings.pop(key) for key in ("process_index", "process_count") if key in settings}
+        file = tmp_path / "rows.json"
+        file.write_text(json.dumps(rows))
+        config = {"token_buckets": (64, 256), "frame_buckets": (4, 16), "max_tokens": 256} | settings
+        return ConversationBatches(
+            ConversationConfig(files=(str(file),), media_root=str(media), **config),
+            sampling or FrameSampling(max_frames=16),
+            TINY,
+            image_size=SIZE,
+            batch_size=batch_size,
+            seed=seed,
+            **process,
+        )
+
+    return make
+
+
+def live(turns: list[tuple[str, str]], times: list[str], video: str = "film.mp4") -> dict:
+    info = json.dumps({"video_path": video, "time_info": times})
+    placeholders = ["[RealTime QA][PLACEHOLDER]"] * (len(times) - 1)
+    return {
+        "messages": [{"role": role, "content": content} for role, content in turns],
+        "videos": [f"[RealTime QA][INFO]{info}", *placeholders],
+        "images": [],
+    }
+
+
+def offline(question: str, answer: str, **media: list[str]) -> dict:
+    return {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        **media,
+    }
+
+
+def only(source, step: int = 0):
+    """Tokens, labels, frames and positions of a batch of one row, without the padding."""
+    (batch, dropped) = source[step]
+    assert dropped == ()
+    (tokens,), (labels,), (frames,), (positions,) = jax.tree.leaves(batch)
+    length = np.flatnonzero(tokens)[-1] + 1
+    count = int((positions < len(tokens)).sum())
+    assert (labels[length:] == IGNORED).all()
+    assert (positions[count:] == len(tokens)).all()
+    assert not frames[count:].any()
+    return tokens[:length].tolist(), labels[:length].tolist(), frames[:count], positions[:count].tolist()
+
+
+def ids(text: str) -> list[int]:
+    """Tokens of text in which `<|image|>` and the other markers stand for themselves."""
+    return TINY.encode_marked(text)
+
+
+def texts(tokens: list[int]) -> list[str]:
+    names = {i: text for text, i in TINY.special.by_text().items()}
+    return [names.get(i) or TINY.decode([i]) for i in tokens]
+
+
+# ---------------------------------------------------------------------------------------- real-time rows
+
+INTERRUPTED = [
+    ("system", "Watch. Say <|silence|> else. "),
+    ("user", ""),
+    ("assistant", "<|silence|><|video|><|silence|><|video|>A red<|video|> cup and"),
+    ("user", " And now?"),
+    ("assistant", "<|silence|><|video|>Gone.<|silence|>"),
+]
+TIMES = ["00:00", "00:01", "00:02", "00:03"]
+
+
+def test_a_realtime_row_is_what_a_live_session_would_hold(batches):
+    source = batches([live(INTERRUPTED, TIMES)], swap_probability=0.0)
+    tokens, labels, _, positions = only(source)
+    parts = [
+        (chat.opening(TINY, system="Watch. Say <|silence|> else."), False),
+        ([SILENCE], True),
+        ([IMAGE], False),
+        ([SILENCE], True),
+        ([IMAGE], False),
+        (TINY.encode("A red"), True),
+        ([IMAGE], False),
+        (TINY.encode(" cup and"), True),
+        (chat.interjection(TINY, "And now?"), False),
+        ([SILENCE], True),
+        ([IMAGE], False),
+        ([*TINY.encode("Gone."), SILENCE], True),
+        ([TINY.special.eot], False),
+    ]
+    assert tokens == [i for part, _ in parts for i in part]
+    assert labels == [i if learnt else IGNORED for part, learnt in parts for i in part]
+    assert positions == [at for at, i in enumerate(tokens) if i == IMAGE]
+    assert len(positions) == 4
+
+
+def test_every_token_of_a_short_row(batches):
+    row = live([("user", "Hi"), ("assistant", "<|silence|><|video|>No<|silence|>")], ["00:00"])
+    tokens, labels, _, _ = only(batches([row]))
+    expected = [
+        ("<|begin_of_text|>", False),
+        ("<|start_header_id|>", False),
+        *((token, False) for token in texts(TINY.encode("user"))),
+        ("<|end_header_id|>", False),
+        ("\n\n", False),
+        *((token, False) for token in texts(TINY.encode("Hi"))),
+        ("<|eot_id|>", False),
+        ("<|start_header_id|>", False),
+        *((token, False) for token in texts(TINY.encode("assistant"))),
+        ("<|end_header_id|>", False),
+        ("\n\n", False),
+        ("<|silence|>", True),
+        ("<|image|>", False),
+        *((token, True) for token in texts(TINY.encode("No"))),
+        ("<|silence|>", True),
+        ("<|eot_id|>", False),
+    ]
+    assert texts(tokens) == [text for text, _ in expected]
+    assert [label != IGNORED for label in labels] == [learnt for _, learnt in expected]
+
+
+def test_frames_are_those_that_a_viewer_sees_at_the_times(batches, media, number_of):
+    times = ["00:00", "00:00.6", "00:01", "0:00:02", "00:03", "00:04.5"]
+    row = live([("user", ""), ("assistant", "<|silence|><|video|>" * 6)], times)
+    _, _, frames, _ = only(batches([row]))
+    # 160 x 96 pixels become 96 x 57, and the bars are in the lower two thirds.
+    numbers = [number_of(frame[:57].repeat(2, axis=0)) for frame in frames]
+    # The last picture stands after the end.
+    assert numbers == [0, 3, 5, 10, 15, 19]
+    seconds = [fit_frame(frame.rgb, SIZE) for frame in sample_file(media / "film.mp4", FrameSampling())]
+    assert len(seconds) == 4
+    np.testing.assert_array_equal(frames[[0, 2, 3, 4]], seconds)
+
+
+def test_frames_move_inside_running_text_only(batches):
+    answer = "<|video|>One two<|video|> three<|silence|><|video|>four<|video|><|silence|>five<|video|>"
+    row = live([("user", ""), ("assistant", answer)], ["00:00"] * 5)
+    start = len(chat.opening(TINY, system=None))
+    still = only(batches([row], swap_probability=0.0))
+    assert still[0][start:-1] == ids(answer.replace("video", "image"))
+    moved = only(batches([row], swap_probability=1.0))
+    *first, last = TINY.encode("One two")
+    rest = ids(" three<|silence|><|image|>four<|image|><|silence|>five<|image|>")
+    assert moved[0][start:-1] == [IMAGE, *first, IMAGE, last, *rest]
+    for tokens, labels, _, positions in (still, moved):
+        assert positions == [at for at, i in enumerate(tokens) if i == IMAGE]
+        said = [i for i in tokens[start:-1] if i != IMAGE]
+        assert [label for label in labels if label != IGNORED] == said
+
+
+def test_moves_are_drawn_anew_each_epoch(batches):
+    text = "".join(f"word{n}<|video|>" for n in range(11))
+    row = live([("user", ""), ("assistant", text + "end")], ["00:00"] * 11)
+    source = batches([row])
+    epochs = [only(source, step)[0] for step in range(24)]
+    still = only(batches([row], swap_probability=0.0))[0]
+    frames = [at for at, i in enumerate(still) if i == IMAGE]
+    moved = np.array([[tokens[at] != IMAGE for at in frames] for tokens in epochs])
+    assert 0.4 < moved.mean() < 0.6
+    assert (moved.mean(axis=0) > 0.2).all()
+    assert (moved.mean(axis=0) < 0.8).all()
+    assert len({tuple(row) for row in moved}) > 20
+    again = batches([row])
+    assert [only(again, step)[0] for step in reversed(range(24))] == epochs[::-1]
+    other_seed = batches([row], seed=1)
+    assert [only(other_seed, step)[0] for step in range(24)] != epochs
+    twins = batches([row, row], batch_size=2)[0].batch.tokens
+    assert (twins[0] != twins[1]).any()
+
+
+# ------------------------------------------------------------------------------------------ offline rows
+
+
+def test_an_offline_row_has_its_frames_in_front_as_when_it_is_asked_live(batches, media):
+    sampling = FrameSampling(fps=2, max_frames=16)
+    row = offline("<|video|>\nWhat is it? ", "A film.", videos=["film.mp4"])
+    tokens, labels, frames, positions = only(batches([row], sampling=sampling))
+    opening = chat.offline_opening(TINY, system=None, num_frames=8, prompt="What is it?")
+    answer = [*TINY.encode("A film."), TINY.special.eot]
+    assert tokens == opening + answer
+    assert labels == [IGNORED] * len(opening) + answer
+    assert positions == [at for at, i in enumerate(tokens) if i == IMAGE]
+    clip = sample_clip(media / "film.mp4", sampling)
+    np.testing.assert_array_equal(frames, [fit_frame(frame.rgb, SIZE) for frame in clip])
+
+
+@pytest.mark.parametrize(("bounds", "count"), [({"max_frames": 3}, 3), ({"min_frames": 7}, 7)])
+def test_the_number_of_frames_is_bounded_as_in_sample_clip(batches, media, bounds, count):
+    sampling = FrameSampling(**{"max_frames": 16} | bounds)
+    _, _, frames, _ = only(batches([offline("<|video|>?", "!", videos=["film.mp4"])], sampling=sampling))
+    clip = sample_clip(media / "film.mp4", sampling)
+    assert len(clip) == count
+    np.testing.assert_array_equal(frames, [fit_frame(frame.rgb, SIZE) for frame in clip])
+
+
+def test_images_and_several_videos_take_their_places(batches, media):
+    row = offline(
+        "<|video|> then <|image|>?",
+        "<|image|>Yes.<|video|>",
+        videos=["slow.mp4", "still.png"],
+        images=["still.png", "still.png"],
+    )
+    tokens, labels, frames, _ = only(batches([row | {"system": "S"}]))
+    prompt = [*chat.header(TINY, "user"), *[IMAGE] * 3, *ids("then <|image|>?<|eot_id|>")]
+    system = chat.opening(TINY, system="S")[: -len(chat.interjection(TINY, "")) + 1]
+    start = [*system, *prompt, *chat.header(TINY, "assistant")]
+    assert tokens == [*start, *ids("<|image|>Yes.<|image|><|eot_id|>")]
+    assert labels == [IGNORED] * (len(start) + 1) + [*ids("Yes."), IGNORED, TINY.special.eot]
+    (still,) = [fit_frame(frame.rgb, SIZE) for frame in sample_file(media / "still.png", FrameSampling())]
+    slow = [fit_frame(frame.rgb, SIZE) for frame in sample_clip(media / "slow.mp4", FrameSampling())]
+    np.testing.assert_array_equal(frames, [*slow, still, still, still])
+
+
+def test_text_alone_has_no_frames(batches):
+    tokens, _, frames, positions = only(batches([offline("Hi", "Hello")]))
+    opening = chat.opening(TINY, system=None, prompt="Hi")
+    assert tokens == [*opening, *TINY.encode("Hello"), TINY.special.eot]
+    assert (len(frames), positions) == (0, [])
+
+
+# --------------------------------------------------------------------------------------- what is dropped
+
+VIDEO = {"videos": ["film.mp4"]}
+SAID = [("user", ""), ("assistant", "<|video|>A cup")]
+BAD_INFO = live(SAID, ["00:00"]) | {"videos": ["[RealTime QA][INFO]{'video_path': 1}"]}
+
+BAD = {
+    "a video that is not there": (offline("<|video|>", "A", videos=["no.mp4"]), "missing video"),
+    "an image that is not there": (offline("<|image|>", "A", images=["no.png"]), "missing video"),
+    "a live video that is not there": (live(SAID, ["00:00"], "no.mp4"), "missing video"),
+    "half a video": (offline("<|video|>", "A", videos=["cut.mp4"]), "unreadable video"),
+    "no marker for a video": (offline("Why?", "A", **VIDEO), "mismatch of frames and markers"),
+    "no video for a marker": (offline("<|video|>", "A"), "mismatch of frames and markers"),
+    "no image for a marker": (offline("<|image|>", "A", images=None), "mismatch of frames and markers"),
+    "a marker too few": (live(SAID, ["00:00", "00:01"]), "mismatch of frames and markers"),
+    "a marker too many": (live([*SAID, *SAID], ["00:00"]), "mismatch of frames and markers"),
+    "a frame long past the end": (live(SAID, ["00:06"]), "mismatch of frames and markers"),
+    "more frames than max_frames": (
+        live([("user", ""), ("assistant", "<|video|>a" * 17)], ["00:00"] * 17),
+        "too many frames",
+    ),
+    "more frames than a bucket": (
+        offline("<|video|>" * 4, "A", videos=["film.mp4"] * 4),
+        "too many frames",
+    ),
+    "too many tokens": (offline("<|video|>", "A cup. " * 200, **VIDEO), "too long"),
+    "an answer that is empty": (offline("<|video|>", " ", **VIDEO), "nothing to learn"),
+    "no answer": ({"messages": [{"role": "user", "content": "Hi"}]}, "nothing to learn"),
+    "frames alone": (live([("user", ""), ("assistant", "<|video|>")], ["00:00"]), "nothing to learn"),
+    "no messages": ({"videos": ["film.mp4"]}, "malformed row"),
+    "no object": ("Hi", "malformed row"),
+    "a message that is no object": ({"messages": ["Hi"]}, "malformed row"),
+    "another role": ({"messages": [{"role": "tool", "content": "Hi"}]}, "malformed row"),
+    "no text": ({"messages": [{"role": "user", "content": None}]}, "malformed row"),
+    "half a character": (offline("\ud800", "A"), "malformed row"),
+    "one video, not in a list": (offline("<|video|>", "A", videos="film.mp4"), "malformed row"),
+    "info that is no JSON": (BAD_INFO, "malformed row"),
+    "a time that is none": (live(SAID, ["soon"]), "malformed row"),
+    "times that go back": (live([*SAID, *SAID], ["00:02", "00:01"]), "malformed row"),
+    "images in a live row": (
+        live([("user", "<|image|>"), *SAID[1:]], ["00:00"]) | {"images": ["still.png"]},
+        "malformed row",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_row_that_cannot_be_used_is_dropped(batches, case):
+    row, reason = BAD[case]
+    source = batches([offline("Hi", "Hello"), row])
+    assert (source.report.kept, source.report.dropped) == (1, {reason: 1})
+    (sentence,) = source.report.examples[reason]
+    assert "rows.json[1]: " in sentence
+    assert source[0].dropped == ()
+
+
+def test_the_report_names_every_row_of_a_few_and_some_of_many(batches):
+    good = [offline("Hi", "Hello")] * 20
+    few = batches(
+        [*good, *[offline("<|image|>", "A", images=[f"no{n}.png"]) for n in range(18)], {}, 3]
+    ).report
+    assert few.dropped == {"missing video": 18, "malformed row": 2}
+    assert few.dropped_share == 0.5
+    lines = str(few).splitlines()
+    assert lines[0] == "20 of 40 rows can be used"
+    assert sum("does not exist" in line for line in lines) == 18
+    assert any("rows.json[39]: it is no object with messages, but int" in line for line in lines)
+    many = str(batches([*good, *[offline("<|image|>", "A", images=["no.png"])] * 30]).report)
+    assert many.count("does not exist") == 3
+    assert "and 27 more" in many
+
+
+def test_without_a_row_there_is_no_batch(batches):
+    source = batches([{}])
+    assert (source.report.kept, len(source)) == (0, 0)
+    assert list(iterate(source, start=0, workers=0, read_ahead=1)) == []
+
+
+def test_a_file_that_is_named_twice_counts_twice(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([offline("Hi", "Hello"), {}]))
+    config = ConversationConfig(files=(str(file),) * 2)
+    source = ConversationBatches(config, FrameSampling(), TINY, image_size=SIZE, batch_size=2, seed=0)
+    assert (source.report.kept, source.report.dropped) == (2, {"malformed row": 2})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read: No such file"),
+        ("[{", "is no JSON"),
+        ('{"rows": []}', "must hold a list of rows, not dict"),
+    ],
+)
+def test_a_file_without_rows_is_refused(tmp_path, content, says):
+    file = tmp_path / "broken.json"
+    if content is not None:
+        file.write_text(content)
+    settings = {"image_size": SIZE, "batch_size": 1, "seed": 0}
+    with pytest.raises(ConfigError, match=says) as caught:
+        ConversationBatches(ConversationConfig(files=(str(file),)), FrameSampling(), TINY, **settings)
+    assert str(file) in str(caught.value)
+
+
+def test_settings_that_cannot_work_are_refused(batches):
+    with pytest.raises(ConfigError, match="batch_size 3 must be a multiple of the 2 processes"):
+        batches([offline("Hi", "Hello")], batch_size=3, process_count=2)
+    with pytest.raises(ConfigError, match="there are no files"):
+        ConversationBatches(
+            ConversationConfig(), FrameSampling(), TINY, image_size=SIZE, batch_size=1, seed=0
+        )
+
+
+def test_a_video_that_breaks_while_it_is_decoded_leaves_padding(batches):
+    broken = live([("user", ""), ("assistant", "<|video|>A<|video|>B")], ["00:00", "00:03"], "broken.mp4")
+    source = batches([offline("<|video|>?", "Yes", **VIDEO), broken], batch_size=2)
+    assert source.report.kept == 2
+    for step in range(3):
+        batch, dropped = source[step]
+        assert len(dropped) == 1
+        assert "rows.json[1]: " in dropped[0]
+        assert "broken.mp4 is damaged" in dropped[0]
+        (bad,) = np.flatnonzero((batch.labels == IGNORED).all(axis=1))
+        assert (batch.frame_positions[bad] == batch.tokens.shape[1]).all()
+        assert not batch.frames[bad].any()
+        assert not batch.tokens[bad].any()
+        assert (batch.labels[1 - bad] != IGNORED).any()
+
+
+# ------------------------------------------------------------------------------------- order and buckets
+
+
+def numbered(count: int) -> list[dict]:
+    """Rows that are asked their number, short and long, with 0, 1 or 5 frames."""
+    rows = []
+    for n in range(count):
+        frames = (0, 1, 1, 5)[n % 4]
+        answer = "a b c " * (1, 10, 30)[n % 3]
+        rows.append(offline("<|image|>" * frames + str(n), answer, images=["still.png"] * frames))
+    return rows
+
+
+def number(tokens: np.ndarray) -> int:
+    """The number of a row, from its prompt."""
+    text = "".join(t for t in texts(tokens[tokens > 0].tolist()) if t != "<|image|>")
+    return int(text.split("<|eot_id|>")[0].split("\n\n")[-1])
+
+
+@pytest.mark.parametrize(("count", "size"), [(23, 4), (3, 8), (8, 8), (1, 3)])
+def test_every_row_comes_once_an_epoch_in_few_shapes(batches, count, size):
+    source = batches(numbered(count), batch_size=size)
+    assert source.report.kept == count
+    per_epoch = source.batches_per_epoch
+    assert per_epoch == -(-count // size)
+    orders, shapes = [], set()
+    for epoch in range(3):
+        epoch_batches = [source[epoch * per_epoch + i].batch for i in range(per_epoch)]
+        rows = [number(tokens) for batch in epoch_batches for tokens in batch.tokens]
+        assert len(rows) == per_epoch * size
+        counts = Counter(rows)
+        assert sorted(counts) == list(range(count))
+        assert sum(n - 1 for n in counts.values()) == per_epoch * size - count
+        orders.append(rows)
+        for batch in epoch_batches:
+            length, capacity = batch.tokens.shape[1], batch.frames.shape[1]
+            shapes.add((length, capacity))
+            needed = max(int(np.flatnonzero(tokens)[-1]) + 1 for tokens in batch.tokens)
+            frames = int((batch.frame_positions < length).sum(axis=1).max())
+            assert (length, capacity) == (64 if needed <= 64 else 256, 4 if frames <= 4 else 16)
+    assert len(shapes) <= 4
+    if count > 8:
+        assert len({tuple(rows) for rows in orders}) == 3
+
+
+def test_the_shares_of_processes_join_to_the_whole(batches):
+    rows = numbered(11)
+    whole = batches(rows, batch_size=4)
+    shares = [batches(rows, batch_size=4, process_index=i, process_count=2) for i in range(2)]
+    for step in (0, 1, 2, 7):
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *[share[step].batch for share in shares])
+        jax.tree.map(np.testing.assert_array_equal, joined, whole[step].batch)
+
+
+def test_workers_make_the_same_batches(batches):
+    rows = [*numbered(5), live(INTERRUPTED, TIMES), offline("<|video|>?", "Yes", **VIDEO)]
+    source = batches(rows, batch_size=2)
+    assert len(pickle.dumps(source)) < 10_000
+    loaded = {}
+    for workers in (0, 2):
+        iterator = iterate(source, start=3, workers=workers, read_ahead=2)
+        loaded[workers] = [next(iterator).batch for _ in range(6)]
+        iterator.close()
+    for step, (here, there) in enumerate(zip(loaded[0], loaded[2], strict=True), start=3):
+        jax.tree.map(np.testing.assert_array_equal, here, there)
+        jax.tree.map(np.testing.assert_array_equal, here, source[step].batch)
+
+
+# ------------------------------------------------------------------------------------------- real data
+
+
+@pytest.fixture
+def original(real_data, tmp_path):
+    """`original(name)` is a source of the rows of a file of the original's, with what it has of the media."""
+    (tmp_path / "mllm_demo_data").symlink_to(real_data)
+
+    def make(name: str) -> ConversationBatches:
+        config = ConversationConfig(files=(str(real_data / name),), media_root=str(tmp_path))
+        return ConversationBatches(config, FrameSampling(), TINY, image_size=56, batch_size=2, seed=0)
+
+    return make
+
+
+def test_realtime_rows_without_their_videos_are_dropped(original):
+    report = original("realtime_rows.json").report
+    assert (report.kept, report.dropped) == (0, {"missing video": 3})
+    assert "-dEllRIVWUY.mp4 does not exist" in str(report)
+
+
+def test_realtime_rows_with_stand_ins_for_their_videos(real_data, tmp_path, encode):
+    rows = json.loads((real_data / "realtime_rows.json").read_text())
+    (tmp_path / "data" / "mllm_realtime_data").mkdir(parents=True)
+    for row in rows:
+        info = json.loads(row["videos"][0].removeprefix("[RealTime QA][INFO]"))
+        times = [1000 * i for i in range(len(info["time_info"]))]
+        encode(tmp_path / info["video_path"], len(times), times_ms=times)
+    config = ConversationConfig(
+        files=(str(real_data / "realtime_rows.json"),), media_root=str(tmp_path), swap_probability=0.0
+    )
+    source = ConversationBatches(config, FrameSampling(), TINY, image_size=56, batch_size=1, seed=0)
+    assert source.report.kept == 3
+    lengths = set()
+    for step in range(3):
+        tokens, labels, frames, positions = only(source, step)
+        lengths.add(len(positions))
+        assert len(frames) == len(positions)
+        row = next(row for row in rows if len(row["videos"]) == len(positions))
+        contents = [message["content"] for message in row["messages"]]
+        expected = chat.opening(TINY, system=contents[0], prompt=contents[1])
+        for i, content in enumerate(contents[2:]):
+            spoken = content.replace("<|video|>", "<|image|>")
+            expected += chat.interjection(TINY, content) if i % 2 else ids(spoken)
+        assert tokens == [*expected, TINY.special.eot]
+        said = [i for content in contents[2::2] for i in ids(content.replace("<|video|>", ""))]
+        assert [label for label in labels if label != IGNORED] == said
+    assert lengths == {155, 98, 30}
+
+
+def test_offline_rows_and_images(original):
+    source = original("mllm_offline_sft_demo.json")
+    assert source.report.dropped == {}
+    batch, dropped = source[0]
+    assert dropped == ()
+    assert batch.frames.any(axis=(2, 3, 4)).sum() == (batch.frame_positions < batch.tokens.shape[1]).sum()
+    assert ((batch.labels != IGNORED).sum(axis=1) > 5).all()
+    assert original("mllm_pretrain_demo.json").report.dropped == {"missing video": 1}
