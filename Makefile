@@ -9,7 +9,11 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python serve.py --video assets/demo.mp4 --gin_file configs/demo.gin \
-		--prompt "What is on the table?" --prompt "And now?" --prompt-at 6.5
+		--prompt "What do you see?" --prompt-at 4.12 \
+		--prompt "Describe what is happening." --prompt-at 11.38 \
+		--prompt "Tell me what is on the table." --prompt-at 14.51 \
+		--prompt "What was the number before this one?" --prompt-at 19.2 \
+		--prompt "Tell me when the ring is taken away." --prompt-at 23.6
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -15,9 +16,8 @@ from moss_jax import gin_bindings
 from moss_jax.config import ConfigError, EngineConfig, FrameSampling, SessionConfig, TokenSampling
 from moss_jax.convert import CheckpointError
 from moss_jax.serving.feed import watch
-from moss_jax.serving.models import open_model
 from moss_jax.serving.terminal import print_json, print_transcript
-from moss_jax.stream import Engine, Session, SessionError, answer
+from moss_jax.stream import Engine, Session, SessionError, answer, open_model
 from moss_jax.text import TokenizerError, chat
 from moss_jax.video import VideoError, VideoInfo, probe, sample_clip, sample_file, timeline
 
@@ -56,17 +56,28 @@ def run(args: argparse.Namespace) -> None:
     if args.offline and prompts[0].at:
         raise ConfigError("--offline reads the whole clip before it answers, so --prompt-at has no meaning")
 
+    picture = None
+    if args.timeline:
+        # Loaded only for those who want a picture, since it takes a while.
+        from moss_jax.serving.timeline import Timeline, check_path
+
+        check_path(args.timeline)
+        picture = Timeline()
+
     opened = open_model(args.checkpoint)
     engine = Engine(opened.model, opened.tokenizer, engine_config, token_sampling)
     length = f" · {info.duration:.1f} s" if info.duration else ""
     mode = "offline" if args.offline else session_config.clock
     heading = (
         f"{Path(args.video).name} · {info.width}×{info.height}{length} · {sampling.fps:g} fps · {mode}\n"
-        f"{opened.description}\n"
+        f"{opened.name}\n"
     )
     if args.offline:
         limit = min(sampling.max_frames, engine_config.bank_capacity)
         frames = sample_clip(args.video, override(sampling, max_frames=limit))
+        if picture:
+            for frame in frames:
+                picture.add_frame(frame.rgb, frame.time)
         events = answer(engine, frames, prompts[0].text, system=args.system)
     else:
         # What is asked at the beginning is the first user turn; without it the model watches unasked.
@@ -79,14 +90,31 @@ def run(args: argparse.Namespace) -> None:
             # Compiled beforehand, so that the clip doesn't run away meanwhile.
             engine.warm_up((info.height, info.width, 3), [session.opening_length, *lengths])
         signal.signal(signal.SIGINT, lambda *_: session.stop())
-        events = watch(session, sample_file(args.video, sampling), timed)
-    if args.json:
-        print(heading, file=sys.stderr, end="")
-        print_json(events, sys.stdout)
-    else:
-        console = Console(highlight=False)
-        console.print(heading, style="dim", markup=False)
-        print_transcript(events, console)
+        frames = sample_file(args.video, sampling)
+        if picture:
+            frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
+        events = watch(session, frames, timed)
+    if picture:
+        events = tap(events, picture.add)
+    try:
+        if args.json:
+            print(heading, file=sys.stderr, end="")
+            print_json(events, sys.stdout)
+        else:
+            console = Console(highlight=False)
+            console.print(heading, style="dim", markup=False)
+            print_transcript(events, console)
+    finally:
+        # However it ended, what has happened is worth a picture.
+        if picture and picture.events:
+            picture.save(args.timeline)
+
+
+def tap[T](items: Iterable[T], keep: Callable[[T], None]) -> Iterator[T]:
+    """Passes items on, and each to `keep` before."""
+    for item in items:
+        keep(item)
+        yield item
 
 
 @dataclasses.dataclass
@@ -142,6 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--system", metavar="TEXT", help="system prompt of the model; empty for none")
     add("--seed", type=int, help="of the sampling")
     add("--json", action="store_true", help="one JSON object for each event instead of a transcript")
+    add("--timeline", type=Path, metavar="FILE", help="draw what was seen and said when, as a .png")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings, over the defaults")
     add(
         "--gin_param", action="append", default=[], metavar="BINDING", help="such as 'EngineConfig.slots = 1'"

@@ -1,12 +1,15 @@
 """serve.py as a user runs it: on real files, in a process of its own, with all that can be wrong."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import moss_jax
 import serve
@@ -53,14 +56,26 @@ def events(result: subprocess.CompletedProcess) -> list[dict]:
 def test_a_real_file_becomes_events_and_the_same_ones_again(checkpoint, tmp_path):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--json", "--seed", 3]
     arguments += ["--prompt", "What is there?", "--prompt", "And now?", "--prompt-at", "5.5"]
-    arguments += ["--gin_file", ROOT / "configs" / "demo.gin"]
-    first, second = (events(run(*arguments, cwd=tmp_path)) for _ in range(2))
+    arguments += ["--gin_file", ROOT / "configs" / "demo.gin", "--fps", "0.5"]
+    arguments += ["--gin_param", "TokenSampling.temperature = 0.8"]
+    first = events(run(*arguments, cwd=tmp_path))
+    second = events(run(*arguments, "--timeline", "session.png", cwd=tmp_path))
     assert [e | {"wall_time": 0} for e in first] == [e | {"wall_time": 0} for e in second]
     assert [e["prompt"] for e in first if e["type"] == "turn"] == ["What is there?", "And now?"]
-    assert [e["time"] for e in first if e["type"] == "frame"] == list(map(float, range(12)))
+    assert [e["time"] for e in first if e["type"] == "frame"] == list(map(float, range(0, 30, 2)))
     assert first[-1]["type"] == "end"
     assert first[-1]["reason"] == "finished"
     assert set(first[-1]["counters"]) == set(Counters.__dataclass_fields__)
+    assert_is_picture(tmp_path / "session.png")
+
+
+def assert_is_picture(path: Path):
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        # With frames: the clip shows a wooden table, and nothing else in a picture is brown.
+        red, _, blue = np.moveaxis(np.asarray(image.convert("RGB"), int), -1, 0)
+        assert (red - blue > 60).mean() > 0.02
 
 
 def test_the_system_prompt_can_be_set(checkpoint, fails):
@@ -72,31 +87,40 @@ def test_the_system_prompt_can_be_set(checkpoint, fails):
     assert told[-1]["type"] == "end"
 
 
-def test_offline_reads_the_clip_and_then_answers(checkpoint):
-    told = events(
-        run("--video", DEMO, "--checkpoint", checkpoint, "--json", "--offline", "--prompt", "What?")
-    )
+def test_offline_reads_the_clip_and_then_answers(checkpoint, tmp_path):
+    arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--json", "--offline", "--prompt", "What?"]
+    told = events(run(*arguments, "--timeline", tmp_path / "session.png"))
     types = [e["type"] for e in told]
-    assert types[:13] == ["frame"] * 12 + ["turn"]
+    assert types[:31] == ["frame"] * 30 + ["turn"]
     assert types[-1] == "end"
+    assert_is_picture(tmp_path / "session.png")
 
 
 def test_the_transcript_says_what_it_is(checkpoint):
-    result = run("--video", DEMO, "--checkpoint", checkpoint, "--prompt", "What?", "--fps", "0.5")
+    result = run("--video", DEMO, "--checkpoint", checkpoint, "--prompt", "What?", "--fps", "0.2")
     assert result.returncode == 0, result.stderr
-    assert "demo.mp4 · 320×240 · 12.0 s · 0.5 fps · lockstep" in result.stdout
+    assert "demo.mp4 · 448×448 · 30.0 s · 0.2 fps · lockstep" in result.stdout
     assert "  0:00  › What?" in result.stdout
     assert "6 frames" in result.stdout
 
 
-def test_the_shipped_model_runs_and_says_plainly_if_it_is_untrained():
-    result = run("--video", DEMO, "--gin_param", "SessionConfig.tokens_per_second = 1", "--fps", "0.25")
-    assert result.returncode == 0, result.stderr
-    if not (ROOT / "checkpoints" / "moss-tiny").is_dir():
-        assert "UNTRAINED" in result.stdout
+def test_the_demo_corrects_itself_calls_out_and_is_silent():
+    result = subprocess.run(
+        ["make", "--silent", "--always-make", "--dry-run", "demo"], capture_output=True, text=True, cwd=ROOT
+    )
+    command = next(part for part in result.stdout.split(".venv/bin/python ") if part.startswith("serve.py"))
+    _, *arguments = shlex.split(command.replace("\\\n", " "))
+    told = events(run(*arguments, "--json"))
+    said = "".join({"turn": "\n", "silence": "\n"}.get(e["type"], e.get("text", "")) for e in told)
+    assert "I see a yellow ring and a card with - wait, now there is a blue circle" in said
+    assert said.endswith("Now! The ring is gone.\n")
+    called = [e["stream_time"] for e in told if e["type"] == "text" and e["stream_time"] > 25]
+    assert 29 <= called[0] < 30
+    spoken = {int(e["stream_time"]) for e in told if e["type"] == "text"}
+    assert sum(second not in spoken for second in range(30)) >= 10
 
 
-def test_ctrl_c_ends_a_realtime_stream_cleanly(checkpoint):
+def test_ctrl_c_ends_a_realtime_stream_cleanly(checkpoint, tmp_path):
     process = subprocess.Popen(
         [
             sys.executable,
@@ -108,6 +132,8 @@ def test_ctrl_c_ends_a_realtime_stream_cleanly(checkpoint):
             "--clock",
             "realtime",
             "--json",
+            "--timeline",
+            tmp_path / "session.png",
         ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -121,6 +147,7 @@ def test_ctrl_c_ends_a_realtime_stream_cleanly(checkpoint):
     assert process.returncode == 0, errors
     assert told[-1]["reason"] == "stopped"
     assert "Traceback" not in errors
+    assert_is_picture(tmp_path / "session.png")
 
 
 def test_a_reader_that_goes_away_is_no_error(checkpoint):
@@ -174,8 +201,8 @@ def test_bad_videos(fails, tmp_path):
 def test_bad_numbers_and_times(fails):
     assert "fps must be a positive number" in fails("--video", DEMO, "--fps", "0")
     assert "fps must be a positive number" in fails("--video", DEMO, "--fps", "-2")
-    late = fails("--video", DEMO, "--prompt", "hi", "--prompt-at", "12.5")
-    assert "--prompt-at 12.5 is beyond the clip, which lasts 12.0 s" in late
+    late = fails("--video", DEMO, "--prompt", "hi", "--prompt-at", "30.5")
+    assert "--prompt-at 30.5 is beyond the clip, which lasts 30.0 s" in late
     assert "must follow the --prompt" in fails("--video", DEMO, "--prompt-at", "1")
     assert "from 0 on" in fails("--video", DEMO, "--prompt", "hi", "--prompt-at=-1")
 
@@ -204,6 +231,12 @@ def test_prompts_that_do_not_fit(fails, checkpoint):
 def test_offline_wants_one_prompt_and_no_time(fails):
     assert "one --prompt" in fails("--video", DEMO, "--offline")
     assert "no meaning" in fails("--video", DEMO, "--offline", "--prompt", "a", "--prompt-at", "2")
+
+
+def test_pictures_that_cannot_be_written(fails, tmp_path):
+    assert "written as .png, not as session.jpg" in fails("--video", DEMO, "--timeline", "session.jpg")
+    missing = tmp_path / "nowhere" / "session.png"
+    assert f"{missing} cannot be written" in fails("--video", DEMO, "--timeline", missing)
 
 
 def test_bad_gin(fails):
