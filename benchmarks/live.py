@@ -12,19 +12,16 @@ import argparse
 import dataclasses
 import itertools
 import json
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from report import add_out, publish
 
 from moss_jax.config import PRESETS, EngineConfig, SessionConfig
 from moss_jax.nn import MossVideo
@@ -42,18 +39,10 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--bank", type=int, default=256, help="frames that the bank has room for")
     parser.add_argument("--tokens", type=int, default=64, help="tokens that are timed")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    add_out(parser)
     args = parser.parse_args()
 
-    settings = [f"--{name} {value}" for name, value in vars(args).items() if name != "out"]
-    command = f"python benchmarks/live.py {' '.join(settings)}"
-    result = {"command": command, "device": device(), "versions": versions()}
-    result |= run(args)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n", encoding="utf-8")
+    publish("live.py", args, run(args))
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -202,24 +191,6 @@ def padded_tokenizer(vocab_size: int) -> Tokenizer:
     (image,) = (token for token in data["added_tokens"] if token["content"] == "<|image|>")
     image["id"] = vocab_size
     return Tokenizer(json.dumps(data).encode())
-
-
-def device() -> str:
-    if jax.default_backend() == "cpu":
-        return f"CPU, {platform.machine()}"
-    name = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return name.stdout.strip() or str(jax.devices()[0])
-
-
-def versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")} | {
-        "python": platform.python_version()
-    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""Trains a model with random weights on random sequences for a few steps, and says what a step takes.
+
+    python benchmarks/train.py --out benchmarks/results/train_11b.json
+
+All parameters learn, in the training step that train.py runs: float32 master weights and AdamW moments,
+bfloat16 forward and backward pass, over all devices of the machine. `mfu` counts what the model calls for,
+not what remat computes again (moss_jax/train/flops.py).
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+
+import jax
+import numpy as np
+from report import add_out, publish
+
+from moss_jax.config import PRESETS, OptimizerConfig, TrainConfig
+from moss_jax.data.batch import IGNORED, Batch
+from moss_jax.sharding import make_mesh
+from moss_jax.train.flops import peak_flops, train_flops
+from moss_jax.train.step import Trainer
+
+GB = 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS)
+    parser.add_argument("--tokens", type=int, default=4096, help="of a sequence, frames among them")
+    parser.add_argument("--frames", type=int, default=64, help="of a sequence")
+    parser.add_argument("--batch", type=int, default=0, help="sequences; 0 for one a device")
+    parser.add_argument(
+        "--tensor", type=int, default=1, help="devices that split the heads; the others are fsdp"
+    )
+    parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
+    parser.add_argument("--steps", type=int, default=5, help="that are timed, after the first")
+    add_out(parser)
+    args = parser.parse_args()
+    publish("train.py", args, run(args))
+
+
+def run(args: argparse.Namespace) -> dict:
+    config = dataclasses.replace(PRESETS[args.preset](), remat=args.remat)
+    devices = jax.device_count()
+    rows = args.batch or devices
+    mesh = make_mesh(fsdp=devices // args.tensor, tensor=args.tensor)
+    trainer = Trainer(
+        config,
+        TrainConfig(batch_size=rows),
+        OptimizerConfig(),
+        mesh,
+        silence_id=config.decoder.vocab_size - 1,
+    )
+    result: dict = {"devices": devices, "batch": rows, "mesh": dict(mesh.shape)}
+    batch = trainer.put(random_batch(config, rows, args.tokens, args.frames))
+
+    started = time.monotonic()
+    state = jax.block_until_ready(trainer.init(0))
+    result["init_s"] = time.monotonic() - started
+    result["parameters"] = sum(x.size for x in state.trained.values())
+    result["state_gb_per_device"] = (
+        sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)) / GB
+    )
+
+    started = time.monotonic()
+    step = trainer.step.lower(state, batch).compile()
+    result["compile_s"] = time.monotonic() - started
+    memory = step.memory_analysis()
+    result["temporary_gb_per_device"] = memory.temp_size_in_bytes / GB
+    print(result, flush=True)
+
+    seconds, losses = [], []
+    for _ in range(args.steps + 1):
+        started = time.monotonic()
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        seconds.append(time.monotonic() - started)
+    step_s = statistics.median(seconds[1:])
+    flops = train_flops(
+        config, batch=rows, tokens=args.tokens, frames=args.frames, trained=TrainConfig().trainable
+    )
+    peak = peak_flops(jax.devices()[0].device_kind)
+    memory_stats = [d.memory_stats() or {} for d in jax.local_devices()]
+    return result | {
+        "first_step_s": seconds[0],
+        "step_s": step_s,
+        "tokens_per_s": rows * args.tokens / step_s,
+        "frames_per_s": rows * args.frames / step_s,
+        "model_tflop_per_step": flops / 1e12,
+        "mfu": peak and flops / step_s / (peak * devices),
+        "peak_memory_gb_per_device": max(m.get("peak_bytes_in_use", 0) for m in memory_stats) / GB,
+        "losses": losses,
+    }
+
+
+def random_batch(config, rows: int, tokens: int, frames: int) -> Batch:
+    """Sequences of random tokens with their frames evenly among them; half of the tokens are learnt."""
+    rng = np.random.default_rng(0)
+    size, image = config.vision.image_size, config.decoder.image_token_id
+    ids = rng.integers(1, config.decoder.vocab_size, (rows, tokens), dtype=np.int32)
+    positions = np.linspace(8, tokens - tokens // frames, frames).astype(np.int32)
+    ids[:, positions] = image
+    learnt = (rng.random((rows, tokens)) < 0.5) & (ids != image)
+    return Batch(
+        tokens=ids,
+        labels=np.where(learnt, ids, IGNORED).astype(np.int32),
+        frames=rng.integers(0, 256, (rows, frames, size, size, 3), dtype=np.uint8),
+        frame_positions=np.broadcast_to(positions, (rows, frames)).copy(),
+    )
+
+
+if __name__ == "__main__":
+    main()
