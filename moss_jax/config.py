@@ -445,7 +445,7 @@ class OptimizerConfig:
     Attributes:
       learning_rate: at its peak.
       warmup_share: share of the steps in which it rises from 0.
-      final_share: share of the peak that is left at the last step.
+      final_share: share of the peak that is left after the last step.
       clip_norm: of the gradient of all trained parameters together.
       weight_decay: of matrices; norms, biases, gates and embeddings never decay.
     """

@@ -52,3 +52,9 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
 def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """`partition_spec` on a mesh."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Lays an array with these logical axes on the mesh that is in use; without one, leaves it as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moss_jax.sharding import MESH_AXES, RULES, make_mesh, named_sharding, partition_spec
+from moss_jax.sharding import MESH_AXES, RULES, constrain, make_mesh, named_sharding, partition_spec
 
 MESH = AbstractMesh((2, 4, 2), MESH_AXES)
 
@@ -68,3 +68,11 @@ def test_a_mesh_of_one_device():
 def test_a_mesh_needs_its_number_of_devices():
     with pytest.raises(ValueError, match=r"a mesh of 2 x 3 x 1 needs 6 devices, not 5"):
         make_mesh(data=2, fsdp=3, devices=[None] * 5)
+
+
+def test_what_is_made_under_a_mesh_lies_on_it():
+    x = jax.numpy.ones((4, 8))
+    assert constrain(x, ("embed", "mlp")) is x
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        assert constrain(2 * x, ("embed", "mlp")).sharding == NamedSharding(mesh, P("fsdp", "tensor"))

@@ -17,10 +17,11 @@ from moss_jax.cache import (
     remember_frames,
     write_rows,
 )
-from moss_jax.config import DecoderConfig, RowsBeforeFirstFrame
-from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, RMSNorm, gate, normal
+from moss_jax.config import DecoderConfig, Remat, RowsBeforeFirstFrame
+from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, RMSNorm, gate, normal, remat
 from moss_jax.nn.rope import Rotation, rotate, rotation
 from moss_jax.ops.attention import KeyRange, attention
+from moss_jax.sharding import constrain
 
 
 class KeysValues(NamedTuple):
@@ -172,8 +173,9 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         features: Float[Array, "B F N D"],
         frame_positions: Int[Array, "B F"],
+        keep: Remat = "none",
     ) -> Float[Array, "B T D"]:
-        """The whole sequence in one pass; frames must be in order of position."""
+        """The whole sequence in one pass; frames in order of position, `keep` as in `ModelConfig.remat`."""
         B, T = tokens.shape
         vectors = features.shape[2]
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -183,8 +185,8 @@ class Decoder(nnx.Module):
             present = (frame_positions < T).sum(axis=-1, dtype=jnp.int32)
             attended = jnp.where(visible > 0, visible, present[:, None])
         rope = self._rotation(frame_positions)
-        frames = [layer.attention.project(features, rope) for layer in self._cross_layers()]
-        hidden, _ = self._run(tokens, positions, frames, attended * vectors, visible > 0, None, None)
+        frames = [remat(layer.attention.project, keep)(features, rope) for layer in self._cross_layers()]
+        hidden, _ = self._run(tokens, positions, frames, attended * vectors, visible > 0, None, None, keep)
         return hidden
 
     def remember(
@@ -223,19 +225,20 @@ class Decoder(nnx.Module):
         """Scores of the next token, float32."""
         return self.lm_head(hidden, out_dtype=jnp.float32)
 
-    def _run(self, tokens, positions, frames, frame_keys, sees, past, append):
+    def _run(self, tokens, positions, frames, frame_keys, sees, past, append, keep="none"):
         """Through all layers; returns the final hidden states and each text layer's keys and values."""
         rope = self._rotation(positions)
         frame_range = KeyRange(jnp.zeros_like(frame_keys), frame_keys)
         past = iter(past or [None] * self.config.num_self_attention_layers)
         frames = iter(frames)
         now = []
-        x = self.embedding[tokens]
+        # Without this a mesh may go on to split the width, as the embedding's is, instead of the batch.
+        x = constrain(self.embedding[tokens], ("batch", None, None))
         for layer in self.layers:
             if isinstance(layer, CrossLayer):
-                x = layer(x, rope, next(frames), frame_range, sees)
+                x = remat(layer, keep)(x, rope, next(frames), frame_range, sees)
             else:
-                x, kv = layer(x, rope, next(past), append)
+                x, kv = remat(layer, keep)(x, rope, next(past), append)
                 now.append(kv)
         return self.norm(x), now
 

@@ -5,12 +5,15 @@ is computed in the dtype of the parameters, norms and softmax in float32.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
+
+from moss_jax.config import Remat
+from moss_jax.sharding import constrain
 
 INIT_STDDEV = 0.02
 
@@ -20,17 +23,34 @@ def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], dty
     # Drawn in powers of two: a generator takes long to compile, and so a few serve all shapes.
     size = math.prod(shape)
     drawn = jax.random.normal(rngs.params(), (1 << max(16, (size - 1).bit_length()),), dtype)
-    return nnx.Param((drawn[:size] * INIT_STDDEV).reshape(shape), axes=tuple(axes))
+    return _parameter((drawn[:size] * INIT_STDDEV).reshape(shape), axes)
 
 
 def full(fill: float, shape: Sequence[int], axes: Sequence[str | None], dtype: DTypeLike) -> nnx.Param:
     """A parameter of one value."""
-    return nnx.Param(jnp.full(tuple(shape), fill, dtype), axes=tuple(axes))
+    return _parameter(jnp.full(tuple(shape), fill, dtype), axes)
+
+
+def _parameter(value: jax.Array, axes: Sequence[str | None]) -> nnx.Param:
+    # Laid on the mesh one by one, so that a large model never lies whole on one device.
+    return nnx.Param(constrain(value, axes), axes=tuple(axes))
 
 
 def gate(fill: float, dtype: DTypeLike) -> nnx.Param:
     """A number whose tanh scales a branch."""
     return full(fill, (1,), (None,), dtype)
+
+
+def remat(layer: Callable, keep: Remat) -> Callable:
+    """The layer, such that its backward pass computes again what `ModelConfig.remat` doesn't keep."""
+    match keep:
+        case "none":
+            return layer
+        case "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        case "full":
+            policy = jax.checkpoint_policies.nothing_saveable
+    return jax.checkpoint(layer, policy=policy)
 
 
 class Linear(nnx.Module):

@@ -68,6 +68,15 @@ class MossVideo(nnx.Module):
         Returns:
           float32 [B, S, V].
         """
+        return self.decoder.logits(self.hidden(tokens, pixels, frame_positions))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B S"],
+        pixels: Float[Array, "B F H W 3"],
+        frame_positions: Int[Array, "B F"],
+    ) -> Float[Array, "B S D"]:
+        """The hidden states that `decoder.logits` makes the logits of the one-pass call from."""
         self._check_tokens(tokens)
         if pixels.ndim != 5 or pixels.shape[:2] != frame_positions.shape or len(pixels) != len(tokens):
             raise ValueError(
@@ -75,16 +84,20 @@ class MossVideo(nnx.Module):
                 f"got {pixels.shape}, {frame_positions.shape} and {tokens.shape}"
             )
         B, F = frame_positions.shape
-        features = self.encode(pixels.reshape(B * F, *pixels.shape[2:]))
+        keep = self.config.remat
+        features = self._encode(pixels.reshape(B * F, *pixels.shape[2:]), keep)
         features = features.reshape(B, F, *features.shape[1:])
-        return self.decoder.logits(self.decoder(tokens, features, frame_positions))
+        return self.decoder(tokens, features, frame_positions, keep)
 
     def encode(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
         """Features of frames, each on its own; the frames of a batch may come from any streams."""
+        return self._encode(pixels, "none")
+
+    def _encode(self, pixels, keep):
         size = self.config.vision.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
             raise ValueError(f"encode takes normalised pixels [B, {size}, {size}, 3]; got {pixels.shape}")
-        return self.projector(self.compressor(self.vision(pixels.astype(self.dtype))))
+        return self.projector(self.compressor(self.vision(pixels.astype(self.dtype), keep)))
 
     def init_state(self, slots: int, *, text_capacity: int, bank_capacity: int) -> StreamState:
         """An empty state for `slots` streams of at most so many tokens and frames."""

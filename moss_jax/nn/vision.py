@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from moss_jax.config import VisionConfig
-from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, gate, normal
+from moss_jax.config import Remat, VisionConfig
+from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, gate, normal, remat
 from moss_jax.ops.attention import attention
 
 # The original pads the positions to a multiple of this and lets the padding take part in attention.
@@ -91,18 +91,22 @@ class VisionEncoder(nnx.Module):
         self.layers = layers(config.num_layers, gated=False)
         self.global_layers = layers(config.num_global_layers, gated=True)
 
-    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
-        """Encodes normalised frames; returns [B, num_positions, output_size], the class token first."""
+    def __call__(self, pixels: Float[Array, "B H W 3"], keep: Remat = "none") -> Float[Array, "B P D"]:
+        """Encodes normalised frames; `keep` is `ModelConfig.remat`.
+
+        Returns:
+          [B, num_positions, output_size], the class token first.
+        """
         x = self._embed(pixels)
         kept = []
         for i, layer in enumerate(self.layers):
             if i in self.config.intermediate_layers:
                 kept.append(x)
-            x = layer(x)
+            x = remat(layer, keep)(x)
         x = self.post_norm(x)
         x += jnp.tanh(self.post_tile_gate[...]) * self.post_tile_embedding[ONE_TILE, 0]
         for layer in self.global_layers:
-            x = layer(x)
+            x = remat(layer, keep)(x)
         # The stack is on the last axis, so the states of one channel lie side by side.
         stacked = jax.lax.collapse(jnp.stack(kept, axis=-1), 2)
         return jnp.concatenate([x, stacked], axis=-1)[:, : self.config.num_positions]

@@ -1,0 +1,272 @@
+"""The training step: one jitted program over a mesh of devices.
+
+Parameters are dicts from their names, `decoder/layers/0/attention/qkv/kernel`, so that the parts that learn
+and those that are frozen are two dicts, and the optimizer sees only the first.
+
+B sequences, S tokens, F frames, A parts that a batch is taken in
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from moss_jax.config import ConfigError, ModelConfig, OptimizerConfig, TrainConfig
+from moss_jax.data.batch import Batch
+from moss_jax.nn import MossVideo
+from moss_jax.sharding import RULES, named_sharding
+from moss_jax.train.losses import find_targets, mean_over, token_losses
+from moss_jax.train.optimizer import learning_rate, make_optimizer
+from moss_jax.video import preprocess
+
+# Logits that a device holds at once, in numbers: 1 GiB of float32. More are taken in chunks.
+MAX_LOGITS = 2**28
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step takes and gives back.
+
+    Attributes:
+      step: steps that were done.
+      trained: master weights of the parts that learn, float32.
+      frozen: parameters of the others, in the dtype that is computed in; they never change.
+      optimizer: the optimizer's state, for `trained` alone.
+    """
+
+    step: Int[Array, ""]
+    trained: dict[str, Float[Array, "..."]]
+    frozen: dict[str, Float[Array, "..."]]
+    optimizer: Any
+
+
+class Trainer:
+    """Trains a model on a mesh.
+
+    Holds no parameters: `init` or `adopt` makes a state, `step` takes one and returns the next.
+
+    Args:
+      model_config: its `remat` bounds the memory of the step.
+      train: what is trained, and in how many steps.
+      optimizer: settings of the optimizer.
+      mesh: of `sharding.make_mesh`.
+      silence_id: of the tokenizer's `<|silence|>`.
+
+    Attributes:
+      step: `step(state, batch) -> (state, metrics)`, one optimizer step as one program, which uses up the
+        state that it takes. Metrics are float32 scalars on the device: `loss`, with its weights; the plain
+        means `loss_text`, `loss_silence` and `loss_after_silence`; `grad_norm` before clipping;
+        `learning_rate`; and the numbers of `targets`, `tokens` and `frames`.
+      shardings: where each array of a state lies, as a `TrainState`.
+
+    Raises:
+      ConfigError: batches that the mesh doesn't divide, or nothing to train.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        train: TrainConfig,
+        optimizer: OptimizerConfig,
+        mesh: Mesh,
+        *,
+        silence_id: int,
+    ):
+        self.model_config = model_config
+        self.config = train
+        self.mesh = mesh
+        self.silence_id = silence_id
+        self._check_rows(train.batch_size)
+        self._dtype = jnp.dtype(train.compute_dtype)
+        self._optimizer = make_optimizer(optimizer, train.steps)
+        self._learning_rate = learning_rate(optimizer, train.steps)
+
+        self._graph, params = nnx.split(nnx.eval_shape(lambda: MossVideo(model_config, rngs=nnx.Rngs(0))))
+        self._variables = {_name(path): (path, variable) for path, variable in nnx.to_flat_state(params)}
+        abstract = self.abstract()
+        if not abstract.trained:
+            raise ConfigError(f"of this model {' and '.join(train.trainable)} has no parameters to train")
+        self.shardings = jax.tree.map(lambda array: array.sharding, abstract)
+        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, self._whole()))
+
+    def init(self, seed: int) -> TrainState:
+        """The state at the beginning of a training from random parameters."""
+        # One parameter after the other: a single program for all of them takes minutes to compile.
+        with jax.set_mesh(self.mesh):
+            model = MossVideo(self.model_config, rngs=nnx.Rngs(seed), dtype=jnp.float32)
+        return self.adopt(model)
+
+    def adopt(self, model: MossVideo) -> TrainState:
+        """The state at the beginning of a training from this model's parameters, which are copied.
+
+        Raises:
+          ValueError: the model has other parameters than the trainer's.
+        """
+        params = {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+        shapes = {name: variable.shape for name, (_, variable) in self._variables.items()}
+        if {name: param.shape for name, param in params.items()} != shapes:
+            raise ValueError("this model has other parameters than the one that the trainer was made for")
+
+        def place(like):
+            return {
+                # A copy: the step uses up its state, but not the model.
+                name: jnp.array(jax.device_put(params[name], array.sharding), dtype=array.dtype, copy=True)
+                for name, array in like.items()
+            }
+
+        abstract = self.abstract()
+        trained = place(abstract.trained)
+        return TrainState(
+            step=jax.device_put(jnp.int32(0), self._whole()),
+            trained=trained,
+            frozen=place(abstract.frozen),
+            optimizer=jax.jit(self._optimizer.init, out_shardings=self.shardings.optimizer)(trained),
+        )
+
+    def abstract(self) -> TrainState:
+        """The shapes, dtypes and places of a state's arrays, to restore one into."""
+
+        def array(shape, dtype, sharding):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        trained, frozen = {}, {}
+        for name, (path, variable) in self._variables.items():
+            sharding = named_sharding(variable.get_metadata()["axes"], variable.shape, self.mesh)
+            if path[0] in self.config.trainable:
+                trained[name] = array(variable.shape, jnp.float32, sharding)
+            else:
+                frozen[name] = array(variable.shape, self._dtype, sharding)
+        # Moments lie as their parameters do.
+        optimizer = optax.tree_map_params(
+            self._optimizer,
+            lambda _, param: param,
+            jax.eval_shape(self._optimizer.init, trained),
+            trained,
+            transform_non_params=lambda x: array(x.shape, x.dtype, self._whole()),
+        )
+        return TrainState(array((), jnp.int32, self._whole()), trained, frozen, optimizer)
+
+    def model(self, state: TrainState, dtype: DTypeLike) -> MossVideo:
+        """The model as it stands, with copies of the parameters: it outlives the state."""
+        return self._merge(
+            {name: jnp.array(x, dtype=dtype, copy=True) for name, x in (state.trained | state.frozen).items()}
+        )
+
+    def put(self, batch: Batch) -> Batch:
+        """Lays this process's rows of a batch on the mesh.
+
+        Raises:
+          ConfigError: the mesh doesn't divide the rows of all processes.
+        """
+        self._check_rows(len(batch.tokens) * jax.process_count())
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._batch(), x), batch)
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        """One optimizer step."""
+        targets = find_targets(
+            batch.tokens,
+            batch.labels,
+            silence_id=self.silence_id,
+            image_id=self.model_config.decoder.image_token_id,
+            silence_weight=self.config.silence_weight,
+        )
+        gradient, losses = self._gradient_and_losses(state, batch, targets)
+        updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
+        metrics = {
+            "loss": (losses * targets.weights).sum(),
+            "loss_text": mean_over(losses, targets.text),
+            "loss_silence": mean_over(losses, targets.silence),
+            "loss_after_silence": mean_over(losses, targets.after_silence),
+            "grad_norm": optax.tree.norm(gradient),
+            "learning_rate": self._learning_rate(state.step),
+            "targets": (targets.text | targets.silence).sum(),
+            "tokens": _lengths(batch.tokens).sum(),
+            "frames": (batch.frame_positions < batch.tokens.shape[1]).sum(),
+        }
+        state = TrainState(
+            step=state.step + 1,
+            trained=optax.apply_updates(state.trained, updates),
+            frozen=state.frozen,
+            optimizer=optimizer,
+        )
+        return state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+    def _gradient_and_losses(self, state, batch, targets):
+        """The loss of each token, and before it the gradient of their weighted sum."""
+
+        def loss(trained, batch, targets):
+            model = self._merge({name: x.astype(self._dtype) for name, x in trained.items()} | state.frozen)
+            vision = self.model_config.vision
+            pixels = preprocess(
+                batch.frames, image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std
+            )
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                hidden = model.hidden(batch.tokens, pixels, batch.frame_positions)
+            chunks = self._chunks(*batch.tokens.shape)
+            losses = token_losses(hidden, targets.ids, model.decoder.logits, chunks=chunks)
+            return (losses * targets.weights).sum(), losses
+
+        def add_gradient(total, part):
+            # The weights are those in the loss of the whole batch, so the gradients of parts simply add up.
+            gradient, losses = jax.grad(loss, has_aux=True)(state.trained, *part)
+            total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
+            return jax.lax.with_sharding_constraint(total, self.shardings.trained), losses
+
+        count = self.config.accumulate
+        if count == 1:
+            return add_gradient(None, (batch, targets))
+
+        def split(x):  # [B, ...] to [A, B/A, ...]; each device takes its parts from its own rows
+            x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+            return jax.lax.with_sharding_constraint(x, self._batch(None))
+
+        def join(x):
+            return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+        zero = jax.tree.map(jnp.zeros_like, state.trained)
+        gradient, losses = jax.lax.scan(add_gradient, zero, jax.tree.map(split, (batch, targets)))
+        return gradient, join(losses)
+
+    def _merge(self, params: dict[str, Array]) -> MossVideo:
+        """The model with these parameters."""
+        state = [(path, variable.replace(params[name])) for name, (path, variable) in self._variables.items()]
+        return nnx.merge(self._graph, nnx.from_flat_state(state))
+
+    def _chunks(self, rows: int, tokens: int) -> int:
+        """Chunks to take the logits of so many sequences in."""
+        vocab = self.model_config.decoder.vocab_size
+        logits = named_sharding(("batch", None, "vocab"), (rows, tokens, vocab), self.mesh)
+        return math.ceil(math.prod(logits.shard_shape((rows, tokens, vocab))) / MAX_LOGITS)
+
+    def _whole(self) -> NamedSharding:
+        """Of arrays that are on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def _batch(self, *before: None) -> NamedSharding:
+        """Of arrays with an axis of sequences, after others that are whole."""
+        return NamedSharding(self.mesh, PartitionSpec(*before, RULES["batch"]))
+
+    def _check_rows(self, rows: int) -> None:
+        parts = self.config.accumulate * math.prod(self.mesh.shape[axis] for axis in RULES["batch"])
+        if rows % parts:
+            raise ConfigError(
+                f"a batch of {rows} sequences cannot be split evenly over data x fsdp = "
+                f"{parts // self.config.accumulate} devices in {self.config.accumulate} accumulated parts; "
+                f"make batch_size a multiple of {parts}"
+            )
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))
+
+
+def _lengths(tokens: Int[Array, "B S"]) -> Int[Array, " B"]:
+    """Tokens of each sequence up to its padding, which is id 0."""
+    return jnp.where(tokens != 0, jnp.arange(1, tokens.shape[1] + 1), 0).max(axis=1)

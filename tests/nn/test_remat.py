@@ -1,0 +1,91 @@
+"""Remat: the one-pass call keeps less for its backward pass, and nothing else changes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moss_jax.config import ModelConfig
+from moss_jax.nn import MossVideo
+
+B, S, F = 2, 8, 2
+
+
+@pytest.fixture(scope="module")
+def arguments():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 64, (B, S), np.int32)
+    positions = np.array([[1, 4], [2, S]], np.int32)
+    return tokens, rng.standard_normal((B, F, 28, 28, 3), np.float32), positions
+
+
+@pytest.fixture(scope="module")
+def tiny(small_config):
+    """`tiny(remat)` has as few layers as there are kinds of them."""
+
+    def make(remat: str) -> ModelConfig:
+        config = small_config(remat=remat)
+        return dataclasses.replace(
+            config,
+            vision=dataclasses.replace(config.vision, num_layers=1, intermediate_layers=(0,)),
+            decoder=dataclasses.replace(config.decoder, num_layers=2, cross_attention_layers=(1,)),
+        )
+
+    return make
+
+
+def loss_of(model):
+    graph, params = nnx.split(model)
+
+    def loss(params, *arguments):
+        logits = nnx.merge(graph, params)(*arguments)
+        return (jax.nn.logsumexp(logits, axis=-1) * jnp.arange(S)).mean()
+
+    return loss, params
+
+
+@pytest.fixture(scope="module")
+def expected(random_model, tiny, arguments):
+    loss, params = loss_of(random_model(tiny("none")))
+    return jax.jit(jax.value_and_grad(loss))(params, *arguments)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_loss_and_gradients_are_the_same(random_model, tiny, arguments, expected, remat):
+    loss, params = loss_of(random_model(tiny(remat)))
+    actual = jax.jit(jax.value_and_grad(loss))(params, *arguments)
+    for value, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-4, atol=1e-5 * float(jnp.abs(other).max()))
+
+
+def test_less_is_kept(random_model, tiny, arguments):
+    """In the order that the settings promise."""
+
+    def kept(remat):
+        loss, params = loss_of(random_model(tiny(remat)))
+        _, backward = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, *arguments), p), params)
+        return sum(x.size for x in jax.tree.leaves(backward))
+
+    assert kept("full") < kept("dots") < kept("none")
+
+
+def test_streaming_programs_are_the_same(tiny):
+    def programs(remat):
+        model = MossVideo(tiny(remat), rngs=nnx.Rngs(0))
+        graph, params = nnx.split(model)
+        state = model.init_state(1, text_capacity=8, bank_capacity=2)
+
+        def program(verb, *arguments):
+            return str(
+                jax.make_jaxpr(lambda p, *a: getattr(nnx.merge(graph, p), verb)(*a))(params, *arguments)
+            )
+
+        features = jnp.zeros((1, model.config.vectors_per_frame, 32))
+        yield program("encode", jnp.zeros((1, 28, 28, 3)))
+        yield program("remember", state, features, jnp.zeros(1, jnp.int32))
+        yield program("decode", state, jnp.zeros((1, 2), jnp.int32))
+
+    assert list(programs("full")) == list(programs("none"))

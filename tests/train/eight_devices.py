@@ -1,0 +1,121 @@
+"""Trains a tiny model on meshes of up to eight devices; takes the runs as JSON, and prints what came of them.
+
+A program of its own, because the number of CPU devices is chosen before JAX starts.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+
+import jax
+import numpy as np
+from flax import nnx
+
+from moss_jax.config import (
+    CompressorConfig,
+    DecoderConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from moss_jax.data.batch import IGNORED, Batch
+from moss_jax.nn import MossVideo
+from moss_jax.sharding import make_mesh
+from moss_jax.train.step import Trainer
+
+STEPS = 20
+B, S, F = 8, 12, 2
+SILENCE, IMAGE = 7, 64
+MODEL = ModelConfig(
+    vision=VisionConfig(
+        image_size=28,
+        patch_size=14,
+        hidden_size=16,
+        intermediate_size=32,
+        num_layers=1,
+        num_global_layers=0,
+        num_heads=2,
+        intermediate_layers=(0,),
+    ),
+    compressor=CompressorConfig(stride=2),
+    decoder=DecoderConfig(
+        vocab_size=IMAGE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        cross_attention_layers=(1,),
+        max_positions=64,
+    ),
+)
+
+
+def make_batch() -> Batch:
+    """Rows that have different numbers of targets, the longest first."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, IMAGE, (B, S), np.int32)
+    tokens[:, [4, 6]] = SILENCE
+    positions = np.tile(np.array([2, 5], np.int32), (B, 1))
+    positions[-1, 1] = S
+    for row in range(B):
+        tokens[row, S - row // 2 :] = 0
+        tokens[row, positions[row, positions[row] < S]] = IMAGE
+    labels = np.where((tokens == IMAGE) | (tokens == 0), IGNORED, tokens)
+    return Batch(tokens, labels, rng.integers(0, 256, (B, F, 28, 28, 3), np.uint8), positions)
+
+
+def make_trainer(mesh: tuple[int, int, int], accumulate: int, remat: str) -> Trainer:
+    return Trainer(
+        dataclasses.replace(MODEL, remat=remat),
+        TrainConfig(steps=STEPS, batch_size=B, accumulate=accumulate, compute_dtype="float32"),
+        OptimizerConfig(learning_rate=3e-3),
+        make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)]),
+        silence_id=SILENCE,
+    )
+
+
+def train(trainer: Trainer, model: MossVideo) -> dict:
+    state, batch = trainer.adopt(model), trainer.put(make_batch())
+    step = trainer.step.lower(state, batch).compile()
+    losses = []
+    for _ in range(STEPS):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+
+    def places(params):
+        return {name: str(x.sharding.spec) for name, x in params.items()}
+
+    def parts(name):
+        x = state.trained[name]
+        return x.size // x.addressable_shards[0].data.size
+
+    (adam,) = [x for x in jax.tree.leaves(state.optimizer, is_leaf=_has_moments) if _has_moments(x)]
+    return {
+        "losses": losses,
+        "parts": {name: parts(name) for name in state.trained},
+        "rows": [shard.data.shape[0] for shard in batch.frames.addressable_shards],
+        "moments_lie_as_parameters": places(adam.mu) == places(adam.nu) == places(state.trained),
+        "holds_the_whole_batch": f"f32[{B},{S}," in step.as_text(),
+        "stays_where_it_is_put": jax.tree.map(lambda x: x.sharding, state) == trainer.shardings,
+    }
+
+
+def _has_moments(x) -> bool:
+    return hasattr(x, "mu")
+
+
+def main() -> None:
+    model = MossVideo(MODEL, rngs=nnx.Rngs(0))
+    trainers = [make_trainer(*run) for run in json.loads(sys.argv[1])]
+    results = [train(trainer, model) for trainer in trainers]
+    # The parameters of a seed don't depend on the mesh that they are made on.
+    made, expected = trainers[-1].init(0).trained, trainers[-1].adopt(model).trained
+    same = all(np.array_equal(made[name], expected[name]) for name in expected)
+    print(json.dumps({"runs": results, "same_at_first": same}))
+
+
+if __name__ == "__main__":
+    main()
