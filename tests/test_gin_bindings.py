@@ -1,9 +1,24 @@
 """gin files: values reach the settings, and what is wrong is said with what would be right."""
 
+from pathlib import Path
+
 import pytest
 
 from moss_jax import gin_bindings
-from moss_jax.config import ConfigError, SessionConfig, TokenSampling
+from moss_jax.config import (
+    ConfigError,
+    ConversationConfig,
+    FrameSampling,
+    MeshConfig,
+    ModelChoice,
+    OptimizerConfig,
+    SessionConfig,
+    TabletopConfig,
+    TokenSampling,
+    TrainConfig,
+)
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +38,45 @@ def test_bindings_reach_the_settings_and_parameters_win_over_files(tmp_path):
     assert gin_bindings.settings(SessionConfig) == SessionConfig()
 
 
+def test_settings_of_training_have_short_names():
+    gin_bindings.parse(
+        [], ["train.steps = 7", "mesh.tensor = 2", "model.remat = 'full'", "tabletop.max_seconds = 9"]
+    )
+    assert gin_bindings.settings(TrainConfig) == TrainConfig(steps=7)
+    assert gin_bindings.settings(MeshConfig) == MeshConfig(tensor=2)
+    assert gin_bindings.settings(ModelChoice) == ModelChoice(remat="full")
+    assert gin_bindings.settings(TabletopConfig) == TabletopConfig(max_seconds=9)
+
+
+def test_a_list_becomes_a_tuple():
+    gin_bindings.parse([], ["train.trainable = ['projector']", "conversations.files = ['a.json', 'b.json']"])
+    assert gin_bindings.settings(TrainConfig).trainable == ("projector",)
+    assert gin_bindings.settings(ConversationConfig).files == ("a.json", "b.json")
+
+
+def test_macros_serve_several_settings():
+    gin_bindings.parse([], ["size = 56", "tabletop.image_size = %size"])
+    assert gin_bindings.settings(TabletopConfig).image_size == 56
+
+
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
         ("SessionConfg.clock = 'realtime'", "nearest valid name is SessionConfig"),
         ("SessionConfig.token_per_second = 8", "nearest valid name is tokens_per_second"),
         ("SessionConfig.clock =", "parse"),
+        ("train.stpes = 100", r"nearest valid name is steps\)"),
+        ("moss_jax.train.stpes = 100", r"nearest valid name is steps\)"),
+        ("trian.steps = 100", r"nearest valid name is train\)"),
+        ("TrainConfig.steps = 100", r"nearest valid name is train\)"),
+        # What is misspelt for one kind of settings may be the name of another's.
+        ("train.learning_rate = 1e-3", r"nearest valid name is optimizer.learning_rate\)"),
+        ("optimizer.clip = 1.0", r"nearest valid name is clip_norm\)"),
+        # gin would take these for macros and scopes, and say nothing.
+        ("steps = 100", "'steps' is set but never used; the nearest valid name is train.steps"),
+        ("learning_rat = 1", "the nearest valid name is optimizer.learning_rate"),
+        ("fast/train.steps = 100", "'fast/train' has a scope, but nothing here opens one; say 'train'"),
+        ("train.steps = %nowhere", "nowhere"),
     ],
 )
 def test_bad_bindings_are_refused_in_one_line(binding, message):
@@ -46,3 +94,47 @@ def test_values_that_the_settings_refuse():
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere\.gin"):
         gin_bindings.parse(["nowhere.gin"])
+
+
+def test_the_operative_config_holds_what_was_asked_for_and_makes_the_same_settings(tmp_path):
+    gin_bindings.parse([], ["train.steps = 7", "mesh.tensor = 2"])
+    settings = gin_bindings.settings(TrainConfig)
+    text = gin_bindings.operative()
+    assert "train.steps = 7" in text.splitlines()
+    assert f"train.batch_size = {TrainConfig().batch_size}" in text.splitlines()
+    assert "mesh" not in text
+    (tmp_path / "config.gin").write_text(text)
+    gin_bindings.parse([str(tmp_path / "config.gin")])
+    assert gin_bindings.settings(TrainConfig) == settings
+
+
+# Published: fps, frames, tokens, learning rate (arXiv 2606.07639).
+STAGES = {
+    "stage1_alignment": (2.0, 8, 64, 4096, 2e-5),
+    "stage2_temporal": (2.0, 8, 64, 4096, 2e-5),
+    "offline_sft": (1.0, 8, 256, 8192, 1e-5),
+    "realtime_sft": (1.0, 1, 256, 4096, 2e-5),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_stages_of_the_11b(stage):
+    gin_bindings.parse([str(CONFIGS / f"{stage}.gin")])
+    frames = gin_bindings.settings(FrameSampling)
+    conversations = gin_bindings.settings(ConversationConfig)
+    optimizer = gin_bindings.settings(OptimizerConfig)
+    train = gin_bindings.settings(TrainConfig)
+    published = (frames.fps, frames.min_frames, frames.max_frames, conversations.max_tokens)
+    assert (*published, optimizer.learning_rate) == STAGES[stage]
+    assert conversations.token_buckets[-1] == conversations.max_tokens
+    assert conversations.frame_buckets[-1] == frames.max_frames
+    assert optimizer.warmup_share == 0.1
+    assert optimizer.final_share == 0
+    assert ("decoder" in train.trainable) == (stage != "stage1_alignment")
+    model = gin_bindings.settings(ModelChoice)
+    assert (model.preset, model.pool, model.stride, model.remat) == ("moss_video_11b", "average", 4, "full")
+
+
+def test_silence_weighs_a_tenth_in_real_time():
+    gin_bindings.parse([str(CONFIGS / "realtime_sft.gin")])
+    assert gin_bindings.settings(TrainConfig).silence_weight == 0.1

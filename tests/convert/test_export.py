@@ -1,0 +1,99 @@
+"""The model of a training run in Hugging Face layout: what was trained is what is served."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import moss_jax
+from moss_jax.config import OptimizerConfig, TrainConfig
+from moss_jax.convert import CheckpointError, __main__, training
+from moss_jax.nn import MossVideo
+from moss_jax.sharding import make_mesh
+from moss_jax.text import Tokenizer
+from moss_jax.train.checkpoints import Checkpoints
+from moss_jax.train.step import Trainer
+
+
+@pytest.fixture(scope="module")
+def trainer(model) -> Trainer:
+    """Of the projector alone, so that there are both kinds of parameters."""
+    config = TrainConfig(trainable=("projector",))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return Trainer(model.config, config, OptimizerConfig(), mesh, silence_id=0)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, trainer, model, tokenizer):
+    """Checkpoints after one and after two steps; in the second all that learns is doubled."""
+    workdir = tmp_path_factory.mktemp("run")
+    tokenizer.save(workdir)
+    state = trainer.adopt(model)
+    config = {"gin": "", "model": training.model_to_json(model.config)}
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        checkpoints.save(1, state, position={"batch": 1}, config=config)
+        checkpoints.save(2, double(state), position={"batch": 2}, config=config)
+    return workdir
+
+
+def double(state):
+    return state.__class__(
+        state.step, jax.tree.map(lambda x: 2 * x, state.trained), state.frozen, state.optimizer
+    )
+
+
+def logits(compiled, model: MossVideo) -> np.ndarray:
+    size = model.config.vision.image_size
+    rng = np.random.default_rng(0)
+    image = model.config.decoder.image_token_id
+    pixels = jnp.asarray(rng.standard_normal((1, 2, size, size, 3)), jnp.float32)
+    return np.asarray(compiled(model)(jnp.asarray([[1, image, 2, image, 3]]), pixels, jnp.asarray([[1, 3]])))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_is_the_one_that_was_trained(tmp_path, workdir, trainer, model, dtype):
+    assert training.export(workdir, tmp_path / "out", dtype=dtype) == 2
+    exported = moss_jax.load(tmp_path / "out", dtype=dtype)
+    trained = trainer.model(double(trainer.adopt(model)), dtype)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(exported), nnx.state(trained))
+    assert exported.dtype == dtype
+    assert Tokenizer.load(tmp_path / "out").content == Tokenizer.load(workdir).content
+    assert exported.config == model.config
+
+
+def test_its_logits_are_the_same(tmp_path, workdir, trainer, model, compiled):
+    training.export(workdir, tmp_path / "out", dtype="float32")
+    exported = moss_jax.load(tmp_path / "out")
+    trained = trainer.model(double(trainer.adopt(model)), "float32")
+    np.testing.assert_array_equal(logits(compiled, exported), logits(compiled, trained))
+    assert np.abs(logits(compiled, exported) - logits(compiled, model)).max() > 1e-3
+
+
+def test_an_earlier_step(tmp_path, workdir, model):
+    assert training.export(workdir, tmp_path / "out", step=1, dtype="float32") == 1
+    exported = moss_jax.load(tmp_path / "out")
+    kernel = nnx.state(exported)["projector"]["kernel"][...]
+    np.testing.assert_array_equal(kernel, model.projector.kernel[...])
+
+
+def test_what_cannot_be_exported(tmp_path, workdir):
+    with pytest.raises(CheckpointError, match=r"step 7 in .* does not exist; there are those of 1, 2"):
+        training.export(workdir, tmp_path / "out", step=7)
+    with pytest.raises(CheckpointError, match="holds no checkpoint of a training run"):
+        training.export(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        training.export(workdir, tmp_path / "out")
+
+
+def test_the_command(tmp_path, workdir, monkeypatch, capsys):
+    command = ["convert", "export", "--workdir", str(workdir), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", command)
+    assert __main__.main() == 0
+    assert "after 2 steps, bfloat16" in capsys.readouterr().out
+    assert moss_jax.load(tmp_path / "out", dtype="bfloat16").dtype == jnp.bfloat16
+    assert __main__.main() == 2
+    assert "exists and is not empty" in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""Checkpoints: what was saved comes back bit for bit, and nothing else is ever taken for it."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moss_jax.convert import CheckpointError, training
+from moss_jax.train.checkpoints import Checkpoints
+from moss_jax.train.step import TrainState
+
+CONFIG = {"gin": "train.steps = 3", "model": {}}
+STEP = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+
+
+def make_state(step: int, *, width: int = 5) -> TrainState:
+    rng = np.random.default_rng(step)
+    trained = {"projector/kernel": jnp.asarray(rng.standard_normal((3, width)), jnp.float32)}
+    frozen = {"decoder/layers/0/norm/weight": jnp.asarray(rng.standard_normal(4), jnp.bfloat16)}
+    return TrainState(jnp.int32(step), trained, frozen, optax.adamw(1e-3).init(trained))
+
+
+def abstract(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def save(workdir, *steps: int, keep: int = 10) -> None:
+    with Checkpoints(workdir, keep=keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step), position={"batch": step}, config=CONFIG)
+
+
+def restore(workdir):
+    with Checkpoints(workdir, keep=10) as checkpoints:
+        return checkpoints.restore(abstract(make_state(0)))
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    save(tmp_path, 1, 2)
+    restored = restore(tmp_path)
+    assert_same(restored.state, make_state(2))
+    assert restored.position == {"batch": 2}
+    assert restored.config == CONFIG
+
+
+def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def test_the_state_may_be_donated_at_once(tmp_path):
+    state = make_state(1, width=100_000)
+    expected = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, position={"batch": 1}, config=CONFIG)
+        for _ in range(20):
+            state = STEP(state)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert_same(checkpoints.restore(abstract(state)).state, expected)
+
+
+def test_the_newest_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, keep=2)
+    whole, broken = training.survey(tmp_path)
+    assert [int(folder.name) for folder in whole] == [3, 4]
+    assert not broken
+
+
+def cut_metadata(folder):
+    (folder / "_CHECKPOINT_METADATA").unlink()
+
+
+def uncommit(folder):
+    file = folder / "_CHECKPOINT_METADATA"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"commit_timestamp_nsecs": None}))
+
+
+def drop_item(folder):
+    shutil.rmtree(folder / "optimizer")
+
+
+def cut_text(folder):
+    (folder / "position" / "metadata").write_text('{"bat')
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def cut_arrays(folder):
+    for file in (folder / "params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+
+
+# tensorstore goes on reading what is damaged for a moment, and finds nobody to tell.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("harm", [cut_metadata, uncommit, drop_item, cut_text, empty, cut_arrays])
+def test_a_damaged_checkpoint_is_passed_over_and_kept_aside(tmp_path, harm):
+    save(tmp_path, 1, 2, 3)
+    harm(tmp_path / training.FOLDER / "3")
+    assert_same(restore(tmp_path).state, make_state(2))
+    names = {folder.name for folder in (tmp_path / training.FOLDER).iterdir()}
+    assert names == {"1", "2", "3.damaged"}
+    # It is not in the way of a new one.
+    save(tmp_path, 3)
+    assert_same(restore(tmp_path).state, make_state(3))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_when_none_can_be_read_that_is_said(tmp_path):
+    save(tmp_path, 1)
+    cut_arrays(tmp_path / training.FOLDER / "1")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read"):
+        restore(tmp_path)
+
+
+SAVE_SLOWLY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_checkpoints import CONFIG, Checkpoints, make_state
+with Checkpoints(sys.argv[2], keep=10) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, make_state(step, width=5_000_000), position={"batch": step}, config=CONFIG)
+"""
+
+
+def test_a_save_that_is_killed_leaves_the_one_before(tmp_path):
+    folder = tmp_path / training.FOLDER
+    here = str(__file__).rsplit("/", 1)[0]
+    process = subprocess.Popen([sys.executable, "-c", SAVE_SLOWLY, here, str(tmp_path)])
+    while not list(folder.glob("2.orbax-checkpoint-tmp*/*/*")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(folder.glob("2.orbax-checkpoint-tmp*")), "it was killed too late"
+    assert [path.name for path in training.survey(tmp_path)[0]] == ["1"]
+    with Checkpoints(tmp_path, keep=10) as checkpoints:
+        restored = checkpoints.restore(abstract(make_state(1, width=5_000_000)))
+    assert_same(restored.state, make_state(1, width=5_000_000))
+    assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+def test_another_model_or_other_trained_parts_are_refused(tmp_path):
+    save(tmp_path, 1)
+    state = make_state(1)
+    others = {
+        "wider": make_state(1, width=6),
+        "all trained": TrainState(state.step, state.trained | state.frozen, {}, state.optimizer),
+    }
+    with Checkpoints(tmp_path, keep=10) as checkpoints:
+        for other in others.values():
+            with pytest.raises(CheckpointError, match=r"another model, or other parts .* export it"):
+                checkpoints.restore(abstract(other))
+    assert_same(restore(tmp_path).state, state)

@@ -1,0 +1,276 @@
+"""Training runs: killed and resumed they go the same way, and what they leave behind can be read."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import runs
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+import moss_jax
+from moss_jax.config import ConfigError
+from moss_jax.convert import CheckpointError, training
+from moss_jax.train import loop
+from moss_jax.train.log import read_metrics
+
+STEPS = 90
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Runs with the same settings share what they compile."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, small_config, random_model) -> Path:
+    return runs.make_checkpoint(tmp_path_factory.mktemp("start") / "small", small_config, random_model)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, checkpoint) -> Path:
+    """The folder of a run that went through, of six steps and checkpoints after 4 and 6."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    loop.run(runs.make_config(checkpoint), workdir)
+    return workdir
+
+
+def wait_for(workdir: Path, steps: int, process: subprocess.Popen) -> None:
+    while len(read_metrics(workdir)) < steps:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def wrap_source(monkeypatch, change) -> None:
+    """Puts `change(step, loaded)` in the place of what the data gives."""
+
+    class Changed:
+        def __init__(self, source):
+            self.source = source
+
+        def __len__(self):
+            return len(self.source)
+
+        def __getitem__(self, step):
+            return change(step, self.source[step])
+
+    open_source = loop._open_source
+    monkeypatch.setattr(loop, "_open_source", lambda *args: Changed(open_source(*args)))
+
+
+def break_rows(monkeypatch, *dropped: str) -> None:
+    wrap_source(monkeypatch, lambda step, loaded: loaded._replace(dropped=dropped if step == 2 else ()))
+
+
+def test_killed_and_resumed_a_run_goes_the_same_way(tmp_path, checkpoint):
+    def start(workdir, *more, flags=()):
+        more = (f"train.steps = {STEPS}", "train.checkpoint_every = 3", "train.log_every = 5", *more)
+        return runs.start(workdir, checkpoint, *more, flags=flags, cache=tmp_path / "compiled")
+
+    whole = start(tmp_path / "whole")
+    output = whole.communicate()[0]
+    assert whole.returncode == 0, output
+    expected = runs.losses(tmp_path / "whole")
+    assert [step for step, _ in expected] == list(range(1, STEPS + 1))
+    assert len({loss for _, loss in expected}) > STEPS // 2
+
+    workdir = tmp_path / "killed"
+    recorded = []
+    for workers, kill in [(2, True), (0, True), (0, False)]:
+        process = start(workdir, f"data.workers = {workers}", flags=["--resume"])
+        if kill:
+            wait_for(workdir, len(recorded) + 8, process)
+            time.sleep(random.uniform(0, 0.2))
+            process.kill()
+        output = process.communicate()[0]
+        assert process.returncode == (-signal.SIGKILL if kill else 0), output
+        recorded = runs.losses(workdir)
+        assert recorded == expected[: len(recorded)]
+    assert recorded == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_saves_what_it_did(tmp_path, finished, checkpoint, monkeypatch, number):
+    def interrupt(step, loaded):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return loaded
+
+    before = signal.getsignal(number)
+    wrap_source(monkeypatch, interrupt)
+    config = runs.make_config(checkpoint, "train.checkpoint_every = 100")
+    loop.run(config, tmp_path)
+    assert signal.getsignal(number) is before
+    assert runs.losses(tmp_path) == runs.losses(finished)[:3]
+    assert training.find(tmp_path).name == "3"
+    monkeypatch.undo()
+    loop.run(config, tmp_path, resume=True)
+    assert runs.losses(tmp_path) == runs.losses(finished)
+
+
+def test_the_files_of_a_run(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"checkpoints", "config.gin", "loss.png", "metrics.jsonl", "tokenizer.json"} <= names
+    assert "train.steps = 6" in (finished / "config.gin").read_text().splitlines()
+    assert [folder.name for folder in training.survey(finished)[0]] == ["4", "6"]
+    saved = training.read_json(training.find(finished), "config")
+    assert saved["gin"] == (finished / "config.gin").read_text()
+    for row in read_metrics(finished):
+        assert {"loss", "loss_text", "loss_silence", "grad_norm", "learning_rate", "tokens"} <= set(row)
+    with Image.open(finished / "loss.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 500
+
+
+def test_tensorboard_reads_it(finished):
+    scalars = {}
+    for file in finished.glob("events.*"):
+        for event in events(file.read_bytes()):
+            for value in event.summary.value:
+                scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+    assert set(scalars["train/loss"]) == {1, 2, 4, 6}
+    losses = dict(runs.losses(finished))
+    assert scalars["train/loss"][1] == pytest.approx(losses[1])
+    assert scalars["train/loss"][4] == pytest.approx((losses[3] + losses[4]) / 2)
+    assert scalars["speed/tokens_per_second"][4] > 0
+    assert "config/text_summary" in scalars
+
+
+def events(content: bytes) -> list[Event]:
+    """The records of a TensorBoard file: each is its length in 8 bytes, 4 of checksum, itself, and 4 more."""
+    found = []
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        found.append(Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    return found
+
+
+def test_a_folder_with_checkpoints_is_not_begun_anew(finished, checkpoint):
+    before = sorted(path.name for path in finished.rglob("*"))
+    with pytest.raises(ConfigError, match=r"holds checkpoints of an earlier run; go on with it by --resume"):
+        loop.run(runs.make_config(checkpoint), finished)
+    assert sorted(path.name for path in finished.rglob("*")) == before
+
+
+def test_settings_that_changed_are_told(tmp_path, finished, checkpoint, caplog):
+    shutil.copytree(finished, tmp_path / "copy")
+    config = runs.make_config(checkpoint, "train.steps = 5", "train.seed = 3")
+    # The newest checkpoint is after step 6, so nothing is trained.
+    loop.run(config, tmp_path / "copy", resume=True)
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    changes = {"-train.steps = 6", "+train.steps = 5", "-train.seed = 0", "+train.seed = 3"}
+    assert {line.strip() for line in warning.splitlines()[1:]} == changes
+
+
+def test_other_trained_parts_are_refused(finished, checkpoint):
+    config = runs.make_config(checkpoint, "train.trainable = ('projector',)")
+    with pytest.raises(CheckpointError, match="other parts of it were trained"):
+        loop.run(config, finished, resume=True)
+
+
+def test_rows_that_break_are_counted_by_reason(tmp_path, checkpoint, monkeypatch, caplog, capsys):
+    break_rows(monkeypatch, "a.mp4 is torn", "a.mp4 is torn")
+    caplog.set_level("INFO", "moss_jax")
+    loop.run(runs.make_config(checkpoint, "data.max_dropped_share = 0.5"), tmp_path)
+    assert "2 of 12 rows broke while they were loaded:\n  2 x a.mp4 is torn" in caplog.messages
+    assert "2 rows dropped" in capsys.readouterr().out
+    position = training.read_json(training.find(tmp_path), "position")
+    assert position == {"batch": 6, "drops": {"rows": 12, "dropped": 2, "reasons": {"a.mp4 is torn": 2}}}
+
+
+def test_too_many_rows_that_break_end_the_run(tmp_path, checkpoint, monkeypatch):
+    break_rows(monkeypatch, "a.mp4 is torn", "b.mp4 is torn")
+    monkeypatch.setattr(loop, "ENOUGH_ROWS", 8)
+    with pytest.raises(loop.DataError, match=r"2 of 8 rows broke.*\n.*\n.*\nMore than 10% of the rows"):
+        loop.run(runs.make_config(checkpoint), tmp_path)
+    # What was saved before stays.
+    assert training.find(tmp_path).name == "2"
+
+
+def test_of_many_reasons_the_first_are_named():
+    drops = loop.Drops()
+    drops.count(100, tuple(f"{i}.mp4 is torn" for i in range(loop.MAX_REASONS + 7)))
+    assert str(drops).endswith("  and 7 more")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["tabletop.image_size = 64"], "sees frames of 56 pixels: set tabletop.image_size to that, not 64"),
+        (["mesh.data = 3", "mesh.fsdp = 1"], "needs 3 devices, not 1; set mesh.data"),
+        (
+            ["model.checkpoint = None", "model.preset = 'moss_video_11b'", "tabletop.image_size = 560"],
+            "predicts 128256 tokens, but its tokenizer has 1024; set model.checkpoint",
+        ),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path, checkpoint, more, message):
+    with pytest.raises(ConfigError, match=message):
+        loop.run(runs.make_config(checkpoint, *more), tmp_path)
+
+
+def test_a_compressor_that_the_checkpoint_lacks_begins_at_random(tmp_path, checkpoint):
+    config = runs.make_config(
+        checkpoint, "model.pool = 'channelFusion'", "train.trainable = ('compressor',)", "train.steps = 1"
+    )
+    loop.run(config, tmp_path / "run")
+    training.export(tmp_path / "run", tmp_path / "out", dtype="float32")
+    model, start = moss_jax.load(tmp_path / "out"), moss_jax.load(checkpoint)
+    assert model.config.compressor.mode == "channelFusion"
+    assert (model.projector.kernel[...] == start.projector.kernel[...]).all()
+
+
+EIGHT_DEVICES = """
+import shutil
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+import runs
+from moss_jax.train import loop
+
+def run(workdir, data, fsdp, tensor):
+    mesh = [f"mesh.data = {data}", f"mesh.fsdp = {fsdp}", f"mesh.tensor = {tensor}"]
+    more = ["train.batch_size = 8", "train.steps = 4"]
+    loop.run(runs.make_config(checkpoint, *mesh, *more), workdir, resume=True)
+
+checkpoint, a, b = map(Path, sys.argv[1:])
+run(a, 8, 1, 1)
+shutil.copytree(a, b)
+shutil.rmtree(b / "checkpoints" / "4")
+run(b, 2, 2, 2)
+"""
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path, checkpoint):
+    environment = os.environ | runs.FAST_COMPILING | {"PYTHONPATH": f"{runs.ROOT}:{runs.ROOT / 'tests'}"}
+    a, b = tmp_path / "a", tmp_path / "b"
+    command = [sys.executable, "-c", EIGHT_DEVICES, checkpoint, a, b]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    steps, expected = zip(*runs.losses(a), strict=True)
+    assert steps == (1, 2, 3, 4)
+    assert [loss for _, loss in runs.losses(b)] == pytest.approx(expected, abs=1e-5, rel=0)
+    assert runs.losses(b)[:2] == runs.losses(a)[:2]
