@@ -499,7 +499,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+        counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints")
+        for name in counts:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         _require(
             self.batch_size % self.accumulate == 0,

@@ -53,7 +53,7 @@ class ConversationBatches:
           ConfigError: a file is not there or is no list of rows in JSON, or the settings cannot work.
         """
         if not config.files:
-            raise ConfigError("there are no files; give ConversationConfig.files")
+            raise ConfigError("there are no rows to train on; set conversations.files to their JSON files")
         if batch_size % process_count:
             raise ConfigError(f"batch_size {batch_size} must be a multiple of the {process_count} processes")
         rows, self.report = read_rows(config, sampling, tokenizer)
