@@ -364,7 +364,7 @@ def test_a_file_without_rows_is_refused(tmp_path, content, says):
 def test_settings_that_cannot_work_are_refused(batches):
     with pytest.raises(ConfigError, match="batch_size 3 must be a multiple of the 2 processes"):
         batches([offline("Hi", "Hello")], batch_size=3, process_count=2)
-    with pytest.raises(ConfigError, match="there are no files"):
+    with pytest.raises(ConfigError, match="no rows to train on"):
         ConversationBatches(
             ConversationConfig(), FrameSampling(), TINY, image_size=SIZE, batch_size=1, seed=0
         )

@@ -1,0 +1,149 @@
+"""Where a model looks: the weights of its cross-attention over the frames of a stream.
+
+A `Recorder` stands between a session and its engine and keeps what the model reads. `frame_attention` runs
+such a sequence in one pass and returns the weights that a live step has no use for.
+
+B sequences, T tokens, F frames, N vectors a frame, S = F * N keys, L cross-attention layers, K kv heads,
+G query heads per kv head, H = K * G, D head
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from moss_jax.nn import MossVideo
+from moss_jax.nn.decoder import CrossAttention, CrossLayer, KeysValues
+from moss_jax.nn.rope import Rotation, rotate
+from moss_jax.ops.attention import KeyRange
+from moss_jax.stream import PENDING, Drawn, Engine, EngineState, Row
+from moss_jax.video import preprocess
+
+
+def frame_attention(
+    model: MossVideo,
+    tokens: Int[Array, "B T"],
+    pixels: Float[Array, "B F H W 3"],
+    frame_positions: Int[Array, "B F"],
+    *,
+    per_vector: bool = False,
+) -> Float[np.ndarray, "B L H T F"] | Float[np.ndarray, "B L H T F N"]:
+    """How much of its attention each token gives to each frame, by cross-attention layer and head.
+
+    Takes what the model's one-pass call takes, and holds all scores of a layer in memory. The weights of a
+    token add up to 1 over the frames that it sees; before the first frame they are all 0, or in a model with
+    `rows_before_first_frame="attend"` go to all frames.
+
+    Args:
+      per_vector: keep the vectors of a frame apart: the class token, then the pooled grid row by row.
+
+    Returns:
+      float32 [B, L, H, T, F], with `per_vector` [B, L, H, T, F, N].
+    """
+    graph, params = nnx.split(model)
+    return np.asarray(_frame_attention(graph, per_vector, params, tokens, pixels, frame_positions))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _frame_attention(graph, per_vector, params, tokens, pixels, frame_positions):
+    model = nnx.merge(graph, params)
+    # What a layer computes again in a backward pass could not be kept; there is none here.
+    model.config = dataclasses.replace(model.config, remat="none")
+    layers = [layer for layer in model.decoder.layers if isinstance(layer, CrossLayer)]
+    for layer in layers:
+        layer.attention = _Watched(layer.attention, frame_positions.shape[1], per_vector)
+    model.hidden(tokens, pixels, frame_positions)
+    return jnp.stack([layer.attention.weights[...] for layer in layers], axis=1)
+
+
+class _Watched(nnx.Module):
+    """A cross-attention that leaves its weights in `weights` when it is called."""
+
+    def __init__(self, attention: CrossAttention, num_frames: int, per_vector: bool):
+        self.attention = attention
+        self.num_frames, self.per_vector = num_frames, per_vector
+
+    def project(self, features: Float[Array, "B F N D"], rope: Rotation) -> KeysValues:
+        return self.attention.project(features, rope)
+
+    def __call__(self, x, rope: Rotation, frames: KeysValues, kv_range: KeyRange):
+        q = rotate(self.attention.q_norm(self.attention.q(x)), rope)
+        weights = _softmax_over_range(q, frames.keys, kv_range)
+        weights = weights.reshape(*weights.shape[:-1], self.num_frames, -1)  # [B, H, T, F, N]
+        self.weights = nnx.Intermediate(weights if self.per_vector else weights.sum(axis=-1))
+        return self.attention(x, rope, frames, kv_range)
+
+
+def _softmax_over_range(
+    q: Float[Array, "B T H D"], k: Float[Array, "B K S D"], kv_range: KeyRange
+) -> Float[Array, "B H T S"]:
+    """The weights that the attention op gives to the keys of each query; all 0 if its range is empty."""
+    (B, T, H, D), (K, S) = q.shape, k.shape[1:3]
+    q, k = q.astype(jnp.float32).reshape(B, T, K, H // K, D), k.astype(jnp.float32)
+    scores = jnp.einsum("BTKGD,BKSD->BKGTS", q, k).reshape(B, H, T, S) / D**0.5
+    keys = jnp.arange(S)
+    seen = (kv_range.start[..., None] <= keys) & (keys < kv_range.end[..., None])  # [B, T, S]
+    seen = seen[:, None]
+    return jnp.where(seen, jax.nn.softmax(scores, axis=-1, where=seen), 0)
+
+
+class Recorder:
+    """An engine of one slot that keeps what it is fed; a session takes it in the engine's place.
+
+    Attributes:
+      tokens: what the model has read, in order. What it draws it reads with the next row.
+      said: index of each token of text that it drew itself; it drew token `i` when it had read those before.
+      frames: those that it has seen, one for each `<|image|>` among the tokens.
+    """
+
+    def __init__(self, engine: Engine):
+        if engine.config.slots != 1:
+            raise ValueError(f"a recorder follows one stream, but the engine has {engine.config.slots} slots")
+        self._engine = engine
+        self.config, self.tokenizer = engine.config, engine.tokenizer
+        self.tokens: list[int] = []
+        self.said: list[int] = []
+        self.frames: list[UInt8[np.ndarray, "H W 3"]] = []
+        self._encoded: Sequence[UInt8[np.ndarray, "H W 3"]] = ()
+        self._drawn = PENDING
+
+    def start(self) -> EngineState:
+        self.tokens, self.said, self.frames = [], [], []
+        return self._engine.start()
+
+    def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
+        self._encoded = frames
+        return self._engine.encode(frames)
+
+    def step(
+        self, state: EngineState, rows: Sequence[Row | None], pool: Float[Array, "P N D"] | None = None
+    ) -> tuple[EngineState, Drawn]:
+        (row,) = rows
+        state, drawn = self._engine.step(state, rows, pool)
+        for token in row.tokens:
+            if token == PENDING:
+                self.said.append(len(self.tokens))
+                token = self._drawn
+            self.tokens.append(token)
+        self.frames += [self._encoded[index] for index in row.frames]
+        self._drawn = int(drawn.tokens[0])
+        return state, drawn
+
+    def sequence(
+        self,
+    ) -> tuple[Int[np.ndarray, "1 T"], Float[Array, "1 F H W 3"], Int[np.ndarray, "1 F"]]:
+        """Tokens, pixels and frame positions, as the model's one-pass call takes them."""
+        tokens = np.asarray([self.tokens], np.int32)
+        positions = np.flatnonzero(tokens[0] == self.tokenizer.special.image).astype(np.int32)
+        vision = self._engine.model_config.vision
+        size = vision.image_size
+        fitted = [
+            preprocess(frame, image_size=size, mean=vision.image_mean, std=vision.image_std)
+            for frame in self.frames
+        ]
+        return tokens, jnp.stack(fitted)[None], positions[None]

@@ -1,0 +1,130 @@
+"""Pictures for notebooks: frames, weights over frames and inside of them, curves.
+
+F frames, H W pixels, N vectors a frame, R rows, C columns
+"""
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+
+from moss_jax.video import fit_frame
+
+DPI = 80
+WIDTH = 10.0  # inches
+COLOURS = "magma"
+
+
+class Picture:
+    """A drawn figure. It is what a notebook cell shows when it ends with one.
+
+    Attributes:
+      jpeg: the file's content. Camera frames take a fraction of what they would as PNG.
+    """
+
+    def __init__(self, figure: Figure, dpi: int = DPI):
+        file = io.BytesIO()
+        options = {"quality": 90, "subsampling": 0, "optimize": True}
+        figure.savefig(file, format="jpeg", dpi=dpi, pil_kwargs=options)
+        self.jpeg = file.getvalue()
+
+    def __repr__(self) -> str:
+        return f"<picture of {len(self.jpeg) / 1000:.0f} kB>"
+
+    def _repr_jpeg_(self) -> bytes:
+        return self.jpeg
+
+
+def film(
+    frames: Sequence[UInt8[np.ndarray, "H W 3"]], labels: Sequence[str] = (), *, columns: int = 8
+) -> Picture:
+    """Frames side by side, each under its label."""
+    figure, panels = _panels(len(frames), columns)
+    for panel, frame in zip(panels, frames, strict=True):
+        panel.imshow(frame)
+    for panel, label in zip(panels, labels, strict=False):
+        panel.set_title(label, fontsize=9)
+    return Picture(figure)
+
+
+def over_frames(
+    frames: Sequence[UInt8[np.ndarray, "H W 3"]],
+    weights: Sequence[Float[np.ndarray, " N"]],
+    labels: Sequence[str] = (),
+    *,
+    columns: int = 4,
+) -> Picture:
+    """Frames in the tile that the model sees, lit where the weights of their grid of vectors are.
+
+    The first of the N vectors, the class token, has no place; its weight stands below.
+    """
+    figure, panels = _panels(len(frames), columns, captions=2)
+    for panel, frame, (whole, *grid) in zip(panels, frames, weights, strict=True):
+        side = math.isqrt(len(grid))
+        light = np.reshape(grid, (side, side))
+        # Dimmed where nothing looks, but never so far that nothing is to be seen.
+        light = 0.25 + 0.75 * light / max(light.max(), 1e-9)
+        tile = fit_frame(frame, max(frame.shape[:2]))
+        size = len(tile)
+        cell = np.arange(size) * side // size
+        panel.imshow(tile / 255 * light[cell][:, cell, None])
+        panel.set_xlabel(f"class token {whole:.0%}", fontsize=8)
+    for panel, label in zip(panels, labels, strict=False):
+        panel.set_title(label, fontsize=9)
+    return Picture(figure)
+
+
+def heat_maps(
+    maps: Float[np.ndarray, "P R C"],
+    *,
+    titles: Sequence[str],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    row_label: str = "",
+) -> Picture:
+    """Maps of weights one above the other, all on one scale from 0 to 1.
+
+    What lies below the last weight of a column, in every map, is left blank: frames that come later.
+    """
+    count, height, width = np.shape(maps)
+    below = np.flip(np.cumsum(np.flip(np.max(maps, axis=0), 0), axis=0), 0) == 0
+    maps = np.where(below, np.nan, maps)
+    cell = WIDTH / (width + 6)
+    figure = Figure(figsize=(WIDTH, count * (height * cell * 0.6 + 0.3) + 0.6), layout="constrained")
+    panels = figure.subplots(count, sharex=True, squeeze=False)[:, 0]
+    for panel, weights, title in zip(panels, maps, titles, strict=True):
+        image = panel.imshow(weights, vmin=0, vmax=1, cmap=COLOURS, aspect="auto", interpolation="nearest")
+        panel.set_facecolor("0.92")
+        panel.set_title(title, fontsize=9, loc="left")
+        panel.set_ylabel(row_label)
+        panel.set_yticks(range(height), rows, fontsize=6)
+    panels[-1].set_xticks(range(width), columns, rotation=90, fontsize=8)
+    figure.colorbar(image, ax=panels, fraction=0.02, pad=0.01)
+    return Picture(figure)
+
+
+def curve(values: Sequence[float], *, xlabel: str, ylabel: str) -> Picture:
+    """One number after the other, counted from 1."""
+    figure = Figure(figsize=(WIDTH * 0.6, WIDTH * 0.3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    return Picture(figure)
+
+
+def _panels(count: int, columns: int, captions: int = 1):
+    """A figure of square panels without ticks, as many as asked for."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    side = min(WIDTH / columns, 2.0)
+    figure = Figure(figsize=(columns * side, rows * (side + 0.2 * captions)), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels:
+        panel.set(xticks=[], yticks=[])
+        panel.set_frame_on(False)
+    return figure, panels[:count]
