@@ -23,8 +23,9 @@ def write_video(stream: Stream, path: Path, *, size: int) -> None:
     """Writes the stream as H.264, `size` pixels wide and high, 15 frames a second, changes in motion."""
     rng = np.random.default_rng(stream.noise)
     look = dataclasses.replace(stream.look, noise=min(stream.look.noise, MAX_NOISE))
-    # One thread, as the encoder's output depends on their number.
-    options = {"crf": "26", "preset": "medium", "threads": "1"}
+    # The same stream is the same file. The encoder's output depends on the number of threads, and that of its
+    # macroblock tree, where the processor has AVX-512, on what else is in memory.
+    options = {"crf": "28", "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         video = container.add_stream("libx264", rate=FPS, options=options)
         video.width = video.height = size
@@ -48,20 +49,26 @@ def to_row(dialogue: Dialogue, tokenizer: Tokenizer, video: str) -> dict[str, An
       video: path that the row names.
     """
     special = tokenizer.special
-    marker = {special.silence: "<|silence|>", special.image: "<|video|>"}
-    messages, content, role = [], "", ""
+    marker = {special.silence: b"<|silence|>", special.image: b"<|video|>"}
+    messages: list[dict[str, str]] = []
+    # Bytes, as a character may be spread over several tokens.
+    content, role = b"", b""
+
+    def close():
+        if role:
+            text = content.decode("utf-8", errors="replace").removeprefix("\n\n")
+            messages.append({"role": role.decode(), "content": text})
+
     # A turn is header start, role, header end, blank line, content, end of turn.
     for token in dialogue.tokens[1:]:
         if token in (special.start_header, special.eot):
-            if role:
-                messages.append({"role": role, "content": content.removeprefix("\n\n")})
-            content, role = "", ""
+            close()
+            content, role = b"", b""
         elif token == special.end_header:
-            content, role = "", content
+            content, role = b"", content
         else:
-            content += marker.get(token) or tokenizer.decode([token])
-    if role:
-        messages.append({"role": role, "content": content.removeprefix("\n\n")})
+            content += marker.get(token) or tokenizer.token_bytes(token)
+    close()
     times = [f"{second // 60:02d}:{second % 60:02d}" for second in range(len(dialogue.frame_positions))]
     info = json.dumps({"video_path": video, "time_info": times})
     videos = [f"[RealTime QA][INFO]{info}", *["[RealTime QA][PLACEHOLDER]"] * (len(times) - 1)]
@@ -75,7 +82,14 @@ def truth(stream: Stream, dialogue: Dialogue) -> dict[str, Any]:
         "events": [dataclasses.asdict(event) for event in stream.world.events],
         "facts": list(stream.world.truth),
         "requests": [
-            {"time": r.time, "text": r.text, "kind": r.kind, "subject": r.subject} for r in stream.requests
+            {
+                "time": r.time,
+                "text": r.text,
+                "kind": r.kind,
+                "subject": r.subject,
+                "awaited": dict(r.awaited.facts) if r.awaited else None,
+            }
+            for r in stream.requests
         ],
         "utterances": [
             {
