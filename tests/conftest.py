@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -29,6 +31,20 @@ hypothesis.settings.register_profile(
     "moss_jax", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI"))
 )
 hypothesis.settings.load_profile("moss_jax")
+
+
+def pytest_configure(config):
+    """Tests compile much and compute little: fast rather than well, and once for all processes of a run."""
+    if config.option.markexpr != "gpu":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="moss_jax-compiled-")
+        # In the environment for other processes, in JAX's own settings for this one, which has read it.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items):

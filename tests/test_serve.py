@@ -27,15 +27,6 @@ def checkpoint(tmp_path_factory, model, tokenizer):
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    """The processes of these tests share what they compile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
 def run(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "serve.py"), *map(str, arguments)],
