@@ -302,7 +302,7 @@ def test_loads_onto_a_mesh(golden):
     assert found["error"] <= 1e-4
 
 
-PEAK_OF_LOADING = """
+PEAK_OF_LOADING = r"""
 import json, re, sys
 import jax, numpy as np
 import moss_jax
