@@ -87,7 +87,8 @@ def survey(workdir: str | os.PathLike) -> tuple[list[Path], list[Path]]:
 
     What a run that was killed had begun to write has another name, and is neither.
     """
-    folder = Path(workdir) / FOLDER
+    # orbax reads from absolute paths only.
+    folder = Path(workdir).absolute() / FOLDER
     steps = [path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()]
     steps.sort(key=lambda path: int(path.name))
     whole = [path for path in steps if _is_whole(path)]

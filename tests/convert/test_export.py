@@ -62,6 +62,15 @@ def test_the_model_is_the_one_that_was_trained(tmp_path, workdir, trainer, model
     assert exported.config == model.config
 
 
+def test_a_relative_workdir(tmp_path, workdir, monkeypatch):
+    monkeypatch.chdir(workdir.parent)
+    assert [folder.name for folder in training.survey(workdir.name)[0]] == ["1", "2"]
+    assert training.export(workdir.name, tmp_path / "out") == 2
+    # A run that goes on finds them whole, too, and sets none aside.
+    with Checkpoints(workdir.name, keep=2):
+        assert [folder.name for folder in training.survey(workdir)[0]] == ["1", "2"]
+
+
 def test_its_logits_are_the_same(tmp_path, workdir, trainer, model, compiled):
     training.export(workdir, tmp_path / "out", dtype="float32")
     exported = moss_jax.load(tmp_path / "out")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moss_jax.data.tabletop.render import COLOURS, SHAPES
-from moss_jax.data.tabletop.world import CARD, PLACES
+from moss_jax.data.tabletop.world import CARD
 
 Facts = Mapping[str, str]
 
@@ -338,6 +338,3 @@ def ask(rng: np.random.Generator, kind: str, **fields: str) -> str:
     if rng.random() < 0.05:
         text = text[0].lower() + text[1:].rstrip(".?")
     return text
-
-
-__all__ = ["PLACES", "Facts", "Sentence", "ask", "holds", "sentence", "understand"]
