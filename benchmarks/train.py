@@ -1,6 +1,6 @@
 """Trains a model with random weights on random sequences for a few steps, and says what a step takes.
 
-    python benchmarks/train.py --out benchmarks/results/train_11b.json
+    python benchmarks/train.py --out benchmarks/results/train_11b_h200x4.json
 
 All parameters learn, in the training step that train.py runs: float32 master weights and AdamW moments,
 bfloat16 forward and backward pass, over all devices of the machine. `mfu` counts what the model calls for,
