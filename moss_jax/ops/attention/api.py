@@ -31,6 +31,8 @@ def attention(
     *,
     causal: bool = False,
     bias: Float[Array, "B S"] | None = None,
+    k_scale: Float[Array, "B K S"] | None = None,
+    v_scale: Float[Array, "B K S"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H D"]:
@@ -45,6 +47,8 @@ def attention(
       kv_range: the keys that each query sees; None for all of them.
       causal: instead of a range: query `t` sees the keys up to `t`.
       bias: float32, added to the scores of each key.
+      k_scale, v_scale: float32, for K and V in int8 or float8_e4m3fn: what each vector is multiplied with.
+        Such a call has no gradients.
       scale: of the scores before the bias; 1 / sqrt(D) if None.
       implementation: a name in `IMPLEMENTATIONS`; None takes the first of the platform's order that can.
 
@@ -61,6 +65,8 @@ def attention(
         v=v,
         kv_range=None if kv_range is None else KeyRange(*kv_range),
         bias=bias,
+        k_scale=k_scale,
+        v_scale=v_scale,
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
         causal=causal,
     )

@@ -15,6 +15,10 @@ class Unsupported(ValueError):
     """An implementation cannot take these arguments; the message says which and why."""
 
 
+# K and V of these dtypes come with a scale per vector.
+QUANTIZED = ("int8", "float8_e4m3fn")
+
+
 class KeyRange(NamedTuple):
     """Query `t` of row `b` sees the keys `start[b, t] <= s < end[b, t]`; an empty range sees none."""
 
@@ -31,6 +35,8 @@ class Arguments:
       kv_range: None lets every query see every key.
       bias: added to the scores of a key for all heads and queries, before the softmax.
       causal: query `t` sees the keys `s <= t` (T == S); static, so that kernels for it can be chosen.
+      k_scale, v_scale: the keys are `k * k_scale[..., None]`, the values likewise; there exactly if K and V
+        are quantised.
     """
 
     q: Float[Array, "B T H D"]
@@ -40,6 +46,8 @@ class Arguments:
     bias: Float[Array, "B S"] | None
     scale: float = dataclasses.field(metadata={"static": True})
     causal: bool = dataclasses.field(metadata={"static": True})
+    k_scale: Float[Array, "B K S"] | None = None
+    v_scale: Float[Array, "B K S"] | None = None
 
     def __post_init__(self):
         if not hasattr(self.q, "shape"):  # JAX rebuilds pytrees around placeholders.
@@ -61,6 +69,19 @@ class Arguments:
                 raise ValueError(f"kv_range holds int32 [B, T] = {(b, t)} bounds; got {bound.shape}")
         if self.bias is not None and self.bias.shape != (b, s):
             raise ValueError(f"bias is one number a key, [B, S] = {(b, s)}; got {self.bias.shape}")
+        for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
+            if (scale is not None) != self.quantized:
+                raise ValueError(
+                    f"K and V in {' and '.join(QUANTIZED)} come with k_scale and v_scale, others without; "
+                    f"got {name} {'None' if scale is None else scale.shape} with {self.k.dtype}"
+                )
+            if scale is not None and scale.shape != (b, kv_heads, s):
+                raise ValueError(f"{name} is one number a vector, {(b, kv_heads, s)}; got {scale.shape}")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether K and V are stored in 8 bits."""
+        return self.k.dtype.name in QUANTIZED
 
     @property
     def bounds(self) -> KeyRange:

@@ -25,8 +25,8 @@ def attend(a: Arguments) -> Float[Array, "B T H D"]:
     seen = (start[..., None] <= keys) & (keys < end[..., None])  # [B, T, S]
     used = seen.any(axis=1)[:, None, :, None]  # [B, 1, S, 1]
     # What no query sees may be NaN, and 0 * NaN would spoil the sums.
-    k = jnp.where(used, a.k.astype(jnp.float32), 0)
-    v = jnp.where(used, a.v.astype(jnp.float32), 0)
+    k = jnp.where(used, _wide(a.k, a.k_scale), 0)
+    v = jnp.where(used, _wide(a.v, a.v_scale), 0)
     q = a.q.astype(jnp.float32).reshape(B, T, K, H // K, D)
     with jax.default_matmul_precision("highest"):
         scores = jnp.einsum("BTKGD,BKSD->BKGTS", q, k) * a.scale
@@ -37,3 +37,9 @@ def attend(a: Arguments) -> Float[Array, "B T H D"]:
         weights = jnp.where(seen[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
         out = jnp.einsum("BKGTS,BKSD->BTKGD", weights, v)
     return out.reshape(B, T, H, D).astype(a.q.dtype)
+
+
+def _wide(x: Float[Array, "B K S D"], scale: Float[Array, "B K S"] | None) -> Float[Array, "B K S D"]:
+    """What the numbers of K or V stand for, in float32."""
+    x = x.astype(jnp.float32)
+    return x if scale is None else x * scale[..., None]

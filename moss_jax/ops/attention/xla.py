@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.arguments import Arguments
+from moss_jax.ops.attention.arguments import QUANTIZED, Arguments, Unsupported
 
 # Scores held at once, in numbers: 128 MiB of float32.
 MAX_SCORES = 2**25
@@ -31,7 +31,9 @@ def attend(a: Arguments) -> Float[Array, "B T H D"]:
     B, T, H, D = a.q.shape
     K, S = a.k.shape[1:3]
     q = a.q.reshape(B, T, K, H // K, D)
-    return _attend(block_size(B * H * T, S), a.scale, q, a.k, a.v, a.bias, *a.bounds).reshape(B, T, H, D)
+    scales = (a.k_scale, a.v_scale)
+    out = _attend(block_size(B * H * T, S), a.scale, q, a.k, a.v, scales, a.bias, *a.bounds)
+    return out.reshape(B, T, H, D)
 
 
 def block_size(rows: int, keys: int) -> int:
@@ -42,24 +44,24 @@ def block_size(rows: int, keys: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(block, scale, q, k, v, bias, start, end):
-    return _forward(block, scale, q, k, v, bias, start, end)[0]
+def _attend(block, scale, q, k, v, scales, bias, start, end):
+    return _forward(block, scale, q, k, v, scales, bias, start, end)[0]
 
 
-def _forward(block, scale, q, k, v, bias, start, end):
+def _forward(block, scale, q, k, v, scales, bias, start, end):
     """The output, and what the backward pass needs of it."""
     B, T, K, G, D = q.shape
 
     def visit(first, carry):
         top, total, out = carry
-        scores, _, v_block, _, _ = _block(first, block, scale, q, k, v, bias, start, end)
+        scores, _, v_block, _, _ = _block(first, block, scale, q, k, v, scales, bias, start, end)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         # A row that has seen no key yet has top -inf, and -inf - -inf would be NaN.
         shift = jnp.where(jnp.isneginf(new_top), 0, new_top)
         weights = jnp.exp(scores - shift[..., None])
         decay = jnp.exp(top - shift)
         part = jnp.einsum(
-            "BKGTX,BKXD->BKGTD", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32
+            "BKGTX,BKXD->BKGTD", weights.astype(v_block.dtype), v_block, preferred_element_type=jnp.float32
         )
         return new_top, total * decay + weights.sum(axis=-1), out * decay[..., None] + part
 
@@ -75,6 +77,10 @@ def _forward(block, scale, q, k, v, bias, start, end):
 
 
 def _backward(block, scale, residuals, d_out):
+    if residuals[1].dtype.name in QUANTIZED:
+        raise Unsupported(
+            f"attention over K and V in {residuals[1].dtype} has no gradients; give them in q's dtype"
+        )
     q, k, v, bias, start, end, out, log_total = residuals
     d_out = d_out.astype(jnp.float32).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, D]
     mean = (d_out * out.astype(jnp.float32).transpose(0, 2, 3, 1, 4)).sum(axis=-1)
@@ -82,7 +88,9 @@ def _backward(block, scale, residuals, d_out):
 
     def visit(first, carry):
         d_q, d_k, d_v, d_bias = carry
-        scores, k_block, v_block, at, seen = _block(first, block, scale, q, k, v, bias, start, end)
+        scores, k_block, v_block, at, seen = _block(
+            first, block, scale, q, k, v, (None, None), bias, start, end
+        )
         k_block = jnp.where(seen.any(axis=1)[:, None, :, None], k_block, 0).astype(jnp.float32)
         weights = jnp.exp(scores - log_total[..., None])  # [B, K, G, T, X]
         d_weights = jnp.einsum("BKGTD,BKXD->BKGTX", d_out, v_block.astype(jnp.float32))
@@ -102,7 +110,7 @@ def _backward(block, scale, residuals, d_out):
     )
     d_q, d_k, d_v, d_bias = _over_blocks(block, k.shape[2], start, end, visit, carry)
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_bias, None, None
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), (None, None), d_bias, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -118,14 +126,14 @@ def _over_blocks(block, num_keys, start, end, visit, carry):
     return jax.lax.fori_loop(first, last, lambda i, c: visit(i * block, c), carry)
 
 
-def _block(first, block, scale, q, k, v, bias, start, end):
+def _block(first, block, scale, q, k, v, scales, bias, start, end):
     """Scores, keys, values, place and visibility of the keys [first, first + block).
 
     The last block is moved back to end with the keys; those that it then shares with its neighbour count as
     unseen. Unseen keys have score -inf, and values that no query sees are zero, so that 0 * NaN cannot arise.
     """
     at = jnp.minimum(first, k.shape[2] - block)
-    k, v = (jax.lax.dynamic_slice_in_dim(x, at, block, axis=2) for x in (k, v))
+    k, v = (_vectors(x, s, at, block, q.dtype) for x, s in zip((k, v), scales, strict=True))
     keys = at + jnp.arange(block)
     seen = (jnp.maximum(start, first)[..., None] <= keys) & (keys < end[..., None])  # [B, T, X]
     scores = scale * jnp.einsum("BTKGD,BKXD->BKGTX", q, k, preferred_element_type=jnp.float32)
@@ -133,6 +141,15 @@ def _block(first, block, scale, q, k, v, bias, start, end):
         scores += jax.lax.dynamic_slice_in_dim(bias, at, block, axis=1)[:, None, None, None, :]
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     return scores, k, jnp.where(seen.any(axis=1)[:, None, :, None], v, 0), at, seen
+
+
+def _vectors(x, scale, at, block, dtype):
+    """`block` keys or values from `at` on, in `dtype` if they are stored with scales."""
+    x = jax.lax.dynamic_slice_in_dim(x, at, block, axis=2)
+    if scale is None:
+        return x
+    scale = jax.lax.dynamic_slice_in_dim(scale, at, block, axis=2)
+    return (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
 
 
 def _add_at(x, at, update, axis):

@@ -28,12 +28,15 @@ class Must:
     dtypes: tuple[str, ...] = ALL
     ranges: bool = True
     bias: bool = True
+    quantized: bool = True
 
 
 MUST = {
     "reference": Must(),
     "xla": Must(),
-    "cudnn": Must(platforms=("gpu",), dtypes=("bfloat16", "float16"), ranges=False, bias=False),
+    "cudnn": Must(
+        platforms=("gpu",), dtypes=("bfloat16", "float16"), ranges=False, bias=False, quantized=False
+    ),
 }
 
 # Name in a test's id -> implementation, and the block of keys that it is held to (None: its own choice).
@@ -150,12 +153,24 @@ def definition(q, k, v, bias, start, end, scale, d_out=None):
 
 
 @functools.partial(jax.jit, static_argnames=("variant", "causal", "scale", "gradients"))
-def run(q, k, v, bias, key_range, d_out, *, variant, causal=False, scale=None, gradients=False):
+def run(q, k, v, bias, key_range, d_out, *, variant, causal=False, scale=None, scales=None, gradients=False):
     """The output of an implementation, or the gradients of q, k, v and bias."""
     name, block = VARIANTS[variant]
 
     def call(q, k, v, bias):
-        return attention(q, k, v, key_range, bias=bias, causal=causal, scale=scale, implementation=name)
+        k_scale, v_scale = scales or (None, None)
+        return attention(
+            q,
+            k,
+            v,
+            key_range,
+            bias=bias,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            causal=causal,
+            scale=scale,
+            implementation=name,
+        )
 
     sizes = {} if block is None else {"MAX_SCORES": 1, "MIN_BLOCK": block}
     with mock.patch.multiple(xla, **sizes) if sizes else mock.MagicMock():
@@ -171,26 +186,32 @@ def close(actual, expected, tolerance, what):
     assert worst <= tolerance, f"{what}: off by {worst:.2e}"
 
 
-def need(variant, platform, dtype, G, D, *, ranges=False, causal=False, bias=False):
+def need(variant, platform, dtype, G, D, *, ranges=False, causal=False, bias=False, stored=None):
     """Skips what the implementation says it cannot take and what `MUST` does not claim."""
     if platform != jax.default_backend():
         pytest.skip(f"runs on {platform}")
     name, _ = VARIANTS[variant]
     must = MUST[name]
     reason = IMPLEMENTATIONS[name].unsupported(
-        abstract(dtype, G, D, ranges=ranges, causal=causal, bias=bias), platform
+        abstract(dtype, G, D, ranges=ranges, causal=causal, bias=bias, stored=stored), platform
     )
     if reason is None:
         return
-    assert dtype not in must.dtypes or (ranges and not must.ranges) or (bias and not must.bias), reason
+    assert (
+        dtype not in must.dtypes
+        or (ranges and not must.ranges)
+        or (bias and not must.bias)
+        or (stored and not must.quantized)
+    ), reason
     pytest.skip(reason)
 
 
-def abstract(dtype, G, D, *, ranges=False, causal=False, bias=False):
+def abstract(dtype, G, D, *, ranges=False, causal=False, bias=False, stored=None):
     """Arguments without numbers."""
     queries = S if causal else T
     bound = jax.ShapeDtypeStruct((B, queries), jnp.int32)
-    kv = jax.ShapeDtypeStruct((B, K, S, D), dtype)
+    kv = jax.ShapeDtypeStruct((B, K, S, D), stored or dtype)
+    scale = jax.ShapeDtypeStruct((B, K, S), jnp.float32) if stored else None
     return Arguments(
         q=jax.ShapeDtypeStruct((B, queries, K * G, D), dtype),
         k=kv,
@@ -199,6 +220,8 @@ def abstract(dtype, G, D, *, ranges=False, causal=False, bias=False):
         bias=jax.ShapeDtypeStruct((B, S), jnp.float32) if bias else None,
         scale=1.0,
         causal=causal,
+        k_scale=scale,
+        v_scale=scale,
     )
 
 
@@ -309,3 +332,46 @@ def test_gradients_of_dense(variant, platform, dtype, G, D, mask):
     for name, actual, of in zip("qkv", gradients, expected, strict=False):
         assert actual.dtype == dtype
         close(actual, of, TOLERANCE[dtype][1], f"d_{name}")
+
+
+def quantized(x, dtype):
+    """x in 8 bits, with the largest number of each vector at the end of the dtype's scale, and the scales."""
+    top = 127 if dtype == "int8" else 448
+    scale = np.abs(x).max(axis=-1) / top
+    stored = x / scale[..., None]
+    stored = jnp.asarray(np.round(stored) if dtype == "int8" else stored, dtype)
+    return np.array(stored), scale.astype(np.float32)
+
+
+@every_variant("dtype, G, D", [("bfloat16", 4, 128), ("float32", 1, 64)])
+@pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn"])
+def test_quantized(variant, platform, dtype, G, D, stored):
+    """What is compared with is attention over what the 8 bits stand for."""
+    need(variant, platform, dtype, G, D, ranges=True, bias=True, stored=stored)
+    q, k, v, bias, _ = inputs("float32", G, D)
+    q = np.array(jnp.asarray(q, dtype))
+    (k, k_scale), (v, v_scale) = quantized(k, stored), quantized(v, stored)
+    wide_k, wide_v = (x.astype(np.float64) * s[..., None] for x, s in ((k, k_scale), (v, v_scale)))
+    for what, (start, end) in key_ranges().items():
+        expected = definition(q, wide_k, wide_v, bias, start, end, D**-0.5)
+        bad_k, bad_v, bad_bias, unseen = poisoned(wide_k, wide_v, bias, start, end)
+        scales = [np.where(unseen[:, None], np.nan, s).astype(np.float32) for s in (k_scale, v_scale)]
+        stored_k, stored_v = k, v
+        if stored != "int8":
+            stored_k, stored_v = (
+                np.where(np.isfinite(bad), x, np.nan).astype(x.dtype) for bad, x in ((bad_k, k), (bad_v, v))
+            )
+        out = run(q, stored_k, stored_v, bad_bias, KeyRange(start, end), None, variant=variant, scales=scales)
+        assert out.dtype == dtype
+        close(out, expected, TOLERANCE[dtype][0], what)
+
+
+def test_quantized_has_no_gradients():
+    q = jnp.ones((1, 1, 1, 8))
+    (k, scale) = quantized(np.ones((1, 1, 4, 8)), "int8")
+
+    def loss(q):
+        return attention(q, k, k, k_scale=scale, v_scale=scale).sum()
+
+    with pytest.raises(Unsupported, match="no gradients"):
+        jax.grad(loss)(q)
