@@ -24,6 +24,10 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "tiny_average"
 REAL_DATA = ROOT.parent / "shared" / "data"
 
+# The interpreter of GPU kernels runs every warpgroup as a program of its own, and they wait for one another:
+# each needs a thread.
+os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))
+
 # float32 matmuls on a GPU are TF32 by default, which no tolerance here allows for.
 jax.config.update("jax_default_matmul_precision", "highest")
 

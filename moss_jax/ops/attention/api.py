@@ -3,24 +3,37 @@
 B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head
 """
 
+import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention import cudnn, reference, xla
+from moss_jax.ops.attention import cudnn, mosaic_gpu, mosaic_tpu, reference, xla
 from moss_jax.ops.attention.arguments import Arguments, KeyRange, Unsupported
+from moss_jax.sharding import partition_spec
 
 logger = logging.getLogger(__name__)
 
 # Each is a module with `unsupported(arguments, platform) -> reason or None` and `attend(arguments)`.
-IMPLEMENTATIONS = {"cudnn": cudnn, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {
+    "cudnn": cudnn,
+    "mosaic_gpu": mosaic_gpu,
+    "mosaic_tpu": mosaic_tpu,
+    "xla": xla,
+    "reference": reference,
+}
+
+# The compiler cannot spread these over a mesh: each device is given its part of the batch and of the heads.
+SPREAD_BY_HAND = ("mosaic_gpu", "mosaic_tpu")
 
 # The first that supports the arguments is taken.
-ORDER = {"gpu": ("cudnn", "xla"), "cpu": ("xla",), "tpu": ("xla",)}
+ORDER = {"gpu": ("cudnn", "mosaic_gpu", "xla"), "cpu": ("xla",), "tpu": ("mosaic_tpu", "xla")}
 
 
 def attention(
@@ -72,7 +85,9 @@ def attention(
     )
     if k.shape[2] == 0:
         return jnp.zeros_like(q)
-    return IMPLEMENTATIONS[choose(arguments, implementation)].attend(arguments)
+    name = choose(arguments, implementation)
+    attend = IMPLEMENTATIONS[name].attend
+    return (_spread(attend) if name in SPREAD_BY_HAND else attend)(arguments)
 
 
 def choose(arguments: Arguments, implementation: str | None = None, platform: str | None = None) -> str:
@@ -98,6 +113,31 @@ def choose(arguments: Arguments, implementation: str | None = None, platform: st
             return name
         passed_over.append(f"not using {name}: {reason}")
     raise Unsupported(f"no attention implementation for {platform}: {'; '.join(passed_over)}")
+
+
+def _spread(attend: Callable[[Arguments], Array]) -> Callable[[Arguments], Array]:
+    """Over the mesh that is in use: every device computes its rows of the batch and its kv heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return attend
+
+    def on_mesh(a: Arguments) -> Array:
+        batch, kv_heads = partition_spec(("batch", "kv_heads"), a.k.shape[:2], mesh)
+        rows, heads = PartitionSpec(batch), PartitionSpec(batch, kv_heads)
+        queries = PartitionSpec(batch, None, kv_heads)
+        specs = {"q": queries, "k": heads, "v": heads, "k_scale": heads, "v_scale": heads}
+        arrays = {f.name: getattr(a, f.name) for f in dataclasses.fields(a) if not f.metadata.get("static")}
+        arrays = {name: x for name, x in arrays.items() if x is not None}
+        return jax.shard_map(
+            lambda arrays: attend(dataclasses.replace(a, **arrays)),
+            mesh=mesh,
+            in_specs=({name: specs.get(name, rows) for name in arrays},),
+            out_specs=queries,
+            # The kernels don't say over which axes their outputs vary.
+            check_vma=False,
+        )(arrays)
+
+    return on_mesh
 
 
 @functools.cache

@@ -50,7 +50,7 @@ class Arguments:
     v_scale: Float[Array, "B K S"] | None = None
 
     def __post_init__(self):
-        if not hasattr(self.q, "shape"):  # JAX rebuilds pytrees around placeholders.
+        if not hasattr(self.q, "ndim"):  # JAX rebuilds pytrees around placeholders.
             return
         if self.q.ndim != 4 or self.k.ndim != 4 or self.v.shape != self.k.shape:
             raise ValueError(

@@ -3,16 +3,28 @@
 B batch, T queries, S keys, K kv heads, G query heads per kv head, D head
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from unittest import mock
 
+import interpreted
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moss_jax.ops.attention import IMPLEMENTATIONS, Arguments, KeyRange, Unsupported, attention, choose, xla
+from moss_jax.ops.attention import (
+    IMPLEMENTATIONS,
+    Arguments,
+    KeyRange,
+    Unsupported,
+    attention,
+    choose,
+    mosaic_gpu,
+    xla,
+)
 
 ALL = ("float32", "bfloat16", "float16")
 
@@ -34,14 +46,65 @@ class Must:
 MUST = {
     "reference": Must(),
     "xla": Must(),
-    "cudnn": Must(
-        platforms=("gpu",), dtypes=("bfloat16", "float16"), ranges=False, bias=False, quantized=False
-    ),
+    "cudnn": Must(("gpu",), ("bfloat16", "float16"), ranges=False, bias=False, quantized=False),
+    "mosaic_gpu": Must(("gpu",), ("bfloat16", "float16")),
+    "mosaic_tpu": Must(("tpu",), ("float32", "bfloat16")),
 }
 
-# Name in a test's id -> implementation, and the block of keys that it is held to (None: its own choice).
-VARIANTS = {"reference": ("reference", None), "xla": ("xla", None), "xla_by_block": ("xla", 16)}
-VARIANTS |= {name: (name, None) for name in IMPLEMENTATIONS if name not in VARIANTS}
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """An implementation, and how it is run.
+
+    Attributes:
+      changed: a context in which it is traced and run, to hold it to small blocks, or to one of its kernels.
+      interpreted: a context in which it runs on the CPU, whatever its own platform.
+      quantized: whether the change leaves it with K and V in 8 bits.
+      few: only the first few shapes, because it is slow.
+      ranges: only these, because it is very slow.
+    """
+
+    name: str
+    changed: Callable = contextlib.nullcontext
+    interpreted: Callable | None = None
+    quantized: bool = True
+    few: bool = False
+    ranges: tuple[str, ...] = ()
+
+    @property
+    def must(self) -> Must:
+        must = MUST[self.name]
+        return dataclasses.replace(must, quantized=must.quantized and self.quantized)
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        return ("cpu",) if self.interpreted else self.must.platforms
+
+    @contextlib.contextmanager
+    def context(self):
+        with self.changed(), (self.interpreted or contextlib.nullcontext)():
+            yield
+
+
+def many_queries():
+    """The kernel for many queries, though there are few."""
+    return mock.patch.object(mosaic_gpu, "ROWS", 0)
+
+
+VARIANTS = {name: Variant(name) for name in MUST} | {
+    "xla_by_block": Variant("xla", lambda: mock.patch.multiple(xla, MAX_SCORES=1, MIN_BLOCK=BLOCK), few=True),
+    "mosaic_gpu_staircase": Variant("mosaic_gpu", many_queries, quantized=False),
+    "mosaic_gpu_interpreted": Variant("mosaic_gpu", interpreted=interpreted.on_gpu, few=True),
+    "mosaic_gpu_staircase_interpreted": Variant(
+        "mosaic_gpu",
+        many_queries,
+        interpreted.on_gpu,
+        quantized=False,
+        few=True,
+        ranges=("ragged", "staircase"),
+    ),
+    "mosaic_tpu_interpreted": Variant("mosaic_tpu", interpreted=interpreted.on_tpu, few=True),
+}
 
 # dtype, query heads per kv head, head_dim, with a bias
 SHAPES = [
@@ -52,7 +115,7 @@ SHAPES = [
     ("bfloat16", 4, 80, False),
     ("float16", 1, 64, True),
 ]
-GRADIENT_SHAPES = [("float32", 4, 64, True), ("bfloat16", 4, 128, False), ("float16", 1, 80, True)]
+GRADIENT_SHAPES = [("float32", 4, 64, True), ("float16", 1, 80, True), ("bfloat16", 4, 128, False)]
 DENSE_SHAPES = [shape[:3] for shape in SHAPES]
 DENSE_GRADIENT_SHAPES = [shape[:3] for shape in GRADIENT_SHAPES]
 
@@ -60,21 +123,23 @@ B, T, S, K = 3, 6, 40, 2
 BLOCK = 16  # Does not divide S.
 
 
-def every_variant(names, shapes, by_block=3):
-    """Each variant where it runs, over the shapes; the blockwise one, slow to compile, over the first few."""
+def every_variant(names, shapes, few=3):
+    """Each variant where it runs, over the shapes that it takes; the slow ones over the first few of them."""
     return pytest.mark.parametrize(
         f"variant, platform, {names}",
         [
-            pytest.param(variant, platform, *shape, marks=[pytest.mark.gpu] if platform == "gpu" else [])
-            for variant, (name, block) in VARIANTS.items()
-            for platform in MUST[name].platforms
-            for shape in (shapes[:by_block] if block else shapes)
+            pytest.param(name, platform, *shape, marks=[pytest.mark.gpu] if platform == "gpu" else [])
+            for name, variant in VARIANTS.items()
+            for platform in variant.platforms
+            for shape in [shape for shape in shapes if shape[0] in variant.must.dtypes][
+                : few if variant.few else None
+            ]
         ],
     )
 
 
-def key_ranges():
-    """Name -> (start, end), int32 [B, T]."""
+def key_ranges(variant, gradients=False):
+    """Name -> (start, end), int32 [B, T]; those that a variant is held to."""
     rng = np.random.default_rng(1)
     a, b = np.sort(rng.integers(0, S + 1, (2, B, T)), axis=0)
     grows = np.sort(rng.integers(0, S + 1, (B, T)), axis=1)
@@ -99,7 +164,10 @@ def key_ranges():
         "ragged over the batch": (np.full((B, T), 3), np.array([[3], [20], [S]]).repeat(T, axis=1)),
         "staircase": (np.zeros((B, T)), grows),
     }
-    return {name: tuple(np.int32(bound) for bound in bounds) for name, bounds in ranges.items()}
+    held = VARIANTS[variant].ranges or ranges
+    if gradients and VARIANTS[variant].interpreted:
+        held = ("ragged", "staircase")
+    return {name: tuple(np.int32(bound) for bound in ranges[name]) for name in held}
 
 
 def inputs(dtype, G, D, *, queries=T, keys=S, seed=0):
@@ -155,7 +223,7 @@ def definition(q, k, v, bias, start, end, scale, d_out=None):
 @functools.partial(jax.jit, static_argnames=("variant", "causal", "scale", "gradients"))
 def run(q, k, v, bias, key_range, d_out, *, variant, causal=False, scale=None, scales=None, gradients=False):
     """The output of an implementation, or the gradients of q, k, v and bias."""
-    name, block = VARIANTS[variant]
+    variant = VARIANTS[variant]
 
     def call(q, k, v, bias):
         k_scale, v_scale = scales or (None, None)
@@ -169,11 +237,10 @@ def run(q, k, v, bias, key_range, d_out, *, variant, causal=False, scale=None, s
             v_scale=v_scale,
             causal=causal,
             scale=scale,
-            implementation=name,
+            implementation=variant.name,
         )
 
-    sizes = {} if block is None else {"MAX_SCORES": 1, "MIN_BLOCK": block}
-    with mock.patch.multiple(xla, **sizes) if sizes else mock.MagicMock():
+    with variant.context():
         if not gradients:
             return call(q, k, v, bias)
         return jax.vjp(call, q, k, v, bias)[1](d_out)
@@ -190,11 +257,11 @@ def need(variant, platform, dtype, G, D, *, ranges=False, causal=False, bias=Fal
     """Skips what the implementation says it cannot take and what `MUST` does not claim."""
     if platform != jax.default_backend():
         pytest.skip(f"runs on {platform}")
-    name, _ = VARIANTS[variant]
-    must = MUST[name]
-    reason = IMPLEMENTATIONS[name].unsupported(
-        abstract(dtype, G, D, ranges=ranges, causal=causal, bias=bias, stored=stored), platform
-    )
+    variant = VARIANTS[variant]
+    must = variant.must
+    arguments = abstract(dtype, G, D, ranges=ranges, causal=causal, bias=bias, stored=stored)
+    with variant.context():
+        reason = IMPLEMENTATIONS[variant.name].unsupported(arguments, platform)
     if reason is None:
         return
     assert (
@@ -226,7 +293,7 @@ def abstract(dtype, G, D, *, ranges=False, causal=False, bias=False, stored=None
 
 
 def test_every_implementation_is_held_to_the_contract():
-    assert set(MUST) == set(IMPLEMENTATIONS) == {name for name, _ in VARIANTS.values()}
+    assert set(MUST) == set(IMPLEMENTATIONS) == {variant.name for variant in VARIANTS.values()}
 
 
 @pytest.mark.parametrize("name", MUST)
@@ -261,7 +328,7 @@ def test_ranges(variant, platform, dtype, G, D, with_bias):
     need(variant, platform, dtype, G, D, ranges=True, bias=with_bias)
     q, k, v, bias, _ = inputs(dtype, G, D)
     bias = bias if with_bias else None
-    for what, (start, end) in key_ranges().items():
+    for what, (start, end) in key_ranges(variant).items():
         expected = definition(q, k, v, bias, start, end, D**-0.5)
         bad_k, bad_v, bad_bias, _ = poisoned(k, v, bias, start, end)
         out = run(q, bad_k, bad_v, bad_bias, KeyRange(start, end), None, variant=variant)
@@ -270,7 +337,7 @@ def test_ranges(variant, platform, dtype, G, D, with_bias):
         assert not np.asarray(out)[start >= end].any(), f"{what}: an empty range gives exact zeros"
 
 
-@every_variant("dtype, G, D", DENSE_SHAPES, by_block=1)
+@every_variant("dtype, G, D", DENSE_SHAPES, few=1)
 @pytest.mark.parametrize("mask", ["every key", "causal"])
 def test_dense(variant, platform, dtype, G, D, mask):
     causal = mask == "causal"
@@ -295,12 +362,12 @@ def test_large_scores_and_a_scale(variant, platform, dtype, G, D):
     close(out, definition(q, k, v, None, start, end, 4.0), max(1e-3, TOLERANCE[dtype][0]), "scale")
 
 
-@every_variant("dtype, G, D, with_bias", GRADIENT_SHAPES, by_block=2)
+@every_variant("dtype, G, D, with_bias", GRADIENT_SHAPES, few=1)
 def test_gradients_of_ranges(variant, platform, dtype, G, D, with_bias):
     need(variant, platform, dtype, G, D, ranges=True, bias=with_bias)
     q, k, v, bias, d_out = inputs(dtype, G, D, seed=2)
     bias = bias if with_bias else None
-    for what, (start, end) in key_ranges().items():
+    for what, (start, end) in key_ranges(variant, gradients=True).items():
         expected = definition(q, k, v, bias, start, end, D**-0.5, d_out)
         bad_k, bad_v, bad_bias, unseen = poisoned(k, v, bias, start, end)
         gradients = run(
@@ -318,7 +385,7 @@ def test_gradients_of_ranges(variant, platform, dtype, G, D, with_bias):
             assert not d_bias[unseen].any(), what
 
 
-@every_variant("dtype, G, D", DENSE_GRADIENT_SHAPES, by_block=0)
+@every_variant("dtype, G, D", DENSE_GRADIENT_SHAPES, few=0)
 @pytest.mark.parametrize("mask", ["every key", "causal"])
 def test_gradients_of_dense(variant, platform, dtype, G, D, mask):
     causal = mask == "causal"
@@ -352,7 +419,7 @@ def test_quantized(variant, platform, dtype, G, D, stored):
     q = np.array(jnp.asarray(q, dtype))
     (k, k_scale), (v, v_scale) = quantized(k, stored), quantized(v, stored)
     wide_k, wide_v = (x.astype(np.float64) * s[..., None] for x, s in ((k, k_scale), (v, v_scale)))
-    for what, (start, end) in key_ranges().items():
+    for what, (start, end) in key_ranges(variant).items():
         expected = definition(q, wide_k, wide_v, bias, start, end, D**-0.5)
         bad_k, bad_v, bad_bias, unseen = poisoned(wide_k, wide_v, bias, start, end)
         scales = [np.where(unseen[:, None], np.nan, s).astype(np.float32) for s in (k_scale, v_scale)]

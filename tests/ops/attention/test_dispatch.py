@@ -32,14 +32,17 @@ def abstract(dtype="bfloat16", *, queries=4, keys=4, head_dim=64, ranges=False, 
         ("gpu", {"dtype": "float16"}, "cudnn"),
         ("gpu", {"causal": True}, "cudnn"),
         ("gpu", {"head_dim": 80}, "cudnn"),
-        ("gpu", {"keys": 41}, "xla"),
+        ("gpu", {"keys": 41}, "mosaic_gpu"),
         ("gpu", {"head_dim": 84}, "xla"),
         ("gpu", {"head_dim": 136}, "xla"),
         ("gpu", {"dtype": "float32"}, "xla"),
-        ("gpu", {"ranges": True}, "xla"),
-        ("gpu", {"bias": True}, "xla"),
+        ("gpu", {"ranges": True}, "mosaic_gpu"),
+        ("gpu", {"bias": True}, "mosaic_gpu"),
+        ("gpu", {"ranges": True, "dtype": "float32"}, "xla"),
+        ("gpu", {"ranges": True, "head_dim": 136}, "xla"),
         ("cpu", {}, "xla"),
-        ("tpu", {}, "xla"),
+        ("tpu", {}, "mosaic_tpu"),
+        ("tpu", {"dtype": "float16"}, "xla"),
         ("some new platform", {}, "xla"),
     ],
 )
@@ -58,8 +61,9 @@ def test_logs_the_choice_once_with_the_reasons(caplog):
             choose(abstract(ranges=True), platform="gpu")
             choose(abstract("float32"), platform="gpu")
     assert caplog.messages == [
-        "attention on gpu: using xla; not using cudnn: it has no range of keys per query",
-        "attention on gpu: using xla; not using cudnn: it takes bfloat16 and float16, not float32",
+        "attention on gpu: using mosaic_gpu; not using cudnn: it has no range of keys per query",
+        "attention on gpu: using xla; not using cudnn: it takes bfloat16 and float16, not float32; "
+        "not using mosaic_gpu: it takes bfloat16 and float16, not float32",
     ]
 
 

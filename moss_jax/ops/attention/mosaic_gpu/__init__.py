@@ -1,0 +1,91 @@
+"""Attention in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU): few queries over a long bank, and many queries.
+
+B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moss_jax.ops.attention import tuning
+from moss_jax.ops.attention.arguments import Arguments, KeyRange, Unsupported
+from moss_jax.ops.attention.mosaic_gpu.decode import ROWS, DecodeConfig, decode
+from moss_jax.ops.attention.mosaic_gpu.staircase import StaircaseConfig, staircase
+
+
+def unsupported(arguments: Arguments, platform: str) -> str | None:
+    """Why these kernels cannot take the arguments; None if they can."""
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, and this is {platform}"
+    if (capability := _compute_capability()) not in (None, "9.0"):
+        return f"it is written for Hopper (compute capability 9.0), and this is {capability}"
+    q, k, v = arguments.q, arguments.k, arguments.v
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and float16, not {q.dtype}"
+    if k.dtype != v.dtype or not (arguments.quantized or k.dtype == q.dtype):
+        names = ", ".join(x.dtype.name for x in (q, k, v))
+        return f"q, k and v must have one dtype, or k and v be quantised alike, not {names}"
+    unit = 64 if arguments.quantized else 16
+    if q.shape[-1] % unit or q.shape[-1] > 128:
+        return f"head_dim {q.shape[-1]} is not a multiple of {unit} up to 128, the tensor core's tiles"
+    if arguments.quantized and not _few(arguments):
+        return f"it takes K and V in {k.dtype} for at most {ROWS} queries a kv head, not {_rows(arguments)}"
+    return None
+
+
+def attend(a: Arguments) -> Float[Array, "B T H D"]:
+    """Computes the op; differentiable in q, k, v and bias if K and V are not quantised."""
+    if not _few(a):
+        return staircase(a, _config("staircase", StaircaseConfig(), a))
+    config = _config("decode", DecodeConfig(), a)
+    return _decode(config, a.scale, a.q, a.k, a.v, a.bias, *a.bounds, a.k_scale, a.v_scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _decode(config, scale, q, k, v, bias, start, end, k_scale, v_scale):
+    return decode(
+        Arguments(q, k, v, KeyRange(start, end), bias, scale, causal=False, k_scale=k_scale, v_scale=v_scale),
+        config,
+    )
+
+
+def _decode_forward(config, scale, *arrays):
+    return _decode(config, scale, *arrays), arrays
+
+
+def _decode_backward(config, scale, arrays, d_out):
+    """Through the other kernel, which has a backward pass."""
+    del config
+    q, k, v, bias, start, end, k_scale, _ = arrays
+    if k_scale is not None:
+        raise Unsupported(f"attention over K and V in {k.dtype} has no gradients; give them in q's dtype")
+
+    def many(q, k, v, bias):
+        a = Arguments(q, k, v, KeyRange(start, end), bias, scale, causal=False)
+        return staircase(a, _config("staircase", StaircaseConfig(), a))
+
+    return *jax.vjp(many, q, k, v, bias)[1](d_out), None, None, None, None
+
+
+_decode.defvjp(_decode_forward, _decode_backward)
+
+
+def _config(kernel: str, default, a: Arguments):
+    kind = jax.devices()[0].device_kind
+    return tuning.lookup(f"mosaic_gpu.{kernel}", default, kind, **tuning.shape_of(a))
+
+
+def _rows(a: Arguments) -> int:
+    """Queries that share a kv head."""
+    return a.q.shape[1] * a.q.shape[2] // a.k.shape[1]
+
+
+def _few(a: Arguments) -> bool:
+    return _rows(a) <= ROWS
+
+
+def _compute_capability() -> str | None:
+    """Of the GPU; None on a machine without one, which may compile for one all the same."""
+    return getattr(jax.devices()[0], "compute_capability", None)

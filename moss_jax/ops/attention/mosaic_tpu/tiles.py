@@ -1,0 +1,205 @@
+"""What the kernels share: sizes of tiles, which tiles meet, and what is done inside one.
+
+B batch, K kv heads, N rows (a query of one head each), S keys, R rows of a tile, X keys of a tile, D head
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+# A register is 8 sublanes of 128 lanes.
+LANES = 128
+
+# The steps of one walk, the grid's last axis, share their sums; walks are independent.
+PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"))
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Tiles for few queries: one tile of rows.
+
+    Attributes:
+      block_kv: keys of a tile; many, since reading them is all there is to do and every step costs some more.
+    """
+
+    block_kv: int = 1024
+
+    def __post_init__(self):
+        _check("block_kv", self.block_kv)
+
+    def sizes(self, rows: "Rows", keys: "Keys") -> tuple[int, int]:
+        """R and X."""
+        sublanes = 32 // rows.q.dtype.itemsize  # 16-bit numbers lie two to a sublane.
+        return _whole(rows.q.shape[2], sublanes), min(self.block_kv, _whole(keys.k.shape[2]))
+
+
+@dataclasses.dataclass(frozen=True)
+class StaircaseConfig:
+    """Tiles for many queries.
+
+    Attributes:
+      block_q: rows of a tile, of the T * G that there are. K and V are read once for each tile of rows.
+      block_kv: keys of a tile.
+    """
+
+    block_q: int = 512
+    block_kv: int = 512
+
+    def __post_init__(self):
+        _check("block_q", self.block_q)
+        _check("block_kv", self.block_kv)
+
+    def sizes(self, rows: "Rows", keys: "Keys") -> tuple[int, int]:
+        """R and X."""
+        return min(self.block_q, _whole(rows.q.shape[2])), min(self.block_kv, _whole(keys.k.shape[2]))
+
+
+def _check(name: str, size: int) -> None:
+    if size <= 0 or size % LANES:
+        raise ValueError(f"{name} {size} must be a positive multiple of {LANES}")
+
+
+def _whole(size: int, of: int = LANES) -> int:
+    return -(-size // of) * of
+
+
+class Rows(NamedTuple):
+    """The queries, and the keys `start <= s < end` that each sees; (0, 0) for none."""
+
+    q: Float[Array, "B K N D"]
+    start: Int[Array, "B N"]
+    end: Int[Array, "B N"]
+
+
+class Keys(NamedTuple):
+    """What belongs to the keys. Vectors lie along the lanes: a column would fill one lane of 128."""
+
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S D"]
+    bias: Float[Array, "B 1 1 S"] | None
+    k_scale: Float[Array, "B K 1 S"] | None
+    v_scale: Float[Array, "B K 1 S"] | None
+
+    def specs(self, spec) -> "Keys":
+        """`spec(array, axis that is cut in tiles)` of each."""
+        return Keys(*(spec(x, axis) for x, axis in zip(self, (2, 2, 3, 3, 3), strict=True)))
+
+
+# ------------------------------------------------------------------------------------- the walk
+
+
+class Walk(NamedTuple):
+    """Which tiles meet, as scalars that are there before the data, so that they can say what to fetch.
+
+    Attributes:
+      first, last: a tile of rows visits the tiles of keys `first <= tile < last`.
+      every_start, every_end: the keys that all of its rows see; a tile of keys among them needs no mask.
+    """
+
+    first: Int[Array, "B N/R"]
+    last: Int[Array, "B N/R"]
+    every_start: Int[Array, "B N/R"]
+    every_end: Int[Array, "B N/R"]
+
+    @classmethod
+    def of(cls, start: Int[Array, "B N"], end: Int[Array, "B N"], R: int, X: int) -> "Walk":
+        """The walk for these ranges."""
+        start, end = (bound.reshape(len(bound), -1, R) for bound in (start, end))
+        low = jnp.min(jnp.where(start < end, start, jnp.iinfo(jnp.int32).max), axis=-1)
+        high = jnp.max(end, axis=-1)  # 0 if no row of the tile sees a key
+        return cls(
+            first=jnp.where(high > 0, low // X, 0),
+            last=pl.cdiv(high, X),
+            every_start=start.max(axis=-1),
+            every_end=end.min(axis=-1),
+        )
+
+    def visitors(self, key_tiles: int) -> tuple[Int[Array, "B S/X"], Int[Array, "B S/X"]]:
+        """The walk from the other side: a tile of keys is visited by tiles of rows in [first, last)."""
+        tile = jnp.arange(key_tiles)
+        visits = (self.first[..., None] <= tile) & (tile < self.last[..., None])  # [B, N / R, S / X]
+        number = jnp.arange(visits.shape[1])[:, None]
+        last = jnp.max(jnp.where(visits, number + 1, 0), axis=1)
+        return jnp.min(jnp.where(visits, number, last[:, None]), axis=1), last
+
+    def when_visited(self, at, key_tile, X, visit, also=True):
+        """Calls `visit(masked)` if the tile of rows `at` = (b, tile) visits this tile of X keys."""
+        near = also & (self.first[at] <= key_tile) & (key_tile < self.last[at])
+        first_key = key_tile * X
+        whole = (self.every_start[at] <= first_key) & (first_key + X <= self.every_end[at])
+        pl.when(near & whole)(functools.partial(visit, masked=False))
+        pl.when(near & ~whole)(functools.partial(visit, masked=True))
+
+
+def num_steps(first, last):
+    """Length of the longest walk. It is traced: the steps that nobody needs are not even taken."""
+    return jnp.maximum(jnp.max(last - first), 1)
+
+
+def tile_of_step(first, last, step):
+    """Where a walk is. At its end it stays: a tile that is there already is not fetched again."""
+    return jnp.minimum(first + step, jnp.maximum(last - 1, 0))
+
+
+def spec(size, tile, x, axis):
+    """Block of `x` [B, K or 1, _, _]: one b, one head, and of `axis` the tile that `tile` names at a step."""
+    if x is None:
+        return None
+    shape = [None, None, *x.shape[2:]]
+    shape[axis] = size
+
+    def index(b, head, outer, step, *scalars):
+        at = [b, head if x.shape[1] > 1 else 0, 0, 0]
+        at[axis] = tile(b, outer, step, *scalars)
+        return tuple(at)
+
+    return pl.BlockSpec(tuple(shape), index)
+
+
+def specs_by_row(R, X):
+    """`spec` for rows and for keys where the grid is (b, head, tile of rows, step of its walk)."""
+
+    def key_tile(b, i, step, walk):
+        return tile_of_step(walk.first[b, i], walk.last[b, i], step)
+
+    return functools.partial(spec, R, lambda b, i, step, walk: i), functools.partial(spec, X, key_tile)
+
+
+def pad(x, R, axis, **how):
+    """Rows up to whole tiles. Padded ones have q = 0 and d_out = 0, and the last row's range."""
+    widths = [(0, -x.shape[axis] % R if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, **how)
+
+
+# ------------------------------------------------------------------------------------- inside a tile
+
+
+def matmul(x, y, contract):
+    """x and y summed over the axes `contract`, in float32."""
+    # Said for 16-bit numbers too: the compiler refuses them at a default precision that a program has raised.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    axes = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
+
+
+def column(row: Float[Array, "1 X"]) -> Float[Array, "X 1"]:
+    """From lanes to sublanes: whole registers are what the hardware transposes."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+
+
+def row(column: Float[Array, "X 1"]) -> Float[Array, "1 X"]:
+    """From sublanes to lanes."""
+    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
+
+
+def only(used: Float[Array, "X 1"], x: Float[Array, "X D"]) -> Float[Array, "X D"]:
+    """Zero where `used` is: unseen keys may be NaN, as may the last tile's beyond S, and 0 * NaN is NaN."""
+    # In float32, because a mask for 16-bit numbers would have to be packed.
+    used = jnp.broadcast_to(used, x.shape) > 0
+    return jnp.where(used, x.astype(jnp.float32), 0).astype(x.dtype)

@@ -1,0 +1,51 @@
+"""Pallas kernels on the CPU, by interpretation."""
+
+import contextlib
+from unittest import mock
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from moss_jax.ops.attention import mosaic_gpu, mosaic_tpu
+from moss_jax.ops.attention.mosaic_gpu import tiles
+
+
+@contextlib.contextmanager
+def on_gpu():
+    """Mosaic GPU kernels: copies, barriers, warpgroups and shared memory are simulated.
+
+    The interpreter has no tensor core that takes operands from registers, so products are replaced by what
+    they mean.
+    """
+
+    def product(a, b, meanwhile=lambda: None):
+        meanwhile()
+        return jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32), precision="highest")
+
+    def products(*pairs):
+        return tuple(product(*pair) for pair in pairs)
+
+    def add_product(total, a, b, meanwhile=lambda: None):
+        return total + product(a, b, meanwhile)
+
+    products_there = {"product": product, "products": products, "add_product": add_product}
+    with (
+        mock.patch.multiple(tiles, **products_there),
+        _as_if_on("gpu", mosaic_gpu),
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def on_tpu():
+    """Mosaic TPU kernels; memory starts as NaN, and what lies beyond an array is NaN too."""
+    params = pltpu.InterpretParams(out_of_bounds_reads="uninitialized")
+    with _as_if_on("tpu", mosaic_tpu), pltpu.force_tpu_interpret_mode(params):
+        yield
+
+
+def _as_if_on(platform: str, module):
+    refuses = module.unsupported
+    return mock.patch.object(module, "unsupported", lambda arguments, _: refuses(arguments, platform))
