@@ -1,6 +1,7 @@
 """Pallas kernels on the CPU, by interpretation."""
 
 import contextlib
+import importlib
 from unittest import mock
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -10,13 +11,16 @@ from jax.experimental.pallas import tpu as pltpu
 from moss_jax.ops.attention import mosaic_gpu, mosaic_tpu
 from moss_jax.ops.attention.mosaic_gpu import tiles
 
+# The package has a function of the same name.
+decode_quantized = importlib.import_module("moss_jax.ops.attention.mosaic_gpu.decode_quantized")
+
 
 @contextlib.contextmanager
 def on_gpu():
     """Mosaic GPU kernels: copies, barriers, warpgroups and shared memory are simulated.
 
-    The interpreter has no tensor core that takes operands from registers, so products are replaced by what
-    they mean.
+    The interpreter has no tensor core that takes operands from registers, and no inline instructions, so
+    these are replaced by what they mean.
     """
 
     def product(a, b, meanwhile=lambda: None):
@@ -29,9 +33,12 @@ def on_gpu():
     def add_product(total, a, b, meanwhile=lambda: None):
         return total + product(a, b, meanwhile)
 
-    products_there = {"product": product, "products": products, "add_product": add_product}
+    def widen(narrow):
+        return decode_quantized._shuffle(narrow[...].astype(jnp.float16))
+
     with (
-        mock.patch.multiple(tiles, **products_there),
+        mock.patch.multiple(tiles, product=product, products=products, add_product=add_product),
+        mock.patch.object(decode_quantized, "widen", widen),
         _as_if_on("gpu", mosaic_gpu),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
     ):

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float
 
 from moss_jax.ops.attention import tuning
 from moss_jax.ops.attention.arguments import Arguments, KeyRange, Unsupported
-from moss_jax.ops.attention.mosaic_gpu.decode import ROWS, DecodeConfig, decode
+from moss_jax.ops.attention.mosaic_gpu.bank import ROWS, DecodeConfig
+from moss_jax.ops.attention.mosaic_gpu.decode import decode
+from moss_jax.ops.attention.mosaic_gpu.decode_quantized import decode_quantized
 from moss_jax.ops.attention.mosaic_gpu.staircase import StaircaseConfig, staircase
 
 
@@ -39,16 +41,14 @@ def attend(a: Arguments) -> Float[Array, "B T H D"]:
     """Computes the op; differentiable in q, k, v and bias if K and V are not quantised."""
     if not _few(a):
         return staircase(a, _config("staircase", StaircaseConfig(), a))
-    config = _config("decode", DecodeConfig(), a)
+    config = _config("decode", DecodeConfig(block_kv=128 if a.quantized else 64), a)
     return _decode(config, a.scale, a.q, a.k, a.v, a.bias, *a.bounds, a.k_scale, a.v_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _decode(config, scale, q, k, v, bias, start, end, k_scale, v_scale):
-    return decode(
-        Arguments(q, k, v, KeyRange(start, end), bias, scale, causal=False, k_scale=k_scale, v_scale=v_scale),
-        config,
-    )
+    a = Arguments(q, k, v, KeyRange(start, end), bias, scale, causal=False, k_scale=k_scale, v_scale=v_scale)
+    return (decode_quantized if a.quantized else decode)(a, config)
 
 
 def _decode_forward(config, scale, *arrays):

@@ -1,0 +1,157 @@
+"""What the kernels for few queries share: how the keys are cut, the walk over a split, and the second pass.
+
+The vectors of all slots and heads lie in one row in memory, and tiles may start at any multiple of 8 of them:
+that is what the copy engine can do with tiles that the tensor core reads.
+
+B slot, T query tokens, R rows of queries, S keys, P splits, K kv heads, C the head's size in whole lines
+"""
+
+import dataclasses
+import functools
+import operator
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from moss_jax.ops.attention.mosaic_gpu import tiles
+from moss_jax.ops.attention.mosaic_gpu.tiles import NEVER
+
+ROWS = 64  # Queries that share a kv head, at most.
+LANES = 128  # Threads of a warpgroup, and numbers of a line that the second pass reads.
+AT_ONCE = 40  # Splits that the second pass loads before it waits.
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How the keys are cut.
+
+    Attributes:
+      block_kv: keys of a tile.
+      stages: tiles of K and of V that are on their way at once.
+      blocks: splits that are running at once on the whole card, over all slots and heads.
+    """
+
+    block_kv: int = 64
+    stages: int = 2
+    blocks: int = 264
+
+    def __post_init__(self):
+        if self.block_kv % 64 or self.block_kv < 64:
+            raise ValueError(f"block_kv is a multiple of 64, not {self.block_kv}")
+        if self.stages < 1 or self.blocks < 1:
+            raise ValueError(f"stages and blocks are at least 1, not {self.stages} and {self.blocks}")
+
+    def splits(self, pairs: int, keys: int) -> int:
+        """Into how many pieces the keys of each (slot, kv head) pair are cut."""
+        return max(1, min(self.blocks // pairs, pl.cdiv(keys, self.block_kv)))
+
+
+class Split:
+    """The walk of one thread block over its split of the keys of one slot and kv head.
+
+    Attributes:
+      starts, ends: of each query's range, scalars.
+      base: number of this slot's and head's first key among all vectors.
+      steps: tiles to visit.
+    """
+
+    def __init__(self, start_gmem, end_gmem, *, keys, heads, splits, block_kv):
+        split, head, slot = (lax.axis_index(name) for name in ("split", "head", "slot"))
+        queries = range(start_gmem.shape[1])
+        self.starts = [jnp.maximum(start_gmem[slot, t], 0) for t in queries]
+        self.ends = [jnp.minimum(end_gmem[slot, t], keys) for t in queries]
+        self.base = (slot * heads + head) * keys
+        self._block_kv = block_kv
+        low, self._high = keys, 0
+        for first, last in self.ranges:
+            low = jnp.where(first < last, jnp.minimum(low, first), low)
+            self._high = jnp.where(first < last, jnp.maximum(self._high, last), self._high)
+        low = lax.div(self.base + low, 8) * 8 - self.base
+        count = pl.cdiv(jnp.maximum(self._high - low, 0), block_kv)
+        first_tile, last_tile = lax.div(split * count, splits), lax.div((split + 1) * count, splits)
+        self._first = low + first_tile * block_kv
+        self.steps = last_tile - first_tile
+
+    @property
+    def ranges(self):
+        """(start, end) of each query."""
+        return list(zip(self.starts, self.ends, strict=True))
+
+    def place(self, step):
+        """Where a tile lies among all vectors, and the first key that is its own.
+
+        The last tile of all is moved back to end with the range, so that no more is read; the keys that it
+        then shares with its neighbour are not its own.
+        """
+        own = self._first + step * self._block_kv
+        end = pl.cdiv(self.base + self._high, 8) * 8
+        at = jnp.maximum(jnp.minimum(self.base + own, end - self._block_kv), 0)
+        return pl.multiple_of(at, 8), own
+
+    def whole(self, at):
+        """Whether one query sees all keys of the tile that starts at this key."""
+        return _any([(first <= at) & (at + self._block_kv <= last) for first, last in self.ranges])
+
+    def used(self, key):
+        """Which keys some query sees."""
+        return _any([(first <= key) & (key < last) for first, last in self.ranges])
+
+    def bounds(self, query, group, own):
+        """The range of each query, from the split's own keys on; `group` queries share a token's range."""
+        first, last = jnp.zeros_like(query), jnp.zeros_like(query)
+        for t, (start, end) in enumerate(self.ranges):
+            mine = (query >= t * group) & (query < (t + 1) * group)
+            # The larger of two numbers is a scalar's business: vectors of integers compare as unsigned.
+            first = jnp.where(mine, jnp.maximum(start, own), first)
+            last = jnp.where(mine, end, last)
+        return first, last
+
+
+def _any(conditions):
+    return functools.reduce(operator.or_, conditions)
+
+
+def in_a_row(x, block: int, trailing: int = 0):
+    """All vectors (`trailing` = 1), or all numbers, one after another; a multiple of 8, at least one tile."""
+    x = x.reshape(-1, *x.shape[x.ndim - trailing :])
+    size = max(block, pl.cdiv(x.shape[0], 8) * 8)
+    return jnp.pad(x, ((0, size - x.shape[0]), *[(0, 0)] * trailing))
+
+
+def join(
+    out: Float[Array, "B K P R C"], top: Float[Array, "B K P R"], total: Float[Array, "B K P R"], rows: int
+):
+    """The splits' sums, each relative to its own largest score, as one attention; [B, K, rows, C]."""
+    B, K, _, _, C = out.shape
+    return plgpu.kernel(
+        _join_kernel,
+        out_type=jax.ShapeDtypeStruct((B, K, rows, C), jnp.float32),
+        grid=(rows, K, B),
+        grid_names=("row", "head", "slot"),
+        compiler_params=tiles.COMPILER_PARAMS,
+    )(out, top, total)
+
+
+def _join_kernel(out_gmem, top_gmem, total_gmem, joined_gmem):
+    row, head, slot = (lax.axis_index(name) for name in ("row", "head", "slot"))
+    out = jnp.zeros(joined_gmem.shape[-1:], jnp.float32)
+    top, total = jnp.float32(NEVER), jnp.float32(0)
+    for first in range(0, out_gmem.shape[2], AT_ONCE):
+        # All loads first, so that they are on their way together.
+        at = [(slot, head, split, row) for split in range(first, min(first + AT_ONCE, out_gmem.shape[2]))]
+        outs = [out_gmem[i] for i in at]
+        tops = [top_gmem[i] for i in at]
+        totals = [total_gmem[i] for i in at]
+        new_top = functools.reduce(jnp.maximum, tops, top)
+        shift = jnp.where(new_top == NEVER, 0.0, new_top)
+        decay = jnp.exp2(top - shift)
+        out, total, top = out * decay, total * decay, new_top
+        for part, part_top, part_total in zip(outs, tops, totals, strict=True):
+            weight = jnp.exp2(part_top - shift)
+            # A split without keys has written zeros.
+            out, total = out + part * weight, total + part_total * weight
+    joined_gmem[slot, head, row] = out / jnp.where(total > 0, total, 1.0)
