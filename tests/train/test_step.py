@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from moss_jax.config import ConfigError, OptimizerConfig, TrainConfig, moss_video_11b
+from moss_jax.config import ConfigError, OptimizerConfig, TrainConfig, moss_tiny, moss_video_11b
 from moss_jax.data.batch import IGNORED, Batch
 from moss_jax.nn import MossVideo
 from moss_jax.sharding import make_mesh
@@ -249,3 +249,35 @@ def test_what_cannot_be_trained_is_refused(make_trainer, small_config, trainer):
     half = jax.tree.map(lambda x: x[:3], make_batch())
     with pytest.raises(ConfigError, match=r"batch of 3 sequences .* multiple of 2"):
         make_trainer(accumulate=2).put(half)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["mosaic_gpu", None])
+def test_kernels_train_as_plain_xla_does(attention):
+    """Losses of three steps, and the first gradient's norm, within what bfloat16 leaves open."""
+    rng = np.random.default_rng(0)
+    config = dataclasses.replace(moss_tiny(), attention="xla")
+    vocab, size, frames, length = config.decoder.vocab_size, config.vision.image_size, 4, 96
+    tokens = rng.integers(1, vocab, (2, length), np.int32)
+    positions = np.tile(np.array([3, 20, 41, 77], np.int32), (2, 1))
+    tokens[:, positions[0]] = config.decoder.image_token_id
+    labels = np.where(tokens == config.decoder.image_token_id, IGNORED, tokens)
+    pixels = rng.integers(0, 256, (2, frames, size, size, 3), np.uint8)
+    batch = Batch(tokens, labels, pixels, positions)
+
+    def losses(name):
+        trainer = Trainer(
+            dataclasses.replace(config, attention=name),
+            TrainConfig(steps=3, batch_size=2, compute_dtype="bfloat16"),
+            OptimizerConfig(learning_rate=1e-3),
+            make_mesh(devices=jax.devices()[:1]),
+            silence_id=SILENCE,
+        )
+        _, rows = run(trainer, 3, batch)
+        return np.array([row["loss"] for row in rows]), rows[0]["grad_norm"]
+
+    expected, norm = losses("xla")
+    found, found_norm = losses(attention)
+    np.testing.assert_allclose(found, expected, rtol=2e-3)
+    assert found_norm == pytest.approx(norm, rel=0.02)
+    assert expected[2] < expected[0]
