@@ -39,8 +39,9 @@ hypothesis.settings.load_profile("moss_jax")
 
 def pytest_configure(config):
     """Tests compile much and compute little: fast rather than well, and once for all processes of a run."""
-    if config.option.markexpr != "gpu":
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    on_gpu = config.option.markexpr == "gpu"
+    flag = "--xla_gpu_autotune_level=0" if on_gpu else "--xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.mkdtemp(prefix="moss_jax-compiled-")
         # In the environment for other processes, in JAX's own settings for this one, which has read it.

@@ -227,12 +227,6 @@ def test_what_it_takes(platform, arguments, reason):
     assert said == reason if reason is None else reason in said
 
 
-def test_not_over_a_mesh_that_the_compiler_lays_out():
-    for size, taken in ((1, True), (2, False)):
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, size), ("data", "tensor"))):
-            assert (mosaic_tpu.unsupported(abstract("bfloat16", 4), "tpu") is None) == taken
-
-
 @pytest.mark.parametrize("size", [0, 64, -128])
 def test_sizes_of_tiles_are_whole_registers(size):
     for config in (DecodeConfig, StaircaseConfig):
