@@ -94,7 +94,19 @@ def many_queries():
 VARIANTS = {name: Variant(name) for name in MUST} | {
     "xla_by_block": Variant("xla", lambda: mock.patch.multiple(xla, MAX_SCORES=1, MIN_BLOCK=BLOCK), few=True),
     "mosaic_gpu_staircase": Variant("mosaic_gpu", many_queries, quantized=False),
-    "mosaic_gpu_interpreted": Variant("mosaic_gpu", interpreted=interpreted.on_gpu, few=True),
+    "mosaic_gpu_interpreted": Variant(
+        "mosaic_gpu",
+        interpreted=interpreted.on_gpu,
+        few=True,
+        ranges=(
+            "empty inside",
+            "one key inside",
+            "start > 0",
+            "ragged",
+            "ragged over the batch",
+            "staircase",
+        ),
+    ),
     "mosaic_gpu_staircase_interpreted": Variant(
         "mosaic_gpu",
         many_queries,

@@ -24,7 +24,10 @@ from moss_jax.ops.attention.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_CO
 
 @functools.partial(jax.jit, static_argnames="config")
 def decode(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
-    """Computes the op for T * G <= 64 and K and V in q's dtype; forward only."""
+    """Computes the op for T * G <= 64 and K and V in q's dtype; forward only.
+
+    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    """
     B, T, H, D = a.q.shape
     K, S = a.k.shape[1:3]
     rows, X, stages = T * H // K, config.block_kv, config.stages

@@ -27,10 +27,6 @@ from moss_jax.ops.attention.mosaic_gpu import tiles
 from moss_jax.ops.attention.mosaic_gpu.bank import LANES, DecodeConfig, Split, in_a_row, join
 from moss_jax.ops.attention.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_COLUMN, PER_ROW
 
-# Pallas would put two barriers around every store and one before every copy; the kernel's own are enough:
-# `_kernel` says where each hazard ends.
-AUTO_BARRIERS = False
-
 TINY = 1e-30  # Stands for the scale of a vector of zeros.
 FLIP_SIGNS = 0x80808080 - 2**32
 
@@ -39,7 +35,7 @@ NARROW = plgpu.Layout.WGMMA_UPCAST_2X  # As MATRIX, but a thread has 4 neighbour
 
 @functools.partial(jax.jit, static_argnames="config")
 def decode_quantized(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
-    """Computes the op for T * G <= 64, K and V in 8 bits and D a multiple of 64; forward only."""
+    """Computes the op for T * G <= 64, K and V in 8 bits and D of 64 or 128; forward only."""
     B, T, H, D = a.q.shape
     K, S = a.k.shape[1:3]
     rows = T * H // K
@@ -76,7 +72,9 @@ def decode_quantized(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H 
         grid_names=("split", "head", "slot"),
         compiler_params=dataclasses.replace(
             tiles.COMPILER_PARAMS,
-            unsafe_no_auto_barriers=not AUTO_BARRIERS,
+            # Pallas would put two around every store and one before every copy; `_kernel` says why its own
+            # are enough.
+            unsafe_no_auto_barriers=True,
             # Of 8 columns, for the largest score of each; with more columns there are more rounds.
             reduction_scratch_bytes=1024 if N == 8 else 2048,
         ),

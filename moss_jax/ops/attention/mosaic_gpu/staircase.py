@@ -56,6 +56,7 @@ class StaircaseConfig:
                 raise ValueError(f"{field.name} is a multiple of {unit}, not {value}")
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def staircase(a: Arguments, config: StaircaseConfig) -> Float[Array, "B T H D"]:
     """Computes the op; differentiable in q, k, v and bias."""
     T, S = a.q.shape[1], a.k.shape[2]
