@@ -79,7 +79,7 @@ def _forward(config, scale, q, k, v, bias, start, end):
     Y, X, stages = config.block_q, config.block_kv, config.stages
     out, log_total = plgpu.kernel(
         functools.partial(_forward_kernel, scale=scale * LOG2E, group=H // k.shape[1]),
-        out_type=[q, jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
+        out_type=[jax.typeof(q), jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
         scratch_types={
             "q_smem": tiles.tile((COMPUTING, Y, D), q.dtype),
             "ring": _ring((X, D), k.dtype, stages, bias),
@@ -96,14 +96,15 @@ def _backward(config, scale, residuals, d_out):
     q, k, v, bias, start, end, out, log_total = residuals
     B, T, H, D = q.shape
     K, S = k.shape[1:3]
-    mean = jnp.einsum("BTHD,BTHD->BHT", out.astype(jnp.float32), d_out.astype(jnp.float32))
+    # Not a dot product, which a GPU may take in TF32.
+    mean = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1).swapaxes(1, 2)
     used = _used(start, end, S)
 
     Y, X, stages = config.block_q_dq, config.block_kv_dq, config.stages_dq
     per_row = plgpu.SMEM((COMPUTING, Y), jnp.float32)
     d_q = plgpu.kernel(
         functools.partial(_d_q_kernel, scale=scale, group=H // K),
-        out_type=q,
+        out_type=jax.typeof(q),
         scratch_types={
             "q_smem": tiles.tile((COMPUTING, Y, D), q.dtype),
             "d_out_smem": tiles.tile((COMPUTING, Y, D), q.dtype),
@@ -118,7 +119,11 @@ def _backward(config, scale, residuals, d_out):
     blocks = blocks_of(start, end, Y)
     d_k, d_v, d_bias = plgpu.kernel(
         functools.partial(_d_kv_kernel, scale=scale),
-        out_type=[k, v, None if bias is None else jax.ShapeDtypeStruct((B, K, S), jnp.float32)],
+        out_type=[
+            jax.typeof(k),
+            jax.typeof(v),
+            None if bias is None else jax.ShapeDtypeStruct((B, K, S), jnp.float32),
+        ],
         scratch_types={
             "k_smem": tiles.tile((COMPUTING, X, D), k.dtype),
             "v_smem": tiles.tile((COMPUTING, X, D), v.dtype),
