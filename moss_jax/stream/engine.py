@@ -181,7 +181,8 @@ class Engine:
         rows += [Row([image] * count, frames=range(count)) for count in FRAME_BUCKETS]
         for row in rows:
             pool = self.encode([np.zeros(frame_shape, np.uint8)] * len(row.frames)) if row.frames else None
-            _, drawn = self.step(self.start(), [row] * self.config.slots, pool)
+            # Of the state nothing is kept, so that there is never room needed for two.
+            drawn = self.step(self.start(), [row] * self.config.slots, pool)[1]
             jax.block_until_ready(drawn)
 
     def _encode_part(self, frames):

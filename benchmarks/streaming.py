@@ -1,0 +1,457 @@
+"""Measures what a user of a live session waits for, over a memory bank that holds more and more frames.
+
+    python benchmarks/streaming.py --out benchmarks/results/streaming_11b_h200.json
+    python benchmarks/streaming.py --preset moss_tiny --quick
+
+Random bfloat16 weights, one stream, in the code path of a live session: a realtime `Session` over an
+`Engine`, 1920x1080 frames and prompts pushed from a thread of their own, events timed as they come out. What
+a session needs is compiled before; a row says so if a program was not.
+
+start      an engine is made of weights on the device, warmed up, and says its first token. It says what of
+           that was in JAX's cache on disk: set JAX_COMPILATION_CACHE_DIR and run twice for a warm one
+ttft       a prompt of 32 tokens while the model talks and sees a frame a second: `push_prompt` to first text
+extend     a frame while nothing is said: `push_frame` to the draw of the step that appended it
+decode     tokens a second, nothing else going on
+arrivals   tokens a second while 1, 4 and 10 frames a second arrive; and the stall, from the first of these:
+           the largest gap among the 20 tokens around a frame, less their median gap
+sustained  frames a second with nothing said; as many wait as the inbox takes, so they go in batches
+offline    a clip of 256 frames in host memory, asked about: `answer` to first text; at one size of bank
+
+Two things are done to the engine. Its streams begin with the bank filled, with noise (`FilledEngine.start`);
+and the mask of tokens that may be drawn, which every engine has, leaves only silence, or only tokens that are
+whole characters, so that each is an event. Both are data: the programs are those of any session.
+
+Beside a figure stands its floor. A step reads the decoder's parameters and the keys and values in range, at
+the rate of a large copy; a frame takes the encoder's operations, at the rate of a large matmul. What a floor
+knows nothing of: transfers from the host. The share is the floor over the figure, for rates the reverse.
+Memory is the peak of the process so far, hence the banks in order of size, beside parameters and one state.
+"""
+
+import argparse
+import bisect
+import collections
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attention import first_line, known, measure_ceilings, say
+from flax import nnx
+from live import FRAME, padded_tokenizer
+from report import add_out, device, publish
+
+from moss_jax.cache import StreamState
+from moss_jax.config import PRESETS, EngineConfig, SessionConfig
+from moss_jax.nn import MossVideo
+from moss_jax.stream import Engine, EngineState, Event, Frame, Session, Silence, Text, Turn, answer
+from moss_jax.stream.engine import FRAME_BUCKETS
+from moss_jax.text import Tokenizer
+from moss_jax.train.flops import forward_work
+from moss_jax.video import Frame as VideoFrame
+
+GB = 1e9
+LIVE = SessionConfig(clock="realtime")
+PROMPT_TOKENS = 32
+# Beyond what a stream begins with: more than any measure takes.
+FRAMES_ROOM, TEXT_ROOM = 192, 4096
+# Roughly what programs need beside parameters and state.
+SCRATCH_BYTES = 4 * GB
+WARM_TOKENS, WARM_FRAMES = 16, 16
+AROUND = 10
+
+# Samples of each kind; `arrivals` maps frames a second to seconds.
+Sizes = collections.namedtuple("Sizes", "prompts extends tokens arrivals sustained clip clips")
+FULL = Sizes(40, 40, 192, {1: 8, 4: 4, 10: 4}, sustained=128, clip=256, clips=3)
+QUICK = Sizes(5, 5, 32, {1: 2, 4: 1, 10: 1}, sustained=16, clip=16, clips=1)
+
+
+class FilledEngine(Engine):
+    """An engine whose streams can begin as if they had watched for a while: with `held` frames."""
+
+    held = 0
+
+    @functools.cached_property
+    def masks(self) -> dict[str, jax.Array]:
+        """Tokens that may be drawn: silence, or those that are whole characters by themselves."""
+        texts = [self.tokenizer.decode([i]) for i in range(self.tokenizer.vocab_size)]
+        is_text = jnp.array([bool(text) and "\ufffd" not in text for text in texts])
+        return {"text": is_text, "silence": jnp.arange(len(texts)) == self.tokenizer.special.silence}
+
+    def begin_with(self, frames: int, allowed: str) -> None:
+        self.held, self._rules = frames, dataclasses.replace(self._rules, allowed=self.masks[allowed])
+
+    def start(self) -> EngineState:
+        """A state with frames and their `<|image|>` tokens in it, one after the other.
+
+        Keys and values are drawn, not computed, since no time depends on them. But zeros would not do: a
+        device that multiplies them draws less power and may clock higher.
+        """
+        state, held = super().start(), self.held
+
+        def fill(part, **others):
+            keys, values = (tuple(map(add_noise, x)) for x in (part.keys, part.values))
+            return dataclasses.replace(part, keys=keys, values=values, length=part.length + held, **others)
+
+        text, bank = state.stream.text, state.stream.bank
+        if held:
+            places = jnp.arange(bank.capacity)[None]
+            bank = fill(bank, positions=jnp.where(places < held, places, bank.positions))
+            text = fill(text)
+        return dataclasses.replace(state, stream=StreamState(text, bank))
+
+    def programs(self) -> int:
+        return self._step._cache_size() + self._encode._cache_size()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_noise(x: jax.Array) -> jax.Array:
+    return x + jax.random.normal(jax.random.key(0), x.shape, x.dtype)
+
+
+class Floors:
+    """The least seconds that things can take on this device."""
+
+    def __init__(self, model: MossVideo, ceilings: dict[str, float]):
+        config, decoder = model.config, model.config.decoder
+        copy, matmul = 1e12 * ceilings["copy_tb_s"], 1e12 * ceilings["matmul_tflop_s"]
+        # Of the embedding, one row is read.
+        embedding = (
+            (decoder.vocab_size + decoder.extra_embeddings) * decoder.hidden_size * model.dtype.itemsize
+        )
+        vector = 2 * decoder.num_kv_heads * decoder.head_dim * model.dtype.itemsize / copy
+        self._weights = (tree_bytes(nnx.state(model.decoder)) - embedding) / copy
+        self._frame = vector * config.vectors_per_frame * len(decoder.cross_attention_layers)
+        self._token = vector * decoder.num_self_attention_layers
+        work = [w for w in forward_work(config, tokens=1, frames=1) if w.part != "decoder"]
+        self.encode = sum(w.matmul + w.attention for w in work) / matmul
+
+    def step(self, frames: float, tokens: float) -> float:
+        """Of one step over so many frames and tokens."""
+        return self._weights + frames * self._frame + tokens * self._token
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What the measures share; `frames` are those that the bank holds at first."""
+
+    engine: FilledEngine
+    frames: int
+    pictures: list[np.ndarray]
+    prompt: str
+    floors: Floors
+    sizes: Sizes
+
+
+class Stream:
+    """A realtime session, run in the calling thread while `feed` feeds it from another.
+
+    Attributes:
+      times: when the host had each event, by the event's type.
+      pushed, answered: when each frame and prompt was pushed, and when the draw came that followed.
+      begin: when the schedule began.
+      compiled: programs that were compiled meanwhile, which spoils a figure.
+    """
+
+    def __init__(self, bench: Bench, allowed: str, feed: "Callable[[Stream], Any]"):
+        self.times = collections.defaultdict(list)
+        self.pushed, self.answered = {Frame: [], Turn: []}, {Frame: [], Turn: []}
+        self.begin = 0.0
+        self._bench, engine = bench, bench.engine
+        engine.begin_with(bench.frames, allowed)
+        self.session = Session(engine, LIVE, system=None, prompt=bench.prompt)
+        self.prompt_length = len(self.session.check_prompt(bench.prompt))
+        self._over, programs = False, engine.programs()
+        with futures.ThreadPoolExecutor(1) as threads:
+            fed = threads.submit(self._feed, feed)
+            try:
+                for event in self.session:
+                    self._hear(event, time.monotonic())
+            finally:
+                self._over = True
+        fed.result()
+        c, self.compiled = event.counters, engine.programs() - programs
+        added = c.frames + c.tokens + c.silences + self.prompt_length * (c.prompts - 1)
+        # The session doesn't know of what was there before, so it cannot see to this.
+        if added + self.session.opening_length > TEXT_ROOM or c.frames > FRAMES_ROOM:
+            raise RuntimeError(f"{c.frames} frames and {added} tokens are more than there is room for")
+        self.dropped = c.frames_dropped
+        # Of a step half way through the session.
+        tokens = bench.frames + self.session.opening_length + added / 2
+        self.step_floor = bench.floors.step(bench.frames + c.frames / 2, tokens)
+
+    def _hear(self, event: Event, at: float) -> None:
+        self.times[type(event)].append(at)
+        if isinstance(event, Text | Silence):
+            for kind, answered in self.answered.items():
+                answered += [at] * (len(self.times[kind]) - len(answered))
+
+    def _feed(self, feed) -> None:
+        try:
+            feed(self)
+        finally:
+            self.session.stop()
+
+    def push(self, kind: type[Event]) -> None:
+        pictures = self._bench.pictures
+        self.pushed[kind].append(time.monotonic())
+        if kind is Frame:
+            self.session.push_frame(pictures[len(self.pushed[Frame]) % len(pictures)])
+        else:
+            self.session.push_prompt(self._bench.prompt)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Waits; looks seldom enough not to disturb the thread that makes tokens."""
+        while not condition():
+            if self._over:
+                raise RuntimeError("the session has ended")
+            time.sleep(0.002)
+
+    def schedule(self, plan: list[tuple[float, type[Event]]], seconds: float) -> None:
+        """Pushes what `plan` says, at so many seconds from when the model is well under way."""
+        self.until(lambda: len(self.times[Text]) >= WARM_TOKENS)
+        self.begin = time.monotonic()
+        for at, kind in sorted(plan, key=lambda entry: entry[0]):
+            time.sleep(max(0.0, self.begin + at - time.monotonic()))
+            self.push(kind)
+        time.sleep(max(0.0, self.begin + seconds - time.monotonic()))
+        # The opening is a turn too.
+        self.until(lambda: len(self.answered[Turn]) > len(self.pushed[Turn]))
+
+    def in_turn(self, frames: int, ready: Callable[[int], bool]) -> None:
+        """Pushes frame `i` as soon as it is ready to be."""
+        self.until(lambda: bool(self.answered[Turn]))
+        for i in range(frames):
+            self.until(lambda i=i: ready(i))
+            self.push(Frame)
+        self.until(lambda: len(self.answered[Frame]) == frames)
+
+    def waits(self, kind: type[Event]) -> list[float]:
+        """Milliseconds from each push to the draw of the step that took it in."""
+        answered = self.answered[kind][-len(self.pushed[kind]) :]
+        return [1e3 * (at - push) for at, push in zip(answered, self.pushed[kind], strict=True)]
+
+
+def ttft(bench: Bench) -> Iterator[dict]:
+    # At any moment of a step that is under way, as people ask.
+    rng = random.Random(0)
+    prompts = list(itertools.accumulate(rng.uniform(0.1, 0.3) for _ in range(bench.sizes.prompts)))
+    plan = [(at, Turn) for at in prompts] + [(0.5 + i, Frame) for i in range(int(prompts[-1]) + 1)]
+    stream = Stream(bench, "text", lambda s: s.schedule(plan, prompts[-1] + 0.5))
+    figures = spread(stream.waits(Turn)) | {"row_tokens": stream.prompt_length}
+    yield row("ttft", "ms", figures, 1e3 * stream.step_floor, stream)
+
+
+def extend(bench: Bench) -> Iterator[dict]:
+    count = bench.sizes.extends + 2
+    stream = Stream(bench, "silence", lambda s: s.in_turn(count, lambda i: len(s.answered[Frame]) == i))
+    floor = bench.floors.encode + stream.step_floor
+    yield row("extend", "ms", spread(stream.waits(Frame)[2:]), 1e3 * floor, stream)
+
+
+def decode(bench: Bench) -> Iterator[dict]:
+    last = WARM_TOKENS + bench.sizes.tokens
+    stream = Stream(bench, "text", lambda s: s.until(lambda: len(s.times[Text]) > last))
+    times = stream.times[Text][WARM_TOKENS : last + 1]
+    gaps = spread(1e3 * np.diff(times))
+    figures = {"rate": rate_of(times), "gap_p50_ms": gaps["p50"], "gap_p95_ms": gaps["p95"]}
+    yield row("decode", "tok/s", figures, 1 / stream.step_floor, stream)
+
+
+def arrivals(bench: Bench) -> Iterator[dict]:
+    encode = bench.floors.encode
+    for rate, seconds in bench.sizes.arrivals.items():
+        plan = [((i + 0.5) / rate, Frame) for i in range(round(rate * seconds))]
+        stream = Stream(bench, "text", functools.partial(Stream.schedule, plan=plan, seconds=seconds))
+        times = [at for at in stream.times[Text] if 0 <= at - stream.begin <= seconds]
+        figures = {"rate": rate_of(times), "seen": len(stream.times[Frame]), "dropped": stream.dropped}
+        # The step that appends a frame draws a token like any other, so encoding is all that a frame adds.
+        floor = max(0, 1 - rate * encode) / stream.step_floor
+        yield row(f"decode at {rate}/s", "tok/s", figures, floor, stream)
+        if rate == min(bench.sizes.arrivals):
+            yield row("stall", "ms", spread(stalls(stream)), 1e3 * encode, stream)
+
+
+def stalls(stream: Stream) -> list[float]:
+    """Milliseconds that each frame put into the stream of tokens."""
+    times, found = stream.times[Text], []
+    for at in stream.times[Frame]:
+        i = bisect.bisect(times, at)
+        gaps = 1e3 * np.diff(times[max(0, i - AROUND) : i + AROUND])
+        found.append(float(gaps.max() - np.median(gaps)))
+    return found
+
+
+def sustained(bench: Bench) -> Iterator[dict]:
+    # No more wait than fit, so none is dropped.
+    count, most = WARM_FRAMES + bench.sizes.sustained, LIVE.inbox_frames
+    stream = Stream(bench, "silence", lambda s: s.in_turn(count, lambda i: i - len(s.times[Frame]) < most))
+    times = [at for at in stream.answered[Frame] if at >= stream.answered[Frame][WARM_FRAMES - 1]]
+    frames, batches = sum(at > times[0] for at in times), len(set(times)) - 1
+    figures = {"rate": frames / (times[-1] - times[0]), "frames_a_batch": frames / batches}
+    floor = frames / (frames * bench.floors.encode + batches * stream.step_floor)
+    yield row("sustained", "frames/s", figures, floor, stream)
+
+
+def offline(bench: Bench) -> Iterator[dict]:
+    clip = [VideoFrame(bench.pictures[i % len(bench.pictures)], float(i)) for i in range(bench.sizes.clip)]
+    bench.engine.begin_with(0, "text")
+    milliseconds = []
+    for _ in range(1 + bench.sizes.clips):  # The first compiles.
+        started = time.monotonic()
+        next(e for e in answer(bench.engine, clip, bench.prompt, max_tokens=1) if isinstance(e, Text))
+        milliseconds.append(1e3 * (time.monotonic() - started))
+    # What leads up to the frames, the frames, the question.
+    steps = 2 + math.ceil(len(clip) / FRAME_BUCKETS[-1])
+    floor = len(clip) * bench.floors.encode + steps * bench.floors.step(len(clip) / 2, len(clip) / 2)
+    yield row("offline", "ms", spread(milliseconds[1:]) | {"clip": len(clip)}, 1e3 * floor)
+
+
+MEASURES = {f.__name__: f for f in (ttft, extend, decode, arrivals, sustained, offline)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS)
+    parser.add_argument("--frames", default="16,64,256,1024,4096", help="in the bank, comma-separated")
+    parser.add_argument("--quick", action="store_true", help="few samples, and the smallest bank alone")
+    parser.add_argument("--only", help=f"names, comma-separated, of start, {', '.join(MEASURES)}")
+    parser.add_argument("--budget", type=float, help="seconds after which nothing new is begun")
+    add_out(parser)
+    args = parser.parse_args()
+    every = {name: name for name in ("start", *MEASURES)}
+    names = [known(parser, every, name) for name in (args.only.split(",") if args.only else every)]
+    # In order of size, since peak memory is that of the process so far.
+    counts = sorted({int(n) for n in args.frames.split(",")})
+    counts, sizes = (counts[:1], QUICK) if args.quick else (counts, FULL)
+    deadline = time.monotonic() + (args.budget or math.inf)
+
+    ceilings = measure_ceilings(jax.default_backend() == "cpu")
+    copy, matmul = ceilings.values()
+    say(f"copy {copy:.3g} TB/s, bf16 matmul {matmul:.3g} TFLOP/s; {device()}")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("moss_jax").setLevel(logging.INFO)  # Which attention kernels are chosen.
+    rows = []
+    for found in run(args.preset, counts, names, sizes, ceilings, deadline):
+        rows.append(found)
+        say(line(found))
+    flags = {name: "" if value is True else value for name, value in vars(args).items()}
+    given = {name: value for name, value in flags.items() if name == "out" or value not in (None, False)}
+    publish("streaming.py", argparse.Namespace(**given), {"ceilings": ceilings, "rows": rows})
+
+
+def run(preset, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
+    """A row for each figure, bank by bank."""
+    cache = collections.Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: cache.update([event.rpartition("/")[-1]]))
+    config = PRESETS[preset]()
+    model = MossVideo(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    jax.block_until_ready(nnx.state(model))
+    tokenizer, rng = padded_tokenizer(config.decoder.vocab_size), np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, FRAME, dtype=np.uint8) for _ in range(8)]
+    prompt, floors, parameters = prompt_text(tokenizer), Floors(model, ceilings), tree_bytes(nnx.state(model))
+    started = time.monotonic()
+    engine = FilledEngine(model, tokenizer)
+    engine_s = time.monotonic() - started
+    # A clip needs a bank that it fits into.
+    sizes = sizes._replace(clip=min(sizes.clip, counts[-1]))
+    clip_at = next(n for n in counts if n >= sizes.clip)
+
+    for count in counts:
+        engine.config = EngineConfig(text_capacity=count + TEXT_ROOM, bank_capacity=count + FRAMES_ROOM)
+        engine.begin_with(0, "text")
+        state = tree_bytes(jax.eval_shape(engine.start))
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+        # `Engine.warm_up` makes a state while it still holds the one before.
+        if (needed := parameters + 2 * state + SCRATCH_BYTES) > limit:
+            say(f"{count:>5} frames  left out: about {needed / GB:.1f} GB, of {limit / GB:.1f} GB there are")
+            continue
+        if time.monotonic() > deadline:
+            break
+        # That of "start" is one as serve.py makes it, with its system prompt.
+        usual = Session(engine, LIVE, prompt=prompt) if count == counts[0] and "start" in names else None
+        plain = Session(engine, LIVE, system=None, prompt=prompt)
+        lengths = [session.opening_length for session in (plain, usual) if session]
+        cache.clear()
+        started, programs = time.monotonic(), engine.programs()
+        engine.warm_up(FRAME, [*lengths, len(plain.check_prompt(prompt))])
+        seconds, programs = time.monotonic() - started, engine.programs() - programs
+        cached = {"from_disk": cache["cache_hits"], "to_disk": cache["cache_misses"]}
+        yield {"frames": count} | row("compile", "s", {"seconds": seconds, "programs": programs} | cached)
+        if usual:
+            started = time.monotonic()
+            next(event for event in usual if isinstance(event, Text))
+            first_s = time.monotonic() - started
+            figures = {"seconds": engine_s + seconds + first_s, "first_token_s": first_s} | cached
+            yield {"frames": count} | row("start", "s", figures)
+        bench = Bench(engine, count, pictures, prompt, floors, sizes)
+        for name in MEASURES:
+            if name not in names or (name == "offline" and count != clip_at) or time.monotonic() > deadline:
+                continue
+            try:
+                for found in MEASURES[name](bench):
+                    yield {"frames": count} | found
+            except Exception as error:
+                yield {"frames": count, "measure": name, "failed": first_line(error)}
+        if stats := jax.devices()[0].memory_stats():
+            figures = {"peak": stats["peak_bytes_in_use"] / GB, "state": state / GB}
+            yield {"frames": count} | row("memory", "GB", figures, (parameters + state) / GB)
+    if time.monotonic() > deadline:
+        say("time was up: what is not above was left out")
+
+
+def prompt_text(tokenizer: Tokenizer) -> str:
+    """A prompt of `PROMPT_TOKENS` tokens."""
+    text, letters = "", itertools.cycle("what has changed since I asked last? ")
+    while len(tokenizer.encode(text.strip())) < PROMPT_TOKENS:
+        text += next(letters)
+    return text
+
+
+def row(measure: str, unit: str, figures: dict, floor: float | None = None, stream: Stream | None = None):
+    """A measure's figures, the first of which stands against the floor."""
+    found = {"measure": measure, "unit": unit} | figures
+    if floor is not None:
+        figure = next(iter(figures.values()))
+        found |= {"floor": floor, "share": figure / floor if "/s" in unit else floor / figure}
+    return found | ({"compiled_meanwhile": stream.compiled} if stream and stream.compiled else {})
+
+
+def line(found: dict) -> str:
+    """A row as text."""
+    text = f"{found['frames']:>5} frames  {found['measure']:<15}"
+    if "failed" in found:
+        return f"{text} failed: {found['failed']}"
+    apart = ("frames", "measure", "unit", "floor", "share")
+    shown = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in found.items() if k not in apart}
+    text += f"{shown.pop(next(iter(shown))):>9} {found['unit']:<9}"
+    if "floor" in found:
+        text += f"floor {found['floor']:>8.4g} {found['share']:>4.0%}  "
+    return text + "  ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def spread(values) -> dict[str, float]:
+    p50, p95 = np.percentile(values, [50, 95])
+    return {"mean": float(np.mean(values)), "p50": float(p50), "p95": float(p95), "samples": len(values)}
+
+
+def rate_of(times: list[float]) -> float:
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def tree_bytes(tree) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    main()
