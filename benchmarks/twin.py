@@ -1,0 +1,192 @@
+"""The decoder-only twin of a model: the same parts, but its frames stand inside the one sequence.
+
+    twin = Twin(twin_of(moss_video_11b()), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    engine = Engine(twin, tokenizer, room(twin.config, tokens=4096, frames=256))
+
+Vision encoder, compressor, projector, vocabulary and self-attention layers are the model's, the
+cross-attention layers are left out: what remains of the 11B's decoder has the shape of Llama 3.1 8B. The N
+projected vectors of a frame take the place of its `<|image|>` token, each with a position of its own, and go
+through every layer into the text cache. So a decoded token attends to one sequence of text and vectors.
+
+`Engine` and `Session` run the twin as they are. They count an `<|image|>` as one token, so `room` makes the
+cache larger by the vectors that it stands for.
+
+B slots, T tokens and F frames of a row, N vectors a frame, E = T + F * (N - 1) places, S sequence, D width
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from moss_jax.cache import MemoryBank, StreamState, TextCache
+from moss_jax.config import ConfigError, DecoderConfig, EngineConfig, ModelConfig
+from moss_jax.nn.compressor import Compressor
+from moss_jax.nn.decoder import Append, KeysValues, SelfLayer
+from moss_jax.nn.layers import Linear, RMSNorm, normal
+from moss_jax.nn.rope import rotation
+from moss_jax.nn.vision import VisionEncoder
+from moss_jax.ops.attention import KeyRange
+
+# Kernels for many queries copy a cache that is no multiple of their tiles.
+TILE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class TwinDecoderConfig(DecoderConfig):
+    """A decoder of self-attention layers alone, which `DecoderConfig` refuses."""
+
+    def __post_init__(self):
+        if self.cross_attention_layers:
+            raise ConfigError(f"a twin has no cross-attention; got {self.cross_attention_layers}")
+
+
+def twin_of(config: ModelConfig) -> ModelConfig:
+    """The config of a model's twin: its layers over the text, and none over frames."""
+    decoder = {f.name: getattr(config.decoder, f.name) for f in dataclasses.fields(config.decoder)}
+    decoder |= {"num_layers": config.decoder.num_self_attention_layers, "cross_attention_layers": ()}
+    return dataclasses.replace(config, decoder=TwinDecoderConfig(**decoder))
+
+
+def room(config: ModelConfig, *, tokens: int, frames: int, slots: int = 1) -> EngineConfig:
+    """Room in a twin's cache for so many tokens and the vectors of so many frames."""
+    places = tokens + frames * config.vectors_per_frame
+    return EngineConfig(slots=slots, text_capacity=-(-places // TILE) * TILE, bank_capacity=frames)
+
+
+class Arrivals(NamedTuple):
+    """What `remember` leaves in the place of the bank: frames for the tokens that are decoded next."""
+
+    bank: MemoryBank
+    features: Float[Array, "B F N D"]
+    count: Int[Array, " B"]
+
+
+class TwinDecoder(nnx.Module):
+    """Tokens and vectors to hidden states. If frames have come, a step calls `remember`; then `decode`."""
+
+    def __init__(
+        self, config: DecoderConfig, *, implementation: str | None, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
+        self.config = config
+        rows = config.vocab_size + config.extra_embeddings
+        self.embedding = normal(rngs, (rows, config.hidden_size), (None, "embed"), dtype)
+        self.layers = nnx.List(
+            SelfLayer(config, implementation, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.lm_head = Linear(
+            {"embed": config.hidden_size}, {"vocab": config.vocab_size}, rngs=rngs, dtype=dtype
+        )
+
+    def __call__(self, vectors: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The whole sequence in one pass, given as embedded tokens with the vectors of frames among them."""
+        positions = jnp.broadcast_to(jnp.arange(vectors.shape[1], dtype=jnp.int32), vectors.shape[:2])
+        return self._run(vectors, positions, [None] * self.config.num_layers, None)[0]
+
+    def remember(
+        self,
+        bank: MemoryBank,
+        features: Float[Array, "B F N D"],
+        positions: Int[Array, "B F"],
+        count: Int[Array, " B"],
+    ) -> Arrivals:
+        """Keeps the first `count` frames for `decode`, which finds their places by the tokens."""
+        del positions
+        bank = dataclasses.replace(bank, length=jnp.minimum(bank.length + count, bank.capacity))
+        return Arrivals(bank, features, count)
+
+    def decode(
+        self, state: StreamState, tokens: Int[Array, "B T"], count: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B T D"], StreamState]:
+        """Appends the first `count` tokens of each slot, with the vectors of the frames that just came.
+
+        Returns:
+          The hidden state of each token - of an `<|image|>`, that of its frame's last vector - and the state.
+        """
+        text, bank, frames = state.text, state.bank, None
+        if isinstance(bank, Arrivals):
+            bank, frames = bank.bank, bank
+        vectors, last, count = self._spread(tokens, count, frames)
+        place = jnp.arange(vectors.shape[1], dtype=jnp.int32)
+        positions = text.length[:, None] + place
+        end = jnp.where(place < count[:, None], jnp.minimum(positions + 1, text.capacity), 0)
+        append = Append(text.length, count, KeyRange(jnp.zeros_like(end), end))
+        past = [KeysValues(k, v) for k, v in zip(text.keys, text.values, strict=True)]
+        hidden, now = self._run(vectors, positions, past, append)
+        keys, values = zip(*now, strict=True)
+        length = jnp.minimum(text.length + count, text.capacity)
+        hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)  # [B, T, D]
+        return hidden, StreamState(text=TextCache(keys, values, length), bank=bank)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores of the next token, float32."""
+        return self.lm_head(hidden, out_dtype=jnp.float32)
+
+    def _spread(self, tokens, count, frames):
+        """Embeds a row, each frame spread over N places.
+
+        Returns:
+          Vectors [B, E, D], the last place of each token [B, T], and how many places each slot fills.
+        """
+        B, T = tokens.shape
+        row = jnp.arange(T, dtype=jnp.int32)
+        if frames is None:
+            return self.embedding[tokens], jnp.broadcast_to(row, (B, T)), count
+        _, F, N, _ = frames.features.shape
+        is_frame = tokens == self.config.image_token_id
+        nth = jnp.cumsum(is_frame, axis=1) - 1
+        is_frame &= nth < frames.count[:, None]
+        width = jnp.where(is_frame, N, 1)
+        end = jnp.cumsum(width, axis=1)
+        places = jnp.sum(jnp.where(row < count[:, None], width, 0), axis=1, dtype=jnp.int32)
+
+        place = jnp.arange(T + F * (N - 1), dtype=jnp.int32)
+        # [B, E] the token that each place belongs to; places past the row go with its last.
+        token = jnp.minimum((end[:, None, :] <= place[:, None]).sum(axis=-1), T - 1)
+
+        def spread(x):
+            return jnp.take_along_axis(x, token, axis=1)
+
+        inside = jnp.clip(place - spread(end - width), 0, N - 1)
+        slot = jnp.arange(B)[:, None]
+        of_frames = frames.features[slot, jnp.clip(spread(nth), 0, F - 1), inside]  # [B, E, D]
+        of_tokens = self.embedding[spread(tokens)]
+        vectors = jnp.where(spread(is_frame)[..., None], of_frames.astype(of_tokens.dtype), of_tokens)
+        return vectors, end - 1, places
+
+    def _run(self, x, positions, past, append):
+        """Through all layers; returns the final hidden states and each layer's keys and values."""
+        rope = rotation(positions, self.config.rope, self.config.head_dim)
+        now = []
+        for layer, before in zip(self.layers, past, strict=True):
+            x, kv = layer(x, rope, before, append)
+            now.append(kv)
+        return self.norm(x), now
+
+
+class Twin(nnx.Module):
+    """A decoder-only video model of the parts of `MossVideo`, as far as `Engine` needs one."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        self.config = config
+        self.vision = VisionEncoder(config.vision, config.attention, rngs=rngs, dtype=dtype)
+        self.compressor = Compressor(config.compressor, config.vision, rngs=rngs, dtype=dtype)
+        self.projector = Linear(
+            {"features": config.vision.output_size},
+            {"embed": config.decoder.hidden_size},
+            bias=True,
+            rngs=rngs,
+            dtype=dtype,
+        )
+        self.decoder = TwinDecoder(config.decoder, implementation=config.attention, rngs=rngs, dtype=dtype)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.projector.kernel.dtype
+
+    def encode(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
+        """The vectors of normalised frames, each on its own."""
+        return self.projector(self.compressor(self.vision(pixels.astype(self.dtype))))

@@ -1,0 +1,134 @@
+"""The decoder-only twin of the benchmarks obeys its law, and is what it says it is."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks.twin import Twin, TwinDecoderConfig, room, twin_of
+from moss_jax.config import ConfigError, SessionConfig, moss_video_11b
+from moss_jax.stream import PENDING, Engine, Row, Session
+from moss_jax.stream.engine import _encode
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def twin(small_config, tokenizer) -> Twin:
+    """Random weights, large enough that frames and tokens matter to what is said."""
+    config = small_config()
+    decoder = dataclasses.replace(config.decoder, vocab_size=tokenizer.vocab_size, max_positions=4096)
+    config = twin_of(dataclasses.replace(config, decoder=decoder))
+    graph, params = nnx.split(nnx.eval_shape(lambda: Twin(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    drawn = []
+    for path, variable in nnx.to_flat_state(params):
+        centre, spread = (1, 0.1) if path[-1] == "weight" else (0, 0.2)
+        value = centre + spread * rng.standard_normal(variable.shape)
+        drawn.append((path, variable.replace(jax.numpy.asarray(value, variable.dtype))))
+    return nnx.merge(graph, nnx.from_flat_state(drawn))
+
+
+@pytest.fixture(scope="module")
+def engine(twin, tokenizer) -> Engine:
+    return Engine(twin, tokenizer, room(twin.config, tokens=200, frames=20, slots=2))
+
+
+@pytest.fixture(scope="module")
+def one_pass(twin):
+    """Logits after each token of a sequence, whose vectors are put one after the other by hand."""
+    graph, params = nnx.split(twin)
+    size = 384  # One program for all sequences, as for all numbers of frames.
+    encode = jax.jit(lambda params, frames: _encode(nnx.merge(graph, params), frames))
+
+    @jax.jit
+    def run(params, vectors):
+        decoder = nnx.merge(graph, params).decoder
+        return decoder.logits(decoder(vectors[None]))[0]
+
+    def one_pass(tokens: list[int], frames: list[np.ndarray]) -> np.ndarray:
+        padding = [np.zeros_like(frames[0])] * (16 - len(frames))
+        features = iter(encode(params, np.stack([*frames, *padding])))
+        embedding = np.asarray(twin.decoder.embedding[...])
+        image = twin.config.decoder.image_token_id
+        parts = [np.asarray(next(features)) if t == image else embedding[t][None] for t in tokens]
+        vectors = np.concatenate(parts)
+        padded = np.zeros((size, vectors.shape[1]), np.float32)
+        padded[: len(vectors)] = vectors
+        ends = np.cumsum([len(part) for part in parts])
+        return np.asarray(run(params, padded))[ends - 1]
+
+    return one_pass
+
+
+def test_streaming_is_one_pass(engine, one_pass, frames, tokenizer):
+    """Rows of every kind, two slots that take different ones, a slot that stands still."""
+    image = tokenizer.special.image
+    rng = np.random.default_rng(2)
+
+    def words(count):
+        return rng.integers(1, 200, count).tolist()
+
+    plan = [
+        (Row(words(5)), Row([*words(3), image], range(1))),
+        (Row([PENDING, image], range(1, 2)), None),
+        (Row([PENDING]), Row([PENDING, *words(2), image, image, *words(1)], range(1, 3))),
+        (Row([image] * 8, range(2, 10)), Row([PENDING])),
+        (Row([PENDING, *words(19)]), Row([PENDING, image], range(3, 4))),
+        (Row([PENDING, *[image] * 3, *words(1)], range(10, 13)), Row([PENDING, *words(3)])),
+        (Row([PENDING]), Row([PENDING])),
+    ]
+    pool = engine.encode(frames)
+    state = engine.start()
+    told, seen, found, pending = ([], []), ([], []), ([], []), [0, 0]
+    for rows in plan:
+        state, drawn = engine.step(state, rows, pool)
+        for slot, row in enumerate(rows):
+            if row is None:
+                continue
+            told[slot].extend(pending[slot] if t == PENDING else t for t in row.tokens)
+            seen[slot].extend(frames[i] for i in row.frames)
+            pending[slot] = int(drawn.tokens[slot])
+            found[slot].append((len(told[slot]) - 1, np.asarray(drawn.logits[slot])))
+    vectors = engine.model_config.vectors_per_frame
+    for slot in range(2):
+        expected = one_pass(told[slot], seen[slot])
+        assert 0.3 < expected.std() < 5
+        for at, logits in found[slot]:
+            np.testing.assert_allclose(logits, expected[at], rtol=0, atol=TOLERANCE)
+        assert int(state.stream.text.length[slot]) == len(told[slot]) + len(seen[slot]) * (vectors - 1)
+        assert int(state.stream.bank.length[slot]) == len(seen[slot])
+        blind = one_pass(told[slot], [np.zeros_like(frame) for frame in seen[slot]])
+        assert np.abs(blind - expected)[found[slot][-1][0]].max() > 0.1
+
+
+def test_a_session_runs_it(twin, tokenizer, frames):
+    engine = Engine(twin, tokenizer, room(twin.config, tokens=1000, frames=3))
+    session = Session(engine, SessionConfig(tokens_per_second=2, tail_seconds=1), prompt="What is there?")
+    for i, frame in enumerate(frames[:4]):
+        session.push_frame(frame, float(i))
+    session.push_prompt("And now?", 1.5)
+    session.finish()
+    *_, end = session
+    assert (end.reason, end.counters.frames, end.counters.prompts) == ("bank_capacity", 3, 2)
+
+
+def test_the_twin_of_the_11b_has_the_shape_of_llama_3_1_8b():
+    config = twin_of(moss_video_11b())
+    decoder = config.decoder
+    assert (decoder.num_layers, decoder.hidden_size, decoder.intermediate_size) == (32, 4096, 14_336)
+    assert (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim) == (32, 8, 128)
+    assert config.vectors_per_frame == 101
+    twin = nnx.eval_shape(lambda: Twin(config, rngs=nnx.Rngs(0), dtype="bfloat16"))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(twin.decoder)))
+    assert count == 8_030_261_248 + 8 * 4096  # The rows of <|image|> and its neighbours.
+
+
+def test_a_twin_has_no_cross_attention():
+    decoder = twin_of(moss_video_11b()).decoder
+    with pytest.raises(ConfigError, match="no cross-attention"):
+        dataclasses.replace(decoder, cross_attention_layers=(3,))
+    assert isinstance(decoder, TwinDecoderConfig)
