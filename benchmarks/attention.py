@@ -1,6 +1,6 @@
 """Times the implementations of the attention op side by side, with other libraries' beside them.
 
-    python benchmarks/attention.py --out benchmarks/results/attention_h200.json
+    python benchmarks/attention.py --cases decode --out benchmarks/results/attention_decode_h200.json
     python benchmarks/attention.py --tune --budget 300
 
 Decode calls, which take microseconds, run several to a program: each has K and V of its own, so that no cache

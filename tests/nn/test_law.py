@@ -202,7 +202,7 @@ def test_in_bfloat16(compiled, random_model, attention):
 
     Exact are those of the same weights in float32, which the golden vectors hold to 1e-5. Each figure is the
     root mean square of the difference over the logits' standard deviation; plain XLA in one pass sets the
-    measure, 0.05 for this model. A kernel that is forced has to take every attention of the model.
+    measure: 0.027 on a CPU. A kernel that is forced has to take every attention of the model.
     """
     config = moss_tiny()
     half = random_model(config, dtype="bfloat16")
@@ -221,7 +221,7 @@ def test_in_bfloat16(compiled, random_model, attention):
         return compiled(nnx.merge(graph, params))
 
     measure = off(of("xla")(these.tokens, these.pixels, these.positions))
-    assert measure < 0.1
+    assert measure < 0.05
     model = of(attention)
     assert off(model(these.tokens, these.pixels, these.positions)) < 1.25 * measure
     assert off(stream(model, these, FIXED_PLAN)[0]) < 1.25 * measure

@@ -26,6 +26,11 @@ class KeyRange(NamedTuple):
     end: Int[Array, "B T"]
 
 
+def no_gradients(stored: jnp.dtype) -> Unsupported:
+    """What a backward pass over K and V in 8 bits raises."""
+    return Unsupported(f"attention over K and V in {stored} has no gradients; give them in q's dtype")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arguments:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.arguments import QUANTIZED, Arguments, Unsupported
+from moss_jax.ops.attention.arguments import QUANTIZED, Arguments, no_gradients
 
 # Scores held at once, in numbers: 128 MiB of float32.
 MAX_SCORES = 2**25
@@ -78,9 +78,7 @@ def _forward(block, scale, q, k, v, scales, bias, start, end):
 
 def _backward(block, scale, residuals, d_out):
     if residuals[1].dtype.name in QUANTIZED:
-        raise Unsupported(
-            f"attention over K and V in {residuals[1].dtype} has no gradients; give them in q's dtype"
-        )
+        raise no_gradients(residuals[1].dtype)
     q, k, v, bias, start, end, out, log_total = residuals
     d_out = d_out.astype(jnp.float32).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, D]
     mean = (d_out * out.astype(jnp.float32).transpose(0, 2, 3, 1, 4)).sum(axis=-1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moss_jax.ops.attention import tuning
-from moss_jax.ops.attention.arguments import Arguments, KeyRange, Unsupported
+from moss_jax.ops.attention.arguments import Arguments, KeyRange, no_gradients
 from moss_jax.ops.attention.mosaic_gpu.bank import ROWS, DecodeConfig
 from moss_jax.ops.attention.mosaic_gpu.decode import decode
 from moss_jax.ops.attention.mosaic_gpu.decode_quantized import decode_quantized
@@ -60,7 +60,7 @@ def _decode_backward(config, scale, arrays, d_out):
     del config
     q, k, v, bias, start, end, k_scale, _ = arrays
     if k_scale is not None:
-        raise Unsupported(f"attention over K and V in {k.dtype} has no gradients; give them in q's dtype")
+        raise no_gradients(k.dtype)
 
     def many(q, k, v, bias):
         a = Arguments(q, k, v, KeyRange(start, end), bias, scale, causal=False)

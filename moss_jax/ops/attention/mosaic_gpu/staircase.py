@@ -88,7 +88,7 @@ def _forward(config, scale, q, k, v, bias, start, end):
             "turn": plgpu.Barrier(num_arrivals=COMPUTING),
         },
         **_launch(H, T // Y // COMPUTING, B),
-    )(q, k, v, bias, start, end, blocks_of(start, end, Y), *_used(start, end, k.shape[2]))
+    )(q, k, v, bias, start, end, _blocks_of(start, end, Y), *_used(start, end, k.shape[2]))
     return out, (q, k, v, bias, start, end, out, log_total)
 
 
@@ -113,10 +113,10 @@ def _backward(config, scale, residuals, d_out):
             "q_barrier": plgpu.Barrier(num_arrivals=4, num_barriers=COMPUTING),
         },
         **_launch(H, T // Y // COMPUTING, B),
-    )(q, d_out, log_total, mean, k, v, bias, start, end, blocks_of(start, end, Y), *used)
+    )(q, d_out, log_total, mean, k, v, bias, start, end, _blocks_of(start, end, Y), *used)
 
     Y, X, stages = config.block_q_dkv, config.block_kv_dkv, config.stages_dkv
-    blocks = blocks_of(start, end, Y)
+    blocks = _blocks_of(start, end, Y)
     d_k, d_v, d_bias = plgpu.kernel(
         functools.partial(_d_kv_kernel, scale=scale),
         out_type=[
@@ -170,7 +170,7 @@ def _ring(shape, dtype, stages, bias=None, both=False):
     }
 
 
-def blocks_of(start, end, size):
+def _blocks_of(start, end, size):
     """Per block of `size` queries the keys that one of them sees, and those that all of them see.
 
     Returns:

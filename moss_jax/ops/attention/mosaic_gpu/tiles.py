@@ -64,9 +64,9 @@ def add_product(total, a, b, meanwhile: Callable[[], None] = lambda: None):
     return pl.run_state(multiply)(plgpu.ACC.init(total))
 
 
-def full(shape: tuple[int, ...], value: float, layout, dtype=jnp.float32):
-    """An array of one number, kept as `layout` says."""
-    return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
+def full(shape: tuple[int, ...], value: float, layout):
+    """A float32 array of one number, kept as `layout` says."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def index(shape: tuple[int, int], axis: int):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.arguments import Arguments, Unsupported
+from moss_jax.ops.attention.arguments import Arguments, no_gradients
 from moss_jax.ops.attention.mosaic_tpu.backward import backward
 from moss_jax.ops.attention.mosaic_tpu.forward import forward
 from moss_jax.ops.attention.mosaic_tpu.tiles import DecodeConfig, Keys, Rows, StaircaseConfig
@@ -102,9 +102,7 @@ def _attend_forward(config, scale, rows, keys):
 def _attend_backward(config, scale, residuals, d_out):
     rows, keys, out, log_total = residuals
     if keys.k_scale is not None:
-        raise Unsupported(
-            f"attention over K and V in {keys.k.dtype} has no gradients; give them in q's dtype"
-        )
+        raise no_gradients(keys.k.dtype)
     d_q, d_k, d_v, d_bias = backward(_differentiable(config), scale, rows, keys, out, log_total, d_out)
     return Rows(d_q, None, None), Keys(d_k, d_v, d_bias, None, None)
 
