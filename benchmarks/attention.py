@@ -328,6 +328,9 @@ def tune(cases: list[Case], args: argparse.Namespace) -> list[dict]:
             q, banks, rest = make_inputs(case)
             tried = try_configs(case, best, (q, banks, rest), args.repeats, deadline)
             rows += tried
+            if time.monotonic() > deadline:
+                say(f"time is up: of {case.name} not all was tried, so it stays as it is")
+                return rows
             working = [row for row in tried if "us" in row]
             if not working:
                 break
