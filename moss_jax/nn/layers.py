@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.config import Remat
+from moss_jax.nn.activations import gelu
 from moss_jax.sharding import constrain
 
 INIT_STDDEV = 0.02
@@ -23,15 +24,16 @@ def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], dty
     # Drawn in powers of two: a generator takes long to compile, and so a few serve all shapes.
     size = math.prod(shape)
     drawn = jax.random.normal(rngs.params(), (1 << max(16, (size - 1).bit_length()),), dtype)
-    return _parameter((drawn[:size] * INIT_STDDEV).reshape(shape), axes)
+    return parameter((drawn[:size] * INIT_STDDEV).reshape(shape), axes)
 
 
 def full(fill: float, shape: Sequence[int], axes: Sequence[str | None], dtype: DTypeLike) -> nnx.Param:
     """A parameter of one value."""
-    return _parameter(jnp.full(tuple(shape), fill, dtype), axes)
+    return parameter(jnp.full(tuple(shape), fill, dtype), axes)
 
 
-def _parameter(value: jax.Array, axes: Sequence[str | None]) -> nnx.Param:
+def parameter(value: jax.Array, axes: Sequence[str | None]) -> nnx.Param:
+    """A parameter of these values."""
     # Laid on the mesh one by one, so that a large model never lies whole on one device.
     return nnx.Param(constrain(value, axes), axes=tuple(axes))
 
@@ -132,7 +134,7 @@ class GeluMLP(nnx.Module):
         self.fc2 = Linear({"mlp": hidden}, {"embed": size}, bias=True, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 INITIAL_GATE = math.pi / 4

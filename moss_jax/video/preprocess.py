@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, UInt8
 
 # Outputs of one matrix product of `fit_frame`.
 _BAND = 32
+# Terms of one sum of `preprocess`. XLA compiles 64 in a second, and takes minutes for thousands.
+_MAX_TAPS = 64
 
 
 def fitted_size(height: int, width: int, image_size: int) -> tuple[int, int]:
@@ -43,11 +45,15 @@ def preprocess(
     _check(rgb)
     *batch, height, width, channels = rgb.shape
     new_height, new_width = fitted_size(height, width, image_size)
-    x = jnp.asarray(rgb, jnp.float32)
-    x = jax.image.resize(x, (*batch, new_height, new_width, channels), "linear", antialias=True)
-    x = jnp.round(x)  # the model was trained on resized 8-bit images
+    x = jnp.asarray(rgb)
+    if (new_height, new_width) != (height, width):
+        x = _resize(x.reshape(*batch, height, width * channels), new_height)
+        # One loop for both passes would compute a value of the first again for every tap of the second.
+        x = jax.lax.optimization_barrier(x)
+        x = _resize(x.reshape(*batch, new_height, width, channels), new_width)
+        x = jnp.round(x)  # the model was trained on resized 8-bit images
     padding = [(0, 0)] * len(batch) + [(0, image_size - new_height), (0, image_size - new_width), (0, 0)]
-    x = jnp.pad(x, padding)  # [..., S, S, 3]
+    x = jnp.pad(x, padding).astype(jnp.float32)  # [..., S, S, 3]
     return (x / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
@@ -78,17 +84,38 @@ def fit_frame(rgb: UInt8[np.ndarray, "H W 3"], image_size: int) -> UInt8[np.ndar
     return tile
 
 
+def _resize(x: Array, new_size: int) -> Float[Array, "..."]:
+    """Resizes the axis before the last linearly, with antialiasing; in float32."""
+    size = x.shape[-2]
+    weights = _weights(size, new_size)
+    taps = np.count_nonzero(weights, axis=1).max()
+    if taps > _MAX_TAPS:
+        return jnp.matmul(weights.astype(np.float32), x.astype(jnp.float32), precision="highest")
+    # XLA makes one loop of the sum, which reads the input once and writes nothing in between.
+    first = np.minimum((weights > 0).argmax(axis=1), size - taps)  # [new_size], of the inputs of each output
+    resized = 0.0
+    for inputs in (first + tap for tap in range(taps)):
+        weight = weights[np.arange(new_size), inputs].astype(np.float32)
+        resized += weight[:, None] * jnp.take(x, inputs, axis=-2, mode="clip").astype(jnp.float32)
+    return resized
+
+
+def _weights(size: int, new_size: int) -> Float[np.ndarray, "new_size size"]:
+    """What each input weighs in each output of a resized axis: a triangle, two of the larger pixels wide."""
+    scale = size / new_size
+    centres = (np.arange(new_size) + 0.5) * scale - 0.5
+    distances = np.abs(centres[:, None] - np.arange(size)) / max(scale, 1.0)
+    weights = np.maximum(0.0, 1.0 - distances)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
 @functools.lru_cache(maxsize=32)
 def _bands(size: int, new_size: int, channels: int) -> list[tuple[slice, slice, np.ndarray]]:
     """Resizing of one axis, with channels behind it, as matrices for a few outputs each: (to, from, matrix).
 
     One matrix for all outputs would be nearly all zeros, as each depends on a few neighbouring inputs.
     """
-    scale = size / new_size
-    centres = (np.arange(new_size) + 0.5) * scale - 0.5
-    distances = np.abs(centres[:, None] - np.arange(size)) / max(scale, 1.0)
-    weights = np.maximum(0.0, 1.0 - distances)
-    weights /= weights.sum(axis=1, keepdims=True)
+    weights = _weights(size, new_size)
     bands = []
     for start in range(0, new_size, _BAND):
         band = weights[start : start + _BAND]

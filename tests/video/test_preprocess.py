@@ -113,6 +113,28 @@ def test_fitting_on_the_host_is_the_same(shape, image_size):
     assert (differences > 1e-6).mean() < 1e-3
 
 
+@pytest.mark.parametrize(
+    "shape", [(333, 77), (1080, 1920), (2, 3000), (3000, 2), (9, 56), (5, 3), (1, 1), (1, 100_000), (2, 9, 8)]
+)
+def test_resizes_as_jax_does(shape):
+    rgb = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    result = preprocess(rgb, image_size=56, mean=(0, 0, 0), std=(1, 1, 1))
+    height, width = fitted_size(*shape[-2:], 56)
+    resized = (*rgb.shape[:-3], height, width, 3)
+    expected = jax.image.resize(np.float32(rgb), resized, "linear", antialias=True)
+    levels = np.asarray(result[..., :height, :width, :]) * 255
+    assert np.abs(levels - expected).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("shape", "products"), [((8, 1080, 1920, 3), 0), ((360, 640, 3), 0), ((1, 5000, 3), 1)]
+)
+def test_products_are_only_for_very_large_frames(shape, products):
+    run = jax.jit(functools.partial(preprocess, image_size=112, **HALF))
+    program = run.lower(jax.ShapeDtypeStruct(shape, np.uint8)).as_text()
+    assert program.count("dot_general") == products
+
+
 @pytest.mark.parametrize("name", ["photo", "gradient", "noise"])
 def test_fitting_on_the_host_agrees_with_the_original(name):
     with np.load(GOLDEN) as golden:
