@@ -113,13 +113,13 @@ class TwinDecoder(nnx.Module):
         place = jnp.arange(vectors.shape[1], dtype=jnp.int32)
         positions = text.length[:, None] + place
         end = jnp.where(place < count[:, None], jnp.minimum(positions + 1, text.capacity), 0)
-        append = Append(text.length, count, KeyRange(jnp.zeros_like(end), end))
+        append = Append(text.length, count, text.capacity, KeyRange(jnp.zeros_like(end), end))
         past = [KeysValues(k, v) for k, v in zip(text.keys, text.values, strict=True)]
         hidden, now = self._run(vectors, positions, past, append)
         keys, values = zip(*now, strict=True)
         length = jnp.minimum(text.length + count, text.capacity)
         hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)  # [B, T, D]
-        return hidden, StreamState(text=TextCache(keys, values, length), bank=bank)
+        return hidden, StreamState(text=TextCache(keys, values, length, text.capacity), bank=bank)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the next token, float32."""

@@ -1,6 +1,7 @@
 """The state of a stream: frozen pytrees, made by `init`, passed in, returned, never mutated.
 
-B stream slots, K kv heads, T tokens, C capacity in tokens, F frames, N vectors a frame, D head
+B stream slots, K kv heads, T tokens, C capacity in tokens, R rows of a buffer, F frames, N vectors a frame,
+D head
 """
 
 import dataclasses
@@ -15,6 +16,9 @@ from moss_jax.config import ModelConfig
 # Stands where the bank has no frame: no token comes after it.
 NO_POSITION = jnp.iinfo(jnp.int32).max
 
+# Kernels read a text cache of a multiple of so many rows where it lies.
+ROWS_MULTIPLE = 128
+
 
 class CapacityError(ValueError):
     """A slot has no room for what is to be appended."""
@@ -26,17 +30,16 @@ class TextCache:
     """Keys and values of the tokens so far, for every self-attention layer.
 
     Attributes:
-      keys, values: one [B, K, C, D] array a layer, in layer order; keys are rotated.
+      keys, values: one [B, K, R, D] array a layer, in layer order; keys are rotated. R is at least C + 1: a
+        slot that stands still or is full writes to row C, which is never read.
       length: tokens held; also the position of the next one.
+      capacity: C, tokens that there is room for.
     """
 
-    keys: tuple[Float[Array, "B K C D"], ...]
-    values: tuple[Float[Array, "B K C D"], ...]
+    keys: tuple[Float[Array, "B K R D"], ...]
+    values: tuple[Float[Array, "B K R D"], ...]
     length: Int[Array, " B"]
-
-    @property
-    def capacity(self) -> int:
-        return self.keys[0].shape[2]
+    capacity: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -102,11 +105,13 @@ def init_state(
 
     self_layers, cross_layers = decoder.num_self_attention_layers, len(decoder.cross_attention_layers)
     vectors = bank_capacity * config.vectors_per_frame
+    rows = -(-(text_capacity + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
     return StreamState(
         text=TextCache(
-            keys=buffers(self_layers, text_capacity),
-            values=buffers(self_layers, text_capacity),
+            keys=buffers(self_layers, rows),
+            values=buffers(self_layers, rows),
             length=jnp.zeros(slots, jnp.int32),
+            capacity=text_capacity,
         ),
         bank=MemoryBank(
             keys=buffers(cross_layers, vectors),
@@ -128,6 +133,20 @@ def write_rows(
     at = _targets(start, count, rows.shape[2], capacity)
     return buffer.at[jnp.arange(slots)[:, None], :, at].set(
         rows.swapaxes(1, 2).astype(buffer.dtype), mode="drop", unique_indices=True
+    )
+
+
+def write_row(
+    buffer: Float[Array, "B K C D"], row: Float[Array, "B K 1 D"], at: Int[Array, " B"]
+) -> Float[Array, "B K C D"]:
+    """Writes a row to each `buffer[b]` at `at[b]`, which must be there.
+
+    Without a look at what is there now, which would be a program of its own for each of many small writes.
+    """
+    if len(buffer) == 1:
+        return jax.lax.dynamic_update_slice(buffer, row.astype(buffer.dtype), (0, 0, at[0], 0))
+    return buffer.at[jnp.arange(len(buffer)), :, at].set(
+        row[:, :, 0].astype(buffer.dtype), mode="promise_in_bounds", unique_indices=True
     )
 
 

@@ -58,7 +58,7 @@ def state(small_config):
 def test_an_empty_state(state, small_config):
     config = small_config()
     assert (state.slots, state.text.capacity, state.bank.capacity) == (2, 6, 3)
-    assert [x.shape for x in state.text.keys + state.text.values] == [(2, 2, 6, 8)] * 2
+    assert [x.shape for x in state.text.keys + state.text.values] == [(2, 2, 128, 8)] * 2
     vectors = 3 * config.vectors_per_frame
     assert [x.shape for x in state.bank.keys + state.bank.values] == [(2, 2, vectors, 8)] * 4
     assert {x.dtype for x in state.text.keys + state.bank.values} == {jnp.dtype("bfloat16")}
@@ -76,7 +76,7 @@ def test_the_state_of_the_released_model():
     )
     state = jax.eval_shape(make)
     assert len(state.text.keys) == 32
-    assert {x.shape for x in state.text.keys + state.text.values} == {(1, 8, 4096, 128)}
+    assert {x.shape for x in state.text.keys + state.text.values} == {(1, 8, 4096 + 128, 128)}
     assert len(state.bank.keys) == 8
     assert {x.shape for x in state.bank.keys + state.bank.values} == {(1, 8, 25_856, 128)}
 

@@ -15,6 +15,7 @@ from moss_jax.cache import (
     TextCache,
     frames_visible,
     remember_frames,
+    write_row,
     write_rows,
 )
 from moss_jax.config import DecoderConfig, Remat, RowsBeforeFirstFrame
@@ -36,7 +37,14 @@ class Append(NamedTuple):
 
     start: Int[Array, " B"]
     count: Int[Array, " B"]
+    capacity: int
     kv_range: KeyRange
+
+    def write(self, past: Float[Array, "B K R D"], rows: Float[Array, "B K T D"]) -> Float[Array, "B K R D"]:
+        """The past with the rows appended."""
+        if rows.shape[2] > 1:
+            return write_rows(past, rows, self.start, self.count)
+        return write_row(past, rows, jnp.where(self.count > 0, self.start, self.capacity))
 
 
 class SelfAttention(nnx.Module):
@@ -63,9 +71,7 @@ class SelfAttention(nnx.Module):
         if past is None:
             now = KeysValues(k, v)
             return self.out(attention(q, k, v, causal=True, implementation=self.implementation)), now
-        now = KeysValues(
-            *(write_rows(old, new, append.start, append.count) for old, new in zip(past, (k, v), strict=True))
-        )
+        now = KeysValues(*(append.write(old, new) for old, new in zip(past, (k, v), strict=True)))
         return self.out(attention(q, *now, append.kv_range, implementation=self.implementation)), now
 
 
@@ -212,14 +218,14 @@ class Decoder(nnx.Module):
         real = row < count[:, None]
         visible = jnp.where(real, frames_visible(bank.positions, positions), 0)
         end = jnp.where(real, jnp.minimum(positions + 1, text.capacity), 0)
-        append = Append(text.length, count, KeyRange(jnp.zeros_like(end), end))
+        append = Append(text.length, count, text.capacity, KeyRange(jnp.zeros_like(end), end))
         vectors = bank.keys[0].shape[2] // bank.capacity
         past = [KeysValues(k, v) for k, v in zip(text.keys, text.values, strict=True)]
         frames = [KeysValues(k, v) for k, v in zip(bank.keys, bank.values, strict=True)]
         hidden, now = self._run(tokens, positions, frames, visible * vectors, visible > 0, past, append)
         keys, values = zip(*now, strict=True)
         length = jnp.minimum(text.length + count, text.capacity)
-        return hidden, StreamState(text=TextCache(keys, values, length), bank=bank)
+        return hidden, StreamState(text=TextCache(keys, values, length, text.capacity), bank=bank)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the next token, float32."""
