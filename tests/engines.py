@@ -35,11 +35,11 @@ def make_engine(model, tokenizer) -> Callable[..., Engine]:
     """Engines over the one small model; those of equal settings are shared, and so their programs."""
     made: dict = {}
 
-    def make(*, slots=1, text_capacity=512, bank_capacity=32, **sampling) -> Engine:
+    def make(*, slots=1, text_capacity=512, bank_capacity=32, perception_device=None, **sampling) -> Engine:
         config = EngineConfig(slots=slots, text_capacity=text_capacity, bank_capacity=bank_capacity)
-        key = (config, TokenSampling(**sampling))
+        key = (config, TokenSampling(**sampling), perception_device)
         if key not in made:
-            made[key] = Engine(model, tokenizer, *key)
+            made[key] = Engine(model, tokenizer, *key[:2], perception_device=perception_device)
         return made[key]
 
     return make
@@ -93,6 +93,7 @@ class ScriptedEngine:
 
     def __init__(self, tokenizer: Tokenizer, says: dict[int, list[int]] | list[int], config: EngineConfig):
         self.tokenizer, self.config = tokenizer, config
+        self.perception_device = None
         says = {0: says} if isinstance(says, list) else says
         self.script = {slot: collections.deque(tokens) for slot, tokens in says.items()}
         self.seen: list[int] = []
@@ -118,9 +119,11 @@ class ScriptedEngine:
             assert sum(t == self.tokenizer.special.image for t in tokens) == len(row.frames)
             self.seen += [pool[i] for i in row.frames]
             state.context[slot] += tokens
-            script = self.script.get(slot)
-            drawn[slot] = script.popleft() if script else self.tokenizer.special.silence
-            state.pending[slot] = int(drawn[slot])
+            special, script = self.tokenizer.special, self.script.get(slot)
+            # What is drawn after a silence alone is of no use, and not from the script.
+            after_silence = row.tokens == [PENDING] and tokens == [special.silence]
+            drawn[slot] = script.popleft() if script and not after_silence else special.silence
+            state.pending[slot] = special.silence if drawn[slot] == special.eot else int(drawn[slot])
         return state, Drawn(jnp.asarray(drawn), jnp.zeros((len(rows), 1)))
 
 

@@ -106,6 +106,7 @@ class Recorder:
             raise ValueError(f"a recorder follows one stream, but the engine has {engine.config.slots} slots")
         self._engine = engine
         self.config, self.tokenizer = engine.config, engine.tokenizer
+        self.perception_device = engine.perception_device
         self.tokens: list[int] = []
         self.said: list[int] = []
         self.frames: list[UInt8[np.ndarray, "H W 3"]] = []

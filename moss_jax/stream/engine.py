@@ -10,12 +10,15 @@ B slots, T tokens, F frames, P pool of encoded frames, N vectors a frame, D widt
 import bisect
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from moss_jax.cache import StreamState, init_state
@@ -30,7 +33,8 @@ PENDING = -1
 
 # Sizes that programs are compiled for. Longer rows are taken in pieces of the largest.
 TOKEN_BUCKETS = (1, 2, 4, 16, 64, 256)
-FRAME_BUCKETS = (1, 8)
+FRAME_BUCKETS = (1, 8, 32)
+ENCODE_BUCKETS = (1, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +60,26 @@ class EngineState:
     Attributes:
       stream: what the model knows.
       pending: the token that was drawn last and is not part of the stream yet.
+      logits: the scores that it was drawn from.
       said: tokens of the current turn that the repetition penalty applies to; None without a penalty.
     """
 
     stream: StreamState
     pending: Int[Array, " B"]
+    logits: Float[Array, "B V"]
     said: Bool[Array, "B V"] | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What a step found: the next token of each slot, and the scores that it was drawn from."""
+    """What a step found.
+
+    Attributes:
+      tokens: the next token of each slot; silence where the model would end its turn, since in a stream that
+        stays open.
+      logits: the scores that they were drawn from; part of the state, so gone with the next step.
+    """
 
     tokens: Int[Array, " B"]
     logits: Float[Array, "B V"]
@@ -79,10 +91,13 @@ class Engine:
     Holds no stream: `start` makes a state, `step` takes one and returns the next.
 
     Args:
-      model: may be dropped by the caller; its parameters are shared, not copied.
+      model: may be dropped by the caller; its parameters are shared, not copied (but for those that go to
+        another device).
       tokenizer: of the same checkpoint.
       config: slots and capacities.
       sampling: how tokens are drawn.
+      perception_device: encodes the frames, so that they take no time from the device that makes the text;
+        None for the one that the model is on.
 
     Raises:
       ValueError: the tokenizer is of another vocabulary than the model.
@@ -94,6 +109,8 @@ class Engine:
         tokenizer: Tokenizer,
         config: EngineConfig | None = None,
         sampling: TokenSampling | None = None,
+        *,
+        perception_device: jax.Device | None = None,
     ):
         if tokenizer.vocab_size != model.config.decoder.vocab_size:
             raise ValueError(
@@ -105,26 +122,35 @@ class Engine:
         self.model_config = model.config
         self.tokenizer = tokenizer
         self.dtype = model.dtype
-        self._encoder, encode = _pure(model, _encode)
-        self._decoder, step = _pure(model.decoder, functools.partial(_step, self.sampling))
-        self._encode = jax.jit(encode)
-        self._step = jax.jit(step, donate_argnums=(2,))
+        self.perception_device = perception_device
+        self._encoder, encode = _pure(model, _encode, lambda path, _: path[0] != "decoder")
         special = tokenizer.special
+        self._decoder, step = _pure(model.decoder, functools.partial(_step, self.sampling, special))
+        # Everything is said to be where it is: programs are compiled for that, so features that come from
+        # another device find the same ones.
+        (device,) = self._decoder[0].devices()
+        self._place = SingleDeviceSharding(device)
+        self._decoder = jax.device_put(self._decoder, self._place)
+        self._encoder = jax.device_put(self._encoder, perception_device or self._place)
+        self._encode = jax.jit(encode)
+        # It returns the state alone, in the memory that it came in: where nothing changes its place, the
+        # device replays the step as it was recorded.
+        # (What a step doesn't use of the state, the logits before, is kept for that.)
+        self._step = jax.jit(step, donate_argnums=(2,), keep_unused=True)
+        # Arguments of a step that appends pending tokens alone, by which slots stand still.
+        self._going_on: dict[tuple[bool, ...], tuple] = {}
         # The session writes the frame of the dialogue; the model only what it says, and when it is done.
         never = tokenizer.control_ids - {special.silence, special.eot}
         allowed = np.ones(tokenizer.vocab_size, bool)
         allowed[[i for i in never if i < tokenizer.vocab_size]] = False
-        self._rules = _Rules(
-            key=jax.random.key(self.sampling.seed),
-            allowed=jnp.asarray(allowed),
-            exempt=jnp.asarray(tokenizer.penalty_exempt()),
-        )
+        rules = _Rules(jax.random.key(self.sampling.seed), allowed, exempt=tokenizer.penalty_exempt())
+        self._rules = jax.device_put(rules, self._place)
 
     def start(self) -> EngineState:
         """A state with nothing in it. Each slot's first row must begin with a real token."""
         slots, vocab = self.config.slots, self.tokenizer.vocab_size
         penalised = self.sampling.repetition_penalty != 1
-        return EngineState(
+        state = EngineState(
             stream=init_state(
                 self.model_config,
                 slots,
@@ -133,8 +159,10 @@ class Engine:
                 dtype=self.dtype,
             ),
             pending=jnp.zeros(slots, jnp.int32),
+            logits=jnp.zeros((slots, vocab), jnp.float32),
             said=jnp.zeros((slots, vocab), bool) if penalised else None,
         )
+        return jax.device_put(state, self._place)
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
         """Features of frames of any sizes, from any streams; those of one size share a program call.
@@ -145,8 +173,13 @@ class Engine:
         if len(shapes) > 1:
             parts = [self.encode([frame]) for frame in frames]
         else:
-            most = FRAME_BUCKETS[-1]
-            parts = [self._encode_part(frames[i : i + most]) for i in range(0, len(frames), most)]
+            parts, rest = [], list(frames)
+            while rest:
+                # As many as fill a bucket; of the last few, all.
+                whole = [size for size in ENCODE_BUCKETS[1:] if size <= len(rest)]
+                count = whole[-1] if whole else len(rest)
+                parts.append(self._encode_part(rest[:count]))
+                rest = rest[count:]
         if len(parts) == 1:
             return parts[0]
         # As many rows as a power of two, so that few sizes of pool come to be compiled for.
@@ -171,54 +204,92 @@ class Engine:
             state, drawn = self._step_piece(state, piece, pool)
         return state, drawn
 
-    def warm_up(self, frame_shape: tuple[int, int, int], prompt_lengths: Sequence[int] = ()) -> None:
-        """Compiles what a session of one slot calls for frames of this shape and prompts of these lengths.
+    def warm_up(self, frame_shape: tuple[int, int, int]) -> None:
+        """Compiles all that a session of one slot calls for, with frames of this shape.
 
         With more slots, rows of several kinds can meet in one step; such programs compile when they come up.
         """
         image, eot = self.tokenizer.special.image, self.tokenizer.special.eot
-        rows = [Row([eot] * length) for length in (1, *prompt_lengths)]
-        rows += [Row([image] * count, frames=range(count)) for count in FRAME_BUCKETS]
-        for row in rows:
-            pool = self.encode([np.zeros(frame_shape, np.uint8)] * len(row.frames)) if row.frames else None
-            # Of the state nothing is kept, so that there is never room needed for two.
-            drawn = self.step(self.start(), [row] * self.config.slots, pool)[1]
-            jax.block_until_ready(drawn)
+        frames = [np.zeros((count, *frame_shape), np.uint8) for count in ENCODE_BUCKETS]
+        rows = [Row([PENDING] + [eot] * (length - 1)) for length in TOKEN_BUCKETS]
+        rows += [Row([image] * count, [0] * count) for count in FRAME_BUCKETS]
+        with futures.ThreadPoolExecutor() as threads:
+            # Calls find what has been compiled here, side by side.
+            compiled = [threads.submit(self._encode.lower(self._encoder, x).compile) for x in frames]
+            state = self._shaped(jax.eval_shape(self.start))
+            vectors = jax.eval_shape(self._encode, self._encoder, frames[0]).shape[1:]
+            for row in rows:
+                *arguments, feed, index = self._arguments([row] * self.config.slots)
+                if feed is not None:
+                    features = self._shaped(jax.ShapeDtypeStruct((*index.shape, *vectors), self.dtype))
+                    feed = dataclasses.replace(feed, features=features)
+                lowered = self._step.lower(self._decoder, self._rules, state, *arguments, feed)
+                compiled.append(threads.submit(lowered.compile))
+        for program in compiled:
+            program.result()
+        pools = [self.encode(list(x)) for x in frames]
+        for row, pool in itertools.product(rows, pools):
+            if row.frames or pool is pools[0]:
+                # Of the state nothing is kept, so that there is never room needed for two.
+                drawn = self.step(self.start(), [row] * self.config.slots, pool)[1]
+                jax.block_until_ready(drawn)
+
+    def _shaped(self, tree):
+        """What stands for arrays of these shapes when a program is compiled for them."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._place), tree)
 
     def _encode_part(self, frames):
-        batch = np.zeros((_bucket(len(frames), FRAME_BUCKETS), *frames[0].shape), np.uint8)
-        batch[: len(frames)] = frames
-        return self._encode(self._encoder, batch)
+        size = _bucket(len(frames), ENCODE_BUCKETS)
+        # Not a copy, if it is one.
+        batch = frames[0][None] if size == 1 else np.stack([*frames, *[frames[0]] * (size - len(frames))])
+        features = self._encode(self._encoder, batch)
+        return features if self.perception_device is None else jax.device_put(features, self._place)
 
     def _step_piece(self, state, rows, pool):
-        slots, image = len(rows), self.tokenizer.special.image
-        length = _bucket(max(len(row.tokens) for row in rows if row), TOKEN_BUCKETS)
-        frames = max(len(row.frames) for row in rows if row)
-        lengths = np.zeros(slots, np.int32)
-        new_turn = np.zeros(slots, bool)
-        feed = None
-        if frames:
-            frames = _bucket(frames, FRAME_BUCKETS)
-            # A row of frames may begin with a pending token or not: one program for both.
-            length = max(length, _bucket(frames + 1, TOKEN_BUCKETS))
-            feed = _Feed(
-                pool=pool,
-                index=np.zeros((slots, frames), np.int32),
-                row=np.zeros((slots, frames), np.int32),
-                count=np.zeros(slots, np.int32),
-            )
-        tokens = np.zeros((slots, length), np.int32)
-        for slot, row in enumerate(rows):
-            if row is None:
-                continue
-            tokens[slot, : len(row.tokens)] = row.tokens
-            lengths[slot] = len(row.tokens)
-            new_turn[slot] = row.new_turn
-            if row.frames:
-                count = feed.count[slot] = len(row.frames)
-                feed.index[slot, :count] = row.frames
-                feed.row[slot, :count] = [i for i, token in enumerate(row.tokens) if token == image]
-        return self._step(self._decoder, self._rules, state, tokens, lengths, new_turn, feed)
+        *arguments, feed, index = self._arguments(rows)
+        if feed is not None:
+            # Beforehand, so that one program serves pools of all sizes.
+            feed = dataclasses.replace(feed, features=_take(pool, index))
+        state = self._step(self._decoder, self._rules, state, *arguments, feed)
+        return state, Drawn(_copy(state.pending), state.logits)
+
+    def _arguments(self, rows):
+        """As `_arguments`; those of the step that is taken most stay on the device."""
+        if any(row and (list(row.tokens) != [PENDING] or row.new_turn) for row in rows):
+            return _arguments(rows, self.tokenizer.special.image)
+        standing = tuple(row is None for row in rows)
+        if standing not in self._going_on:
+            arguments = _arguments(rows, self.tokenizer.special.image)
+            self._going_on[standing] = jax.device_put(arguments, self._place)
+        return self._going_on[standing]
+
+
+def _arguments(rows: Sequence[Row | None], image: int):
+    """What a step is called with, but for the feed's features, and where in the pool those are."""
+    slots = len(rows)
+    length = _bucket(max(len(row.tokens) for row in rows if row), TOKEN_BUCKETS)
+    frames = max(len(row.frames) for row in rows if row)
+    lengths = np.zeros(slots, np.int32)
+    new_turn = np.zeros(slots, bool)
+    feed = index = None
+    if frames:
+        frames = _bucket(frames, FRAME_BUCKETS)
+        index = np.zeros((slots, frames), np.int32)
+        # A row of frames may begin with a pending token or not: one program for both.
+        length = max(length, _bucket(frames + 1, TOKEN_BUCKETS))
+        feed = _Feed(features=None, row=np.zeros((slots, frames), np.int32), count=np.zeros(slots, np.int32))
+    tokens = np.zeros((slots, length), np.int32)
+    for slot, row in enumerate(rows):
+        if row is None:
+            continue
+        tokens[slot, : len(row.tokens)] = row.tokens
+        lengths[slot] = len(row.tokens)
+        new_turn[slot] = row.new_turn
+        if row.frames:
+            count = feed.count[slot] = len(row.frames)
+            index[slot, :count] = row.frames
+            feed.row[slot, :count] = [i for i, token in enumerate(row.tokens) if token == image]
+    return tokens, lengths, new_turn, feed, index
 
 
 @jax.tree_util.register_dataclass
@@ -234,24 +305,39 @@ class _Rules:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Feed:
-    """Frames of a step: which of the pool, and at which token of the slot's row."""
+    """Frames of a step, and at which token of the slot's row each stands."""
 
-    pool: Float[Array, "P N D"]
-    index: Int[Array, "B F"]
+    features: Float[Array, "B F N D"] | None
     row: Int[Array, "B F"]
     count: Int[Array, " B"]
 
 
-def _pure(module: nnx.Module, call: Callable) -> tuple[list[jax.Array], Callable]:
+@jax.jit
+def _take(pool, index):
+    return pool[index]
+
+
+@jax.jit
+def _copy(x):
+    return jnp.copy(x)
+
+
+def _pure(
+    module: nnx.Module, call: Callable, uses: nnx.filterlib.Filter = ...
+) -> tuple[list[jax.Array], Callable]:
     """A module's parameters as a plain list, and `call(module, ...)` as a function of that list.
 
     JAX walks a list in C++ at every call, an `nnx.State` in Python.
+
+    Args:
+      uses: the parameters that the call uses; of the others only the shapes are there.
     """
-    graph, params = nnx.split(module)
+    graph, params, others = nnx.split(module, uses, ...)
     leaves, structure = jax.tree.flatten(params)
+    others = jax.eval_shape(lambda: others)
 
     def pure(leaves, *arguments):
-        return call(nnx.merge(graph, jax.tree.unflatten(structure, leaves)), *arguments)
+        return call(nnx.merge(graph, jax.tree.unflatten(structure, leaves), others), *arguments)
 
     return leaves, pure
 
@@ -262,7 +348,7 @@ def _encode(model, frames):
     return model.encode(pixels)
 
 
-def _step(sampling, decoder, rules, state, tokens, lengths, new_turn, feed):
+def _step(sampling, special, decoder, rules, state, tokens, lengths, new_turn, feed):
     """One step of all slots; see `Engine.step`."""
     slots = jnp.arange(tokens.shape[0])
     spoken = tokens[:, 0] == PENDING
@@ -275,15 +361,19 @@ def _step(sampling, decoder, rules, state, tokens, lengths, new_turn, feed):
     stream = state.stream
     if feed is not None:
         position = stream.text.length[:, None] + feed.row
-        bank = decoder.remember(stream.bank, feed.pool[feed.index], position, feed.count)
+        bank = decoder.remember(stream.bank, feed.features, position, feed.count)
         stream = dataclasses.replace(stream, bank=bank)
     hidden, stream = decoder.decode(stream, tokens, lengths)
     last = hidden[slots, jnp.maximum(lengths - 1, 0)]
     logits = decoder.logits(last[:, None])[:, 0]
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rules.key, stream.text.length)
+    keys = None
+    if sampling.temperature:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rules.key, stream.text.length)
     drawn = sample(logits, sampling, keys=keys, allowed=rules.allowed, said=said)
+    # A turn that the model ends stays open, so what is appended is the silence that it was trained with.
+    drawn = jnp.where(drawn == special.eot, special.silence, drawn)
     pending = jnp.where(lengths > 0, drawn, state.pending)
-    return EngineState(stream=stream, pending=pending, said=said), Drawn(pending, logits)
+    return EngineState(stream=stream, pending=pending, logits=logits, said=said)
 
 
 def _bucket(size: int, buckets: Sequence[int]) -> int:

@@ -4,8 +4,6 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 
-import jax
-
 from moss_jax.stream.engine import FRAME_BUCKETS, PENDING, Engine, Row
 from moss_jax.stream.events import Counters, End, EndReason, Event, Frame, Text, Turn
 from moss_jax.stream.session import SessionError
@@ -72,9 +70,12 @@ def _answer(engine, frames, prompt, tokens, room, special) -> Iterator[Event]:
     row = Row(tokens[begin + len(frames) :], new_turn=True)
     detokenizer = Detokenizer(engine.tokenizer)
     reason: EndReason = "token_limit"
+    state, drawn = engine.step(state, [row, *others])
     for count in itertools.count():
-        state, drawn = engine.step(state, [row, *others])
-        token = int(jax.device_get(drawn.tokens)[0])
+        # Dispatched before it is known what was drawn, so that the device doesn't wait for the host.
+        drawn.tokens.copy_to_host_async()
+        state, after = engine.step(state, [Row([PENDING]), *others])
+        token, drawn = int(drawn.tokens[0]), after
         if token in (special.eot, special.silence):
             reason = "finished"
             break
@@ -83,7 +84,6 @@ def _answer(engine, frames, prompt, tokens, room, special) -> Iterator[Event]:
         if count + 1 >= room:
             count += 1
             break
-        row = Row([PENDING])
     yield End(
         **stamp(end_time),
         reason=reason,

@@ -14,14 +14,14 @@ def sample(
     logits: Float[Array, "B V"],
     config: TokenSampling,
     *,
-    keys: Key[Array, " B"],
+    keys: Key[Array, " B"] | None,
     allowed: Bool[Array, " V"],
     said: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
     """One token for each slot; rows never influence each other.
 
     Args:
-      keys: randomness of each slot; unused at temperature 0.
+      keys: randomness of each slot; None will do at temperature 0.
       allowed: tokens that may be drawn.
       said: tokens that the repetition penalty applies to; None applies it to none.
     """

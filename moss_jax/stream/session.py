@@ -3,6 +3,10 @@
 The loop of a stream: what has happened since the last token - prompts, frames - is appended in order of
 time, then one token is drawn. `<|silence|>` parks the stream until something happens. A frame or a prompt
 that arrives while the model is talking enters at the next token.
+
+So that the device never waits for the host, a realtime session dispatches a step of a talking model shortly
+before the one under way ends, without knowing what that one draws. Should it be a silence, that step has
+appended it, which is right, and what it drew itself is not used.
 """
 
 import dataclasses
@@ -11,14 +15,17 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, UInt8
 
 from moss_jax.config import SessionConfig
-from moss_jax.stream.engine import PENDING, Engine, EngineState, Row
+from moss_jax.stream.engine import ENCODE_BUCKETS, PENDING, Drawn, Engine, EngineState, Row
 from moss_jax.stream.events import Counters, End, EndReason, Event, Frame, Interrupted, Silence, Text, Turn
+from moss_jax.stream.pace import Pace
 from moss_jax.text import Detokenizer, chat
 
 # Stream times that lie closer than this are one instant.
@@ -61,6 +68,7 @@ class Session:
         self._order = itertools.count()
         self._started: float | None = None
         self._iterated = False
+        self._failure: BaseException | None = None
         opening = chat.opening(engine.tokenizer, system=system, prompt=prompt)
         self._check_length(opening)
         self.opening_length = len(opening)
@@ -130,45 +138,134 @@ class Session:
             raise SessionError("a session is iterated once; make another for another stream")
         self._iterated = True
         self._started = time.monotonic()
-        state = self._engine.start()
+        perception = None
+        if self.config.clock == "realtime" and self._engine.perception_device is not None:
+            perception = threading.Thread(target=self._perceive, name="perception", daemon=True)
+            perception.start()
         try:
-            while plans := self._next_plans():
-                for plan in plans.values():
-                    yield from plan.events
-                rows = {slot: plan for slot, plan in plans.items() if plan.tokens}
-                if not rows:
-                    continue
-                state, tokens = self._run(state, rows)
-                for slot in rows:
-                    yield from self._slots[slot].hear(int(tokens[slot]), self.now())
+            yield from self._live()
         finally:
             # Whoever still pushes learns that nobody listens any more.
             with self._changed:
                 for s in self._slots:
                     s.ended = True
+                self._changed.notify_all()
+            if perception is not None:
+                perception.join()
 
-    def _next_plans(self) -> "dict[int, _Plan]":
-        """What each slot does next, once there is anything to do; empty when all streams are over."""
+    def _live(self) -> Iterator[Event]:
+        state, pace, flight = self._engine.start(), Pace(), None
+        while plans := self._next_plans(flight):
+            rows = {slot: plan for slot, plan in plans.items() if plan.tokens}
+            before, flight = flight, None
+            if rows:
+                started = time.monotonic()
+                state, drawn = self._run(state, rows)
+                flight = _Flight(rows, drawn.tokens, pace, started)
+            if before:
+                tokens = before.land()
+                if flight:
+                    flight.begun = max(flight.begun, time.monotonic())
+                yield from self._hear(before, tokens)
+                with self._changed:
+                    # Whether the model is talking decides who encodes what waits.
+                    self._changed.notify_all()
+            for slot, plan in plans.items():
+                yield from self._slots[slot].tell(plan)
+            if flight and self.config.clock == "lockstep":
+                yield from self._hear(flight, flight.land())
+                flight = None
+
+    def _hear(self, flight: "_Flight", tokens: np.ndarray) -> Iterator[Event]:
+        for slot, plan in flight.plans.items():
+            yield from self._slots[slot].hear(plan, int(tokens[slot]), self.now())
+
+    def _next_plans(self, flight: "_Flight | None") -> "dict[int, _Plan]":
+        """What each slot does next, once there is anything to do; empty when all streams are over.
+
+        With a step under way, also once it is time for the next one; if there is nothing to do then, its
+        slots get empty plans.
+        """
         with self._changed:
             # One pass under the lock decides for every slot, so a push is either in it or wakes the wait.
-            while open_slots := [s for s in self._slots if not s.ended]:
-                wall = self.now()
-                plans = {s.slot: plan for s in open_slots if (plan := s.plan(wall)) is not None}
-                if plans:
-                    return plans
-                self._changed.wait()
-            return {}
+            while True:
+                if self._failure:
+                    raise self._failure
+                if not flight and all(s.ended for s in self._slots):
+                    return {}
+                wall, left = self.now(), flight and flight.left()
+                on = not flight or left <= 0
+                flying = flight.plans if flight else {}
+                apart = self._perceives_apart()
+                plans = {
+                    s.slot: s.plan(wall, flying.get(s.slot), on, apart) for s in self._slots if not s.ended
+                }
+                plans = {slot: plan for slot, plan in plans.items() if plan is not None}
+                if plans or (flight and on):
+                    return plans or dict.fromkeys(flying, _Plan([]))
+                self._changed.wait(left)
 
-    def _run(self, state: EngineState, plans: "dict[int, _Plan]") -> tuple[EngineState, np.ndarray]:
-        """One step for the slots that have a plan; returns the token drawn for each slot."""
-        frames = [rgb for plan in plans.values() for rgb in plan.frames]
-        pool = self._engine.encode(frames) if frames else None
-        index = itertools.count()
+    def _run(self, state: EngineState, plans: "dict[int, _Plan]") -> tuple[EngineState, Drawn]:
+        """Dispatches one step for the slots that have a plan."""
+        inbound = [frame for plan in plans.values() for frame in plan.frames]
+        pool, index = self._pool(inbound) if inbound else (None, iter(()))
         rows: list[Row | None] = [None] * len(self._slots)
         for slot, plan in plans.items():
             rows[slot] = Row(plan.tokens, [next(index) for _ in plan.frames], plan.new_turn)
-        state, drawn = self._engine.step(state, rows, pool)
-        return state, jax.device_get(drawn.tokens)
+        return self._engine.step(state, rows, pool)
+
+    def _pool(self, frames: "list[_Inbound]") -> "tuple[Float[Array, 'P N D'], Iterator[int]]":
+        """Features of frames, and where each one's are."""
+        fresh = [frame for frame in frames if frame.encoded is None]
+        pool = self._engine.encode([frame.rgb for frame in fresh]) if fresh else None
+        if len(fresh) == len(frames):
+            return pool, itertools.count()
+        for index, frame in enumerate(fresh):
+            frame.encoded = _Encoded(pool, index)
+        pools = list({id(frame.encoded.pool): frame.encoded.pool for frame in frames}.values())
+        begin = dict(zip(map(id, pools), itertools.accumulate([0, *map(len, pools)]), strict=False))
+        index = [begin[id(frame.encoded.pool)] + frame.encoded.index for frame in frames]
+        return pools[0] if len(pools) == 1 else jnp.concatenate(pools), iter(index)
+
+    def _perceives_apart(self) -> bool:
+        """Whether frames wait until another thread has had them encoded by another device.
+
+        That is for the sake of the text: a step that waits for features would hold it up. While nobody talks,
+        the step is better dispatched at once.
+        """
+        return (
+            self.config.clock == "realtime"
+            and self._engine.perception_device is not None
+            and any(s.speaking for s in self._slots if not s.ended)
+        )
+
+    def _perceive(self) -> None:
+        """Encodes frames as they come, in a thread of its own, while the model talks."""
+        try:
+            while frames := self._next_frames():
+                pool = jax.block_until_ready(self._engine.encode([frame.rgb for frame in frames]))
+                with self._changed:
+                    for index, frame in enumerate(frames):
+                        frame.encoded = _Encoded(pool, index)
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _next_frames(self) -> "list[_Inbound]":
+        """Frames of one size that wait to be encoded, the oldest first; empty when all streams are over."""
+        with self._changed:
+            while any(not s.ended for s in self._slots):
+                waiting = sorted(frame for s in self._slots for frame in s.not_encoded())
+                if waiting and self._perceives_apart():
+                    alike = [frame for frame in waiting if frame.rgb.shape == waiting[0].rgb.shape]
+                    alike = alike[: ENCODE_BUCKETS[1]]
+                    for frame in alike:
+                        frame.taken = True
+                    return alike
+                self._changed.wait()
+            return []
 
     def _push(self, inbound: "_Inbound", slot: int) -> bool:
         with self._changed:
@@ -210,9 +307,21 @@ class Session:
             )
 
 
-@dataclasses.dataclass(order=True, frozen=True)
+class _Encoded(NamedTuple):
+    """Where a frame's features are."""
+
+    pool: Float[Array, "P N D"]
+    index: int
+
+
+@dataclasses.dataclass(order=True)
 class _Inbound:
-    """A frame or a prompt on its way in; sorts by time, prompts before frames of the same instant."""
+    """A frame or a prompt on its way in; sorts by time, prompts before frames of the same instant.
+
+    Attributes:
+      taken: a thread of its own sees to the encoding.
+      encoded: a frame's features.
+    """
 
     time: float
     kind: int
@@ -220,22 +329,58 @@ class _Inbound:
     rgb: np.ndarray | None = dataclasses.field(default=None, compare=False)
     prompt: str | None = dataclasses.field(default=None, compare=False)
     tokens: list[int] = dataclasses.field(default_factory=list, compare=False)
+    taken: bool = dataclasses.field(default=False, compare=False)
+    encoded: _Encoded | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass
 class _Plan:
-    """What a slot does next: what to tell first, and the row to append (none if the stream just ended)."""
+    """What a slot does next: the row to append (none if the stream just ended), and what to tell of it.
+
+    Attributes:
+      ahead: nothing has happened; the row is a token that isn't known yet, and may turn out to be a silence.
+      end: why the stream ends here.
+    """
 
     events: list[Event]
     tokens: list[int] = dataclasses.field(default_factory=list)
-    frames: list[np.ndarray] = dataclasses.field(default_factory=list)
+    frames: list[_Inbound] = dataclasses.field(default_factory=list)
     new_turn: bool = False
+    ahead: bool = False
+    end: EndReason | None = None
+
+
+class _Flight:
+    """A step under way.
+
+    Attributes:
+      plans: of the slots that take part.
+      begun: when the device began with it, as far as the host knows.
+    """
+
+    def __init__(self, plans: dict[int, _Plan], tokens: jax.Array, pace: Pace, started: float):
+        self.plans, self.begun = plans, time.monotonic()
+        self._tokens, self._pace = tokens, pace
+        tokens.copy_to_host_async()
+        self._kind = (max(len(p.tokens) for p in plans.values()), sum(len(p.frames) for p in plans.values()))
+        pace.dispatched(self.begun - started)
+
+    def land(self) -> np.ndarray:
+        """Waits for its tokens."""
+        tokens = np.asarray(self._tokens)
+        self._pace.landed(self._kind, time.monotonic() - self.begun)
+        return tokens
+
+    def left(self) -> float:
+        """Seconds until the next step should be dispatched."""
+        return self.begun + self._pace.lead(self._kind) - time.monotonic()
 
 
 class _Slot:
     """One stream of a session: its inbox, its clock, and where its dialogue stands.
 
-    `receive` and `plan` run under the session's lock; `hear` in the thread that iterates, like `plan`.
+    `receive` and `plan` run under the session's lock; `hear` and `tell` in the thread that iterates, like
+    `plan`.
     """
 
     def __init__(self, engine: Engine, config: SessionConfig, slot: int, opening: list[int], prompt: str):
@@ -250,9 +395,9 @@ class _Slot:
         self._prompt = prompt
         self._inbox: list[_Inbound] = []
         self._counts = dict.fromkeys((f.name for f in dataclasses.fields(Counters)), 0)
-        # The token that the next row begins with: the one that was drawn, or silence in place of <|eot_id|>.
-        self._pending: int = PENDING
-        self._speaking = False
+        # What the next row begins with: the token that was drawn, unless it has been appended already.
+        self._pending = [PENDING]
+        self.speaking = False
         self._said = ""
         self._text_length = 0
         # The lockstep clock: the instant of the last thing that happened, and the tokens since.
@@ -279,8 +424,18 @@ class _Slot:
             heapq.heapify(self._inbox)
             self._counts["frames_dropped"] += 1
 
-    def plan(self, wall: float) -> _Plan | None:
-        """What to do now; None if there is nothing to do until something is pushed."""
+    def not_encoded(self) -> list[_Inbound]:
+        """Frames that wait to be encoded."""
+        return [i for i in self._inbox if i.rgb is not None and not i.taken]
+
+    def plan(self, wall: float, flying: _Plan | None, on: bool, apart: bool) -> _Plan | None:
+        """What to do now; None if there is nothing to do.
+
+        Args:
+          flying: of this slot, what the step under way appends; its token isn't known yet.
+          on: whether it is time to go on with an answer.
+          apart: whether frames wait until they are encoded.
+        """
         self._wall = wall
         if self.stopped:
             return self._end("stopped")
@@ -290,43 +445,55 @@ class _Slot:
             tokens, self._opening = self._opening, None
             self._text_length = len(tokens)
             return _Plan([self._turn(self._prompt)], tokens, new_turn=True)
-        if due := self._take_due():
-            return self._take_in(due)
-        if self._speaking and self._may_speak():
-            return self._take_in([])
-        if self.finished and not self._inbox:
+        if due := self._take_due(apart):
+            return self._take_in(due, flying)
+        if self.speaking and on and self._may_speak():
+            return self._take_in([], flying)
+        if self.finished and not self._inbox and not flying:
             return self._end("finished")
         return None
 
-    def hear(self, token: int, wall: float) -> Iterator[Event]:
-        """Takes the token that was drawn."""
+    def tell(self, plan: _Plan) -> Iterator[Event]:
+        """What a plan means to the listener, once everything before it has been heard."""
+        for event in plan.events:
+            if isinstance(event, Turn):
+                yield from self._interrupt()
+            yield event
+        if plan.end:
+            yield End(**self._stamp(), reason=plan.end, counters=Counters(**self._counts))
+
+    def hear(self, plan: _Plan, token: int, wall: float) -> Iterator[Event]:
+        """Takes the token that was drawn after a plan's row."""
+        if plan.ahead and not self.speaking:
+            # The row was a silence, as turned out meanwhile: it has been appended, and nothing comes of it.
+            self._pending = []
+            return
         self._wall = wall
         at = self._now()
         self._ticks += 1
         # The model may end its turn by silence or, as in offline dialogues, by <|eot_id|>. In a stream the
-        # turn stays open, so the context gets the silence that it was trained with.
+        # turn stays open, and the engine appends the silence that it was trained with.
+        self._pending = [PENDING]
         if token in (self._special.silence, self._special.eot):
-            self._pending = self._special.silence
-            self._speaking, self._said = False, ""
+            self.speaking, self._said = False, ""
             self._detokenizer.flush()
             self._counts["silences"] += 1
             yield Silence(slot=self.slot, stream_time=at, wall_time=wall)
             return
-        self._pending = PENDING
-        self._speaking = True
+        self.speaking = True
         self._counts["tokens"] += 1
         if text := self._detokenizer.push(token):
             self._said += text
             yield Text(slot=self.slot, stream_time=at, wall_time=wall, text=text)
 
-    def _take_due(self) -> list[_Inbound]:
+    def _take_due(self, apart: bool) -> list[_Inbound]:
         """Removes from the inbox what has happened by now."""
         if not self._inbox:
             return []
         limit = np.inf
         if self._config.clock == "lockstep":
             first, now = self._inbox[0].time, self._now()
-            if self._speaking and first > now + INSTANT:
+            if self.speaking and first > now + INSTANT:
                 return []
             # A silent stream has nothing to do before the next event, so its clock goes there.
             limit = max(first, now) + INSTANT
@@ -334,13 +501,16 @@ class _Slot:
             if not self.finished and max(self._inbox).time <= limit:
                 return []
         due = []
-        while self._inbox and self._inbox[0].time <= limit:
+        while self._inbox and self._inbox[0].time <= limit and _goes_with(due, self._inbox[0], apart):
             due.append(heapq.heappop(self._inbox))
         return due
 
-    def _take_in(self, due: list[_Inbound]) -> _Plan:
+    def _take_in(self, due: list[_Inbound], flying: _Plan | None) -> _Plan | None:
         """The row and the events of what happened, as far as there is room; the end if there is none."""
-        plan = _Plan([], [self._pending])
+        plan = _Plan([], list(self._pending), ahead=bool(flying) and not due)
+        if flying:
+            # What it draws is pending, unless it is of no use; see `hear`.
+            plan.tokens = [] if flying.ahead and not self.speaking else [PENDING]
         for inbound in due:
             is_frame = inbound.rgb is not None
             if is_frame and self._counts["frames"] == self._capacity.bank_capacity:
@@ -354,12 +524,14 @@ class _Slot:
             if inbound.time > self._instant:
                 self._instant, self._ticks = inbound.time, 0
             if is_frame:
-                plan.frames.append(inbound.rgb)
+                plan.frames.append(inbound)
                 plan.events.append(Frame(**self._stamp(), index=self._counts["frames"], time=inbound.time))
                 self._counts["frames"] += 1
             else:
                 plan.new_turn = True
-                plan.events += [*self._interrupt(), self._turn(inbound.prompt)]
+                plan.events.append(self._turn(inbound.prompt))
+        if plan.ahead and self._text_length + len(plan.tokens) > self._capacity.text_capacity:
+            return None  # If it is a silence, there is nothing that needs room.
         if self._text_length + len(plan.tokens) > self._capacity.text_capacity:
             self._full = "text_capacity"
         if self._full and not plan.events:
@@ -367,13 +539,13 @@ class _Slot:
         self._text_length += len(plan.tokens)
         return plan
 
-    def _interrupt(self) -> list[Event]:
+    def _interrupt(self) -> Iterator[Event]:
         """Cuts the answer in progress, if there is one."""
-        cut = [Interrupted(**self._stamp(), said=self._said)] if self._speaking else []
-        self._counts["interruptions"] += len(cut)
-        self._speaking, self._said = False, ""
+        if self.speaking:
+            self._counts["interruptions"] += 1
+            yield Interrupted(**self._stamp(), said=self._said)
+        self.speaking, self._said = False, ""
         self._detokenizer.flush()
-        return cut
 
     def _may_speak(self) -> bool:
         """Whether an answer in progress gets another token now."""
@@ -391,7 +563,7 @@ class _Slot:
 
     def _end(self, reason: EndReason) -> _Plan:
         self.ended = True
-        return _Plan([End(**self._stamp(), reason=reason, counters=Counters(**self._counts))])
+        return _Plan([], end=reason)
 
     def _stamp(self) -> dict[str, float | int]:
         return {"slot": self.slot, "stream_time": self._now(), "wall_time": self._wall}
@@ -401,3 +573,12 @@ class _Slot:
         if self._config.clock == "realtime":
             return self._wall
         return self._instant + self._ticks / self._config.tokens_per_second
+
+
+def _goes_with(due: list[_Inbound], inbound: _Inbound, apart: bool) -> bool:
+    """Whether it can be taken in with those before it; of frames encoded apart, one batch a step."""
+    if inbound.rgb is None:
+        return True
+    if inbound.encoded is None and (apart or inbound.taken):
+        return False
+    return len({i.encoded and id(i.encoded.pool) for i in (*due, inbound) if i.rgb is not None}) == 1

@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -390,6 +391,41 @@ def test_realtime_speaks_until_something_happens(scripted, tokenizer):
     assert cut.said == " the" * len(spoken)
 
 
+def test_a_step_dispatched_past_the_end_of_an_answer_leaves_no_trace(scripted, tokenizer):
+    """The session goes on before it knows that the model has fallen silent; eot is appended as silence."""
+    said = words(tokenizer, "a red cup")
+    engine = scripted([SILENCE, *said, SILENCE, *said, EOT], text_capacity=10**4)
+    rows = []
+    step = engine.step
+
+    def recording(state, these, pool=None):
+        rows.append(these[0])
+        return step(state, these, pool)
+
+    engine.step = recording
+    watcher = Watcher(session := Session(engine, SessionConfig(clock="realtime"), system=None))
+    for count in (1, 2, 3):
+        watcher.wait_for(Silence, count)
+        session.push_frame(numbered(1)[0])
+    watcher.wait_for(Silence, 4)
+    session.finish()
+    watcher.join(60)
+    opening = chat.opening(tokenizer, system=None)
+    silent, talking = [SILENCE, IMAGE], [SILENCE, IMAGE, *said]
+    context = engine.state.context[0]
+    # The last silence may be in the context or still pending.
+    assert context[: len(context) - (context[-1] == SILENCE)] == [*opening, *talking, *talking, *silent]
+    assert [type(e) for e in watcher.events if isinstance(e, Text | Silence)] == [
+        *[Silence, *[Text] * len(said)] * 2,
+        Silence,
+        Silence,
+    ]
+    counters = watcher.events[-1].counters
+    assert (counters.tokens, counters.silences, counters.frames) == (2 * len(said), 4, 3)
+    # It did go on: the silence that ended the answer was appended alone, and the next row begins without it.
+    assert [row.tokens[0] for row in rows if IMAGE in row.tokens][1:] == [IMAGE, IMAGE]
+
+
 def test_finish_lets_a_realtime_answer_go_on_for_the_tail(scripted, tokenizer):
     (word,) = words(tokenizer, " the")
     for said, tail in (([word] * 5 + [SILENCE], 60.0), ([word] * 10**5, 0.0)):
@@ -519,6 +555,52 @@ def test_a_frame_pushed_while_the_model_talks_is_seen_by_the_next_token(recorded
         unseen = one_pass(context, [frames[0], frames[7]])[-1]
         np.testing.assert_allclose(steps[at].logits, seen, atol=1e-3)
         assert np.abs(steps[at].logits - unseen).max() > 0.01
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_realtime_session_computes_with_what_it_tells(make_engine, one_pass, frames, apart, monkeypatch):
+    """Prompts and frames that come at any moment, with the frames encoded by the same thread or another."""
+    engine = make_engine(perception_device=jax.devices()[0] if apart else None)
+    rows, step = [], engine.step
+    for count in (1, 8):
+        engine.encode(frames[:count])  # Compiles it, or the text is full before the first frame is encoded.
+
+    def recording(state, these, pool=None):
+        state, drawn = step(state, these, pool)
+        rows.append((these[0], int(drawn.tokens[0]), np.asarray(drawn.logits[0])))
+        return state, drawn
+
+    monkeypatch.setattr(engine, "step", recording)
+    watcher = Watcher(session := Session(engine, SessionConfig(clock="realtime"), system=None))
+    for i, frame in enumerate(frames[:6]):
+        session.push_frame(frame)
+        if i % 3 == 1:
+            session.push_prompt("What now?")
+        watcher.wait_for(Frame, i + 1)
+        time.sleep(0.01 * i)
+    session.stop()
+    watcher.join(60)
+    context, pending = [], None
+    for row, drawn, _ in rows:
+        context += [pending if token == PENDING else token for token in row.tokens]
+        pending = drawn
+    assert context.count(IMAGE) == 6
+    np.testing.assert_allclose(rows[-1][-1], one_pass(context, frames[:6])[-1], atol=1e-3)
+    assert watcher.events[-1].counters.frames == 6
+
+
+def test_a_failing_encoder_in_a_thread_of_its_own_ends_the_session(make_engine, frames, monkeypatch):
+    engine = make_engine(perception_device=jax.devices()[0])
+
+    def fail(frames):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(engine, "encode", fail)
+    session = Session(engine, SessionConfig(clock="realtime"), system=None)
+    session.push_frame(frames[0])
+    with pytest.raises(RuntimeError, match="no memory left"):
+        list(session)
+    assert not session.push_frame(frames[1])
 
 
 def test_what_is_in_the_context_is_what_the_model_computed_with(recorded, one_pass, frames):
