@@ -34,7 +34,7 @@ def on_gpu():
         return total + product(a, b, meanwhile)
 
     def widen(narrow):
-        return decode_quantized._shuffle(narrow[...].astype(jnp.float16))
+        return decode_quantized.shuffle(narrow[...].astype(jnp.float16))
 
     with (
         mock.patch.multiple(tiles, product=product, products=products, add_product=add_product),

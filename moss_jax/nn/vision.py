@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.config import Remat, VisionConfig
 from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, gate, normal, remat
-from moss_jax.ops.attention import attention
+from moss_jax.ops.attention import self_attention
 
 # The original pads the positions to a multiple of this and lets the padding take part in attention.
 POSITION_MULTIPLE = 8
@@ -28,9 +28,7 @@ class VisionAttention(nnx.Module):
         self.implementation = implementation
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        qkv = self.qkv(x)  # [B, P, 3, H, D]
-        q, k, v = (qkv[:, :, i] for i in range(3))
-        return self.out(attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), implementation=self.implementation))
+        return self.out(self_attention(self.qkv(x), implementation=self.implementation))
 
 
 class VisionLayer(nnx.Module):

@@ -100,7 +100,6 @@ def unchanged(before, after, slots):
 def held(state):
     """The arrays of a state, without the rows of the text cache that are never read."""
 
-
     def cut(part):
         return [x[:, :, : part.capacity] for x in (*part.keys, *part.values)] if is_text(part) else [part]
 

@@ -1,6 +1,15 @@
 """Attention in which each query sees one range of the keys."""
 
-from moss_jax.ops.attention.api import IMPLEMENTATIONS, attention, choose
-from moss_jax.ops.attention.arguments import Arguments, KeyRange, Unsupported
+from moss_jax.ops.attention.api import IMPLEMENTATIONS, attention, choose, self_attention
+from moss_jax.ops.attention.arguments import Arguments, KeyRange
+from moss_jax.ops.dispatch import Unsupported
 
-__all__ = ["IMPLEMENTATIONS", "Arguments", "KeyRange", "Unsupported", "attention", "choose"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Arguments",
+    "KeyRange",
+    "Unsupported",
+    "attention",
+    "choose",
+    "self_attention",
+]

@@ -5,20 +5,18 @@ B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H =
 
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
+from moss_jax.ops import dispatch
 from moss_jax.ops.attention import cudnn, mosaic_gpu, mosaic_tpu, reference, xla
-from moss_jax.ops.attention.arguments import Arguments, KeyRange, Unsupported
+from moss_jax.ops.attention.arguments import Arguments, KeyRange
 from moss_jax.sharding import partition_spec
-
-logger = logging.getLogger(__name__)
 
 # Each is a module with `unsupported(arguments, platform) -> reason or None` and `attend(arguments)`.
 IMPLEMENTATIONS = {
@@ -90,6 +88,76 @@ def attention(
     return (_spread(attend) if name in SPREAD_BY_HAND else attend)(arguments)
 
 
+def self_attention(
+    qkv: Float[Array, "B P 3 H D"], *, implementation: str | None = None
+) -> Float[Array, "B P H D"]:
+    """Attention of every position to every position, straight from a fused projection to q, k and v.
+
+    A kernel that reads the projection as it lies takes the calls that it can; others are `attention` on its
+    slices. Gradients are always those of `attention`.
+
+    Args:
+      implementation: as in `attention`.
+
+    Raises:
+      ValueError: the projection has another shape.
+      Unsupported: the named implementation cannot take it.
+    """
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"self_attention takes a projection [B, P, 3, H, D], not {qkv.shape}")
+    if _reads_projections(qkv, implementation):
+        return _from_projection(implementation, qkv)
+    return _from_slices(implementation, qkv)
+
+
+def _reads_projections(qkv: Array, implementation: str | None) -> bool:
+    """Whether the kernel for fused projections takes a call."""
+    platform = jax.default_backend()
+    wanted = ORDER.get(platform, ()) if implementation is None else (implementation,)
+    if "mosaic_gpu" not in wanted:
+        return False
+    reason = mosaic_gpu.unsupported_projection(qkv, platform)
+    dispatch.log_once(
+        f"self-attention on {platform}: using mosaic_gpu on the fused projection"
+        if reason is None
+        else f"self-attention on {platform}: slicing the projection, which mosaic_gpu cannot read: {reason}"
+    )
+    return reason is None
+
+
+def _from_slices(implementation, qkv):
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), implementation=implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _from_projection(implementation, qkv):
+    del implementation
+    if (mesh := _mesh()) is None:
+        return mosaic_gpu.attend_projection(qkv)
+    batch, heads = partition_spec(("batch", "heads"), (qkv.shape[0], qkv.shape[3]), mesh)
+    return jax.shard_map(
+        mosaic_gpu.attend_projection,
+        mesh=mesh,
+        in_specs=PartitionSpec(batch, None, None, heads),
+        out_specs=PartitionSpec(batch, None, heads),
+        check_vma=False,
+    )(qkv)
+
+
+def _from_projection_forward(implementation, qkv):
+    """That of the slices: the kernel saves nothing that a backward pass could start from."""
+    return jax.vjp(functools.partial(_from_slices, implementation), qkv)
+
+
+def _from_projection_backward(implementation, pull, d_out):
+    del implementation
+    return pull(d_out)
+
+
+_from_projection.defvjp(_from_projection_forward, _from_projection_backward)
+
+
 def choose(arguments: Arguments, implementation: str | None = None, platform: str | None = None) -> str:
     """Name of the implementation that takes a call; the choice and its reasons are logged once each.
 
@@ -97,28 +165,15 @@ def choose(arguments: Arguments, implementation: str | None = None, platform: st
       Unsupported: the named implementation does not exist or cannot take the arguments.
     """
     platform = platform or jax.default_backend()
-    if implementation is not None:
-        if implementation not in IMPLEMENTATIONS:
-            raise Unsupported(
-                f"no attention implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
-            )
-        if reason := IMPLEMENTATIONS[implementation].unsupported(arguments, platform):
-            raise Unsupported(f"attention implementation {implementation!r} cannot be used: {reason}")
-        return implementation
-    passed_over = []
-    for name in ORDER.get(platform, ("xla",)):
-        reason = IMPLEMENTATIONS[name].unsupported(arguments, platform)
-        if reason is None:
-            _log_once(f"attention on {platform}: using {name}", *passed_over)
-            return name
-        passed_over.append(f"not using {name}: {reason}")
-    raise Unsupported(f"no attention implementation for {platform}: {'; '.join(passed_over)}")
+    order = ORDER.get(platform, ("xla",))
+    return dispatch.choose(
+        "attention", IMPLEMENTATIONS, order, arguments, named=implementation, platform=platform
+    )
 
 
 def _spread(attend: Callable[[Arguments], Array]) -> Callable[[Arguments], Array]:
     """Over the mesh that is in use: every device computes its rows of the batch and its kv heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    if (mesh := _mesh()) is None:
         return attend
 
     def on_mesh(a: Arguments) -> Array:
@@ -140,6 +195,8 @@ def _spread(attend: Callable[[Arguments], Array]) -> Callable[[Arguments], Array
     return on_mesh
 
 
-@functools.cache
-def _log_once(*lines: str) -> None:
-    logger.info("%s", "; ".join(lines))
+def _mesh() -> AbstractMesh | None:
+    """The mesh that is in use, if there is one over which a kernel has to be spread."""
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types
+    return None if alone else mesh

@@ -10,10 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-
-class Unsupported(ValueError):
-    """An implementation cannot take these arguments; the message says which and why."""
-
+from moss_jax.ops.dispatch import Unsupported
 
 # K and V of these dtypes come with a scale per vector.
 QUANTIZED = ("int8", "float8_e4m3fn")

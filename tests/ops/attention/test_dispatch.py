@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moss_jax.ops import dispatch
 from moss_jax.ops.attention import IMPLEMENTATIONS, Arguments, KeyRange, Unsupported, api, attention, choose
 
 
@@ -55,7 +56,7 @@ def test_the_order_names_implementations_that_are_there():
 
 
 def test_logs_the_choice_once_with_the_reasons(caplog):
-    api._log_once.cache_clear()
+    dispatch.log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="moss_jax"):
         for _ in range(3):
             choose(abstract(ranges=True), platform="gpu")

@@ -157,8 +157,17 @@ def test_quantized_has_no_gradients():
 LENGTHS = (1, 7, 64, 101, 1616, 25_856, 500_000)
 
 
+def test_decode_for_a_prompt():
+    """More rows than fit a block; the last block is not full, and the blocks of a slot share its keys."""
+    T, S = 37, 300
+    q, k, v, _, _ = inputs(T, S, kv_heads=1, group=4)
+    start, end = key_ranges(T, S)["windows that move"]
+    with interpreted.on_gpu():
+        compare(mosaic_gpu.attend, q, k, v, None, None, start, end, "a prompt")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("T", [1, 2, 5, 16])
+@pytest.mark.parametrize("T", [1, 2, 5, 16, 40, 64])
 @pytest.mark.parametrize("S", LENGTHS)
 def test_banks_of_every_length(S, T):
     """32 query heads on 8 kv heads; ranges that differ, and don't fall on tiles."""

@@ -1,6 +1,8 @@
-"""Attention in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU): few queries over a long bank, and many queries.
+"""Attention in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU): few queries over a long bank, many queries, and
+all positions of a fused projection.
 
-B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head
+B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head,
+P positions
 """
 
 import functools
@@ -14,15 +16,19 @@ from moss_jax.ops.attention.arguments import Arguments, KeyRange, no_gradients
 from moss_jax.ops.attention.mosaic_gpu.bank import ROWS, DecodeConfig
 from moss_jax.ops.attention.mosaic_gpu.decode import decode
 from moss_jax.ops.attention.mosaic_gpu.decode_quantized import decode_quantized
+from moss_jax.ops.attention.mosaic_gpu.dense import DenseConfig, dense
+from moss_jax.ops.attention.mosaic_gpu.dense import unsupported as unsupported_by_dense
 from moss_jax.ops.attention.mosaic_gpu.staircase import StaircaseConfig, staircase
+
+# Queries that share a kv head, up to which the kernel for few queries is the faster: the other one walks the
+# keys without splitting them.
+BANK_ROWS = 4 * ROWS
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
     """Why these kernels cannot take the arguments; None if they can."""
-    if platform != "gpu":
-        return f"it needs an NVIDIA GPU, and this is {platform}"
-    if (capability := _compute_capability()) not in (None, "9.0"):
-        return f"it is written for Hopper (compute capability 9.0), and this is {capability}"
+    if reason := _unsupported_on(platform):
+        return reason
     q, k, v = arguments.q, arguments.k, arguments.v
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {q.dtype}"
@@ -32,17 +38,28 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     unit = 64 if arguments.quantized else 16
     if q.shape[-1] % unit or q.shape[-1] > 128:
         return f"head_dim {q.shape[-1]} is not a multiple of {unit} up to 128, the tensor core's tiles"
-    if arguments.quantized and not _few(arguments):
+    if arguments.quantized and _rows(arguments) > ROWS:
         return f"it takes K and V in {k.dtype} for at most {ROWS} queries a kv head, not {_rows(arguments)}"
     return None
 
 
 def attend(a: Arguments) -> Float[Array, "B T H D"]:
     """Computes the op; differentiable in q, k, v and bias if K and V are not quantised."""
-    if not _few(a):
+    group = a.q.shape[2] // a.k.shape[1]
+    if _rows(a) > BANK_ROWS or group > ROWS:
         return staircase(a, _config("staircase", StaircaseConfig(), a))
     config = _config("decode", DecodeConfig(block_kv=128 if a.quantized else 64), a)
     return _decode(config, a.scale, a.q, a.k, a.v, a.bias, *a.bounds, a.k_scale, a.v_scale)
+
+
+def unsupported_projection(qkv: Float[Array, "B P 3 H D"], platform: str) -> str | None:
+    """Why no kernel here can take a fused projection as it lies; None if one can."""
+    return _unsupported_on(platform) or unsupported_by_dense(qkv)
+
+
+def attend_projection(qkv: Float[Array, "B P 3 H D"]) -> Float[Array, "B P H D"]:
+    """Attention of every position to every position; forward only."""
+    return dense(qkv, DenseConfig())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -82,10 +99,18 @@ def _rows(a: Arguments) -> int:
     return a.q.shape[1] * a.q.shape[2] // a.k.shape[1]
 
 
-def _few(a: Arguments) -> bool:
-    return _rows(a) <= ROWS
+def _unsupported_on(platform: str) -> str | None:
+    """Why nothing here runs on this machine; None if it does."""
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, and this is {platform}"
+    if (capability := compute_capability()) not in (None, "9.0"):
+        return f"it is written for Hopper (compute capability 9.0), and this is {capability}"
+    return None
 
 
-def _compute_capability() -> str | None:
-    """Of the GPU; None on a machine without one, which may compile for one all the same."""
+def compute_capability() -> str | None:
+    """Of the GPU that the kernels are to run on, such as "9.0".
+
+    None on a machine without one, which may compile for one all the same.
+    """
     return getattr(jax.devices()[0], "compute_capability", None)

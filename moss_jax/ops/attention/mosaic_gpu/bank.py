@@ -3,7 +3,8 @@
 The vectors of all slots and heads lie in one row in memory, and tiles may start at any multiple of 8 of them:
 that is what the copy engine can do with tiles that the tensor core reads.
 
-B slot, T query tokens, R rows of queries, S keys, P splits, K kv heads, C the head's size in whole lines
+B slot, T query tokens, R rows of queries, S keys, P splits, K kv heads, C the head's size in whole lines,
+Q blocks of queries over all slots
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.ops.attention.mosaic_gpu import tiles
 from moss_jax.ops.attention.mosaic_gpu.tiles import NEVER
@@ -54,17 +55,18 @@ class Split:
     """The walk of one thread block over its split of the keys of one slot and kv head.
 
     Attributes:
+      queries: number of the block of queries, over all slots; `blocks` of them share a slot's keys.
       starts, ends: of each query's range, scalars.
       base: number of this slot's and head's first key among all vectors.
       steps: tiles to visit.
     """
 
-    def __init__(self, start_gmem, end_gmem, *, keys, heads, splits, block_kv):
-        split, head, slot = (lax.axis_index(name) for name in ("split", "head", "slot"))
-        queries = range(start_gmem.shape[1])
-        self.starts = [jnp.maximum(start_gmem[slot, t], 0) for t in queries]
-        self.ends = [jnp.minimum(end_gmem[slot, t], keys) for t in queries]
-        self.base = (slot * heads + head) * keys
+    def __init__(self, start_gmem, end_gmem, *, keys, heads, splits, blocks, block_kv):
+        split, head, self.queries = (lax.axis_index(name) for name in ("split", "head", "queries"))
+        tokens = range(start_gmem.shape[1])
+        self.starts = [jnp.maximum(start_gmem[self.queries, t], 0) for t in tokens]
+        self.ends = [jnp.minimum(end_gmem[self.queries, t], keys) for t in tokens]
+        self.base = (lax.div(self.queries, blocks) * heads + head) * keys
         self._block_kv = block_kv
         low, self._high = keys, 0
         for first, last in self.ranges:
@@ -123,26 +125,30 @@ def in_a_row(x, block: int, trailing: int = 0):
 
 
 def join(
-    out: Float[Array, "B K P R C"], top: Float[Array, "B K P R"], total: Float[Array, "B K P R"], rows: int
+    out: Float[Array, "Q K P R C"],
+    top: Float[Array, "Q K P R"],
+    total: Float[Array, "Q K P R"],
+    rows: int,
+    dtype: DTypeLike,
 ):
-    """The splits' sums, each relative to its own largest score, as one attention; [B, K, rows, C]."""
-    B, K, _, _, C = out.shape
+    """The splits' sums, each relative to its own largest score, as one attention; [Q, K, rows, C]."""
+    Q, K, _, _, C = out.shape
     return plgpu.kernel(
         _join_kernel,
-        out_type=jax.ShapeDtypeStruct((B, K, rows, C), jnp.float32),
-        grid=(rows, K, B),
-        grid_names=("row", "head", "slot"),
+        out_type=jax.ShapeDtypeStruct((Q, K, rows, C), dtype),
+        grid=(rows, K, Q),
+        grid_names=("row", "head", "queries"),
         compiler_params=tiles.COMPILER_PARAMS,
     )(out, top, total)
 
 
 def _join_kernel(out_gmem, top_gmem, total_gmem, joined_gmem):
-    row, head, slot = (lax.axis_index(name) for name in ("row", "head", "slot"))
+    row, head, queries = (lax.axis_index(name) for name in ("row", "head", "queries"))
     out = jnp.zeros(joined_gmem.shape[-1:], jnp.float32)
     top, total = jnp.float32(NEVER), jnp.float32(0)
     for first in range(0, out_gmem.shape[2], AT_ONCE):
         # All loads first, so that they are on their way together.
-        at = [(slot, head, split, row) for split in range(first, min(first + AT_ONCE, out_gmem.shape[2]))]
+        at = [(queries, head, split, row) for split in range(first, min(first + AT_ONCE, out_gmem.shape[2]))]
         outs = [out_gmem[i] for i in at]
         tops = [top_gmem[i] for i in at]
         totals = [total_gmem[i] for i in at]
@@ -154,4 +160,5 @@ def _join_kernel(out_gmem, top_gmem, total_gmem, joined_gmem):
             weight = jnp.exp2(part_top - shift)
             # A split without keys has written zeros.
             out, total = out + part * weight, total + part_total * weight
-    joined_gmem[slot, head, row] = out / jnp.where(total > 0, total, 1.0)
+    out /= jnp.where(total > 0, total, 1.0)
+    joined_gmem[queries, head, row] = out.astype(joined_gmem.dtype)

@@ -1,10 +1,11 @@
-"""Few queries over a long bank of keys: one warpgroup for each split of the keys, a second pass to join them.
+"""Few queries over a long bank of keys: a warpgroup for each split of the keys, a second pass to join them.
 
-The rows of a kv head's queries (T tokens times G heads, at most 64) share every tile of K and V that is read:
-each is a row of the tensor core's 64-row operand. What takes the time is reading K and V.
+Up to 64 rows of a kv head's queries (tokens times G heads) share every tile of K and V that is read: each is
+a row of the tensor core's 64-row operand. What takes the time is reading K and V. The tokens of a prompt are
+several such blocks; those that read the same keys run side by side, so memory is read for the first alone.
 
 B slot, T query tokens, R = T * G rows, S keys, X keys of a tile, P splits, K kv heads, G query heads per kv
-head, D head
+head, D head, Q blocks of queries over all slots
 """
 
 import functools
@@ -24,28 +25,37 @@ from moss_jax.ops.attention.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_CO
 
 @functools.partial(jax.jit, static_argnames="config")
 def decode(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
-    """Computes the op for T * G <= 64 and K and V in q's dtype; forward only.
+    """Computes the op for G <= 64 and K and V in q's dtype; forward only.
 
     Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
     """
     B, T, H, D = a.q.shape
     K, S = a.k.shape[1:3]
-    rows, X, stages = T * H // K, config.block_kv, config.stages
-    splits = config.splits(B * K, S)
-    q = a.q.reshape(B, T, K, H // K, D).swapaxes(1, 2).reshape(B, K, rows, D)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, ROWS - rows), (0, 0)))
+    G, X, stages = H // K, config.block_kv, config.stages
+    # Blocks of equal numbers of tokens; the last is filled up with queries that see nothing.
+    blocks = pl.cdiv(T, ROWS // G)
+    tokens = pl.cdiv(T, blocks)
+    rows, Q = tokens * G, B * blocks
+    splits = config.splits(Q * K, S)
+    filled = ((0, 0), (0, blocks * tokens - T))
+    q = jnp.pad(a.q, (*filled, (0, 0), (0, 0))).reshape(Q, tokens, K, G, D).swapaxes(1, 2)
+    q = jnp.pad(q.reshape(Q, K, rows, D), ((0, 0), (0, 0), (0, ROWS - rows), (0, 0)))
+    bounds = [jnp.pad(x.astype(jnp.int32), filled).reshape(Q, tokens) for x in a.bounds]
     bias = None
     if a.bias is not None:
         bias = in_a_row(jnp.broadcast_to(a.bias[:, None].astype(jnp.float32), (B, K, S)), X)
     part = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     out, top, total = plgpu.kernel(
         functools.partial(
-            _kernel, scale=LOG2E * a.scale, group=H // K, cut={"keys": S, "heads": K, "splits": splits}
+            _kernel,
+            scale=LOG2E * a.scale,
+            group=G,
+            cut={"keys": S, "heads": K, "splits": splits, "blocks": blocks},
         ),
         out_type=[
-            part((B, K, splits, pl.cdiv(rows, 8) * 8, pl.cdiv(D, LANES) * LANES)),
-            part((B, K, splits, ROWS)),
-            part((B, K, splits, ROWS)),
+            part((Q, K, splits, pl.cdiv(rows, 8) * 8, pl.cdiv(D, LANES) * LANES)),
+            part((Q, K, splits, ROWS)),
+            part((Q, K, splits, ROWS)),
         ],
         scratch_types={
             "q_smem": tiles.tile((ROWS, D), q.dtype),
@@ -63,12 +73,13 @@ def decode(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
                 plgpu.Barrier(num_barriers=stages),
             ),
         },
-        grid=(splits, K, B),
-        grid_names=("split", "head", "slot"),
+        # The first axis is that of neighbours in time.
+        grid=(Q, splits, K) if blocks > 1 else (splits, K, Q),
+        grid_names=("queries", "split", "head") if blocks > 1 else ("split", "head", "queries"),
         compiler_params=tiles.COMPILER_PARAMS,
-    )(q, in_a_row(a.k, X, 1), in_a_row(a.v, X, 1), bias, *(x.astype(jnp.int32) for x in a.bounds))
-    out = join(out, top, total, rows)[..., :D]
-    return out.reshape(B, K, T, H // K, D).swapaxes(1, 2).reshape(B, T, H, D).astype(a.q.dtype)
+    )(q, in_a_row(a.k, X, 1), in_a_row(a.v, X, 1), bias, *bounds)
+    out = join(out, top, total, rows, a.q.dtype)[..., :D]
+    return out.reshape(Q, K, tokens, G, D).swapaxes(1, 2).reshape(B, blocks * tokens, H, D)[:, :T]
 
 
 def _kernel(
@@ -91,13 +102,13 @@ def _kernel(
     group,
     cut,
 ):
-    """One split of the keys of one slot and kv head."""
-    split, head, slot = (lax.axis_index(name) for name in ("split", "head", "slot"))
+    """One split of the keys of one slot and kv head, for one block of queries."""
+    split, head, queries = (lax.axis_index(name) for name in ("split", "head", "queries"))
     (k_smem, v_smem), out_smem = shared
     q_barrier, k_barrier, v_barrier = barriers
     stages, X, D = k_smem.shape
 
-    plgpu.copy_gmem_to_smem(q_gmem.at[slot, head], q_smem, q_barrier)
+    plgpu.copy_gmem_to_smem(q_gmem.at[queries, head], q_smem, q_barrier)
     walk = Split(start_gmem, end_gmem, block_kv=X, **cut)
 
     def fetch_k(step):
@@ -172,7 +183,7 @@ def _kernel(
         smem[...] = x
     plgpu.commit_smem()
     written = pl.ds(0, out_gmem.shape[3])
-    plgpu.copy_smem_to_gmem(out_smem.at[written], out_gmem.at[slot, head, split, :, pl.ds(0, D)])
-    plgpu.copy_smem_to_gmem(stats[0], top_gmem.at[slot, head, split])
-    plgpu.copy_smem_to_gmem(stats[1], total_gmem.at[slot, head, split])
+    plgpu.copy_smem_to_gmem(out_smem.at[written], out_gmem.at[queries, head, split, :, pl.ds(0, D)])
+    plgpu.copy_smem_to_gmem(stats[0], top_gmem.at[queries, head, split])
+    plgpu.copy_smem_to_gmem(stats[1], total_gmem.at[queries, head, split])
     plgpu.wait_smem_to_gmem(0)

@@ -44,14 +44,14 @@ def decode_quantized(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H 
     # float16 holds every number of either 8 bits; the scale goes into q, so that it holds that too.
     q = (a.q.astype(jnp.float32) * a.scale).astype(jnp.float16)
     q = q.reshape(B, T, K, H // K, D).swapaxes(1, 2).reshape(B, K, rows, D)
-    q = _shuffle(jnp.pad(q, ((0, 0), (0, 0), (0, N - rows), (0, 0))))
+    q = shuffle(jnp.pad(q, ((0, 0), (0, 0), (0, N - rows), (0, 0))))
     vectors = [in_a_row(x.astype(jnp.float32), X) for x in (a.k_scale, a.v_scale)]
     bias = None
     if a.bias is not None:
         bias = in_a_row(jnp.broadcast_to(a.bias[:, None].astype(jnp.float32), (B, K, S)), X)
     part = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     out, top, total = plgpu.kernel(
-        functools.partial(_kernel, group=H // K, cut={"keys": S, "heads": K, "splits": splits}),
+        functools.partial(_kernel, group=H // K, cut={"keys": S, "heads": K, "splits": splits, "blocks": 1}),
         out_type=[part((B, K, splits, D, N)), part((B, K, splits, N)), part((B, K, splits, N))],
         scratch_types={
             "q_smem": tiles.tile((N, D), q.dtype),
@@ -69,7 +69,7 @@ def decode_quantized(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H 
             ),
         },
         grid=(splits, K, B),
-        grid_names=("split", "head", "slot"),
+        grid_names=("split", "head", "queries"),
         compiler_params=dataclasses.replace(
             tiles.COMPILER_PARAMS,
             # Pallas would put two around every store and one before every copy; `_kernel` says why its own
@@ -81,7 +81,7 @@ def decode_quantized(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H 
     )(q, in_a_row(a.k, X, 1), in_a_row(a.v, X, 1), *vectors, bias, *(x.astype(jnp.int32) for x in a.bounds))
     # The second pass reads whole lines.
     out = jnp.pad(out.swapaxes(-1, -2), (*[(0, 0)] * 4, (0, -D % LANES)))
-    out = _shuffle(join(out, top, total, rows)[..., :D])
+    out = shuffle(join(out, top, total, rows, jnp.float32)[..., :D])
     return out.reshape(B, K, T, H // K, D).swapaxes(1, 2).reshape(B, T, H, D).astype(a.q.dtype)
 
 
@@ -116,7 +116,7 @@ def _kernel(
     the second, everyone has read the tile of V and written those two. After it, V's slot is filled again, and
     the product reads them. No thread reads either of them but through the tensor core.
     """
-    split, head, slot = (lax.axis_index(name) for name in ("split", "head", "slot"))
+    split, head, slot = (lax.axis_index(name) for name in ("split", "head", "queries"))
     q_barrier, k_barrier, v_barrier = barriers
     stages, X, D = k_smem.shape
     N = q_smem.shape[0]
@@ -275,6 +275,9 @@ def _halves_of_int8(register):
     return [mgpu.utils.bitcast(pair, ir.VectorType.get((2,), ir.F16Type.get())) for pair in pairs]
 
 
-def _shuffle(x):
-    """The columns in the order of `widen`: in each block of 16, bits 1 and 3 of the index change places."""
+def shuffle(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """The columns in the order in which threads that load a tile as NARROW have them as MATRIX.
+
+    In each block of 16, bits 1 and 3 of the index change places; so done twice, it changes nothing.
+    """
     return x.reshape(*x.shape[:-1], -1, 2, 2, 2, 2).swapaxes(-4, -2).reshape(x.shape)

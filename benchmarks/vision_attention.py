@@ -1,0 +1,99 @@
+"""Times the vision encoder's attention: our kernel in several configurations, and cuDNN behind its slices.
+
+    python benchmarks/vision_attention.py --out benchmarks/results/vision_attention_h200.json
+
+Every configuration is tried with one number of frames, the fastest of them with the others too. A program is
+several calls on projections of their own, so that starting it doesn't tell. TFLOP/s count the products of
+1608 positions and 80 columns, without what a kernel computes beyond them. A line starts with what is being
+tried, so that one which never ends is known by its name.
+"""
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+from attention import first_line, say, timed
+from report import add_out, device, publish
+
+from moss_jax.ops.attention import attention
+from moss_jax.ops.attention.mosaic_gpu.dense import DenseConfig, dense
+
+POSITIONS, HEADS, HEAD_DIM = 1608, 16, 80
+FRAMES_A_PROGRAM = 32
+TRIED_WITH, OTHERS = 8, (1, 16)
+FASTEST = 3
+
+CONFIGS = [
+    {},
+    {"stages": 2},
+    {"turns": False},
+    {"overlap": False},
+    {"wide_values": False},
+    {"wide_keys": False, "wide_values": False},
+    {"blocks": 2**20},
+    {"warpgroups": 3, "block_kv": 64, "stages": 4},
+    {"warpgroups": 3, "block_kv": 96, "wide_values": False},
+    {"warpgroups": 3, "block_kv": 96, "wide_values": False, "turns": False},
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="samples of each time")
+    add_out(parser)
+    args = parser.parse_args()
+
+    say(device())
+    ours = {str(changes): functools.partial(dense, config=DenseConfig(**changes)) for changes in CONFIGS}
+    rows = compare(TRIED_WITH, {"cudnn": cudnn} | ours, args.repeats)
+    working = sorted((row for row in rows if "us" in row), key=lambda row: row["us"])
+    best = [row["implementation"] for row in working if row["implementation"] in ours][:FASTEST]
+    for frames in OTHERS:
+        rows += compare(frames, {"cudnn": cudnn} | {name: ours[name] for name in best}, args.repeats)
+    publish("vision_attention.py", args, {"rows": rows})
+
+
+def cudnn(qkv):
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), implementation="cudnn")
+
+
+def compare(frames: int, attends: dict, repeats: int) -> list[dict]:
+    """A row for each implementation."""
+    calls = max(FRAMES_A_PROGRAM // frames, 1)
+    shape = (frames, POSITIONS, 3, HEADS, HEAD_DIM)
+    qkvs = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(calls)]
+    expected = exact(qkvs[0][-1])
+    rows = []
+    for name, attend in attends.items():
+        print(f"{frames:>2} frames  {name:<70}", end=" ", flush=True)
+        row = {"frames": frames, "implementation": name}
+        try:
+            program = jax.jit(lambda qkvs, attend=attend: [attend(qkv) for qkv in qkvs])
+            off = program(qkvs)[0][-1].astype(jnp.float32) - expected
+            row["error"] = float(jnp.linalg.norm(off) / jnp.linalg.norm(expected))
+            row |= timed(program, (qkvs,), calls, repeats)
+            row["tflop_s"] = 4 * frames * HEADS * POSITIONS**2 * HEAD_DIM / row["us"] / 1e6
+            text = f"{row['us']:>7.1f} us ({row['us_min']:.1f} to {row['us_max']:.1f})"
+            say(f"{text}  {row['tflop_s']:>4.0f} TFLOP/s  off by {row['error']:.1e}")
+        except Exception as error:
+            row["failed"] = first_line(error)
+            say(f"failed: {row['failed']}")
+        rows.append(row)
+    return rows
+
+
+@jax.jit
+def exact(qkv):
+    """Of one frame, in float32."""
+    q, k, v = jnp.moveaxis(qkv.astype(jnp.float32), 1, 0)
+    with jax.default_matmul_precision("highest"):
+        weights = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", q, k) * HEAD_DIM**-0.5)
+        return jnp.einsum("hqk,khd->qhd", weights, v)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""Every position to every position, straight from the fused projection: the vision encoder's attention.
+
+The shape of FlashAttention 3 (Shah et al., arXiv 2407.08608). A thread block takes blocks of queries of one
+head one after another. One warpgroup fetches, and runs ahead into the next block; the others compute, each on
+64 queries. While a tile's scores go through the softmax, the tensor core multiplies the weights of the tile
+before with its values, and the other warpgroups' tiles. The warpgroups take turns in giving it work.
+
+The last tile of keys and the last block of queries are moved back to end with the positions: the keys that
+the tile shares with its neighbour are masked, and queries that two blocks share are written twice, alike. The
+moved tile comes first, so that only the start of the walk has a mask.
+
+Lines of 80 numbers don't fill the 128 bytes that copies and tensor core like best. A head of 80 columns can
+lie in shared memory as 64 columns in lines of 128 bytes beside 16 in lines of 32, instead of 80 in lines of
+32: the copy engine then moves 2 pieces a vector, not 5.
+
+B batch, P positions, H heads, D head, W warpgroups that compute, X keys of a tile
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from moss_jax.ops.attention.mosaic_gpu import tiles
+from moss_jax.ops.attention.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_ROW
+
+ROWS = 64  # Queries of a warpgroup: the rows of the tensor core's tiles.
+SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.
+UNIT = 8  # Positions come in multiples of this, the rows of a piece that the copy engine moves.
+
+# Registers of a thread that computes, and of one that fetches, by the number of warpgroups that compute. All
+# together they are those that the thread block is started with; with more, it would wait for them for ever.
+REGISTERS = {2: (232, 40), 3: (160, 32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseConfig:
+    """How a call is cut.
+
+    Attributes:
+      warpgroups: that compute in a thread block, 2 or 3.
+      block_kv: keys of a tile; a multiple of 64, or of 16 if values of 80 columns are not wide.
+      stages: tiles of K and of V that are on their way at once, as far as shared memory has room: for 4 of 128
+        keys with heads of up to 80 columns, for 2 with 128.
+      overlap: the softmax of a tile runs beside the second product of the tile before.
+      turns: the warpgroups give the tensor core work in a fixed order.
+      wide_keys, wide_values: columns lie in lines of 128 bytes as far as they fill them.
+      blocks: thread blocks at most; each takes several blocks of queries one after another.
+    """
+
+    warpgroups: int = 2
+    block_kv: int = 128
+    stages: int = 4
+    overlap: bool = True
+    turns: bool = True
+    wide_keys: bool = True
+    wide_values: bool = True
+    blocks: int = 132
+
+    def __post_init__(self):
+        if self.warpgroups not in REGISTERS:
+            raise ValueError(f"warpgroups is {' or '.join(map(str, REGISTERS))}, not {self.warpgroups}")
+        unit = 64 if self.wide_values else 16
+        if self.block_kv % unit or not unit <= self.block_kv <= 256:
+            raise ValueError(f"block_kv is a multiple of {unit} up to 256, not {self.block_kv}")
+        if self.stages < 2 or self.blocks < 1:
+            raise ValueError(f"there are 2 stages and 1 block at least, not {self.stages} and {self.blocks}")
+
+    def fitted(self, positions: int, head_dim: int) -> "DenseConfig":
+        """No more queries and keys at once than there are, and no more stages than there is room for."""
+        unit = 64 if self.wide_values else 16
+        warpgroups = min(self.warpgroups, positions // ROWS)
+        block_kv = min(self.block_kv, positions // unit * unit)
+        vector = 2 * head_dim  # Bytes.
+        stages = (SHARED_BYTES - 2 * warpgroups * ROWS * vector) // (2 * block_kv * vector)
+        return dataclasses.replace(
+            self, warpgroups=warpgroups, block_kv=block_kv, stages=min(self.stages, max(2, stages))
+        )
+
+
+def unsupported(qkv: Float[Array, "B P 3 H D"]) -> str | None:
+    """Why this kernel cannot take the projection, on a GPU that has what it needs; None if it can."""
+    positions, head_dim = qkv.shape[1], qkv.shape[-1]
+    least = min(REGISTERS) * ROWS
+    if qkv.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and float16, not {qkv.dtype}"
+    if head_dim not in (64, 80, 128):
+        return f"it takes head_dim 64, 80 and 128, not {head_dim}"
+    if positions < least or positions % UNIT:
+        return f"it takes {least} positions or more, in multiples of {UNIT}, not {positions}"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def dense(qkv: Float[Array, "B P 3 H D"], config: DenseConfig) -> Float[Array, "B P H D"]:
+    """Computes the op; forward only."""
+    B, P, _, H, D = qkv.shape
+    config = config.fitted(P, D)
+    W, X, stages = config.warpgroups, config.block_kv, config.stages
+    blocks = min(B * H * pl.cdiv(P, W * ROWS), config.blocks)
+    k_parts, v_parts = _parts(D, config.wide_keys), _parts(D, config.wide_values)
+
+    def barrier(arrivals, count):
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+    return plgpu.kernel(
+        functools.partial(_kernel, config=config, stride=blocks, scale=D**-0.5 * LOG2E),
+        out_type=jax.ShapeDtypeStruct((B, P, H, D), qkv.dtype),
+        scratch_types={
+            "q_smem": [_room((W, ROWS), part, D, qkv.dtype) for part in k_parts],
+            "k_smem": [_room((stages, X), part, D, qkv.dtype) for part in k_parts],
+            "v_smem": [_room((stages, X), part, D, qkv.dtype) for part in v_parts],
+            "out_smem": tiles.tile((W, ROWS, D), qkv.dtype),
+            # One arrival a copy, or a warpgroup.
+            "q_ready": barrier(len(k_parts), W),
+            "k_ready": barrier(len(k_parts), stages),
+            "v_ready": barrier(len(v_parts), stages),
+            "q_free": barrier(1, W),
+            "k_free": barrier(W, stages),
+            "v_free": barrier(W, stages),
+            "turn": barrier(1, W),
+        },
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=W + 1,
+        thread_name="warpgroup",
+        # `_kernel` says why its own barriers are enough.
+        compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
+    )(qkv)
+
+
+def _parts(head_dim: int, wide: bool) -> list[tuple[int, int]]:
+    """(first column, columns) of the pieces in which vectors lie in shared memory."""
+    narrow = head_dim % 64
+    if not (wide and narrow):
+        return [(0, head_dim)]
+    return [(0, head_dim - narrow), (head_dim - narrow, narrow)]
+
+
+def _room(shape, part, head_dim, dtype):
+    """Shared memory for `shape` = (slots, vectors) of a part's columns.
+
+    A part of a vector must be one line, and lies there by rows: the copy engine cannot cut a head into lines
+    of 64 that has 80 columns. `_lines` is how it sees that memory, `_tile` how the tensor core does.
+    """
+    slots, vectors = shape
+    width = part[1]
+    if width == head_dim:
+        return tiles.tile((slots, vectors, width), dtype)
+    swizzle = plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize)
+    return plgpu.SMEM((slots, vectors // 8, 1, 8, width), dtype, transforms=(swizzle,))
+
+
+def _lines(room):
+    """A slot of `_room` as [vectors, columns] for the copy engine."""
+    return room.reshape(room.shape[0] * 8, room.shape[-1]) if len(room.shape) == 4 else room
+
+
+def _tile(room):
+    """A slot of `_room` as [vectors, columns] for the tensor core."""
+    if len(room.shape) == 2:
+        return room
+    tiling = plgpu.TilingTransform((8, room.shape[-1]))
+    return dataclasses.replace(room, transforms=(*room.transforms, tiling.undo(None)))
+
+
+def _kernel(
+    qkv_gmem,
+    out_gmem,
+    *,
+    q_smem,
+    k_smem,
+    v_smem,
+    out_smem,
+    q_ready,
+    k_ready,
+    v_ready,
+    q_free,
+    k_free,
+    v_free,
+    turn,
+    config,
+    stride,
+    scale,
+):
+    """Blocks of queries `block`, `block + stride`, and so on.
+
+    No automatic barriers: tiles of Q, K and V are written by copies alone, after every thread that computes
+    has arrived at the barrier that says they are free, and read by products alone. Only `out_smem` is written
+    by threads: after the wait for the last copy out of it, which is a barrier of the warpgroup, and before
+    `commit_smem`, which is another, and the next copy.
+
+    A turn goes round: to be passed on to a warpgroup a second time, it must have been awaited by all of its
+    threads the first time. Its holder waits for a tile of V at most, and that tile's room was freed before
+    anybody had the turn before: with 2 stages or more, nobody waits for one who waits for his turn.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    B, P, _, H, _ = qkv_gmem.shape
+    W, X, stages = config.warpgroups, config.block_kv, config.stages
+    # Blocks of queries lie next to one another, so that those of a head find its keys in L2.
+    blocks, steps = pl.cdiv(P, W * ROWS), pl.cdiv(P, X)
+    first = lax.axis_index("block")
+    rounds = pl.cdiv(B * H * blocks - first, stride)
+
+    def place(number):
+        """Batch row, head, and the first query of a block."""
+        number = first + number * stride
+        pair, block = lax.div(number, blocks), lax.rem(number, blocks)
+        at = pl.multiple_of(jnp.minimum(block * (W * ROWS), P - W * ROWS), UNIT)
+        return lax.div(pair, H), lax.rem(pair, H), at
+
+    def fetch(which, batch, head, at, rooms, barrier):
+        """Copies the vectors from `at` on of q (0), k (1) or v (2)."""
+        column = 0
+        for room in map(_lines, rooms):
+            vectors, width = room.shape
+            source = qkv_gmem.at[batch, pl.ds(at, vectors), which, head, pl.ds(column, width)]
+            plgpu.copy_gmem_to_smem(source, room, barrier)
+            column += width
+
+    @pl.when(warpgroup == W)
+    def _():
+        plgpu.set_max_registers(REGISTERS[W][1], action="decrease")
+
+        def walk(number, _):
+            batch, head, at = place(number)
+
+            def queries(i):
+                pl.when(number > 0)(lambda: plgpu.barrier_wait(q_free.at[i]))
+                fetch(0, batch, head, at + i * ROWS, [room.at[i] for room in q_smem], q_ready.at[i])
+
+            def step(i, _):
+                every = number * steps + i
+                slot = lax.rem(every, stages)
+                # The last tile is the first to be visited.
+                keys = pl.multiple_of(jnp.where(i == 0, P - X, (i - 1) * X), UNIT)
+                for which, rooms, ready, free in ((1, k_smem, k_ready, k_free), (2, v_smem, v_ready, v_free)):
+                    pl.when(every >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                    fetch(which, batch, head, keys, [room.at[slot] for room in rooms], ready.at[slot])
+
+            for i in range(W):
+                queries(i)
+            lax.fori_loop(0, steps, step, None)
+
+        lax.fori_loop(0, rounds, walk, None)
+
+    @pl.when(warpgroup < W)
+    def _():
+        plgpu.set_max_registers(REGISTERS[W][0], action="increase")
+        if config.turns:
+            pl.when(warpgroup == W - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+        q = [_tile(room.at[warpgroup]) for room in q_smem]
+
+        def keys(slot):
+            return [_tile(room.at[slot]).transpose((1, 0)) for room in k_smem]
+
+        def values(slot):
+            return [_tile(room.at[slot]) for room in v_smem]
+
+        def begin_turn():
+            if config.turns:
+                plgpu.barrier_wait(turn.at[warpgroup])
+
+        def end_turn():
+            if config.turns:
+                plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, W)])
+
+        def softmax(scores, top):
+            """The weights, the new maximum, how much less the old weights count, and the sum of the new."""
+            new_top = jnp.maximum(top, scores.max(axis=1) * scale)
+            weights = jnp.exp2(scores * scale - tiles.along_rows(new_top, scores.shape))
+            return weights, new_top, jnp.exp2(top - new_top), weights.sum(axis=1)
+
+        def block(number, _):
+            batch, head, at = place(number)
+            start = number * steps
+
+            # The moved tile: the keys before the last whole number of tiles are not its own.
+            slot = lax.rem(start, stages)
+            plgpu.barrier_wait(q_ready.at[warpgroup])
+            plgpu.barrier_wait(k_ready.at[slot])
+            begin_turn()
+            scores = product(q, keys(slot), end_turn)
+            plgpu.barrier_arrive(k_free.at[slot])
+            if others := steps * X - P:
+                scores = jnp.where(tiles.index(scores.shape, 1) >= others, scores, NEVER)
+            weights, top, _, total = softmax(scores, tiles.full((ROWS,), NEVER, PER_ROW))
+            out = tuple(tiles.full((ROWS, tile.shape[1]), 0, MATRIX) for tile in values(slot))
+
+            def await_keys(step):
+                slot = lax.rem(start + step, stages)
+                pl.when(step < steps)(lambda: plgpu.barrier_wait(k_ready.at[slot]))
+
+            def visit(step, carry):
+                """Scores of a tile, and the products with the values of the one before."""
+                out, narrow, top, total = carry
+                slot, before = lax.rem(start + step, stages), lax.rem(start + step - 1, stages)
+                begin_turn()
+
+                def between():
+                    plgpu.barrier_wait(v_ready.at[before])
+
+                def take(scores):
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    found = lax.optimization_barrier(softmax(scores, top))
+                    # A branch, or the compiler would put the wait for the second product before the softmax.
+                    await_keys(step + 1)
+                    return found
+
+                out, (weights, top, decay, summed) = products(
+                    (q, keys(slot)), (out, narrow, values(before)), between, end_turn, take, config.overlap
+                )
+                plgpu.barrier_arrive(v_free.at[before])
+                out = tuple(x * tiles.along_rows(decay, x.shape) for x in out)
+                return out, weights.astype(out_gmem.dtype), top, total * decay + summed
+
+            await_keys(1)
+            carry = out, weights.astype(out_gmem.dtype), top, total
+            out, narrow, _, total = lax.fori_loop(1, steps, visit, carry)
+            plgpu.barrier_arrive(q_free.at[warpgroup])
+
+            slot = lax.rem(start + steps - 1, stages)
+            plgpu.barrier_wait(v_ready.at[slot])
+            out = add_products(out, narrow, values(slot))
+            plgpu.barrier_arrive(v_free.at[slot])
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            share = 1 / total
+            column = 0
+            for x in out:
+                mine = out_smem.at[warpgroup, :, pl.ds(column, x.shape[1])]
+                mine[...] = (x * tiles.along_rows(share, x.shape)).astype(out_smem.dtype)
+                column += x.shape[1]
+            plgpu.commit_smem()
+            rows = pl.ds(pl.multiple_of(at + warpgroup * ROWS, UNIT), ROWS)
+            plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[batch, rows, head])
+
+        lax.fori_loop(0, rounds, block, None)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def product(a, b, meanwhile):
+    """The sum of the parts' products a @ b; `meanwhile` is done when the tensor core has them."""
+
+    def multiply(acc):
+        for x, y in zip(a, b, strict=True):
+            plgpu.wgmma(acc, x, y)
+        meanwhile()
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
+
+
+def add_products(totals, a, b):
+    """total + a @ b for each total and b."""
+
+    def multiply(accs):
+        for acc, y in zip(accs, b, strict=True):
+            plgpu.wgmma(acc, a, y)
+
+    return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, totals)))
+
+
+def products(first, second, between, meanwhile, take, overlap):
+    """`product(*first)` through `take`, beside `add_products(*second)`.
+
+    `between` is done after the first has been given to the tensor core, `meanwhile` after both have. With
+    `overlap`, `take` doesn't wait for the second.
+    """
+    (a, b), (totals, c, d) = first, second
+    shape = a[0].shape[0], b[0].shape[1]
+
+    def multiply(refs):
+        acc, accs, taken = refs
+        for x, y in zip(a, b, strict=True):
+            plgpu.wgmma(acc, x, y)
+        between()
+        for total, y in zip(accs, d, strict=True):
+            plgpu.wgmma(total, c, y)
+        meanwhile()
+        scores = plgpu.wgmma_accumulator_load(acc, wait_n=len(d) if overlap else 0)
+        for ref, x in zip(taken, take(scores), strict=True):
+            ref[...] = x
+
+    rows = tiles.full(shape[:1], 0, PER_ROW)
+    nothing = tiles.full(shape, 0, MATRIX)
+    initial = plgpu.ACC.init(nothing), tuple(map(plgpu.ACC.init, totals)), (nothing, rows, rows, rows)
+    _, totals, taken = pl.run_state(multiply)(initial)
+    return totals, taken
