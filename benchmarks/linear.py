@@ -1,0 +1,180 @@
+"""Times linear maps of few rows: weights in 8 bits and in bfloat16, our kernels and XLA's.
+
+    python benchmarks/linear.py --out benchmarks/results/linear_h200.json
+    python benchmarks/linear.py --quick --budget 80
+
+A program makes several calls; each has weights of its own, so that no cache holds them, and its inputs are
+made of the outputs of the one before. Rates are shares of a copy measured first, and count the bytes of the
+weights alone. Errors are ||out - exact|| / ||exact|| against float64, over some of the outputs.
+"""
+
+import argparse
+import functools
+import itertools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attention import first_line, line, measure_ceilings, say, timed
+from report import add_out, device, publish
+
+from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, dense, linear
+from moss_jax.ops.linear.arguments import QUANTIZED
+from moss_jax.ops.linear.mosaic_gpu import LinearConfig, default_config, few_rows
+
+# (K, N) of the 11B's decoder: the MLP's first, its last, queries with keys and values, output, logits.
+SHAPES = ((4096, 28672), (14336, 4096), (4096, 6144), (4096, 4096), (4096, 128256))
+ROWS = (1, 8, 64)
+BYTES = 3e8  # Weights of a program, so that starting it doesn't tell.
+MAX_CALLS = 16
+CHECKED = 256  # Outputs.
+SHARED_BYTES = 227 * 1024  # Of a Hopper multiprocessor.
+
+# What is changed in the default configuration.
+CONFIGS = (
+    {},
+    {"part": 512, "blocks": 396},
+    {"stages": 4, "blocks": 528},
+    {"stages": 10},
+    {"part": 512},
+    {"part": 512, "stages": 4, "blocks": 528},
+    {"part": 2048, "stages": 6},
+    {"part": 4096, "stages": 4},
+    {"block_k": 256, "stages": 4},
+    {"block_k": 256, "stages": 2, "blocks": 528},
+    {"stages": 16, "blocks": 132},
+)
+QUICK_SHAPES, QUICK_ROWS, QUICK_CONFIGS = 3, 1, 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stored", default="int8,float8_e4m3fn,bfloat16", help="dtypes, comma-separated")
+    parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing is begun")
+    parser.add_argument("--quick", action="store_true", help="one row, the first shapes and configurations")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try this script out on a CPU")
+    add_out(parser)
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.budget
+
+    shapes, rows, configs = SHAPES, ROWS, CONFIGS
+    if args.quick:
+        shapes, rows, configs = shapes[:QUICK_SHAPES], rows[:QUICK_ROWS], configs[:QUICK_CONFIGS]
+    if args.tiny:
+        shapes = [(128, 192)]
+    ceilings = measure_ceilings(args.tiny)
+    say(f"copy {ceilings['copy_tb_s']:.3g} TB/s; {device()}")
+    results = []
+    for shape, stored in itertools.product(shapes, args.stored.split(",")):
+        if time.monotonic() < deadline:
+            results += compare(*shape, stored, rows, configs, args.repeats, ceilings["copy_tb_s"], deadline)
+    if time.monotonic() > deadline:
+        say("time is up: the rest was left out")
+    flags = {name: "" if value is True else value for name, value in vars(args).items()}
+    given = {name: x for name, x in flags.items() if name == "out" or x not in (None, False, math.inf)}
+    publish("linear.py", argparse.Namespace(**given), {"ceilings": ceilings, "rows": results})
+
+
+def compare(K, N, stored, rows, configs, repeats, copy, deadline) -> list[dict]:
+    """A row for each way to compute M rows for which there is time."""
+    x, kernel, scale, exact = make_inputs(K, N, stored)
+    calls = min(max(math.ceil(BYTES / kernel.nbytes), 1), MAX_CALLS)
+    kernels = [jnp.array(kernel, copy=True) for _ in range(calls)]
+    results = []
+    for M in rows:
+        for name, apply in contenders(M, K, N, stored, configs):
+            if time.monotonic() > deadline:
+                return results
+            row = {"case": f"{M} x {K} x {N} {stored}", "implementation": name}
+            try:
+                program, inputs = jax.jit(functools.partial(chain, apply)), (x[:M], kernels, scale)
+                out = np.asarray(program(*inputs)[0], np.float64)[:, checked(N)]
+                row["error"] = [float(np.linalg.norm(out - exact[:M]) / np.linalg.norm(exact[:M]))]
+                row |= timed(program, inputs, calls, repeats)
+                row["tb_s"] = kernel.nbytes / row["us"] / 1e6
+                row["share"] = row["tb_s"] / copy
+            except Exception as error:
+                row["failed"] = first_line(error)
+            results.append(row)
+            say(line(row))
+    return results
+
+
+def make_inputs(K: int, N: int, stored: str):
+    """64 rows, the weights with their scales, and some of the exact outputs, of which x is the size."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((max(ROWS), K), np.float32), jnp.bfloat16)
+    integers = rng.integers(-127, 128, (N, K), np.int8)
+    scale = np.full(N, 1 / (73 * math.sqrt(K)), np.float32)  # 73 is the integers' standard deviation.
+    kernel = jnp.asarray(integers).astype(stored) if stored in QUANTIZED else None
+    if kernel is None:
+        kernel = (jnp.asarray(integers).T * scale).astype(stored)
+    some = np.float64((kernel if stored in QUANTIZED else kernel.T)[checked(N)].astype(jnp.float32))
+    exact = np.float64(x) @ some.T
+    return x, kernel, jnp.asarray(scale), exact * scale[checked(N)] if stored in QUANTIZED else exact
+
+
+def checked(N: int) -> np.ndarray:
+    """The outputs that are looked at, the first and the last among them."""
+    return np.linspace(0, N - 1, min(N, CHECKED)).astype(int)
+
+
+def chain(apply, x, kernels, scale):
+    """A call for each kernel; all outputs are returned, so that each is computed as a whole."""
+    step, outputs = jax.jit(apply), []
+    for kernel in kernels:
+        outputs.append(step(x, kernel, scale))
+        repeats = math.ceil(x.shape[1] / outputs[-1].shape[1])
+        x = jnp.tile(outputs[-1], (1, repeats))[:, : x.shape[1]]
+    return outputs
+
+
+def contenders(M: int, K: int, N: int, stored: str, configs):
+    """(name, function of x, kernel and scale) of each way to compute; ours first."""
+
+    def arguments(x, kernel, scale):
+        return Arguments(x, kernel, scale if stored in QUANTIZED else None, out_dtype=x.dtype)
+
+    def ours(x, kernel, scale, *, config):
+        return few_rows(arguments(x, kernel, scale), config)
+
+    def xla(x, kernel, scale, *, quantize_inputs=False):
+        if stored in QUANTIZED:
+            return linear(x, kernel, scale, quantize_inputs=quantize_inputs, implementation="xla")
+        return dense(x, kernel, implementation="xla")
+
+    def summed(x, kernel, scale):
+        """As a sum over the inputs, which XLA does without the tensor core."""
+        products = x.astype(jnp.float32) * kernel.astype(jnp.float32)
+        return (products.sum(axis=1) * scale)[None].astype(x.dtype)
+
+    shape = (N, K) if stored in QUANTIZED else (K, N)
+    abstract = [((M, K), jnp.bfloat16), (shape, stored), ((N,), jnp.float32)]
+    call = arguments(*(jax.ShapeDtypeStruct(*x) for x in abstract))
+    if IMPLEMENTATIONS["mosaic_gpu"].unsupported(call, jax.default_backend()) is None:
+        for changes in configs:
+            config = LinearConfig(**vars(default_config(call)) | changes)
+            if shared_bytes(call, config) <= SHARED_BYTES:
+                named = ", ".join(f"{name} {size}" for name, size in changes.items())
+                yield named or "mosaic_gpu", functools.partial(ours, config=config)
+    yield "xla", xla
+    if M == 1 and stored in QUANTIZED:
+        yield "xla, summed", summed
+    if stored == "float8_e4m3fn":
+        yield "xla, inputs in 8 bits too", functools.partial(xla, quantize_inputs=True)
+
+
+def shared_bytes(a: Arguments, config: LinearConfig) -> int:
+    """Of one thread block, without its barriers."""
+    rows, inputs = a.x.shape
+    ring = config.stages * config.block_k * 64 * a.kernel.dtype.itemsize
+    return ring + 2 * math.ceil(rows / 8) * 8 * inputs // config.splits(inputs) + 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The linear map: its contract, and the choice among its implementations.
+
+M rows, K inputs, N outputs
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int8
+
+from moss_jax.ops import dispatch
+from moss_jax.ops.linear import mosaic_gpu, reference, xla
+from moss_jax.ops.linear.arguments import Arguments
+
+# Each is a module with `unsupported(arguments, platform) -> reason or None` and `apply(arguments)`.
+IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
+
+# The first that supports the arguments is taken.
+ORDER = {"gpu": ("mosaic_gpu", "xla")}
+
+LARGEST = 448.0  # Of float8_e4m3fn.
+
+
+def linear(
+    x: Float[Array, "... K"],
+    kernel: Int8[Array, "N K"] | Float8e4m3fn[Array, "N K"],
+    scale: Float32[Array, " N"],
+    *,
+    out_dtype=None,
+    quantize_inputs: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "... N"]:
+    """A linear map with weights in 8 bits and a scale per output; accumulates in float32.
+
+    It has gradients in x, but not with `mosaic_gpu`.
+
+    Args:
+      x: the inputs.
+      kernel: the weights.
+      scale: what each output is multiplied with.
+      out_dtype: of the outputs; that of x if None.
+      quantize_inputs: whether x is rounded to float8_e4m3fn too, with a scale per row, so that the product
+        runs in 8 bits; with a kernel in float8_e4m3fn only.
+      implementation: a name in `IMPLEMENTATIONS`; None takes the first of the platform's order that can.
+
+    Returns:
+      [..., N]: `scale[n] * sum_k x[..., k] * kernel[n, k]`.
+
+    Raises:
+      ValueError: shapes or dtypes that don't fit together.
+      Unsupported: the named implementation cannot take these arguments.
+    """
+    if quantize_inputs and kernel.dtype != jnp.float8_e4m3fn:
+        raise ValueError(f"quantize_inputs needs a kernel in float8_e4m3fn, not {kernel.dtype}")
+    rows, x_scale = x.reshape(-1, x.shape[-1]), None
+    if quantize_inputs:
+        rows, x_scale = _round(rows)
+    a = Arguments(rows, kernel, scale, x_scale, out_dtype=jnp.dtype(out_dtype or x.dtype))
+    return _apply(a, implementation).reshape(*x.shape[:-1], a.outputs)
+
+
+def dense(
+    x: Float[Array, "... K"],
+    kernel: Float[Array, "K N"],
+    *,
+    out_dtype=None,
+    implementation: str | None = None,
+) -> Float[Array, "... N"]:
+    """`x @ kernel`, accumulated in float32; with `mosaic_gpu` it has no gradients.
+
+    Args:
+      x: the inputs.
+      kernel: the weights.
+      out_dtype: of the outputs; that of x if None.
+      implementation: a name in `IMPLEMENTATIONS`; None takes the first of the platform's order that can.
+
+    Raises:
+      ValueError: shapes or dtypes that don't fit together.
+      Unsupported: the named implementation cannot take these arguments.
+    """
+    a = Arguments(x.reshape(-1, x.shape[-1]), kernel, out_dtype=jnp.dtype(out_dtype or x.dtype))
+    return _apply(a, implementation).reshape(*x.shape[:-1], a.outputs)
+
+
+def choose(arguments: Arguments, implementation: str | None = None, platform: str | None = None) -> str:
+    """Name of the implementation that takes a call; the choice and its reasons are logged once each.
+
+    Raises:
+      Unsupported: the named implementation does not exist or cannot take the arguments.
+    """
+    platform = platform or jax.default_backend()
+    order = ORDER.get(platform, ("xla",))
+    return dispatch.choose(
+        "linear", IMPLEMENTATIONS, order, arguments, named=implementation, platform=platform
+    )
+
+
+def _apply(a: Arguments, implementation: str | None) -> Float[Array, "M N"]:
+    return IMPLEMENTATIONS[choose(a, implementation)].apply(a)
+
+
+def _round(x: Float[Array, "M K"]) -> tuple[Float8e4m3fn[Array, "M K"], Float32[Array, " M"]]:
+    """The rows in float8_e4m3fn, the largest number of each being the largest that it has; their scales."""
+    x = x.astype(jnp.float32)
+    largest = jnp.abs(x).max(axis=-1)
+    scale = jnp.where(largest > 0, largest / LARGEST, 1.0)
+    return (x / scale[:, None]).astype(jnp.float8_e4m3fn), scale

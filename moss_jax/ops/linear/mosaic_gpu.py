@@ -1,0 +1,258 @@
+"""The linear map of few rows in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
+
+What takes the time is reading the weights, once. Each thread block walks over some tiles of outputs along one
+part of the inputs, with copies of the next tiles on their way; XLA adds up the parts.
+
+The operands are swapped, as in attention's `decode_quantized`: weights are the 64 rows that the tensor core
+takes, and x the columns, of which it takes as few as 8. Weights in 8 bits go from shared memory through
+registers straight into the tensor core; others it reads from shared memory, transposed.
+
+Everything is multiplied in bfloat16, which holds every number of either 8 bits. So x needs no scale, and
+nothing has to look at all of it before the kernel starts.
+
+M rows, C = M rounded up to a multiple of 8, K inputs, X inputs of a tile, N outputs, R outputs of a tile
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+from jaxtyping import Array, Float
+
+from moss_jax.ops.attention.mosaic_gpu import compute_capability, tiles
+from moss_jax.ops.attention.mosaic_gpu.decode_quantized import NARROW, shuffle
+from moss_jax.ops.attention.mosaic_gpu.tiles import MATRIX
+from moss_jax.ops.linear.arguments import Arguments
+
+ROWS = 64  # Of x, at most.
+OUTPUTS = 64  # Of a tile: the rows that the tensor core takes.
+
+# Two numbers in 8 bits, at the positions in a register that {bytes} tell, as two bfloat16.
+WIDEN = {
+    # An int8 x is its low 7 bits, minus 128 if its sign bit is set. Below the byte 0x43 the low bits make the
+    # bfloat16 of 128 + them, and the sign bit that of 128 or 256: the difference is x.
+    "int8": (
+        ("0x4140", "0x4342"),
+        "{{ .reg .b32 x, low, sign; prmt.b32 x, $1, 0x43434343, {bytes}; and.b32 low, x, 0xff7fff7f; "
+        "and.b32 sign, x, 0xff80ff80; sub.bf16x2 $0, low, sign; }}",
+    ),
+    # Exponent and mantissa, moved to where bfloat16 has the last bits of its exponent and the first of its
+    # mantissa, make the number divided by 2^120, which the product with 0x7b80 = 2^120 mends.
+    "float8_e4m3fn": (
+        ("0x1404", "0x3424"),
+        "{{ .reg .b32 x, sign, huge; prmt.b32 x, $1, 0, {bytes}; and.b32 sign, x, 0x80008000; "
+        "shr.b32 x, x, 4; and.b32 x, x, 0x07f007f0; or.b32 x, x, sign; mov.b32 huge, 0x7b807b80; "
+        "mul.bf16x2 $0, x, huge; }}",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig:
+    """How the weights are cut.
+
+    Attributes:
+      block_k: inputs of a tile.
+      stages: tiles that are on their way at once in a thread block.
+      part: inputs that a thread block sees, at most; x's are kept in shared memory, and each part of K makes
+        sums of its own.
+      blocks: thread blocks, at most, unless K has more parts.
+    """
+
+    block_k: int = 128
+    stages: int = 8
+    part: int = 1024
+    blocks: int = 264
+
+    def __post_init__(self):
+        if self.block_k % 64 or self.block_k < 64:
+            raise ValueError(f"block_k is a multiple of 64, not {self.block_k}")
+        if self.part < self.block_k:
+            raise ValueError(f"part is at least block_k, {self.block_k}, not {self.part}")
+        if self.stages < 1 or self.blocks < 1:
+            raise ValueError(f"stages and blocks are at least 1, not {self.stages} and {self.blocks}")
+
+    def splits(self, inputs: int) -> int:
+        """Into how many equal parts K is cut: the fewest that are whole tiles."""
+        count = inputs // self.block_k
+        return next(n for n in range(1, count + 1) if count % n == 0 and inputs // n <= self.part)
+
+    def tiles_a_block(self, inputs: int, outputs: int) -> int:
+        """Tiles of outputs that a thread block computes."""
+        return pl.cdiv(outputs // OUTPUTS, max(1, self.blocks // self.splits(inputs)))
+
+
+def unsupported(arguments: Arguments, platform: str) -> str | None:
+    """Why these kernels cannot take the arguments; None if they can."""
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, and this is {platform}"
+    if (capability := compute_capability()) not in (None, "9.0"):
+        return f"it is written for Hopper (compute capability 9.0), and this is {capability}"
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and not mesh.are_all_axes_manual:
+        return "the compiler cannot spread it over a mesh"
+    x, kernel = arguments.x, arguments.kernel
+    if x.dtype != jnp.bfloat16 and arguments.x_scale is None:
+        return f"it takes x in bfloat16, not {x.dtype}"
+    if kernel.dtype != jnp.bfloat16 and not arguments.quantized:
+        return f"it takes a kernel in bfloat16 or 8 bits, not {kernel.dtype}"
+    rows, inputs = x.shape
+    if not 0 < rows <= ROWS:
+        return f"it takes 1 to {ROWS} rows, not {rows}"
+    if inputs % 128 or inputs == 0:
+        return f"K = {inputs} is not a multiple of 128"
+    if arguments.outputs % OUTPUTS or arguments.outputs == 0:
+        return f"N = {arguments.outputs} is not a multiple of {OUTPUTS}"
+    return None
+
+
+def apply(a: Arguments) -> Float[Array, "M N"]:
+    """Computes the op; forward only."""
+    return few_rows(a, default_config(a))
+
+
+def default_config(a: Arguments) -> LinearConfig:
+    """So that two thread blocks share a multiprocessor."""
+    rows = a.x.shape[0]
+    part = 1024 if rows <= 16 else 512
+    block_k = 128 if a.quantized else 64
+    return LinearConfig(block_k=block_k, stages=8 if rows <= 16 else 5, part=part)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def few_rows(a: Arguments, config: LinearConfig) -> Float[Array, "M N"]:
+    """Computes the op for M <= 64; forward only.
+
+    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    """
+    rows, inputs = a.x.shape
+    C, X = pl.cdiv(rows, 8) * 8, config.block_k
+    if inputs % X:
+        raise ValueError(f"K = {inputs} is not a multiple of block_k, {X}")
+    splits, each = config.splits(inputs), config.tiles_a_block(inputs, a.outputs)
+    x = jnp.pad(a.x.astype(jnp.bfloat16), ((0, C - rows), (0, 0)))
+    if a.quantized:
+        x = shuffle(x)
+    shape = (OUTPUTS, X) if a.quantized else (X, OUTPUTS)
+    sums = plgpu.kernel(
+        functools.partial(_kernel, each=each),
+        out_type=jax.ShapeDtypeStruct((splits, 1 if rows == 1 else C, a.outputs), jnp.float32),
+        scratch_types={
+            "x_smem": tiles.tile((inputs // splits // X, C, X), x.dtype),
+            "kernel_smem": tiles.tile((config.stages, *shape), a.kernel.dtype),
+            "barriers": (
+                # One arrival a copy.
+                plgpu.Barrier(num_arrivals=inputs // splits // X),
+                plgpu.Barrier(num_barriers=config.stages),
+            ),
+        },
+        grid=(splits, pl.cdiv(a.outputs // OUTPUTS, each)),
+        grid_names=("split", "block"),
+        # Pallas would put two barriers around every store and one before every copy; `_kernel` says why its
+        # own are enough.
+        compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
+    )(x, a.kernel)
+    return a.scaled(sums[:, :rows].sum(axis=0))
+
+
+def _kernel(x_gmem, kernel_gmem, sums_gmem, *, x_smem, kernel_smem, barriers, each):
+    """Some tiles of outputs over one part of the inputs.
+
+    No automatic barriers: `commit_smem` is a barrier of the warpgroup, and a visit to a tile has one. Before
+    it, everyone has read the tile, into registers or through the tensor core, whose product is awaited. After
+    it, the tile's slot is filled again. Only copies write to shared memory, and x's is never filled again.
+    """
+    split, block = lax.axis_index("split"), lax.axis_index("block")
+    x_barrier, kernel_barrier = barriers
+    stages = kernel_smem.shape[0]
+    parts, _, X = x_smem.shape
+    outputs = sums_gmem.shape[-1]
+    narrow = kernel_gmem.dtype != x_gmem.dtype
+
+    first = block * each
+    count = jnp.minimum(each, outputs // OUTPUTS - first)
+    steps = count * parts
+
+    def place(tile):
+        return pl.ds(pl.multiple_of((first + tile) * OUTPUTS, OUTPUTS), OUTPUTS)
+
+    def inputs(part):
+        return pl.ds(pl.multiple_of((split * parts + part) * X, X), X)
+
+    def fetch(step):
+        ring = lax.rem(step, stages)
+        at = (place(lax.div(step, parts)), inputs(lax.rem(step, parts)))
+        at = at if narrow else at[::-1]
+        plgpu.copy_gmem_to_smem(kernel_gmem.at[*at], kernel_smem.at[ring], kernel_barrier.at[ring])
+
+    for step in range(stages):
+        pl.when(step < steps)(functools.partial(fetch, jnp.int32(step)))
+    for part in range(parts):
+        plgpu.copy_gmem_to_smem(x_gmem.at[:, inputs(part)], x_smem.at[part], x_barrier)
+    plgpu.barrier_wait(x_barrier)
+
+    def visit(tile, part, sums):
+        step = tile * parts + part
+        ring = lax.rem(step, stages)
+        x = x_smem.at[part].transpose((1, 0))
+
+        def leave():
+            plgpu.commit_smem()
+            pl.when(step + stages < steps)(functools.partial(fetch, step + stages))
+
+        plgpu.barrier_wait(kernel_barrier.at[ring])
+        if narrow:
+            kernel = widen(kernel_smem.at[ring])
+            leave()
+            return sums + tiles.product(kernel, x)
+        sums += tiles.product(kernel_smem.at[ring].transpose((1, 0)), x)
+        leave()
+        return sums
+
+    def compute(tile, _):
+        nothing = tiles.full((OUTPUTS, x_gmem.shape[0]), 0, MATRIX)
+        sums = lax.fori_loop(0, parts, functools.partial(visit, tile), nothing)
+        if sums_gmem.shape[1] == 1:
+            # The other columns are zeros.
+            sums_gmem[split, 0, place(tile)] = sums.sum(axis=1)
+        else:
+            # A thread then has neighbours along N.
+            sums = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
+            sums_gmem.at[split, :, place(tile)].transpose((1, 0))[...] = sums
+
+    lax.fori_loop(0, count, compute, None)
+
+
+def widen(narrow):
+    """8 bits to bfloat16, through registers, with the columns shuffled.
+
+    The threads that have a tile as NARROW take what they have as MATRIX, which costs nothing but the order of
+    the columns.
+    """
+    x = plgpu.load(narrow, layout=NARROW, optimized=False)
+    selections, instructions = WIDEN[x.dtype.name]
+
+    @plgpu.inline_mgpu(
+        arg_types=(NARROW,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.bfloat16, layout=MATRIX)
+    )
+    def take(_, x):
+        i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
+        layout = MATRIX.to_mgpu()
+        registers = np.empty(layout.registers_shape(x.shape), dtype=object)
+        for at, register in np.ndenumerate(x.registers):
+            # 4 columns of a block of 16; as a MATRIX, 2 in its left half and 2 in its right.
+            for half, selection in enumerate(selections):
+                code = instructions.format(bytes=selection)
+                wide = llvm.inline_asm(i32, [mgpu.utils.bitcast(register, i32)], code, "=r,r")
+                registers[at[0], at[1] * 2 + half, *at[2:-1]] = mgpu.utils.bitcast(wide, pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return take(x)

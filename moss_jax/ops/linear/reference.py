@@ -1,0 +1,21 @@
+"""The definition of the op: plain float32.
+
+M rows, K inputs, N outputs
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moss_jax.ops.linear.arguments import Arguments
+
+
+def unsupported(arguments: Arguments, platform: str) -> str | None:
+    """The reference takes everything."""
+    del arguments, platform
+    return None
+
+
+def apply(a: Arguments) -> Float[Array, "M N"]:
+    """Computes the op in float32 at the highest matmul precision."""
+    kernel = a.kernel.T if a.quantized else a.kernel
+    return a.scaled(jnp.matmul(a.x.astype(jnp.float32), kernel.astype(jnp.float32), precision="highest"))

@@ -1,0 +1,208 @@
+"""The contract of the linear map against float64 numpy, which implementation takes a call, what is refused.
+
+M rows, K inputs, N outputs
+"""
+
+import contextlib
+import logging
+import re
+from unittest import mock
+
+import interpreted
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moss_jax.ops import dispatch
+from moss_jax.ops.attention.mosaic_gpu.decode_quantized import shuffle
+from moss_jax.ops.dispatch import Unsupported
+from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, choose, dense, linear, mosaic_gpu
+from moss_jax.ops.linear.arguments import QUANTIZED
+
+K, N = 256, 128
+
+
+@contextlib.contextmanager
+def on_gpu():
+    """The kernels by interpretation; `interpreted` says what is replaced."""
+    refuses = mosaic_gpu.unsupported
+    with (
+        interpreted.on_gpu(),
+        mock.patch.object(mosaic_gpu, "widen", lambda x: shuffle(x[...].astype(jnp.bfloat16))),
+        mock.patch.object(mosaic_gpu, "unsupported", lambda arguments, _: refuses(arguments, "gpu")),
+    ):
+        yield
+
+
+def inputs(shape, stored, *, outputs=N, size=1.0, dtype="bfloat16"):
+    """x, the kernel, and a scale for a kernel in 8 bits."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(size * rng.standard_normal(shape), dtype)
+    if stored not in QUANTIZED:
+        integers = jnp.asarray(rng.integers(-128, 128, (shape[-1], outputs), np.int8))
+        return x, integers.astype(stored) / 64, None
+    kernel = rng.integers(0, 256, (outputs, shape[-1]), np.uint8)
+    if stored == "float8_e4m3fn":
+        kernel[kernel % 128 == 127] = 0  # NaN.
+    return x, jnp.asarray(kernel.view(stored)), jnp.asarray(rng.uniform(0.001, 0.1, outputs), jnp.float32)
+
+
+def exact(x, kernel, scale):
+    x, kernel = (np.float64(y.astype(jnp.float32)) for y in (x, kernel))
+    return x @ kernel if scale is None else x @ kernel.T * np.float64(scale)
+
+
+def close(actual, expected, tolerance, what=""):
+    """The largest error is small beside the largest number."""
+    error = np.abs(np.float64(actual) - expected).max() / np.abs(expected).max()
+    assert error <= tolerance, f"{what}: off by {error:.2e}"
+
+
+def call(x, kernel, scale, **options):
+    return dense(x, kernel, **options) if scale is None else linear(x, kernel, scale, **options)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request, platform):
+    """Each by name; kernels for a GPU run interpreted on others."""
+    with on_gpu() if request.param == "mosaic_gpu" and platform != "gpu" else contextlib.nullcontext():
+        yield request.param
+
+
+@pytest.mark.parametrize("stored", [*QUANTIZED, "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, K), (2, K), (5, K), (2, 8, K), (64, K), (K,)], ids=str)
+def test_is_the_product(implementation, stored, shape):
+    given = inputs(shape, stored)
+    out = call(*given, implementation=implementation, out_dtype=jnp.float32)
+    assert out.shape == (*shape[:-1], N)
+    assert out.dtype == jnp.float32
+    close(out, exact(*given), 1e-5)
+
+
+@pytest.mark.parametrize("stored", [*QUANTIZED, "bfloat16"])
+@pytest.mark.parametrize("size", [1e4, 1e-4])
+def test_large_and_small_inputs(implementation, stored, size):
+    given = inputs((3, K), stored, size=size)
+    out = call(*given, implementation=implementation)
+    assert out.dtype == jnp.bfloat16
+    close(out, exact(*given), 4e-3)
+
+
+@pytest.mark.parametrize("stored", QUANTIZED)
+def test_zeros_and_rows_by_themselves(implementation, stored):
+    """A row of zeros gives zeros, and a row that is NaN tells in no other."""
+    x, kernel, scale = inputs((3, K), stored)
+    x = x.at[1].set(0).at[2, 7].set(np.nan)
+    out = np.float64(linear(x, kernel, scale, implementation=implementation))
+    close(out[0], exact(x[0], kernel, scale), 4e-3)
+    assert not out[1].any()
+    assert np.isnan(out[2]).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_inputs_in_8_bits(implementation, size):
+    x, kernel, scale = inputs((4, K), "float8_e4m3fn", size=size)
+    x = x.at[2].set(0)
+    out = linear(x, kernel, scale, quantize_inputs=True, implementation=implementation, out_dtype="float32")
+    largest = np.abs(np.float32(x)).max(axis=1, keepdims=True)
+    x_scale = np.where(largest > 0, largest / 448, 1).astype(np.float32)
+    rounded = (np.float32(x) / x_scale).astype(jnp.float8_e4m3fn)
+    # Not all round alike what lies halfway, nor does every tensor core add up 8 bits in all of float32.
+    close(out, exact(rounded, kernel, scale) * x_scale, 5e-3)
+    close(out, exact(x, kernel, scale), 0.04)
+
+
+@pytest.mark.parametrize("stored", QUANTIZED)
+def test_gradients_reach_x(stored):
+    x, kernel, scale = inputs((3, K), stored, dtype="float32")
+    gradient = jax.grad(lambda x: linear(x, kernel, scale, implementation="xla").sum())(x)
+    close(gradient[0], np.float64(kernel.astype(jnp.float32)).T @ np.float64(scale), 1e-5)
+
+
+def abstract(stored="int8", *, rows=1, inputs=K, outputs=N, dtype="bfloat16"):
+    quantized = stored in QUANTIZED
+    return Arguments(
+        jax.ShapeDtypeStruct((rows, inputs), dtype),
+        jax.ShapeDtypeStruct((outputs, inputs) if quantized else (inputs, outputs), stored),
+        jax.ShapeDtypeStruct((outputs,), jnp.float32) if quantized else None,
+        out_dtype=jnp.dtype(dtype),
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "arguments", "expected"),
+    [
+        ("gpu", {}, "mosaic_gpu"),
+        ("gpu", {"stored": "float8_e4m3fn", "rows": 64}, "mosaic_gpu"),
+        ("gpu", {"stored": "bfloat16"}, "mosaic_gpu"),
+        ("gpu", {"rows": 65}, "xla"),
+        ("gpu", {"rows": 0}, "xla"),
+        ("gpu", {"dtype": "float32"}, "xla"),
+        ("cpu", {}, "xla"),
+        ("tpu", {}, "xla"),
+    ],
+)
+def test_the_first_of_the_platforms_order_that_can(platform, arguments, expected):
+    assert choose(abstract(**arguments), platform=platform) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"rows": 65}, "it takes 1 to 64 rows, not 65"),
+        ({"inputs": 192}, "K = 192 is not a multiple of 128"),
+        ({"outputs": 96}, "N = 96 is not a multiple of 64"),
+        ({"dtype": "float16"}, "it takes x in bfloat16, not float16"),
+        ({"stored": "float32"}, "it takes a kernel in bfloat16 or 8 bits, not float32"),
+    ],
+)
+def test_a_forced_name_that_cannot_fails_with_the_reason(arguments, reason):
+    with pytest.raises(Unsupported, match=f"'mosaic_gpu' cannot be used: {reason}"):
+        choose(abstract(**arguments), "mosaic_gpu", platform="gpu")
+
+
+def test_not_on_other_platforms_meshes_or_by_other_names():
+    with pytest.raises(Unsupported, match="it needs an NVIDIA GPU, and this is cpu"):
+        choose(abstract(), "mosaic_gpu", platform="cpu")
+    with pytest.raises(Unsupported, match="no linear implementation 'triton'; there are mosaic_gpu"):
+        choose(abstract(), "triton")
+    mesh = jax.sharding.AbstractMesh((2,), ("model",))
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Unsupported, match="over a mesh"):
+        choose(abstract(), "mosaic_gpu", platform="gpu")
+
+
+def test_logs_the_choice_once_with_the_reasons(caplog):
+    dispatch.log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="moss_jax"):
+        for _ in range(3):
+            choose(abstract(rows=65), platform="gpu")
+    assert caplog.messages == [
+        "linear on gpu: using xla; not using mosaic_gpu: it takes 1 to 64 rows, not 65"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "stored", "options", "message"),
+    [
+        ({"kernel": (N, 128)}, "int8", {}, "kernel [N, K] must share K; got (2, 256) and (128, 128)"),
+        ({"kernel": (1, N, K)}, "int8", {}, "must share K"),
+        ({"scale": (K,)}, "int8", {}, "scale is one number an output, [N] = (128,); got (256,)"),
+        ({}, "bfloat16", {}, "linear takes a kernel in int8 or float8_e4m3fn with a scale, dense others"),
+        ({}, "int8", {"quantize_inputs": True}, "needs a kernel in float8_e4m3fn, not int8"),
+    ],
+)
+def test_what_does_not_fit(shapes, stored, options, message):
+    shapes = {"x": (2, K), "kernel": (N, K), "scale": (N,)} | shapes
+    dtypes = {"x": "bfloat16", "kernel": stored, "scale": "float32"}
+    x, kernel, scale = (jnp.zeros(shapes[name], dtypes[name]) for name in shapes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        linear(x, kernel, scale, **options)
+
+
+def test_what_does_not_fit_without_a_scale():
+    x = jnp.zeros((2, K))
+    with pytest.raises(ValueError, match=re.escape("[K, N] must share K; got (2, 256) and (128, 256)")):
+        dense(x, jnp.zeros((N, K)))
+    with pytest.raises(ValueError, match="dense others; got int8"):
+        dense(x, jnp.zeros((K, N), jnp.int8))
