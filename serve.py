@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from moss_jax import gin_bindings
@@ -56,6 +57,16 @@ def run(args: argparse.Namespace) -> None:
     if args.offline and prompts[0].at:
         raise ConfigError("--offline reads the whole clip before it answers, so --prompt-at has no meaning")
 
+    perception = None
+    if args.perception_device is not None:
+        devices = jax.devices()
+        if not 0 <= args.perception_device < len(devices):
+            raise ConfigError(
+                f"--perception-device is a number from 0 to {len(devices) - 1} here, "
+                f"not {args.perception_device}"
+            )
+        perception = devices[args.perception_device]
+
     picture = None
     if args.timeline:
         # Loaded only for those who want a picture, since it takes a while.
@@ -64,8 +75,10 @@ def run(args: argparse.Namespace) -> None:
         check_path(args.timeline)
         picture = Timeline()
 
-    opened = open_model(args.checkpoint)
-    engine = Engine(opened.model, opened.tokenizer, engine_config, token_sampling)
+    opened = open_model(args.checkpoint, weights=args.weights, encoder_weights=args.encoder_weights)
+    engine = Engine(
+        opened.model, opened.tokenizer, engine_config, token_sampling, perception_device=perception
+    )
     length = f" · {info.duration:.1f} s" if info.duration else ""
     mode = "offline" if args.offline else session_config.clock
     heading = (
@@ -85,10 +98,11 @@ def run(args: argparse.Namespace) -> None:
         system = chat.SYSTEM_PROMPT if args.system is None else args.system
         session = Session(engine, session_config, system=system, prompt=first)
         timed = [(p.at, p.text) for p in prompts]
-        lengths = [len(session.check_prompt(text)) for _, text in timed]
+        for _, text in timed:
+            session.check_prompt(text)
         if session_config.clock == "realtime":
             # Compiled beforehand, so that the clip doesn't run away meanwhile.
-            engine.warm_up((info.height, info.width, 3), [session.opening_length, *lengths])
+            engine.warm_up((info.height, info.width, 3))
         signal.signal(signal.SIGINT, lambda *_: session.stop())
         frames = sample_file(args.video, sampling)
         if picture:
@@ -167,6 +181,9 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--checkpoint", type=Path, metavar="DIR", help="folder in Hugging Face layout; else the shipped model"
     )
+    add("--weights", choices=("int8", "fp8"), help="keep the decoder's in 8 bits; else as they are loaded")
+    add("--perception-device", type=int, metavar="N", help="device that encodes the frames, of several")
+    add("--encoder-weights", choices=("fp8",), help="encode frames in 8 bits; else as it is loaded")
     add("--system", metavar="TEXT", help="system prompt of the model; empty for none")
     add("--seed", type=int, help="of the sampling")
     add("--json", action="store_true", help="one JSON object for each event instead of a transcript")

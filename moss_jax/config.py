@@ -9,6 +9,8 @@ PoolMode = Literal["average", "max", "bilinear", "channelFusion"]
 RowsBeforeFirstFrame = Literal["skip", "attend"]
 Clock = Literal["lockstep", "realtime"]
 Remat = Literal["none", "dots", "full"]
+DecoderWeights = Literal["int8", "fp8"]
+EncoderWeights = Literal["fp8"]
 Part = Literal["vision", "compressor", "projector", "decoder"]
 PARTS: tuple[Part, ...] = ("vision", "compressor", "projector", "decoder")
 

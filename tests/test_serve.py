@@ -80,6 +80,7 @@ def test_the_system_prompt_can_be_set(checkpoint, fails):
 
 def test_offline_reads_the_clip_and_then_answers(checkpoint, tmp_path):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--json", "--offline", "--prompt", "What?"]
+    arguments += ["--weights", "int8", "--encoder-weights", "fp8"]
     told = events(run(*arguments, "--timeline", tmp_path / "session.png"))
     types = [e["type"] for e in told]
     assert types[:31] == ["frame"] * 30 + ["turn"]
@@ -196,6 +197,17 @@ def test_bad_numbers_and_times(fails):
     assert "--prompt-at 30.5 is beyond the clip, which lasts 30.0 s" in late
     assert "must follow the --prompt" in fails("--video", DEMO, "--prompt-at", "1")
     assert "from 0 on" in fails("--video", DEMO, "--prompt", "hi", "--prompt-at=-1")
+
+
+def test_unknown_weights(fails):
+    assert "argument --weights: invalid choice: 'int4'" in fails("--video", DEMO, "--weights", "int4")
+    assert "argument --encoder-weights: invalid" in fails("--video", DEMO, "--encoder-weights", "int8")
+
+
+def test_no_such_perception_device(fails):
+    message = fails("--video", DEMO, "--perception-device", "7")
+    assert "--perception-device is a number from 0 to" in message
+    assert "not 7" in message
 
 
 def test_bad_checkpoints(fails, tmp_path, checkpoint):

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from moss_jax import sharding
 from moss_jax.config import ConfigError, ModelConfig, RowsBeforeFirstFrame
 from moss_jax.convert import configs, names
-from moss_jax.nn import MossVideo
+from moss_jax.nn import MossVideo, is_quantized
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -116,8 +116,10 @@ def save(
       shard_bytes: size of a safetensors file at which the next one begins.
 
     Raises:
-      CheckpointError: the folder has something in it.
+      CheckpointError: the folder has something in it, or the model is quantized.
     """
+    if is_quantized(model):
+        raise CheckpointError("a quantized model cannot be saved; save it before it is quantized")
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; save to a new folder")

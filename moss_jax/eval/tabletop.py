@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace, log: Console) -> dict[str, Any]:
     """Runs the streams and returns all that was measured, JSON-ready; the times include compilation."""
-    opened = open_model(args.checkpoint)
+    opened = open_model(args.checkpoint, weights=args.weights, encoder_weights=args.encoder_weights)
     model, tokenizer = opened.model, opened.tokenizer
     # Room for somebody who never stops talking, frames and prompts included.
     capacity = max(1024, (args.tokens_per_second + 10) * args.seconds + 256)
@@ -92,6 +92,8 @@ def evaluate(args: argparse.Namespace, log: Console) -> dict[str, Any]:
         "tokens_per_second": args.tokens_per_second,
         "image_size": size,
         "dtype": str(model.dtype),
+        "weights": args.weights,
+        "encoder_weights": args.encoder_weights,
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": versions(),
         "wall_s": wall,
@@ -186,6 +188,7 @@ class Blindfold:
     def __init__(self, engine: Engine):
         self._engine = engine
         self.config, self.tokenizer = engine.config, engine.tokenizer
+        self.perception_device = engine.perception_device
         self.start = engine.start
 
     def encode(self, frames: Sequence[np.ndarray]) -> None:
@@ -293,6 +296,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--checkpoint", type=Path, metavar="DIR", help="folder in Hugging Face layout; else the shipped model"
     )
+    add("--weights", choices=("int8", "fp8"), help="keep the decoder's in 8 bits; else as they are loaded")
+    add("--encoder-weights", choices=("fp8",), help="encode frames in 8 bits; else as it is loaded")
     add("--streams", type=positive, default=200, metavar="N")
     add("--seconds", type=positive, default=32, metavar="N", help="length of a stream")
     add("--seed", type=int, default=0, help="which held-out streams")

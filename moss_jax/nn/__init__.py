@@ -1,5 +1,6 @@
 """The model as Flax NNX modules that hold parameters only."""
 
 from moss_jax.nn.model import MossVideo
+from moss_jax.nn.quantized import is_quantized, quantize
 
-__all__ = ["MossVideo"]
+__all__ = ["MossVideo", "is_quantized", "quantize"]

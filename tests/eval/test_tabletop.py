@@ -489,6 +489,7 @@ def test_the_command_with_a_random_model(model, tmp_path, capsys):
     out = tmp_path / "out" / "scores.json"
     settings = {"checkpoint": tmp_path / "random", "json": out, "seed": 4, "streams": 3, "blind-streams": 1}
     settings |= {"seconds": 10, "slots": 2, "tokens-per-second": 2}
+    settings |= {"weights": "int8", "encoder-weights": "fp8"}
     assert tabletop.main([f"--{name}={value}" for name, value in settings.items()]) == 0
     result = json.loads(out.read_text())
     assert (result["checkpoint"], result["seed"], result["streams"], result["seconds"]) == (
@@ -500,6 +501,7 @@ def test_the_command_with_a_random_model(model, tmp_path, capsys):
     assert result["accuracy"]["n"] >= result["offline"]["accuracy"]["n"]
     assert result["offline"]["accuracy"]["n"] == result["offline"]["streaming_accuracy"]["n"]
     assert result["blind"]["streams"] == 1
+    assert (result["weights"], result["encoder_weights"]) == ("int8", "fp8")
     assert result["times_real_time"] > 0
     assert "accuracy" in result["blind"]
     assert "alerts: F1" in capsys.readouterr().out

@@ -1,0 +1,129 @@
+"""What 8 bits cost in quality: the logits of real sequences, and the scores of the tabletop world.
+
+    python benchmarks/quantized.py --out benchmarks/results/quantized_moss_tiny.json
+
+Logits: those that each token of the ideal assistant would be drawn from, in one pass over a held-out stream.
+The error is the norm of the difference to the float32 model over the norm of its logits, the mean of each
+token's taken away from both; `greedy_agree` is the share of tokens for which the likeliest is the same.
+`bfloat16` sets the measure: that much a model loses by being loaded for an accelerator.
+
+Scores: `python -m moss_jax.eval.tabletop` with and without `--weights` and `--encoder-weights`, over the same
+streams, in the dtype that a model is loaded in on this machine.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from report import add_out, publish
+from rich.console import Console
+
+from moss_jax.data.batch import IGNORED
+from moss_jax.data.tabletop import Stream, evaluation_stream
+from moss_jax.eval import tabletop
+from moss_jax.stream import OpenModel, open_model
+from moss_jax.video import preprocess
+
+# Settings of `open_model`.
+MODES: dict[str, dict[str, str]] = {
+    "as loaded": {},
+    "int8": {"weights": "int8"},
+    "fp8": {"weights": "fp8"},
+    "encoder fp8": {"encoder_weights": "fp8"},
+    "int8, encoder fp8": {"weights": "int8", "encoder_weights": "fp8"},
+}
+SECONDS = 32
+# So that one program serves all sequences of a model.
+MAX_TOKENS = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/moss-tiny"))
+    parser.add_argument("--streams", type=int, default=50, help="that are scored")
+    parser.add_argument("--sequences", type=int, default=16, help="whose logits are compared")
+    parser.add_argument("--seed", type=int, default=1, help="which held-out streams")
+    add_out(parser)
+    args = parser.parse_args()
+    result = {"logits": compare_logits(args), "scores": {name: score(args, name) for name in MODES}}
+    publish("quantized.py", args, result)
+
+
+def compare_logits(args: argparse.Namespace) -> dict[str, Any]:
+    """For each dtype and mode, how far the logits are from those in float32."""
+    streams = [evaluation_stream(args.seed, index, SECONDS) for index in range(args.sequences)]
+    exact = logits_of(open_model(args.checkpoint, dtype=jnp.float32), streams)
+    found: dict[str, Any] = {"sequences": len(streams), "tokens": sum(map(len, exact))}
+    for dtype in ("float32", "bfloat16"):
+        found[dtype] = {}
+        for name, mode in MODES.items():
+            logits = logits_of(open_model(args.checkpoint, dtype=dtype, **mode), streams)
+            off = np.sqrt(sum(squares(a - b) for a, b in zip(logits, exact, strict=True)))
+            agree = [a.argmax(-1) == b.argmax(-1) for a, b in zip(logits, exact, strict=True)]
+            found[dtype][name] = {
+                "relative_error": float(off / np.sqrt(sum(map(squares, exact)))),
+                "greedy_agree": float(np.concatenate(agree).mean()),
+            }
+    return found
+
+
+def squares(logits: Float[np.ndarray, "T V"]) -> float:
+    return float(np.sum((logits - logits.mean(axis=-1, keepdims=True)) ** 2))
+
+
+def logits_of(opened: OpenModel, streams: list[Stream]) -> list[Float[np.ndarray, "T V"]]:
+    """The logits that each token of the ideal assistant would be drawn from, for each stream."""
+    graph, params = nnx.split(opened.model)
+    vision = opened.model.config.vision
+    found = []
+    for stream in streams:
+        dialogue = tabletop.ideal(stream, opened.tokenizer, tokens_per_second=8)
+        length = min(len(dialogue.tokens), MAX_TOKENS)
+        tokens = np.zeros((1, MAX_TOKENS), np.int32)
+        tokens[0, :length] = dialogue.tokens[:length]
+        positions = np.full((1, SECONDS), MAX_TOKENS, np.int32)
+        positions[0, : len(dialogue.frame_positions)] = dialogue.frame_positions
+        pixels = preprocess(
+            np.stack(stream.frames(vision.image_size)),
+            image_size=vision.image_size,
+            mean=vision.image_mean,
+            std=vision.image_std,
+        )
+        logits = np.asarray(one_pass(graph, params, tokens, pixels[None], positions))[0]
+        found.append(logits[: length - 1][np.array(dialogue.labels[1:length]) != IGNORED])
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def one_pass(graph: nnx.GraphDef, params: nnx.State, *inputs: Array) -> Float[Array, "B S V"]:
+    return nnx.merge(graph, params)(*inputs)
+
+
+def score(args: argparse.Namespace, name: str) -> dict[str, float]:
+    """The headline scores of a mode."""
+    settings = {"checkpoint": args.checkpoint, "streams": args.streams, "seed": args.seed, "seconds": SECONDS}
+    settings |= {key.replace("_", "-"): value for key, value in MODES[name].items()}
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    found = tabletop.evaluate(
+        tabletop.parse_arguments([*flags, "--skip-offline", "--skip-blind"]), Console(stderr=True)
+    )
+    return {
+        "dtype": found["dtype"],
+        "accuracy": found["accuracy"]["value"],
+        "alerts_f1": found["alerts"]["f1"],
+        "silence": found["silence"]["value"],
+        "revision": found["revision"]["value"],
+        "stale": found["stale"]["value"],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Weights in 8 bits: what a map is, what a model of them still keeps, and what is refused."""
+
+import gc
+import re
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import moss_jax
+from moss_jax.config import PRESETS, ConfigError, EngineConfig, OptimizerConfig, TrainConfig
+from moss_jax.nn import MossVideo, is_quantized, quantize, quantized
+from moss_jax.nn.layers import Linear
+from moss_jax.nn.quantized import QuantizedLinear
+from moss_jax.sharding import make_mesh
+from moss_jax.stream import PENDING, Engine, Row, open_model
+from moss_jax.train.step import Trainer
+from moss_jax.video import preprocess
+
+DTYPES = [jnp.int8, jnp.float8_e4m3fn]
+# Half a step of the rounding: of 1/127 of the largest weight, or of 1/8 of the weight itself.
+HALF_STEP = {jnp.int8: 0.5 / 127, jnp.float8_e4m3fn: 1 / 16}
+
+
+def copy(model):
+    """Modules of their own over the same arrays."""
+    return nnx.merge(*nnx.split(model))
+
+
+def random_linear(inputs, outputs, *, bias=False, dtype="float32"):
+    linear = Linear(inputs, outputs, bias=bias, rngs=nnx.Rngs(0), dtype=dtype)
+    rng = np.random.default_rng(0)
+    # Outputs of very different sizes, as they are in trained models.
+    size = 10.0 ** rng.uniform(-3, 1, tuple(outputs.values()))
+    linear.kernel[...] = jnp.asarray(rng.standard_normal(linear.kernel.shape) * size, dtype)
+    if bias:
+        linear.bias[...] = jnp.asarray(rng.standard_normal(linear.bias.shape), dtype)
+    return linear
+
+
+def dequantized(linear, small):
+    """The `Linear` with the weights that the quantized one stands for."""
+    num_outputs = small.scale.ndim
+    scale = small.scale[...].reshape(*small.scale.shape, *(1,) * linear.num_inputs)
+    wide = small.kernel[...].astype(jnp.float32) * scale
+    order = (*range(num_outputs, wide.ndim), *range(num_outputs))
+    linear.kernel[...] = wide.transpose(order)
+    return linear
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "bias"),
+    [
+        ({"embed": 48}, {"kv_heads": 2, "group_and_kv": 4, "head_dim": 8}, False),
+        ({"heads": 4, "head_dim": 8}, {"embed": 24}, False),
+        ({"embed": 24}, {"mlp": 40}, True),
+    ],
+)
+def test_a_map_is_the_one_of_its_dequantized_weights(inputs, outputs, bias, dtype):
+    linear = random_linear(inputs, outputs, bias=bias)
+    small = QuantizedLinear(linear, dtype)
+    assert small.kernel.shape == (*outputs.values(), *inputs.values())
+    assert small.kernel.get_metadata()["axes"] == (*outputs, *inputs)
+    assert small.scale.get_metadata()["axes"] == tuple(outputs)
+    assert (small.kernel.dtype, small.scale.dtype) == (dtype, jnp.float32)
+    exact = linear.kernel[...]
+    linear = dequantized(linear, small)
+    over = tuple(range(len(inputs)))
+    step = HALF_STEP[dtype] * jnp.abs(exact).max(axis=over)
+    assert (jnp.abs(linear.kernel[...] - exact) <= 1.001 * step).all()
+
+    x = np.random.default_rng(1).standard_normal((3, 5, *inputs.values()), np.float32)
+    expected = linear(x)
+    bound = 1e-6 * np.abs(expected).max(axis=(0, 1))
+    assert small(x).shape == expected.shape
+    assert (np.abs(small(x) - expected) <= bound).all()
+    assert small(x[:0]).shape == linear(x[:0]).shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_dtype_of_the_result(dtype):
+    linear = random_linear({"embed": 16}, {"mlp": 8}, dtype="bfloat16")
+    small = QuantizedLinear(linear, dtype)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 16)), jnp.bfloat16)
+    assert small(x).dtype == jnp.bfloat16
+    wide = small(x, out_dtype=jnp.float32)
+    assert wide.dtype == jnp.float32
+    np.testing.assert_array_equal(wide.astype(jnp.bfloat16), small(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_stay_zeros(dtype):
+    linear = random_linear({"embed": 16}, {"mlp": 8})
+    linear.kernel[...] = linear.kernel[...].at[:, 3].set(0)
+    y = QuantizedLinear(linear, dtype)(jnp.ones((2, 16)))
+    np.testing.assert_array_equal(y[:, 3], 0)
+    assert np.isfinite(y).all()
+
+
+def test_rounded_inputs_are_rounded_row_by_row():
+    small = QuantizedLinear(
+        random_linear({"embed": 64}, {"mlp": 32}), jnp.float8_e4m3fn, quantize_inputs=True
+    )
+    x = np.random.default_rng(1).standard_normal((4, 7, 64), np.float32)
+    x *= 10.0 ** np.arange(-2, 2)[:, None, None]
+    whole = np.asarray(small(x))
+    plain = np.asarray(QuantizedLinear(random_linear({"embed": 64}, {"mlp": 32}), jnp.float8_e4m3fn)(x))
+    error = np.abs(whole - plain).mean(axis=(1, 2)) / np.abs(plain).mean(axis=(1, 2))
+    # The same share of each, whatever its size.
+    assert ((error > 0.005) & (error < 0.05)).all()
+    for row, alone in zip(whole, x, strict=True):
+        np.testing.assert_allclose(small(alone[None])[0], row, rtol=1e-6, atol=1e-6 * np.abs(row).max())
+
+
+# How far the logits of the golden model go, as a share of what sets them apart; frames tell little in them.
+PARTS = [
+    ({"decoder": "int8"}, 0.018),
+    ({"decoder": "fp8"}, 0.081),
+    ({"encoder": "fp8"}, 0.0018),
+]
+
+
+@pytest.mark.parametrize(("parts", "found"), PARTS, ids=str)
+def test_how_far_the_logits_go(golden, compiled, parts, found):
+    inputs = golden.tokens, golden.pixels, golden.frame_positions
+
+    def centred(model):
+        logits = compiled(model)(*inputs)
+        return logits - logits.mean(axis=-1, keepdims=True)
+
+    exact = centred(golden.model)
+    off = jnp.linalg.norm(centred(quantize(copy(golden.model), **parts)) - exact) / jnp.linalg.norm(exact)
+    assert off == pytest.approx(found, rel=0.3)
+
+
+def test_a_frame_has_the_features_that_it_has_alone(compiled, small_config, random_model):
+    model = compiled(quantize(random_model(small_config()), encoder="fp8"))
+    frames = np.random.default_rng(0).standard_normal((4, 28, 28, 3), np.float32)
+    frames *= np.array([0.01, 1, 3, 0])[:, None, None, None]
+    together = model.encode(frames)
+    for frame, features in zip(frames, together, strict=True):
+        np.testing.assert_allclose(model.encode(frame[None])[0], features, rtol=0, atol=1e-6)
+
+
+def kinds(model) -> dict[str, set]:
+    """The dtypes of the kernels, by name of the map."""
+    found = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if path[-1] == "kernel":
+            name = ".".join(str(part) for part in path[:-1] if not isinstance(part, int))
+            found.setdefault(name, set()).add(str(variable.dtype))
+    return found
+
+
+def test_which_maps_are_in_8_bits(small_config, random_model):
+    model = random_model(small_config("channelFusion"))
+    before = kinds(model)
+    quantize(model, decoder="int8", encoder="fp8")
+    changed = {name: kind for name, (kind,) in kinds(model).items() if before[name] != {kind}}
+    decoder = ("attention.qkv", "attention.q", "attention.kv", "attention.out", "mlp.gate_up", "mlp.down")
+    encoder = ("attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
+    assert changed == (
+        {f"decoder.layers.{name}": "int8" for name in decoder}
+        | {
+            f"vision.{layers}.{name}": "float8_e4m3fn"
+            for layers in ("layers", "global_layers")
+            for name in encoder
+        }
+        | {"decoder.lm_head": "int8"}
+    )
+    assert model.dtype == jnp.float32
+    variables = [variable for _, variable in nnx.to_flat_state(nnx.state(model))]
+    assert {type(variable) for variable in variables} == {nnx.Param}
+    for variable in variables:
+        assert len(variable.get_metadata()["axes"]) == variable.ndim
+
+
+def test_the_size_of_the_released_model():
+    """It was 21.3 GB."""
+    config = PRESETS["moss_video_11b"]()
+
+    def size(**parts):
+        model = nnx.eval_shape(
+            lambda: quantize(MossVideo(config, rngs=nnx.Rngs(0), dtype="bfloat16"), **parts)
+        )
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model))) / 1e9
+
+    assert size(decoder="fp8") == pytest.approx(12.10, rel=1e-3)
+    assert size(decoder="int8", encoder="fp8") == pytest.approx(11.31, rel=1e-3)
+
+
+def test_no_two_models_are_held(small_config, random_model, monkeypatch):
+    """While a kernel is quantized, all that were before it are gone."""
+    model = random_model(small_config())
+    kernels = [
+        weakref.ref(variable[...])
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        if path[-1] == "kernel" and path[0] == "decoder"
+    ]
+    gc.collect()  # Of what the fixture made the model of.
+    alive = []
+
+    def counting(*arguments):
+        alive.append(sum(kernel() is not None for kernel in kernels))
+        return one(*arguments)
+
+    one = quantized._quantize_kernel
+    monkeypatch.setattr(quantized, "_quantize_kernel", counting)
+    quantize(model, decoder="int8")
+    assert alive == list(range(len(kernels), 0, -1))
+    assert not any(kernel() for kernel in kernels)
+
+
+def test_it_streams(compiled, model, tokenizer, frames):
+    model = quantize(copy(model), decoder="fp8", encoder="fp8")
+    engine = Engine(model, tokenizer, EngineConfig(text_capacity=32, bank_capacity=4))
+    image = tokenizer.special.image
+    pool = engine.encode(frames[:2])
+    state, drawn = engine.step(engine.start(), [Row([1, 2, image], [0])], pool)
+    tokens = np.array([[1, 2, image, int(drawn.tokens[0]), image, 5]])
+    _, drawn = engine.step(state, [Row([PENDING, image, 5], [1])], pool)
+    vision = model.config.vision
+    pixels = preprocess(
+        np.stack(frames[:2]), image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std
+    )
+    expected = compiled(model)(tokens, pixels[None], np.array([[2, 4]]))[0, -1]
+    np.testing.assert_allclose(drawn.logits[0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"decoder": "int4"}, "the decoder's weights can be int8 or fp8, not 'int4'"),
+        ({"encoder": "int8"}, "the encoder's weights can be fp8, not 'int8'"),
+    ],
+)
+def test_unknown_weights_are_refused(small_config, random_model, parts, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        quantize(random_model(small_config()), **parts)
+
+
+def test_what_a_quantized_model_is_not_for(small_config, random_model, tmp_path):
+    model = quantize(random_model(small_config()), encoder="fp8")
+    assert is_quantized(model)
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize(model, decoder="int8")
+    with pytest.raises(moss_jax.CheckpointError, match="a quantized model cannot be saved"):
+        moss_jax.save(tmp_path / "saved", model)
+    assert not (tmp_path / "saved").exists()
+    trainer = Trainer(model.config, TrainConfig(), OptimizerConfig(), make_mesh(), silence_id=7)
+    with pytest.raises(ValueError, match="other parameters"):
+        trainer.adopt(model)
+
+
+def test_opening_a_model_in_8_bits():
+    model = open_model(weights="int8", encoder_weights="fp8").model
+    assert kinds(model)["decoder.lm_head"] == {"int8"}
+    assert kinds(model)["vision.layers.mlp.fc1"] == {"float8_e4m3fn"}
