@@ -51,7 +51,7 @@ from report import add_out, device, publish
 
 from moss_jax.cache import StreamState
 from moss_jax.config import PRESETS, EngineConfig, SessionConfig
-from moss_jax.nn import MossVideo
+from moss_jax.nn import MossVideo, quantize
 from moss_jax.stream import Engine, EngineState, Event, Frame, Session, Silence, Text, Turn, answer
 from moss_jax.stream.engine import FRAME_BUCKETS
 from moss_jax.text import Tokenizer
@@ -87,7 +87,8 @@ class FilledEngine(Engine):
         return {"text": is_text, "silence": jnp.arange(len(texts)) == self.tokenizer.special.silence}
 
     def begin_with(self, frames: int, allowed: str) -> None:
-        self.held, self._rules = frames, dataclasses.replace(self._rules, allowed=self.masks[allowed])
+        rules = dataclasses.replace(self._rules, allowed=self.masks[allowed])
+        self.held, self._rules = frames, jax.device_put(rules, self._place)
 
     def start(self) -> EngineState:
         """A state with frames and their `<|image|>` tokens in it, one after the other.
@@ -106,7 +107,7 @@ class FilledEngine(Engine):
             places = jnp.arange(bank.capacity)[None]
             bank = fill(bank, positions=jnp.where(places < held, places, bank.positions))
             text = fill(text)
-        return dataclasses.replace(state, stream=StreamState(text, bank))
+        return jax.device_put(dataclasses.replace(state, stream=StreamState(text, bank)), self._place)
 
     def programs(self) -> int:
         return self._step._cache_size() + self._encode._cache_size()
@@ -277,7 +278,9 @@ def arrivals(bench: Bench) -> Iterator[dict]:
         floor = max(0, 1 - rate * encode) / stream.step_floor
         yield row(f"decode at {rate}/s", "tok/s", figures, floor, stream)
         if rate == min(bench.sizes.arrivals):
-            yield row("stall", "ms", spread(stalls(stream)), 1e3 * encode, stream)
+            # With a device of its own, perception leaves the text the appending alone.
+            apart = bench.engine.perception_device is not None
+            yield row("stall", "ms", spread(stalls(stream)), None if apart else 1e3 * encode, stream)
 
 
 def stalls(stream: Stream) -> list[float]:
@@ -326,6 +329,9 @@ def main() -> None:
     parser.add_argument("--frames", default="16,64,256,1024,4096", help="in the bank, comma-separated")
     parser.add_argument("--quick", action="store_true", help="few samples, and the smallest bank alone")
     parser.add_argument("--only", help=f"names, comma-separated, of start, {', '.join(MEASURES)}")
+    parser.add_argument("--weights", choices=("int8", "fp8"), help="of the decoder, in 8 bits")
+    parser.add_argument("--encoder-weights", choices=("fp8",), help="of the vision encoder, in 8 bits")
+    parser.add_argument("--perception-device", type=int, help="number of the device that encodes frames")
     parser.add_argument("--budget", type=float, help="seconds after which nothing new is begun")
     add_out(parser)
     args = parser.parse_args()
@@ -342,26 +348,29 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("moss_jax").setLevel(logging.INFO)  # Which attention kernels are chosen.
     rows = []
-    for found in run(args.preset, counts, names, sizes, ceilings, deadline):
+    for found in run(args, counts, names, sizes, ceilings, deadline):
         rows.append(found)
         say(line(found))
-    flags = {name: "" if value is True else value for name, value in vars(args).items()}
-    given = {name: value for name, value in flags.items() if name == "out" or value not in (None, False)}
+    flags = {name: "" if value is True else value for name, value in vars(args).items() if value is not False}
+    given = {name: value for name, value in flags.items() if name == "out" or value is not None}
     publish("streaming.py", argparse.Namespace(**given), {"ceilings": ceilings, "rows": rows})
 
 
-def run(preset, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
+def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     """A row for each figure, bank by bank."""
     cache = collections.Counter()
     jax.monitoring.register_event_listener(lambda event, **_: cache.update([event.rpartition("/")[-1]]))
-    config = PRESETS[preset]()
+    config = PRESETS[args.preset]()
     model = MossVideo(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    model = quantize(model, decoder=args.weights, encoder=args.encoder_weights)
     jax.block_until_ready(nnx.state(model))
     tokenizer, rng = padded_tokenizer(config.decoder.vocab_size), np.random.default_rng(0)
     pictures = [rng.integers(0, 256, FRAME, dtype=np.uint8) for _ in range(8)]
     prompt, floors, parameters = prompt_text(tokenizer), Floors(model, ceilings), tree_bytes(nnx.state(model))
     started = time.monotonic()
-    engine = FilledEngine(model, tokenizer)
+    apart = args.perception_device
+    engine = FilledEngine(model, tokenizer, perception_device=None if apart is None else jax.devices()[apart])
+    del model
     engine_s = time.monotonic() - started
     # A clip needs a bank that it fits into.
     sizes = sizes._replace(clip=min(sizes.clip, counts[-1]))
@@ -380,11 +389,9 @@ def run(preset, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
             break
         # That of "start" is one as serve.py makes it, with its system prompt.
         usual = Session(engine, LIVE, prompt=prompt) if count == counts[0] and "start" in names else None
-        plain = Session(engine, LIVE, system=None, prompt=prompt)
-        lengths = [session.opening_length for session in (plain, usual) if session]
         cache.clear()
         started, programs = time.monotonic(), engine.programs()
-        engine.warm_up(FRAME, [*lengths, len(plain.check_prompt(prompt))])
+        engine.warm_up(FRAME)
         seconds, programs = time.monotonic() - started, engine.programs() - programs
         cached = {"from_disk": cache["cache_hits"], "to_disk": cache["cache_misses"]}
         yield {"frames": count} | row("compile", "s", {"seconds": seconds, "programs": programs} | cached)
