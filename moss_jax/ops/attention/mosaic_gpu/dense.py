@@ -45,8 +45,8 @@ class DenseConfig:
     Attributes:
       warpgroups: that compute in a thread block, 2 or 3.
       block_kv: keys of a tile; a multiple of 64, or of 16 if values of 80 columns are not wide.
-      stages: tiles of K and of V that are on their way at once, as far as shared memory has room: for 4 of 128
-        keys with heads of up to 80 columns, for 2 with 128.
+      stages: tiles of K and of V that are on their way at once, as far as shared memory has room: of 128
+        keys, for 4 with heads of up to 80 columns, for 2 with 128.
       overlap: the softmax of a tile runs beside the second product of the tile before.
       turns: the warpgroups give the tensor core work in a fixed order.
       wide_keys, wide_values: columns lie in lines of 128 bytes as far as they fill them.
