@@ -55,30 +55,8 @@ def linear(
     if quantize_inputs:
         rows, x_scale = _round(rows)
     a = Arguments(rows, kernel, scale, x_scale, out_dtype=jnp.dtype(out_dtype or x.dtype))
-    return _apply(a, implementation).reshape(*x.shape[:-1], a.outputs)
-
-
-def dense(
-    x: Float[Array, "... K"],
-    kernel: Float[Array, "K N"],
-    *,
-    out_dtype=None,
-    implementation: str | None = None,
-) -> Float[Array, "... N"]:
-    """`x @ kernel`, accumulated in float32; with `mosaic_gpu` it has no gradients.
-
-    Args:
-      x: the inputs.
-      kernel: the weights.
-      out_dtype: of the outputs; that of x if None.
-      implementation: a name in `IMPLEMENTATIONS`; None takes the first of the platform's order that can.
-
-    Raises:
-      ValueError: shapes or dtypes that don't fit together.
-      Unsupported: the named implementation cannot take these arguments.
-    """
-    a = Arguments(x.reshape(-1, x.shape[-1]), kernel, out_dtype=jnp.dtype(out_dtype or x.dtype))
-    return _apply(a, implementation).reshape(*x.shape[:-1], a.outputs)
+    out = IMPLEMENTATIONS[choose(a, implementation)].apply(a)
+    return out.reshape(*x.shape[:-1], a.outputs)
 
 
 def choose(arguments: Arguments, implementation: str | None = None, platform: str | None = None) -> str:
@@ -92,10 +70,6 @@ def choose(arguments: Arguments, implementation: str | None = None, platform: st
     return dispatch.choose(
         "linear", IMPLEMENTATIONS, order, arguments, named=implementation, platform=platform
     )
-
-
-def _apply(a: Arguments, implementation: str | None) -> Float[Array, "M N"]:
-    return IMPLEMENTATIONS[choose(a, implementation)].apply(a)
 
 
 def _round(x: Float[Array, "M K"]) -> tuple[Float8e4m3fn[Array, "M K"], Float32[Array, " M"]]:

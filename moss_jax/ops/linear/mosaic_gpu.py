@@ -4,8 +4,8 @@ What takes the time is reading the weights, once. Each thread block walks over s
 part of the inputs, with copies of the next tiles on their way; XLA adds up the parts.
 
 The operands are swapped, as in attention's `decode_quantized`: weights are the 64 rows that the tensor core
-takes, and x the columns, of which it takes as few as 8. Weights in 8 bits go from shared memory through
-registers straight into the tensor core; others it reads from shared memory, transposed.
+takes, and x the columns, of which it takes as few as 8. Weights go from shared memory through registers
+straight into the tensor core.
 
 Everything is multiplied in bfloat16, which holds every number of either 8 bits. So x needs no scale, and
 nothing has to look at all of it before the kernel starts.
@@ -99,11 +99,9 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 and not mesh.are_all_axes_manual:
         return "the compiler cannot spread it over a mesh"
-    x, kernel = arguments.x, arguments.kernel
+    x = arguments.x
     if x.dtype != jnp.bfloat16 and arguments.x_scale is None:
         return f"it takes x in bfloat16, not {x.dtype}"
-    if kernel.dtype != jnp.bfloat16 and not arguments.quantized:
-        return f"it takes a kernel in bfloat16 or 8 bits, not {kernel.dtype}"
     rows, inputs = x.shape
     if not 0 < rows <= ROWS:
         return f"it takes 1 to {ROWS} rows, not {rows}"
@@ -122,9 +120,7 @@ def apply(a: Arguments) -> Float[Array, "M N"]:
 def default_config(a: Arguments) -> LinearConfig:
     """So that two thread blocks share a multiprocessor."""
     rows = a.x.shape[0]
-    part = 1024 if rows <= 16 else 512
-    block_k = 128 if a.quantized else 64
-    return LinearConfig(block_k=block_k, stages=8 if rows <= 16 else 5, part=part)
+    return LinearConfig() if rows <= 16 else LinearConfig(stages=5, part=512)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -138,16 +134,13 @@ def few_rows(a: Arguments, config: LinearConfig) -> Float[Array, "M N"]:
     if inputs % X:
         raise ValueError(f"K = {inputs} is not a multiple of block_k, {X}")
     splits, each = config.splits(inputs), config.tiles_a_block(inputs, a.outputs)
-    x = jnp.pad(a.x.astype(jnp.bfloat16), ((0, C - rows), (0, 0)))
-    if a.quantized:
-        x = shuffle(x)
-    shape = (OUTPUTS, X) if a.quantized else (X, OUTPUTS)
+    x = shuffle(jnp.pad(a.x.astype(jnp.bfloat16), ((0, C - rows), (0, 0))))
     sums = plgpu.kernel(
         functools.partial(_kernel, each=each),
         out_type=jax.ShapeDtypeStruct((splits, 1 if rows == 1 else C, a.outputs), jnp.float32),
         scratch_types={
             "x_smem": tiles.tile((inputs // splits // X, C, X), x.dtype),
-            "kernel_smem": tiles.tile((config.stages, *shape), a.kernel.dtype),
+            "kernel_smem": tiles.tile((config.stages, OUTPUTS, X), a.kernel.dtype),
             "barriers": (
                 # One arrival a copy.
                 plgpu.Barrier(num_arrivals=inputs // splits // X),
@@ -167,15 +160,14 @@ def _kernel(x_gmem, kernel_gmem, sums_gmem, *, x_smem, kernel_smem, barriers, ea
     """Some tiles of outputs over one part of the inputs.
 
     No automatic barriers: `commit_smem` is a barrier of the warpgroup, and a visit to a tile has one. Before
-    it, everyone has read the tile, into registers or through the tensor core, whose product is awaited. After
-    it, the tile's slot is filled again. Only copies write to shared memory, and x's is never filled again.
+    it, everyone has read the tile into registers; after it, the tile's slot is filled again. Only copies
+    write to shared memory, and x's is never filled again.
     """
     split, block = lax.axis_index("split"), lax.axis_index("block")
     x_barrier, kernel_barrier = barriers
     stages = kernel_smem.shape[0]
     parts, _, X = x_smem.shape
     outputs = sums_gmem.shape[-1]
-    narrow = kernel_gmem.dtype != x_gmem.dtype
 
     first = block * each
     count = jnp.minimum(each, outputs // OUTPUTS - first)
@@ -189,9 +181,8 @@ def _kernel(x_gmem, kernel_gmem, sums_gmem, *, x_smem, kernel_smem, barriers, ea
 
     def fetch(step):
         ring = lax.rem(step, stages)
-        at = (place(lax.div(step, parts)), inputs(lax.rem(step, parts)))
-        at = at if narrow else at[::-1]
-        plgpu.copy_gmem_to_smem(kernel_gmem.at[*at], kernel_smem.at[ring], kernel_barrier.at[ring])
+        at = kernel_gmem.at[place(lax.div(step, parts)), inputs(lax.rem(step, parts))]
+        plgpu.copy_gmem_to_smem(at, kernel_smem.at[ring], kernel_barrier.at[ring])
 
     for step in range(stages):
         pl.when(step < steps)(functools.partial(fetch, jnp.int32(step)))
@@ -202,20 +193,11 @@ def _kernel(x_gmem, kernel_gmem, sums_gmem, *, x_smem, kernel_smem, barriers, ea
     def visit(tile, part, sums):
         step = tile * parts + part
         ring = lax.rem(step, stages)
-        x = x_smem.at[part].transpose((1, 0))
-
-        def leave():
-            plgpu.commit_smem()
-            pl.when(step + stages < steps)(functools.partial(fetch, step + stages))
-
         plgpu.barrier_wait(kernel_barrier.at[ring])
-        if narrow:
-            kernel = widen(kernel_smem.at[ring])
-            leave()
-            return sums + tiles.product(kernel, x)
-        sums += tiles.product(kernel_smem.at[ring].transpose((1, 0)), x)
-        leave()
-        return sums
+        kernel = widen(kernel_smem.at[ring])
+        plgpu.commit_smem()
+        pl.when(step + stages < steps)(functools.partial(fetch, step + stages))
+        return sums + tiles.product(kernel, x_smem.at[part].transpose((1, 0)))
 
     def compute(tile, _):
         nothing = tiles.full((OUTPUTS, x_gmem.shape[0]), 0, MATRIX)

@@ -17,5 +17,5 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
 
 def apply(a: Arguments) -> Float[Array, "M N"]:
     """Computes the op in float32 at the highest matmul precision."""
-    kernel = a.kernel.T if a.quantized else a.kernel
-    return a.scaled(jnp.matmul(a.x.astype(jnp.float32), kernel.astype(jnp.float32), precision="highest"))
+    x, kernel = a.x.astype(jnp.float32), a.kernel.astype(jnp.float32)
+    return a.scaled(jnp.matmul(x, kernel.T, precision="highest"))

@@ -17,7 +17,7 @@ import pytest
 from moss_jax.ops import dispatch
 from moss_jax.ops.attention.mosaic_gpu.decode_quantized import shuffle
 from moss_jax.ops.dispatch import Unsupported
-from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, choose, dense, linear, mosaic_gpu
+from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, choose, linear, mosaic_gpu
 from moss_jax.ops.linear.arguments import QUANTIZED
 
 K, N = 256, 128
@@ -36,12 +36,9 @@ def on_gpu():
 
 
 def inputs(shape, stored, *, outputs=N, size=1.0, dtype="bfloat16"):
-    """x, the kernel, and a scale for a kernel in 8 bits."""
+    """x, the kernel and its scale."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(size * rng.standard_normal(shape), dtype)
-    if stored not in QUANTIZED:
-        integers = jnp.asarray(rng.integers(-128, 128, (shape[-1], outputs), np.int8))
-        return x, integers.astype(stored) / 64, None
     kernel = rng.integers(0, 256, (outputs, shape[-1]), np.uint8)
     if stored == "float8_e4m3fn":
         kernel[kernel % 128 == 127] = 0  # NaN.
@@ -50,17 +47,13 @@ def inputs(shape, stored, *, outputs=N, size=1.0, dtype="bfloat16"):
 
 def exact(x, kernel, scale):
     x, kernel = (np.float64(y.astype(jnp.float32)) for y in (x, kernel))
-    return x @ kernel if scale is None else x @ kernel.T * np.float64(scale)
+    return x @ kernel.T * np.float64(scale)
 
 
 def close(actual, expected, tolerance, what=""):
     """The largest error is small beside the largest number."""
     error = np.abs(np.float64(actual) - expected).max() / np.abs(expected).max()
     assert error <= tolerance, f"{what}: off by {error:.2e}"
-
-
-def call(x, kernel, scale, **options):
-    return dense(x, kernel, **options) if scale is None else linear(x, kernel, scale, **options)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -70,21 +63,21 @@ def implementation(request, platform):
         yield request.param
 
 
-@pytest.mark.parametrize("stored", [*QUANTIZED, "bfloat16"])
+@pytest.mark.parametrize("stored", QUANTIZED)
 @pytest.mark.parametrize("shape", [(1, K), (2, K), (5, K), (2, 8, K), (64, K), (K,)], ids=str)
 def test_is_the_product(implementation, stored, shape):
     given = inputs(shape, stored)
-    out = call(*given, implementation=implementation, out_dtype=jnp.float32)
+    out = linear(*given, implementation=implementation, out_dtype=jnp.float32)
     assert out.shape == (*shape[:-1], N)
     assert out.dtype == jnp.float32
     close(out, exact(*given), 1e-5)
 
 
-@pytest.mark.parametrize("stored", [*QUANTIZED, "bfloat16"])
+@pytest.mark.parametrize("stored", QUANTIZED)
 @pytest.mark.parametrize("size", [1e4, 1e-4])
 def test_large_and_small_inputs(implementation, stored, size):
     given = inputs((3, K), stored, size=size)
-    out = call(*given, implementation=implementation)
+    out = linear(*given, implementation=implementation)
     assert out.dtype == jnp.bfloat16
     close(out, exact(*given), 4e-3)
 
@@ -121,11 +114,10 @@ def test_gradients_reach_x(stored):
 
 
 def abstract(stored="int8", *, rows=1, inputs=K, outputs=N, dtype="bfloat16"):
-    quantized = stored in QUANTIZED
     return Arguments(
         jax.ShapeDtypeStruct((rows, inputs), dtype),
-        jax.ShapeDtypeStruct((outputs, inputs) if quantized else (inputs, outputs), stored),
-        jax.ShapeDtypeStruct((outputs,), jnp.float32) if quantized else None,
+        jax.ShapeDtypeStruct((outputs, inputs), stored),
+        jax.ShapeDtypeStruct((outputs,), jnp.float32),
         out_dtype=jnp.dtype(dtype),
     )
 
@@ -135,7 +127,6 @@ def abstract(stored="int8", *, rows=1, inputs=K, outputs=N, dtype="bfloat16"):
     [
         ("gpu", {}, "mosaic_gpu"),
         ("gpu", {"stored": "float8_e4m3fn", "rows": 64}, "mosaic_gpu"),
-        ("gpu", {"stored": "bfloat16"}, "mosaic_gpu"),
         ("gpu", {"rows": 65}, "xla"),
         ("gpu", {"rows": 0}, "xla"),
         ("gpu", {"dtype": "float32"}, "xla"),
@@ -154,7 +145,6 @@ def test_the_first_of_the_platforms_order_that_can(platform, arguments, expected
         ({"inputs": 192}, "K = 192 is not a multiple of 128"),
         ({"outputs": 96}, "N = 96 is not a multiple of 64"),
         ({"dtype": "float16"}, "it takes x in bfloat16, not float16"),
-        ({"stored": "float32"}, "it takes a kernel in bfloat16 or 8 bits, not float32"),
     ],
 )
 def test_a_forced_name_that_cannot_fails_with_the_reason(arguments, reason):
@@ -188,7 +178,7 @@ def test_logs_the_choice_once_with_the_reasons(caplog):
         ({"kernel": (N, 128)}, "int8", {}, "kernel [N, K] must share K; got (2, 256) and (128, 128)"),
         ({"kernel": (1, N, K)}, "int8", {}, "must share K"),
         ({"scale": (K,)}, "int8", {}, "scale is one number an output, [N] = (128,); got (256,)"),
-        ({}, "bfloat16", {}, "linear takes a kernel in int8 or float8_e4m3fn with a scale, dense others"),
+        ({}, "bfloat16", {}, "kernel is in int8 or float8_e4m3fn, not bfloat16"),
         ({}, "int8", {"quantize_inputs": True}, "needs a kernel in float8_e4m3fn, not int8"),
     ],
 )
@@ -198,11 +188,3 @@ def test_what_does_not_fit(shapes, stored, options, message):
     x, kernel, scale = (jnp.zeros(shapes[name], dtypes[name]) for name in shapes)
     with pytest.raises(ValueError, match=re.escape(message)):
         linear(x, kernel, scale, **options)
-
-
-def test_what_does_not_fit_without_a_scale():
-    x = jnp.zeros((2, K))
-    with pytest.raises(ValueError, match=re.escape("[K, N] must share K; got (2, 256) and (128, 256)")):
-        dense(x, jnp.zeros((N, K)))
-    with pytest.raises(ValueError, match="dense others; got int8"):
-        dense(x, jnp.zeros((K, N), jnp.int8))
