@@ -9,12 +9,21 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import jax
 from rich.console import Console
 
 from moss_jax import gin_bindings
-from moss_jax.config import ConfigError, EngineConfig, FrameSampling, SessionConfig, TokenSampling
+from moss_jax.config import (
+    ConfigError,
+    DecoderWeights,
+    EncoderWeights,
+    EngineConfig,
+    FrameSampling,
+    SessionConfig,
+    TokenSampling,
+)
 from moss_jax.convert import CheckpointError
 from moss_jax.serving.feed import watch
 from moss_jax.serving.terminal import print_json, print_transcript
@@ -181,9 +190,17 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--checkpoint", type=Path, metavar="DIR", help="folder in Hugging Face layout; else the shipped model"
     )
-    add("--weights", choices=("int8", "fp8"), help="keep the decoder's in 8 bits; else as they are loaded")
+    add(
+        "--weights",
+        choices=get_args(DecoderWeights),
+        help="keep the decoder's in 8 bits; else as they are loaded",
+    )
     add("--perception-device", type=int, metavar="N", help="device that encodes the frames, of several")
-    add("--encoder-weights", choices=("fp8",), help="encode frames in 8 bits; else as it is loaded")
+    add(
+        "--encoder-weights",
+        choices=get_args(EncoderWeights),
+        help="encode frames in 8 bits; else as it is loaded",
+    )
     add("--system", metavar="TEXT", help="system prompt of the model; empty for none")
     add("--seed", type=int, help="of the sampling")
     add("--json", action="store_true", help="one JSON object for each event instead of a transcript")

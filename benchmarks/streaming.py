@@ -39,7 +39,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ from live import FRAME, padded_tokenizer
 from report import add_out, device, publish
 
 from moss_jax.cache import StreamState
-from moss_jax.config import PRESETS, EngineConfig, SessionConfig
+from moss_jax.config import PRESETS, DecoderWeights, EncoderWeights, EngineConfig, SessionConfig
 from moss_jax.nn import MossVideo, quantize
 from moss_jax.stream import Engine, EngineState, Event, Frame, Session, Silence, Text, Turn, answer
 from moss_jax.stream.engine import FRAME_BUCKETS
@@ -329,8 +329,10 @@ def main() -> None:
     parser.add_argument("--frames", default="16,64,256,1024,4096", help="in the bank, comma-separated")
     parser.add_argument("--quick", action="store_true", help="few samples, and the smallest bank alone")
     parser.add_argument("--only", help=f"names, comma-separated, of start, {', '.join(MEASURES)}")
-    parser.add_argument("--weights", choices=("int8", "fp8"), help="of the decoder, in 8 bits")
-    parser.add_argument("--encoder-weights", choices=("fp8",), help="of the vision encoder, in 8 bits")
+    parser.add_argument("--weights", choices=get_args(DecoderWeights), help="of the decoder, in 8 bits")
+    parser.add_argument(
+        "--encoder-weights", choices=get_args(EncoderWeights), help="of the vision encoder, in 8 bits"
+    )
     parser.add_argument("--perception-device", type=int, help="number of the device that encodes frames")
     parser.add_argument("--budget", type=float, help="seconds after which nothing new is begun")
     add_out(parser)

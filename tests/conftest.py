@@ -176,9 +176,11 @@ def small_config():
 def random_model():
     """`random_model(config)` has parameters large enough that every one of them tells in the logits."""
 
-    def make(config: ModelConfig, *, dtype="float32", seed: int = 0) -> MossVideo:
+    def make(
+        config: ModelConfig, *, dtype="float32", seed: int = 0, of: type[nnx.Module] = MossVideo
+    ) -> nnx.Module:
         rng = np.random.default_rng(seed)
-        graph, params = nnx.split(nnx.eval_shape(lambda: MossVideo(config, rngs=nnx.Rngs(0), dtype=dtype)))
+        graph, params = nnx.split(nnx.eval_shape(lambda: of(config, rngs=nnx.Rngs(0), dtype=dtype)))
 
         drawn = []
         for path, variable in nnx.to_flat_state(params):

@@ -122,8 +122,8 @@ class ScriptedEngine:
             special, script = self.tokenizer.special, self.script.get(slot)
             # What is drawn after a silence alone is of no use, and not from the script.
             after_silence = row.tokens == [PENDING] and tokens == [special.silence]
-            drawn[slot] = script.popleft() if script and not after_silence else special.silence
-            state.pending[slot] = special.silence if drawn[slot] == special.eot else int(drawn[slot])
+            token = script.popleft() if script and not after_silence else special.silence
+            state.pending[slot] = drawn[slot] = special.silence if token == special.eot else token
         return state, Drawn(jnp.asarray(drawn), jnp.zeros((len(rows), 1)))
 
 

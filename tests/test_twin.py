@@ -17,19 +17,11 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def twin(small_config, tokenizer) -> Twin:
+def twin(small_config, random_model, tokenizer) -> Twin:
     """Random weights, large enough that frames and tokens matter to what is said."""
     config = small_config()
     decoder = dataclasses.replace(config.decoder, vocab_size=tokenizer.vocab_size, max_positions=4096)
-    config = twin_of(dataclasses.replace(config, decoder=decoder))
-    graph, params = nnx.split(nnx.eval_shape(lambda: Twin(config, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-    drawn = []
-    for path, variable in nnx.to_flat_state(params):
-        centre, spread = (1, 0.1) if path[-1] == "weight" else (0, 0.2)
-        value = centre + spread * rng.standard_normal(variable.shape)
-        drawn.append((path, variable.replace(jax.numpy.asarray(value, variable.dtype))))
-    return nnx.merge(graph, nnx.from_flat_state(drawn))
+    return random_model(twin_of(dataclasses.replace(config, decoder=decoder)), of=Twin)
 
 
 @pytest.fixture(scope="module")

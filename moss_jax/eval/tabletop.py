@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moss_jax.config import ConfigError, EngineConfig, SessionConfig
+from moss_jax.config import ConfigError, DecoderWeights, EncoderWeights, EngineConfig, SessionConfig
 from moss_jax.convert import CheckpointError
 from moss_jax.data.tabletop import Stream, evaluation_stream
 from moss_jax.data.tabletop.dialogue import Dialogue, converse
@@ -296,8 +296,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--checkpoint", type=Path, metavar="DIR", help="folder in Hugging Face layout; else the shipped model"
     )
-    add("--weights", choices=("int8", "fp8"), help="keep the decoder's in 8 bits; else as they are loaded")
-    add("--encoder-weights", choices=("fp8",), help="encode frames in 8 bits; else as it is loaded")
+    add(
+        "--weights",
+        choices=get_args(DecoderWeights),
+        help="keep the decoder's in 8 bits; else as they are loaded",
+    )
+    add(
+        "--encoder-weights",
+        choices=get_args(EncoderWeights),
+        help="encode frames in 8 bits; else as it is loaded",
+    )
     add("--streams", type=positive, default=200, metavar="N")
     add("--seconds", type=positive, default=32, metavar="N", help="length of a stream")
     add("--seed", type=int, default=0, help="which held-out streams")

@@ -5,6 +5,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,23 +24,24 @@ class Implementation(Protocol):
 def choose(
     op: str,
     implementations: Mapping[str, Implementation],
-    order: Sequence[str],
+    orders: Mapping[str, Sequence[str]],
     arguments: Any,
-    *,
     named: str | None,
-    platform: str,
+    platform: str | None,
 ) -> str:
     """Name of the implementation that takes a call; the choice and its reasons are logged once each.
 
     Args:
       op: what messages call it.
-      order: names, the one that is asked first in front.
+      orders: of each platform, names, the one that is asked first in front; elsewhere it is "xla".
       named: the one that must take it; None for any.
+      platform: the default backend's if None.
 
     Raises:
       Unsupported: the named implementation does not exist or cannot take the arguments, or none of the order
         can.
     """
+    platform = platform or jax.default_backend()
     if named is not None:
         if named not in implementations:
             raise Unsupported(f"no {op} implementation {named!r}; there are {', '.join(implementations)}")
@@ -46,7 +49,7 @@ def choose(
             raise Unsupported(f"{op} implementation {named!r} cannot be used: {reason}")
         return named
     passed_over = []
-    for name in order:
+    for name in orders.get(platform, ("xla",)):
         reason = implementations[name].unsupported(arguments, platform)
         if reason is None:
             log_once(f"{op} on {platform}: using {name}", *passed_over)

@@ -76,7 +76,7 @@ def _answer(engine, frames, prompt, tokens, room, special) -> Iterator[Event]:
         drawn.tokens.copy_to_host_async()
         state, after = engine.step(state, [Row([PENDING]), *others])
         token, drawn = int(drawn.tokens[0]), after
-        if token in (special.eot, special.silence):
+        if token == special.silence:
             reason = "finished"
             break
         if text := detokenizer.push(token):

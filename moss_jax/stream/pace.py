@@ -1,5 +1,7 @@
-"""When to dispatch the next step: late enough that it takes in what happens meanwhile, early enough that the
-device doesn't wait for it."""
+"""When to dispatch the next step.
+
+Late enough that it takes in what happens meanwhile, early enough that the device doesn't wait for it.
+"""
 
 from collections.abc import Hashable
 

@@ -61,7 +61,7 @@ def test_the_answer_does_not_depend_on_how_the_clip_is_chunked(make_engine, fram
     state, drawn = engine.step(state, [Row(opening, range(10))], engine.encode(frames[:10]))
     for _ in range(5):
         token = int(drawn.tokens[0])
-        if token == EOT:
+        if token == SILENCE:
             break
         said.append(token)
         state, drawn = engine.step(state, [Row([PENDING])])

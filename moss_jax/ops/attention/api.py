@@ -164,11 +164,7 @@ def choose(arguments: Arguments, implementation: str | None = None, platform: st
     Raises:
       Unsupported: the named implementation does not exist or cannot take the arguments.
     """
-    platform = platform or jax.default_backend()
-    order = ORDER.get(platform, ("xla",))
-    return dispatch.choose(
-        "attention", IMPLEMENTATIONS, order, arguments, named=implementation, platform=platform
-    )
+    return dispatch.choose("attention", IMPLEMENTATIONS, ORDER, arguments, implementation, platform)
 
 
 def _spread(attend: Callable[[Arguments], Array]) -> Callable[[Arguments], Array]:

@@ -3,7 +3,6 @@
 M rows, K inputs, N outputs
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int8
 
@@ -65,11 +64,7 @@ def choose(arguments: Arguments, implementation: str | None = None, platform: st
     Raises:
       Unsupported: the named implementation does not exist or cannot take the arguments.
     """
-    platform = platform or jax.default_backend()
-    order = ORDER.get(platform, ("xla",))
-    return dispatch.choose(
-        "linear", IMPLEMENTATIONS, order, arguments, named=implementation, platform=platform
-    )
+    return dispatch.choose("linear", IMPLEMENTATIONS, ORDER, arguments, implementation, platform)
 
 
 def _round(x: Float[Array, "M K"]) -> tuple[Float8e4m3fn[Array, "M K"], Float32[Array, " M"]]:

@@ -102,7 +102,20 @@ class Split:
         """Which keys some query sees."""
         return _any([(first <= key) & (key < last) for first, last in self.ranges])
 
-    def bounds(self, query, group, own):
+    def seen(self, shape, keys_along: int, at, own, group):
+        """Which pairs of a tile of scores count: keys from its own on that lie in the range of their query.
+
+        Keys of the tile that begins at key `at` lie along one axis, queries along the other.
+        """
+        key = at + tiles.index(shape, keys_along)
+        if len(self.ranges) == 1:
+            ((first, last),) = self.ranges
+            first = jnp.maximum(first, own)
+        else:
+            first, last = self._bounds(tiles.index(shape, 1 - keys_along), group, own)
+        return (key >= first) & (key < last)
+
+    def _bounds(self, query, group, own):
         """The range of each query, from the split's own keys on; `group` queries share a token's range."""
         first, last = jnp.zeros_like(query), jnp.zeros_like(query)
         for t, (start, end) in enumerate(self.ranges):

@@ -138,7 +138,7 @@ def _kernel(
             bias = plgpu.load(bias_smem.at[ring], layout=PER_COLUMN)
             scores += tiles.along_columns(bias * LOG2E, scores.shape)
         pl.when(step + stages < walk.steps)(functools.partial(fetch_k, step + stages))
-        scores = jnp.where(seen(at, own), scores, NEVER)
+        scores = jnp.where(walk.seen((ROWS, X), 1, at, own, group), scores, NEVER)
 
         new_top = jnp.maximum(top, scores.max(axis=1))
         # A row that has seen no key yet has top -inf, and -inf - -inf would be NaN.
@@ -153,16 +153,6 @@ def _kernel(
         out += tiles.product(weights.astype(v_gmem.dtype), v_smem.at[ring])
         pl.when(step + stages < walk.steps)(functools.partial(fetch_v, step + stages))
         return out, new_top, total
-
-    def seen(at, own):
-        """Which (row, key) pairs count."""
-        key = at + tiles.index((ROWS, X), 1)
-        if len(walk.ranges) == 1:
-            ((first, last),) = walk.ranges
-            first = jnp.maximum(first, own)
-        else:
-            first, last = walk.bounds(tiles.index((ROWS, X), 0), group, own)
-        return (key >= first) & (key < last)
 
     def clean(v_tile, at):
         """Zeros the values that no query sees, because 0 * NaN would spoil the sums."""

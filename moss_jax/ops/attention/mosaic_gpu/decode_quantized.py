@@ -162,7 +162,7 @@ def _kernel(
         v_scale = jnp.where(v_scale > TINY, v_scale, TINY)
         summand = jnp.log2(v_scale) if bias is None else jnp.log2(v_scale) + bias * LOG2E
         scores = scores * tiles.along_rows(factor, scores.shape) + tiles.along_rows(summand, scores.shape)
-        scores = jnp.where(seen(at, own), scores, NEVER)
+        scores = jnp.where(walk.seen((X, N), 0, at, own, group), scores, NEVER)
 
         new_top = jnp.maximum(top, scores.max(axis=0))
         # A column that has seen no key yet has top -inf, and -inf - -inf would be NaN.
@@ -197,16 +197,6 @@ def _kernel(
         def _():
             used = walk.used(at + tiles.index((X, D), 0))
             wide_smem[...] = jnp.where(used, v, jnp.zeros_like(v))
-
-    def seen(at, own):
-        """Which (key, query) pairs count."""
-        key = at + tiles.index((X, N), 0)
-        if len(walk.ranges) == 1:
-            ((first, last),) = walk.ranges
-            first = jnp.maximum(first, own)
-        else:
-            first, last = walk.bounds(tiles.index((X, N), 1), group, own)
-        return (key >= first) & (key < last)
 
     nothing = (
         tiles.full((D, N), 0, MATRIX),
