@@ -1,0 +1,160 @@
+"""Times a residual sum with the norm behind it: our kernel, and what XLA makes of plain JAX.
+
+    python benchmarks/norm.py --out benchmarks/results/norm_h200.json
+
+A program makes several calls, each with the results of the one before as its residual stream and branch, and
+weights of its own. Rates count the branch and the stream, read and written; their shares are those of a copy
+measured first. Errors are ||out - exact|| / ||exact|| against float64, of some normed rows and of their sums.
+All programs are compiled side by side before the first is timed.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attention import first_line, measure_ceilings, say, timed
+from report import add_out, device, publish
+
+from moss_jax.ops.norm import IMPLEMENTATIONS, Arguments
+from moss_jax.ops.norm.mosaic_gpu import default_warps, one_pass
+
+# Rows and width, and whether it is a layer norm: a decoded token of one and of eight streams, a prompt, a
+# long sequence; the vision encoder's positions of one frame and of sixteen.
+SHAPES = (
+    (1, 4096, False),
+    (8, 4096, False),
+    (64, 4096, False),
+    (8192, 4096, False),
+    (1608, 1280, True),
+    (16 * 1608, 1280, True),
+)
+TINY = ((4, 256, False), (9, 256, True))
+BYTES = 5e8  # That a program reads and writes.
+MAX_CALLS = 16
+CHECKED = 256  # Rows.
+EPS = 1e-5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try this script out on a CPU")
+    add_out(parser)
+    args = parser.parse_args()
+
+    with ThreadPoolExecutor() as pool:
+        cases = [case for shape in (TINY if args.tiny else SHAPES) for case in contenders(*shape)]
+        compiled = [pool.submit(compile_both, *case) for case in cases]
+        ceilings = measure_ceilings(args.tiny)
+        say(f"copy {ceilings['copy_tb_s']:.3g} TB/s; {device()}")
+        # Nothing is timed while others are compiled.
+        failures = [future.exception() for future in compiled]
+    rows = []
+    for case, future, failure in zip(cases, compiled, failures, strict=True):
+        row = {"case": " x ".join(map(str, case[0].x.shape)), "implementation": case[1]}
+        if failure is None:
+            row |= measure(case[0], *future.result(), args.repeats, ceilings["copy_tb_s"])
+        else:
+            row["failed"] = first_line(failure)
+        rows.append(row)
+        say(line(row))
+    flags = {"repeats": args.repeats, "out": args.out} | ({"tiny": ""} if args.tiny else {})
+    publish("norm.py", argparse.Namespace(**flags), {"ceilings": ceilings, "rows": rows})
+
+
+def contenders(rows: int, width: int, layer: bool):
+    """(abstract call, name, function) of each way to compute; ours first, in its own choice in front."""
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    x, vector = array(rows, width), array(width)
+    a = Arguments(x, x, None, vector, vector if layer else None, eps=EPS)
+    if IMPLEMENTATIONS["mosaic_gpu"].unsupported(a, jax.default_backend()) is None:
+        first = default_warps(a)
+        for warps in (first, 5 - first):  # 1 and 4.
+            if rows >= 4 or warps == 4:
+                yield a, f"mosaic_gpu, warps a row: {warps}", functools.partial(one_pass, warps=warps)
+    yield a, "xla", IMPLEMENTATIONS["xla"].apply
+
+
+def compile_both(a: Arguments, name: str, apply):
+    """The chain of calls, and a program of one."""
+    del name
+    calls = [a] * count(a)
+    return jax.jit(functools.partial(chain, apply)).lower(calls).compile(), jax.jit(apply).lower(a).compile()
+
+
+def count(a: Arguments) -> int:
+    """Calls of a program."""
+    return min(math.ceil(BYTES / traffic(a)), MAX_CALLS)
+
+
+def traffic(a: Arguments) -> int:
+    """Bytes that a call cannot do without."""
+    return 4 * a.x.size * a.x.dtype.itemsize
+
+
+def chain(apply, calls: list[Arguments]):
+    """All calls; of all but the first only the vectors are used."""
+    step, normed, y = jax.jit(apply), calls[0].add, calls[0].x
+    for a in calls:
+        normed, y = step(Arguments(y, normed, None, a.weight, a.bias, eps=EPS))
+    return normed, y
+
+
+def measure(a: Arguments, many, single, repeats: int, copy: float) -> dict:
+    """Errors, time and rate."""
+    calls, expected = make_inputs(a)
+    found = (np.float64(out[checked(a)]) for out in single(calls[0]))
+    row = {"error": [off(*pair) for pair in zip(found, expected, strict=True)]}
+    row |= timed(many, (calls,), len(calls), repeats)
+    row["tb_s"] = traffic(a) / row["us"] / 1e6
+    return row | {"share": row["tb_s"] / copy}
+
+
+@functools.cache
+def make_inputs(a: Arguments):
+    """The calls of a program, and of the first of them some of the exact results: normed rows and sum."""
+    leaves, structure = jax.tree.flatten(a)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    drawn = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+    first = jax.tree.unflatten(structure, drawn)
+    others = [dataclasses.replace(first, weight=first.weight.copy()) for _ in range(count(a) - 1)]
+
+    y = np.float64(first.x[checked(a)]) + np.float64(first.add[checked(a)])
+    centred = y - y.mean(axis=-1, keepdims=True) if a.centred else y
+    normed = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPS) * np.float64(first.weight)
+    return [first, *others], (normed + (np.float64(first.bias) if a.centred else 0), y)
+
+
+def checked(a: Arguments) -> np.ndarray:
+    """The rows that are looked at, the first and the last among them."""
+    return np.linspace(0, a.x.shape[0] - 1, min(a.x.shape[0], CHECKED)).astype(int)
+
+
+def off(out, expected) -> float:
+    return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
+
+
+def line(row: dict) -> str:
+    """A row to read."""
+    name = f"{row['case']:>12}  {row['implementation']:<26}"
+    if "failed" in row:
+        return f"{name}failed: {row['failed']}"
+    errors = ", ".join(f"{error:.1e}" for error in row["error"])
+    return (
+        f"{name}{row['us']:>8.2f} us ({row['us_min']:.2f} to {row['us_max']:.2f})"
+        f"{row['tb_s']:>7.2f} TB/s, {row['share']:.0%} of a copy; off by {errors}"
+    )
+
+
+if __name__ == "__main__":
+    main()

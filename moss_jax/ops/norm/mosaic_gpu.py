@@ -1,0 +1,160 @@
+"""The norms in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU): a residual sum and its norm in one pass.
+
+A row lies in registers from its loads to its stores. Of few rows it is the way to memory and back that takes
+the time: each is spread over the four warps of a thread block, and all loads are on their way before the
+first is awaited. Of many it is the bytes: each row has a warp, which waits for no other, and there are
+registers for so many of them that enough bytes are on their way.
+
+M rows, R rows of a thread block, D width
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from moss_jax.ops.attention.mosaic_gpu import compute_capability, tiles
+from moss_jax.ops.norm import xla
+from moss_jax.ops.norm.arguments import Arguments
+
+WARPS = 4  # Of a thread block, a warpgroup.
+LANES = 32
+UNIT = 256  # Columns that a warp loads at once, 16 bytes a lane.
+MAX_WIDTH = 8192  # A row for which a warpgroup has registers.
+MAX_WIDTH_OF_WARP = 2048  # One for which a warp has, if several thread blocks are to share a multiprocessor.
+
+
+def unsupported(arguments: Arguments, platform: str) -> str | None:
+    """Why this kernel cannot take the arguments; None if it can."""
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, and this is {platform}"
+    if (capability := compute_capability()) not in (None, "9.0"):
+        return f"it is written for Hopper (compute capability 9.0), and this is {capability}"
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and not mesh.are_all_axes_manual:
+        return "the compiler cannot spread it over a mesh"
+    x = arguments.x
+    if x.dtype != jnp.bfloat16:
+        return f"it takes bfloat16, not {x.dtype}"
+    width = x.shape[-1]
+    if x.size == 0:
+        return "there are no rows"
+    if width % UNIT or not 0 < width <= MAX_WIDTH:
+        return f"D = {width} is not a multiple of {UNIT} up to {MAX_WIDTH}"
+    return None
+
+
+@jax.custom_vjp
+def apply(a: Arguments) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+    """Computes the op; its gradients are those of the plain JAX implementation."""
+    flat = a.flat()
+    normed, y = one_pass(flat, default_warps(flat))
+    return normed.reshape(a.x.shape), y.reshape(a.x.shape)
+
+
+def _forward(a):
+    return apply(a), a
+
+
+def _backward(a, cotangents):
+    return jax.vjp(xla.apply, a)[1](cotangents)
+
+
+apply.defvjp(_forward, _backward)
+
+
+def default_warps(a: Arguments) -> int:
+    """How many warps share a row: one if there are rows for all of them, and registers for a row."""
+    rows, width = a.x.shape
+    return 1 if rows >= WARPS and width <= MAX_WIDTH_OF_WARP else WARPS
+
+
+@functools.partial(jax.jit, static_argnames="warps")
+def one_pass(a: Arguments, warps: int) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
+    """Computes the op for a call whose rows are on one axis; forward only.
+
+    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+
+    Args:
+      warps: how many share a row, 1 or 4; 1 needs 4 rows or more.
+    """
+    if warps not in (1, WARPS) or len(a.x) < WARPS // warps:
+        raise ValueError(f"1 warp a row, if there are {WARPS} rows, or {WARPS}; not {warps} for {len(a.x)}")
+    arrays, structure = jax.tree.flatten(a)
+    outputs = 1 if a.add is None else 2
+
+    def kernel(*refs):
+        _kernel(structure.unflatten(refs[: len(arrays)]), *refs[len(arrays) :], warps=warps)
+
+    normed, *y = plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct(a.x.shape, a.x.dtype)] * outputs,
+        grid=(pl.cdiv(len(a.x), WARPS // warps),),
+        grid_names=("block",),
+        # Nobody reads what is written, and sums across warps have barriers of their own.
+        compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
+    )(*arrays)
+    return normed, *(y or [a.x])
+
+
+def _kernel(a, normed_gmem, y_gmem=None, *, warps):
+    """R rows; the last block moves back to end with the last row, and computes again what it then shares."""
+    (rows, width), R = a.x.shape, WARPS // warps
+    layout = _layout(width, warps)
+    mine = pl.ds(jnp.minimum(lax.axis_index("block") * R, rows - R), R)
+
+    def load(ref, layout):
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def load_vectors():
+        return [load(ref, layout.reduce(0)) for ref in (a.weight, a.bias) if ref is not None]
+
+    def spread(vector, axis):
+        """One number a row (axis 0) or a column (axis 1) for all of it, in float32."""
+        vector = lax.broadcast_in_dim(vector.astype(jnp.float32), (R, width), [axis])
+        return plgpu.layout_cast(vector, layout)
+
+    def mean(x):
+        return x.sum(axis=1) * (1 / width)
+
+    x = load(a.x.at[mine], layout)
+    branch = None if a.add is None else load(a.add.at[mine], layout)
+    if a.scale is not None:
+        scale = a.scale[0] if a.scale.shape == (1,) else load(a.scale.at[mine], layout.reduce(1))
+    if warps > 1:
+        vectors = load_vectors()
+
+    if branch is not None:
+        branch = branch.astype(jnp.float32)
+        if a.scale is not None:
+            branch *= spread(scale, 0) if scale.ndim else scale.astype(jnp.float32)
+        # It is the rounded sum that is normed, as it is what comes next that sees it.
+        x = (x.astype(jnp.float32) + branch).astype(x.dtype)
+        y_gmem[mine] = x
+    if warps == 1:
+        # Only now that the branch's registers are free; other rows have brought them into the cache.
+        vectors = load_vectors()
+
+    wide = x.astype(jnp.float32)
+    if a.centred:
+        wide -= spread(mean(wide), 0)
+    wide *= spread(lax.rsqrt(mean(wide * wide) + a.eps), 0)
+    wide *= spread(vectors[0], 1)
+    if a.centred:
+        wide += spread(vectors[1], 1)
+    normed_gmem[mine] = wide.astype(normed_gmem.dtype)
+
+
+def _layout(width: int, warps: int):
+    """Where the threads of a block keep [R, D]: each has up to 8 neighbours, 16 bytes, at a time."""
+    vector = next(n for n in (8, 4, 2) if width % (warps * LANES * n) == 0)
+    run = LANES * vector  # Of a warp.
+    tile = ((WARPS, run),) if warps == 1 else ((1, WARPS * run), (run,))
+    return plgpu.Layout.TILED(
+        plgpu.Tiling((*tile, (vector,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+    )
