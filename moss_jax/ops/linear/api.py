@@ -9,14 +9,13 @@ from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int8
 from moss_jax.ops import dispatch
 from moss_jax.ops.linear import mosaic_gpu, reference, xla
 from moss_jax.ops.linear.arguments import Arguments
+from moss_jax.ops.rounding import round_rows
 
 # Each is a module with `unsupported(arguments, platform) -> reason or None` and `apply(arguments)`.
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 
 # The first that supports the arguments is taken.
 ORDER = {"gpu": ("mosaic_gpu", "xla")}
-
-LARGEST = 448.0  # Of float8_e4m3fn.
 
 
 def linear(
@@ -52,7 +51,7 @@ def linear(
         raise ValueError(f"quantize_inputs needs a kernel in float8_e4m3fn, not {kernel.dtype}")
     rows, x_scale = x.reshape(-1, x.shape[-1]), None
     if quantize_inputs:
-        rows, x_scale = _round(rows)
+        rows, x_scale = round_rows(rows)
     a = Arguments(rows, kernel, scale, x_scale, out_dtype=jnp.dtype(out_dtype or x.dtype))
     out = IMPLEMENTATIONS[choose(a, implementation)].apply(a)
     return out.reshape(*x.shape[:-1], a.outputs)
@@ -65,11 +64,3 @@ def choose(arguments: Arguments, implementation: str | None = None, platform: st
       Unsupported: the named implementation does not exist or cannot take the arguments.
     """
     return dispatch.choose("linear", IMPLEMENTATIONS, ORDER, arguments, implementation, platform)
-
-
-def _round(x: Float[Array, "M K"]) -> tuple[Float8e4m3fn[Array, "M K"], Float32[Array, " M"]]:
-    """The rows in float8_e4m3fn, the largest number of each being the largest that it has; their scales."""
-    x = x.astype(jnp.float32)
-    largest = jnp.abs(x).max(axis=-1)
-    scale = jnp.where(largest > 0, largest / LARGEST, 1.0)
-    return (x / scale[:, None]).astype(jnp.float8_e4m3fn), scale
