@@ -1,19 +1,12 @@
 """Rotary position embedding with the llama3 frequency scaling."""
 
 import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moss_jax.config import RopeConfig
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines of the angles of some positions, float32 [B, T, D/2]."""
-
-    cos: Float[Array, "B T R"]
-    sin: Float[Array, "B T R"]
+from moss_jax.ops.rotary import Rotation
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> Float[Array, " R"]:
@@ -35,11 +28,3 @@ def rotation(positions: Int[Array, "B T"], config: RopeConfig, head_dim: int) ->
     """The rotation of each position."""
     angles = positions[..., None].astype(jnp.float32) * frequencies(config, head_dim)
     return Rotation(jnp.cos(angles), jnp.sin(angles))
-
-
-def rotate(x: Float[Array, "B T ... D"], by: Rotation) -> Float[Array, "B T ... D"]:
-    """Rotates channel `i` with channel `i + D/2` (the rotate-half convention), in float32."""
-    heads = tuple(range(2, x.ndim - 1))
-    cos, sin = (jnp.expand_dims(part, heads) for part in by)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

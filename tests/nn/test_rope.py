@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moss_jax.config import PRESETS, RopeConfig
-from moss_jax.nn.rope import frequencies, rotate, rotation
+from moss_jax.nn.rope import frequencies, rotation
+from moss_jax.ops.rotary import rotate
 
 
 def llama3(rope: RopeConfig, head_dim: int) -> np.ndarray:

@@ -1,6 +1,12 @@
 """Attention in which each query sees one range of the keys."""
 
-from moss_jax.ops.attention.api import IMPLEMENTATIONS, attention, choose, self_attention
+from moss_jax.ops.attention.api import (
+    IMPLEMENTATIONS,
+    append_and_attend,
+    attention,
+    choose,
+    self_attention,
+)
 from moss_jax.ops.attention.arguments import Arguments, KeyRange
 from moss_jax.ops.dispatch import Unsupported
 
@@ -9,6 +15,7 @@ __all__ = [
     "Arguments",
     "KeyRange",
     "Unsupported",
+    "append_and_attend",
     "attention",
     "choose",
     "self_attention",

@@ -11,11 +11,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from moss_jax.cache import write_row, write_rows
 from moss_jax.ops import dispatch
 from moss_jax.ops.attention import cudnn, mosaic_gpu, mosaic_tpu, reference, xla
 from moss_jax.ops.attention.arguments import Arguments, KeyRange
+from moss_jax.ops.rotary import Rotation, rotate
 from moss_jax.sharding import partition_spec
 
 # Each is a module with `unsupported(arguments, platform) -> reason or None` and `attend(arguments)`.
@@ -105,22 +107,23 @@ def self_attention(
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"self_attention takes a projection [B, P, 3, H, D], not {qkv.shape}")
-    if _reads_projections(qkv, implementation):
+    unsupported = functools.partial(mosaic_gpu.unsupported_projection, qkv)
+    if _takes_whole("attention from a fused projection", unsupported, implementation):
         return _from_projection(implementation, qkv)
     return _from_slices(implementation, qkv)
 
 
-def _reads_projections(qkv: Array, implementation: str | None) -> bool:
-    """Whether the kernel for fused projections takes a call."""
+def _takes_whole(what: str, unsupported: Callable[[str], str | None], implementation: str | None) -> bool:
+    """Whether mosaic_gpu takes a call as it is, before it is made into one of `attention`."""
     platform = jax.default_backend()
     wanted = ORDER.get(platform, ()) if implementation is None else (implementation,)
     if "mosaic_gpu" not in wanted:
         return False
-    reason = mosaic_gpu.unsupported_projection(qkv, platform)
+    reason = unsupported(platform)
     dispatch.log_once(
-        f"self-attention on {platform}: using mosaic_gpu on the fused projection"
+        f"{what} on {platform}: using mosaic_gpu"
         if reason is None
-        else f"self-attention on {platform}: slicing the projection, which mosaic_gpu cannot read: {reason}"
+        else f"{what} on {platform}: in steps, since mosaic_gpu cannot do it at once: {reason}"
     )
     return reason is None
 
@@ -156,6 +159,61 @@ def _from_projection_backward(implementation, pull, d_out):
 
 
 _from_projection.defvjp(_from_projection_forward, _from_projection_backward)
+
+
+def append_and_attend(
+    qkv: Float[Array, "B T K G+2 D"],
+    by: Rotation,
+    keys: Float[Array, "B K S D"],
+    values: Float[Array, "B K S D"],
+    start: Int[Array, " B"],
+    count: Int[Array, " B"],
+    *,
+    capacity: int,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
+    """Appends new tokens to a cache and attends from them to all that it then holds up to themselves.
+
+    Token `t` of slot `b` has the place `start[b] + t`. Tokens from `count[b]` on, and those that have no
+    place below the capacity, are not appended; the former attend to nothing and give zeros. Has no gradients.
+
+    Args:
+      qkv: what was projected of each token: for each kv head its queries, key and value.
+      by: rotates queries and keys.
+      keys, values: the cache; keys are rotated.
+      start: tokens that it holds.
+      capacity: that there is room for; S is larger, and what lies beyond may be written to but is never read.
+      implementation: as in `attention`.
+
+    Returns:
+      What the tokens found, and the cache with them in it.
+
+    Raises:
+      ValueError: shapes that don't fit together, or a cache without a row beyond the capacity.
+      Unsupported: the named implementation cannot take these arguments.
+    """
+    B, T, kv_heads, group_and_kv, D = qkv.shape
+    if keys.shape[2] <= capacity:
+        raise ValueError(
+            f"a cache for {capacity} tokens has at least {capacity + 1} rows, not {keys.shape[2]}"
+        )
+    place = start[:, None] + jnp.arange(T, dtype=jnp.int32)
+    end = jnp.where(jnp.arange(T) < count[:, None], jnp.minimum(place + 1, capacity), 0)
+    kv_range = KeyRange(jnp.zeros_like(end), end)
+    q = jax.ShapeDtypeStruct((B, T, kv_heads * (group_and_kv - 2), D), qkv.dtype)
+    a = Arguments(q, keys, values, kv_range, None, 1 / math.sqrt(D), causal=False)
+    unsupported = functools.partial(mosaic_gpu.unsupported_append, a)
+    if _mesh() is None and _takes_whole("appending tokens", unsupported, implementation):
+        return mosaic_gpu.append_and_attend(qkv, by, a, start, count, capacity)
+    q = rotate(qkv[..., :-2, :].reshape(B, T, -1, D), by)
+    k = rotate(qkv[..., -2, :], by).swapaxes(1, 2)  # [B, K, T, D]
+    v = qkv[..., -1, :].swapaxes(1, 2)
+    if T > 1:
+        keys, values = (write_rows(old, new, start, count) for old, new in ((keys, k), (values, v)))
+    else:
+        at = jnp.where(count > 0, jnp.minimum(start, capacity), capacity)
+        keys, values = (write_row(old, new, at) for old, new in ((keys, k), (values, v)))
+    return attention(q, keys, values, kv_range, implementation=implementation), keys, values
 
 
 def choose(arguments: Arguments, implementation: str | None = None, platform: str | None = None) -> str:

@@ -168,7 +168,7 @@ def test_the_kernel_is_picked(as_on_hopper, implementation, caplog):
     with caplog.at_level(logging.INFO, logger="moss_jax"):
         out = self_attention(qkv, implementation=implementation)
     close(out - 1, exact(qkv), TOLERANCE["float32"])
-    assert caplog.messages == ["self-attention on cpu: using mosaic_gpu on the fused projection"]
+    assert caplog.messages == ["attention from a fused projection on cpu: using mosaic_gpu"]
 
 
 def test_gradients_are_those_of_the_slices(as_on_hopper):

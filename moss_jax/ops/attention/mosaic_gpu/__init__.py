@@ -9,16 +9,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moss_jax.ops.attention import tuning
 from moss_jax.ops.attention.arguments import Arguments, KeyRange, no_gradients
-from moss_jax.ops.attention.mosaic_gpu.bank import ROWS, DecodeConfig
-from moss_jax.ops.attention.mosaic_gpu.decode import decode
+from moss_jax.ops.attention.mosaic_gpu.append import WARP, rotate_and_append
+from moss_jax.ops.attention.mosaic_gpu.bank import ROWS, Blocks, DecodeConfig
+from moss_jax.ops.attention.mosaic_gpu.decode import decode, decode_blocks
 from moss_jax.ops.attention.mosaic_gpu.decode_quantized import decode_quantized
 from moss_jax.ops.attention.mosaic_gpu.dense import DenseConfig, dense
 from moss_jax.ops.attention.mosaic_gpu.dense import unsupported as unsupported_by_dense
 from moss_jax.ops.attention.mosaic_gpu.staircase import StaircaseConfig, staircase
+from moss_jax.ops.rotary import Rotation
 
 # Queries that share a kv head, up to which the kernel for few queries is the faster: the other one walks the
 # keys without splitting them.
@@ -60,6 +62,39 @@ def unsupported_projection(qkv: Float[Array, "B P 3 H D"], platform: str) -> str
 def attend_projection(qkv: Float[Array, "B P 3 H D"]) -> Float[Array, "B P H D"]:
     """Attention of every position to every position; forward only."""
     return dense(qkv, DenseConfig())
+
+
+def unsupported_append(a: Arguments, platform: str) -> str | None:
+    """Why no kernel here can append tokens before they attend; None if one can.
+
+    Args:
+      a: the attention that follows, whose q need have no more than a shape and a dtype.
+    """
+    if reason := unsupported(a, platform):
+        return reason
+    if a.quantized:
+        return f"it appends in q's dtype, not in {a.k.dtype}"
+    if _rows(a) > BANK_ROWS or a.q.shape[2] // a.k.shape[1] > ROWS:
+        return f"it takes at most {BANK_ROWS} queries a kv head, not {_rows(a)}"
+    if a.q.shape[-1] % (2 * WARP):
+        return f"head_dim {a.q.shape[-1]} is not a multiple of {2 * WARP}, a warp's pairs"
+    return None
+
+
+def append_and_attend(
+    qkv: Float[Array, "B T K G+2 D"],
+    by: Rotation,
+    a: Arguments,
+    start: Int[Array, " B"],
+    count: Int[Array, " B"],
+    capacity: int,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
+    """Appends keys and values and attends to them; forward only. Of `a`, q need have only a shape."""
+    (B, T, H, _), K = a.q.shape, a.k.shape[1]
+    blocks = Blocks(B, T, K, H // K)
+    q, k, v = rotate_and_append(qkv, by, a.k, a.v, start, count, capacity=capacity, blocks=blocks)
+    config = _config("decode", DecodeConfig(), a)
+    return decode_blocks(q, k, v, a.bounds, None, a.scale, blocks, config), k, v
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -51,6 +51,59 @@ class DecodeConfig:
         return max(1, min(self.blocks // pairs, pl.cdiv(keys, self.block_kv)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How queries are cut: into blocks of equal numbers of tokens, at most `ROWS` rows for each kv head.
+
+    The last is filled up with queries that see nothing. Row `t * group + g` of a block is its token `t`.
+
+    Attributes:
+      batch, queries: slots, and tokens of each.
+      kv_heads, group: and query heads that share one.
+    """
+
+    batch: int
+    queries: int
+    kv_heads: int
+    group: int
+
+    @property
+    def of_a_slot(self) -> int:
+        return pl.cdiv(self.queries, ROWS // self.group)
+
+    @property
+    def tokens(self) -> int:
+        """Of a block."""
+        return pl.cdiv(self.queries, self.of_a_slot)
+
+    @property
+    def count(self) -> int:
+        """Of all slots."""
+        return self.batch * self.of_a_slot
+
+    @property
+    def rows(self) -> int:
+        """That a block takes in memory; a multiple of 8, so those beyond its tokens' hold anything."""
+        return pl.cdiv(self.tokens * self.group, 8) * 8
+
+    def cut(self, x: Array) -> Array:
+        """[batch, queries, ...] to [count, tokens, ...]."""
+        missing = self.of_a_slot * self.tokens - self.queries
+        x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(self.count, self.tokens, *x.shape[2:])
+
+    def in_rows(self, q: Float[Array, "B T H D"]) -> Float[Array, "Q K R D"]:
+        """Queries as the kernel reads them."""
+        q = self.cut(q).reshape(self.count, self.tokens, self.kv_heads, self.group, -1).swapaxes(1, 2)
+        q = q.reshape(self.count, self.kv_heads, self.tokens * self.group, -1)
+        return jnp.pad(q, ((0, 0), (0, 0), (0, self.rows - q.shape[2]), (0, 0)))
+
+    def in_tokens(self, out: Float[Array, "Q tokens K G D"]) -> Float[Array, "B T H D"]:
+        """What the queries found, in the order in which they came."""
+        heads = self.kv_heads * self.group
+        return out.reshape(self.batch, -1, heads, out.shape[-1])[:, : self.queries]
+
+
 class Split:
     """The walk of one thread block over its split of the keys of one slot and kv head.
 
@@ -102,28 +155,25 @@ class Split:
         """Which keys some query sees."""
         return _any([(first <= key) & (key < last) for first, last in self.ranges])
 
-    def seen(self, shape, keys_along: int, at, own, group):
-        """Which pairs of a tile of scores count: keys from its own on that lie in the range of their query.
+    def bounds(self, query, group):
+        """(start, end) of the range of each of these query rows, `group` of which share a token's.
 
-        Keys of the tile that begins at key `at` lie along one axis, queries along the other.
+        Scalars if all rows are of one token; vectors of integers compare as unsigned.
         """
-        key = at + tiles.index(shape, keys_along)
         if len(self.ranges) == 1:
-            ((first, last),) = self.ranges
-            first = jnp.maximum(first, own)
-        else:
-            first, last = self._bounds(tiles.index(shape, 1 - keys_along), group, own)
-        return (key >= first) & (key < last)
-
-    def _bounds(self, query, group, own):
-        """The range of each query, from the split's own keys on; `group` queries share a token's range."""
+            return self.ranges[0]
         first, last = jnp.zeros_like(query), jnp.zeros_like(query)
         for t, (start, end) in enumerate(self.ranges):
             mine = (query >= t * group) & (query < (t + 1) * group)
-            # The larger of two numbers is a scalar's business: vectors of integers compare as unsigned.
-            first = jnp.where(mine, jnp.maximum(start, own), first)
+            first = jnp.where(mine, start, first)
             last = jnp.where(mine, end, last)
         return first, last
+
+    def seen(self, key, own, first, last):
+        """Which keys, from the split's own on, lie in the range of their query."""
+        if jnp.ndim(first) == 0:
+            return (key >= jnp.maximum(first, own)) & (key < last)
+        return (key >= jnp.maximum(own, 0)) & (key >= first) & (key < last)
 
 
 def _any(conditions):
@@ -141,15 +191,16 @@ def join(
     out: Float[Array, "Q K P R C"],
     top: Float[Array, "Q K P R"],
     total: Float[Array, "Q K P R"],
-    rows: int,
+    tokens: int,
+    group: int,
     dtype: DTypeLike,
-):
-    """The splits' sums, each relative to its own largest score, as one attention; [Q, K, rows, C]."""
+) -> Float[Array, "Q tokens K group C"]:
+    """The splits' sums, each relative to its own largest score, as one attention."""
     Q, K, _, _, C = out.shape
     return plgpu.kernel(
         _join_kernel,
-        out_type=jax.ShapeDtypeStruct((Q, K, rows, C), dtype),
-        grid=(rows, K, Q),
+        out_type=jax.ShapeDtypeStruct((Q, tokens, K, group, C), dtype),
+        grid=(tokens * group, K, Q),
         grid_names=("row", "head", "queries"),
         compiler_params=tiles.COMPILER_PARAMS,
     )(out, top, total)
@@ -157,6 +208,7 @@ def join(
 
 def _join_kernel(out_gmem, top_gmem, total_gmem, joined_gmem):
     row, head, queries = (lax.axis_index(name) for name in ("row", "head", "queries"))
+    group = joined_gmem.shape[3]
     out = jnp.zeros(joined_gmem.shape[-1:], jnp.float32)
     top, total = jnp.float32(NEVER), jnp.float32(0)
     for first in range(0, out_gmem.shape[2], AT_ONCE):
@@ -174,4 +226,4 @@ def _join_kernel(out_gmem, top_gmem, total_gmem, joined_gmem):
             # A split without keys has written zeros.
             out, total = out + part * weight, total + part_total * weight
     out /= jnp.where(total > 0, total, 1.0)
-    joined_gmem[queries, head, row] = out.astype(joined_gmem.dtype)
+    joined_gmem[queries, lax.div(row, group), head, lax.rem(row, group)] = out.astype(joined_gmem.dtype)

@@ -17,43 +17,50 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.arguments import Arguments
+from moss_jax.ops.attention.arguments import Arguments, KeyRange
 from moss_jax.ops.attention.mosaic_gpu import tiles
-from moss_jax.ops.attention.mosaic_gpu.bank import LANES, ROWS, DecodeConfig, Split, in_a_row, join
+from moss_jax.ops.attention.mosaic_gpu.bank import LANES, ROWS, Blocks, DecodeConfig, Split, in_a_row, join
 from moss_jax.ops.attention.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_COLUMN, PER_ROW
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def decode(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
-    """Computes the op for G <= 64 and K and V in q's dtype; forward only.
+    """Computes the op for G <= 64 and K and V in q's dtype; forward only."""
+    (B, T, H, _), K = a.q.shape, a.k.shape[1]
+    blocks = Blocks(B, T, K, H // K)
+    return decode_blocks(blocks.in_rows(a.q), a.k, a.v, a.bounds, a.bias, a.scale, blocks, config)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "blocks", "config"))
+def decode_blocks(
+    q: Float[Array, "Q K R D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    bounds: KeyRange,
+    bias: Float[Array, "B S"] | None,
+    scale: float,
+    blocks: Blocks,
+    config: DecodeConfig,
+) -> Float[Array, "B T H D"]:
+    """The op, given queries in blocks.
 
     Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
     """
-    B, T, H, D = a.q.shape
-    K, S = a.k.shape[1:3]
-    G, X, stages = H // K, config.block_kv, config.stages
-    # Blocks of equal numbers of tokens; the last is filled up with queries that see nothing.
-    blocks = pl.cdiv(T, ROWS // G)
-    tokens = pl.cdiv(T, blocks)
-    rows, Q = tokens * G, B * blocks
+    (Q, K, rows, D), S = q.shape, k.shape[2]
+    X, stages = config.block_kv, config.stages
     splits = config.splits(Q * K, S)
-    filled = ((0, 0), (0, blocks * tokens - T))
-    q = jnp.pad(a.q, (*filled, (0, 0), (0, 0))).reshape(Q, tokens, K, G, D).swapaxes(1, 2)
-    q = jnp.pad(q.reshape(Q, K, rows, D), ((0, 0), (0, 0), (0, ROWS - rows), (0, 0)))
-    bounds = [jnp.pad(x.astype(jnp.int32), filled).reshape(Q, tokens) for x in a.bounds]
-    bias = None
-    if a.bias is not None:
-        bias = in_a_row(jnp.broadcast_to(a.bias[:, None].astype(jnp.float32), (B, K, S)), X)
+    bounds = [blocks.cut(x.astype(jnp.int32)) for x in bounds]
+    if bias is not None:
+        bias = in_a_row(jnp.broadcast_to(bias[:, None].astype(jnp.float32), k.shape[:3]), X)
     part = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     out, top, total = plgpu.kernel(
         functools.partial(
             _kernel,
-            scale=LOG2E * a.scale,
-            group=G,
-            cut={"keys": S, "heads": K, "splits": splits, "blocks": blocks},
+            scale=LOG2E * scale,
+            group=blocks.group,
+            cut={"keys": S, "heads": K, "splits": splits, "blocks": blocks.of_a_slot},
         ),
         out_type=[
-            part((Q, K, splits, pl.cdiv(rows, 8) * 8, pl.cdiv(D, LANES) * LANES)),
+            part((Q, K, splits, rows, pl.cdiv(D, LANES) * LANES)),
             part((Q, K, splits, ROWS)),
             part((Q, K, splits, ROWS)),
         ],
@@ -61,7 +68,7 @@ def decode(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
             "q_smem": tiles.tile((ROWS, D), q.dtype),
             # At the end, the output takes the place of the tiles.
             "shared": plgpu.RefUnion(
-                (tiles.tile((stages, X, D), a.k.dtype), tiles.tile((stages, X, D), a.v.dtype)),
+                (tiles.tile((stages, X, D), k.dtype), tiles.tile((stages, X, D), v.dtype)),
                 tiles.tile((ROWS, D), jnp.float32),
             ),
             "bias_smem": None if bias is None else plgpu.SMEM((stages, X), jnp.float32),
@@ -74,12 +81,11 @@ def decode(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
             ),
         },
         # The first axis is that of neighbours in time.
-        grid=(Q, splits, K) if blocks > 1 else (splits, K, Q),
-        grid_names=("queries", "split", "head") if blocks > 1 else ("split", "head", "queries"),
+        grid=(Q, splits, K) if blocks.of_a_slot > 1 else (splits, K, Q),
+        grid_names=("queries", "split", "head") if blocks.of_a_slot > 1 else ("split", "head", "queries"),
         compiler_params=tiles.COMPILER_PARAMS,
-    )(q, in_a_row(a.k, X, 1), in_a_row(a.v, X, 1), bias, *bounds)
-    out = join(out, top, total, rows, a.q.dtype)[..., :D]
-    return out.reshape(Q, K, tokens, G, D).swapaxes(1, 2).reshape(B, blocks * tokens, H, D)[:, :T]
+    )(q, in_a_row(k, X, 1), in_a_row(v, X, 1), bias, *bounds)
+    return blocks.in_tokens(join(out, top, total, blocks.tokens, blocks.group, q.dtype)[..., :D])
 
 
 def _kernel(
@@ -108,7 +114,8 @@ def _kernel(
     q_barrier, k_barrier, v_barrier = barriers
     stages, X, D = k_smem.shape
 
-    plgpu.copy_gmem_to_smem(q_gmem.at[queries, head], q_smem, q_barrier)
+    # The rows beyond hold anything, and each finds its own.
+    plgpu.copy_gmem_to_smem(q_gmem.at[queries, head], q_smem.at[pl.ds(0, q_gmem.shape[2])], q_barrier)
     walk = Split(start_gmem, end_gmem, block_kv=X, **cut)
 
     def fetch_k(step):
@@ -126,6 +133,12 @@ def _kernel(
         pl.when(step < walk.steps)(functools.partial(fetch_v, step))
     plgpu.barrier_wait(q_barrier)
 
+    # One number a row, found once and not for every element of every tile.
+    bounds = walk.bounds(tiles.index((ROWS, 8), 0), group)
+    if jnp.ndim(bounds[0]):
+        bounds = [x.astype(jnp.float32).max(axis=1).astype(jnp.int32) for x in bounds]
+        bounds = [tiles.along_rows(x, (ROWS, X)) for x in bounds]
+
     def visit(step, carry):
         out, top, total = carry
         ring = lax.rem(step, stages)
@@ -138,7 +151,7 @@ def _kernel(
             bias = plgpu.load(bias_smem.at[ring], layout=PER_COLUMN)
             scores += tiles.along_columns(bias * LOG2E, scores.shape)
         pl.when(step + stages < walk.steps)(functools.partial(fetch_k, step + stages))
-        scores = jnp.where(walk.seen((ROWS, X), 1, at, own, group), scores, NEVER)
+        scores = jnp.where(walk.seen(at + tiles.index((ROWS, X), 1), own, *bounds), scores, NEVER)
 
         new_top = jnp.maximum(top, scores.max(axis=1))
         # A row that has seen no key yet has top -inf, and -inf - -inf would be NaN.

@@ -81,8 +81,8 @@ def decode_quantized(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H 
     )(q, in_a_row(a.k, X, 1), in_a_row(a.v, X, 1), *vectors, bias, *(x.astype(jnp.int32) for x in a.bounds))
     # The second pass reads whole lines.
     out = jnp.pad(out.swapaxes(-1, -2), (*[(0, 0)] * 4, (0, -D % LANES)))
-    out = shuffle(join(out, top, total, rows, jnp.float32)[..., :D])
-    return out.reshape(B, K, T, H // K, D).swapaxes(1, 2).reshape(B, T, H, D).astype(a.q.dtype)
+    out = shuffle(join(out, top, total, T, H // K, jnp.float32)[..., :D])
+    return out.reshape(B, T, H, D).astype(a.q.dtype)
 
 
 def _kernel(
@@ -162,7 +162,8 @@ def _kernel(
         v_scale = jnp.where(v_scale > TINY, v_scale, TINY)
         summand = jnp.log2(v_scale) if bias is None else jnp.log2(v_scale) + bias * LOG2E
         scores = scores * tiles.along_rows(factor, scores.shape) + tiles.along_rows(summand, scores.shape)
-        scores = jnp.where(walk.seen((X, N), 0, at, own, group), scores, NEVER)
+        bounds = walk.bounds(tiles.index((X, N), 1), group)
+        scores = jnp.where(walk.seen(at + tiles.index((X, N), 0), own, *bounds), scores, NEVER)
 
         new_top = jnp.maximum(top, scores.max(axis=0))
         # A column that has seen no key yet has top -inf, and -inf - -inf would be NaN.

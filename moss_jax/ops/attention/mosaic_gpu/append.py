@@ -1,0 +1,93 @@
+"""Rotates what was projected of new tokens and puts it where attention reads it, in one small kernel.
+
+Queries go into the rows of `decode`'s blocks, keys and values into the cache, in place.
+
+B slot, T new tokens, K kv heads, G query heads per kv head, D head, S rows of the cache, Q blocks of queries,
+R rows of a block
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moss_jax.ops.attention.mosaic_gpu import tiles
+from moss_jax.ops.attention.mosaic_gpu.bank import Blocks
+from moss_jax.ops.rotary import Rotation
+
+WARP = 32
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "blocks"))
+def rotate_and_append(
+    qkv: Float[Array, "B T K G+2 D"],
+    by: Rotation,
+    keys: Float[Array, "B K S D"],
+    values: Float[Array, "B K S D"],
+    start: Int[Array, " B"],
+    count: Int[Array, " B"],
+    *,
+    capacity: int,
+    blocks: Blocks,
+) -> tuple[Float[Array, "Q K R D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
+    """Queries in blocks, and the cache with the first `count` tokens of each slot in it.
+
+    What has no room below `capacity` is left out. Rows of a block beyond its tokens' hold anything.
+    """
+    B, T, K, _, D = qkv.shape
+    keys, values = jax.new_ref(keys), jax.new_ref(values)
+    q = plgpu.kernel(
+        functools.partial(_kernel, blocks=blocks, capacity=capacity),
+        out_type=jax.ShapeDtypeStruct((blocks.count, K, blocks.rows, D), qkv.dtype),
+        grid=(K, T, B),
+        grid_names=("head", "token", "slot"),
+        compiler_params=tiles.COMPILER_PARAMS,
+    )(qkv, *by, start, count, keys, values)
+    return q, jax.freeze(keys), jax.freeze(values)
+
+
+def _kernel(
+    qkv_gmem, cos_gmem, sin_gmem, start_gmem, count_gmem, keys_gmem, values_gmem, q_gmem, *, blocks, capacity
+):
+    """One kv head of one token; each of the four warps does it all, since there is so little of it."""
+    head, token, slot = (lax.axis_index(name) for name in ("head", "token", "slot"))
+    half = qkv_gmem.shape[-1] // 2
+    halves = (pl.ds(0, half), pl.ds(half, half))
+    layout = plgpu.Layout.TILED(
+        plgpu.Tiling(((half,), (half // WARP,))),
+        warp_dims=(plgpu.Replicated(4),),
+        lane_dims=(-2,),
+        vector_dim=-1,
+    )
+
+    def load(ref):
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    # All loads first, so that they are on their way together.
+    projected = [
+        [load(qkv_gmem.at[slot, token, head, i, part]) for part in halves] for i in range(blocks.group + 2)
+    ]
+    cos, sin = (load(gmem.at[slot, token]) for gmem in (cos_gmem, sin_gmem))
+    at = start_gmem[slot] + token
+    wanted = (token < count_gmem[slot]) & (at < capacity)
+
+    def rotated(parts):
+        a, b = (x.astype(jnp.float32) for x in parts)
+        return [x.astype(qkv_gmem.dtype) for x in (a * cos - b * sin, b * cos + a * sin)]
+
+    *queries, key, value = projected
+    block = slot * blocks.of_a_slot + lax.div(token, blocks.tokens)
+    first = lax.rem(token, blocks.tokens) * blocks.group
+    for i, parts in enumerate(queries):
+        for part, x in zip(halves, rotated(parts), strict=True):
+            q_gmem[block, head, first + i, part] = x
+
+    @pl.when(wanted)
+    def _():
+        for gmem, parts in ((keys_gmem, rotated(key)), (values_gmem, value)):
+            for part, x in zip(halves, parts, strict=True):
+                gmem[slot, head, at, part] = x
