@@ -1,0 +1,100 @@
+"""The kernel for Hopper beyond the contract: how the weights are dealt, what a GPU is given, real shapes."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops.after_attention.test_after_attention import abstract, close, make_arguments, on_gpu
+
+from moss_jax.ops.after_attention import mosaic_gpu
+from moss_jax.ops.after_attention.mosaic_gpu import Config, default_config, plan
+from moss_jax.ops.linear.arguments import QUANTIZED
+
+REAL = {"D": 4096, "K": 4096, "F": 14336}
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes", "config"),
+    [
+        (1, {}, Config(blocks=1, block_k=128, stages=3, part=256, part_down=128)),
+        (2, {"F": 384}, Config(blocks=4, block_k=128, stages=3, part=256, part_down=128)),
+    ],
+    ids=["1 block, whose ring runs through all phases", "parts that begin within a block"],
+)
+def test_dealt_in_many_ways(rows, sizes, config):
+    a = make_arguments(rows, "float8_e4m3fn", **sizes)
+    with on_gpu(config):
+        close(mosaic_gpu.apply(a), a)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"blocks": 132}, {"blocks": 228}, {"part_down": 1792, "stages": 4}], ids=str
+)
+def test_every_unit_is_dealt_once_and_evenly(changes):
+    a = abstract(**REAL)
+    p = plan(a, dataclasses.replace(default_config(a), **changes))
+    for phase in p.phases:
+        first, count = (np.asarray(x) for x in phase.units(jnp.arange(phase.blocks)))
+        dealt = collections.Counter(
+            unit for x, n in zip(first, count, strict=True) for unit in range(x, x + n)
+        )
+        assert dealt == dict.fromkeys(range(phase.stripes * phase.parts), 1)
+        assert count.max() - count.min() <= 1
+        assert ((first + count - 1) // phase.stripes - first // phase.stripes).max() < phase.spans
+
+
+def test_configurations_are_checked():
+    a = abstract(**REAL)
+
+    def refused(message, **changes):
+        with pytest.raises(ValueError, match=message):
+            plan(a, dataclasses.replace(default_config(a), **changes))
+
+    refused("K = 4096 does not fall into parts of 1536 and tiles of 256", part=1536)
+    refused("F = 14336 does not fall into parts of 128 and tiles of 256", part_down=128)
+    refused("with 264 of them on 132 multiprocessors each has", stages=6)
+    refused("with 396 of them", blocks=396)
+    refused("a block has 224 units of `down`", blocks=8, part_down=512, stages=1)
+
+
+@pytest.mark.parametrize(("rows", "stored"), [(1, "float8_e4m3fn"), (8, "int8")])
+def test_lowers_for_a_gpu_without_one(rows, stored):
+    """As far as that goes: to the kernel's module, not to machine code."""
+    a = abstract(rows=rows, stored=stored, **REAL)
+    assert mosaic_gpu.unsupported(a, "gpu") is None
+    text = jax.jit(mosaic_gpu.apply).trace(a).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1
+    # What the kernel counts in is a constant of the program.
+    assert f"dense<[{'0, ' * 33}1936945005]> : tensor<34xi32>" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", QUANTIZED)
+def test_real_shapes(stored):
+    """And always the same, bit for bit."""
+    most = make_arguments(8, stored, **REAL, gates=(jnp.linspace(1, 0.5, 8), jnp.linspace(0.5, 0, 8)))
+    by_row = ("x", "heads", "attention_gate", "mlp_gate")
+    run = jax.jit(mosaic_gpu.apply)
+    for rows in (1, 2, 7, 8):
+        a = dataclasses.replace(most, **{name: getattr(most, name)[-rows:] for name in by_row})
+        out = run(a)
+        close(out, a)
+        for _ in range(50):
+            np.testing.assert_array_equal(run(a), out)
+
+
+@pytest.mark.gpu
+def test_layer_after_layer():
+    """One program, in a loop too."""
+    a = make_arguments(1, "int8", **REAL)
+
+    def layer(x, _=None):
+        return mosaic_gpu.apply(dataclasses.replace(a, x=x)), None
+
+    one = jax.jit(layer)(a.x)[0]
+    two = jax.jit(layer)(one)[0]
+    np.testing.assert_array_equal(jax.jit(lambda x: layer(layer(x)[0])[0])(a.x), two)
+    np.testing.assert_array_equal(jax.jit(lambda x: jax.lax.scan(layer, x, length=2)[0])(a.x), two)
