@@ -25,10 +25,9 @@ from moss_jax.cache import MemoryBank, StreamState, TextCache
 from moss_jax.config import ConfigError, DecoderConfig, EngineConfig, ModelConfig
 from moss_jax.nn.compressor import Compressor
 from moss_jax.nn.decoder import Append, KeysValues, SelfLayer
-from moss_jax.nn.layers import Linear, RMSNorm, normal
+from moss_jax.nn.layers import Linear, Residual, RMSNorm, normal
 from moss_jax.nn.rope import rotation
 from moss_jax.nn.vision import VisionEncoder
-from moss_jax.ops.attention import KeyRange
 
 # Kernels for many queries copy a cache that is no multiple of their tiles.
 TILE = 128
@@ -112,8 +111,7 @@ class TwinDecoder(nnx.Module):
         vectors, last, count = self._spread(tokens, count, frames)
         place = jnp.arange(vectors.shape[1], dtype=jnp.int32)
         positions = text.length[:, None] + place
-        end = jnp.where(place < count[:, None], jnp.minimum(positions + 1, text.capacity), 0)
-        append = Append(text.length, count, text.capacity, KeyRange(jnp.zeros_like(end), end))
+        append = Append(text.length, count, text.capacity)
         past = [KeysValues(k, v) for k, v in zip(text.keys, text.values, strict=True)]
         hidden, now = self._run(vectors, positions, past, append)
         keys, values = zip(*now, strict=True)
@@ -160,11 +158,11 @@ class TwinDecoder(nnx.Module):
     def _run(self, x, positions, past, append):
         """Through all layers; returns the final hidden states and each layer's keys and values."""
         rope = rotation(positions, self.config.rope, self.config.head_dim)
-        now = []
+        residual, now = Residual(x), []
         for layer, before in zip(self.layers, past, strict=True):
-            x, kv = layer(x, rope, before, append)
+            residual, kv = layer(residual, rope, before, append)
             now.append(kv)
-        return self.norm(x), now
+        return self.norm.of_sum(residual)[0], now
 
 
 class Twin(nnx.Module):

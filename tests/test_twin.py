@@ -34,7 +34,7 @@ def one_pass(twin):
     """Logits after each token of a sequence, whose vectors are put one after the other by hand."""
     graph, params = nnx.split(twin)
     size = 384  # One program for all sequences, as for all numbers of frames.
-    encode = jax.jit(lambda params, frames: _encode(nnx.merge(graph, params), frames))
+    encode = jax.jit(lambda params, frames: _encode(nnx.merge(graph, params), [[f] for f in frames]))
 
     @jax.jit
     def run(params, vectors):
@@ -43,7 +43,7 @@ def one_pass(twin):
 
     def one_pass(tokens: list[int], frames: list[np.ndarray]) -> np.ndarray:
         padding = [np.zeros_like(frames[0])] * (16 - len(frames))
-        features = iter(encode(params, np.stack([*frames, *padding])))
+        features = iter(encode(params, [*frames, *padding]))
         embedding = np.asarray(twin.decoder.embedding[...])
         image = twin.config.decoder.image_token_id
         parts = [np.asarray(next(features)) if t == image else embedding[t][None] for t in tokens]

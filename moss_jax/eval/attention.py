@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from moss_jax.nn import MossVideo
 from moss_jax.nn.decoder import CrossAttention, CrossLayer, KeysValues
-from moss_jax.nn.rope import Rotation, rotate
 from moss_jax.ops.attention import KeyRange
+from moss_jax.ops.rotary import Rotation, rotate
 from moss_jax.stream import PENDING, Drawn, Engine, EngineState, Row
 from moss_jax.video import preprocess
 
@@ -65,7 +65,7 @@ class _Watched(nnx.Module):
     """A cross-attention that leaves its weights in `weights` when it is called."""
 
     def __init__(self, attention: CrossAttention, num_frames: int, per_vector: bool):
-        self.attention = attention
+        self.attention, self.out = attention, attention.out
         self.num_frames, self.per_vector = num_frames, per_vector
 
     def project(self, features: Float[Array, "B F N D"], rope: Rotation) -> KeysValues:

@@ -15,13 +15,13 @@ from moss_jax.cache import (
     TextCache,
     frames_visible,
     remember_frames,
-    write_row,
-    write_rows,
 )
 from moss_jax.config import DecoderConfig, Remat, RowsBeforeFirstFrame
-from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, RMSNorm, gate, normal, remat
-from moss_jax.nn.rope import Rotation, rotate, rotation
-from moss_jax.ops.attention import KeyRange, attention
+from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, Residual, RMSNorm, gate, normal, remat
+from moss_jax.nn.rope import rotation
+from moss_jax.ops.after_attention import after_attention
+from moss_jax.ops.attention import KeyRange, append_and_attend, attention
+from moss_jax.ops.rotary import Rotation, rotate
 from moss_jax.sharding import constrain
 
 
@@ -33,18 +33,11 @@ class KeysValues(NamedTuple):
 
 
 class Append(NamedTuple):
-    """Where a cached call puts the keys of its tokens, and what each token then sees."""
+    """How many tokens of a call each slot appends to the `start` that it has."""
 
     start: Int[Array, " B"]
     count: Int[Array, " B"]
     capacity: int
-    kv_range: KeyRange
-
-    def write(self, past: Float[Array, "B K R D"], rows: Float[Array, "B K T D"]) -> Float[Array, "B K R D"]:
-        """The past with the rows appended."""
-        if rows.shape[2] > 1:
-            return write_rows(past, rows, self.start, self.count)
-        return write_row(past, rows, jnp.where(self.count > 0, self.start, self.capacity))
 
 
 class SelfAttention(nnx.Module):
@@ -62,17 +55,22 @@ class SelfAttention(nnx.Module):
         self.out = Linear({"heads": config.num_heads, **head}, embed, rngs=rngs, dtype=dtype)
 
     def __call__(self, x, rope: Rotation, past: KeysValues | None, append: Append | None):
-        """Attends among the tokens of `x`, or, given a cache, appends them to it and attends to that."""
+        """Attends among the tokens of `x`, or, given a cache, appends them to it and attends to that.
+
+        Returns what all heads found, before `out`, and the keys and values.
+        """
         B, T, _ = x.shape
         qkv = self.qkv(x)  # [B, T, K, G + 2, D]
+        if past is not None:
+            start, count, capacity = append
+            found, *now = append_and_attend(
+                qkv, rope, *past, start, count, capacity=capacity, implementation=self.implementation
+            )
+            return found, KeysValues(*now)
         q = rotate(qkv[..., :-2, :].reshape(B, T, -1, self.config.head_dim), rope)
         k = rotate(qkv[..., -2, :], rope).swapaxes(1, 2)  # [B, K, T, D]
         v = qkv[..., -1, :].swapaxes(1, 2)
-        if past is None:
-            now = KeysValues(k, v)
-            return self.out(attention(q, k, v, causal=True, implementation=self.implementation)), now
-        now = KeysValues(*(append.write(old, new) for old, new in zip(past, (k, v), strict=True)))
-        return self.out(attention(q, *now, append.kv_range, implementation=self.implementation)), now
+        return attention(q, k, v, causal=True, implementation=self.implementation), KeysValues(k, v)
 
 
 class CrossAttention(nnx.Module):
@@ -104,8 +102,9 @@ class CrossAttention(nnx.Module):
         return KeysValues(flat(keys), flat(kv[..., 1, :]))
 
     def __call__(self, x, rope: Rotation, frames: KeysValues, kv_range: KeyRange):
+        """What all heads find in the frames, before `out`."""
         q = rotate(self.q_norm(self.q(x)), rope)  # [B, T, H, D]
-        return self.out(attention(q, *frames, kv_range, implementation=self.implementation))
+        return attention(q, *frames, kv_range, implementation=self.implementation)
 
 
 class SelfLayer(nnx.Module):
@@ -119,10 +118,12 @@ class SelfLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x, rope: Rotation, past: KeysValues | None, append: Append | None):
-        attended, now = self.attention(self.attention_norm(x), rope, past, append)
-        x += attended
-        return x + self.mlp(self.mlp_norm(x)), now
+    def __call__(
+        self, residual: Residual, rope: Rotation, past: KeysValues | None, append: Append | None
+    ) -> tuple[Residual, KeysValues]:
+        normed, x = self.attention_norm.of_sum(residual)
+        heads, now = self.attention(normed, rope, past, append)
+        return _after_attention(self, x, heads), now
 
 
 class CrossLayer(nnx.Module):
@@ -138,12 +139,40 @@ class CrossLayer(nnx.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs, dtype=dtype)
         self.mlp_gate = gate(INITIAL_GATE, dtype)
 
-    def __call__(self, x, rope: Rotation, frames: KeysValues, kv_range: KeyRange, sees: Bool[Array, "B T"]):
+    def __call__(
+        self,
+        residual: Residual,
+        rope: Rotation,
+        frames: KeysValues,
+        kv_range: KeyRange,
+        sees: Bool[Array, "B T"],
+    ) -> Residual:
         """Rows that see no frame get no MLP branch, and from an empty range no attention either."""
-        attended = self.attention(self.attention_norm(x), rope, frames, kv_range)
-        x += jnp.tanh(self.attention_gate[...]) * attended
-        branch = jnp.tanh(self.mlp_gate[...]) * self.mlp(self.mlp_norm(x))
-        return x + jnp.where(sees[..., None], branch, 0)
+        normed, x = self.attention_norm.of_sum(residual)
+        heads = self.attention(normed, rope, frames, kv_range)
+        mlp_gate = jnp.where(sees[..., None], jnp.tanh(self.mlp_gate[...]), 0)  # [B, T, 1]
+        return _after_attention(self, x, heads, jnp.tanh(self.attention_gate[...]), mlp_gate)
+
+
+def _after_attention(layer: SelfLayer | CrossLayer, x, heads, attention_gate=None, mlp_gate=None) -> Residual:
+    """The rest of a layer: the output projection of what the heads found, and the MLP."""
+    out, mlp = layer.attention.out, layer.mlp
+    if isinstance(out, Linear):
+        normed, x = layer.mlp_norm.of_sum(Residual(x, out(heads), attention_gate))
+        return Residual(x, mlp(normed), mlp_gate)
+    # In 8 bits, where so little is read that what lies between the readings tells.
+    weights = {"out": out, "gate_up": mlp.gate_up, "down": mlp.down}
+    y = after_attention(
+        x,
+        heads.reshape(*x.shape[:-1], -1),
+        **{name: linear.matrix for name, linear in weights.items()},
+        **{f"{name}_scale": linear.scale[...].reshape(-1) for name, linear in weights.items()},
+        norm=layer.mlp_norm.weight[...],
+        eps=layer.mlp_norm.eps,
+        attention_gate=attention_gate,
+        mlp_gate=None if mlp_gate is None else mlp_gate[..., 0],
+    )
+    return Residual(y)
 
 
 class Decoder(nnx.Module):
@@ -217,8 +246,7 @@ class Decoder(nnx.Module):
         positions = text.length[:, None] + row
         real = row < count[:, None]
         visible = jnp.where(real, frames_visible(bank.positions, positions), 0)
-        end = jnp.where(real, jnp.minimum(positions + 1, text.capacity), 0)
-        append = Append(text.length, count, text.capacity, KeyRange(jnp.zeros_like(end), end))
+        append = Append(text.length, count, text.capacity)
         vectors = bank.keys[0].shape[2] // bank.capacity
         past = [KeysValues(k, v) for k, v in zip(text.keys, text.values, strict=True)]
         frames = [KeysValues(k, v) for k, v in zip(bank.keys, bank.values, strict=True)]
@@ -239,14 +267,14 @@ class Decoder(nnx.Module):
         frames = iter(frames)
         now = []
         # Without this a mesh may go on to split the width, as the embedding's is, instead of the batch.
-        x = constrain(self.embedding[tokens], ("batch", None, None))
+        residual = Residual(constrain(self.embedding[tokens], ("batch", None, None)))
         for layer in self.layers:
             if isinstance(layer, CrossLayer):
-                x = remat(layer, keep)(x, rope, next(frames), frame_range, sees)
+                residual = remat(layer, keep)(residual, rope, next(frames), frame_range, sees)
             else:
-                x, kv = remat(layer, keep)(x, rope, next(past), append)
+                residual, kv = remat(layer, keep)(residual, rope, next(past), append)
                 now.append(kv)
-        return self.norm(x), now
+        return self.norm.of_sum(residual)[0], now
 
     def _cross_layers(self):
         return [self.layers[i] for i in self.config.cross_attention_layers]

@@ -6,6 +6,7 @@ is computed in the dtype of the parameters, norms and softmax in float32.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.config import Remat
-from moss_jax.nn.activations import gelu
+from moss_jax.ops.gelu import gelu
+from moss_jax.ops.norm import layer_norm, rms_norm
 from moss_jax.sharding import constrain
 
 INIT_STDDEV = 0.02
@@ -43,6 +45,23 @@ def gate(fill: float, dtype: DTypeLike) -> nnx.Param:
     return full(fill, (1,), (None,), dtype)
 
 
+class Residual(NamedTuple):
+    """The residual stream `x + scale * branch`, of which the branch is still to be added.
+
+    The norm that comes next adds it on its way, which a GPU does in one pass over memory.
+    """
+
+    x: Float[Array, "... D"]
+    branch: Float[Array, "... D"] | None = None
+    scale: Float[Array, "..."] | None = None
+
+    def sum(self) -> Float[Array, "... D"]:
+        """For where no norm comes next."""
+        if self.branch is None:
+            return self.x
+        return self.x + (self.branch if self.scale is None else self.scale * self.branch)
+
+
 def remat(layer: Callable, keep: Remat) -> Callable:
     """The layer, such that its backward pass computes again what `ModelConfig.remat` doesn't keep."""
     match keep:
@@ -52,7 +71,9 @@ def remat(layer: Callable, keep: Remat) -> Callable:
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         case "full":
             policy = jax.checkpoint_policies.nothing_saveable
-    return jax.checkpoint(layer, policy=policy)
+    again = jax.checkpoint(layer, policy=policy)
+    # What a layer is called with is kept, and so a residual stream comes as one array, not as two.
+    return lambda *args: again(*(Residual(x.sum()) if isinstance(x, Residual) else x for x in args))
 
 
 class Linear(nnx.Module):
@@ -77,12 +98,16 @@ class Linear(nnx.Module):
         self.bias = full(0, outputs.values(), tuple(outputs), dtype) if bias else None
 
     def __call__(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
+        x = self.without_bias(x, out_dtype)
+        return x if self.bias is None else x + self.bias[...]
+
+    def without_bias(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
+        """The product alone, for a caller that adds the bias along with what it does next."""
         kernel = self.kernel[...]
         contract = (range(x.ndim - self.num_inputs, x.ndim), range(self.num_inputs))
-        x = jax.lax.dot_general(
+        return jax.lax.dot_general(
             x, kernel, (contract, ((), ())), preferred_element_type=out_dtype or kernel.dtype
         )
-        return x if self.bias is None else x + self.bias[...]
 
 
 class RMSNorm(nnx.Module):
@@ -93,9 +118,12 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        return self.of_sum(Residual(x))[0]
+
+    def of_sum(self, residual: Residual) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+        """The norm of the residual stream, and the stream with its branch added."""
+        x, branch, scale = residual
+        return rms_norm(x, self.weight[...], eps=self.eps, add=branch, scale=scale)
 
 
 class LayerNorm(nnx.Module):
@@ -107,11 +135,12 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        wide = x.astype(jnp.float32)
-        wide -= wide.mean(axis=-1, keepdims=True)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        wide = wide * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-        return wide.astype(x.dtype)
+        return self.of_sum(Residual(x))[0]
+
+    def of_sum(self, residual: Residual) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+        """The norm of the residual stream, and the stream with its branch added."""
+        x, branch, scale = residual
+        return layer_norm(x, self.weight[...], self.bias[...], eps=self.eps, add=branch, scale=scale)
 
 
 class GatedMLP(nnx.Module):
@@ -134,7 +163,7 @@ class GeluMLP(nnx.Module):
         self.fc2 = Linear({"mlp": hidden}, {"embed": size}, bias=True, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(gelu(self.fc1.without_bias(x), self.fc1.bias[...]))
 
 
 INITIAL_GATE = math.pi / 4

@@ -41,17 +41,26 @@ class QuantizedLinear(nnx.Module):
         self.quantize_inputs = quantize_inputs
 
     def __call__(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        kernel, scale = self.kernel[...], self.scale[...]
-        x = jax.lax.collapse(x, x.ndim - (kernel.ndim - scale.ndim))
+        y = self.without_bias(x, out_dtype)
+        return y if self.bias is None else y + self.bias[...]
+
+    def without_bias(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
+        """The product alone, as `Linear` has it."""
+        scale = self.scale[...]
+        x = jax.lax.collapse(x, x.ndim - (self.kernel[...].ndim - scale.ndim))
         y = linear(
             x,
-            kernel.reshape(scale.size, -1),
+            self.matrix,
             scale.reshape(-1),
             out_dtype=out_dtype or x.dtype,
             quantize_inputs=self.quantize_inputs,
         )
-        y = y.reshape(*x.shape[:-1], *scale.shape)
-        return y if self.bias is None else y + self.bias[...]
+        return y.reshape(*x.shape[:-1], *scale.shape)
+
+    @property
+    def matrix(self) -> Array:
+        """The kernel as [outputs, inputs]."""
+        return self.kernel[...].reshape(self.scale[...].size, -1)
 
 
 # A program for each shape of kernel, of which even a large model has a dozen.

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.config import Remat, VisionConfig
-from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, gate, normal, remat
+from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, Residual, gate, normal, remat
 from moss_jax.ops.attention import self_attention
 
 # The original pads the positions to a multiple of this and lets the padding take part in attention.
@@ -50,14 +50,25 @@ class VisionLayer(nnx.Module):
         self.attention_gate = gate(INITIAL_GATE, dtype) if gated else None
         self.mlp_gate = gate(INITIAL_GATE, dtype) if gated else None
 
-    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        x += _scaled(self.attention(self.attention_norm(x)), self.attention_gate)
-        x += _scaled(self.mlp(self.mlp_norm(x)), self.mlp_gate)
-        return x
+    def __call__(self, residual: Residual) -> tuple[Residual, Float[Array, "B P D"]]:
+        """The stream behind the layer, and its input with all branches added."""
+        normed, inputs = self.attention_norm.of_sum(residual)
+        residual = Residual(inputs, self.attention(normed), _tanh(self.attention_gate))
+        normed, x = self.mlp_norm.of_sum(residual)
+        return Residual(x, self.mlp(normed), _tanh(self.mlp_gate)), inputs
 
 
-def _scaled(branch, branch_gate):
-    return branch if branch_gate is None else branch * jnp.tanh(branch_gate[...])
+def _tanh(branch_gate):
+    return None if branch_gate is None else jnp.tanh(branch_gate[...])
+
+
+def _run(layers, residual, keep):
+    """Through the layers; the stream behind the last, and the input of each."""
+    inputs = []
+    for layer in layers:
+        residual, x = remat(layer, keep)(residual)
+        inputs.append(x)
+    return residual, inputs
 
 
 class VisionEncoder(nnx.Module):
@@ -95,19 +106,14 @@ class VisionEncoder(nnx.Module):
         Returns:
           [B, num_positions, output_size], the class token first.
         """
-        x = self._embed(pixels)
-        kept = []
-        for i, layer in enumerate(self.layers):
-            if i in self.config.intermediate_layers:
-                kept.append(x)
-            x = remat(layer, keep)(x)
-        x = self.post_norm(x)
+        residual, inputs = _run(self.layers, Residual(self._embed(pixels)), keep)
+        kept = [x for i, x in enumerate(inputs) if i in self.config.intermediate_layers]
+        x, _ = self.post_norm.of_sum(residual)
         x += jnp.tanh(self.post_tile_gate[...]) * self.post_tile_embedding[ONE_TILE, 0]
-        for layer in self.global_layers:
-            x = remat(layer, keep)(x)
+        residual, _ = _run(self.global_layers, Residual(x), keep)
         # The stack is on the last axis, so the states of one channel lie side by side.
         stacked = jax.lax.collapse(jnp.stack(kept, axis=-1), 2)
-        return jnp.concatenate([x, stacked], axis=-1)[:, : self.config.num_positions]
+        return jnp.concatenate([residual.sum(), stacked], axis=-1)[:, : self.config.num_positions]
 
     def _embed(self, pixels):
         """Patches with their embeddings, normalised, then padded with zeros."""

@@ -33,8 +33,10 @@ PENDING = -1
 
 # Sizes that programs are compiled for. Longer rows are taken in pieces of the largest.
 TOKEN_BUCKETS = (1, 2, 4, 16, 64, 256)
-FRAME_BUCKETS = (1, 8, 32)
+FRAME_BUCKETS = (1, 8, 32, 128)
 ENCODE_BUCKETS = (1, 8, 16)
+# Into which a frame that comes alone is cut on its way to the device.
+STRIPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +133,8 @@ class Engine:
         (device,) = self._decoder[0].devices()
         self._place = SingleDeviceSharding(device)
         self._decoder = jax.device_put(self._decoder, self._place)
-        self._encoder = jax.device_put(self._encoder, perception_device or self._place)
+        self._perception = SingleDeviceSharding(perception_device) if perception_device else self._place
+        self._encoder = jax.device_put(self._encoder, self._perception)
         self._encode = jax.jit(encode)
         # It returns the state alone, in the memory that it came in: where nothing changes its place, the
         # device replays the step as it was recorded.
@@ -210,39 +213,37 @@ class Engine:
         With more slots, rows of several kinds can meet in one step; such programs compile when they come up.
         """
         image, eot = self.tokenizer.special.image, self.tokenizer.special.eot
-        frames = [np.zeros((count, *frame_shape), np.uint8) for count in ENCODE_BUCKETS]
+        frames = [[np.zeros(frame_shape, np.uint8)] * count for count in ENCODE_BUCKETS]
+        batches = [_shaped(_in_strips(batch), self._perception) for batch in frames]
         rows = [Row([PENDING] + [eot] * (length - 1)) for length in TOKEN_BUCKETS]
         rows += [Row([image] * count, [0] * count) for count in FRAME_BUCKETS]
         with futures.ThreadPoolExecutor() as threads:
             # Calls find what has been compiled here, side by side.
-            compiled = [threads.submit(self._encode.lower(self._encoder, x).compile) for x in frames]
-            state = self._shaped(jax.eval_shape(self.start))
-            vectors = jax.eval_shape(self._encode, self._encoder, frames[0]).shape[1:]
+            compiled = [threads.submit(self._encode.lower(self._encoder, x).compile) for x in batches]
+            state = _shaped(jax.eval_shape(self.start), self._place)
+            vectors = jax.eval_shape(self._encode, self._encoder, batches[0]).shape[1:]
             for row in rows:
                 *arguments, feed, index = self._arguments([row] * self.config.slots)
                 if feed is not None:
-                    features = self._shaped(jax.ShapeDtypeStruct((*index.shape, *vectors), self.dtype))
+                    features = jax.ShapeDtypeStruct(
+                        (*index.shape, *vectors), self.dtype, sharding=self._place
+                    )
                     feed = dataclasses.replace(feed, features=features)
                 lowered = self._step.lower(self._decoder, self._rules, state, *arguments, feed)
                 compiled.append(threads.submit(lowered.compile))
         for program in compiled:
             program.result()
-        pools = [self.encode(list(x)) for x in frames]
+        pools = [self.encode(batch) for batch in frames]
         for row, pool in itertools.product(rows, pools):
             if row.frames or pool is pools[0]:
                 # Of the state nothing is kept, so that there is never room needed for two.
                 drawn = self.step(self.start(), [row] * self.config.slots, pool)[1]
                 jax.block_until_ready(drawn)
 
-    def _shaped(self, tree):
-        """What stands for arrays of these shapes when a program is compiled for them."""
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._place), tree)
-
     def _encode_part(self, frames):
         size = _bucket(len(frames), ENCODE_BUCKETS)
-        # Not a copy, if it is one.
-        batch = frames[0][None] if size == 1 else np.stack([*frames, *[frames[0]] * (size - len(frames))])
-        features = self._encode(self._encoder, batch)
+        frames = jax.device_put(_in_strips(frames), self._perception)
+        features = self._encode(self._encoder, frames + [frames[0]] * (size - len(frames)))
         return features if self.perception_device is None else jax.device_put(features, self._place)
 
     def _step_piece(self, state, rows, pool):
@@ -312,6 +313,19 @@ class _Feed:
     count: Int[Array, " B"]
 
 
+def _in_strips(frames: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """Frames as they are sent to the device, one by one: nothing on the host puts them into one array.
+
+    While a strip of a frame that is sent alone is on its way, the next is made ready for it.
+    """
+    return [np.array_split(frames[0], STRIPS)] if len(frames) == 1 else [[frame] for frame in frames]
+
+
+def _shaped(tree, place: SingleDeviceSharding):
+    """What stands for arrays of these shapes when a program is compiled for them."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
 @jax.jit
 def _take(pool, index):
     return pool[index]
@@ -327,7 +341,9 @@ def _pure(
 ) -> tuple[list[jax.Array], Callable]:
     """A module's parameters as a plain list, and `call(module, ...)` as a function of that list.
 
-    JAX walks a list in C++ at every call, an `nnx.State` in Python.
+    JAX walks a list in C++ at every call, an `nnx.State` in Python; and each array in it takes the host a
+    microsecond or two. Norms, biases and gates, which are many and small, are therefore no arguments but
+    constants of the program.
 
     Args:
       uses: the parameters that the call uses; of the others only the shapes are there.
@@ -335,15 +351,23 @@ def _pure(
     graph, params, others = nnx.split(module, uses, ...)
     leaves, structure = jax.tree.flatten(params)
     others = jax.eval_shape(lambda: others)
+    constants = {i: np.asarray(x) for i, x in enumerate(leaves) if x.ndim == 1}
+
+    count = len(leaves)
 
     def pure(leaves, *arguments):
-        return call(nnx.merge(graph, jax.tree.unflatten(structure, leaves), others), *arguments)
+        leaves = iter(leaves)
+        params = [jnp.asarray(constants[i]) if i in constants else next(leaves) for i in range(count)]
+        return call(nnx.merge(graph, jax.tree.unflatten(structure, params), others), *arguments)
 
-    return leaves, pure
+    return [x for i, x in enumerate(leaves) if i not in constants], pure
 
 
 def _encode(model, frames):
+    """Features of frames that come each in strips of its rows."""
     vision = model.config.vision
+    # Laid side by side once, and not again wherever a pixel is read.
+    frames = jax.lax.optimization_barrier(jnp.stack([jnp.concatenate(strips) for strips in frames]))
     pixels = preprocess(frames, image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std)
     return model.encode(pixels)
 
