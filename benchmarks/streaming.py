@@ -24,7 +24,7 @@ whole characters, so that each is an event. Both are data: the programs are thos
 Beside a figure stands its floor. A step reads the decoder's parameters and the keys and values in range, at
 the rate of a large copy; a frame takes the encoder's operations, at the rate of a large matmul. What a floor
 knows nothing of: transfers from the host. The share is the floor over the figure, for rates the reverse.
-Memory is the peak of the process so far, hence the banks in order of size, beside parameters and one state.
+Memory is the peak of the process, beside parameters and one state.
 """
 
 import argparse
@@ -326,8 +326,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS)
-    parser.add_argument("--frames", default="16,64,256,1024,4096", help="in the bank, comma-separated")
-    parser.add_argument("--quick", action="store_true", help="few samples, and the smallest bank alone")
+    parser.add_argument(
+        "--frames",
+        default="16,64,256,1024,4096",
+        help="in the bank, comma-separated; it has room for the most",
+    )
+    parser.add_argument("--quick", action="store_true", help="few samples, and the fewest frames alone")
     parser.add_argument("--only", help=f"names, comma-separated, of start, {', '.join(MEASURES)}")
     parser.add_argument("--weights", choices=get_args(DecoderWeights), help="of the decoder, in 8 bits")
     parser.add_argument(
@@ -339,7 +343,6 @@ def main() -> None:
     args = parser.parse_args()
     every = {name: name for name in ("start", *MEASURES)}
     names = [known(parser, every, name) for name in (args.only.split(",") if args.only else every)]
-    # In order of size, since peak memory is that of the process so far.
     counts = sorted({int(n) for n in args.frames.split(",")})
     counts, sizes = (counts[:1], QUICK) if args.quick else (counts, FULL)
     deadline = time.monotonic() + (args.budget or math.inf)
@@ -359,7 +362,7 @@ def main() -> None:
 
 
 def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
-    """A row for each figure, bank by bank."""
+    """A row for each figure, from few frames to many."""
     cache = collections.Counter()
     jax.monitoring.register_event_listener(lambda event, **_: cache.update([event.rpartition("/")[-1]]))
     config = PRESETS[args.preset]()
@@ -374,35 +377,36 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     engine = FilledEngine(model, tokenizer, perception_device=None if apart is None else jax.devices()[apart])
     del model
     engine_s = time.monotonic() - started
-    # A clip needs a bank that it fits into.
-    sizes = sizes._replace(clip=min(sizes.clip, counts[-1]))
-    clip_at = next(n for n in counts if n >= sizes.clip)
+    # One bank, with room for the most: a session's is as large from its first frame to its last.
+    most = counts[-1]
+    engine.config = EngineConfig(text_capacity=most + TEXT_ROOM, bank_capacity=most + FRAMES_ROOM)
+    engine.begin_with(0, "text")
+    state = tree_bytes(jax.eval_shape(engine.start))
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    # `Engine.warm_up` makes a state while it still holds the one before.
+    if (needed := parameters + 2 * state + SCRATCH_BYTES) > limit:
+        raise SystemExit(
+            f"{most} frames need about {needed / GB:.1f} GB of the device, which has {limit / GB:.1f} GB"
+        )
+    # That of "start" is one as serve.py makes it, with its system prompt.
+    usual = Session(engine, LIVE, prompt=prompt)
+    cache.clear()
+    started = time.monotonic()
+    engine.warm_up(FRAME)
+    seconds = time.monotonic() - started
+    cached = {"from_disk": cache["cache_hits"], "to_disk": cache["cache_misses"]}
+    yield {"frames": most} | row("compile", "s", {"seconds": seconds, "programs": engine.programs()} | cached)
+    if "start" in names:
+        started = time.monotonic()
+        next(event for event in usual if isinstance(event, Text))
+        first_s = time.monotonic() - started
+        figures = {"seconds": engine_s + seconds + first_s, "first_token_s": first_s} | cached
+        yield {"frames": most} | row("start", "s", figures)
+    del usual
 
+    sizes = sizes._replace(clip=min(sizes.clip, most))
+    clip_at = next(n for n in counts if n >= sizes.clip)
     for count in counts:
-        engine.config = EngineConfig(text_capacity=count + TEXT_ROOM, bank_capacity=count + FRAMES_ROOM)
-        engine.begin_with(0, "text")
-        state = tree_bytes(jax.eval_shape(engine.start))
-        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-        # `Engine.warm_up` makes a state while it still holds the one before.
-        if (needed := parameters + 2 * state + SCRATCH_BYTES) > limit:
-            say(f"{count:>5} frames  left out: about {needed / GB:.1f} GB, of {limit / GB:.1f} GB there are")
-            continue
-        if time.monotonic() > deadline:
-            break
-        # That of "start" is one as serve.py makes it, with its system prompt.
-        usual = Session(engine, LIVE, prompt=prompt) if count == counts[0] and "start" in names else None
-        cache.clear()
-        started, programs = time.monotonic(), engine.programs()
-        engine.warm_up(FRAME)
-        seconds, programs = time.monotonic() - started, engine.programs() - programs
-        cached = {"from_disk": cache["cache_hits"], "to_disk": cache["cache_misses"]}
-        yield {"frames": count} | row("compile", "s", {"seconds": seconds, "programs": programs} | cached)
-        if usual:
-            started = time.monotonic()
-            next(event for event in usual if isinstance(event, Text))
-            first_s = time.monotonic() - started
-            figures = {"seconds": engine_s + seconds + first_s, "first_token_s": first_s} | cached
-            yield {"frames": count} | row("start", "s", figures)
         bench = Bench(engine, count, pictures, prompt, floors, sizes)
         for name in MEASURES:
             if name not in names or (name == "offline" and count != clip_at) or time.monotonic() > deadline:
@@ -412,9 +416,9 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
                     yield {"frames": count} | found
             except Exception as error:
                 yield {"frames": count, "measure": name, "failed": first_line(error)}
-        if stats := jax.devices()[0].memory_stats():
-            figures = {"peak": stats["peak_bytes_in_use"] / GB, "state": state / GB}
-            yield {"frames": count} | row("memory", "GB", figures, (parameters + state) / GB)
+    if stats := jax.devices()[0].memory_stats():
+        figures = {"peak": stats["peak_bytes_in_use"] / GB, "state": state / GB}
+        yield {"frames": most} | row("memory", "GB", figures, (parameters + state) / GB)
     if time.monotonic() > deadline:
         say("time was up: what is not above was left out")
 
