@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from moss_jax.cache import StreamState, init_state
 from moss_jax.config import EngineConfig, TokenSampling
-from moss_jax.nn import MossVideo
+from moss_jax.nn import MossVideo, for_decoding
 from moss_jax.stream.sampling import sample
 from moss_jax.text import Tokenizer
 from moss_jax.video import preprocess
@@ -93,8 +93,8 @@ class Engine:
     Holds no stream: `start` makes a state, `step` takes one and returns the next.
 
     Args:
-      model: may be dropped by the caller; its parameters are shared, not copied (but for those that go to
-        another device).
+      model: may be dropped by the caller; its parameters are shared, not copied, but for those that go to
+        another device or are arranged anew for decoding.
       tokenizer: of the same checkpoint.
       config: slots and capacities.
       sampling: how tokens are drawn.
@@ -127,7 +127,8 @@ class Engine:
         self.perception_device = perception_device
         self._encoder, encode = _pure(model, _encode, lambda path, _: path[0] != "decoder")
         special = tokenizer.special
-        self._decoder, step = _pure(model.decoder, functools.partial(_step, self.sampling, special))
+        decoder = for_decoding(model.decoder)
+        self._decoder, step = _pure(decoder, functools.partial(_step, self.sampling, special))
         # Everything is said to be where it is: programs are compiled for that, so features that come from
         # another device find the same ones.
         (device,) = self._decoder[0].devices()

@@ -1,6 +1,7 @@
 """The jitted steps: they are the model, whatever the rows; slots are alone; few programs serve all."""
 
 import itertools
+from unittest import mock
 
 import jax
 import numpy as np
@@ -38,6 +39,22 @@ def test_a_row_of_any_make_up_gives_the_logits_of_one_pass(make_engine, one_pass
         if seen:
             expected = one_pass(context, seen)[-1]
             np.testing.assert_allclose(drawn.logits[0], expected, atol=1e-3)
+
+
+def test_arranged_for_decoding_it_says_the_same(make_engine, one_pass, frames):
+    """As on a GPU, where some weights are laid otherwise."""
+    text, pool_of = [1015, 5, 6, 7], frames[:1]
+    with (
+        mock.patch("moss_jax.ops.contiguous.pays", return_value=True),
+        mock.patch("moss_jax.nn.contiguous.pays", return_value=True),
+    ):
+        engine = make_engine()
+        state, drawn = engine.step(engine.start(), [Row([*text, IMAGE], [0])], engine.encode(pool_of))
+        context = [*text, IMAGE]
+        for _ in range(3):
+            context.append(int(drawn.tokens[0]))
+            state, drawn = engine.step(state, [Row([PENDING])])
+            np.testing.assert_allclose(drawn.logits[0], one_pass(context, pool_of)[-1], atol=1e-3)
 
 
 def test_a_frame_changes_the_next_token_and_nothing_before_it(make_engine, one_pass, frames):
