@@ -12,14 +12,14 @@ MARGIN = 0.001
 
 
 class Pace:
-    """Running means of how long steps take on the device, by kind, and how long their dispatch takes."""
+    """Running means of how long steps take on the device, by kind, and of how long the next is dispatched."""
 
     def __init__(self):
         self._steps: dict[Hashable, float] = {}
         self._dispatch: float | None = None
 
     def dispatched(self, seconds: float) -> None:
-        """The host has taken so long to dispatch a step."""
+        """The host has taken so long to dispatch a step that only goes on."""
         self._dispatch = _mean(self._dispatch, seconds)
 
     def landed(self, kind: Hashable, seconds: float) -> None:

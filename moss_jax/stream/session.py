@@ -302,6 +302,10 @@ class Session:
             )
 
 
+# Tokens and frames of a step that appends what was drawn last.
+GOING_ON = (1, 0)
+
+
 class _Flight:
     """A step under way.
 
@@ -315,7 +319,9 @@ class _Flight:
         self._tokens, self._pace = tokens, pace
         tokens.copy_to_host_async()
         self._kind = (max(len(p.tokens) for p in plans.values()), sum(len(p.frames) for p in plans.values()))
-        pace.dispatched(self.begun - started)
+        if self._kind == GOING_ON:
+            # The others are dispatched as soon as there is reason to, whatever the pace.
+            pace.dispatched(self.begun - started)
 
     def land(self) -> np.ndarray:
         """Waits for its tokens."""
