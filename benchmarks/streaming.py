@@ -62,7 +62,7 @@ GB = 1e9
 LIVE = SessionConfig(clock="realtime")
 PROMPT_TOKENS = 32
 # Beyond what a stream begins with: more than any measure takes.
-FRAMES_ROOM, TEXT_ROOM = 192, 4096
+FRAMES_ROOM, TEXT_ROOM = 192, 6144
 # Roughly what programs need beside parameters and state.
 SCRATCH_BYTES = 4 * GB
 WARM_TOKENS, WARM_FRAMES = 16, 16
