@@ -192,6 +192,7 @@ def test_the_first_of_the_platforms_order_that_can(platform, arguments, expected
         ({"shape": (1, 1300)}, "D = 1300 is not a multiple of 256 up to 8192"),
         ({"shape": (1, 16384)}, "D = 16384 is not a multiple of 256 up to 8192"),
         ({"shape": (0, 4096)}, "there are no rows"),
+        ({"shape": (2, 1024, 4096)}, "with D = 4096 it takes up to 1024 rows, not 2048"),
         ({"dtype": "float16"}, "it takes bfloat16, not float16"),
     ],
 )
