@@ -39,8 +39,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float
 
+from moss_jax.ops import hopper
 from moss_jax.ops.after_attention.arguments import Arguments
-from moss_jax.ops.attention.mosaic_gpu import compute_capability, tiles
+from moss_jax.ops.attention.mosaic_gpu import tiles
 from moss_jax.ops.attention.mosaic_gpu.tiles import MATRIX, PER_ROW
 from moss_jax.ops.linear import mosaic_gpu as linear
 
@@ -182,13 +183,8 @@ class Plan:
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
     """Why the kernel cannot take the arguments; None if it can."""
-    if platform != "gpu":
-        return f"it needs an NVIDIA GPU, and this is {platform}"
-    if (capability := compute_capability()) not in (None, "9.0"):
-        return f"it is written for Hopper (compute capability 9.0), and this is {capability}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and not mesh.are_all_axes_manual:
-        return "the compiler cannot spread it over a mesh"
+    if reason := hopper.unsupported(platform):
+        return reason
     a = arguments
     if a.x.dtype != jnp.bfloat16 or a.heads.dtype != jnp.bfloat16:
         return f"it takes x and heads in bfloat16, not {a.x.dtype} and {a.heads.dtype}"
@@ -229,7 +225,7 @@ def plan(a: Arguments, config: Config) -> Plan:
 
 def multiprocessors() -> int:
     """Of the GPU that the kernel is to run on; on a machine without one, of an H100 or H200 SXM."""
-    return 132 if compute_capability() is None else jax.devices()[0].core_count
+    return 132 if hopper.compute_capability() is None else jax.devices()[0].core_count
 
 
 @functools.partial(jax.jit, static_argnames=("config", "passes"))

@@ -23,7 +23,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.mosaic_gpu import compute_capability, tiles
+from moss_jax.ops import hopper
+from moss_jax.ops.attention.mosaic_gpu import tiles
 from moss_jax.ops.gelu import xla
 from moss_jax.ops.gelu.arguments import Arguments
 
@@ -57,13 +58,8 @@ class GeluConfig:
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
     """Why this kernel cannot take the arguments; None if it can."""
-    if platform != "gpu":
-        return f"it needs an NVIDIA GPU, and this is {platform}"
-    if (capability := compute_capability()) not in (None, "9.0"):
-        return f"it is written for Hopper (compute capability 9.0), and this is {capability}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and not mesh.are_all_axes_manual:
-        return "the compiler cannot spread it over a mesh"
+    if reason := hopper.unsupported(platform):
+        return reason
     x, bias = arguments.x, arguments.bias
     for y in (x,) if bias is None else (x, bias):
         if y.dtype != jnp.bfloat16:

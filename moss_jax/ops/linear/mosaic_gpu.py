@@ -27,7 +27,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.mosaic_gpu import compute_capability, tiles
+from moss_jax.ops import hopper
+from moss_jax.ops.attention.mosaic_gpu import tiles
 from moss_jax.ops.attention.mosaic_gpu.decode_quantized import NARROW, shuffle
 from moss_jax.ops.attention.mosaic_gpu.tiles import MATRIX
 from moss_jax.ops.linear.arguments import Arguments
@@ -92,13 +93,8 @@ class LinearConfig:
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
     """Why these kernels cannot take the arguments; None if they can."""
-    if platform != "gpu":
-        return f"it needs an NVIDIA GPU, and this is {platform}"
-    if (capability := compute_capability()) not in (None, "9.0"):
-        return f"it is written for Hopper (compute capability 9.0), and this is {capability}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and not mesh.are_all_axes_manual:
-        return "the compiler cannot spread it over a mesh"
+    if reason := hopper.unsupported(platform):
+        return reason
     x = arguments.x
     if x.dtype != jnp.bfloat16 and arguments.x_scale is None:
         return f"it takes x in bfloat16, not {x.dtype}"

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.mosaic_gpu import compute_capability, tiles
+from moss_jax.ops import hopper
+from moss_jax.ops.attention.mosaic_gpu import tiles
 from moss_jax.ops.norm import xla
 from moss_jax.ops.norm.arguments import Arguments
 
@@ -33,13 +34,8 @@ MAX_WIDE_ROWS = 1024
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
     """Why this kernel cannot take the arguments; None if it can."""
-    if platform != "gpu":
-        return f"it needs an NVIDIA GPU, and this is {platform}"
-    if (capability := compute_capability()) not in (None, "9.0"):
-        return f"it is written for Hopper (compute capability 9.0), and this is {capability}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and not mesh.are_all_axes_manual:
-        return "the compiler cannot spread it over a mesh"
+    if reason := hopper.unsupported(platform):
+        return reason
     x = arguments.x
     if x.dtype != jnp.bfloat16:
         return f"it takes bfloat16, not {x.dtype}"

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, Float32
 
-from moss_jax.ops.attention.mosaic_gpu import compute_capability, tiles
+from moss_jax.ops import hopper
+from moss_jax.ops.attention.mosaic_gpu import tiles
 from moss_jax.ops.gelu.mosaic_gpu import COLUMNS, ROW_A_WARP, widen
 from moss_jax.ops.rounding import xla
 from moss_jax.ops.rounding.xla import LARGEST, SMALLEST
@@ -25,13 +26,8 @@ MAX_COLUMNS = 6144  # A row for which a warp has registers.
 
 def unsupported(x: Float[Array, "M K"], platform: str) -> str | None:
     """Why this kernel cannot take x; None if it can."""
-    if platform != "gpu":
-        return f"it needs an NVIDIA GPU, and this is {platform}"
-    if (capability := compute_capability()) not in (None, "9.0"):
-        return f"it is written for Hopper (compute capability 9.0), and this is {capability}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and not mesh.are_all_axes_manual:
-        return "the compiler cannot spread it over a mesh"
+    if reason := hopper.unsupported(platform):
+        return reason
     if x.dtype != jnp.bfloat16:
         return f"it takes bfloat16, not {x.dtype}"
     rows, columns = x.shape

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moss_jax.ops import hopper
 from moss_jax.ops.attention import tuning
 from moss_jax.ops.attention.arguments import Arguments, KeyRange, no_gradients
 from moss_jax.ops.attention.mosaic_gpu.append import WARP, rotate_and_append
@@ -29,7 +30,7 @@ BANK_ROWS = 4 * ROWS
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
     """Why these kernels cannot take the arguments; None if they can."""
-    if reason := _unsupported_on(platform):
+    if reason := hopper.unsupported(platform, whole=False):
         return reason
     q, k, v = arguments.q, arguments.k, arguments.v
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -56,7 +57,7 @@ def attend(a: Arguments) -> Float[Array, "B T H D"]:
 
 def unsupported_projection(qkv: Float[Array, "B P 3 H D"], platform: str) -> str | None:
     """Why no kernel here can take a fused projection as it lies; None if one can."""
-    return _unsupported_on(platform) or unsupported_by_dense(qkv)
+    return hopper.unsupported(platform, whole=False) or unsupported_by_dense(qkv)
 
 
 def attend_projection(qkv: Float[Array, "B P 3 H D"]) -> Float[Array, "B P H D"]:
@@ -132,20 +133,3 @@ def _config(kernel: str, default, a: Arguments):
 def _rows(a: Arguments) -> int:
     """Queries that share a kv head."""
     return a.q.shape[1] * a.q.shape[2] // a.k.shape[1]
-
-
-def _unsupported_on(platform: str) -> str | None:
-    """Why nothing here runs on this machine; None if it does."""
-    if platform != "gpu":
-        return f"it needs an NVIDIA GPU, and this is {platform}"
-    if (capability := compute_capability()) not in (None, "9.0"):
-        return f"it is written for Hopper (compute capability 9.0), and this is {capability}"
-    return None
-
-
-def compute_capability() -> str | None:
-    """Of the GPU that the kernels are to run on, such as "9.0".
-
-    None on a machine without one, which may compile for one all the same.
-    """
-    return getattr(jax.devices()[0], "compute_capability", None)
