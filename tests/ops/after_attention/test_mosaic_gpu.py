@@ -88,13 +88,16 @@ def test_real_shapes(stored):
 
 @pytest.mark.gpu
 def test_layer_after_layer():
-    """One program, in a loop too."""
+    """One program, in a loop too. Weights are arguments: as constants they would lie beside JAX's memory."""
     a = make_arguments(1, "int8", **REAL)
 
-    def layer(x, _=None):
-        return mosaic_gpu.apply(dataclasses.replace(a, x=x)), None
+    def layer(x, a):
+        return mosaic_gpu.apply(dataclasses.replace(a, x=x))
 
-    one = jax.jit(layer)(a.x)[0]
-    two = jax.jit(layer)(one)[0]
-    np.testing.assert_array_equal(jax.jit(lambda x: layer(layer(x)[0])[0])(a.x), two)
-    np.testing.assert_array_equal(jax.jit(lambda x: jax.lax.scan(layer, x, length=2)[0])(a.x), two)
+    def loop(x, a):
+        return jax.lax.scan(lambda x, _: (layer(x, a), None), x, length=2)[0]
+
+    one = jax.jit(layer)
+    two = one(one(a.x, a), a)
+    np.testing.assert_array_equal(jax.jit(lambda x, a: layer(layer(x, a), a))(a.x, a), two)
+    np.testing.assert_array_equal(jax.jit(loop)(a.x, a), two)
