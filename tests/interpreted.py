@@ -46,6 +46,19 @@ def on_gpu():
 
 
 @contextlib.contextmanager
+def kernel_on_gpu(module, **replaced):
+    """The kernel of another op than attention.
+
+    Args:
+      replaced: functions of its module that the interpreter has no instructions for.
+    """
+    refuses = module.unsupported
+    replaced["unsupported"] = lambda arguments, _: refuses(arguments, "gpu")
+    with on_gpu(), mock.patch.multiple(module, **replaced):
+        yield
+
+
+@contextlib.contextmanager
 def on_tpu():
     """Mosaic TPU kernels; memory starts as NaN, and what lies beyond an array is NaN too."""
     params = pltpu.InterpretParams(out_of_bounds_reads="uninitialized")

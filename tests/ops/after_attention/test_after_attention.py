@@ -5,7 +5,6 @@ B batch/slot, T tokens, M = B * T rows, D embedding, K numbers of all heads, F h
 
 import contextlib
 import dataclasses
-import logging
 import re
 from unittest import mock
 
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moss_jax.ops import dispatch
 from moss_jax.ops.after_attention import IMPLEMENTATIONS, Arguments, after_attention, choose, mosaic_gpu
 from moss_jax.ops.after_attention.mosaic_gpu import Config
 from moss_jax.ops.attention.mosaic_gpu.decode_quantized import shuffle
@@ -215,26 +213,6 @@ def test_the_first_of_the_platforms_order_that_can(platform, arguments, expected
 def test_a_forced_name_that_cannot_fails_with_the_reason(arguments, reason):
     with pytest.raises(Unsupported, match=f"'mosaic_gpu' cannot be used: {reason}"):
         choose(abstract(**arguments), "mosaic_gpu", platform="gpu")
-
-
-def test_not_on_other_platforms_meshes_or_by_other_names():
-    with pytest.raises(Unsupported, match="it needs an NVIDIA GPU, and this is cpu"):
-        choose(abstract(), "mosaic_gpu", platform="cpu")
-    with pytest.raises(Unsupported, match="no after_attention implementation 'triton'; there are mosaic_gpu"):
-        choose(abstract(), "triton")
-    mesh = jax.sharding.AbstractMesh((2,), ("model",))
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Unsupported, match="over a mesh"):
-        choose(abstract(), "mosaic_gpu", platform="gpu")
-
-
-def test_logs_the_choice_once_with_the_reasons(caplog):
-    dispatch.log_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger="moss_jax"):
-        for _ in range(3):
-            choose(abstract(rows=9), platform="gpu")
-    assert caplog.messages == [
-        "after_attention on gpu: using xla; not using mosaic_gpu: it takes 1 to 8 rows, not 9"
-    ]
 
 
 @pytest.mark.parametrize(

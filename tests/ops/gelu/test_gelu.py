@@ -4,10 +4,9 @@ N columns
 """
 
 import contextlib
-import logging
+import functools
 import math
 import re
-from unittest import mock
 
 import interpreted
 import jax
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moss_jax.ops import dispatch
 from moss_jax.ops.dispatch import Unsupported
 from moss_jax.ops.gelu import IMPLEMENTATIONS, Arguments, choose, gelu, mosaic_gpu
 
@@ -24,16 +22,8 @@ N = 256
 NUMBERS = np.arange(1 << 16, dtype=np.uint16).view(jnp.bfloat16).reshape(-1, N)
 
 
-@contextlib.contextmanager
-def on_gpu():
-    """The kernel by interpretation, which knows no inline instructions."""
-    refuses = mosaic_gpu.unsupported
-    with (
-        interpreted.on_gpu(),
-        mock.patch.object(mosaic_gpu, "widen", lambda x: x.astype(jnp.float32)),
-        mock.patch.object(mosaic_gpu, "unsupported", lambda arguments, _: refuses(arguments, "gpu")),
-    ):
-        yield
+# The kernel by interpretation.
+on_gpu = functools.partial(interpreted.kernel_on_gpu, mosaic_gpu, widen=lambda x: x.astype(jnp.float32))
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -194,26 +184,6 @@ def test_the_first_of_the_platforms_order_that_can(platform, arguments, expected
 def test_a_forced_name_that_cannot_fails_with_the_reason(arguments, reason):
     with pytest.raises(Unsupported, match=f"'mosaic_gpu' cannot be used: {reason}"):
         choose(arguments, "mosaic_gpu", platform="gpu")
-
-
-def test_not_on_other_platforms_meshes_or_by_other_names():
-    with pytest.raises(Unsupported, match="it needs an NVIDIA GPU, and this is cpu"):
-        choose(abstract(), "mosaic_gpu", platform="cpu")
-    with pytest.raises(Unsupported, match="no gelu implementation 'triton'; there are mosaic_gpu"):
-        choose(abstract(), "triton")
-    mesh = jax.sharding.AbstractMesh((2,), ("model",))
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Unsupported, match="over a mesh"):
-        choose(abstract(), "mosaic_gpu", platform="gpu")
-
-
-def test_logs_the_choice_once_with_the_reasons(caplog):
-    dispatch.log_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger="moss_jax"):
-        for _ in range(3):
-            choose(abstract(16, 80), platform="gpu")
-    assert caplog.messages == [
-        "gelu on gpu: using xla; not using mosaic_gpu: N = 80 is not a multiple of 256"
-    ]
 
 
 def test_a_bias_that_does_not_fit():

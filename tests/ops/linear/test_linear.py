@@ -4,9 +4,8 @@ M rows, K inputs, N outputs
 """
 
 import contextlib
-import logging
+import functools
 import re
-from unittest import mock
 
 import interpreted
 import jax
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moss_jax.ops import dispatch
 from moss_jax.ops.attention.mosaic_gpu.decode_quantized import shuffle
 from moss_jax.ops.dispatch import Unsupported
 from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, choose, linear, mosaic_gpu
@@ -23,16 +21,10 @@ from moss_jax.ops.linear.arguments import QUANTIZED
 K, N = 256, 128
 
 
-@contextlib.contextmanager
-def on_gpu():
-    """The kernels by interpretation; `interpreted` says what is replaced."""
-    refuses = mosaic_gpu.unsupported
-    with (
-        interpreted.on_gpu(),
-        mock.patch.object(mosaic_gpu, "widen", lambda x: shuffle(x[...].astype(jnp.bfloat16))),
-        mock.patch.object(mosaic_gpu, "unsupported", lambda arguments, _: refuses(arguments, "gpu")),
-    ):
-        yield
+# The kernel by interpretation.
+on_gpu = functools.partial(
+    interpreted.kernel_on_gpu, mosaic_gpu, widen=lambda x: shuffle(x[...].astype(jnp.bfloat16))
+)
 
 
 def inputs(shape, stored, *, outputs=N, size=1.0, dtype="bfloat16"):
@@ -150,26 +142,6 @@ def test_the_first_of_the_platforms_order_that_can(platform, arguments, expected
 def test_a_forced_name_that_cannot_fails_with_the_reason(arguments, reason):
     with pytest.raises(Unsupported, match=f"'mosaic_gpu' cannot be used: {reason}"):
         choose(abstract(**arguments), "mosaic_gpu", platform="gpu")
-
-
-def test_not_on_other_platforms_meshes_or_by_other_names():
-    with pytest.raises(Unsupported, match="it needs an NVIDIA GPU, and this is cpu"):
-        choose(abstract(), "mosaic_gpu", platform="cpu")
-    with pytest.raises(Unsupported, match="no linear implementation 'triton'; there are mosaic_gpu"):
-        choose(abstract(), "triton")
-    mesh = jax.sharding.AbstractMesh((2,), ("model",))
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Unsupported, match="over a mesh"):
-        choose(abstract(), "mosaic_gpu", platform="gpu")
-
-
-def test_logs_the_choice_once_with_the_reasons(caplog):
-    dispatch.log_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger="moss_jax"):
-        for _ in range(3):
-            choose(abstract(rows=65), platform="gpu")
-    assert caplog.messages == [
-        "linear on gpu: using xla; not using mosaic_gpu: it takes 1 to 64 rows, not 65"
-    ]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,8 @@ M rows, D width
 """
 
 import contextlib
-import logging
+import functools
 import re
-from unittest import mock
 
 import interpreted
 import jax
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moss_jax.ops import dispatch
 from moss_jax.ops.dispatch import Unsupported
 from moss_jax.ops.norm import IMPLEMENTATIONS, Arguments, choose, layer_norm, mosaic_gpu, rms_norm
 
@@ -26,15 +24,8 @@ KINDS = (("rms", None), ("rms", "rows"), ("layer", "gate"), ("layer", "scalar"))
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1.2e-2}
 
 
-@contextlib.contextmanager
-def on_gpu():
-    """The kernel by interpretation."""
-    refuses = mosaic_gpu.unsupported
-    with (
-        interpreted.on_gpu(),
-        mock.patch.object(mosaic_gpu, "unsupported", lambda arguments, _: refuses(arguments, "gpu")),
-    ):
-        yield
+# The kernel by interpretation.
+on_gpu = functools.partial(interpreted.kernel_on_gpu, mosaic_gpu)
 
 
 def inputs(shape, *, norm="rms", scale=None, add=True, dtype="bfloat16", seed=0):
@@ -199,26 +190,6 @@ def test_the_first_of_the_platforms_order_that_can(platform, arguments, expected
 def test_a_forced_name_that_cannot_fails_with_the_reason(arguments, reason):
     with pytest.raises(Unsupported, match=f"'mosaic_gpu' cannot be used: {reason}"):
         choose(abstract(**arguments), "mosaic_gpu", platform="gpu")
-
-
-def test_not_on_other_platforms_meshes_or_by_other_names():
-    with pytest.raises(Unsupported, match="it needs an NVIDIA GPU, and this is cpu"):
-        choose(abstract(), "mosaic_gpu", platform="cpu")
-    with pytest.raises(Unsupported, match="no norm implementation 'triton'; there are mosaic_gpu"):
-        choose(abstract(), "triton")
-    mesh = jax.sharding.AbstractMesh((2,), ("data",))
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Unsupported, match="over a mesh"):
-        choose(abstract(), "mosaic_gpu", platform="gpu")
-
-
-def test_logs_the_choice_once_with_the_reasons(caplog):
-    dispatch.log_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger="moss_jax"):
-        for _ in range(3):
-            choose(abstract((1, 128)), platform="gpu")
-    assert caplog.messages == [
-        "norm on gpu: using xla; not using mosaic_gpu: D = 128 is not a multiple of 256 up to 8192"
-    ]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ M rows, K columns
 """
 
 import contextlib
+import functools
 import re
-from unittest import mock
 
 import interpreted
 import jax
@@ -19,16 +19,8 @@ from moss_jax.ops.rounding import IMPLEMENTATIONS, choose, mosaic_gpu, round_row
 K = 512
 
 
-@contextlib.contextmanager
-def on_gpu():
-    """The kernel by interpretation, which knows no inline instructions."""
-    refuses = mosaic_gpu.unsupported
-    with (
-        interpreted.on_gpu(),
-        mock.patch.object(mosaic_gpu, "widen", lambda x: x.astype(jnp.float32)),
-        mock.patch.object(mosaic_gpu, "unsupported", lambda x, _: refuses(x, "gpu")),
-    ):
-        yield
+# The kernel by interpretation.
+on_gpu = functools.partial(interpreted.kernel_on_gpu, mosaic_gpu, widen=lambda x: x.astype(jnp.float32))
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -120,14 +112,6 @@ def test_which_implementation_takes_it():
 def test_a_forced_name_that_cannot_fails_with_the_reason(arguments, reason):
     with pytest.raises(Unsupported, match=re.escape(f"'mosaic_gpu' cannot be used: {reason}")):
         choose(abstract(**arguments), "mosaic_gpu", platform="gpu")
-
-
-def test_not_on_other_platforms_or_meshes():
-    with pytest.raises(Unsupported, match="it needs an NVIDIA GPU, and this is cpu"):
-        choose(abstract(), "mosaic_gpu", platform="cpu")
-    mesh = jax.sharding.AbstractMesh((2,), ("model",))
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Unsupported, match="over a mesh"):
-        choose(abstract(), "mosaic_gpu", platform="gpu")
 
 
 # Rows of a frame and of sixteen, the width of the vision encoder and of its MLP.
