@@ -175,7 +175,8 @@ def append_and_attend(
     """Appends new tokens to a cache and attends from them to all that it then holds up to themselves.
 
     Token `t` of slot `b` has the place `start[b] + t`. Tokens from `count[b]` on, and those that have no
-    place below the capacity, are not appended; the former attend to nothing and give zeros. Has no gradients.
+    place below the capacity, are not appended; the former attend to nothing and give zeros. With `mosaic_gpu`
+    it has no gradients.
 
     Args:
       qkv: what was projected of each token: for each kv head its queries, key and value.
