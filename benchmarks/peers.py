@@ -10,10 +10,13 @@ Peers, all with random weights, bfloat16, one stream, greedy:
 
 For each number of frames F, medians, on the clock of the host:
   ttft_s           a clip of F frames that lie decoded on the host, and 32 tokens of prompt -> the first token
-  tokens_per_s     decoding with the F frames in context, each token read by the host before the next
+  tokens_per_s     decoding with the F frames in context: moss and twin as a session does, which dispatches a
+                   step before it reads the token of the last; in transformers that token is the next input
   prompt_ttft_ms   32 tokens of prompt, the frames being in the cache already -> the first token
-  frame_stall_ms   how much later the next token comes if one more frame is encoded and taken in before it
-  peak_gb          of device memory, all that came before included
+  frame_stall_ms   how much later the next token comes if one more frame is encoded and taken in before it,
+                   each token read by the host before the next (token_ms)
+  peak_gb          of device memory; of moss and twin, whose cache has room for the most frames from the
+                   beginning, the same for all F
   generate_*       qwen: the same two figures by `generate`, which also works out the positions
 
 The transformers peers run with sdpa and the dynamic cache that `generate` makes by default, called directly.
@@ -50,6 +53,7 @@ from twin import TILE, Twin, room, twin_of
 from moss_jax.config import PRESETS, EngineConfig
 from moss_jax.nn import MossVideo
 from moss_jax.stream import PENDING, Engine, Row
+from moss_jax.stream.engine import FRAME_BUCKETS
 
 PROMPT, PROMPTS, STALLS = 32, 5, 8
 TEXT = 1024  # Tokens that a run takes beside its frames, at most.
@@ -129,7 +133,9 @@ def run_peer(name: str, args: argparse.Namespace) -> None:
         traceback.print_exc()
         return say(frames=None, failed=first_line(error))
     say(**peer.about())
-    for frames in sorted(map(int, args.frames.split(","))):
+    counts = sorted(map(int, args.frames.split(",")))
+    peer.make_room(counts[-1])
+    for frames in counts:
         try:
             say(frames=frames, **measure(peer, frames, args.tokens, args.repeats))
         except Exception as error:
@@ -140,10 +146,9 @@ def run_peer(name: str, args: argparse.Namespace) -> None:
 def measure(peer: "Peer", frames: int, tokens: int, repeats: int) -> dict:
     """The figures of a peer for a number of frames."""
     prompt = np.random.default_rng(0).integers(10, 250, PROMPT).tolist()
-    peer.make_room(frames)
     # Once before, so that nothing that is timed is compiled.
     peer.reset()
-    peer.answer(min(frames, 8), prompt)
+    peer.answer(min(frames, peer.chunk), prompt)
     for call in (peer.next, lambda: peer.ask(prompt), peer.see, peer.next):
         call()
 
@@ -152,13 +157,14 @@ def measure(peer: "Peer", frames: int, tokens: int, repeats: int) -> dict:
         peer.reset()
         answers.append(seconds(lambda: peer.answer(frames, prompt)))
     peer.next()
+    rate = tokens / seconds(lambda: peer.talk(tokens))
     token_s = statistics.median([seconds(peer.next) for _ in range(tokens)])
     prompts = [seconds(lambda: peer.ask(prompt)) for _ in range(PROMPTS)]
     gaps = [seconds(call) for _ in range(STALLS) for call in (peer.next, peer.see)][1::2]
     return {
         "ttft_s": statistics.median(answers),
         "token_ms": 1e3 * token_s,
-        "tokens_per_s": 1 / token_s,
+        "tokens_per_s": rate,
         "prompt_ttft_ms": 1e3 * statistics.median(prompts),
         "frame_stall_ms": 1e3 * (statistics.median(gaps) - token_s),
         "peak_gb": peer.peak_gb(),
@@ -176,6 +182,7 @@ class Peer:
 
     last: int  # The token that the next call begins with.
     opening = 1  # In the place of `<|begin_of_text|>`.
+    chunk = 8  # Frames that are taken in by one step, where that is by programs which were compiled for it.
 
     def make_room(self, frames: int) -> None: ...
 
@@ -191,6 +198,10 @@ class Peer:
     def next(self) -> None:
         self.extend([self.last])
 
+    def talk(self, tokens: int) -> None:
+        for _ in range(tokens):
+            self.next()
+
     def see(self) -> None:
         self.extend([self.last], 1)
 
@@ -199,6 +210,7 @@ class Ours(Peer):
     """moss, by the calls that a session makes."""
 
     last = PENDING
+    chunk = FRAME_BUCKETS[-1]
 
     def __init__(self, tiny: bool):
         self.model = self.make(
@@ -206,7 +218,7 @@ class Ours(Peer):
         )
         self.tokenizer = padded_tokenizer(self.model.config.decoder.vocab_size)
         rng, shape = np.random.default_rng(0), (120, 160, 3) if tiny else FRAME
-        self.pixels = [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(8)]
+        self.pixels = [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(16)]
 
     def make(self, config, dtype):
         return MossVideo(config, rngs=nnx.Rngs(0), dtype=dtype)
@@ -219,7 +231,6 @@ class Ours(Peer):
         return {"parameters": sum(p.size for p in jax.tree.leaves(nnx.state(self.model)))}
 
     def make_room(self, frames: int) -> None:
-        self.state = self.engine = None
         frames += STALLS
         self.engine = Engine(self.model, self.tokenizer, self.room(TEXT + frames, frames))
 
@@ -228,15 +239,25 @@ class Ours(Peer):
         self.state = jax.block_until_ready(self.engine.start())
 
     def extend(self, before: list[int], frames: int = 0, after: Sequence[int] = ()) -> None:
-        image, most = self.tokenizer.special.image, len(self.pixels)
-        for first in range(0, frames, most):
-            count = min(most, frames - first)
-            pool = self.engine.encode(self.pixels[:count])
+        image = self.tokenizer.special.image
+        for first in range(0, frames, self.chunk):
+            count = min(self.chunk, frames - first)
+            pool = self.engine.encode([self.pixels[i % len(self.pixels)] for i in range(count)])
             row = Row([*before, *[image] * count], range(count))
             self.state, drawn = self.engine.step(self.state, [row], pool)
             before = []
         if before or after:
             self.state, drawn = self.engine.step(self.state, [Row([*before, *after])])
+        jax.device_get(drawn.tokens)
+
+    def talk(self, tokens: int) -> None:
+        row, drawn = Row([PENDING]), None
+        for _ in range(tokens):
+            before = drawn
+            self.state, drawn = self.engine.step(self.state, [row])
+            drawn.tokens.copy_to_host_async()
+            if before:
+                jax.device_get(before.tokens)
         jax.device_get(drawn.tokens)
 
     def peak_gb(self) -> float | None:
@@ -246,6 +267,8 @@ class Ours(Peer):
 
 class OurTwin(Ours):
     """The decoder-only twin, by the same calls."""
+
+    chunk = FRAME_BUCKETS[-2]  # Of which each is `vectors_per_frame` rows of a step.
 
     def make(self, config, dtype):
         return Twin(twin_of(config), rngs=nnx.Rngs(0), dtype=dtype)
@@ -275,17 +298,17 @@ class Transformers(Peer):
     def make_room(self, frames: int) -> None:
         # Pixels are the same for all frames: what they hold takes no time.
         one = self.torch.randn(1, *self.frame_shape, dtype=self.torch.bfloat16)
-        self.pixels = one.repeat(max(frames, 8), *[1] * len(self.frame_shape))
+        self.pixels = one.repeat(max(frames, self.chunk), *[1] * len(self.frame_shape))
         if self.device == "cuda":
             self.pixels = self.pixels.pin_memory()
-            self.torch.cuda.empty_cache()
-            self.torch.cuda.reset_peak_memory_stats()
 
     def reset(self) -> None:
         self.cache = None
         gc.collect()
         if self.device == "cuda":
             self.torch.cuda.synchronize()
+            self.torch.cuda.empty_cache()
+            self.torch.cuda.reset_peak_memory_stats()
 
     def peak_gb(self) -> float | None:
         return self.torch.cuda.max_memory_allocated() / 1e9 if self.device == "cuda" else None

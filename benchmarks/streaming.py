@@ -110,7 +110,7 @@ class FilledEngine(Engine):
         return jax.device_put(dataclasses.replace(state, stream=StreamState(text, bank)), self._place)
 
     def programs(self) -> int:
-        return self._step._cache_size() + self._encode._cache_size()
+        return sum(program._cache_size() for program in (self._step, self._pixels, self._encode))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

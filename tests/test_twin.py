@@ -11,7 +11,7 @@ from flax import nnx
 from benchmarks.twin import Twin, TwinDecoderConfig, room, twin_of
 from moss_jax.config import ConfigError, SessionConfig, moss_video_11b
 from moss_jax.stream import PENDING, Engine, Row, Session
-from moss_jax.stream.engine import _encode
+from moss_jax.video import preprocess
 
 TOLERANCE = 1e-4
 
@@ -34,7 +34,14 @@ def one_pass(twin):
     """Logits after each token of a sequence, whose vectors are put one after the other by hand."""
     graph, params = nnx.split(twin)
     size = 384  # One program for all sequences, as for all numbers of frames.
-    encode = jax.jit(lambda params, frames: _encode(nnx.merge(graph, params), [[f] for f in frames]))
+    vision = twin.config.vision
+
+    @jax.jit
+    def encode(params, frames):
+        pixels = preprocess(
+            frames, image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std
+        )
+        return nnx.merge(graph, params).encode(pixels)
 
     @jax.jit
     def run(params, vectors):
@@ -43,7 +50,7 @@ def one_pass(twin):
 
     def one_pass(tokens: list[int], frames: list[np.ndarray]) -> np.ndarray:
         padding = [np.zeros_like(frames[0])] * (16 - len(frames))
-        features = iter(encode(params, [*frames, *padding]))
+        features = iter(encode(params, np.stack([*frames, *padding])))
         embedding = np.asarray(twin.decoder.embedding[...])
         image = twin.config.decoder.image_token_id
         parts = [np.asarray(next(features)) if t == image else embedding[t][None] for t in tokens]

@@ -125,7 +125,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.dtype = model.dtype
         self.perception_device = perception_device
-        self._encoder, encode = _pure(model, _encode, lambda path, _: path[0] != "decoder")
+        self._encoder, encode = _pure(
+            model, lambda model, pixels: model.encode(pixels), lambda path, _: path[0] != "decoder"
+        )
         special = tokenizer.special
         decoder = for_decoding(model.decoder)
         self._decoder, step = _pure(decoder, functools.partial(_step, self.sampling, special))
@@ -136,6 +138,8 @@ class Engine:
         self._decoder = jax.device_put(self._decoder, self._place)
         self._perception = SingleDeviceSharding(perception_device) if perception_device else self._place
         self._encoder = jax.device_put(self._encoder, self._perception)
+        # Two programs: the device is at the first while the host takes its millisecond to launch the second.
+        self._pixels = jax.jit(functools.partial(_pixels, model.config.vision, model.dtype))
         self._encode = jax.jit(encode)
         # It returns the state alone, in the memory that it came in: where nothing changes its place, the
         # device replays the step as it was recorded.
@@ -216,13 +220,15 @@ class Engine:
         image, eot = self.tokenizer.special.image, self.tokenizer.special.eot
         frames = [[np.zeros(frame_shape, np.uint8)] * count for count in ENCODE_BUCKETS]
         batches = [_shaped(_in_strips(batch), self._perception) for batch in frames]
+        pixels = [_shaped(jax.eval_shape(self._pixels, x), self._perception) for x in batches]
         rows = [Row([PENDING] + [eot] * (length - 1)) for length in TOKEN_BUCKETS]
         rows += [Row([image] * count, [0] * count) for count in FRAME_BUCKETS]
         with futures.ThreadPoolExecutor() as threads:
             # Calls find what has been compiled here, side by side.
-            compiled = [threads.submit(self._encode.lower(self._encoder, x).compile) for x in batches]
+            compiled = [threads.submit(self._encode.lower(self._encoder, x).compile) for x in pixels]
+            compiled += [threads.submit(self._pixels.lower(x).compile) for x in batches]
             state = _shaped(jax.eval_shape(self.start), self._place)
-            vectors = jax.eval_shape(self._encode, self._encoder, batches[0]).shape[1:]
+            vectors = jax.eval_shape(self._encode, self._encoder, pixels[0]).shape[1:]
             for row in rows:
                 *arguments, feed, index = self._arguments([row] * self.config.slots)
                 if feed is not None:
@@ -244,7 +250,8 @@ class Engine:
     def _encode_part(self, frames):
         size = _bucket(len(frames), ENCODE_BUCKETS)
         frames = jax.device_put(_in_strips(frames), self._perception)
-        features = self._encode(self._encoder, frames + [frames[0]] * (size - len(frames)))
+        pixels = self._pixels(frames + [frames[0]] * (size - len(frames)))
+        features = self._encode(self._encoder, pixels)
         return features if self.perception_device is None else jax.device_put(features, self._place)
 
     def _step_piece(self, state, rows, pool):
@@ -364,13 +371,12 @@ def _pure(
     return [x for i, x in enumerate(leaves) if i not in constants], pure
 
 
-def _encode(model, frames):
-    """Features of frames that come each in strips of its rows."""
-    vision = model.config.vision
+def _pixels(config, dtype, frames):
+    """What the encoder takes of frames that come each in strips of its rows."""
     # Laid side by side once, and not again wherever a pixel is read.
     frames = jax.lax.optimization_barrier(jnp.stack([jnp.concatenate(strips) for strips in frames]))
-    pixels = preprocess(frames, image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std)
-    return model.encode(pixels)
+    pixels = preprocess(frames, image_size=config.image_size, mean=config.image_mean, std=config.image_std)
+    return pixels.astype(dtype)
 
 
 def _step(sampling, special, decoder, rules, state, tokens, lengths, new_turn, feed):

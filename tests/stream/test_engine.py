@@ -136,13 +136,14 @@ def test_few_programs_serve_every_row(model, tokenizer, frames):
         state, _ = engine.step(state, [Row([1015] * 9 + [IMAGE] * count, range(count))], pool)
     # A row of one token comes in two forms: the pending one, and others.
     assert engine._step._cache_size() <= len(TOKEN_BUCKETS) + 1 + len(FRAME_BUCKETS)
-    assert engine._encode._cache_size() == len(ENCODE_BUCKETS)
+    assert engine._pixels._cache_size() == engine._encode._cache_size() == len(ENCODE_BUCKETS)
 
 
 def test_warm_up_leaves_nothing_to_compile_for_a_session(model, tokenizer, frames):
     engine = Engine(model, tokenizer)
     engine.warm_up(frames[0].shape)
-    compiled = engine._step._cache_size(), engine._encode._cache_size()
+    programs = engine._step, engine._pixels, engine._encode
+    compiled = [program._cache_size() for program in programs]
     state, _ = engine.step(engine.start(), [Row([1015] * 131)])
     for i in range(3):
         state, _ = engine.step(state, [Row([PENDING, IMAGE], [0])], engine.encode(frames[i : i + 1]))
@@ -150,7 +151,7 @@ def test_warm_up_leaves_nothing_to_compile_for_a_session(model, tokenizer, frame
     for count, words in ((3, 12), (1, 64), (9, 3), (16, 1)):
         row = Row([PENDING, *[5] * words, *[IMAGE] * count], range(count), new_turn=True)
         state, _ = engine.step(state, [row], engine.encode(frames[:count]))
-    assert (engine._step._cache_size(), engine._encode._cache_size()) == compiled
+    assert [program._cache_size() for program in programs] == compiled
 
 
 def test_the_state_is_donated(make_engine):
