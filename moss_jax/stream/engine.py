@@ -141,6 +141,9 @@ class Engine:
         # Two programs: the device is at the first while the host takes its millisecond to launch the second.
         self._pixels = jax.jit(functools.partial(_pixels, model.config.vision, model.dtype))
         self._encode = jax.jit(encode)
+        penalised = self.sampling.repetition_penalty != 1
+        start = functools.partial(_start, model.config, model.dtype, penalised)
+        self._start = jax.jit(start, static_argnums=0, out_shardings=self._place)
         # It returns the state alone, in the memory that it came in: where nothing changes its place, the
         # device replays the step as it was recorded.
         # (What a step doesn't use of the state, the logits before, is kept for that.)
@@ -156,21 +159,7 @@ class Engine:
 
     def start(self) -> EngineState:
         """A state with nothing in it. Each slot's first row must begin with a real token."""
-        slots, vocab = self.config.slots, self.tokenizer.vocab_size
-        penalised = self.sampling.repetition_penalty != 1
-        state = EngineState(
-            stream=init_state(
-                self.model_config,
-                slots,
-                text_capacity=self.config.text_capacity,
-                bank_capacity=self.config.bank_capacity,
-                dtype=self.dtype,
-            ),
-            pending=jnp.zeros(slots, jnp.int32),
-            logits=jnp.zeros((slots, vocab), jnp.float32),
-            said=jnp.zeros((slots, vocab), bool) if penalised else None,
-        )
-        return jax.device_put(state, self._place)
+        return self._start(self.config)
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
         """Features of frames of any sizes, from any streams; those of one size share a program call.
@@ -369,6 +358,23 @@ def _pure(
         return call(nnx.merge(graph, jax.tree.unflatten(structure, params), others), *arguments)
 
     return [x for i, x in enumerate(leaves) if i not in constants], pure
+
+
+def _start(model_config, dtype, penalised, config):
+    """The state of slots that nothing has happened to."""
+    slots, vocab = config.slots, model_config.decoder.vocab_size
+    return EngineState(
+        stream=init_state(
+            model_config,
+            slots,
+            text_capacity=config.text_capacity,
+            bank_capacity=config.bank_capacity,
+            dtype=dtype,
+        ),
+        pending=jnp.zeros(slots, jnp.int32),
+        logits=jnp.zeros((slots, vocab), jnp.float32),
+        said=jnp.zeros((slots, vocab), bool) if penalised else None,
+    )
 
 
 def _pixels(config, dtype, frames):
