@@ -16,6 +16,8 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,30 +25,59 @@ from attention import first_line, line, measure_ceilings, say, timed
 from report import add_out, device, publish
 
 from moss_jax.ops.after_attention import IMPLEMENTATIONS, Arguments, mosaic_gpu
-from moss_jax.ops.after_attention.mosaic_gpu import Config, default_config, few_rows
+from moss_jax.ops.after_attention.mosaic_gpu import default_config, few_rows
 
 D, K, F = 4096, 4096, 14336  # Of the 11B's decoder.
-CALLS, COPIES = 16, 2
+COPIES = 2  # Of the weights.
 REPEATS = 30  # That must be equal bit for bit.
 SILENCE = 60  # Seconds, after which a kernel is taken to hang.
 
 # What is changed in the default configuration.
 CONFIGS = (
     {"prefetch": False},
-    {"block_k": 128, "stages": 10},
-    {"part_down": 256},
-    {"part_down": 1024, "stages": 4},
-    {"part_down": 1792, "stages": 4},
-    {"part": 512, "part_down": 256, "stages": 6},
-    {"stages": 4},
+    {"block_k": 128, "stages": 8},
+    {"stages": 5},
+    {"part_down": 512},
+    {"part_down": 512, "stages": 6},
+    {"part_down": 1024},
+    {"part": 512},
     {"blocks": 132, "stages": 11},
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call, computed in several ways.
+
+    Attributes:
+      copies: of the arguments, with weights of their own; the first are those of the call.
+      exact: its result.
+      added_to: what of the result was there before.
+      following: the arguments of a call that depends on the result of the one before.
+      weights: bytes.
+      contenders: name and function of the arguments of each way; the kernel's default first.
+    """
+
+    name: str
+    copies: Sequence[Any]
+    exact: jax.Array
+    added_to: jax.Array | float
+    following: Callable[[Any, jax.Array], Any]
+    weights: int
+    contenders: Sequence[tuple[str, Callable[[Any], jax.Array]]]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    compare("after_attention.py", __doc__, cases, calls=16)
+
+
+def compare(script: str, doc: str, cases: Callable[[argparse.Namespace], Iterator[Case]], calls: int) -> None:
+    """Parses the command line, times all cases, publishes the result.
+
+    Args:
+      calls: of a program.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1,2", help="numbers of rows, comma-separated")
     parser.add_argument("--stored", default="int8,float8_e4m3fn", help="dtypes, comma-separated")
     parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
@@ -58,29 +89,21 @@ def main() -> None:
     deadline = time.monotonic() + args.budget
     watch = Watch()
 
-    sizes = (256, 256, 384) if args.tiny else (D, K, F)
     ceilings = measure_ceilings(args.tiny)
     say(f"copy {ceilings['copy_tb_s']:.3g} TB/s; {device()}")
     results = []
-    for stored in args.stored.split(","):
-        copies = [
-            make_inputs(jax.random.key(i), stored, max(map(int, args.rows.split(","))), sizes)
-            for i in range(COPIES)
-        ]
-        for rows in map(int, args.rows.split(",")):
-            cut = [dataclasses.replace(a, x=a.x[:rows], heads=a.heads[:rows]) for a in copies]
-            exact = jax.jit(IMPLEMENTATIONS["reference"].apply)(cut[0])
-            for name, apply in contenders(cut[0], CONFIGS if args.tune else ()):
-                watch.alive()
-                if time.monotonic() < deadline:
-                    row = {"case": f"{rows} x {' x '.join(map(str, sizes))} {stored}", "implementation": name}
-                    results.append(row | measure(apply, cut, exact, args.repeats, ceilings["copy_tb_s"]))
-                    say(line(results[-1]))
+    for case in cases(args):
+        for name, apply in case.contenders:
+            watch.alive()
+            if time.monotonic() < deadline:
+                row = {"case": case.name, "implementation": name}
+                results.append(row | measure(apply, case, calls, args.repeats, ceilings["copy_tb_s"]))
+                say(line(results[-1]))
     if time.monotonic() > deadline:
         say("time is up: the rest was left out")
     flags = {name: "" if value is True else value for name, value in vars(args).items()}
     given = {name: x for name, x in flags.items() if name == "out" or x not in (None, False, math.inf)}
-    publish("after_attention.py", argparse.Namespace(**given), {"ceilings": ceilings, "rows": results})
+    publish(script, argparse.Namespace(**given), {"ceilings": ceilings, "rows": results})
 
 
 class Watch:
@@ -100,29 +123,44 @@ class Watch:
         os._exit(3)
 
 
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    sizes, all_rows = (256, 256, 384) if args.tiny else (D, K, F), [int(x) for x in args.rows.split(",")]
+
+    def following(a, y):
+        return dataclasses.replace(a, x=y, heads=y[:, : a.heads.shape[1]])
+
+    for stored in args.stored.split(","):
+        copies = [make_inputs(jax.random.key(i), stored, max(all_rows), sizes) for i in range(COPIES)]
+        for rows in all_rows:
+            cut = [dataclasses.replace(a, x=a.x[:rows], heads=a.heads[:rows]) for a in copies]
+            yield Case(
+                f"{rows} x {' x '.join(map(str, sizes))} {stored}",
+                cut,
+                jax.jit(IMPLEMENTATIONS["reference"].apply)(cut[0]),
+                cut[0].x,
+                following,
+                sum(x.nbytes for x in (cut[0].out, cut[0].gate_up, cut[0].down)),
+                [
+                    *kernels(mosaic_gpu, few_rows, default_config, cut[0], CONFIGS if args.tune else ()),
+                    ("xla", IMPLEMENTATIONS["xla"].apply),
+                ],
+            )
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def make_inputs(key, stored: str, rows: int, sizes) -> Arguments:
     """Both branches are about as large as x, or a fraction of it."""
     D, K, F = sizes
-    keys = iter(jax.random.split(key, 10))
-
-    def weights(outputs, inputs):
-        codes = jax.random.bits(next(keys), (outputs, inputs), jnp.uint8)
-        if stored != "int8":
-            codes = jnp.where(codes & 127 == 127, 0, codes)  # No NaN.
-        size = 74 if stored == "int8" else 120  # About the standard deviation of all codes.
-        scale = jax.random.uniform(next(keys), (outputs,), minval=0.5, maxval=1.5)
-        return jax.lax.bitcast_convert_type(codes, jnp.dtype(stored)), scale / (size * math.sqrt(inputs))
-
-    out, out_scale = weights(D, K)
-    gate_up, gate_up_scale = weights(2 * F, D)
-    down, down_scale = weights(D, F)
+    keys = jax.random.split(key, 6)
+    out, out_scale = make_weights(keys[0], stored, D, K)
+    gate_up, gate_up_scale = make_weights(keys[1], stored, 2 * F, D)
+    down, down_scale = make_weights(keys[2], stored, D, F)
     return Arguments(
-        jax.random.normal(next(keys), (rows, D), jnp.bfloat16),
-        jax.random.normal(next(keys), (rows, K), jnp.bfloat16),
+        jax.random.normal(keys[3], (rows, D), jnp.bfloat16),
+        jax.random.normal(keys[4], (rows, K), jnp.bfloat16),
         out=out,
         out_scale=out_scale,
-        norm=jax.random.uniform(next(keys), (D,), jnp.bfloat16, 0.5, 1.5),
+        norm=jax.random.uniform(keys[5], (D,), jnp.bfloat16, 0.5, 1.5),
         gate_up=gate_up,
         gate_up_scale=gate_up_scale,
         down=down,
@@ -131,39 +169,50 @@ def make_inputs(key, stored: str, rows: int, sizes) -> Arguments:
     )
 
 
-def contenders(a: Arguments, configs):
-    """(name, function of the arguments) of each way to compute; the kernel's default first."""
-    if mosaic_gpu.unsupported(a, jax.default_backend()) is None:
+def make_weights(key, stored: str, outputs: int, inputs: int) -> tuple[jax.Array, jax.Array]:
+    """[N, K] in 8 bits, and scales by which they keep the size of what they map."""
+    codes_key, scale_key = jax.random.split(key)
+    codes = jax.random.bits(codes_key, (outputs, inputs), jnp.uint8)
+    if stored != "int8":
+        codes = jnp.where(codes & 127 == 127, 0, codes)  # No NaN.
+    size = 74 if stored == "int8" else 120  # About the standard deviation of all codes.
+    scale = jax.random.uniform(scale_key, (outputs,), minval=0.5, maxval=1.5)
+    return jax.lax.bitcast_convert_type(codes, jnp.dtype(stored)), scale / (size * math.sqrt(inputs))
+
+
+def kernels(module, few_rows, default_config, a, configs) -> Iterator[tuple[str, Callable]]:
+    """The kernel of an op's module, if it takes the call: by default, and with configurations changed."""
+    if module.unsupported(a, jax.default_backend()) is None:
         for changes in ({}, *configs):
             named = ", ".join(f"{name} {value}" for name, value in changes.items())
-            config = Config(**vars(default_config(a)) | changes)
+            config = dataclasses.replace(default_config(a), **changes)
             yield named or "mosaic_gpu", functools.partial(few_rows, config=config)
-    yield "xla", IMPLEMENTATIONS["xla"].apply
 
 
-def measure(apply, copies: list[Arguments], exact, repeats: int, copy: float) -> dict:
+def measure(apply, case: Case, calls: int, repeats: int, copy: float) -> dict:
     """Error, whether repeats agree, and the time of a call."""
     one = jax.jit(apply)
     try:
-        y = one(copies[0])
-        off = y.astype(jnp.float32) - exact.astype(jnp.float32)
-        added = exact.astype(jnp.float32) - copies[0].x.astype(jnp.float32)
-        row = {"error": [float(jnp.linalg.norm(off) / jnp.linalg.norm(added))]}
-        if not all(bool((one(copies[0]) == y).all()) for _ in range(REPEATS)):
+        y = one(case.copies[0])
+        exact = case.exact.astype(jnp.float32)
+        off, size = (jnp.linalg.norm(exact - x) for x in (y, case.added_to))
+        if not all(bool((one(case.copies[0]) == y).all()) for _ in range(REPEATS)):
             return {"failed": "repeats differ"}
-        row |= timed(jax.jit(functools.partial(chain, apply)), (copies,), CALLS, repeats)
+        program = jax.jit(functools.partial(chain, apply, case.following, calls))
+        row = {"error": [float(off / size)]} | timed(program, (case.copies,), calls, repeats)
     except Exception as error:
         return {"failed": first_line(error)}
-    row["tb_s"] = sum(x.nbytes for x in (copies[0].out, copies[0].gate_up, copies[0].down)) / row["us"] / 1e6
+    row["tb_s"] = case.weights / row["us"] / 1e6
     return row | {"share": row["tb_s"] / copy}
 
 
-def chain(apply, copies: list[Arguments]):
+def chain(apply, following, calls: int, copies):
     """One call after the other."""
-    step, x = jax.jit(apply), copies[0].x
-    for i in range(CALLS):
-        x = step(dataclasses.replace(copies[i % COPIES], x=x, heads=x[:, : copies[0].heads.shape[1]]))
-    return x
+    step, y = jax.jit(apply), None
+    for i in range(calls):
+        a = copies[i % len(copies)]
+        y = step(a if y is None else following(a, y))
+    return y
 
 
 if __name__ == "__main__":

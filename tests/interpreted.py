@@ -4,10 +4,12 @@ import contextlib
 import importlib
 from unittest import mock
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from moss_jax.ops import eight_rows
 from moss_jax.ops.attention import mosaic_gpu, mosaic_tpu
 from moss_jax.ops.attention.mosaic_gpu import tiles
 
@@ -36,9 +38,18 @@ def on_gpu():
     def widen(narrow):
         return decode_quantized.shuffle(narrow[...].astype(jnp.float16))
 
+    def multiply(sums, weights, x_ref, start, held, apart=0):
+        warps = weights.astype(jnp.float32).reshape(4, 16, -1)
+        if held is eight_rows.INTERLEAVED:
+            warps = weights.astype(jnp.float32).reshape(16, 4, -1).swapaxes(0, 1)
+        x = jnp.stack([x_ref[:, pl.ds(start + warp * apart, weights.shape[1])] for warp in range(4)])
+        x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, sums.shape[1] - x.shape[1]), (0, 0)), mode="edge")
+        return sums + jnp.einsum("wox,wmx->wom", warps, x, precision="highest").reshape(sums.shape)
+
     with (
         mock.patch.multiple(tiles, product=product, products=products, add_product=add_product),
         mock.patch.object(decode_quantized, "widen", widen),
+        mock.patch.object(eight_rows, "multiply", multiply),
         _as_if_on("gpu", mosaic_gpu),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
     ):

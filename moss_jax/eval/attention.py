@@ -65,18 +65,18 @@ class _Watched(nnx.Module):
     """A cross-attention that leaves its weights in `weights` when it is called."""
 
     def __init__(self, attention: CrossAttention, num_frames: int, per_vector: bool):
-        self.attention, self.out = attention, attention.out
+        self.attention, self.q, self.out = attention, attention.q, attention.out
         self.num_frames, self.per_vector = num_frames, per_vector
 
     def project(self, features: Float[Array, "B F N D"], rope: Rotation) -> KeysValues:
         return self.attention.project(features, rope)
 
-    def __call__(self, x, rope: Rotation, frames: KeysValues, kv_range: KeyRange):
-        q = rotate(self.attention.q_norm(self.attention.q(x)), rope)
-        weights = _softmax_over_range(q, frames.keys, kv_range)
+    def __call__(self, q, rope: Rotation, frames: KeysValues, kv_range: KeyRange):
+        queries = rotate(self.attention.q_norm(q), rope)
+        weights = _softmax_over_range(queries, frames.keys, kv_range)
         weights = weights.reshape(*weights.shape[:-1], self.num_frames, -1)  # [B, H, T, F, N]
         self.weights = nnx.Intermediate(weights if self.per_vector else weights.sum(axis=-1))
-        return self.attention(x, rope, frames, kv_range)
+        return self.attention(q, rope, frames, kv_range)
 
 
 def _softmax_over_range(

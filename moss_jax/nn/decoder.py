@@ -21,6 +21,7 @@ from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, Residual, RMSNorm
 from moss_jax.nn.rope import rotation
 from moss_jax.ops.after_attention import after_attention
 from moss_jax.ops.attention import KeyRange, append_and_attend, attention
+from moss_jax.ops.norm_linear import norm_linear
 from moss_jax.ops.rotary import Rotation, rotate
 from moss_jax.sharding import constrain
 
@@ -54,13 +55,18 @@ class SelfAttention(nnx.Module):
         self.qkv = Linear(embed, {**kv_heads, "group_and_kv": group + 2, **head}, rngs=rngs, dtype=dtype)
         self.out = Linear({"heads": config.num_heads, **head}, embed, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x, rope: Rotation, past: KeysValues | None, append: Append | None):
-        """Attends among the tokens of `x`, or, given a cache, appends them to it and attends to that.
+    def __call__(
+        self,
+        qkv: Float[Array, "B T K G+2 D"],
+        rope: Rotation,
+        past: KeysValues | None,
+        append: Append | None,
+    ):
+        """Attends among tokens, or, given a cache, appends them to it and attends to that.
 
-        Returns what all heads found, before `out`, and the keys and values.
+        Takes what `qkv` made of them; returns what all heads found, before `out`, and the keys and values.
         """
-        B, T, _ = x.shape
-        qkv = self.qkv(x)  # [B, T, K, G + 2, D]
+        B, T = qkv.shape[:2]
         if past is not None:
             start, count, capacity = append
             found, *now = append_and_attend(
@@ -101,9 +107,9 @@ class CrossAttention(nnx.Module):
 
         return KeysValues(flat(keys), flat(kv[..., 1, :]))
 
-    def __call__(self, x, rope: Rotation, frames: KeysValues, kv_range: KeyRange):
-        """What all heads find in the frames, before `out`."""
-        q = rotate(self.q_norm(self.q(x)), rope)  # [B, T, H, D]
+    def __call__(self, q: Float[Array, "B T H D"], rope: Rotation, frames: KeysValues, kv_range: KeyRange):
+        """What all heads find in the frames, given what `q` made of the tokens; before `out`."""
+        q = rotate(self.q_norm(q), rope)
         return attention(q, *frames, kv_range, implementation=self.implementation)
 
 
@@ -121,8 +127,8 @@ class SelfLayer(nnx.Module):
     def __call__(
         self, residual: Residual, rope: Rotation, past: KeysValues | None, append: Append | None
     ) -> tuple[Residual, KeysValues]:
-        normed, x = self.attention_norm.of_sum(residual)
-        heads, now = self.attention(normed, rope, past, append)
+        qkv, x = _before_attention(self, residual, self.attention.qkv)
+        heads, now = self.attention(qkv, rope, past, append)
         return _after_attention(self, x, heads), now
 
 
@@ -148,10 +154,21 @@ class CrossLayer(nnx.Module):
         sees: Bool[Array, "B T"],
     ) -> Residual:
         """Rows that see no frame get no MLP branch, and from an empty range no attention either."""
-        normed, x = self.attention_norm.of_sum(residual)
-        heads = self.attention(normed, rope, frames, kv_range)
+        q, x = _before_attention(self, residual, self.attention.q)
+        heads = self.attention(q, rope, frames, kv_range)
         mlp_gate = jnp.where(sees[..., None], jnp.tanh(self.mlp_gate[...]), 0)  # [B, T, 1]
         return _after_attention(self, x, heads, jnp.tanh(self.attention_gate[...]), mlp_gate)
+
+
+def _before_attention(layer: SelfLayer | CrossLayer, residual: Residual, projection):
+    """What a layer attends with, by a projection of its normed input; and that input, the residual sum."""
+    if isinstance(projection, Linear):
+        normed, x = layer.attention_norm.of_sum(residual)
+        return projection(normed), x
+    # In 8 bits, as below.
+    norm, scale, x = layer.attention_norm, projection.scale[...], residual.sum()
+    y = norm_linear(x, norm.weight[...], projection.matrix, scale.reshape(-1), eps=norm.eps)
+    return y.reshape(*x.shape[:-1], *scale.shape), x
 
 
 def _after_attention(layer: SelfLayer | CrossLayer, x, heads, attention_gate=None, mlp_gate=None) -> Residual:

@@ -1,8 +1,12 @@
 """Weights in 8 bits: what a map is, what a model of them still keeps, and what is refused."""
 
+import contextlib
+import dataclasses
+import functools
 import gc
 import re
 import weakref
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +16,11 @@ from flax import nnx
 
 import moss_jax
 from moss_jax.config import PRESETS, ConfigError, EngineConfig, OptimizerConfig, TrainConfig
-from moss_jax.nn import MossVideo, is_quantized, quantize, quantized
-from moss_jax.nn.layers import Linear
+from moss_jax.nn import MossVideo, decoder, is_quantized, quantize, quantized
+from moss_jax.nn.layers import Linear, Residual
 from moss_jax.nn.quantized import QuantizedLinear
+from moss_jax.ops.after_attention import api as after_attention
+from moss_jax.ops.norm_linear import api as norm_linear
 from moss_jax.sharding import make_mesh
 from moss_jax.stream import PENDING, Engine, Row, open_model
 from moss_jax.train.step import Trainer
@@ -135,6 +141,46 @@ def test_how_far_the_logits_go(golden, compiled, parts, found):
     exact = centred(golden.model)
     off = jnp.linalg.norm(centred(quantize(copy(golden.model), **parts)) - exact) / jnp.linalg.norm(exact)
     assert off == pytest.approx(found, rel=0.3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_projects_what_it_norms(small_config, random_model, dtype):
+    """As the norm and the map do by themselves, whether or not a branch is still to be added."""
+    model = quantize(random_model(small_config(), dtype=dtype), decoder="int8")
+    x, branch = (jnp.asarray(x, dtype) for x in np.random.default_rng(0).standard_normal((2, 2, 3, 32)))
+    for layer in model.decoder.layers:
+        projection = layer.attention.qkv if isinstance(layer, decoder.SelfLayer) else layer.attention.q
+        for residual in (Residual(x), Residual(x, branch, jnp.full(1, 0.5, dtype))):
+            normed, expected = layer.attention_norm.of_sum(residual)
+            found, y = decoder._before_attention(layer, residual, projection)
+            np.testing.assert_array_equal(y, expected)
+            np.testing.assert_array_equal(found, projection(normed))
+
+
+def test_a_layer_of_few_rows_is_two_kernels_around_attention(small_config):
+    """As it is compiled for a GPU, of sizes that the kernels take."""
+    config = small_config()
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_heads": 16}
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **sizes))
+    model = nnx.eval_shape(
+        lambda: quantize(MossVideo(config, rngs=nnx.Rngs(0), dtype="bfloat16"), decoder="int8")
+    )
+    state = jax.eval_shape(lambda: model.init_state(1, text_capacity=8, bank_capacity=2))
+    graph, params = nnx.split(model.decoder)
+    tokens, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 2), (1,)))
+
+    def gpu(refuses, arguments, _):
+        return refuses(arguments, "gpu")
+
+    with contextlib.ExitStack() as patches:
+        for op in (norm_linear, after_attention):
+            kernel = op.IMPLEMENTATIONS["mosaic_gpu"]
+            refuses = functools.partial(gpu, kernel.unsupported)
+            patches.enter_context(mock.patch.object(kernel, "unsupported", refuses))
+            patches.enter_context(mock.patch.dict(op.ORDER, {jax.default_backend(): op.ORDER["gpu"]}))
+        program = jax.jit(lambda params, *given: nnx.merge(graph, params).decode(*given))
+        lowered = program.trace(params, state, tokens, count).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("call @few_rows") == 2 * config.decoder.num_layers
 
 
 def test_a_frame_has_the_features_that_it_has_alone(compiled, small_config, random_model):

@@ -11,6 +11,7 @@ from moss_jax.ops.attention import mosaic_gpu as attention
 from moss_jax.ops.gelu import mosaic_gpu as gelu
 from moss_jax.ops.linear import mosaic_gpu as linear
 from moss_jax.ops.norm import mosaic_gpu as norm
+from moss_jax.ops.norm_linear import mosaic_gpu as norm_linear
 from moss_jax.ops.rounding import mosaic_gpu as rounding
 
 
@@ -47,7 +48,7 @@ def test_on_a_mesh_only_what_is_spread_by_hand(capability):
         assert hopper.unsupported("gpu") is None
 
 
-@pytest.mark.parametrize("kernel", [after_attention, attention, gelu, linear, norm, rounding])
+@pytest.mark.parametrize("kernel", [after_attention, attention, gelu, linear, norm, norm_linear, rounding])
 def test_every_kernel_asks(kernel):
     with mock.patch.object(hopper, "unsupported", return_value="not here") as asked:
         assert kernel.unsupported(None, "gpu") == "not here"

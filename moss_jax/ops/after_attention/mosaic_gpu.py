@@ -9,10 +9,9 @@ sums go to global memory. Between two phases is a barrier of all blocks; then ea
 next product's inputs of the last one's sums. At the end there is none: the block that is the last to arrive
 at 128 numbers of the result adds up their parts.
 
-Products are as in `linear`'s kernel: weights are the 64 rows that the tensor core takes, x its columns, all
-in bfloat16. Plain JAX also rounds what a map or silu returns before anything is done with it; here that stays
-in float32. The norm's factor, one number a row, comes in after `gate_up`, so that no block needs more of x
-than its part.
+Products are those of `eight_rows`, in bfloat16. Plain JAX also rounds what a map or silu returns before
+anything is done with it; here that stays in float32. The norm's factor, one number a row, comes in after
+`gate_up`, so that no block needs more of x than its part.
 
 Limits. Blocks that are not on the GPU at once wait for each other for ever; after some seconds they trap, and
 the process has lost its GPU. They are as many as it holds when nothing else runs there. Another stream's
@@ -39,32 +38,15 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float
 
-from moss_jax.ops import hopper
+from moss_jax.ops import eight_rows, hopper
 from moss_jax.ops.after_attention.arguments import Arguments
 from moss_jax.ops.attention.mosaic_gpu import tiles
-from moss_jax.ops.attention.mosaic_gpu.tiles import MATRIX, PER_ROW
-from moss_jax.ops.linear import mosaic_gpu as linear
+from moss_jax.ops.attention.mosaic_gpu.tiles import MATRIX
+from moss_jax.ops.eight_rows import STRIDED, THREADS, TILE, TOGETHER, C, multiprocessors, piece, strided
 
-C = 8
-OUTPUTS = 64  # Of a unit: the rows that the tensor core takes.
 CHUNK = 128  # Numbers of the result that one block adds up: one a thread.
-THREADS = 128
-SHARED = 228 * 1024  # Of a multiprocessor.
-RESERVED = 1024 + 128  # Of it for each block, beside what is counted here.
-ALIGNED = 1024  # Each array in shared memory begins at a multiple of it.
 LINE = 128  # Bytes that L2 fetches.
-REDUCTION = 128  # Bytes in which a block adds up what its threads have.
 LOOKS = 1 << 23  # At the barrier's counter, some seconds, before a block gives up.
-
-# As PER_ROW, but row r of each 16 comes from where `linear.widen` puts column r of the weights: bits 1 and 3
-# of the index change places.
-SHUFFLED = plgpu.Layout.TILED(
-    plgpu.Tiling(((64,), (16,), (8,), (4,), (2,), (1,))),
-    warp_dims=(-6,),
-    lane_dims=(-4, -5, -2, plgpu.Replicated(4)),
-    vector_dim=-1,
-)
-STRIDED = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +122,11 @@ class Plan:
                 raise ValueError(
                     f"{name} = {size} does not fall into parts of {part} and tiles of {c.block_k}"
                 )
-        room = SHARED // pl.cdiv(c.blocks, self.multiprocessors) - RESERVED
+        each = pl.cdiv(c.blocks, self.multiprocessors)
+        if each > 2:
+            # A thread has up to 255.
+            raise ValueError(f"a multiprocessor has registers for 2 blocks, not for {each}")
+        room = eight_rows.shared_room(each)
         if self.shared > room:
             raise ValueError(
                 f"a block takes {self.shared} bytes of shared memory, and with {c.blocks} of them on "
@@ -156,7 +142,7 @@ class Plan:
         """Those of `out`, `gate_up` and `down`."""
         c = self.config
         shapes = ((self.D, self.K, c.part), (2 * self.F, self.D, c.part), (self.D, self.F, c.part_down))
-        return tuple(Phase(N // OUTPUTS, K // part, part // c.block_k, c.blocks) for N, K, part in shapes)
+        return tuple(Phase(N // TILE, K // part, part // c.block_k, c.blocks) for N, K, part in shapes)
 
     @property
     def units_down(self) -> int:
@@ -168,6 +154,11 @@ class Plan:
         return max(phase.spans * phase.tiles for phase in self.phases)
 
     @property
+    def pitch(self) -> int:
+        """Numbers from one row to the next in shared memory."""
+        return eight_rows.pitch(self.rows, self.operand_tiles * self.config.block_k)
+
+    @property
     def stored(self) -> int:
         """Rows of the sums: all columns of the tensor core, but for a single row."""
         return 1 if self.rows == 1 else C
@@ -176,9 +167,8 @@ class Plan:
     def shared(self) -> int:
         """Bytes of a block's shared memory."""
         c = self.config
-        operand, row = (n * self.operand_tiles * c.block_k * 2 for n in (C, self.rows))
-        arrays = (operand, row, c.stages * OUTPUTS * c.block_k, THREADS * 4, REDUCTION)
-        return sum(pl.cdiv(size, ALIGNED) * ALIGNED for size in arrays) + c.stages * 8
+        arrays = (self.rows * self.pitch * 2, c.stages * TILE * c.block_k, THREADS * 4)
+        return eight_rows.shared_bytes(*arrays, barriers=c.stages)
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
@@ -210,22 +200,27 @@ def apply(a: Arguments) -> Float[Array, "M D"]:
 
 def default_config(a: Arguments) -> Config:
     """So that two thread blocks share a multiprocessor."""
-    part = math.gcd(a.heads.shape[1], a.x.shape[1], 1024)
-    part_down = math.gcd(a.down.shape[1], 512)
-    block_k = min(part, part_down, 256)
-    stages = (5 if a.x.shape[0] < C else 4) * 256 // block_k
-    return Config(2 * multiprocessors(), block_k, stages, part, part_down)
+    blocks = 2 * multiprocessors()
+    part, part_down = math.gcd(a.heads.shape[1], a.x.shape[1], 1024), _part_down(*a.down.shape, blocks)
+    block_k = math.gcd(part, part_down, 256)
+    return Config(blocks, block_k, 4 * 256 // block_k, part, part_down)
+
+
+def _part_down(D: int, F: int, blocks: int) -> int:
+    """Of the fewest parts, since each makes sums to write, to add and to wait for.
+
+    But every block has a unit, none has units of two parts, and 8 rows of a part leave room for the weights.
+    """
+    for parts in range(pl.cdiv(F, 2048), F // CHUNK + 1):
+        if blocks % parts == 0 and F % (parts * CHUNK) == 0 and D // TILE * parts >= blocks:
+            return F // parts
+    return math.gcd(F, 512)
 
 
 def plan(a: Arguments, config: Config) -> Plan:
     """Raises ValueError if the configuration does not fit the arguments."""
     (rows, D), K, F = a.x.shape, a.heads.shape[1], a.down.shape[1]
     return Plan(rows, K, D, F, config, multiprocessors())
-
-
-def multiprocessors() -> int:
-    """Of the GPU that the kernel is to run on; on a machine without one, of an H100 or H200 SXM."""
-    return 132 if hopper.compute_capability() is None else jax.devices()[0].core_count
 
 
 @functools.partial(jax.jit, static_argnames=("config", "passes"))
@@ -258,19 +253,14 @@ def few_rows(a: Arguments, config: Config, passes: int = 1) -> Float[Array, "M D
             row,
         ],
         scratch_types={
-            "operand_smem": tiles.tile((p.operand_tiles, C, config.block_k), jnp.bfloat16),
-            "row_smem": plgpu.SMEM((p.rows, p.operand_tiles * config.block_k), jnp.bfloat16),
-            "ring_smem": tiles.tile((config.stages, OUTPUTS, config.block_k), a.out.dtype),
+            "row_smem": plgpu.SMEM((p.rows, p.pitch), jnp.bfloat16),
+            "ring_smem": tiles.tile((config.stages, TILE, config.block_k), a.out.dtype),
             "last_smem": plgpu.SMEM((THREADS,), jnp.int32),
             "barrier": plgpu.Barrier(num_barriers=config.stages),
         },
         grid=(config.blocks,) if passes == 1 else (passes, config.blocks),
         grid_names=("block",) if passes == 1 else ("pass", "block"),
-        # Pallas would put two barriers around every store and one before every copy; `_kernel` says why its
-        # own are enough.
-        compiler_params=dataclasses.replace(
-            tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True, reduction_scratch_bytes=REDUCTION
-        ),
+        compiler_params=eight_rows.COMPILER_PARAMS,
     )(
         a.x,
         a.heads,
@@ -319,7 +309,6 @@ def _kernel(
     sums_gmem,
     y_gmem,
     *,
-    operand_smem,
     row_smem,
     ring_smem,
     last_smem,
@@ -334,10 +323,9 @@ def _kernel(
     attention.
 
     No automatic barriers: `commit_smem` is a barrier of the warpgroup. A visit to a tile has one: before it,
-    everyone has read the tile into registers; after it, the tile's slot is filled again. `fill` has two: one
-    between the threads' writes to `row_smem` and its reads of them, one between its own writes to
-    `operand_smem` and the products. The next phase writes to both after all threads have passed the grid's
-    barrier, before which they awaited their products.
+    everyone has read the tile into registers; after it, the tile's slot is filled again. A phase has one,
+    between the writes to `row_smem` and the products. The next phase writes to it after all threads have
+    passed the grid's barrier, in front of which they have read what they need.
     """
     config, rows, phases = plan.config, plan.rows, plan.phases
     X, stages = config.block_k, config.stages
@@ -361,33 +349,22 @@ def _kernel(
             def _(phase=phases[i], first=dealt[i][0], since=step - begins[i], weights=weights):
                 part, stripe = _divmod(first + lax.div(since, phase.tiles), phase.stripes)
                 tile = part * phase.tiles + lax.rem(since, phase.tiles)
-                source = weights.at[_slice(stripe, OUTPUTS), _slice(tile, X)]
+                source = weights.at[piece(stripe, TILE), piece(tile, X)]
                 plgpu.copy_gmem_to_smem(source, ring_smem.at[ring], barrier.at[ring])
 
     def visit(step, operand, sums):
         ring = lax.rem(step, stages)
         plgpu.barrier_wait(barrier.at[ring])
-        weights = linear.widen(ring_smem.at[ring])
+        weights = eight_rows.load(ring_smem.at[ring], TOGETHER)
         plgpu.commit_smem()
         pl.when(step + stages < end)(functools.partial(fetch, step + stages))
-        return sums + tiles.product(weights, operand_smem.at[operand].transpose((1, 0)))
+        return eight_rows.multiply(sums, weights, row_smem, operand * X, TOGETHER)
 
     def parts(number):
         """Those that the block's units of a phase belong to, or more: all blocks do the same."""
         phase, (first, _) = phases[number], dealt[number]
         first_part = lax.div(first, phase.stripes)
         return [jnp.minimum(first_part + span, phase.parts - 1) for span in range(phase.spans)]
-
-    def fill(count):
-        """Tiles of the operand, from `row_smem`."""
-        plgpu.commit_smem()
-        for tile in range(count):
-            filled = tiles.full((X, C), 0, MATRIX)
-            for m in range(rows):
-                row = tiles.along_rows(load_shuffled(row_smem.at[m, pl.ds(tile * X, X)]), (X, C))
-                filled = jnp.where(tiles.index((X, C), 1) == m, row, filled)
-            operand_smem.at[tile].transpose((1, 0))[...] = filled.astype(jnp.bfloat16)
-        plgpu.commit_smem()
 
     def run(number, inputs, sums_gmem):
         """A phase; `inputs(m, part)` is what row m of the product's inputs has in a part, in float32."""
@@ -396,29 +373,30 @@ def _kernel(
             # All are loaded before any is stored.
             for span, values in enumerate([inputs(m, part) for part in own]):
                 row_smem[m, pl.ds(span * phase.tiles * X, phase.tiles * X)] = values.astype(jnp.bfloat16)
-        fill(phase.spans * phase.tiles)
+        plgpu.commit_smem()
 
         def unit(i, _):
             part, stripe = _divmod(first + i, phase.stripes)
             step, operand = begins[number] + i * phase.tiles, (part - own[0]) * phase.tiles
-            nothing = tiles.full((OUTPUTS, C), 0, MATRIX)
+            nothing = tiles.full((TILE, C), 0, MATRIX)
             sums = lax.fori_loop(
                 0, phase.tiles, lambda tile, sums: visit(step + tile, operand + tile, sums), nothing
             )
             if plan.stored == 1:
-                # The other columns are zeros.
-                sums_gmem[part, 0, _slice(stripe, OUTPUTS)] = sums.sum(axis=1)
+                # The other columns are the same.
+                sums = jnp.where(tiles.index((TILE, C), 1) == 0, sums, 0)
+                sums_gmem[part, 0, piece(stripe, TILE)] = sums.sum(axis=1)
             else:
                 # A thread then has neighbours along the outputs.
                 sums = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
-                sums_gmem.at[part, :, _slice(stripe, OUTPUTS)].transpose((1, 0))[...] = sums
+                sums_gmem.at[part, :, piece(stripe, TILE)].transpose((1, 0))[...] = sums
 
         lax.fori_loop(0, count, unit, None)
 
     def needed(number, part):
         """What the inputs of a part are made of, but for what was only just written."""
         if number == 1:
-            at = _slice(part, config.part)
+            at = piece(part, config.part)
             return [ref.at[at] for ref in (out_scale_gmem, norm_gmem)]
         halves = [half(part, start) for start in (0, plan.F)]
         sums = [hidden_gmem.at[split, m] for split in range(phases[1].parts) for m in range(rows)]
@@ -443,11 +421,11 @@ def _kernel(
         return branch if gates_gmem is None else gates_gmem[which, m] * branch
 
     def attended(m, part):
-        return strided(heads_gmem.at[m, _slice(part, config.part)])
+        return strided(heads_gmem.at[m, piece(part, config.part)])
 
     def normed(m, part):
         """But for the norm's factor; the block with the first unit of the part keeps what is needed later."""
-        at = _slice(part, config.part)
+        at = piece(part, config.part)
         branch = added(attended_gmem, m, at) * strided(out_scale_gmem.at[at])
         x = (strided(x_gmem.at[m, at]) + gated(branch, 0, m)).astype(x_gmem.dtype)
         wide = x.astype(jnp.float32)
@@ -474,18 +452,18 @@ def _kernel(
         phase, (first, count) = phases[2], dealt[2]
 
         def chunk(unit):
-            return lax.div(lax.rem(unit, phase.stripes), CHUNK // OUTPUTS)
+            return lax.div(lax.rem(unit, phase.stripes), CHUNK // TILE)
 
         # All of a block's units arrive at once, each by a thread of its own.
-        thread = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=STRIDED)
+        thread = eight_rows.threads()
         counter = jnp.where(thread < count, 1 + chunk(first + thread), -1)
-        last_smem[...] = arrive(counters_gmem, counter, phase.parts * (CHUNK // OUTPUTS))
+        last_smem[...] = arrive(counters_gmem, counter, phase.parts * (CHUNK // TILE))
         plgpu.commit_smem()
 
         def unit(i, _):
             @pl.when(last_smem[i] == 1)
             def _():
-                at = _slice(chunk(first + i), CHUNK)
+                at = piece(chunk(first + i), CHUNK)
                 for m in range(rows):
                     branch = added(sums_gmem, m, at) * strided(down_scale_gmem.at[at])
                     total = strided(middle_gmem.at[m, at]) + gated(branch, 1, m)
@@ -506,35 +484,8 @@ def _kernel(
     finish() if now is None else pl.when(now == 2)(finish)
 
 
-def _slice(number, size):
-    """Where the tile, stripe, part or chunk of this number lies."""
-    return pl.ds(pl.multiple_of(number * size, size), size)
-
-
 def _divmod(x, y):
     return lax.div(x, y), lax.rem(x, y)
-
-
-def strided(ref):
-    """A vector in float32, spread over the warpgroup in runs of up to 4."""
-    (size,) = ref.shape
-    vec = math.gcd(size // THREADS, 4)
-    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED((size,), vec_size=vec)).astype(jnp.float32)
-
-
-def load_shuffled(ref):
-    """A vector of shared memory as one float32 a row, in the order that `linear.widen` gives columns."""
-    x = plgpu.load(ref, layout=SHUFFLED, optimized=False)
-
-    @plgpu.inline_mgpu(
-        arg_types=(SHUFFLED,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=PER_ROW)
-    )
-    def take(_, x):
-        layout = PER_ROW.to_mgpu()
-        registers = x.registers.reshape(layout.registers_shape(x.shape))
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return take(x).astype(jnp.float32)
 
 
 # As in CUDA's cooperative groups: the arrivals of all blocks add up to 2^31, so that the last one flips the

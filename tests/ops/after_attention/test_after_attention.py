@@ -16,7 +16,6 @@ import pytest
 
 from moss_jax.ops.after_attention import IMPLEMENTATIONS, Arguments, after_attention, choose, mosaic_gpu
 from moss_jax.ops.after_attention.mosaic_gpu import Config
-from moss_jax.ops.attention.mosaic_gpu.decode_quantized import shuffle
 from moss_jax.ops.dispatch import Unsupported
 
 D = K = F = 256
@@ -54,11 +53,9 @@ def on_gpu(config=SMALL):
         "arrive": arrive,
         "prefetch": lambda ref: None,
         "grid_barrier": lambda counters, blocks: None,
-        "load_shuffled": lambda ref: shuffle(ref[...].astype(jnp.float32)),
     }
     refuses = mosaic_gpu.unsupported
-    widen = mock.patch.object(mosaic_gpu.linear, "widen", lambda x: shuffle(x[...].astype(jnp.float32)))
-    with interpreted.on_gpu(), mock.patch.multiple(mosaic_gpu, **replaced), widen:
+    with interpreted.on_gpu(), mock.patch.multiple(mosaic_gpu, **replaced):
         yield
 
 
@@ -207,7 +204,7 @@ def test_the_first_of_the_platforms_order_that_can(platform, arguments, expected
         ({"F": 320}, "F = 320 is not a multiple of 128"),
         ({"dtype": "float32"}, "it takes x and heads in bfloat16, not float32 and float32"),
         ({"mixed": True}, "it takes weights of one dtype, not float8_e4m3fn, int8, int8"),
-        ({"D": 128, "K": 128, "F": 128 * 20001}, "a block takes .* bytes of shared memory"),
+        ({"rows": 8, "D": 128, "K": 128, "F": 128 * 20001}, "a block takes .* bytes of shared memory"),
     ],
 )
 def test_a_forced_name_that_cannot_fails_with_the_reason(arguments, reason):

@@ -30,9 +30,7 @@ def test_dealt_in_many_ways(rows, sizes, config):
         close(mosaic_gpu.apply(a), a)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"blocks": 132}, {"blocks": 228}, {"part_down": 1792, "stages": 4}], ids=str
-)
+@pytest.mark.parametrize("changes", [{}, {"blocks": 132}, {"blocks": 228}, {"part_down": 512}], ids=str)
 def test_every_unit_is_dealt_once_and_evenly(changes):
     a = abstract(**REAL)
     p = plan(a, dataclasses.replace(default_config(a), **changes))
@@ -46,6 +44,25 @@ def test_every_unit_is_dealt_once_and_evenly(changes):
         assert ((first + count - 1) // phase.stripes - first // phase.stripes).max() < phase.spans
 
 
+@pytest.mark.parametrize(
+    ("sizes", "part_down"),
+    [
+        (REAL, 1792),  # Of 8 parts, as 3 blocks a part divide 264.
+        ({"D": 8192, "K": 8192, "F": 28672}, 512),  # 14 parts and more would lie across blocks.
+        ({"D": 256, "K": 256, "F": 768}, 256),  # There are fewer units than blocks in any case.
+        ({"D": 4096, "K": 4096, "F": 12288}, 2048),
+    ],
+    ids=str,
+)
+def test_the_default(sizes, part_down):
+    """It fits for all rows."""
+    for rows in range(1, 9):
+        a = abstract(rows=rows, **sizes)
+        config = default_config(a)
+        assert (config.part_down, config.blocks, config.block_k * config.stages) == (part_down, 264, 1024)
+        assert mosaic_gpu.unsupported(a, "gpu") is None
+
+
 def test_configurations_are_checked():
     a = abstract(**REAL)
 
@@ -55,8 +72,8 @@ def test_configurations_are_checked():
 
     refused("K = 4096 does not fall into parts of 1536 and tiles of 256", part=1536)
     refused("F = 14336 does not fall into parts of 128 and tiles of 256", part_down=128)
-    refused("with 264 of them on 132 multiprocessors each has", stages=6)
-    refused("with 396 of them", blocks=396)
+    refused("with 264 of them on 132 multiprocessors each has", stages=7)
+    refused("registers for 2 blocks, not for 3", blocks=396)
     refused("a block has 224 units of `down`", blocks=8, part_down=512, stages=1)
 
 

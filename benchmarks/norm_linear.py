@@ -1,0 +1,83 @@
+"""Times an RMS norm with the linear map behind it, of few rows, with weights in 8 bits: as one kernel, and as
+those of the norm and of `linear`.
+
+    python benchmarks/norm_linear.py --out benchmarks/results/norm_linear_h200.json
+    python benchmarks/norm_linear.py --tune --rows 1 --stored int8
+
+A program makes 48 calls, each of which has the first outputs of the one before as x; if there are more
+outputs than inputs, they are copied first, which counts for all alike. Weights take turns, so that no cache
+holds them. Rates are shares of a copy measured first, and count the bytes of the weights alone. Errors are
+||y - exact|| / ||exact|| against the reference in float32.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from after_attention import Case, compare, kernels, make_weights
+
+from moss_jax.ops.norm_linear import IMPLEMENTATIONS, Arguments, mosaic_gpu
+from moss_jax.ops.norm_linear.mosaic_gpu import default_config, few_rows
+
+K = 4096  # Of the 11B's decoder.
+OUTPUTS = (6144, 4096)  # Its queries, keys and values; its queries alone.
+BYTES = 3e8  # Of all copies of the weights, more than a cache holds.
+
+# What is changed in the default configuration.
+CONFIGS = (
+    {"block_k": 128, "stages": 8},
+    {"each": 2, "stages": 6},
+    {"each": 1, "stages": 9},
+)
+
+
+def main() -> None:
+    compare("norm_linear.py", __doc__, cases, calls=48)
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    all_rows = [int(x) for x in args.rows.split(",")]
+
+    def following(a, y):
+        return dataclasses.replace(a, x=y[:, : a.x.shape[1]])
+
+    inputs, all_outputs = (512, (1024,)) if args.tiny else (K, OUTPUTS)
+    for stored in args.stored.split(","):
+        for outputs in all_outputs:
+            count = 2 if args.tiny else math.ceil(BYTES / (inputs * outputs))
+            keys = jax.random.split(jax.random.key(0), count)
+            copies = [make_inputs(key, stored, max(all_rows), inputs, outputs) for key in keys]
+            for rows in all_rows:
+                cut = [dataclasses.replace(a, x=a.x[:rows]) for a in copies]
+                yield Case(
+                    f"{rows} x {inputs} x {outputs} {stored}",
+                    cut,
+                    jax.jit(IMPLEMENTATIONS["reference"].apply)(cut[0]),
+                    0.0,
+                    following,
+                    cut[0].weights.nbytes,
+                    [
+                        *kernels(mosaic_gpu, few_rows, default_config, cut[0], CONFIGS if args.tune else ()),
+                        ("xla", IMPLEMENTATIONS["xla"].apply),
+                    ],
+                )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def make_inputs(key, stored: str, rows: int, inputs: int, outputs: int) -> Arguments:
+    """Outputs are about as large as x."""
+    keys = jax.random.split(key, 3)
+    return Arguments(
+        jax.random.normal(keys[0], (rows, inputs), jnp.bfloat16),
+        jax.random.uniform(keys[1], (inputs,), jnp.bfloat16, 0.5, 1.5),
+        *make_weights(keys[2], stored, outputs, inputs),
+        eps=1e-5,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The norm of few rows and the linear map behind it, as one kernel in Pallas for NVIDIA's Hopper GPUs (Mosaic
+GPU).
+
+What takes the time is reading the weights, once; what can be saved is all that comes before and after: other
+launches, and sums of parts on their way through memory. So no thread block waits for another one, nor leaves
+it anything. Each takes units of 16 outputs over all inputs, and while the first of their weights are on their
+way, it norms x for itself.
+
+A unit's inputs are cut in quarters, one for each warp, whose sums meet in shared memory. So weights are seen
+as [4 N, K / 4], of which 64 rows are 16 outputs, in one copy. The norm's factor, one number a row, comes in
+at the end, with the scale.
+
+M rows, K inputs, N outputs, X inputs of a tile in each quarter
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref
+from jaxtyping import Array, Float
+
+from moss_jax.ops import eight_rows, hopper
+from moss_jax.ops.attention.mosaic_gpu import tiles
+from moss_jax.ops.attention.mosaic_gpu.tiles import MATRIX
+from moss_jax.ops.eight_rows import INTERLEAVED, STRIDED, THREADS, TILE, C, multiprocessors, piece, strided
+from moss_jax.ops.norm_linear.arguments import Arguments
+
+QUARTERS = 4
+OUTPUTS = TILE // QUARTERS  # Of a unit.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the weights are dealt.
+
+    Attributes:
+      multiprocessors: of the GPU.
+      each: thread blocks of a multiprocessor.
+      block_k: inputs of a tile, in each quarter.
+      stages: tiles that are on their way at once in a block.
+    """
+
+    multiprocessors: int
+    each: int
+    block_k: int
+    stages: int
+
+    @property
+    def blocks(self) -> int:
+        """Thread blocks, at most: there is none without a unit."""
+        return self.multiprocessors * self.each
+
+
+def unsupported(arguments: Arguments, platform: str) -> str | None:
+    """Why the kernel cannot take the arguments; None if it can."""
+    if reason := hopper.unsupported(platform):
+        return reason
+    (rows, K), N = arguments.x.shape, arguments.weights.shape[0]
+    if arguments.x.dtype != jnp.bfloat16:
+        return f"it takes x in bfloat16, not {arguments.x.dtype}"
+    if not 0 < rows <= C:
+        return f"it takes 1 to {C} rows, not {rows}"
+    if K % (QUARTERS * 128) or K == 0:
+        return f"K = {K} is not a multiple of {QUARTERS * 128}"
+    if N % OUTPUTS or N == 0:
+        return f"N = {N} is not a multiple of {OUTPUTS}"
+    try:
+        default_config(arguments)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def apply(a: Arguments) -> Float[Array, "M N"]:
+    """Computes the op; forward only."""
+    return few_rows(a, default_config(a))
+
+
+def default_config(a: Arguments) -> Config:
+    """The most blocks on a multiprocessor that have room for x and two tiles each; it is filled with tiles.
+
+    Raises:
+      ValueError: there is no such room.
+    """
+    rows, K = a.x.shape
+    for each, block_k in ((3, 256), (2, 128), (1, 128)):
+        if K // QUARTERS % block_k:
+            block_k = 128
+        room = eight_rows.shared_room(each) - shared(rows, K, block_k, stages=0)
+        stages = room // (TILE * block_k + 8)  # With a barrier each.
+        if stages >= 2:
+            return Config(multiprocessors(), each, block_k, stages)
+    raise ValueError(f"shared memory has no room for {rows} rows of {K}")
+
+
+def shared(rows: int, K: int, block_k: int, stages: int) -> int:
+    """Bytes of a block's shared memory."""
+    x, ring, sums = rows * eight_rows.pitch(rows, K) * 2, stages * TILE * block_k, TILE * columns(rows) * 4
+    return eight_rows.shared_bytes(x, ring, sums, barriers=stages)
+
+
+def columns(rows: int) -> int:
+    """Of the sums, those that are kept: all that a thread has of a row, or all."""
+    return 2 if rows <= 2 else C
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def few_rows(a: Arguments, config: Config) -> Float[Array, "M N"]:
+    """Computes the op for M <= 8; forward only.
+
+    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    """
+    (rows, K), N = a.x.shape, a.weights.shape[0]
+    if K % (QUARTERS * config.block_k):
+        raise ValueError(f"K = {K} does not fall into quarters of tiles of {config.block_k}")
+    size, room = shared(rows, K, config.block_k, config.stages), eight_rows.shared_room(config.each)
+    if size > room:
+        raise ValueError(
+            f"a block takes {size} bytes of shared memory, and as one of {config.each} it has {room}"
+        )
+    return plgpu.kernel(
+        functools.partial(_kernel, eps=a.eps, config=config),
+        out_type=jax.ShapeDtypeStruct((rows, N), a.x.dtype),
+        scratch_types={
+            "x_smem": plgpu.SMEM((rows, eight_rows.pitch(rows, K)), jnp.bfloat16),
+            "ring_smem": tiles.tile((config.stages, TILE, config.block_k), a.weights.dtype),
+            "sums_smem": plgpu.SMEM((TILE, columns(rows)), jnp.float32),
+            "barrier": plgpu.Barrier(num_barriers=config.stages),
+        },
+        grid=(min(N // OUTPUTS, config.blocks),),
+        grid_names=("block",),
+        compiler_params=eight_rows.COMPILER_PARAMS,
+    )(a.x, a.norm, a.weights.reshape(N * QUARTERS, K // QUARTERS), a.scale)
+
+
+def _kernel(
+    x_gmem, norm_gmem, weights_gmem, scale_gmem, y_gmem, *, x_smem, ring_smem, sums_smem, barrier, eps, config
+):
+    """One block.
+
+    No automatic barriers: `commit_smem` is a barrier of the warpgroup. One lies between the writes to
+    `x_smem` and the products. A visit to a tile has one, if a slot is ever filled again: before it, everyone
+    has read the tile into registers; after it, its slot is filled. `finish` has one, between the writes to
+    `sums_smem` and the reads; before the next unit's writes lie the barriers of its visits.
+    """
+    (rows, K), units = x_gmem.shape, y_gmem.shape[1] // OUTPUTS
+    X, stages, cols = config.block_k, config.stages, columns(rows)
+    count, blocks = K // QUARTERS // X, min(units, config.blocks)  # Tiles of a unit, thread blocks.
+    place = lax.axis_index("block")
+    if units > blocks:
+        # Neighbours in the order of units share a multiprocessor, so that if some have one more than others,
+        # each multiprocessor has as many of those.
+        place = lax.rem(place, config.multiprocessors) * config.each + lax.div(place, config.multiprocessors)
+    first = lax.div(place * units, blocks)
+    mine = lax.div((place + 1) * units, blocks) - first
+    end = mine * count
+
+    def fetch(step):
+        ring = lax.rem(step, stages)
+        source = weights_gmem.at[piece(first + lax.div(step, count), TILE), piece(lax.rem(step, count), X)]
+        plgpu.copy_gmem_to_smem(source, ring_smem.at[ring], barrier.at[ring])
+
+    for i in range(stages):
+        pl.when(i < end)(functools.partial(fetch, jnp.int32(i)))
+
+    # All are loaded before any is used, in runs of 16 bytes.
+    xs, norm = [strided(x_gmem.at[m], 8) for m in range(rows)], strided(norm_gmem, 8)
+    row, factor = lax.rem(eight_rows.threads(), cols), tiles.full((THREADS,), 0, STRIDED)
+    for m, x in enumerate(xs):
+        x_smem[m, pl.ds(0, K)] = (x * norm).astype(x_smem.dtype)
+        factor = jnp.where(row == m, lax.rsqrt((x * x).sum() / K + eps), factor)
+        # Between the uses of the scratch memory of two sums, too.
+        plgpu.commit_smem()
+
+    def visit(step, tile, sums):
+        ring = lax.rem(step, stages)
+        plgpu.barrier_wait(barrier.at[ring])
+        weights = eight_rows.load(ring_smem.at[ring], INTERLEAVED)
+        if count > stages or units > blocks:
+            plgpu.commit_smem()
+            pl.when(step + stages < end)(functools.partial(fetch, step + stages))
+        return eight_rows.multiply(sums, weights, x_smem, tile * X, INTERLEAVED, apart=K // QUARTERS)
+
+    def unit(i, _):
+        at = piece(first + i, OUTPUTS)
+        # Loaded before the weights are awaited.
+        scaled = scale(factor, scale_gmem.at[at], cols)
+        sums = tiles.full((TILE, C), 0, MATRIX)
+        if count <= 4:
+            for tile in range(count):
+                sums = visit(i * count + tile, tile, sums)
+        else:
+            sums = lax.fori_loop(0, count, lambda tile, sums: visit(i * count + tile, tile, sums), sums)
+        finish(sums, sums_smem, scaled, y_gmem.at[:, at])
+
+    if units > blocks:
+        lax.fori_loop(0, mine, unit, None)
+    else:
+        unit(jnp.int32(0), None)
+
+
+def scale(factor, scale_ref, cols: int):
+    """[128]: the factor that thread t has, times the scale of output t // cols of a unit."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(STRIDED, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(factor.shape, factor.dtype, layout=STRIDED),
+    )
+    def multiply(_, factor, scale_ref):
+        def scaled(value, at):
+            output = arith.minui(arith.divui(*at, _index(cols)), _index(OUTPUTS - 1))
+            return arith.mulf(value, memref.load(scale_ref, [output]))
+
+        return factor.foreach(scaled, create_array=True)
+
+    return multiply(factor, scale_ref)
+
+
+def finish(sums, sums_ref, factor, y_ref):
+    """The sums of all warps, times a factor in each thread: thread t has output t // cols of row t % cols."""
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType(), STRIDED, plgpu.RefType()))
+    def store(_, sums, sums_ref, factor, y_ref):
+        rows, cols = y_ref.type.shape[0], sums_ref.type.shape[1]
+
+        def keep(value, at):
+            with mgpu.utils.when(_less(at[1], cols)):
+                memref.store(value, sums_ref, at)
+
+        def add(factor, at):
+            row, output = arith.remui(*at, _index(cols)), arith.divui(*at, _index(cols))
+            with mgpu.utils.when(arith.andi(_less(row, rows), _less(output, OUTPUTS))):
+                places = [arith.addi(output, _index(warp * OUTPUTS)) for warp in range(QUARTERS)]
+                total, *others = [memref.load(sums_ref, [place, row]) for place in places]
+                for other in others:
+                    total = arith.addf(total, other)
+                y = arith.truncf(y_ref.type.element_type, arith.mulf(total, factor))
+                memref.store(y, y_ref, [row, output])
+
+        sums.foreach(keep)
+        mgpu.utils.warpgroup_barrier()
+        factor.foreach(add)
+
+    store(sums, sums_ref, factor, y_ref)
+
+
+def _index(value: int):
+    return mgpu.utils.c(value, ir.IndexType.get())
+
+
+def _less(value, than: int):
+    return arith.cmpi(arith.CmpIPredicate.ult, value, _index(than))
