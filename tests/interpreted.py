@@ -9,9 +9,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from moss_jax.ops import eight_rows
+from moss_jax.ops import eight_rows, tiles
 from moss_jax.ops.attention import mosaic_gpu, mosaic_tpu
-from moss_jax.ops.attention.mosaic_gpu import tiles
 
 # The package has a function of the same name.
 decode_quantized = importlib.import_module("moss_jax.ops.attention.mosaic_gpu.decode_quantized")

@@ -21,10 +21,9 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from moss_jax.ops import hopper
-from moss_jax.ops.attention.mosaic_gpu import tiles
-from moss_jax.ops.attention.mosaic_gpu.tiles import MATRIX
+from moss_jax.ops import hopper, tiles
 from moss_jax.ops.linear.mosaic_gpu import WIDEN
+from moss_jax.ops.tiles import MATRIX
 
 C = 8  # Columns of a product: rows of x, at most.
 TILE = 64  # Rows of a tile of weights, 16 a warp.

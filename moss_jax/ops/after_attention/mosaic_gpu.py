@@ -38,11 +38,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float
 
-from moss_jax.ops import eight_rows, hopper
+from moss_jax.ops import eight_rows, hopper, tiles
 from moss_jax.ops.after_attention.arguments import Arguments
-from moss_jax.ops.attention.mosaic_gpu import tiles
-from moss_jax.ops.attention.mosaic_gpu.tiles import MATRIX
 from moss_jax.ops.eight_rows import STRIDED, THREADS, TILE, TOGETHER, C, multiprocessors, piece, strided
+from moss_jax.ops.tiles import MATRIX
 
 CHUNK = 128  # Numbers of the result that one block adds up: one a thread.
 LINE = 128  # Bytes that L2 fetches.

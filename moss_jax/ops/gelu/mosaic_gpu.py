@@ -23,8 +23,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 from jaxtyping import Array, Float
 
-from moss_jax.ops import hopper
-from moss_jax.ops.attention.mosaic_gpu import tiles
+from moss_jax.ops import hopper, tiles
 from moss_jax.ops.gelu import xla
 from moss_jax.ops.gelu.arguments import Arguments
 

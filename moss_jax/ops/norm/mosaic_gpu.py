@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moss_jax.ops import hopper
-from moss_jax.ops.attention.mosaic_gpu import tiles
+from moss_jax.ops import hopper, tiles
 from moss_jax.ops.norm import xla
 from moss_jax.ops.norm.arguments import Arguments
 

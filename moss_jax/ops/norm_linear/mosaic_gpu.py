@@ -26,11 +26,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
 from jaxtyping import Array, Float
 
-from moss_jax.ops import eight_rows, hopper
-from moss_jax.ops.attention.mosaic_gpu import tiles
-from moss_jax.ops.attention.mosaic_gpu.tiles import MATRIX
+from moss_jax.ops import eight_rows, hopper, tiles
 from moss_jax.ops.eight_rows import INTERLEAVED, STRIDED, THREADS, TILE, C, multiprocessors, piece, strided
 from moss_jax.ops.norm_linear.arguments import Arguments
+from moss_jax.ops.tiles import MATRIX
 
 QUARTERS = 4
 OUTPUTS = TILE // QUARTERS  # Of a unit.

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, Float32
 
-from moss_jax.ops import hopper
-from moss_jax.ops.attention.mosaic_gpu import tiles
+from moss_jax.ops import hopper, tiles
 from moss_jax.ops.gelu.mosaic_gpu import COLUMNS, ROW_A_WARP, widen
 from moss_jax.ops.rounding import xla
 from moss_jax.ops.rounding.xla import LARGEST, SMALLEST

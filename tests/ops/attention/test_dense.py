@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moss_jax.ops import dispatch
+from moss_jax.ops import dispatch, tiles
 from moss_jax.ops.attention import Unsupported, api, attention, mosaic_gpu, self_attention
-from moss_jax.ops.attention.mosaic_gpu import tiles
 from moss_jax.ops.attention.mosaic_gpu.dense import DenseConfig
 
 # The package has a function of the same name.

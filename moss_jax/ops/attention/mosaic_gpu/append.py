@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moss_jax.ops.attention.mosaic_gpu import tiles
+from moss_jax.ops import tiles
 from moss_jax.ops.attention.mosaic_gpu.bank import Blocks
 from moss_jax.ops.rotary import Rotation
 

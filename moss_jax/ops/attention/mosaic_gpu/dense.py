@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.mosaic_gpu import tiles
-from moss_jax.ops.attention.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_ROW
+from moss_jax.ops import tiles
+from moss_jax.ops.tiles import LOG2E, MATRIX, NEVER, PER_ROW
 
 ROWS = 64  # Queries of a warpgroup: the rows of the tensor core's tiles.
 SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.

@@ -1,4 +1,4 @@
-"""What the kernels share: tiles in shared memory, and products of them on the tensor core."""
+"""What kernels for Hopper GPUs (Mosaic GPU) share: tiles in shared memory, products on the tensor core."""
 
 import math
 from collections.abc import Callable
