@@ -184,7 +184,6 @@ class Peer:
 
     last: int  # The token that the next call begins with.
     opening = 1  # In the place of `<|begin_of_text|>`.
-    chunk = 8  # Frames that are taken in by one step, where that is by programs which were compiled for it.
 
     def make_room(self, frames: int) -> None: ...
 
@@ -212,7 +211,7 @@ class Ours(Peer):
     """moss, by the calls that a session makes."""
 
     last = PENDING
-    chunk = FRAME_BUCKETS[-1]
+    chunk = FRAME_BUCKETS[-1]  # Frames that one step takes in.
 
     def __init__(self, tiny: bool):
         self.model = self.make(
@@ -301,7 +300,7 @@ class Transformers(Peer):
     def make_room(self, frames: int) -> None:
         # Pixels are the same for all frames: what they hold takes no time.
         one = self.torch.randn(1, *self.frame_shape, dtype=self.torch.bfloat16)
-        self.pixels = one.repeat(max(frames, self.chunk), *[1] * len(self.frame_shape))
+        self.pixels = one.repeat(frames, *[1] * len(self.frame_shape))
         if self.device == "cuda":
             self.pixels = self.pixels.pin_memory()
 

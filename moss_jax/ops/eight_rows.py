@@ -22,7 +22,6 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from moss_jax.ops import hopper, tiles
-from moss_jax.ops.linear.mosaic_gpu import WIDEN
 from moss_jax.ops.tiles import MATRIX
 
 C = 8  # Columns of a product: rows of x, at most.
@@ -130,7 +129,7 @@ def multiply(sums, weights, x_ref, start, held: Held, apart: int = 0):
       apart: from there to where the next one's begin.
     """
     (rows, pitch), X = x_ref.shape, weights.shape[1]
-    selections, widen = WIDEN[weights.dtype.name]
+    selections, widen = tiles.WIDEN[weights.dtype.name]
     warp, lane = lax.div(threads(), 32), lax.rem(threads(), 32)
     row = jnp.minimum(lax.div(lane, 4), rows - 1)
     first = row * pitch + start + warp * apart + lax.rem(lane, 4) * held.run
