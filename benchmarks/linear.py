@@ -144,8 +144,8 @@ def contenders(M: int, K: int, N: int, stored: str, configs):
     def ours(x, kernel, scale, *, config):
         return few_rows(Arguments(x, kernel, scale, out_dtype=x.dtype), config)
 
-    def xla(x, kernel, scale, *, quantize_inputs=False):
-        return linear(x, kernel, scale, quantize_inputs=quantize_inputs, implementation="xla")
+    def xla(x, kernel, scale):
+        return linear(x, kernel, scale, implementation="xla")
 
     def summed(x, kernel, scale):
         """As a sum over the inputs, which XLA does without the tensor core."""
@@ -163,8 +163,6 @@ def contenders(M: int, K: int, N: int, stored: str, configs):
     yield "xla", xla
     if M == 1:
         yield "xla, summed", summed
-    if stored == "float8_e4m3fn":
-        yield "xla, inputs in 8 bits too", functools.partial(xla, quantize_inputs=True)
 
 
 def shared_bytes(a: Arguments, config: LinearConfig) -> int:

@@ -20,9 +20,10 @@ decode_quantized = importlib.import_module("moss_jax.ops.attention.mosaic_gpu.de
 def on_gpu():
     """Mosaic GPU kernels: copies, barriers, warpgroups and shared memory are simulated.
 
-    The interpreter has no tensor core that takes operands from registers, and no inline instructions, so
-    these are replaced by what they mean.
+    The interpreter has no tensor core that takes operands from registers, no inline instructions, and no
+    copies to all blocks of a cluster, so these are replaced by what they mean; each block copies for itself.
     """
+    copy = plgpu.copy_gmem_to_smem
 
     def product(a, b, meanwhile=lambda: None):
         meanwhile()
@@ -49,6 +50,7 @@ def on_gpu():
         mock.patch.multiple(tiles, product=product, products=products, add_product=add_product),
         mock.patch.object(decode_quantized, "widen", widen),
         mock.patch.object(eight_rows, "multiply", multiply),
+        mock.patch.object(plgpu, "copy_gmem_to_smem", lambda *refs, collective_axes=None: copy(*refs)),
         _as_if_on("gpu", mosaic_gpu),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
     ):

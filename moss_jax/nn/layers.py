@@ -16,6 +16,7 @@ from jaxtyping import Array, DTypeLike, Float
 from moss_jax.config import Remat
 from moss_jax.ops.gelu import gelu
 from moss_jax.ops.norm import layer_norm, rms_norm
+from moss_jax.ops.rounding import Rounded
 from moss_jax.sharding import constrain
 
 INIT_STDDEV = 0.02
@@ -83,6 +84,8 @@ class Linear(nnx.Module):
     one matmul serves them all and tensor parallelism still splits by head.
     """
 
+    rounds_inputs = False  # Whether it computes in 8 bits, and so takes `Rounded` inputs too.
+
     def __init__(
         self,
         inputs: dict[str, int],
@@ -102,12 +105,16 @@ class Linear(nnx.Module):
         return x if self.bias is None else x + self.bias[...]
 
     def without_bias(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        """The product alone, for a caller that adds the bias along with what it does next."""
+        """The product alone."""
         kernel = self.kernel[...]
         contract = (range(x.ndim - self.num_inputs, x.ndim), range(self.num_inputs))
         return jax.lax.dot_general(
             x, kernel, (contract, ((), ())), preferred_element_type=out_dtype or kernel.dtype
         )
+
+    def gelu(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The exact gelu of the map's result, which it computes along with the sum with the bias."""
+        return gelu(self.without_bias(x), self.bias[...])
 
 
 class RMSNorm(nnx.Module):
@@ -137,10 +144,13 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return self.of_sum(Residual(x))[0]
 
-    def of_sum(self, residual: Residual) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
-        """The norm of the residual stream, and the stream with its branch added."""
+    def of_sum(
+        self, residual: Residual, *, rounded: bool = False
+    ) -> tuple[Float[Array, "... D"] | Rounded, Float[Array, "... D"]]:
+        """The norm of the residual stream, in 8 bits if asked for, and the stream with its branch added."""
         x, branch, scale = residual
-        return layer_norm(x, self.weight[...], self.bias[...], eps=self.eps, add=branch, scale=scale)
+        weight, bias = self.weight[...], self.bias[...]
+        return layer_norm(x, weight, bias, eps=self.eps, add=branch, scale=scale, rounded=rounded)
 
 
 class GatedMLP(nnx.Module):
@@ -162,8 +172,8 @@ class GeluMLP(nnx.Module):
         self.fc1 = Linear({"embed": size}, {"mlp": hidden}, bias=True, rngs=rngs, dtype=dtype)
         self.fc2 = Linear({"mlp": hidden}, {"embed": size}, bias=True, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.fc2(gelu(self.fc1.without_bias(x), self.fc1.bias[...]))
+    def __call__(self, x: Float[Array, "B T D"] | Rounded) -> Float[Array, "B T D"]:
+        return self.fc2(self.fc1.gelu(x))
 
 
 INITIAL_GATE = math.pi / 4

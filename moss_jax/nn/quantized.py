@@ -7,6 +7,7 @@ rounded to 8 bits too.
 
 import functools
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from jaxtyping import Array, DTypeLike, Float
 from moss_jax.config import ConfigError, DecoderWeights, EncoderWeights
 from moss_jax.nn.layers import Linear, parameter
 from moss_jax.nn.model import MossVideo
+from moss_jax.ops.fp8_linear import fp8_linear
 from moss_jax.ops.linear import linear
+from moss_jax.ops.rounding import Rounded, round_rows
 
 _DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
@@ -29,38 +32,52 @@ class QuantizedLinear(nnx.Module):
     Args:
       linear: is left as it is.
       dtype: of the kernel, int8 or float8_e4m3fn.
-      quantize_inputs: round the inputs to float8_e4m3fn too, each row of them by a scale of its own.
     """
 
-    def __init__(self, linear: Linear, dtype: DTypeLike, *, quantize_inputs: bool = False):
+    def __init__(self, linear: Linear, dtype: DTypeLike):
         axes, num_inputs = linear.kernel.get_metadata()["axes"], linear.num_inputs
         kernel, scale = _quantize_kernel(linear.kernel[...], num_inputs, jnp.dtype(dtype))
         self.kernel = parameter(kernel, (*axes[num_inputs:], *axes[:num_inputs]))
         self.scale = parameter(scale, axes[num_inputs:])
         self.bias = linear.bias
-        self.quantize_inputs = quantize_inputs
 
     def __call__(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        y = self.without_bias(x, out_dtype)
+        x, scale = self._rows(x), self.scale[...]
+        y = linear(x, self.matrix, scale.reshape(-1), out_dtype=out_dtype)
+        y = y.reshape(*x.shape[:-1], *scale.shape)
         return y if self.bias is None else y + self.bias[...]
 
-    def without_bias(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        """The product alone, as `Linear` has it."""
-        scale = self.scale[...]
-        x = jax.lax.collapse(x, x.ndim - (self.kernel[...].ndim - scale.ndim))
-        y = linear(
-            x,
-            self.matrix,
-            scale.reshape(-1),
-            out_dtype=out_dtype or x.dtype,
-            quantize_inputs=self.quantize_inputs,
-        )
-        return y.reshape(*x.shape[:-1], *scale.shape)
+    def _rows(self, x: Float[Array, "..."]) -> Float[Array, "... K"]:
+        """The inputs on one axis."""
+        return jax.lax.collapse(x, x.ndim - (self.kernel[...].ndim - self.scale[...].ndim))
 
     @property
     def matrix(self) -> Array:
         """The kernel as [outputs, inputs]."""
         return self.kernel[...].reshape(self.scale[...].size, -1)
+
+
+class Fp8Linear(QuantizedLinear):
+    """A `Linear` in float8_e4m3fn whose inputs are rounded too, each row of them by a scale of its own."""
+
+    rounds_inputs = True
+
+    def __init__(self, linear: Linear):
+        super().__init__(linear, jnp.float8_e4m3fn)
+        self.dtype = linear.kernel[...].dtype
+
+    def __call__(self, x: Float[Array, "..."] | Rounded) -> Float[Array, "..."]:
+        return self._compute(x)
+
+    def gelu(self, x: Float[Array, "..."] | Rounded) -> Float[Array, "..."]:
+        """The exact gelu of the map's result, as `Linear` has it."""
+        return self._compute(x, gelu=True)
+
+    def _compute(self, x, *, gelu=False):
+        x = x if isinstance(x, Rounded) else round_rows(self._rows(x))
+        scale, bias = self.scale[...], None if self.bias is None else self.bias[...].reshape(-1)
+        y = fp8_linear(x, self.matrix, scale.reshape(-1), bias, gelu=gelu, out_dtype=self.dtype)
+        return y.reshape(*x.scale.shape, *scale.shape)
 
 
 # A program for each shape of kernel, of which even a large model has a dozen.
@@ -101,10 +118,10 @@ def quantize(
     if is_quantized(model):
         raise ConfigError("the model is quantized already; quantize the one that was loaded")
     if decoder:
-        _replace_linears(model.decoder, _DTYPES[decoder])
+        _replace_linears(model.decoder, functools.partial(QuantizedLinear, dtype=_DTYPES[decoder]))
     if encoder:
         for layer in (*model.vision.layers, *model.vision.global_layers):
-            _replace_linears(layer, _DTYPES[encoder], quantize_inputs=True)
+            _replace_linears(layer, Fp8Linear)
     return model
 
 
@@ -113,11 +130,11 @@ def is_quantized(model: nnx.Module) -> bool:
     return any(isinstance(module, QuantizedLinear) for _, module in nnx.iter_modules(model))
 
 
-def _replace_linears(root: nnx.Module, dtype: DTypeLike, **options) -> None:
+def _replace_linears(root: nnx.Module, by: Callable[[Linear], QuantizedLinear]) -> None:
     parents = [module for _, module in nnx.iter_modules(root) if not isinstance(module, Linear)]
     for parent in parents:
         for name in [name for name, child in vars(parent).items() if isinstance(child, Linear)]:
             full = getattr(parent, name)
-            setattr(parent, name, QuantizedLinear(full, dtype, **options))
+            setattr(parent, name, by(full))
             # The garbage collector takes its time with modules, which are in reference cycles.
             del full.kernel

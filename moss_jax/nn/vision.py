@@ -11,6 +11,7 @@ from jaxtyping import Array, DTypeLike, Float
 from moss_jax.config import Remat, VisionConfig
 from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, Residual, gate, normal, remat
 from moss_jax.ops.attention import self_attention
+from moss_jax.ops.rounding import Rounded
 
 # The original pads the positions to a multiple of this and lets the padding take part in attention.
 POSITION_MULTIPLE = 8
@@ -27,7 +28,7 @@ class VisionAttention(nnx.Module):
         self.out = Linear(heads, {"embed": config.hidden_size}, rngs=rngs, dtype=dtype)
         self.implementation = implementation
 
-    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+    def __call__(self, x: Float[Array, "B P D"] | Rounded) -> Float[Array, "B P D"]:
         return self.out(self_attention(self.qkv(x), implementation=self.implementation))
 
 
@@ -52,9 +53,9 @@ class VisionLayer(nnx.Module):
 
     def __call__(self, residual: Residual) -> tuple[Residual, Float[Array, "B P D"]]:
         """The stream behind the layer, and its input with all branches added."""
-        normed, inputs = self.attention_norm.of_sum(residual)
+        normed, inputs = self.attention_norm.of_sum(residual, rounded=self.attention.qkv.rounds_inputs)
         residual = Residual(inputs, self.attention(normed), _tanh(self.attention_gate))
-        normed, x = self.mlp_norm.of_sum(residual)
+        normed, x = self.mlp_norm.of_sum(residual, rounded=self.mlp.fc1.rounds_inputs)
         return Residual(x, self.mlp(normed), _tanh(self.mlp_gate)), inputs
 
 

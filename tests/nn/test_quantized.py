@@ -18,9 +18,13 @@ import moss_jax
 from moss_jax.config import PRESETS, ConfigError, EngineConfig, OptimizerConfig, TrainConfig
 from moss_jax.nn import MossVideo, decoder, is_quantized, quantize, quantized
 from moss_jax.nn.layers import Linear, Residual
-from moss_jax.nn.quantized import QuantizedLinear
+from moss_jax.nn.quantized import Fp8Linear, QuantizedLinear
+from moss_jax.nn.vision import VisionLayer
 from moss_jax.ops.after_attention import api as after_attention
+from moss_jax.ops.fp8_linear import api as fp8_linear
+from moss_jax.ops.norm import api as norm
 from moss_jax.ops.norm_linear import api as norm_linear
+from moss_jax.ops.rounding import api as rounding
 from moss_jax.sharding import make_mesh
 from moss_jax.stream import PENDING, Engine, Row, open_model
 from moss_jax.train.step import Trainer
@@ -108,9 +112,7 @@ def test_zeros_stay_zeros(dtype):
 
 
 def test_rounded_inputs_are_rounded_row_by_row():
-    small = QuantizedLinear(
-        random_linear({"embed": 64}, {"mlp": 32}), jnp.float8_e4m3fn, quantize_inputs=True
-    )
+    small = Fp8Linear(random_linear({"embed": 64}, {"mlp": 32}))
     x = np.random.default_rng(1).standard_normal((4, 7, 64), np.float32)
     x *= 10.0 ** np.arange(-2, 2)[:, None, None]
     whole = np.asarray(small(x))
@@ -157,6 +159,22 @@ def test_a_layer_projects_what_it_norms(small_config, random_model, dtype):
             np.testing.assert_array_equal(found, projection(normed))
 
 
+@contextlib.contextmanager
+def as_if_on_gpu(*ops):
+    """These ops choose what they would there."""
+
+    def gpu(refuses, arguments, _):
+        return refuses(arguments, "gpu")
+
+    with contextlib.ExitStack() as patches:
+        for op in ops:
+            kernel = op.IMPLEMENTATIONS["mosaic_gpu"]
+            refuses = functools.partial(gpu, kernel.unsupported)
+            patches.enter_context(mock.patch.object(kernel, "unsupported", refuses))
+            patches.enter_context(mock.patch.dict(op.ORDER, {jax.default_backend(): op.ORDER["gpu"]}))
+        yield
+
+
 def test_a_layer_of_few_rows_is_two_kernels_around_attention(small_config):
     """As it is compiled for a GPU, of sizes that the kernels take."""
     config = small_config()
@@ -169,18 +187,29 @@ def test_a_layer_of_few_rows_is_two_kernels_around_attention(small_config):
     graph, params = nnx.split(model.decoder)
     tokens, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 2), (1,)))
 
-    def gpu(refuses, arguments, _):
-        return refuses(arguments, "gpu")
-
-    with contextlib.ExitStack() as patches:
-        for op in (norm_linear, after_attention):
-            kernel = op.IMPLEMENTATIONS["mosaic_gpu"]
-            refuses = functools.partial(gpu, kernel.unsupported)
-            patches.enter_context(mock.patch.object(kernel, "unsupported", refuses))
-            patches.enter_context(mock.patch.dict(op.ORDER, {jax.default_backend(): op.ORDER["gpu"]}))
+    with as_if_on_gpu(norm_linear, after_attention):
         program = jax.jit(lambda params, *given: nnx.merge(graph, params).decode(*given))
         lowered = program.trace(params, state, tokens, count).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("call @few_rows") == 2 * config.decoder.num_layers
+
+
+def test_the_encoders_maps_in_8_bits_are_kernels(small_config):
+    """As a layer is compiled for a GPU, of sizes that the kernels take."""
+    config = dataclasses.replace(small_config().vision, hidden_size=768, intermediate_size=768, num_heads=8)
+
+    def make():
+        layer = VisionLayer(config, "xla", gated=False, rngs=nnx.Rngs(0), dtype="bfloat16")
+        quantized._replace_linears(layer, Fp8Linear)
+        return layer
+
+    graph, params = nnx.split(nnx.eval_shape(make))
+    x = jax.ShapeDtypeStruct((2, 128, 768), jnp.bfloat16)
+    with as_if_on_gpu(fp8_linear, norm, rounding):
+        program = jax.jit(lambda params, *given: nnx.merge(graph, params)(Residual(*given)))
+        lowered = program.trace(params, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("call @many_rows") == 4
+    # Both norms round their rows; what attention and gelu give is rounded by itself.
+    assert lowered.count("call @one_pass") == 4
 
 
 def test_a_frame_has_the_features_that_it_has_alone(compiled, small_config, random_model):

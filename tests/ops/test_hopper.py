@@ -8,6 +8,7 @@ import pytest
 from moss_jax.ops import hopper
 from moss_jax.ops.after_attention import mosaic_gpu as after_attention
 from moss_jax.ops.attention import mosaic_gpu as attention
+from moss_jax.ops.fp8_linear import mosaic_gpu as fp8_linear
 from moss_jax.ops.gelu import mosaic_gpu as gelu
 from moss_jax.ops.linear import mosaic_gpu as linear
 from moss_jax.ops.norm import mosaic_gpu as norm
@@ -48,7 +49,9 @@ def test_on_a_mesh_only_what_is_spread_by_hand(capability):
         assert hopper.unsupported("gpu") is None
 
 
-@pytest.mark.parametrize("kernel", [after_attention, attention, gelu, linear, norm, norm_linear, rounding])
+@pytest.mark.parametrize(
+    "kernel", [after_attention, attention, fp8_linear, gelu, linear, norm, norm_linear, rounding]
+)
 def test_every_kernel_asks(kernel):
     with mock.patch.object(hopper, "unsupported", return_value="not here") as asked:
         assert kernel.unsupported(None, "gpu") == "not here"

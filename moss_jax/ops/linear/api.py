@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int8
 from moss_jax.ops import dispatch
 from moss_jax.ops.linear import mosaic_gpu, reference, xla
 from moss_jax.ops.linear.arguments import Arguments
-from moss_jax.ops.rounding import round_rows
 
 # Each is a module with `unsupported(arguments, platform) -> reason or None` and `apply(arguments)`.
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
@@ -24,7 +23,6 @@ def linear(
     scale: Float32[Array, " N"],
     *,
     out_dtype=None,
-    quantize_inputs: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "... N"]:
     """A linear map with weights in 8 bits and a scale per output; accumulates in float32.
@@ -36,8 +34,6 @@ def linear(
       kernel: the weights.
       scale: what each output is multiplied with.
       out_dtype: of the outputs; that of x if None.
-      quantize_inputs: whether x is rounded to float8_e4m3fn too, with a scale per row, so that the product
-        runs in 8 bits; with a kernel in float8_e4m3fn only.
       implementation: a name in `IMPLEMENTATIONS`; None takes the first of the platform's order that can.
 
     Returns:
@@ -47,12 +43,7 @@ def linear(
       ValueError: shapes or dtypes that don't fit together.
       Unsupported: the named implementation cannot take these arguments.
     """
-    if quantize_inputs and kernel.dtype != jnp.float8_e4m3fn:
-        raise ValueError(f"quantize_inputs needs a kernel in float8_e4m3fn, not {kernel.dtype}")
-    rows, x_scale = x.reshape(-1, x.shape[-1]), None
-    if quantize_inputs:
-        rows, x_scale = round_rows(rows)
-    a = Arguments(rows, kernel, scale, x_scale, out_dtype=jnp.dtype(out_dtype or x.dtype))
+    a = Arguments(x.reshape(-1, x.shape[-1]), kernel, scale, out_dtype=jnp.dtype(out_dtype or x.dtype))
     out = IMPLEMENTATIONS[choose(a, implementation)].apply(a)
     return out.reshape(*x.shape[:-1], a.outputs)
 

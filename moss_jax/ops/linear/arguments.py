@@ -19,16 +19,14 @@ class Arguments:
     """One checked call; `linear` builds it, implementations read it.
 
     Attributes:
-      x: if it was rounded to 8 bits, in float8_e4m3fn.
+      x: the inputs.
       kernel: the weights.
       scale: what the outputs are multiplied with.
-      x_scale: what the rows are multiplied with; there exactly if x was rounded to 8 bits.
     """
 
     x: Float[Array, "M K"]
     kernel: Int8[Array, "N K"] | Float8e4m3fn[Array, "N K"]
     scale: Float[Array, " N"]
-    x_scale: Float[Array, " M"] | None = None
     out_dtype: jnp.dtype = dataclasses.field(kw_only=True, metadata={"static": True})
 
     def __post_init__(self):
@@ -52,7 +50,4 @@ class Arguments:
 
     def scaled(self, products: Float[Array, "M N"]) -> Float[Array, "M N"]:
         """The result, given the plain products in float32."""
-        products = products * self.scale
-        if self.x_scale is not None:
-            products = products * self.x_scale[:, None]
-        return products.astype(self.out_dtype)
+        return (products * self.scale).astype(self.out_dtype)

@@ -76,7 +76,7 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     if reason := hopper.unsupported(platform):
         return reason
     x = arguments.x
-    if x.dtype != jnp.bfloat16 and arguments.x_scale is None:
+    if x.dtype != jnp.bfloat16:
         return f"it takes x in bfloat16, not {x.dtype}"
     rows, inputs = x.shape
     if not 0 < rows <= ROWS:
@@ -110,7 +110,7 @@ def few_rows(a: Arguments, config: LinearConfig) -> Float[Array, "M N"]:
     if inputs % X:
         raise ValueError(f"K = {inputs} is not a multiple of block_k, {X}")
     splits, each = config.splits(inputs), config.tiles_a_block(inputs, a.outputs)
-    x = shuffle(jnp.pad(a.x.astype(jnp.bfloat16), ((0, C - rows), (0, 0))))
+    x = shuffle(jnp.pad(a.x, ((0, C - rows), (0, 0))))
     sums = plgpu.kernel(
         functools.partial(_kernel, each=each),
         out_type=jax.ShapeDtypeStruct((splits, 1 if rows == 1 else C, a.outputs), jnp.float32),

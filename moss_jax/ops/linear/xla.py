@@ -18,7 +18,6 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
 
 def apply(a: Arguments) -> Float[Array, "M N"]:
     """Computes the op; differentiable in x."""
-    # 8 bits meet 8 bits as they are; other inputs hold 8 bits exactly.
-    kernel = a.kernel if a.x_scale is not None else a.kernel.astype(a.x.dtype)
+    kernel = a.kernel.astype(a.x.dtype)  # Which holds 8 bits exactly.
     products = lax.dot_general(a.x, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return a.scaled(products)

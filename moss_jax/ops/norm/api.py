@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from moss_jax.ops import dispatch
 from moss_jax.ops.norm import mosaic_gpu, reference, xla
 from moss_jax.ops.norm.arguments import Arguments
+from moss_jax.ops.rounding import Rounded
 
 # Each is a module with `unsupported(arguments, platform) -> reason or None` and `apply(arguments)`.
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
@@ -58,13 +59,15 @@ def layer_norm(
     eps: float,
     add: Float[Array, "... D"] | None = None,
     scale: Float[Array, "..."] | None = None,
+    rounded: bool = False,
     implementation: str | None = None,
-) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+) -> tuple[Float[Array, "... D"] | Rounded, Float[Array, "... D"]]:
     """`(y - mean(y)) / sqrt(var(y) + eps) * weight + bias` over the last axis of `y = x + scale * add`.
 
-    Arguments, results and errors are those of `rms_norm`; `bias` is one number a column.
+    Arguments, results and errors are those of `rms_norm`; `bias` is one number a column. With `rounded` the
+    normed rows come in 8 bits, as `round_rows` makes them.
     """
-    return _norm(x, weight, bias, eps, add, scale, implementation)
+    return _norm(x, weight, bias, eps, add, scale, implementation, rounded=rounded)
 
 
 def choose(arguments: Arguments, implementation: str | None = None, platform: str | None = None) -> str:
@@ -76,7 +79,7 @@ def choose(arguments: Arguments, implementation: str | None = None, platform: st
     return dispatch.choose("norm", IMPLEMENTATIONS, ORDER, arguments, implementation, platform)
 
 
-def _norm(x, weight, bias, eps, add, scale, implementation):
+def _norm(x, weight, bias, eps, add, scale, implementation, rounded=False):
     *rows, width = x.shape
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and vector.shape != (width,):
@@ -89,7 +92,7 @@ def _norm(x, weight, bias, eps, add, scale, implementation):
         scale = jnp.asarray(scale, x.dtype)
         if not _broadcasts(scale.shape, (*rows, 1)):
             raise ValueError(f"scale broadcasts to [..., 1] = {(*rows, 1)}; got {scale.shape}")
-    a = Arguments(x, add, scale, weight, bias, eps=eps)
+    a = Arguments(x, add, scale, weight, bias, eps=eps, rounded=rounded)
     return IMPLEMENTATIONS[choose(a, implementation)].apply(a)
 
 

@@ -23,6 +23,7 @@ class Arguments:
       weight: what the normed rows are multiplied with.
       bias: what is then added; there exactly if the rows' mean is taken off before (a layer norm).
       eps: what is added to the mean square.
+      rounded: whether the normed rows are to be rounded to 8 bits.
     """
 
     x: Float[Array, "... D"]
@@ -31,6 +32,7 @@ class Arguments:
     weight: Float[Array, " D"]
     bias: Float[Array, " D"] | None
     eps: float = dataclasses.field(kw_only=True, metadata={"static": True})
+    rounded: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
 
     @property
     def centred(self) -> bool:

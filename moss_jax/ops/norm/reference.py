@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moss_jax.ops.norm.arguments import Arguments
+from moss_jax.ops.rounding import Rounded, round_rows
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
@@ -15,7 +16,7 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     return None
 
 
-def apply(a: Arguments) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+def apply(a: Arguments) -> tuple[Float[Array, "... D"] | Rounded, Float[Array, "... D"]]:
     """Computes the op in float32; what is normed is the sum before it is rounded."""
     y = a.x.astype(jnp.float32)
     if a.add is not None:
@@ -26,4 +27,5 @@ def apply(a: Arguments) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
     normed *= a.weight.astype(jnp.float32)
     if a.centred:
         normed += a.bias.astype(jnp.float32)
-    return normed.astype(a.x.dtype), y.astype(a.x.dtype)
+    normed = normed.astype(a.x.dtype)
+    return round_rows(normed) if a.rounded else normed, y.astype(a.x.dtype)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moss_jax.ops.norm.arguments import Arguments
+from moss_jax.ops.rounding import Rounded, round_rows
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
@@ -16,7 +17,7 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     return None
 
 
-def apply(a: Arguments) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+def apply(a: Arguments) -> tuple[Float[Array, "... D"] | Rounded, Float[Array, "... D"]]:
     """Computes the op; differentiable in all that is given."""
     y = a.x
     if a.add is not None:
@@ -28,4 +29,5 @@ def apply(a: Arguments) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
     wide *= a.weight.astype(jnp.float32)
     if a.centred:
         wide += a.bias.astype(jnp.float32)
-    return wide.astype(y.dtype), y
+    normed = wide.astype(y.dtype)
+    return round_rows(normed) if a.rounded else normed, y

@@ -3,10 +3,11 @@
 M rows, K columns
 """
 
-from jaxtyping import Array, Float, Float8e4m3fn, Float32
+from jaxtyping import Array, Float
 
 from moss_jax.ops import dispatch
 from moss_jax.ops.rounding import mosaic_gpu, xla
+from moss_jax.ops.rounding.rounded import Rounded
 
 # Each is a module with `unsupported(x, platform) -> reason or None` and `apply(x)`.
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla}
@@ -15,9 +16,7 @@ IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla}
 ORDER = {"gpu": ("mosaic_gpu", "xla")}
 
 
-def round_rows(
-    x: Float[Array, "M K"], *, implementation: str | None = None
-) -> tuple[Float8e4m3fn[Array, "M K"], Float32[Array, " M"]]:
+def round_rows(x: Float[Array, "... K"], *, implementation: str | None = None) -> Rounded:
     """Rounds rows to float8_e4m3fn, each by a scale of its own, with which its largest number is the dtype's.
 
     It has gradients in x.
@@ -26,13 +25,12 @@ def round_rows(
       x: the rows.
       implementation: a name in `IMPLEMENTATIONS`; None takes the first of the platform's order that can.
 
-    Returns:
-      The rounded rows [M, K] and their scales [M]: x is close to `rounded * scale[:, None]`.
-
     Raises:
       Unsupported: the named implementation cannot take x.
     """
-    return IMPLEMENTATIONS[choose(x, implementation)].apply(x)
+    rows = x.reshape(-1, x.shape[-1])
+    numbers, scale = IMPLEMENTATIONS[choose(rows, implementation)].apply(rows)
+    return Rounded(numbers.reshape(x.shape), scale.reshape(x.shape[:-1]))
 
 
 def choose(x: Float[Array, "M K"], implementation: str | None = None, platform: str | None = None) -> str:

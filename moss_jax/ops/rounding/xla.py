@@ -4,7 +4,9 @@ M rows, K columns
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn, Float32
+from jaxtyping import Array, Float
+
+from moss_jax.ops.rounding.rounded import Rounded
 
 LARGEST = 448.0  # Of float8_e4m3fn.
 # What counts as the largest number of a row at least, so that nothing is divided by 0: zeros stay zeros under
@@ -18,9 +20,9 @@ def unsupported(x: Float[Array, "M K"], platform: str) -> str | None:
     return None
 
 
-def apply(x: Float[Array, "M K"]) -> tuple[Float8e4m3fn[Array, "M K"], Float32[Array, " M"]]:
+def apply(x: Float[Array, "M K"]) -> Rounded:
     """Computes the op; differentiable."""
     x = x.astype(jnp.float32)
     largest = jnp.maximum(jnp.abs(x).max(axis=-1), SMALLEST)
     scale = largest / LARGEST
-    return (x / scale[:, None]).astype(jnp.float8_e4m3fn), scale
+    return Rounded((x / scale[:, None]).astype(jnp.float8_e4m3fn), scale)

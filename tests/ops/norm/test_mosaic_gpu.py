@@ -6,12 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops.norm.test_norm import EPS, KINDS, TOLERANCE, abstract, call, close, exact, inputs, on_gpu
+from ops.norm.test_norm import (
+    EPS,
+    KINDS,
+    TOLERANCE,
+    abstract,
+    call,
+    close,
+    exact,
+    inputs,
+    on_gpu,
+    rounding_error,
+)
 
 from moss_jax.ops.norm import Arguments, mosaic_gpu
 
 # Shapes of the decoder and of the vision encoder, one of few rows among them.
 SHAPES = ((1, 4096), (3, 4096), (64, 4096), (2, 1280), (1608, 1280), (1609, 1280))
+ENCODER = ((1608, 1280), (16 * 1608, 1280))
 
 
 @pytest.mark.parametrize(("norm", "scale"), KINDS)
@@ -47,10 +59,11 @@ def test_lowers_for_a_gpu_without_one(norm, scale):
         x, vector = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, width), (width,)))
         each = {None: None, "rows": jax.ShapeDtypeStruct((rows, 1), jnp.bfloat16)}.get(scale, given["scale"])
         calls.append(Arguments(x, x, each, vector, vector if norm == "layer" else None, eps=EPS))
+    calls += [dataclasses.replace(each, rounded=True) for each in calls if each.x.shape in ENCODER]
     assert not any(mosaic_gpu.unsupported(each, "gpu") for each in calls)
     program = jax.jit(lambda calls: [mosaic_gpu.apply(each) for each in calls])
     text = program.trace(calls).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu") == len(shapes)
+    assert text.count("@mosaic_gpu") == len(calls)
 
 
 def test_lowers_under_remat():
@@ -80,6 +93,18 @@ def test_real_shapes(shape, norm, scale):
     normed, y = call(x, {**given, "add": None, "scale": None}, implementation="mosaic_gpu")
     close(normed, exact(x, {**given, "add": None, "scale": None})[0], TOLERANCE["bfloat16"])
     np.testing.assert_array_equal(y, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*ENCODER, (5, 256)], ids=str)
+def test_rounded_rows_of_real_shapes(shape):
+    x, given = inputs(shape, norm="layer", scale="scalar")
+    rounded, y = call(x, given, rounded=True, implementation="mosaic_gpu")
+    normed, same = call(x, given, implementation="mosaic_gpu")
+    np.testing.assert_array_equal(y, same)
+    normed = np.float64(normed)
+    np.testing.assert_allclose(rounded.scale, np.abs(normed).max(axis=-1) / 448, rtol=0.004)
+    assert rounding_error(rounded, normed) < 1.2
 
 
 @pytest.mark.gpu

@@ -1,0 +1,224 @@
+"""Times the matmuls of the vision encoder's layers with what follows them, and what makes their inputs: in
+bfloat16, and in 8 bits by XLA and by our kernel.
+
+    python benchmarks/matmul.py --out benchmarks/results/matmul_h200.json
+    python benchmarks/matmul.py --tune --rows 25728 --budget 80
+
+A program makes several calls on operands of their own, so that starting it doesn't tell. All programs of as
+many rows are compiled side by side before the first is timed. In 8 bits a matmul takes rows that have been
+rounded; beside it stands what rounds them: the norm before `qkv` and `fc1`, a pass of its own before `out`
+and `fc2`. Rates are shares of a large matmul in bfloat16. Errors are ||y - exact|| / ||exact|| against
+float32: first of the operands that are given, then of what they were rounded from.
+"""
+
+import argparse
+import functools
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+from after_attention import Watch
+from attention import first_line, line, measure_ceilings, say, timed
+from report import add_out, device, publish
+
+from moss_jax.ops.fp8_linear import IMPLEMENTATIONS, Arguments
+from moss_jax.ops.fp8_linear.mosaic_gpu import Config, default_config, many_rows, misfit
+from moss_jax.ops.gelu import gelu
+from moss_jax.ops.norm import layer_norm
+from moss_jax.ops.rounding import round_rows
+
+WIDTH, HIDDEN = 1280, 5120
+LAYERS = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "fc1": (WIDTH, HIDDEN), "fc2": (HIDDEN, WIDTH)}
+TINY = {"qkv": (256, 768), "fc1": (256, 512), "fc2": (512, 256)}
+BIASED = ("fc1", "fc2")
+FLOPS = 1e12  # That a program takes, about.
+MAX_CALLS = 24
+REPEATS = 10  # That must be equal bit for bit.
+
+SMALL = {"columns": 128, "stages": 6}
+FINE = {"chunk": 32, "slots": 4}
+# The configurations that are tried; where the default is another one, it is measured as well.
+CONFIGS = (
+    Config(),
+    Config(cluster=None),
+    Config(cluster="columns"),
+    Config(lag=0),
+    Config(lag=1),
+    Config(lag=3),
+    Config(**FINE),
+    Config(**FINE, lag=0),
+    Config(**FINE, cluster="columns"),
+    Config(**SMALL, cluster=None),
+    Config(**SMALL, cluster=None, lag=0),
+    Config(**SMALL, cluster=None, lag=3),
+    Config(**SMALL, cluster="columns", lag=3),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", default="1608,12864,25728", help="of 1, 8 and 16 frames, comma-separated")
+    parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing is begun")
+    parser.add_argument("--tune", action="store_true", help="other configurations of the kernel too")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try this script out on a CPU")
+    add_out(parser)
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.budget
+    watch = Watch()
+
+    ceilings = measure_ceilings(args.tiny)
+    say(f"matmul {ceilings['matmul_tflop_s']:.3g} TFLOP/s; {device()}")
+    layers, results = TINY if args.tiny else LAYERS, []
+    for M in [136] if args.tiny else map(int, args.rows.split(",")):
+        if time.monotonic() > deadline:
+            break
+        for row in compare(M, layers, args.tune, args.repeats, ceilings["matmul_tflop_s"], deadline, watch):
+            results.append(row)
+            say(line(row))
+    if time.monotonic() > deadline:
+        say("time is up: the rest was left out")
+    flags = {name: "" if value is True else value for name, value in vars(args).items()}
+    given = {name: x for name, x in flags.items() if name == "out" or x not in (None, False, math.inf)}
+    publish("matmul.py", argparse.Namespace(**given), {"ceilings": ceilings, "rows": results})
+
+
+def compare(
+    M: int, layers, tune: bool, repeats: int, ceiling: float, deadline: float, watch: Watch
+) -> Iterator[dict]:
+    """A row for each way to compute each matmul, and for what rounds its inputs."""
+    cases = [(*case, name, call) for case in layers.items() for name, call in contenders(M, *case, tune)]
+    with ThreadPoolExecutor() as pool:
+        compiled = [pool.submit(compile_chain, M, *shape, call) for _, shape, _, call in cases]
+        for future in compiled:  # Nothing is timed while others are compiled.
+            future.exception()
+            watch.alive()
+    held = None, None  # The operands of one layer at a time.
+    for (layer, (K, N), name, call), program in zip(cases, compiled, strict=True):
+        watch.alive()
+        if time.monotonic() > deadline:
+            return
+        row = {"case": f"{layer} {M} x {K} x {N}", "implementation": name}
+        try:
+            run = program.result()
+            if held[0] != layer:
+                held = None, None
+                held = layer, [make_operands(i, M, K, N) for i in range(calls(M, K, N))]
+            inputs = held[1]
+            if name.startswith(("bfloat16", "fp8")):
+                row["error"] = errors(layer, name, call, inputs[0])
+            row |= timed(run, (inputs,), len(inputs), repeats)
+            if "error" in row:
+                row["tflop_s"] = 2e-6 * M * K * N / row["us"]
+                row["share"] = row["tflop_s"] / ceiling
+        except Exception as error:
+            row["failed"] = first_line(error)
+        yield row
+
+
+def contenders(M: int, layer: str, shape: tuple[int, int], tune: bool):
+    """(name, function of the operands) of each way to compute."""
+    a = jax.eval_shape(lambda: in_8_bits(layer, make_operands(0, M, *shape)))
+    yield "bfloat16", functools.partial(in_bfloat16, layer)
+    yield "fp8, xla", functools.partial(by_xla, layer)
+    if IMPLEMENTATIONS["mosaic_gpu"].unsupported(a, jax.default_backend()) is None:
+        default = default_config(a)
+        others = [x for x in CONFIGS if x != default and misfit(a, x) is None] if tune else ()
+        for config in (default, *others):
+            changes = {k: v for k, v in vars(config).items() if v != getattr(Config(), k)}
+            named = ", ".join(f"{key} {value}" for key, value in changes.items()) or "Config()"
+            name = "mosaic_gpu" if config == default else named
+            yield f"fp8, {name}", functools.partial(by_kernel, layer, config)
+    if layer == "qkv":  # Before `fc1` it is the same.
+        yield "norm", norm
+        yield "norm, then rounded", lambda o: norm(o, then_rounded=True)
+        yield "norm, rounded", functools.partial(norm, rounded=True)
+    elif layer != "fc1":
+        yield "rounded", lambda o: round_rows(o["x"])
+
+
+def in_bfloat16(layer: str, o):
+    y = o["x"] @ o["kernel"]
+    if layer == "fc1":
+        return gelu(y, o["bias"])
+    return y + o["bias"] if layer in BIASED else y
+
+
+def in_8_bits(layer: str, o, out_dtype="bfloat16") -> Arguments:
+    bias = o["bias"] if layer in BIASED else None
+    return Arguments(
+        o["rounded"], *o["kernel_rounded"], bias, gelu=layer == "fc1", out_dtype=jnp.dtype(out_dtype)
+    )
+
+
+def by_xla(layer: str, o):
+    return IMPLEMENTATIONS["xla"].apply(in_8_bits(layer, o))
+
+
+def by_kernel(layer: str, config: Config, o):
+    return many_rows(in_8_bits(layer, o), config)
+
+
+def norm(o, *, rounded=False, then_rounded=False):
+    """Of a sum, as in the encoder."""
+    x, weight = o["x"], o["weight"]
+    normed, y = layer_norm(x, weight, weight, eps=1e-5, add=o["branch"], rounded=rounded)
+    return round_rows(normed) if then_rounded else normed, y
+
+
+def errors(layer: str, name: str, call, o) -> list[float]:
+    """Against the operands' own result and against that of those in bfloat16; repeats must agree."""
+    run = jax.jit(call)
+    y = run(o)
+    if not all(bool((run(o) == y).all()) for _ in range(REPEATS)):
+        raise ValueError("repeats differ")
+    exact = in_float32(layer, o)
+    if name == "bfloat16":
+        return [off(y, exact)]
+    own = jax.jit(lambda o: IMPLEMENTATIONS["reference"].apply(in_8_bits(layer, o, "float32")))(o)
+    return [off(y, own), off(y, exact)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def in_float32(layer: str, o):
+    y = jnp.matmul(o["x"].astype(jnp.float32), o["kernel"].astype(jnp.float32), precision="highest")
+    y = y + o["bias"].astype(jnp.float32) if layer in BIASED else y
+    return jax.nn.gelu(y, approximate=False) if layer == "fc1" else y
+
+
+def off(y, exact) -> float:
+    return float(jnp.linalg.norm(y.astype(jnp.float32) - exact) / jnp.linalg.norm(exact))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def make_operands(seed: int, M: int, K: int, N: int):
+    """Of one call: in bfloat16, and rounded to 8 bits."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    shapes = {"x": (M, K), "branch": (M, K), "kernel": (K, N), "bias": (N,), "weight": (K,)}
+    drawn = {
+        name: jax.random.normal(key, shape, jnp.bfloat16)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    drawn["kernel"] = (drawn["kernel"] / math.sqrt(K)).astype(jnp.bfloat16)
+    kernel, scale = round_rows(drawn["kernel"].T)
+    return drawn | {"rounded": round_rows(drawn["x"]), "kernel_rounded": (kernel, scale)}
+
+
+def calls(M: int, K: int, N: int) -> int:
+    return min(max(round(FLOPS / (2 * M * K * N)), 1), MAX_CALLS)
+
+
+def compile_chain(M: int, K: int, N: int, call):
+    """A call for each of several operands; all results are returned, so that each is computed as a whole."""
+    operands = [jax.eval_shape(lambda: make_operands(0, M, K, N))] * calls(M, K, N)
+    step = jax.jit(call)
+    return jax.jit(lambda operands: [step(o) for o in operands]).lower(operands).compile()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""The linear map of many rows in float8 in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
+
+As many thread blocks as there are multiprocessors take tiles of the result one after another. Two warpgroups
+compute, each its own rows of a tile; a third fetches, and runs ahead into the next tiles.
+
+What follows a product takes time of the warpgroup, but none of the tensor core, which the other warpgroup
+should have meanwhile. So the second begins each tile some steps after the first (`lag`) and ends it as many
+later: in these steps it has the tensor core for itself, while the first finishes its rows; and while the
+second does, the first is in the next tile.
+
+Two thread blocks can be a cluster, whose tiles are neighbours and whose common operand is read once: each
+fetches a half of it for both.
+
+The last rows of tiles are moved back to end with the rows; those that two tiles share are written twice,
+alike.
+
+M rows, K inputs, N outputs, R x C tile of a thread block, X inputs of a step
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from moss_jax.ops import hopper, tiles
+from moss_jax.ops.fp8_linear.arguments import Arguments
+from moss_jax.ops.gelu import xla as gelu_xla
+from moss_jax.ops.gelu.mosaic_gpu import LARGEST, LOG2_TAIL
+from moss_jax.ops.tiles import PER_COLUMN, PER_ROW
+
+X = 128  # Lines of 128 bytes are what the copy engine and the tensor core like best.
+WARPGROUPS = 2  # That compute.
+REGISTERS = 232, 40  # Of a thread that computes, and of one that fetches.
+SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.
+UNIT = 8  # Rows come in multiples of this, the rows of a piece that the copy engine moves.
+MANY_ROWS = 10_000  # For which every cut has tiles enough.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a call is cut.
+
+    Attributes:
+      columns: of a tile, up to 256; its rows are 64 a warpgroup.
+      stages: steps that are on their way at once.
+      lag: steps by which the second warpgroup is behind the first, less than `stages`; what is left of them
+        is all that hides the way from memory.
+      cluster: what the two tiles of a cluster have side by side, "rows" (they share the weights) or "columns"
+        (the inputs); None for no clusters.
+      chunk: columns of the result that are finished at once, 64 or 32.
+      slots: chunks that are on their way to memory at once.
+      blocks: thread blocks at most.
+    """
+
+    columns: int = 256
+    stages: int = 4
+    lag: int = 2
+    cluster: Literal["rows", "columns"] | None = "rows"
+    chunk: int = 64
+    slots: int = 2
+    blocks: int = 132
+
+    def __post_init__(self):
+        if self.columns % 64 or not 64 <= self.columns <= 256:
+            raise ValueError(f"columns is a multiple of 64 up to 256, not {self.columns}")
+        if not 0 <= self.lag < self.stages:
+            raise ValueError(f"lag is less than stages, {self.stages}, not {self.lag}")
+        if self.chunk not in (32, 64) or self.columns % (self.chunk * self.slots):
+            raise ValueError(
+                f"{self.columns} columns are not made of {self.slots} chunks of {self.chunk} each"
+            )
+        if self.shared_bytes > SHARED_BYTES:
+            raise ValueError(f"{self.shared_bytes} bytes of shared memory are more than {SHARED_BYTES}")
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a thread block, without its barriers."""
+        rows = 64 * WARPGROUPS
+        return self.stages * (rows + self.columns) * X + self.slots * rows * self.chunk * 2
+
+    @property
+    def cluster_tile(self) -> tuple[int, int]:
+        """Rows and columns of the result that a cluster computes."""
+        above, beside = 1 + (self.cluster == "rows"), 1 + (self.cluster == "columns")
+        return 64 * WARPGROUPS * above, self.columns * beside
+
+    def cuts(self, M: int, N: int) -> tuple[int, int]:
+        """Into how many tiles of a cluster the rows and the columns are cut."""
+        rows, columns = self.cluster_tile
+        return pl.cdiv(M, rows), N // columns
+
+
+def unsupported(arguments: Arguments, platform: str) -> str | None:
+    """Why this kernel cannot take the arguments; None if it can."""
+    if reason := hopper.unsupported(platform):
+        return reason
+    if arguments.out_dtype != jnp.bfloat16:
+        return f"it gives bfloat16, not {arguments.out_dtype}"
+    return misfit(arguments, default_config(arguments))
+
+
+def misfit(a: Arguments, config: Config) -> str | None:
+    """Why a call cannot be cut so; None if it can."""
+    M, K, N = a.shape
+    rows, columns = config.cluster_tile
+    if M % UNIT or rows > M:
+        return f"it takes {rows} rows or more, in multiples of {UNIT}, not {M}"
+    if N % columns or N == 0:
+        return f"N = {N} is not a multiple of {columns}"
+    if K % X or config.stages * X > K:
+        return f"K = {K} is not a multiple of {X}, {config.stages * X} at least"
+    return None
+
+
+def default_config(a: Arguments) -> Config:
+    """Clusters for many rows; for fewer, the columns that keep the multiprocessors busy to the end."""
+    M, _, N = a.shape
+    if M >= MANY_ROWS and N % 256 == 0:
+        return Config()
+
+    def time(config: Config) -> int:
+        return pl.cdiv(math.prod(config.cuts(M, N)), config.blocks) * config.columns
+
+    wide, narrow = Config(cluster=None), Config(columns=128, stages=6, cluster=None)
+    return wide if N % 256 == 0 and time(wide) <= time(narrow) else narrow
+
+
+def apply(a: Arguments) -> Float[Array, "M N"]:
+    """Computes the op; forward only."""
+    return many_rows(a, default_config(a))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def many_rows(a: Arguments, config: Config) -> Float[Array, "M N"]:
+    """Computes the op in bfloat16; forward only.
+
+    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    """
+    if reason := misfit(a, config):
+        raise ValueError(reason)
+    M, _, N = a.shape
+    R, C, stages = 64 * WARPGROUPS, config.columns, config.stages
+    arrays, structure = jax.tree.flatten(a)
+    cuts, size = config.cuts(M, N), 1 if config.cluster is None else 2
+    clusters = min(math.prod(cuts), config.blocks // size)
+    if config.cluster is None:
+        cluster, free = {}, plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+    else:
+        cluster = {"cluster": (size,), "cluster_names": ("cluster",)}
+        # A slot is filled again when the warpgroups of both blocks have done with it.
+        free = plgpu.ClusterBarrier(
+            collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=stages
+        )
+
+    def kernel(*refs, **scratch):
+        *refs, y_gmem = refs
+        _kernel(structure.unflatten(refs), y_gmem, config=config, cuts=cuts, stride=clusters, **scratch)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((M, N), jnp.bfloat16),
+        scratch_types={
+            "x_smem": tiles.tile((stages, R, X), a.x.numbers.dtype),
+            "kernel_smem": tiles.tile((stages, C, X), a.kernel.dtype),
+            "y_smem": tiles.tile((WARPGROUPS, config.slots, 64, config.chunk), jnp.bfloat16),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # One arrival a copy.
+            "free": free,
+            "ahead": plgpu.Barrier(),
+        },
+        grid=(clusters,),
+        grid_names=("block",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        # `_kernel` says why its own barriers are enough.
+        compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
+        **cluster,
+    )(*arrays)
+
+
+def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, config, cuts, stride):
+    """Tiles `block`, `block + stride`, and so on, of this cluster.
+
+    No automatic barriers: the ring is written by copies alone, after the warpgroups have arrived at the
+    barrier that says that a slot is free, and read by products alone. A slot of `y_smem` is written after a
+    wait for the copy out of it, which is a barrier of the warpgroup; `commit_smem`, another one, stands
+    between that and the next copy.
+
+    `ahead` goes from the first warpgroup to the second once a tile. The first is less than `stages` steps
+    ahead, and a tile has as many, so it cannot arrive a second time before the second has waited.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    M, K, _ = a.shape
+    stages, R, C, steps = config.stages, x_smem.shape[1], config.columns, K // X
+    first = lax.axis_index("block")
+    rounds = pl.cdiv(math.prod(cuts) - first, stride)
+
+    def place(number):
+        """First row and column of a tile."""
+        row, column = plgpu.planar_snake(first + number * stride, cuts, 1, cuts[1])
+        high, wide = config.cluster_tile
+        row, column = jnp.minimum(row * high, M - high), column * wide
+        if config.cluster == "rows":
+            row += lax.axis_index("cluster") * R
+        if config.cluster == "columns":
+            column += lax.axis_index("cluster") * C
+        return pl.multiple_of(row, UNIT), pl.multiple_of(column, C)
+
+    def fetch(number, _):
+        row, column = place(number)
+
+        def step(i, _):
+            every = number * steps + i
+            slot = lax.rem(every, stages)
+            pl.when(every >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            inputs = pl.ds(pl.multiple_of(i * X, X), X)
+            x, kernel = a.x.numbers.at[pl.ds(row, R), inputs], a.kernel.at[pl.ds(column, C), inputs]
+            for source, ring, shared in ((x, x_smem, "columns"), (kernel, kernel_smem, "rows")):
+                axes = "cluster" if config.cluster == shared else None
+                plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot], collective_axes=axes)
+
+        lax.fori_loop(0, steps, step, None)
+
+    def compute(number, _):
+        row, column = place(number)
+        row = pl.multiple_of(row + warpgroup * 64, UNIT)
+        finish = _Finish(a, y_gmem, y_smem.at[warpgroup], pl.ds(row, 64), column)
+        begin = number * steps
+
+        def multiply(acc):
+            def use(every):
+                slot = lax.rem(every, stages)
+                plgpu.barrier_wait(full.at[slot])
+                x = x_smem.at[slot, pl.ds(pl.multiple_of(warpgroup * 64, 64), 64)]
+                plgpu.wgmma(acc, x, kernel_smem.at[slot].transpose((1, 0)))
+
+            def done(every):
+                plgpu.barrier_arrive(free.at[lax.rem(every, stages)])
+
+            def step(i, _):
+                use(begin + i)
+                plgpu.wgmma_wait(1)
+                done(begin + i - 1)
+
+            lead = max(1, config.lag)
+            use(begin)
+            lax.fori_loop(1, lead, step, None)
+            if config.lag:
+                pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(ahead))
+            lax.fori_loop(lead, steps, step, None)
+            plgpu.wgmma_wait(0)
+            done(begin + steps - 1)
+            return acc[...]
+
+        if config.lag:
+            pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(ahead))
+        finish(pl.run_scoped(multiply, plgpu.ACC((64, C), jnp.float32)))
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(REGISTERS[1], action="decrease")
+        lax.fori_loop(0, rounds, fetch, None)
+        # In a cluster, the other block still arrives here, and this one must be there.
+        for i in range(stages):
+            plgpu.barrier_wait(free.at[lax.rem(rounds * steps + i, stages)])
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(REGISTERS[0], action="increase")
+        lax.fori_loop(0, rounds, compute, None)
+        plgpu.wait_smem_to_gmem(0)
+
+
+class _Finish:
+    """What follows the product of a warpgroup's tile, chunk by chunk; made before the product.
+
+    Then scales and bias of the first chunk are on their way during the product, and those of each other one
+    during the chunk before.
+    """
+
+    def __init__(self, a, y_gmem, slots, rows, column):
+        self.a, self.y_gmem, self.slots, self.rows, self.column = a, y_gmem, slots, rows, column
+        self.x_scale = _load(a.x.scale.at[rows], PER_ROW)
+        self.vectors = self.load(0)
+
+    def columns(self, chunk: int):
+        size = self.slots.shape[-1]
+        return pl.ds(pl.multiple_of(self.column + chunk * size, size), size)
+
+    def load(self, chunk: int):
+        """The scale and bias of a chunk's columns."""
+        vectors = (self.a.scale, self.a.bias)
+        return [None if x is None else _load(x.at[self.columns(chunk)], PER_COLUMN) for x in vectors]
+
+    def __call__(self, products):
+        """Finishes the tile and sends it to memory."""
+        slots, _, size = self.slots.shape
+        chunks = products.shape[1] // size
+        for chunk in range(chunks):
+            scale, bias = self.vectors
+            if chunk + 1 < chunks:
+                self.vectors = self.load(chunk + 1)
+            y = products[:, chunk * size : (chunk + 1) * size]
+            y = y * tiles.along_columns(scale, y.shape) * tiles.along_rows(self.x_scale, y.shape)
+            if bias is not None:
+                y += tiles.along_columns(bias.astype(jnp.float32), y.shape)
+            if self.a.gelu:
+                y = _gelu(y)
+            slot = self.slots.at[chunk % slots]
+            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            slot[...] = y.astype(slot.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(slot, self.y_gmem.at[self.rows, self.columns(chunk)])
+
+
+def _load(ref, layout):
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _gelu(y):
+    """y Phi(y), as `ops/gelu/mosaic_gpu.py` computes it."""
+    size = jnp.minimum(jnp.abs(y), LARGEST)
+    return jnp.maximum(y, 0) - size * jnp.exp2(gelu_xla.polynomial(LOG2_TAIL, size))
