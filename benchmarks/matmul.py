@@ -5,18 +5,19 @@ bfloat16, and in 8 bits by XLA and by our kernel.
     python benchmarks/matmul.py --tune --rows 25728 --budget 80
 
 A program makes several calls on operands of their own, so that starting it doesn't tell. All programs of as
-many rows are compiled side by side before the first is timed. In 8 bits a matmul takes rows that have been
-rounded; beside it stands what rounds them: the norm before `qkv` and `fc1`, a pass of its own before `out`
-and `fc2`. Rates are shares of a large matmul in bfloat16. Errors are ||y - exact|| / ||exact|| against
-float32: first of the operands that are given, then of what they were rounded from.
+many rows are compiled side by side before the first is timed. In 8 bits the inputs come rounded, and `fc1`
+gives 8 bits too; beside them stands the norm, which rounds what `qkv` and `fc1` take. Rates are shares of a
+large matmul in bfloat16. Errors are ||y - exact|| / ||exact|| against float32: first of the operands that are
+given, then of what they were rounded from.
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,15 @@ from after_attention import Watch
 from attention import first_line, line, measure_ceilings, say, timed
 from report import add_out, device, publish
 
-from moss_jax.ops.fp8_linear import IMPLEMENTATIONS, Arguments
-from moss_jax.ops.fp8_linear.mosaic_gpu import Config, default_config, many_rows, misfit
-from moss_jax.ops.gelu import gelu
+from moss_jax.ops.fused_linear import IMPLEMENTATIONS, Arguments
+from moss_jax.ops.fused_linear.mosaic_gpu import Config, default_config, many_rows, misfit
 from moss_jax.ops.norm import layer_norm
-from moss_jax.ops.rounding import round_rows
 
 WIDTH, HIDDEN = 1280, 5120
 LAYERS = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "fc1": (WIDTH, HIDDEN), "fc2": (HIDDEN, WIDTH)}
 TINY = {"qkv": (256, 768), "fc1": (256, 512), "fc2": (512, 256)}
 BIASED = ("fc1", "fc2")
+SCALE = 32  # What numbers are multiplied with before they are rounded to 8 bits, inputs and results of fc1.
 FLOPS = 1e12  # That a program takes, about.
 MAX_CALLS = 24
 REPEATS = 10  # That must be equal bit for bit.
@@ -91,12 +91,11 @@ def main() -> None:
 def compare(
     M: int, layers, tune: bool, repeats: int, ceiling: float, deadline: float, watch: Watch
 ) -> Iterator[dict]:
-    """A row for each way to compute each matmul, and for what rounds its inputs."""
+    """A row for each way to compute each matmul, and for the norm that comes before."""
     cases = [(*case, name, call) for case in layers.items() for name, call in contenders(M, *case, tune)]
     with ThreadPoolExecutor() as pool:
         compiled = [pool.submit(compile_chain, M, *shape, call) for _, shape, _, call in cases]
-        for future in compiled:  # Nothing is timed while others are compiled.
-            future.exception()
+        while wait(compiled, timeout=5).not_done:  # Nothing is timed while others are compiled.
             watch.alive()
     held = None, None  # The operands of one layer at a time.
     for (layer, (K, N), name, call), program in zip(cases, compiled, strict=True):
@@ -111,7 +110,7 @@ def compare(
                 held = layer, [make_operands(i, M, K, N) for i in range(calls(M, K, N))]
             inputs = held[1]
             if name.startswith(("bfloat16", "fp8")):
-                row["error"] = errors(layer, name, call, inputs[0])
+                row["error"] = errors(layer, name.startswith("fp8"), call, inputs[0])
             row |= timed(run, (inputs,), len(inputs), repeats)
             if "error" in row:
                 row["tflop_s"] = 2e-6 * M * K * N / row["us"]
@@ -123,65 +122,59 @@ def compare(
 
 def contenders(M: int, layer: str, shape: tuple[int, int], tune: bool):
     """(name, function of the operands) of each way to compute."""
-    a = jax.eval_shape(lambda: in_8_bits(layer, make_operands(0, M, *shape)))
-    yield "bfloat16", functools.partial(in_bfloat16, layer)
-    yield "fp8, xla", functools.partial(by_xla, layer)
-    if IMPLEMENTATIONS["mosaic_gpu"].unsupported(a, jax.default_backend()) is None:
+    for dtype, in_8_bits in (("bfloat16", False), ("fp8", True)):
+        operands = functools.partial(arguments, layer, in_8_bits)
+        yield f"{dtype}, xla", functools.partial(by_xla, operands)
+        a = jax.eval_shape(lambda operands=operands: operands(make_operands(0, M, *shape)))
+        if IMPLEMENTATIONS["mosaic_gpu"].unsupported(a, jax.default_backend()) is not None:
+            continue
         default = default_config(a)
         others = [x for x in CONFIGS if x != default and misfit(a, x) is None] if tune else ()
         for config in (default, *others):
             changes = {k: v for k, v in vars(config).items() if v != getattr(Config(), k)}
             named = ", ".join(f"{key} {value}" for key, value in changes.items()) or "Config()"
             name = "mosaic_gpu" if config == default else named
-            yield f"fp8, {name}", functools.partial(by_kernel, layer, config)
+            yield f"{dtype}, {name}", functools.partial(by_kernel, operands, config)
     if layer == "qkv":  # Before `fc1` it is the same.
         yield "norm", norm
-        yield "norm, then rounded", lambda o: norm(o, then_rounded=True)
-        yield "norm, rounded", functools.partial(norm, rounded=True)
-    elif layer != "fc1":
-        yield "rounded", lambda o: round_rows(o["x"])
+        yield "norm, in 8 bits", functools.partial(norm, out_dtype=jnp.float8_e4m3fn)
 
 
-def in_bfloat16(layer: str, o):
-    y = o["x"] @ o["kernel"]
-    if layer == "fc1":
-        return gelu(y, o["bias"])
-    return y + o["bias"] if layer in BIASED else y
+def arguments(layer: str, in_8_bits: bool, o) -> Arguments:
+    bias, gelu = o["bias"] if layer in BIASED else None, layer == "fc1"
+    if not in_8_bits:
+        return Arguments(o["x"], o["kernel"], None, bias, gelu=gelu, out_dtype=o["x"].dtype)
+    x, kernel, scale = o["rounded"]
+    out_scale = jnp.full(1, SCALE, jnp.float32) if gelu else None
+    out_dtype = jnp.dtype("float8_e4m3fn" if gelu else "bfloat16")
+    return Arguments(x, kernel, scale, bias, out_scale, gelu=gelu, out_dtype=out_dtype)
 
 
-def in_8_bits(layer: str, o, out_dtype="bfloat16") -> Arguments:
-    bias = o["bias"] if layer in BIASED else None
-    return Arguments(
-        o["rounded"], *o["kernel_rounded"], bias, gelu=layer == "fc1", out_dtype=jnp.dtype(out_dtype)
-    )
+def by_xla(operands, o):
+    return IMPLEMENTATIONS["xla"].apply(operands(o))
 
 
-def by_xla(layer: str, o):
-    return IMPLEMENTATIONS["xla"].apply(in_8_bits(layer, o))
+def by_kernel(operands, config: Config, o):
+    return many_rows(operands(o), config)
 
 
-def by_kernel(layer: str, config: Config, o):
-    return many_rows(in_8_bits(layer, o), config)
-
-
-def norm(o, *, rounded=False, then_rounded=False):
+def norm(o, out_dtype=None):
     """Of a sum, as in the encoder."""
-    x, weight = o["x"], o["weight"]
-    normed, y = layer_norm(x, weight, weight, eps=1e-5, add=o["branch"], rounded=rounded)
-    return round_rows(normed) if then_rounded else normed, y
+    return layer_norm(o["x"], o["weight"], o["weight"], eps=1e-5, add=o["branch"], out_dtype=out_dtype)
 
 
-def errors(layer: str, name: str, call, o) -> list[float]:
+def errors(layer: str, in_8_bits: bool, call, o) -> list[float]:
     """Against the operands' own result and against that of those in bfloat16; repeats must agree."""
     run = jax.jit(call)
     y = run(o)
     if not all(bool((run(o) == y).all()) for _ in range(REPEATS)):
         raise ValueError("repeats differ")
     exact = in_float32(layer, o)
-    if name == "bfloat16":
+    if not in_8_bits:
         return [off(y, exact)]
-    own = jax.jit(lambda o: IMPLEMENTATIONS["reference"].apply(in_8_bits(layer, o, "float32")))(o)
-    return [off(y, own), off(y, exact)]
+    a = arguments(layer, in_8_bits, o)
+    own = jax.jit(IMPLEMENTATIONS["reference"].apply)(dataclasses.replace(a, out_dtype=jnp.dtype("float32")))
+    return [off(y, own), off(y, exact if a.out_scale is None else exact * a.out_scale)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -205,8 +198,10 @@ def make_operands(seed: int, M: int, K: int, N: int):
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
     drawn["kernel"] = (drawn["kernel"] / math.sqrt(K)).astype(jnp.bfloat16)
-    kernel, scale = round_rows(drawn["kernel"].T)
-    return drawn | {"rounded": round_rows(drawn["x"]), "kernel_rounded": (kernel, scale)}
+    scale = jnp.abs(drawn["kernel"]).max(axis=0).astype(jnp.float32) / 448
+    x, kernel = drawn["x"] * SCALE, (drawn["kernel"] / scale).T
+    rounded = (*(y.astype(jnp.float8_e4m3fn) for y in (x, kernel)), scale / SCALE)
+    return drawn | {"rounded": rounded}
 
 
 def calls(M: int, K: int, N: int) -> int:

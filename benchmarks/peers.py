@@ -240,15 +240,16 @@ class Ours(Peer):
         self.state = jax.block_until_ready(self.engine.start())
 
     def extend(self, before: list[int], frames: int = 0, after: Sequence[int] = ()) -> None:
-        image = self.tokenizer.special.image
+        image, drawn = self.tokenizer.special.image, None
+        if before:
+            self.state, drawn = self.engine.step(self.state, [Row(before)])
         for first in range(0, frames, self.chunk):
             count = min(self.chunk, frames - first)
             pool = self.engine.encode([self.pixels[i % len(self.pixels)] for i in range(count)])
-            row = Row([*before, *[image] * count], range(count))
+            row = Row([image] * count, range(count))
             self.state, drawn = self.engine.step(self.state, [row], pool)
-            before = []
-        if before or after:
-            self.state, drawn = self.engine.step(self.state, [Row([*before, *after])])
+        if after:
+            self.state, drawn = self.engine.step(self.state, [Row(list(after))])
         jax.device_get(drawn.tokens)
 
     def talk(self, tokens: int) -> None:

@@ -14,9 +14,8 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.config import Remat
-from moss_jax.ops.gelu import gelu
+from moss_jax.ops.fused_linear import fused_linear
 from moss_jax.ops.norm import layer_norm, rms_norm
-from moss_jax.ops.rounding import Rounded
 from moss_jax.sharding import constrain
 
 INIT_STDDEV = 0.02
@@ -84,7 +83,7 @@ class Linear(nnx.Module):
     one matmul serves them all and tensor parallelism still splits by head.
     """
 
-    rounds_inputs = False  # Whether it computes in 8 bits, and so takes `Rounded` inputs too.
+    input_dtype: DTypeLike | None = None  # What inputs have to come in; None takes them as they are.
 
     def __init__(
         self,
@@ -112,9 +111,9 @@ class Linear(nnx.Module):
             x, kernel, (contract, ((), ())), preferred_element_type=out_dtype or kernel.dtype
         )
 
-    def gelu(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The exact gelu of the map's result, which it computes along with the sum with the bias."""
-        return gelu(self.without_bias(x), self.bias[...])
+    def gelu(self, x: Float[Array, "... K"], out_dtype: DTypeLike | None = None) -> Float[Array, "... N"]:
+        """The exact gelu of a map from one axis to another, which it computes along with the map."""
+        return fused_linear(x, self.kernel[...], bias=self.bias[...], gelu=True, out_dtype=out_dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -145,12 +144,12 @@ class LayerNorm(nnx.Module):
         return self.of_sum(Residual(x))[0]
 
     def of_sum(
-        self, residual: Residual, *, rounded: bool = False
-    ) -> tuple[Float[Array, "... D"] | Rounded, Float[Array, "... D"]]:
-        """The norm of the residual stream, in 8 bits if asked for, and the stream with its branch added."""
+        self, residual: Residual, out_dtype: DTypeLike | None = None
+    ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+        """The norm of the residual stream, and the stream with its branch added."""
         x, branch, scale = residual
         weight, bias = self.weight[...], self.bias[...]
-        return layer_norm(x, weight, bias, eps=self.eps, add=branch, scale=scale, rounded=rounded)
+        return layer_norm(x, weight, bias, eps=self.eps, add=branch, scale=scale, out_dtype=out_dtype)
 
 
 class GatedMLP(nnx.Module):
@@ -172,8 +171,8 @@ class GeluMLP(nnx.Module):
         self.fc1 = Linear({"embed": size}, {"mlp": hidden}, bias=True, rngs=rngs, dtype=dtype)
         self.fc2 = Linear({"mlp": hidden}, {"embed": size}, bias=True, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B T D"] | Rounded) -> Float[Array, "B T D"]:
-        return self.fc2(self.fc1.gelu(x))
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.fc2(self.fc1.gelu(x, out_dtype=self.fc2.input_dtype))
 
 
 INITIAL_GATE = math.pi / 4

@@ -6,22 +6,26 @@ rounded to 8 bits too.
 """
 
 import functools
+import math
 import typing
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Float8e4m3fn
 
 from moss_jax.config import ConfigError, DecoderWeights, EncoderWeights
-from moss_jax.nn.layers import Linear, parameter
+from moss_jax.nn.layers import LayerNorm, Linear, parameter
 from moss_jax.nn.model import MossVideo
-from moss_jax.ops.fp8_linear import fp8_linear
+from moss_jax.nn.vision import VisionLayer
+from moss_jax.ops.fused_linear import fused_linear
 from moss_jax.ops.linear import linear
-from moss_jax.ops.rounding import Rounded, round_rows
 
 _DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+# Of the 448 that float8_e4m3fn goes up to: the rest is for what rounding may add.
+ROOM = 384
 
 
 class QuantizedLinear(nnx.Module):
@@ -58,26 +62,38 @@ class QuantizedLinear(nnx.Module):
 
 
 class Fp8Linear(QuantizedLinear):
-    """A `Linear` in float8_e4m3fn whose inputs are rounded too, each row of them by a scale of its own."""
+    """A `Linear` in float8_e4m3fn of inputs that come in float8_e4m3fn too.
 
-    rounds_inputs = True
+    Args:
+      linear: is left as it is.
+      input_scale: what the numbers that come are multiplied with.
+      result_scale: what the numbers of the gelu are to be multiplied with, where 8 bits are asked for.
+    """
 
-    def __init__(self, linear: Linear):
-        super().__init__(linear, jnp.float8_e4m3fn)
+    input_dtype = jnp.float8_e4m3fn
+
+    def __init__(
+        self, linear: Linear, input_scale: Float[Array, ""], result_scale: Float[Array, ""] | None = None
+    ):
+        super().__init__(linear, self.input_dtype)
+        self.scale[...] *= input_scale
+        self.inverse = None if result_scale is None else parameter(1 / result_scale[None], (None,))
         self.dtype = linear.kernel[...].dtype
 
-    def __call__(self, x: Float[Array, "..."] | Rounded) -> Float[Array, "..."]:
-        return self._compute(x)
+    def __call__(self, x: Float8e4m3fn[Array, "..."]) -> Float[Array, "..."]:
+        return self._compute(x, out_dtype=self.dtype)
 
-    def gelu(self, x: Float[Array, "..."] | Rounded) -> Float[Array, "..."]:
+    def gelu(self, x: Float8e4m3fn[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """The exact gelu of the map's result, as `Linear` has it."""
-        return self._compute(x, gelu=True)
+        if out_dtype is None:
+            return self._compute(x, gelu=True, out_dtype=self.dtype)
+        return self._compute(x, gelu=True, out_scale=self.inverse[...], out_dtype=out_dtype)
 
-    def _compute(self, x, *, gelu=False):
-        x = x if isinstance(x, Rounded) else round_rows(self._rows(x))
-        scale, bias = self.scale[...], None if self.bias is None else self.bias[...].reshape(-1)
-        y = fp8_linear(x, self.matrix, scale.reshape(-1), bias, gelu=gelu, out_dtype=self.dtype)
-        return y.reshape(*x.scale.shape, *scale.shape)
+    def _compute(self, x, **options):
+        x, scale = self._rows(x), self.scale[...]
+        bias = None if self.bias is None else self.bias[...].reshape(-1)
+        y = fused_linear(x, self.matrix, scale.reshape(-1), bias, **options)
+        return y.reshape(*x.shape[:-1], *scale.shape)
 
 
 # A program for each shape of kernel, of which even a large model has a dozen.
@@ -118,10 +134,10 @@ def quantize(
     if is_quantized(model):
         raise ConfigError("the model is quantized already; quantize the one that was loaded")
     if decoder:
-        _replace_linears(model.decoder, functools.partial(QuantizedLinear, dtype=_DTYPES[decoder]))
+        _replace_linears(model.decoder, _DTYPES[decoder])
     if encoder:
         for layer in (*model.vision.layers, *model.vision.global_layers):
-            _replace_linears(layer, Fp8Linear)
+            _to_float8(layer)
     return model
 
 
@@ -130,11 +146,67 @@ def is_quantized(model: nnx.Module) -> bool:
     return any(isinstance(module, QuantizedLinear) for _, module in nnx.iter_modules(model))
 
 
-def _replace_linears(root: nnx.Module, by: Callable[[Linear], QuantizedLinear]) -> None:
+def _replace_linears(root: nnx.Module, dtype: DTypeLike) -> None:
     parents = [module for _, module in nnx.iter_modules(root) if not isinstance(module, Linear)]
     for parent in parents:
         for name in [name for name, child in vars(parent).items() if isinstance(child, Linear)]:
-            full = getattr(parent, name)
-            setattr(parent, name, by(full))
-            # The garbage collector takes its time with modules, which are in reference cycles.
-            del full.kernel
+            _replace(parent, name, functools.partial(QuantizedLinear, dtype=dtype))
+
+
+def _replace(parent: nnx.Module, name: str, by: Callable[[Linear], QuantizedLinear]) -> None:
+    full = getattr(parent, name)
+    setattr(parent, name, by(full))
+    # The garbage collector takes its time with modules, which are in reference cycles.
+    del full.kernel
+
+
+def _to_float8(layer: VisionLayer) -> None:
+    """Puts a layer's maps into 8 bits, and what they are given.
+
+    A floating-point number is rounded by the same share whatever its size, so nothing has to look for the
+    largest before it rounds: it is enough that none is out of range. The largest that a norm can give is
+    known from its weights, what a map makes of that at most is known from its own, and neither an average
+    of values nor the gelu makes anything larger.
+    """
+    attention, mlp = layer.attention, layer.mlp
+
+    values = _room(_largest(layer.attention_norm, attention.qkv)[2])
+    given = _scale_down(layer.attention_norm)
+    _replace(attention, "qkv", functools.partial(Fp8Linear, input_scale=given))
+    attention.qkv.scale[...] = attention.qkv.scale[...].at[2].divide(values)
+    _replace(attention, "out", functools.partial(Fp8Linear, input_scale=values))
+
+    hidden = _room(_largest(layer.mlp_norm, mlp.fc1))
+    given = _scale_down(layer.mlp_norm)
+    _replace(mlp, "fc1", functools.partial(Fp8Linear, input_scale=given, result_scale=hidden))
+    _replace(mlp, "fc2", functools.partial(Fp8Linear, input_scale=hidden))
+
+
+def _scale_down(norm: LayerNorm) -> Float[Array, ""]:
+    """Divides what a norm gives by a power of two, so that it has room in 8 bits, and returns that."""
+    weight, bias = norm.weight[...], norm.bias[...]
+    scale = _room(math.sqrt(weight.size) * jnp.abs(weight) + jnp.abs(bias))
+    norm.weight, norm.bias = (parameter(x / scale.astype(x.dtype), (None,)) for x in (weight, bias))
+    return scale
+
+
+def _largest(norm: LayerNorm, linear: Linear) -> Float[Array, "..."]:
+    """What no output of a map from what a norm gives goes beyond, by size.
+
+    A normed row of D numbers is no longer than sqrt(D) before the norm's weight and bias.
+    Source: the inequality of Cauchy and Schwarz.
+    """
+    bias = 0 if linear.bias is None else linear.bias[...].astype(jnp.float32)
+    return _largest_outputs(norm.weight[...], norm.bias[...], linear.kernel[...]) + jnp.abs(bias)
+
+
+@jax.jit
+def _largest_outputs(weight, bias, kernel):
+    weight, bias, kernel = (x.astype(jnp.float32) for x in (weight, bias, kernel))
+    lengths = jnp.sqrt(jnp.tensordot(weight**2, kernel**2, 1))
+    return math.sqrt(weight.size) * lengths + jnp.abs(jnp.tensordot(bias, kernel, 1))
+
+
+def _room(largest: Float[Array, "..."]) -> Float[Array, ""]:
+    """The least power of two by which numbers up to these have room in 8 bits."""
+    return jnp.ldexp(jnp.float32(1), jnp.frexp(largest.astype(jnp.float32).max() / ROOM)[1])

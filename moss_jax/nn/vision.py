@@ -11,7 +11,6 @@ from jaxtyping import Array, DTypeLike, Float
 from moss_jax.config import Remat, VisionConfig
 from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, Residual, gate, normal, remat
 from moss_jax.ops.attention import self_attention
-from moss_jax.ops.rounding import Rounded
 
 # The original pads the positions to a multiple of this and lets the padding take part in attention.
 POSITION_MULTIPLE = 8
@@ -28,8 +27,9 @@ class VisionAttention(nnx.Module):
         self.out = Linear(heads, {"embed": config.hidden_size}, rngs=rngs, dtype=dtype)
         self.implementation = implementation
 
-    def __call__(self, x: Float[Array, "B P D"] | Rounded) -> Float[Array, "B P D"]:
-        return self.out(self_attention(self.qkv(x), implementation=self.implementation))
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        x = self_attention(self.qkv(x), out_dtype=self.out.input_dtype, implementation=self.implementation)
+        return self.out(x)
 
 
 class VisionLayer(nnx.Module):
@@ -53,9 +53,9 @@ class VisionLayer(nnx.Module):
 
     def __call__(self, residual: Residual) -> tuple[Residual, Float[Array, "B P D"]]:
         """The stream behind the layer, and its input with all branches added."""
-        normed, inputs = self.attention_norm.of_sum(residual, rounded=self.attention.qkv.rounds_inputs)
+        normed, inputs = self.attention_norm.of_sum(residual, out_dtype=self.attention.qkv.input_dtype)
         residual = Residual(inputs, self.attention(normed), _tanh(self.attention_gate))
-        normed, x = self.mlp_norm.of_sum(residual, rounded=self.mlp.fc1.rounds_inputs)
+        normed, x = self.mlp_norm.of_sum(residual, out_dtype=self.mlp.fc1.input_dtype)
         return Residual(x, self.mlp(normed), _tanh(self.mlp_gate)), inputs
 
 

@@ -33,7 +33,7 @@ PENDING = -1
 
 # Sizes that programs are compiled for. Longer rows are taken in pieces of the largest.
 TOKEN_BUCKETS = (1, 2, 4, 16, 64, 256)
-FRAME_BUCKETS = (1, 8, 32, 128)
+FRAME_BUCKETS = (1, 8, 32, 256)
 ENCODE_BUCKETS = (1, 8, 16)
 # Into which a frame that comes alone is cut on its way to the device.
 STRIPS = 4
@@ -139,7 +139,8 @@ class Engine:
         self._perception = SingleDeviceSharding(perception_device) if perception_device else self._place
         self._encoder = jax.device_put(self._encoder, self._perception)
         # Two programs: the device is at the first while the host takes its millisecond to launch the second.
-        self._pixels = jax.jit(functools.partial(_pixels, model.config.vision, model.dtype))
+        pixels = functools.partial(_pixels, model.config.vision, model.dtype)
+        self._pixels = jax.jit(pixels, in_shardings=self._perception, out_shardings=self._perception)
         self._encode = jax.jit(encode)
         penalised = self.sampling.repetition_penalty != 1
         start = functools.partial(_start, model.config, model.dtype, penalised)
@@ -238,8 +239,12 @@ class Engine:
 
     def _encode_part(self, frames):
         size = _bucket(len(frames), ENCODE_BUCKETS)
-        frames = jax.device_put(_in_strips(frames), self._perception)
-        pixels = self._pixels(frames + [frames[0]] * (size - len(frames)))
+        missing, frames = size - len(frames), _in_strips(frames)
+        # The program is called with a frame that lies on the host, since `device_put` takes Python half a
+        # millisecond; of several, the first is to be sent but once, however often it fills the bucket.
+        if size > 1:
+            frames = jax.device_put(frames, self._perception)
+        pixels = self._pixels(frames + [frames[0]] * missing)
         features = self._encode(self._encoder, pixels)
         return features if self.perception_device is None else jax.device_put(features, self._place)
 
@@ -315,7 +320,10 @@ def _in_strips(frames: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
     While a strip of a frame that is sent alone is on its way, the next is made ready for it.
     """
-    return [np.array_split(frames[0], STRIPS)] if len(frames) == 1 else [[frame] for frame in frames]
+    if len(frames) > 1:
+        return [[frame] for frame in frames]
+    rows = -(-len(frames[0]) // STRIPS)
+    return [[frames[0][i : i + rows] for i in range(0, len(frames[0]), rows)]]
 
 
 def _shaped(tree, place: SingleDeviceSharding):
@@ -379,10 +387,17 @@ def _start(model_config, dtype, penalised, config):
 
 def _pixels(config, dtype, frames):
     """What the encoder takes of frames that come each in strips of its rows."""
-    # Laid side by side once, and not again wherever a pixel is read.
-    frames = jax.lax.optimization_barrier(jnp.stack([jnp.concatenate(strips) for strips in frames]))
-    pixels = preprocess(frames, image_size=config.image_size, mean=config.image_mean, std=config.image_std)
-    return pixels.astype(dtype)
+
+    def fitted(strips):
+        frame = strips[0]
+        if len(strips) > 1:
+            # Laid side by side once, and not again wherever a pixel is read.
+            frame = jax.lax.optimization_barrier(jnp.concatenate(strips))
+        pixels = preprocess(frame, image_size=config.image_size, mean=config.image_mean, std=config.image_std)
+        return pixels.astype(dtype)
+
+    # Each by itself: to put whole frames into one array takes as long as all the rest.
+    return jnp.stack([fitted(strips) for strips in frames])
 
 
 def _step(sampling, special, decoder, rules, state, tokens, lengths, new_turn, feed):
@@ -428,7 +443,7 @@ def _pieces(row: Row, image: int) -> Iterator[Row]:
     for i, token in enumerate(row.tokens):
         is_frame = token == image
         after_other = i > start and row.tokens[i - 1] != PENDING and (row.tokens[i - 1] == image) != is_frame
-        full = frames == FRAME_BUCKETS[-1] if is_frame else i - start == TOKEN_BUCKETS[-1]
+        full = i - start == TOKEN_BUCKETS[-1] or (is_frame and frames == FRAME_BUCKETS[-1])
         if after_other or full:
             yield Row(row.tokens[start:i], row.frames[taken : taken + frames], row.new_turn and start == 0)
             start, taken, frames = i, taken + frames, 0

@@ -55,12 +55,13 @@ def _answer(engine, frames, prompt, tokens, room, special) -> Iterator[Event]:
     others = [None] * (engine.config.slots - 1)
     state = engine.start()
     begin = tokens.index(special.image)
-    # Each chunk of frames is appended with the tokens that lead up to it; the last row is the prompt.
+    # What leads up to the frames is appended while the first of them are on their way to the device; the last
+    # row is the prompt.
+    state, _ = engine.step(state, [Row(tokens[:begin]), *others])
     chunk = FRAME_BUCKETS[-1]
     for i in range(0, len(frames), chunk):
         part = frames[i : i + chunk]
-        lead = tokens[:begin] if i == 0 else []
-        row = Row([*lead, *[special.image] * len(part)], range(len(part)))
+        row = Row([special.image] * len(part), range(len(part)))
         pool = engine.encode([frame.rgb for frame in part])
         state, _ = engine.step(state, [row, *others], pool)
         for index, frame in enumerate(part, start=i):

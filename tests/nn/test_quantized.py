@@ -18,13 +18,12 @@ import moss_jax
 from moss_jax.config import PRESETS, ConfigError, EngineConfig, OptimizerConfig, TrainConfig
 from moss_jax.nn import MossVideo, decoder, is_quantized, quantize, quantized
 from moss_jax.nn.layers import Linear, Residual
-from moss_jax.nn.quantized import Fp8Linear, QuantizedLinear
+from moss_jax.nn.quantized import QuantizedLinear
 from moss_jax.nn.vision import VisionLayer
 from moss_jax.ops.after_attention import api as after_attention
-from moss_jax.ops.fp8_linear import api as fp8_linear
+from moss_jax.ops.fused_linear import api as fused_linear
 from moss_jax.ops.norm import api as norm
 from moss_jax.ops.norm_linear import api as norm_linear
-from moss_jax.ops.rounding import api as rounding
 from moss_jax.sharding import make_mesh
 from moss_jax.stream import PENDING, Engine, Row, open_model
 from moss_jax.train.step import Trainer
@@ -111,17 +110,62 @@ def test_zeros_stay_zeros(dtype):
     assert np.isfinite(y).all()
 
 
-def test_rounded_inputs_are_rounded_row_by_row():
-    small = Fp8Linear(random_linear({"embed": 64}, {"mlp": 32}))
-    x = np.random.default_rng(1).standard_normal((4, 7, 64), np.float32)
-    x *= 10.0 ** np.arange(-2, 2)[:, None, None]
-    whole = np.asarray(small(x))
-    plain = np.asarray(QuantizedLinear(random_linear({"embed": 64}, {"mlp": 32}), jnp.float8_e4m3fn)(x))
-    error = np.abs(whole - plain).mean(axis=(1, 2)) / np.abs(plain).mean(axis=(1, 2))
-    # The same share of each, whatever its size.
-    assert ((error > 0.005) & (error < 0.05)).all()
-    for row, alone in zip(whole, x, strict=True):
-        np.testing.assert_allclose(small(alone[None])[0], row, rtol=1e-6, atol=1e-6 * np.abs(row).max())
+def vision_layers(config, dtype="float32"):
+    """A layer of the vision encoder whose columns have very different sizes, and the same in 8 bits."""
+    layer = VisionLayer(config, None, gated=False, rngs=nnx.Rngs(0), dtype=dtype)
+    rng = np.random.default_rng(0)
+    for path, x in nnx.to_flat_state(nnx.state(layer)):
+        size = 10.0 ** rng.uniform(-2, 1, x.shape[-1])
+        size *= 1 if path[-1] != "kernel" else 1 / np.sqrt(x.shape[0])
+        x[...] = jnp.asarray(size * rng.standard_normal(x.shape), dtype)
+    small = copy(layer)
+    quantized._to_float8(small)
+    return layer, small
+
+
+def vision_config(small_config, **changes):
+    return dataclasses.replace(small_config().vision, hidden_size=64, num_heads=4, **changes)
+
+
+def branches(layer, x):
+    """What attention and the MLP of a layer add to x."""
+    normed, _ = layer.attention_norm.of_sum(Residual(x), layer.attention.qkv.input_dtype)
+    attended = layer.attention(normed)
+    normed, _ = layer.mlp_norm.of_sum(Residual(x), layer.mlp.fc1.input_dtype)
+    return attended, layer.mlp(normed)
+
+
+def test_an_encoders_layer_in_8_bits(small_config):
+    layer, small = vision_layers(vision_config(small_config, intermediate_size=128))
+    x = np.random.default_rng(1).standard_normal((2, 16, 64), np.float32)
+    x *= np.float32([0.01, 100])[:, None, None]
+    for found, expected in zip(branches(small, x), branches(layer, x), strict=True):
+        for row, exact in zip(found, expected, strict=True):
+            assert 0.01 < np.linalg.norm(row - exact) / np.linalg.norm(exact) < 0.15
+    # A frame doesn't tell in another's features.
+    np.testing.assert_array_equal(branches(small, x)[0][:1], branches(small, x[:1])[0])
+
+
+def test_nothing_that_is_rounded_is_out_of_range(small_config):
+    """Not even where a row makes an output as large as it can become: out of range would be NaN."""
+    layer, small = vision_layers(vision_config(small_config, intermediate_size=128))
+    for its_norm, kernel in (
+        (layer.attention_norm, layer.attention.qkv.kernel[:, 2].reshape(64, -1)),
+        (layer.mlp_norm, layer.mlp.fc1.kernel[...]),
+    ):
+        row = np.asarray(its_norm.weight[...][:, None] * kernel)
+        x = np.concatenate([row.T, -row.T, 1e3 * np.eye(64, dtype=np.float32)])[None]
+        assert all(np.isfinite(branch).all() for branch in branches(small, x))
+
+
+def test_norms_are_scaled_by_powers_of_two(small_config):
+    """Which changes no digit of theirs."""
+    layer, small = vision_layers(vision_config(small_config, intermediate_size=128), dtype="bfloat16")
+    for name in ("attention_norm", "mlp_norm"):
+        for part in ("weight", "bias"):
+            before, after = (np.float64(getattr(getattr(x, name), part)[...]) for x in (layer, small))
+            (exponent,) = set(np.log2(before / after))
+            assert exponent == round(exponent)
 
 
 # How far the logits of the golden model go, as a share of what sets them apart; frames tell little in them.
@@ -193,23 +237,29 @@ def test_a_layer_of_few_rows_is_two_kernels_around_attention(small_config):
     assert lowered.as_text().count("call @few_rows") == 2 * config.decoder.num_layers
 
 
-def test_the_encoders_maps_in_8_bits_are_kernels(small_config):
-    """As a layer is compiled for a GPU, of sizes that the kernels take."""
-    config = dataclasses.replace(small_config().vision, hidden_size=768, intermediate_size=768, num_heads=8)
+def lowered_vision_layer(config, prepare=lambda layer: None):
+    """As it is compiled for a GPU, in bfloat16."""
 
     def make():
         layer = VisionLayer(config, "xla", gated=False, rngs=nnx.Rngs(0), dtype="bfloat16")
-        quantized._replace_linears(layer, Fp8Linear)
+        prepare(layer)
         return layer
 
     graph, params = nnx.split(nnx.eval_shape(make))
-    x = jax.ShapeDtypeStruct((2, 128, 768), jnp.bfloat16)
-    with as_if_on_gpu(fp8_linear, norm, rounding):
+    x = jax.ShapeDtypeStruct((2, 128, config.hidden_size), jnp.bfloat16)
+    with as_if_on_gpu(fused_linear, norm):
         program = jax.jit(lambda params, *given: nnx.merge(graph, params)(Residual(*given)))
-        lowered = program.trace(params, x, x).lower(lowering_platforms=("cuda",)).as_text()
-    assert lowered.count("call @many_rows") == 4
-    # Both norms round their rows; what attention and gelu give is rounded by itself.
-    assert lowered.count("call @one_pass") == 4
+        return program.trace(params, x, x).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_an_encoders_layer_is_kernels(small_config):
+    """Of sizes that the kernels take: both norms, and the map before the gelu; in 8 bits all four."""
+    sizes = {"hidden_size": 768, "intermediate_size": 768, "num_heads": 8}
+    config = dataclasses.replace(small_config().vision, **sizes)
+    for prepare, maps in ((lambda layer: None, 1), (quantized._to_float8, 4)):
+        lowered = lowered_vision_layer(config, prepare)
+        assert lowered.count("call @many_rows") == maps
+        assert lowered.count("call @one_pass") == 2
 
 
 def test_a_frame_has_the_features_that_it_has_alone(compiled, small_config, random_model):

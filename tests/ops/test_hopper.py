@@ -8,12 +8,11 @@ import pytest
 from moss_jax.ops import hopper
 from moss_jax.ops.after_attention import mosaic_gpu as after_attention
 from moss_jax.ops.attention import mosaic_gpu as attention
-from moss_jax.ops.fp8_linear import mosaic_gpu as fp8_linear
+from moss_jax.ops.fused_linear import mosaic_gpu as fused_linear
 from moss_jax.ops.gelu import mosaic_gpu as gelu
 from moss_jax.ops.linear import mosaic_gpu as linear
 from moss_jax.ops.norm import mosaic_gpu as norm
 from moss_jax.ops.norm_linear import mosaic_gpu as norm_linear
-from moss_jax.ops.rounding import mosaic_gpu as rounding
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def test_on_a_mesh_only_what_is_spread_by_hand(capability):
 
 
 @pytest.mark.parametrize(
-    "kernel", [after_attention, attention, fp8_linear, gelu, linear, norm, norm_linear, rounding]
+    "kernel", [after_attention, attention, fused_linear, gelu, linear, norm, norm_linear]
 )
 def test_every_kernel_asks(kernel):
     with mock.patch.object(hopper, "unsupported", return_value="not here") as asked:

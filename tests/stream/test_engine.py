@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moss_jax.stream import PENDING, Engine, Row
+from moss_jax.stream import engine as engine_module
 from moss_jax.stream.engine import ENCODE_BUCKETS, FRAME_BUCKETS, TOKEN_BUCKETS
 from moss_jax.text import Tokenizer
 
@@ -137,6 +138,18 @@ def test_few_programs_serve_every_row(model, tokenizer, frames):
     # A row of one token comes in two forms: the pending one, and others.
     assert engine._step._cache_size() <= len(TOKEN_BUCKETS) + 1 + len(FRAME_BUCKETS)
     assert engine._pixels._cache_size() == engine._encode._cache_size() == len(ENCODE_BUCKETS)
+
+
+@pytest.mark.parametrize("lead", [[], [PENDING], [PENDING, 7]], ids=str)
+def test_more_frames_than_fit_come_in_pieces(lead):
+    row = Row([*lead, *[IMAGE] * 600, 7, 8], range(600))
+    pieces = list(engine_module._pieces(row, IMAGE))
+    assert [token for piece in pieces for token in piece.tokens] == row.tokens
+    assert [frame for piece in pieces for frame in piece.frames] == list(row.frames)
+    for piece in pieces:
+        assert len(piece.tokens) <= TOKEN_BUCKETS[-1]
+        assert piece.tokens.count(IMAGE) == len(piece.frames) <= FRAME_BUCKETS[-1]
+    assert len(pieces) == 4 + (len(lead) == 2)
 
 
 def test_warm_up_leaves_nothing_to_compile_for_a_session(model, tokenizer, frames):

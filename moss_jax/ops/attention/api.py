@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from moss_jax.cache import write_row, write_rows
 from moss_jax.ops import dispatch
@@ -91,7 +91,10 @@ def attention(
 
 
 def self_attention(
-    qkv: Float[Array, "B P 3 H D"], *, implementation: str | None = None
+    qkv: Float[Array, "B P 3 H D"],
+    *,
+    out_dtype: DTypeLike | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B P H D"]:
     """Attention of every position to every position, straight from a fused projection to q, k and v.
 
@@ -99,6 +102,8 @@ def self_attention(
     slices. Gradients are always those of `attention`.
 
     Args:
+      out_dtype: of the results; that of the projection if None. float8_e4m3fn is for what comes next to take
+        8 bits; the caller keeps the values within 448, of which the results are averages.
       implementation: as in `attention`.
 
     Raises:
@@ -107,10 +112,11 @@ def self_attention(
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"self_attention takes a projection [B, P, 3, H, D], not {qkv.shape}")
-    unsupported = functools.partial(mosaic_gpu.unsupported_projection, qkv)
+    out_dtype = jnp.dtype(qkv.dtype if out_dtype is None else out_dtype)
+    unsupported = functools.partial(mosaic_gpu.unsupported_projection, qkv, out_dtype)
     if _takes_whole("attention from a fused projection", unsupported, implementation):
-        return _from_projection(implementation, qkv)
-    return _from_slices(implementation, qkv)
+        return _from_projection(implementation, out_dtype, qkv)
+    return _from_slices(implementation, out_dtype, qkv)
 
 
 def _takes_whole(what: str, unsupported: Callable[[str], str | None], implementation: str | None) -> bool:
@@ -128,19 +134,21 @@ def _takes_whole(what: str, unsupported: Callable[[str], str | None], implementa
     return reason is None
 
 
-def _from_slices(implementation, qkv):
+def _from_slices(implementation, out_dtype, qkv):
     q, k, v = (qkv[:, :, i] for i in range(3))
-    return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), implementation=implementation)
+    out = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), implementation=implementation)
+    return out.astype(out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _from_projection(implementation, qkv):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _from_projection(implementation, out_dtype, qkv):
     del implementation
+    attend = functools.partial(mosaic_gpu.attend_projection, out_dtype=out_dtype)
     if (mesh := _mesh()) is None:
-        return mosaic_gpu.attend_projection(qkv)
+        return attend(qkv)
     batch, heads = partition_spec(("batch", "heads"), (qkv.shape[0], qkv.shape[3]), mesh)
     return jax.shard_map(
-        mosaic_gpu.attend_projection,
+        attend,
         mesh=mesh,
         in_specs=PartitionSpec(batch, None, None, heads),
         out_specs=PartitionSpec(batch, None, heads),
@@ -148,13 +156,13 @@ def _from_projection(implementation, qkv):
     )(qkv)
 
 
-def _from_projection_forward(implementation, qkv):
+def _from_projection_forward(implementation, out_dtype, qkv):
     """That of the slices: the kernel saves nothing that a backward pass could start from."""
-    return jax.vjp(functools.partial(_from_slices, implementation), qkv)
+    return jax.vjp(functools.partial(_from_slices, implementation, out_dtype), qkv)
 
 
-def _from_projection_backward(implementation, pull, d_out):
-    del implementation
+def _from_projection_backward(implementation, out_dtype, pull, d_out):
+    del implementation, out_dtype
     return pull(d_out)
 
 

@@ -5,12 +5,11 @@ D width
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.ops import dispatch
 from moss_jax.ops.norm import mosaic_gpu, reference, xla
 from moss_jax.ops.norm.arguments import Arguments
-from moss_jax.ops.rounding import Rounded
 
 # Each is a module with `unsupported(arguments, platform) -> reason or None` and `apply(arguments)`.
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
@@ -59,15 +58,16 @@ def layer_norm(
     eps: float,
     add: Float[Array, "... D"] | None = None,
     scale: Float[Array, "..."] | None = None,
-    rounded: bool = False,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "... D"] | Rounded, Float[Array, "... D"]]:
+) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
     """`(y - mean(y)) / sqrt(var(y) + eps) * weight + bias` over the last axis of `y = x + scale * add`.
 
-    Arguments, results and errors are those of `rms_norm`; `bias` is one number a column. With `rounded` the
-    normed rows come in 8 bits, as `round_rows` makes them.
+    Arguments, results and errors are those of `rms_norm`; `bias` is one number a column. The normed rows come
+    in `out_dtype`, that of x if None. In float8_e4m3fn their numbers must stay within 448: such a norm of D
+    columns gives none beyond sqrt(D) |weight| + |bias|.
     """
-    return _norm(x, weight, bias, eps, add, scale, implementation, rounded=rounded)
+    return _norm(x, weight, bias, eps, add, scale, implementation, out_dtype)
 
 
 def choose(arguments: Arguments, implementation: str | None = None, platform: str | None = None) -> str:
@@ -79,7 +79,7 @@ def choose(arguments: Arguments, implementation: str | None = None, platform: st
     return dispatch.choose("norm", IMPLEMENTATIONS, ORDER, arguments, implementation, platform)
 
 
-def _norm(x, weight, bias, eps, add, scale, implementation, rounded=False):
+def _norm(x, weight, bias, eps, add, scale, implementation, out_dtype=None):
     *rows, width = x.shape
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and vector.shape != (width,):
@@ -92,7 +92,7 @@ def _norm(x, weight, bias, eps, add, scale, implementation, rounded=False):
         scale = jnp.asarray(scale, x.dtype)
         if not _broadcasts(scale.shape, (*rows, 1)):
             raise ValueError(f"scale broadcasts to [..., 1] = {(*rows, 1)}; got {scale.shape}")
-    a = Arguments(x, add, scale, weight, bias, eps=eps, rounded=rounded)
+    a = Arguments(x, add, scale, weight, bias, eps=eps, out_dtype=out_dtype and jnp.dtype(out_dtype))
     return IMPLEMENTATIONS[choose(a, implementation)].apply(a)
 
 

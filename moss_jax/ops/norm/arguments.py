@@ -23,7 +23,7 @@ class Arguments:
       weight: what the normed rows are multiplied with.
       bias: what is then added; there exactly if the rows' mean is taken off before (a layer norm).
       eps: what is added to the mean square.
-      rounded: whether the normed rows are to be rounded to 8 bits.
+      out_dtype: of the normed rows; that of x if None.
     """
 
     x: Float[Array, "... D"]
@@ -32,7 +32,12 @@ class Arguments:
     weight: Float[Array, " D"]
     bias: Float[Array, " D"] | None
     eps: float = dataclasses.field(kw_only=True, metadata={"static": True})
-    rounded: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
+    out_dtype: jnp.dtype | None = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
+
+    @property
+    def normed_dtype(self) -> jnp.dtype:
+        """Of the normed rows."""
+        return self.out_dtype or self.x.dtype
 
     @property
     def centred(self) -> bool:

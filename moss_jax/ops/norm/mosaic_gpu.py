@@ -21,8 +21,6 @@ from jaxtyping import Array, Float
 from moss_jax.ops import hopper, tiles
 from moss_jax.ops.norm import xla
 from moss_jax.ops.norm.arguments import Arguments
-from moss_jax.ops.rounding import Rounded
-from moss_jax.ops.rounding import mosaic_gpu as rounding
 
 WARPS = 4  # Of a thread block, a warpgroup.
 LANES = 32
@@ -41,25 +39,24 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     x = arguments.x
     if x.dtype != jnp.bfloat16:
         return f"it takes bfloat16, not {x.dtype}"
+    if arguments.normed_dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        return f"it gives bfloat16 and float8_e4m3fn, not {arguments.normed_dtype}"
     width = x.shape[-1]
     if x.size == 0:
         return "there are no rows"
-    rows = x.size // width
     if width % UNIT or not 0 < width <= MAX_WIDTH:
         return f"D = {width} is not a multiple of {UNIT} up to {MAX_WIDTH}"
-    if width > MAX_WIDTH_OF_WARP and rows > MAX_WIDE_ROWS:
+    if width > MAX_WIDTH_OF_WARP and (rows := x.size // width) > MAX_WIDE_ROWS:
         return f"with D = {width} it takes up to {MAX_WIDE_ROWS} rows, not {rows}"
-    if arguments.rounded and default_warps(arguments) > 1:
-        return f"it rounds {WARPS} rows or more, D up to {MAX_WIDTH_OF_WARP}, not {rows} with D = {width}"
     return None
 
 
 @jax.custom_vjp
-def apply(a: Arguments) -> tuple[Float[Array, "... D"] | Rounded, Float[Array, "... D"]]:
+def apply(a: Arguments) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
     """Computes the op; its gradients are those of the plain JAX implementation."""
     flat = a.flat()
-    results = one_pass(flat, default_warps(flat))
-    return jax.tree.map(lambda x: x.reshape(*a.x.shape[:-1], *x.shape[1:]), results)
+    normed, y = one_pass(flat, default_warps(flat))
+    return normed.reshape(a.x.shape), y.reshape(a.x.shape)
 
 
 def _forward(a):
@@ -75,31 +72,30 @@ apply.defvjp(_forward, _backward)
 
 def default_warps(a: Arguments) -> int:
     """How many warps share a row: one if there are rows for all of them, and registers for a row."""
-    width = a.x.shape[-1]
-    return 1 if a.x.size >= WARPS * width and width <= MAX_WIDTH_OF_WARP else WARPS
+    rows, width = a.x.shape
+    return 1 if rows >= WARPS and width <= MAX_WIDTH_OF_WARP else WARPS
 
 
 @functools.partial(jax.jit, static_argnames="warps")
-def one_pass(a: Arguments, warps: int) -> tuple[Float[Array, "M D"] | Rounded, Float[Array, "M D"]]:
+def one_pass(a: Arguments, warps: int) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
     """Computes the op for a call whose rows are on one axis; forward only.
 
     Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
 
     Args:
-      warps: how many share a row, 1 or 4; 1 needs 4 rows or more, and rounding needs 1.
+      warps: how many share a row, 1 or 4; 1 needs 4 rows or more.
     """
     if warps not in (1, WARPS) or len(a.x) < WARPS // warps:
         raise ValueError(f"1 warp a row, if there are {WARPS} rows, or {WARPS}; not {warps} for {len(a.x)}")
     arrays, structure = jax.tree.flatten(a)
-    y = jax.ShapeDtypeStruct(a.x.shape, a.x.dtype)
-    outputs = (rounding.out_type(y.shape) if a.rounded else y), None if a.add is None else y
-    out_type, out_structure = jax.tree.flatten(outputs)
+    out_type = [jax.ShapeDtypeStruct(a.x.shape, a.normed_dtype)]
+    if a.add is not None:
+        out_type.append(jax.ShapeDtypeStruct(a.x.shape, a.x.dtype))
 
     def kernel(*refs):
-        cut = len(arrays)
-        _kernel(structure.unflatten(refs[:cut]), *out_structure.unflatten(refs[cut:]), warps=warps)
+        _kernel(structure.unflatten(refs[: len(arrays)]), *refs[len(arrays) :], warps=warps)
 
-    results = plgpu.kernel(
+    normed, *y = plgpu.kernel(
         kernel,
         out_type=out_type,
         grid=(pl.cdiv(len(a.x), WARPS // warps),),
@@ -107,11 +103,10 @@ def one_pass(a: Arguments, warps: int) -> tuple[Float[Array, "M D"] | Rounded, F
         # Nobody reads what is written, and sums across warps have barriers of their own.
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
     )(*arrays)
-    normed, y = out_structure.unflatten(results)
-    return normed, a.x if y is None else y
+    return normed, *(y or [a.x])
 
 
-def _kernel(a, normed_gmem, y_gmem, *, warps):
+def _kernel(a, normed_gmem, y_gmem=None, *, warps):
     """R rows; the last block moves back to end with the last row, and computes again what it then shares."""
     (rows, width), R = a.x.shape, WARPS // warps
     layout = _layout(width, warps)
@@ -156,9 +151,6 @@ def _kernel(a, normed_gmem, y_gmem, *, warps):
     wide *= spread(vectors[0], 1)
     if a.centred:
         wide += spread(vectors[1], 1)
-    if a.rounded:
-        normed_gmem, scale_gmem = normed_gmem
-        wide *= spread(rounding.store_scale(jnp.abs(wide).max(axis=1), scale_gmem.at[mine]), 0)
     normed_gmem[mine] = wide.astype(normed_gmem.dtype)
 
 

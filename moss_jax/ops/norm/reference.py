@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moss_jax.ops.norm.arguments import Arguments
-from moss_jax.ops.rounding import Rounded, round_rows
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
@@ -16,7 +15,7 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     return None
 
 
-def apply(a: Arguments) -> tuple[Float[Array, "... D"] | Rounded, Float[Array, "... D"]]:
+def apply(a: Arguments) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
     """Computes the op in float32; what is normed is the sum before it is rounded."""
     y = a.x.astype(jnp.float32)
     if a.add is not None:
@@ -27,5 +26,4 @@ def apply(a: Arguments) -> tuple[Float[Array, "... D"] | Rounded, Float[Array, "
     normed *= a.weight.astype(jnp.float32)
     if a.centred:
         normed += a.bias.astype(jnp.float32)
-    normed = normed.astype(a.x.dtype)
-    return round_rows(normed) if a.rounded else normed, y.astype(a.x.dtype)
+    return normed.astype(a.normed_dtype), y.astype(a.x.dtype)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moss_jax.ops.norm.arguments import Arguments
-from moss_jax.ops.rounding import Rounded, round_rows
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
@@ -17,7 +16,7 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     return None
 
 
-def apply(a: Arguments) -> tuple[Float[Array, "... D"] | Rounded, Float[Array, "... D"]]:
+def apply(a: Arguments) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
     """Computes the op; differentiable in all that is given."""
     y = a.x
     if a.add is not None:
@@ -29,5 +28,4 @@ def apply(a: Arguments) -> tuple[Float[Array, "... D"] | Rounded, Float[Array, "
     wide *= a.weight.astype(jnp.float32)
     if a.centred:
         wide += a.bias.astype(jnp.float32)
-    normed = wide.astype(y.dtype)
-    return round_rows(normed) if a.rounded else normed, y
+    return wide.astype(a.normed_dtype), y

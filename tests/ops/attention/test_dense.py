@@ -4,6 +4,7 @@ B batch, P positions, H heads, D head
 """
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -27,6 +28,8 @@ dense = importlib.import_module("moss_jax.ops.attention.mosaic_gpu.dense")
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1.5e-2, "float16": 2e-3}  # As a share of the largest number.
 
+FP8 = jnp.dtype(jnp.float8_e4m3fn)
+
 
 def draw(B, P, H, D, dtype="bfloat16", seed=0):
     rng = np.random.default_rng(seed)
@@ -45,6 +48,15 @@ def exact(qkv):
 def close(actual, expected, tolerance):
     actual = np.asarray(actual, np.float64)
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def close_in_fp8(actual, expected, tolerance):
+    """Half a step of float8 from what `close` takes."""
+    assert actual.dtype == FP8
+    allowed = tolerance * np.abs(expected).max()
+    # 3 bits behind the first; below 2^-6 the steps are those of 2^-6.
+    half_step = np.maximum(np.abs(expected) + allowed, 2**-6) / 16
+    assert (np.abs(np.asarray(actual, np.float64) - expected) <= allowed + half_step).all()
 
 
 @contextlib.contextmanager
@@ -85,10 +97,45 @@ def interpreting():
     ids=lambda x: None if isinstance(x, int) else f"{x.warpgroups}x64-{x.block_kv}",
 )
 def test_is_attention(D, P, config):
-    """The last tile and the last block overlap with others; thread blocks take several blocks of queries."""
+    """The first tile and the last block overlap with others; thread blocks take several blocks of queries."""
     qkv = draw(1, P, 2, D)
     with interpreting():
         close(dense.dense(qkv, config), exact(qkv), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize(
+    ("P", "block_kv", "first"),
+    [
+        (128, 128, 128),
+        (136, 128, 16),
+        (192, 128, 64),
+        (200, 128, 80),
+        (208, 64, 16),
+        (248, 128, 128),
+        (256, 64, 64),
+    ],
+)
+def test_the_first_tile_takes_what_the_others_leave(P, block_kv, first):
+    """With as many tiles as there are stages, fewer, and more."""
+    assert dense._first(P, block_kv) == first
+    qkv = draw(1, P, 1, 80)
+    with interpreting():
+        close(dense.dense(qkv, DenseConfig(block_kv=block_kv, stages=3)), exact(qkv), TOLERANCE["bfloat16"])
+
+
+def test_no_more_of_the_first_tile_is_masked_than_must_be():
+    for P in range(128, 512, 8):
+        for block_kv in (16, 64, 96, 128):
+            rest = P % block_kv or block_kv
+            assert rest <= dense._first(P, block_kv) <= min(rest + 8, block_kv)
+
+
+@pytest.mark.parametrize("D", [64, 80])
+def test_writes_float8(D):
+    qkv = draw(1, 200, 2, D)
+    with interpreting():
+        out = dense.dense(qkv, DenseConfig(block_kv=64, blocks=3), "float8_e4m3fn")
+    close_in_fp8(out, exact(qkv), TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("B", [1, 8])
@@ -98,6 +145,30 @@ def test_lowers_for_a_gpu_without_one(B, changes):
     qkv = jax.ShapeDtypeStruct((B, 1608, 3, 16, 80), "bfloat16")
     lowered = dense.dense.trace(qkv, DenseConfig(**changes)).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("B", "D", "warpgroups"), [(1, 80, 2), (2, 80, 2), (4, 80, 3), (8, 80, 3), (16, 80, 3), (16, 128, 2)]
+)
+def test_the_default_by_frames(B, D, warpgroups):
+    """What a frame's few blocks of queries gain by being large, they lose by ending unevenly."""
+    qkv = jax.ShapeDtypeStruct((B, 1608, 3, 16, D), "bfloat16")
+    assert dense.default_config(qkv).warpgroups == warpgroups
+
+
+@pytest.mark.parametrize("D", [64, 80, 128])
+@pytest.mark.parametrize("P", [128, 136, 192, 200])
+def test_every_first_tile_lowers_for_a_gpu_without_one(P, D):
+    qkv = jax.ShapeDtypeStruct((1, P, 3, 2, D), "bfloat16")
+    lowered = dense.dense.trace(qkv, DenseConfig()).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_float8_lowers_for_a_gpu_without_one():
+    qkv = jax.ShapeDtypeStruct((16, 1608, 3, 16, 80), "bfloat16")
+    lowered = dense.dense.trace(qkv, DenseConfig(), FP8).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+    assert lowered.out_info.dtype == FP8
 
 
 def test_configurations_are_checked():
@@ -116,14 +187,18 @@ def test_configurations_are_checked():
         ({"D": 72}, "head_dim 64, 80 and 128, not 72"),
         ({"P": 1601}, "128 positions or more, in multiples of 8, not 1601"),
         ({"P": 120}, "not 120"),
+        ({"out_dtype": "float32"}, "bfloat16 and float8_e4m3fn, not float32"),
+        ({"out_dtype": "float16"}, "bfloat16 and float8_e4m3fn, not float16"),
+        ({"out_dtype": "float8_e4m3fn"}, None),
         ({}, None),
     ],
 )
 def test_says_why_it_cannot(changes, reason):
     sizes = {"P": 1608, "D": 80, "dtype": "bfloat16"} | changes
     qkv = jax.ShapeDtypeStruct((1, sizes["P"], 3, 16, sizes["D"]), sizes["dtype"])
-    assert "NVIDIA" in mosaic_gpu.unsupported_projection(qkv, "tpu")
-    found = mosaic_gpu.unsupported_projection(qkv, "gpu")
+    out_dtype = jnp.dtype(sizes.get("out_dtype", qkv.dtype))
+    assert "NVIDIA" in mosaic_gpu.unsupported_projection(qkv, out_dtype, "tpu")
+    found = mosaic_gpu.unsupported_projection(qkv, out_dtype, "gpu")
     assert found is None if reason is None else reason in found
 
 
@@ -137,6 +212,14 @@ def test_elsewhere_it_is_attention_on_the_slices():
     for options in ({}, {"implementation": "reference"}):
         np.testing.assert_array_equal(self_attention(qkv, **options), sliced(qkv, **options))
     close(self_attention(qkv), exact(qkv), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_slices_give_float8_too(dtype):
+    qkv = draw(2, 24, 3, 16, dtype)
+    out = self_attention(qkv, out_dtype=jnp.float8_e4m3fn)
+    np.testing.assert_array_equal(np.float32(out), np.float32(sliced(qkv).astype(FP8)))
+    close_in_fp8(out, exact(qkv), TOLERANCE[dtype])
 
 
 def test_refuses_as_attention_does():
@@ -157,7 +240,11 @@ def as_on_hopper():
         mock.patch.object(mosaic_gpu, "unsupported_projection", return_value=None),
         mock.patch.object(mosaic_gpu, "attend_projection") as kernel,
     ):
-        kernel.side_effect = lambda qkv: sliced(qkv, implementation="reference") + 1
+
+        def attend(qkv, out_dtype):
+            return (sliced(qkv, implementation="reference") + 1).astype(out_dtype)
+
+        kernel.side_effect = attend
         yield kernel
 
 
@@ -167,6 +254,8 @@ def test_the_kernel_is_picked(as_on_hopper, implementation, caplog):
     with caplog.at_level(logging.INFO, logger="moss_jax"):
         out = self_attention(qkv, implementation=implementation)
     close(out - 1, exact(qkv), TOLERANCE["float32"])
+    in_fp8 = self_attention(qkv, out_dtype=FP8, implementation=implementation)
+    np.testing.assert_array_equal(np.float32(in_fp8), np.float32(out.astype(FP8)))
     assert caplog.messages == ["attention from a fused projection on cpu: using mosaic_gpu"]
 
 
@@ -176,6 +265,15 @@ def test_gradients_are_those_of_the_slices(as_on_hopper):
     out, pull = jax.vjp(self_attention, qkv)
     expected, expected_pull = jax.vjp(sliced, qkv)
     np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(pull(d_out)[0], expected_pull(d_out)[0])
+    as_on_hopper.assert_not_called()
+
+
+def test_gradients_of_float8_go_through_the_cast(as_on_hopper):
+    qkv, d_out = draw(1, 24, 2, 16, "float32"), draw(1, 8, 2, 16, FP8).reshape(1, 24, 2, 16)
+    out, pull = jax.vjp(lambda qkv: self_attention(qkv, out_dtype=FP8), qkv)
+    expected, expected_pull = jax.vjp(lambda qkv: sliced(qkv).astype(FP8), qkv)
+    np.testing.assert_array_equal(np.float32(out), np.float32(expected))
     np.testing.assert_array_equal(pull(d_out)[0], expected_pull(d_out)[0])
     as_on_hopper.assert_not_called()
 
@@ -192,7 +290,9 @@ with (
     jax.set_mesh(make_mesh(1, 2, 4)),
     mock.patch.dict(api.ORDER, cpu=("mosaic_gpu", "xla")),
     mock.patch.object(mosaic_gpu, "unsupported_projection", return_value=None),
-    mock.patch.object(mosaic_gpu, "attend_projection", lambda x: api._from_slices("reference", x)),
+    mock.patch.object(
+        mosaic_gpu, "attend_projection", lambda x, out_dtype: api._from_slices("reference", out_dtype, x)
+    ),
 ):
     out = jax.jit(self_attention)(qkv)
     np.testing.assert_allclose(out, expected, atol=1e-5)
@@ -216,16 +316,19 @@ def test_each_device_of_a_mesh_computes_its_part():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"), [("bfloat16", None), ("float16", None), ("bfloat16", FP8), ("float16", FP8)]
+)
 @pytest.mark.parametrize(
     ("B", "P", "H", "D"), [(1, 1608, 16, 80), (8, 1608, 16, 80), (3, 200, 5, 64), (2, 1000, 4, 128)]
 )
-def test_on_a_gpu(B, P, H, D, dtype):
+def test_on_a_gpu(B, P, H, D, dtype, out_dtype):
     qkv = draw(B, P, H, D, dtype)
     with jax.default_matmul_precision("highest"):
         expected = sliced(qkv.astype(jnp.float32), implementation="xla")
-    out = jax.jit(lambda qkv: self_attention(qkv, implementation="mosaic_gpu"))(qkv)
-    close(out, np.float64(expected), TOLERANCE[dtype])
+    attend = functools.partial(self_attention, out_dtype=out_dtype, implementation="mosaic_gpu")
+    check = close if out_dtype is None else close_in_fp8
+    check(jax.jit(attend)(qkv), np.float64(expected), TOLERANCE[dtype])
 
 
 @pytest.mark.gpu
@@ -244,3 +347,11 @@ def test_on_a_gpu(B, P, H, D, dtype):
 def test_every_way_to_cut_it(changes):
     qkv = draw(2, 328, 4, 80)
     close(dense.dense(qkv, DenseConfig(**changes)), exact(qkv), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 80, 128])
+@pytest.mark.parametrize("P", [128, 136, 192, 200, 248, 256, 1544])
+def test_every_first_tile_on_a_gpu(P, D):
+    qkv = draw(2, P, 3, D)
+    close(dense.dense(qkv, DenseConfig()), exact(qkv), TOLERANCE["bfloat16"])

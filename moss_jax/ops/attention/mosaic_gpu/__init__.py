@@ -18,7 +18,7 @@ from moss_jax.ops.attention.mosaic_gpu.append import WARP, rotate_and_append
 from moss_jax.ops.attention.mosaic_gpu.bank import ROWS, Blocks, DecodeConfig
 from moss_jax.ops.attention.mosaic_gpu.decode import decode, decode_blocks
 from moss_jax.ops.attention.mosaic_gpu.decode_quantized import decode_quantized
-from moss_jax.ops.attention.mosaic_gpu.dense import DenseConfig, dense
+from moss_jax.ops.attention.mosaic_gpu.dense import default_config, dense
 from moss_jax.ops.attention.mosaic_gpu.dense import unsupported as unsupported_by_dense
 from moss_jax.ops.attention.mosaic_gpu.staircase import StaircaseConfig, staircase
 from moss_jax.ops.rotary import Rotation
@@ -55,14 +55,14 @@ def attend(a: Arguments) -> Float[Array, "B T H D"]:
     return _decode(config, a.scale, a.q, a.k, a.v, a.bias, *a.bounds, a.k_scale, a.v_scale)
 
 
-def unsupported_projection(qkv: Float[Array, "B P 3 H D"], platform: str) -> str | None:
+def unsupported_projection(qkv: Float[Array, "B P 3 H D"], out_dtype: jnp.dtype, platform: str) -> str | None:
     """Why no kernel here can take a fused projection as it lies; None if one can."""
-    return hopper.unsupported(platform, whole=False) or unsupported_by_dense(qkv)
+    return hopper.unsupported(platform, whole=False) or unsupported_by_dense(qkv, out_dtype)
 
 
-def attend_projection(qkv: Float[Array, "B P 3 H D"]) -> Float[Array, "B P H D"]:
+def attend_projection(qkv: Float[Array, "B P 3 H D"], out_dtype: jnp.dtype) -> Float[Array, "B P H D"]:
     """Attention of every position to every position; forward only."""
-    return dense(qkv, DenseConfig())
+    return dense(qkv, default_config(qkv), out_dtype)
 
 
 def unsupported_append(a: Arguments, platform: str) -> str | None:

@@ -5,15 +5,16 @@ head one after another. One warpgroup fetches, and runs ahead into the next bloc
 64 queries. While a tile's scores go through the softmax, the tensor core multiplies the weights of the tile
 before with its values, and the other warpgroups' tiles. The warpgroups take turns in giving it work.
 
-The last tile of keys and the last block of queries are moved back to end with the positions: the keys that
-the tile shares with its neighbour are masked, and queries that two blocks share are written twice, alike. The
-moved tile comes first, so that only the start of the walk has a mask.
+Whole tiles leave a rest of the keys, which comes first: a tile as small as the tensor core allows, moved back
+to end with the positions. The keys that it shares with its neighbour are masked, so that only the start of
+the walk has a mask. The last block of queries is moved back too: queries that two blocks share are written
+twice, alike.
 
 Lines of 80 numbers don't fill the 128 bytes that copies and tensor core like best. A head of 80 columns can
 lie in shared memory as 64 columns in lines of 128 bytes beside 16 in lines of 32, instead of 80 in lines of
 32: the copy engine then moves 2 pieces a vector, not 5.
 
-B batch, P positions, H heads, D head, W warpgroups that compute, X keys of a tile
+B batch, P positions, H heads, D head, W warpgroups that compute, X keys of a tile, F keys of the first
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.ops import tiles
 from moss_jax.ops.tiles import LOG2E, MATRIX, NEVER, PER_ROW
@@ -32,6 +33,7 @@ from moss_jax.ops.tiles import LOG2E, MATRIX, NEVER, PER_ROW
 ROWS = 64  # Queries of a warpgroup: the rows of the tensor core's tiles.
 SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.
 UNIT = 8  # Positions come in multiples of this, the rows of a piece that the copy engine moves.
+DEPTH = 16  # Keys that a product with values takes at once from lines of 32 bytes, but 64 from lines of 128.
 
 # Registers of a thread that computes, and of one that fetches, by the number of warpgroups that compute. All
 # together they are those that the thread block is started with; with more, it would wait for them for ever.
@@ -83,12 +85,30 @@ class DenseConfig:
         )
 
 
-def unsupported(qkv: Float[Array, "B P 3 H D"]) -> str | None:
+# Heads of 80 columns take a tenth less time a query so, where there is work for all to the end.
+TALL = DenseConfig(warpgroups=3, block_kv=96, wide_values=False)
+
+
+def default_config(qkv: Float[Array, "B P 3 H D"]) -> DenseConfig:
+    """The one that is done first."""
+    batch, positions, _, heads, head_dim = qkv.shape
+
+    def time(config: DenseConfig) -> int:
+        blocks = batch * heads * pl.cdiv(positions, config.warpgroups * ROWS)
+        return pl.cdiv(blocks, config.blocks) * config.warpgroups
+
+    wide = DenseConfig()
+    return TALL if head_dim == 80 and 0.9 * time(TALL) < time(wide) else wide
+
+
+def unsupported(qkv: Float[Array, "B P 3 H D"], out_dtype: jnp.dtype) -> str | None:
     """Why this kernel cannot take the projection, on a GPU that has what it needs; None if it can."""
     positions, head_dim = qkv.shape[1], qkv.shape[-1]
     least = min(REGISTERS) * ROWS
     if qkv.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {qkv.dtype}"
+    if out_dtype not in (qkv.dtype, jnp.float8_e4m3fn):
+        return f"from {qkv.dtype} it makes {qkv.dtype} and float8_e4m3fn, not {out_dtype}"
     if head_dim not in (64, 80, 128):
         return f"it takes head_dim 64, 80 and 128, not {head_dim}"
     if positions < least or positions % UNIT:
@@ -96,26 +116,36 @@ def unsupported(qkv: Float[Array, "B P 3 H D"]) -> str | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def dense(qkv: Float[Array, "B P 3 H D"], config: DenseConfig) -> Float[Array, "B P H D"]:
-    """Computes the op; forward only."""
+@functools.partial(jax.jit, static_argnames=("config", "out_dtype"))
+def dense(
+    qkv: Float[Array, "B P 3 H D"], config: DenseConfig, out_dtype: DTypeLike | None = None
+) -> Float[Array, "B P H D"]:
+    """Computes the op, in the projection's dtype if `out_dtype` is None; forward only."""
     B, P, _, H, D = qkv.shape
+    out_dtype = jnp.dtype(qkv.dtype if out_dtype is None else out_dtype)
     config = config.fitted(P, D)
     W, X, stages = config.warpgroups, config.block_kv, config.stages
     blocks = min(B * H * pl.cdiv(P, W * ROWS), config.blocks)
     k_parts, v_parts = _parts(D, config.wide_keys), _parts(D, config.wide_values)
+    first_room = _room if _first(P, X) % 64 == 0 else _narrow_room
+
+    # Lines of 80 bytes cannot be swizzled, and the tensor core doesn't read the results.
+    out_room = plgpu.SMEM if out_dtype.itemsize == 1 else tiles.tile
 
     def barrier(arrivals, count):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
     return plgpu.kernel(
         functools.partial(_kernel, config=config, stride=blocks, scale=D**-0.5 * LOG2E),
-        out_type=jax.ShapeDtypeStruct((B, P, H, D), qkv.dtype),
+        out_type=jax.ShapeDtypeStruct((B, P, H, D), out_dtype),
         scratch_types={
             "q_smem": [_room((W, ROWS), part, D, qkv.dtype) for part in k_parts],
             "k_smem": [_room((stages, X), part, D, qkv.dtype) for part in k_parts],
-            "v_smem": [_room((stages, X), part, D, qkv.dtype) for part in v_parts],
-            "out_smem": tiles.tile((W, ROWS, D), qkv.dtype),
+            # The same memory as most tiles lie in it, and as the first one does.
+            "v_smem": plgpu.RefUnion(
+                *([room((stages, X), part, D, qkv.dtype) for part in v_parts] for room in (_room, first_room))
+            ),
+            "out_smem": out_room((W, ROWS, D), out_dtype),
             # One arrival a copy, or a warpgroup.
             "q_ready": barrier(len(k_parts), W),
             "k_ready": barrier(len(k_parts), stages),
@@ -142,6 +172,12 @@ def _parts(head_dim: int, wide: bool) -> list[tuple[int, int]]:
     return [(0, head_dim - narrow), (head_dim - narrow, narrow)]
 
 
+def _first(positions: int, block_kv: int) -> int:
+    """Keys of the first tile: what whole tiles leave, rounded up to a multiple of `DEPTH`; not 0."""
+    missing = -positions % block_kv
+    return block_kv - missing // DEPTH * DEPTH
+
+
 def _room(shape, part, head_dim, dtype):
     """Shared memory for `shape` = (slots, vectors) of a part's columns.
 
@@ -154,6 +190,18 @@ def _room(shape, part, head_dim, dtype):
         return tiles.tile((slots, vectors, width), dtype)
     swizzle = plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize)
     return plgpu.SMEM((slots, vectors // 8, 1, 8, width), dtype, transforms=(swizzle,))
+
+
+def _narrow_room(shape, part, head_dim, dtype):
+    """As much memory as `_room`, in lines of 32 bytes: there, tiles may have any multiple of `DEPTH` keys."""
+    columns = 32 // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(32))
+    return plgpu.SMEM((*shape, part[1]), dtype, transforms=transforms)
+
+
+def _slot(room, slot, vectors):
+    """The first `vectors` of a slot."""
+    return room.at[slot, : vectors // 8 if len(room.shape) == 5 else vectors]
 
 
 def _lines(room):
@@ -202,6 +250,8 @@ def _kernel(
     warpgroup = lax.axis_index("warpgroup")
     B, P, _, H, _ = qkv_gmem.shape
     W, X, stages = config.warpgroups, config.block_kv, config.stages
+    F = _first(P, X)
+    v_smem, v_first = v_smem
     # Blocks of queries lie next to one another, so that those of a head find its keys in L2.
     blocks, steps = pl.cdiv(P, W * ROWS), pl.cdiv(P, X)
     first = lax.axis_index("block")
@@ -234,18 +284,18 @@ def _kernel(
                 pl.when(number > 0)(lambda: plgpu.barrier_wait(q_free.at[i]))
                 fetch(0, batch, head, at + i * ROWS, [room.at[i] for room in q_smem], q_ready.at[i])
 
-            def step(i, _):
-                every = number * steps + i
+            def tile(step, at, vectors, v_smem):
+                every = number * steps + step
                 slot = lax.rem(every, stages)
-                # The last tile is the first to be visited.
-                keys = pl.multiple_of(jnp.where(i == 0, P - X, (i - 1) * X), UNIT)
                 for which, rooms, ready, free in ((1, k_smem, k_ready, k_free), (2, v_smem, v_ready, v_free)):
                     pl.when(every >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                    fetch(which, batch, head, keys, [room.at[slot] for room in rooms], ready.at[slot])
+                    rooms = [_slot(room, slot, vectors) for room in rooms]
+                    fetch(which, batch, head, at, rooms, ready.at[slot])
 
             for i in range(W):
                 queries(i)
-            lax.fori_loop(0, steps, step, None)
+            tile(0, P - F, F, v_first)
+            lax.fori_loop(1, steps, lambda i, _: tile(i, pl.multiple_of((i - 1) * X, UNIT), X, v_smem), None)
 
         lax.fori_loop(0, rounds, walk, None)
 
@@ -256,11 +306,14 @@ def _kernel(
             pl.when(warpgroup == W - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
         q = [_tile(room.at[warpgroup]) for room in q_smem]
 
-        def keys(slot):
-            return [_tile(room.at[slot]).transpose((1, 0)) for room in k_smem]
+        def keys(slot, vectors=X):
+            return [_tile(_slot(room, slot, vectors)).transpose((1, 0)) for room in k_smem]
 
         def values(slot):
-            return [_tile(room.at[slot]) for room in v_smem]
+            return [_tile(_slot(room, slot, X)) for room in v_smem]
+
+        def first_values(slot):
+            return [_tile(_slot(room, slot, F)) for room in v_first]
 
         def begin_turn():
             if config.turns:
@@ -280,15 +333,17 @@ def _kernel(
             batch, head, at = place(number)
             start = number * steps
 
-            # The moved tile: the keys before the last whole number of tiles are not its own.
+            # The moved tile: keys of the whole tiles are not its own.
             slot = lax.rem(start, stages)
             plgpu.barrier_wait(q_ready.at[warpgroup])
             plgpu.barrier_wait(k_ready.at[slot])
             begin_turn()
-            scores = product(q, keys(slot), end_turn)
+            scores = product(q, keys(slot, F), end_turn)
             plgpu.barrier_arrive(k_free.at[slot])
-            if others := steps * X - P:
-                scores = jnp.where(tiles.index(scores.shape, 1) >= others, scores, NEVER)
+            if others := F + (steps - 1) * X - P:
+                # One number a key: to find the column of every score would take divisions by F.
+                column = plgpu.broadcasted_iota(jnp.int32, (F,), 0, layout=tiles.PER_COLUMN)
+                scores = jnp.where(tiles.along_columns(column, scores.shape) >= others, scores, NEVER)
             weights, top, _, total = softmax(scores, tiles.full((ROWS,), NEVER, PER_ROW))
             out = tuple(tiles.full((ROWS, tile.shape[1]), 0, MATRIX) for tile in values(slot))
 
@@ -296,7 +351,7 @@ def _kernel(
                 slot = lax.rem(start + step, stages)
                 pl.when(step < steps)(lambda: plgpu.barrier_wait(k_ready.at[slot]))
 
-            def visit(step, carry):
+            def visit(step, carry, values=values):
                 """Scores of a tile, and the products with the values of the one before."""
                 out, narrow, top, total = carry
                 slot, before = lax.rem(start + step, stages), lax.rem(start + step - 1, stages)
@@ -317,16 +372,19 @@ def _kernel(
                 )
                 plgpu.barrier_arrive(v_free.at[before])
                 out = tuple(x * tiles.along_rows(decay, x.shape) for x in out)
-                return out, weights.astype(out_gmem.dtype), top, total * decay + summed
+                return out, weights.astype(qkv_gmem.dtype), top, total * decay + summed
 
             await_keys(1)
-            carry = out, weights.astype(out_gmem.dtype), top, total
-            out, narrow, _, total = lax.fori_loop(1, steps, visit, carry)
+            carry = out, weights.astype(qkv_gmem.dtype), top, total
+            if steps > 1:
+                carry = visit(1, carry, first_values)
+            out, narrow, _, total = lax.fori_loop(2, steps, visit, carry)
             plgpu.barrier_arrive(q_free.at[warpgroup])
 
             slot = lax.rem(start + steps - 1, stages)
             plgpu.barrier_wait(v_ready.at[slot])
-            out = add_products(out, narrow, values(slot))
+            last_values = values if steps > 1 else first_values
+            out = add_products(out, narrow, last_values(slot))
             plgpu.barrier_arrive(v_free.at[slot])
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

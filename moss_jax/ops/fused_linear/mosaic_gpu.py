@@ -1,4 +1,4 @@
-"""The linear map of many rows in float8 in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
+"""The linear map of many rows and what follows it in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
 
 As many thread blocks as there are multiprocessors take tiles of the result one after another. Two warpgroups
 compute, each its own rows of a tile; a third fetches, and runs ahead into the next tiles.
@@ -20,6 +20,7 @@ M rows, K inputs, N outputs, R x C tile of a thread block, X inputs of a step
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -30,17 +31,24 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moss_jax.ops import hopper, tiles
-from moss_jax.ops.fp8_linear.arguments import Arguments
+from moss_jax.ops.fused_linear import xla
+from moss_jax.ops.fused_linear.arguments import Arguments
 from moss_jax.ops.gelu import xla as gelu_xla
 from moss_jax.ops.gelu.mosaic_gpu import LARGEST, LOG2_TAIL
-from moss_jax.ops.tiles import PER_COLUMN, PER_ROW
+from moss_jax.ops.tiles import PER_COLUMN
 
-X = 128  # Lines of 128 bytes are what the copy engine and the tensor core like best.
+LINE = 128  # Bytes of the inputs of a step: what the copy engine and the tensor core like best.
 WARPGROUPS = 2  # That compute.
 REGISTERS = 232, 40  # Of a thread that computes, and of one that fetches.
 SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.
 UNIT = 8  # Rows come in multiples of this, the rows of a piece that the copy engine moves.
 MANY_ROWS = 10_000  # For which every cut has tiles enough.
+
+# Of log2 Phi(-a), good enough for a gelu in 8 bits: a minimax fit of degree 3 to a Phi(-a) for a <= 14, in
+# which that counts by its half step in float8_e4m3fn after a multiplication with 448. It is wrong by 0.13 of
+# these at most, whatever `out_scale` is up to 448. One power less saves little: a warp's exponential takes 8
+# cycles, in which most of the rest fits.
+LOG2_TAIL_IN_8_BITS = (-0.01552599, -0.53494296, -1.09678969, -1.00637158)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +89,9 @@ class Config:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a thread block, without its barriers."""
+        """Of a thread block with results in 16 bits, without its barriers."""
         rows = 64 * WARPGROUPS
-        return self.stages * (rows + self.columns) * X + self.slots * rows * self.chunk * 2
+        return self.stages * (rows + self.columns) * LINE + self.slots * rows * self.chunk * 2
 
     @property
     def cluster_tile(self) -> tuple[int, int]:
@@ -101,8 +109,13 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     """Why this kernel cannot take the arguments; None if it can."""
     if reason := hopper.unsupported(platform):
         return reason
-    if arguments.out_dtype != jnp.bfloat16:
-        return f"it gives bfloat16, not {arguments.out_dtype}"
+    known, x = (jnp.bfloat16, jnp.float8_e4m3fn), arguments.x
+    if x.dtype not in known:
+        return f"it takes bfloat16 or float8_e4m3fn, not {x.dtype}"
+    if arguments.out_dtype not in known:
+        return f"it gives bfloat16 or float8_e4m3fn, not {arguments.out_dtype}"
+    if not (arguments.in_8_bits or arguments.gelu):
+        return "in bfloat16 it takes calls with a gelu; without one XLA's matmul is as fast"
     return misfit(arguments, default_config(arguments))
 
 
@@ -114,9 +127,15 @@ def misfit(a: Arguments, config: Config) -> str | None:
         return f"it takes {rows} rows or more, in multiples of {UNIT}, not {M}"
     if N % columns or N == 0:
         return f"N = {N} is not a multiple of {columns}"
+    X = step_inputs(a)
     if K % X or config.stages * X > K:
         return f"K = {K} is not a multiple of {X}, {config.stages * X} at least"
     return None
+
+
+def step_inputs(a: Arguments) -> int:
+    """X: a line of x."""
+    return LINE // a.x.dtype.itemsize
 
 
 def default_config(a: Arguments) -> Config:
@@ -132,21 +151,36 @@ def default_config(a: Arguments) -> Config:
     return wide if N % 256 == 0 and time(wide) <= time(narrow) else narrow
 
 
-def apply(a: Arguments) -> Float[Array, "M N"]:
-    """Computes the op; forward only."""
+@jax.custom_vjp
+def apply(a: Arguments) -> Float[Array, "... N"]:
+    """Computes the op; differentiable."""
     return many_rows(a, default_config(a))
 
 
+def _forward(a):
+    """By XLA, so that training computes the same wherever it runs."""
+    return jax.vjp(xla.apply, a)
+
+
+def _backward(pull, dy):
+    return pull(dy)
+
+
+apply.defvjp(_forward, _backward)
+
+
 @functools.partial(jax.jit, static_argnames="config")
-def many_rows(a: Arguments, config: Config) -> Float[Array, "M N"]:
-    """Computes the op in bfloat16; forward only.
+def many_rows(a: Arguments, config: Config) -> Float[Array, "... N"]:
+    """Computes the op; forward only.
 
     Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
     """
     if reason := misfit(a, config):
         raise ValueError(reason)
+    *rows, K = a.x.shape
+    a = dataclasses.replace(a, x=a.x.reshape(-1, K))
     M, _, N = a.shape
-    R, C, stages = 64 * WARPGROUPS, config.columns, config.stages
+    R, C, X, stages = 64 * WARPGROUPS, config.columns, step_inputs(a), config.stages
     arrays, structure = jax.tree.flatten(a)
     cuts, size = config.cuts(M, N), 1 if config.cluster is None else 2
     clusters = min(math.prod(cuts), config.blocks // size)
@@ -163,13 +197,13 @@ def many_rows(a: Arguments, config: Config) -> Float[Array, "M N"]:
         *refs, y_gmem = refs
         _kernel(structure.unflatten(refs), y_gmem, config=config, cuts=cuts, stride=clusters, **scratch)
 
-    return plgpu.kernel(
+    y = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((M, N), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct((M, N), a.out_dtype),
         scratch_types={
-            "x_smem": tiles.tile((stages, R, X), a.x.numbers.dtype),
-            "kernel_smem": tiles.tile((stages, C, X), a.kernel.dtype),
-            "y_smem": tiles.tile((WARPGROUPS, config.slots, 64, config.chunk), jnp.bfloat16),
+            "x_smem": tiles.tile((stages, R, X), a.x.dtype),
+            "kernel_smem": tiles.tile((stages, C, X) if a.in_8_bits else (stages, X, C), a.kernel.dtype),
+            "y_smem": tiles.tile((WARPGROUPS, config.slots, 64, config.chunk), a.out_dtype),
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # One arrival a copy.
             "free": free,
             "ahead": plgpu.Barrier(),
@@ -182,6 +216,7 @@ def many_rows(a: Arguments, config: Config) -> Float[Array, "M N"]:
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
         **cluster,
     )(*arrays)
+    return y.reshape(*rows, N)
 
 
 def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, config, cuts, stride):
@@ -197,7 +232,8 @@ def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, config
     """
     warpgroup = lax.axis_index("warpgroup")
     M, K, _ = a.shape
-    stages, R, C, steps = config.stages, x_smem.shape[1], config.columns, K // X
+    (stages, R, X), C = x_smem.shape, config.columns
+    steps = K // X
     first = lax.axis_index("block")
     rounds = pl.cdiv(math.prod(cuts) - first, stride)
 
@@ -219,8 +255,9 @@ def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, config
             every = number * steps + i
             slot = lax.rem(every, stages)
             pl.when(every >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-            inputs = pl.ds(pl.multiple_of(i * X, X), X)
-            x, kernel = a.x.numbers.at[pl.ds(row, R), inputs], a.kernel.at[pl.ds(column, C), inputs]
+            inputs, outputs = pl.ds(pl.multiple_of(i * X, X), X), pl.ds(column, C)
+            x = a.x.at[pl.ds(row, R), inputs]
+            kernel = a.kernel.at[(outputs, inputs) if a.in_8_bits else (inputs, outputs)]
             for source, ring, shared in ((x, x_smem, "columns"), (kernel, kernel_smem, "rows")):
                 axes = "cluster" if config.cluster == shared else None
                 plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot], collective_axes=axes)
@@ -238,7 +275,8 @@ def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, config
                 slot = lax.rem(every, stages)
                 plgpu.barrier_wait(full.at[slot])
                 x = x_smem.at[slot, pl.ds(pl.multiple_of(warpgroup * 64, 64), 64)]
-                plgpu.wgmma(acc, x, kernel_smem.at[slot].transpose((1, 0)))
+                kernel = kernel_smem.at[slot]
+                plgpu.wgmma(acc, x, kernel.transpose((1, 0)) if a.in_8_bits else kernel)
 
             def done(every):
                 plgpu.barrier_arrive(free.at[lax.rem(every, stages)])
@@ -286,7 +324,7 @@ class _Finish:
 
     def __init__(self, a, y_gmem, slots, rows, column):
         self.a, self.y_gmem, self.slots, self.rows, self.column = a, y_gmem, slots, rows, column
-        self.x_scale = _load(a.x.scale.at[rows], PER_ROW)
+        self.out_scale = None if a.out_scale is None else a.out_scale[0]
         self.vectors = self.load(0)
 
     def columns(self, chunk: int):
@@ -307,11 +345,14 @@ class _Finish:
             if chunk + 1 < chunks:
                 self.vectors = self.load(chunk + 1)
             y = products[:, chunk * size : (chunk + 1) * size]
-            y = y * tiles.along_columns(scale, y.shape) * tiles.along_rows(self.x_scale, y.shape)
+            if scale is not None:
+                y *= tiles.along_columns(scale, y.shape)
             if bias is not None:
                 y += tiles.along_columns(bias.astype(jnp.float32), y.shape)
             if self.a.gelu:
-                y = _gelu(y)
+                y = _gelu(y, LOG2_TAIL_IN_8_BITS if self.a.out_dtype.itemsize == 1 else LOG2_TAIL)
+            if self.out_scale is not None:
+                y *= self.out_scale
             slot = self.slots.at[chunk % slots]
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
             slot[...] = y.astype(slot.dtype)
@@ -323,7 +364,7 @@ def _load(ref, layout):
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def _gelu(y):
+def _gelu(y, log2_tail: Sequence[float]):
     """y Phi(y), as `ops/gelu/mosaic_gpu.py` computes it."""
     size = jnp.minimum(jnp.abs(y), LARGEST)
-    return jnp.maximum(y, 0) - size * jnp.exp2(gelu_xla.polynomial(LOG2_TAIL, size))
+    return jnp.maximum(y, 0) - size * jnp.exp2(gelu_xla.polynomial(log2_tail, size))
