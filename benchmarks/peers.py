@@ -240,16 +240,19 @@ class Ours(Peer):
         self.state = jax.block_until_ready(self.engine.start())
 
     def extend(self, before: list[int], frames: int = 0, after: Sequence[int] = ()) -> None:
-        image, drawn = self.tokenizer.special.image, None
-        if before:
+        image = self.tokenizer.special.image
+        if frames > 1:
+            # While the first frames of a clip are on their way to the device.
             self.state, drawn = self.engine.step(self.state, [Row(before)])
+            before = []
         for first in range(0, frames, self.chunk):
             count = min(self.chunk, frames - first)
             pool = self.engine.encode([self.pixels[i % len(self.pixels)] for i in range(count)])
-            row = Row([image] * count, range(count))
+            row = Row([*before, *[image] * count], range(count))
             self.state, drawn = self.engine.step(self.state, [row], pool)
-        if after:
-            self.state, drawn = self.engine.step(self.state, [Row(list(after))])
+            before = []
+        if before or after:
+            self.state, drawn = self.engine.step(self.state, [Row([*before, *after])])
         jax.device_get(drawn.tokens)
 
     def talk(self, tokens: int) -> None:
