@@ -396,7 +396,7 @@ def _pixels(config, dtype, frames):
         pixels = preprocess(frame, image_size=config.image_size, mean=config.image_mean, std=config.image_std)
         return pixels.astype(dtype)
 
-    # Each by itself: to put whole frames into one array takes as long as all the rest.
+    # Each by itself: to put whole frames into one array takes longer than all the rest.
     return jnp.stack([fitted(strips) for strips in frames])
 
 
