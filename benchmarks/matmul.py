@@ -5,9 +5,10 @@ bfloat16, and in 8 bits by XLA and by our kernel.
     python benchmarks/matmul.py --tune --rows 25728 --budget 80
 
 A program makes several calls on operands of their own, so that starting it doesn't tell. All programs of as
-many rows are compiled side by side before the first is timed. In 8 bits the inputs come rounded, and `fc1`
-gives 8 bits too; beside them stands the norm, which rounds what `qkv` and `fc1` take. Rates are shares of a
-large matmul in bfloat16. Errors are ||y - exact|| / ||exact|| against float32: first of the operands that are
+many rows are compiled side by side before the first is timed. In 8 bits the inputs come rounded, `fc1` gives
+8 bits too, and `out` and `fc2` add their results to the residual stream; beside them stands the norm, which
+rounds what `qkv` and `fc1` take, and in bfloat16 adds what `out` and `fc2` give. Rates are shares of a large
+matmul in bfloat16. Errors are ||y - exact|| / ||exact|| against float32: first of the operands that are
 given, then of what they were rounded from.
 """
 
@@ -33,6 +34,7 @@ WIDTH, HIDDEN = 1280, 5120
 LAYERS = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "fc1": (WIDTH, HIDDEN), "fc2": (HIDDEN, WIDTH)}
 TINY = {"qkv": (256, 768), "fc1": (256, 512), "fc2": (512, 256)}
 BIASED = ("fc1", "fc2")
+ADDED = ("out", "fc2")  # To the residual stream, in 8 bits.
 SCALE = 32  # What numbers are multiplied with before they are rounded to 8 bits, inputs and results of fc1.
 FLOPS = 1e12  # That a program takes, about.
 MAX_CALLS = 24
@@ -51,6 +53,7 @@ CONFIGS = (
     Config(**FINE),
     Config(**FINE, lag=0),
     Config(**FINE, cluster="columns"),
+    Config(stages=3, lag=1, slots=4),
     Config(**SMALL, cluster=None),
     Config(**SMALL, cluster=None, lag=0),
     Config(**SMALL, cluster=None, lag=3),
@@ -137,7 +140,7 @@ def contenders(M: int, layer: str, shape: tuple[int, int], tune: bool):
             yield f"{dtype}, {name}", functools.partial(by_kernel, operands, config)
     if layer == "qkv":  # Before `fc1` it is the same.
         yield "norm", norm
-        yield "norm, in 8 bits", functools.partial(norm, out_dtype=jnp.float8_e4m3fn)
+        yield "norm, in 8 bits", norm_in_8_bits
 
 
 def arguments(layer: str, in_8_bits: bool, o) -> Arguments:
@@ -147,7 +150,8 @@ def arguments(layer: str, in_8_bits: bool, o) -> Arguments:
     x, kernel, scale = o["rounded"]
     out_scale = jnp.full(1, SCALE, jnp.float32) if gelu else None
     out_dtype = jnp.dtype("float8_e4m3fn" if gelu else "bfloat16")
-    return Arguments(x, kernel, scale, bias, out_scale, gelu=gelu, out_dtype=out_dtype)
+    residual = o["residual"] if layer in ADDED else None
+    return Arguments(x, kernel, scale, bias, out_scale, residual, gelu=gelu, out_dtype=out_dtype)
 
 
 def by_xla(operands, o):
@@ -158,9 +162,14 @@ def by_kernel(operands, config: Config, o):
     return many_rows(operands(o), config)
 
 
-def norm(o, out_dtype=None):
+def norm(o):
     """Of a sum, as in the encoder."""
-    return layer_norm(o["x"], o["weight"], o["weight"], eps=1e-5, add=o["branch"], out_dtype=out_dtype)
+    return layer_norm(o["x"], o["weight"], o["weight"], eps=1e-5, add=o["branch"])
+
+
+def norm_in_8_bits(o):
+    """Of the stream, to which the maps have added all."""
+    return layer_norm(o["x"], o["weight"], o["weight"], eps=1e-5, out_dtype=jnp.float8_e4m3fn)[0]
 
 
 def errors(layer: str, in_8_bits: bool, call, o) -> list[float]:
@@ -173,6 +182,9 @@ def errors(layer: str, in_8_bits: bool, call, o) -> list[float]:
     if not in_8_bits:
         return [off(y, exact)]
     a = arguments(layer, in_8_bits, o)
+    if a.residual is not None:
+        a = dataclasses.replace(a, out_dtype=jnp.dtype("float32"), residual=a.residual.astype(jnp.float32))
+        exact += a.residual
     own = jax.jit(IMPLEMENTATIONS["reference"].apply)(dataclasses.replace(a, out_dtype=jnp.dtype("float32")))
     return [off(y, own), off(y, exact if a.out_scale is None else exact * a.out_scale)]
 
@@ -191,8 +203,15 @@ def off(y, exact) -> float:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def make_operands(seed: int, M: int, K: int, N: int):
     """Of one call: in bfloat16, and rounded to 8 bits."""
-    keys = jax.random.split(jax.random.key(seed), 5)
-    shapes = {"x": (M, K), "branch": (M, K), "kernel": (K, N), "bias": (N,), "weight": (K,)}
+    shapes = {
+        "x": (M, K),
+        "branch": (M, K),
+        "residual": (M, N),
+        "kernel": (K, N),
+        "bias": (N,),
+        "weight": (K,),
+    }
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
     drawn = {
         name: jax.random.normal(key, shape, jnp.bfloat16)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)

@@ -103,6 +103,12 @@ class Linear(nnx.Module):
         x = self.without_bias(x, out_dtype)
         return x if self.bias is None else x + self.bias[...]
 
+    def add_to(
+        self, stream: Float[Array, "... D"], x: Float[Array, "..."], scale: Float[Array, " 1"] | None
+    ) -> Residual:
+        """The stream with what becomes of x, times `scale`: as a branch, which the next norm adds."""
+        return Residual(stream, self(x), scale)
+
     def without_bias(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """The product alone."""
         kernel = self.kernel[...]
@@ -171,8 +177,11 @@ class GeluMLP(nnx.Module):
         self.fc1 = Linear({"embed": size}, {"mlp": hidden}, bias=True, rngs=rngs, dtype=dtype)
         self.fc2 = Linear({"mlp": hidden}, {"embed": size}, bias=True, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.fc2(self.fc1.gelu(x, out_dtype=self.fc2.input_dtype))
+    def add_to(
+        self, stream: Float[Array, "B T D"], x: Float[Array, "B T D"], scale: Float[Array, " 1"] | None
+    ) -> Residual:
+        """The stream with what becomes of x, times `scale`."""
+        return self.fc2.add_to(stream, self.fc1.gelu(x, out_dtype=self.fc2.input_dtype), scale)
 
 
 INITIAL_GATE = math.pi / 4

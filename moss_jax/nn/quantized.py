@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float8e4m3fn
 
 from moss_jax.config import ConfigError, DecoderWeights, EncoderWeights
-from moss_jax.nn.layers import LayerNorm, Linear, parameter
+from moss_jax.nn.layers import LayerNorm, Linear, Residual, parameter
 from moss_jax.nn.model import MossVideo
 from moss_jax.nn.vision import VisionLayer
 from moss_jax.ops.fused_linear import fused_linear
@@ -82,6 +82,13 @@ class Fp8Linear(QuantizedLinear):
 
     def __call__(self, x: Float8e4m3fn[Array, "..."]) -> Float[Array, "..."]:
         return self._compute(x, out_dtype=self.dtype)
+
+    def add_to(
+        self, stream: Float[Array, "... D"], x: Float8e4m3fn[Array, "..."], scale: Float[Array, " 1"] | None
+    ) -> Residual:
+        """The stream with what becomes of x, times `scale`: added by the map itself."""
+        scale = None if scale is None else scale.astype(jnp.float32)
+        return Residual(self._compute(x, out_scale=scale, residual=stream, out_dtype=self.dtype))
 
     def gelu(self, x: Float8e4m3fn[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """The exact gelu of the map's result, as `Linear` has it."""

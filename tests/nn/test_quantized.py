@@ -17,8 +17,8 @@ from flax import nnx
 import moss_jax
 from moss_jax.config import PRESETS, ConfigError, EngineConfig, OptimizerConfig, TrainConfig
 from moss_jax.nn import MossVideo, decoder, is_quantized, quantize, quantized
-from moss_jax.nn.layers import Linear, Residual
-from moss_jax.nn.quantized import QuantizedLinear
+from moss_jax.nn.layers import Linear, Residual, remat
+from moss_jax.nn.quantized import Fp8Linear, QuantizedLinear
 from moss_jax.nn.vision import VisionLayer
 from moss_jax.ops.after_attention import api as after_attention
 from moss_jax.ops.fused_linear import api as fused_linear
@@ -110,9 +110,9 @@ def test_zeros_stay_zeros(dtype):
     assert np.isfinite(y).all()
 
 
-def vision_layers(config, dtype="float32"):
+def vision_layers(config, dtype="float32", gated=False):
     """A layer of the vision encoder whose columns have very different sizes, and the same in 8 bits."""
-    layer = VisionLayer(config, None, gated=False, rngs=nnx.Rngs(0), dtype=dtype)
+    layer = VisionLayer(config, None, gated=gated, rngs=nnx.Rngs(0), dtype=dtype)
     rng = np.random.default_rng(0)
     for path, x in nnx.to_flat_state(nnx.state(layer)):
         size = 10.0 ** rng.uniform(-2, 1, x.shape[-1])
@@ -132,10 +132,11 @@ def vision_config(small_config, **changes):
 
 def branches(layer, x):
     """What attention and the MLP of a layer add to x."""
+    zeros = jnp.zeros_like(x)
     normed, _ = layer.attention_norm.of_sum(Residual(x), layer.attention.qkv.input_dtype)
-    attended = layer.attention(normed)
+    attended = layer.attention.add_to(zeros, normed, None)
     normed, _ = layer.mlp_norm.of_sum(Residual(x), layer.mlp.fc1.input_dtype)
-    return attended, layer.mlp(normed)
+    return attended.sum(), layer.mlp.add_to(zeros, normed, None).sum()
 
 
 def test_an_encoders_layer_in_8_bits(small_config):
@@ -147,6 +148,43 @@ def test_an_encoders_layer_in_8_bits(small_config):
             assert 0.01 < np.linalg.norm(row - exact) / np.linalg.norm(exact) < 0.15
     # A frame doesn't tell in another's features.
     np.testing.assert_array_equal(branches(small, x)[0][:1], branches(small, x[:1])[0])
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_map_in_8_bits_adds_to_the_stream_itself(dtype, scale):
+    """As the next norm would, but for rounding."""
+    linear = random_linear({"heads": 4, "head_dim": 8}, {"embed": 24}, dtype=dtype)
+    small = Fp8Linear(linear, jnp.float32(1 / 8))
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(8 * rng.standard_normal((2, 5, 4, 8)), small.input_dtype)
+    stream = jnp.asarray(rng.standard_normal((2, 5, 24)), dtype)
+    scale = None if scale is None else jnp.full(1, scale, dtype)
+    found, later = small.add_to(stream, x, scale), Residual(stream, small(x), scale)
+    assert found.branch is None
+    assert found.x.dtype == dtype
+    size = np.abs(np.float32(stream)) + np.abs(np.float32(later.branch))
+    difference = np.abs(np.float32(found.x) - np.float32(later.sum()))
+    assert (difference <= float(jnp.finfo(dtype).eps) * size).all()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_encoders_layer_in_8_bits_leaves_no_branch(small_config, gated):
+    """Its stream is the one that it has if norms add the branches, but for what is rounded in another way."""
+    layer, small = vision_layers(vision_config(small_config, intermediate_size=128), "bfloat16", gated)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 16, 64)), jnp.bfloat16)
+    assert layer(Residual(x))[0].branch is not None
+    found, inputs = small(Residual(x))
+    assert found.branch is None
+    np.testing.assert_array_equal(inputs, x)
+    with mock.patch.object(Fp8Linear, "add_to", Linear.add_to):
+        later, _ = small(Residual(x))
+    assert later.branch is not None
+    expected = np.float32(later.sum())
+    # A number in bfloat16 that is another one can be the next one in 8 bits.
+    assert np.linalg.norm(np.float32(found.x) - expected) < 0.02 * np.linalg.norm(expected)
+    again, _ = remat(small, "full")(Residual(x))
+    np.testing.assert_array_equal(again.x, found.x)
 
 
 def test_nothing_that_is_rounded_is_out_of_range(small_config):
@@ -256,13 +294,17 @@ def lowered_vision_layer(config, prepare=lambda layer: None):
 
 
 def test_an_encoders_layer_is_kernels(small_config):
-    """Of sizes that the kernels take: both norms, and the map before the gelu; in 8 bits all four."""
+    """Of sizes that the kernels take: both norms, and the map before the gelu; in 8 bits all four maps.
+
+    These leave nothing to be added to the second norm.
+    """
     sizes = {"hidden_size": 768, "intermediate_size": 768, "num_heads": 8}
     config = dataclasses.replace(small_config().vision, **sizes)
-    for prepare, maps in ((lambda layer: None, 1), (quantized._to_float8, 4)):
+    for prepare, maps, arrays in ((lambda layer: None, 1, [4, 4]), (quantized._to_float8, 4, [4, 3])):
         lowered = lowered_vision_layer(config, prepare)
         assert lowered.count("call @many_rows") == maps
-        assert lowered.count("call @one_pass") == 2
+        norms = re.findall(r"call @one_pass\w*\((.*?)\)", lowered)
+        assert [len(given.split(",")) for given in norms] == arrays
 
 
 def test_a_frame_has_the_features_that_it_has_alone(compiled, small_config, random_model):

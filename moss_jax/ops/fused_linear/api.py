@@ -25,10 +25,11 @@ def fused_linear(
     *,
     gelu: bool = False,
     out_scale: Float32[Array, " 1"] | None = None,
+    residual: Float[Array, "... N"] | None = None,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "... N"]:
-    """`out_scale * act(x @ kernel * scale + bias)`, with the exact gelu as `act`, or nothing.
+    """`residual + out_scale * act(x @ kernel * scale + bias)`, with the exact gelu as `act`, or nothing.
 
     It has gradients, and where they are taken `mosaic_gpu` computes as `xla` does.
 
@@ -39,7 +40,8 @@ def fused_linear(
       bias: is added then; None for none.
       gelu: whether the gelu is taken of that.
       out_scale: what the results are multiplied with before they are rounded, so that they make use of 8
-        bits; 1 if None.
+        bits, or before the residual is added, as the gate of a branch; 1 if None.
+      residual: is added at last; in the dtype of the results, of 16 bits or more. None for none.
       out_dtype: of the results; that of x if None, but to be named for inputs in 8 bits. In float8_e4m3fn
         results must stay within 448: beyond, `mosaic_gpu` gives 448, and the others NaN.
       implementation: a name in `IMPLEMENTATIONS`; None takes the first of the platform's order that can.
@@ -55,7 +57,7 @@ def fused_linear(
         if x.dtype.itemsize == 1:
             raise ValueError(f"out_dtype must be named for inputs in {x.dtype}")
         out_dtype = x.dtype
-    a = Arguments(x, kernel, scale, bias, out_scale, gelu=gelu, out_dtype=jnp.dtype(out_dtype))
+    a = Arguments(x, kernel, scale, bias, out_scale, residual, gelu=gelu, out_dtype=jnp.dtype(out_dtype))
     return IMPLEMENTATIONS[choose(a, implementation)].apply(a)
 
 

@@ -21,6 +21,7 @@ class Arguments:
     scale: Float[Array, " N"] | None = None
     bias: Float[Array, " N"] | None = None
     out_scale: Float[Array, " 1"] | None = None
+    residual: Float[Array, "... N"] | None = None
     gelu: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
     out_dtype: jnp.dtype = dataclasses.field(kw_only=True, metadata={"static": True})
 
@@ -43,6 +44,15 @@ class Arguments:
             vector = getattr(self, name)
             if vector is not None and vector.shape != (size,):
                 raise ValueError(f"{name} must be {(size,)}; got {vector.shape}")
+        if (residual := self.residual) is None:
+            return
+        if self.out_dtype.itemsize == 1:
+            raise ValueError(f"a residual is for results of 16 bits or more, not for {self.out_dtype}")
+        shape = (*x.shape[:-1], self.outputs)
+        if (residual.shape, residual.dtype) != (shape, self.out_dtype):
+            raise ValueError(
+                f"residual is as the results, {self.out_dtype} {shape}; got {residual.dtype} {residual.shape}"
+            )
 
     @property
     def in_8_bits(self) -> bool:

@@ -12,7 +12,7 @@ Two thread blocks can be a cluster, whose tiles are neighbours and whose common 
 fetches a half of it for both.
 
 The last rows of tiles are moved back to end with the rows; those that two tiles share are written twice,
-alike.
+alike. So a residual must not lie where the results are written.
 
 M rows, K inputs, N outputs, R x C tile of a thread block, X inputs of a step
 """
@@ -63,7 +63,7 @@ class Config:
       cluster: what the two tiles of a cluster have side by side, "rows" (they share the weights) or "columns"
         (the inputs); None for no clusters.
       chunk: columns of the result that are finished at once, 64 or 32.
-      slots: chunks that are on their way to memory at once.
+      slots: chunks that are on their way to memory at once, or whose residual is on its way from there.
       blocks: thread blocks at most.
     """
 
@@ -114,6 +114,8 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
         return f"it takes bfloat16 or float8_e4m3fn, not {x.dtype}"
     if arguments.out_dtype not in known:
         return f"it gives bfloat16 or float8_e4m3fn, not {arguments.out_dtype}"
+    if arguments.residual is not None and not arguments.in_8_bits:
+        return "in bfloat16 it takes no residual; XLA's matmul is as fast, and adds it too"
     if not (arguments.in_8_bits or arguments.gelu):
         return "in bfloat16 it takes calls with a gelu; without one XLA's matmul is as fast"
     return misfit(arguments, default_config(arguments))
@@ -178,8 +180,9 @@ def many_rows(a: Arguments, config: Config) -> Float[Array, "... N"]:
     if reason := misfit(a, config):
         raise ValueError(reason)
     *rows, K = a.x.shape
-    a = dataclasses.replace(a, x=a.x.reshape(-1, K))
     M, _, N = a.shape
+    residual = None if a.residual is None else a.residual.reshape(M, N)
+    a = dataclasses.replace(a, x=a.x.reshape(M, K), residual=residual)
     R, C, X, stages = 64 * WARPGROUPS, config.columns, step_inputs(a), config.stages
     arrays, structure = jax.tree.flatten(a)
     cuts, size = config.cuts(M, N), 1 if config.cluster is None else 2
@@ -207,6 +210,7 @@ def many_rows(a: Arguments, config: Config) -> Float[Array, "... N"]:
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # One arrival a copy.
             "free": free,
             "ahead": plgpu.Barrier(),
+            "fetched": plgpu.Barrier(num_barriers=WARPGROUPS * config.slots),
         },
         grid=(clusters,),
         grid_names=("block",),
@@ -219,12 +223,13 @@ def many_rows(a: Arguments, config: Config) -> Float[Array, "... N"]:
     return y.reshape(*rows, N)
 
 
-def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, config, cuts, stride):
+def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, fetched, config, cuts, stride):
     """Tiles `block`, `block + stride`, and so on, of this cluster.
 
     No automatic barriers: the ring is written by copies alone, after the warpgroups have arrived at the
-    barrier that says that a slot is free, and read by products alone. A slot of `y_smem` is written after a
-    wait for the copy out of it, which is a barrier of the warpgroup; `commit_smem`, another one, stands
+    barrier that says that a slot is free, and read by products alone. A slot of `y_smem` is filled, by
+    threads or with a residual, after a wait for the copy out of it, which is a barrier of the warpgroup; a
+    residual's 16 rows are written over by the warp that has read them. `commit_smem`, another barrier, stands
     between that and the next copy.
 
     `ahead` goes from the first warpgroup to the second once a tile. The first is less than `stages` steps
@@ -267,7 +272,8 @@ def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, config
     def compute(number, _):
         row, column = place(number)
         row = pl.multiple_of(row + warpgroup * 64, UNIT)
-        finish = _Finish(a, y_gmem, y_smem.at[warpgroup], pl.ds(row, 64), column)
+        mine = [fetched.at[warpgroup * config.slots + slot] for slot in range(config.slots)]
+        finish = _Finish(a, y_gmem, y_smem.at[warpgroup], mine, pl.ds(row, 64), column)
         begin = number * steps
 
         def multiply(acc):
@@ -291,6 +297,7 @@ def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, config
             lax.fori_loop(1, lead, step, None)
             if config.lag:
                 pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(ahead))
+            finish.fetch_first()
             lax.fori_loop(lead, steps, step, None)
             plgpu.wgmma_wait(0)
             done(begin + steps - 1)
@@ -319,11 +326,13 @@ class _Finish:
     """What follows the product of a warpgroup's tile, chunk by chunk; made before the product.
 
     Then scales and bias of the first chunk are on their way during the product, and those of each other one
-    during the chunk before.
+    during the chunk before. A chunk's residual comes into the slot that its results leave from: of the first
+    chunks during the product, of each other one when the slot is free.
     """
 
-    def __init__(self, a, y_gmem, slots, rows, column):
-        self.a, self.y_gmem, self.slots, self.rows, self.column = a, y_gmem, slots, rows, column
+    def __init__(self, a, y_gmem, slots, fetched, rows, column):
+        self.a, self.y_gmem, self.rows, self.column = a, y_gmem, rows, column
+        self.slots, self.fetched = slots, fetched
         self.out_scale = None if a.out_scale is None else a.out_scale[0]
         self.vectors = self.load(0)
 
@@ -335,6 +344,21 @@ class _Finish:
         """The scale and bias of a chunk's columns."""
         vectors = (self.a.scale, self.a.bias)
         return [None if x is None else _load(x.at[self.columns(chunk)], PER_COLUMN) for x in vectors]
+
+    def fetch_first(self):
+        """Fetches the residual of as many chunks as there are slots, when the last tile has left them.
+
+        Some steps into the product, when that has happened.
+        """
+        if self.a.residual is not None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for chunk in range(len(self.fetched)):
+                self.fetch(chunk)
+
+    def fetch(self, chunk: int):
+        """Fetches the residual of a chunk."""
+        source, slot = self.a.residual.at[self.rows, self.columns(chunk)], chunk % len(self.fetched)
+        plgpu.copy_gmem_to_smem(source, self.slots.at[slot], self.fetched[slot])
 
     def __call__(self, products):
         """Finishes the tile and sends it to memory."""
@@ -354,10 +378,19 @@ class _Finish:
             if self.out_scale is not None:
                 y *= self.out_scale
             slot = self.slots.at[chunk % slots]
-            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            if self.a.residual is None:
+                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            else:
+                plgpu.barrier_wait(self.fetched[chunk % slots])
+                y += plgpu.load(slot, layout=tiles.MATRIX).astype(jnp.float32)
             slot[...] = y.astype(slot.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(slot, self.y_gmem.at[self.rows, self.columns(chunk)])
+            # A slot is filled again a chunk later, so that nothing waits for the copy that has just begun.
+            left = chunk - min(1, slots - 1)
+            if self.a.residual is not None and 0 <= left < chunks - slots:
+                plgpu.wait_smem_to_gmem(chunk - left, wait_read_only=True)
+                self.fetch(left + slots)
 
 
 def _load(ref, layout):

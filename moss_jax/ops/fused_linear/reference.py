@@ -25,4 +25,8 @@ def apply(a: Arguments) -> Float[Array, "... N"]:
     if a.bias is not None:
         y += a.bias.astype(jnp.float32)
     y = jax.nn.gelu(y, approximate=False) if a.gelu else y
-    return (y if a.out_scale is None else y * a.out_scale).astype(a.out_dtype)
+    if a.out_scale is not None:
+        y *= a.out_scale
+    if a.residual is not None:
+        y += a.residual.astype(jnp.float32)
+    return y.astype(a.out_dtype)

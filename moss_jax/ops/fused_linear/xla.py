@@ -27,7 +27,9 @@ def apply(a: Arguments) -> Float[Array, "... N"]:
         y = gelu(y, a.bias)
     elif a.bias is not None:
         y = y + a.bias
-    return (y if a.out_scale is None else y * a.out_scale).astype(a.out_dtype)
+    if a.out_scale is not None:
+        y = y * a.out_scale
+    return (y if a.residual is None else a.residual + y).astype(a.out_dtype)
 
 
 def _scaled_product(a: Arguments) -> Float[Array, "... N"]:

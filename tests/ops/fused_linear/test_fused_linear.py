@@ -30,12 +30,15 @@ TOLERANCE = {BFLOAT16: 8e-3, FLOAT8: 0.035}
 on_gpu = functools.partial(interpreted.kernel_on_gpu, mosaic_gpu)
 
 
-def inputs(rows, *, K=K, N=N, dtype=FLOAT8, bias=True, out_scale=None):
-    """The arguments of a call, for outputs of 0.01 to 10, by row."""
+def inputs(rows, *, K=K, N=N, dtype=FLOAT8, bias=True, out_scale=None, residual=None):
+    """The arguments of a call, for outputs of 0.01 to 10, by row; `residual` is the dtype of one."""
     rng = np.random.default_rng(0)
     size = 10.0 ** rng.integers(-2, 2, (*rows, 1))
     vector = rng.standard_normal(N).astype(BFLOAT16) if bias else None
     rest = {"bias": vector, "out_scale": None if out_scale is None else np.float32([out_scale])}
+    if residual is not None:
+        stream = np.random.default_rng(1).standard_normal((*rows, N))
+        rest["residual"] = stream.astype(residual)
     if dtype != FLOAT8:
         x, kernel = rng.standard_normal((*rows, K)) * size, rng.standard_normal((K, N)) / K**0.5
         return jax.tree.map(jnp.asarray, {"x": x.astype(dtype), "kernel": kernel.astype(dtype)} | rest)
@@ -57,7 +60,8 @@ def exact(given, gelu=False):
     y = given["x"] @ given["kernel"] if wide else given["x"] @ given["kernel"].T * given["scale"]
     y = y if given["bias"] is None else y + given["bias"]
     y = y * (1 + np.vectorize(math.erf)(y / math.sqrt(2))) / 2 if gelu else y
-    return y if given["out_scale"] is None else y * given["out_scale"]
+    y = y if given["out_scale"] is None else y * given["out_scale"]
+    return y + given.get("residual", 0)
 
 
 def off(actual, expected):
@@ -95,20 +99,35 @@ def test_in_8_bits_without_a_gelu(implementation, out_dtype):
     assert off(y, exact(given)) < TOLERANCE[out_dtype]
 
 
+@pytest.mark.parametrize("out_scale", [None, 0.25])
+def test_adds_a_residual(implementation, out_scale):
+    given = inputs((2, 68), out_scale=out_scale, residual=BFLOAT16)
+    y = fused_linear(**given, out_dtype=BFLOAT16, implementation=implementation)
+    assert (y.shape, y.dtype) == ((2, 68, N), BFLOAT16)
+    assert off(y, exact(given)) < TOLERANCE[BFLOAT16]
+
+
+def test_what_is_added_to_a_residual_is_not_rounded(implementation):
+    """Not where `out_scale` makes it smaller, whose results are in float32."""
+    given = inputs((136,), out_scale=0.25, residual=BFLOAT16)
+    y = fused_linear(**given, out_dtype=BFLOAT16, implementation=implementation)
+    assert off(y[:, 5], exact(given)[:, 5]) < 3e-3
+
+
 @pytest.mark.parametrize("name", ["xla", "reference"])
 @pytest.mark.parametrize("dtype", ["float32", FLOAT8], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "bias", "gelu", "out_scale"),
+    ("rows", "bias", "gelu", "out_scale", "residual"),
     [
-        ((3,), False, True, 3),
-        ((2, 5, 1), True, True, None),
-        ((), True, False, 0.5),
-        ((7,), False, False, None),
+        ((3,), False, True, 3, None),
+        ((2, 5, 1), True, True, None, "float32"),
+        ((), True, False, 0.5, "float32"),
+        ((7,), False, False, None, None),
     ],
     ids=str,
 )
-def test_plain_implementations(name, dtype, rows, bias, gelu, out_scale):
-    given = inputs(rows, K=64, N=24, dtype=dtype, bias=bias, out_scale=out_scale)
+def test_plain_implementations(name, dtype, rows, bias, gelu, out_scale, residual):
+    given = inputs(rows, K=64, N=24, dtype=dtype, bias=bias, out_scale=out_scale, residual=residual)
     y = fused_linear(**given, gelu=gelu, out_dtype="float32", implementation=name)
     assert (y.shape, y.dtype) == ((*rows, 24), jnp.float32)
     assert off(y, exact(given, gelu)) < 1e-5
@@ -143,6 +162,14 @@ def test_xla_is_one_after_the_other_bit_for_bit(dtype, gelu):
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT8], ids=str)
+def test_xla_adds_what_it_has_rounded_to_a_residual(dtype):
+    given = inputs((2, 68), dtype=dtype, residual=BFLOAT16) | {"out_dtype": BFLOAT16}
+    y = fused_linear(**given, implementation="xla")
+    residual = given.pop("residual")
+    np.testing.assert_array_equal(y, residual + fused_linear(**given, implementation="xla"))
+
+
 def pulled(function, *arguments):
     """The result and what a cotangent becomes; not jitted, so nothing is fused in another way."""
     y, pull = jax.vjp(function, *arguments)
@@ -151,11 +178,14 @@ def pulled(function, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "out_scale"), [(BFLOAT16, None), (BFLOAT16, 0.25), (FLOAT8, None)], ids=str
+    ("dtype", "out_scale", "residual"),
+    [(BFLOAT16, None, None), (BFLOAT16, 0.25, None), (FLOAT8, None, None), (FLOAT8, 0.25, BFLOAT16)],
+    ids=str,
 )
-def test_what_is_differentiated_is_xlas(platform, dtype, out_scale):
+def test_what_is_differentiated_is_xlas(platform, dtype, out_scale, residual):
     """Value and gradients: training computes the same on all platforms."""
-    given = {name: x for name, x in inputs((136,), dtype=dtype, out_scale=out_scale).items() if x is not None}
+    given = inputs((136,), dtype=dtype, out_scale=out_scale, residual=residual)
+    given = {name: x for name, x in given.items() if x is not None}
 
     def run(name, given):
         return fused_linear(**given, gelu=True, out_dtype=BFLOAT16, implementation=name)
@@ -190,7 +220,9 @@ def test_rows_stay_where_a_mesh_has_put_them():
         assert "reshape" not in jax.jit(xla.apply).lower(a).as_text()
 
 
-def abstract(*, M=1608, K=1280, N=1280, dtype="float8_e4m3fn", out_dtype="bfloat16", gelu=False):
+def abstract(
+    *, M=1608, K=1280, N=1280, dtype="float8_e4m3fn", out_dtype="bfloat16", gelu=False, residual=False
+):
     def s(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -198,7 +230,8 @@ def abstract(*, M=1608, K=1280, N=1280, dtype="float8_e4m3fn", out_dtype="bfloat
     kernel, scale = (s(N, K), s(N, dtype="float32")) if in_8_bits else (s(K, N), None)
     out_scale = s(1, dtype="float32") if jnp.dtype(out_dtype) == FLOAT8 else None
     x, bias = s(*np.atleast_1d(M), K), s(N, dtype="bfloat16")
-    return Arguments(x, kernel, scale, bias, out_scale, gelu=gelu, out_dtype=jnp.dtype(out_dtype))
+    stream = s(*np.atleast_1d(M), N, dtype=out_dtype) if residual else None
+    return Arguments(x, kernel, scale, bias, out_scale, stream, gelu=gelu, out_dtype=jnp.dtype(out_dtype))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +243,10 @@ def abstract(*, M=1608, K=1280, N=1280, dtype="float8_e4m3fn", out_dtype="bfloat
         ("gpu", {"N": 5120, "gelu": True, "out_dtype": "float8_e4m3fn"}, "mosaic_gpu"),
         ("gpu", {"N": 5120, "dtype": "bfloat16", "gelu": True}, "mosaic_gpu"),
         ("gpu", {"M": 128, "K": 384, "dtype": "bfloat16", "gelu": True}, "mosaic_gpu"),
+        ("gpu", {"M": (16, 1608), "K": 5120, "residual": True}, "mosaic_gpu"),
         ("gpu", {"N": 5120, "dtype": "bfloat16"}, "xla"),
+        ("gpu", {"K": 5120, "dtype": "bfloat16", "residual": True}, "xla"),
+        ("gpu", {"N": 5120, "dtype": "bfloat16", "residual": True, "gelu": True}, "xla"),
         ("gpu", {"N": 5120, "dtype": "float32", "gelu": True}, "xla"),
         ("gpu", {"M": 64}, "xla"),
         ("gpu", {"out_dtype": "float32"}, "xla"),
@@ -240,6 +276,10 @@ def test_the_first_of_the_platforms_order_that_can(platform, arguments, expected
             {"dtype": "bfloat16"},
             "in bfloat16 it takes calls with a gelu; without one XLA's matmul is as fast",
         ),
+        (
+            {"dtype": "bfloat16", "residual": True},
+            "in bfloat16 it takes no residual; XLA's matmul is as fast, and adds it too",
+        ),
     ],
 )
 def test_a_forced_name_that_cannot_fails_with_the_reason(arguments, reason):
@@ -262,6 +302,12 @@ def test_a_forced_name_that_cannot_fails_with_the_reason(arguments, reason):
             "kernels in float8_e4m3fn have a scale, others none; this is in bfloat16",
         ),
         ("float8_e4m3fn", {"scale": None}, "others none; this is in float8_e4m3fn"),
+        (
+            "float8_e4m3fn",
+            {"residual": (3, 24)},
+            "residual is as the results, bfloat16 (3, 24); got float32 (3, 24)",
+        ),
+        ("bfloat16", {"residual": (24,)}, "bfloat16 (3, 24); got float32 (24,)"),
     ],
 )
 def test_shapes_that_do_not_fit(dtype, changes, message):
@@ -272,6 +318,11 @@ def test_shapes_that_do_not_fit(dtype, changes, message):
     }
     with pytest.raises(ValueError, match=re.escape(message)):
         fused_linear(**given | changes, out_dtype=BFLOAT16)
+
+
+def test_results_in_8_bits_take_no_residual():
+    with pytest.raises(ValueError, match="of 16 bits or more, not for float8_e4m3fn"):
+        fused_linear(**inputs((3,), K=64, N=24, residual=FLOAT8), out_dtype=FLOAT8)
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ from moss_jax.ops.fused_linear.mosaic_gpu import (
 # Calls of the vision encoder's layers; rows of 1, 8 and 16 frames.
 LAYERS = {
     "qkv": {"K": 1280, "N": 3840},
-    "out": {"K": 1280, "N": 1280},
+    "out": {"K": 1280, "N": 1280, "residual": True},
     "fc1": {"K": 1280, "N": 5120, "gelu": True, "out_dtype": FLOAT8},
-    "fc2": {"K": 5120, "N": 1280},
+    "fc2": {"K": 5120, "N": 1280, "residual": True},
     "fc1 in bfloat16": {"K": 1280, "N": 5120, "gelu": True, "dtype": BFLOAT16},
 }
 ROWS = (1608, 8 * 1608, 16 * 1608)
@@ -64,6 +64,25 @@ def test_cut_in_many_ways(M, steps, N, config, dtype, out_dtype):
         y = many_rows(call(given, gelu=True, out_dtype=out_dtype), config)
     assert y.dtype == out_dtype
     assert off(y, exact(given, gelu=True)) < (2.5e-3 if out_dtype == BFLOAT16 else TOLERANCE[FLOAT8])
+
+
+@pytest.mark.parametrize("out_scale", [None, 0.25])
+@pytest.mark.parametrize(
+    ("M", "steps", "N", "config"),
+    [
+        (168, 3, 256, SMALL(blocks=1, columns=128, stages=3, chunk=32, slots=2, lag=1)),
+        (168, 3, 256, SMALL(blocks=1, columns=128, stages=3, chunk=32, slots=4, lag=0)),
+        (264, 4, 128, SMALL(blocks=2, cluster="rows", chunk=32, lag=3)),
+        (136, 2, 256, SMALL(blocks=4, cluster="columns", stages=2, lag=1)),
+    ],
+    ids=["4 chunks, 2 slots", "a slot each", "2 tiles share weights, 1 slot", "2 tiles share inputs"],
+)
+def test_a_residual_comes_into_the_slots(M, steps, N, config, out_scale):
+    """Tile after tile, of which the last are moved back."""
+    given = inputs((M,), K=steps * 128, N=N, out_scale=out_scale, residual=BFLOAT16)
+    with on_gpu():
+        y = many_rows(call(given), config)
+    assert off(y, exact(given)) < 2.5e-3
 
 
 @pytest.mark.parametrize("out_scale", [1 / 64, 1, 16, 448])
@@ -120,9 +139,11 @@ def test_lowers_for_a_gpu_without_one(M):
 def test_real_shapes(frames, layer):
     sizes = dict(LAYERS[layer])
     gelu, out_dtype = sizes.pop("gelu", False), sizes.pop("out_dtype", BFLOAT16)
+    sizes["residual"] = BFLOAT16 if sizes.get("residual") else None
     given = inputs((1608,), **sizes, out_scale=8 if out_dtype == FLOAT8 else None)
     expected = exact(given, gelu)
-    given["x"] = jnp.tile(given["x"], (frames, 1, 1))
+    for name in {"x", "residual"} & given.keys():
+        given[name] = jnp.tile(given[name], (frames, 1, 1))
     run = jax.jit(mosaic_gpu.apply)
     y = run(call(given, gelu, out_dtype))
     for frame in np.float32(y):
