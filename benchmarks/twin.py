@@ -187,4 +187,4 @@ class Twin(nnx.Module):
 
     def encode(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
         """The vectors of normalised frames, each on its own."""
-        return self.projector(self.compressor(self.vision(pixels.astype(self.dtype))))
+        return self.projector(self.compressor.of_frames(self.vision, pixels.astype(self.dtype)))

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from moss_jax.config import CompressorConfig, VisionConfig
+from moss_jax.config import CompressorConfig, Remat, VisionConfig
 from moss_jax.nn.layers import Linear
+from moss_jax.nn.vision import VisionEncoder
 
 
 class Compressor(nnx.Module):
@@ -36,6 +37,18 @@ class Compressor(nnx.Module):
         else:
             pooled = self._pool_windows(patches, size)
         return jnp.concatenate([x[:, :1], pooled.reshape(frames, size * size, channels)], axis=1)
+
+    def of_frames(
+        self, encoder: VisionEncoder, pixels: Float[Array, "B H W 3"], keep: Remat = "none"
+    ) -> Float[Array, "B N C"]:
+        """What the encoder gives, compressed.
+
+        Where a channel's result is of that channel alone, the encoder's states are compressed one by one, so
+        that it is small ones that are put side by side.
+        """
+        if self.merger is not None:
+            return self(encoder(pixels, keep))
+        return encoder(pixels, keep, each=self)
 
     def _pool_windows(self, patches, size):
         stride = self.config.stride

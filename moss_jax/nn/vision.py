@@ -3,6 +3,8 @@
 B frames, P positions (class token, patches, padding), H heads, D head or hidden width
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,9 +29,12 @@ class VisionAttention(nnx.Module):
         self.out = Linear(heads, {"embed": config.hidden_size}, rngs=rngs, dtype=dtype)
         self.implementation = implementation
 
-    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+    def add_to(
+        self, stream: Float[Array, "B P D"], x: Float[Array, "B P D"], scale: Float[Array, " 1"] | None
+    ) -> Residual:
+        """The stream with what becomes of x, times `scale`."""
         x = self_attention(self.qkv(x), out_dtype=self.out.input_dtype, implementation=self.implementation)
-        return self.out(x)
+        return self.out.add_to(stream, x, scale)
 
 
 class VisionLayer(nnx.Module):
@@ -54,9 +59,9 @@ class VisionLayer(nnx.Module):
     def __call__(self, residual: Residual) -> tuple[Residual, Float[Array, "B P D"]]:
         """The stream behind the layer, and its input with all branches added."""
         normed, inputs = self.attention_norm.of_sum(residual, out_dtype=self.attention.qkv.input_dtype)
-        residual = Residual(inputs, self.attention(normed), _tanh(self.attention_gate))
+        residual = self.attention.add_to(inputs, normed, _tanh(self.attention_gate))
         normed, x = self.mlp_norm.of_sum(residual, out_dtype=self.mlp.fc1.input_dtype)
-        return Residual(x, self.mlp(normed), _tanh(self.mlp_gate)), inputs
+        return self.mlp.add_to(x, normed, _tanh(self.mlp_gate)), inputs
 
 
 def _tanh(branch_gate):
@@ -101,31 +106,53 @@ class VisionEncoder(nnx.Module):
         self.layers = layers(config.num_layers, gated=False)
         self.global_layers = layers(config.num_global_layers, gated=True)
 
-    def __call__(self, pixels: Float[Array, "B H W 3"], keep: Remat = "none") -> Float[Array, "B P D"]:
-        """Encodes normalised frames; `keep` is `ModelConfig.remat`.
+    def __call__(
+        self,
+        pixels: Float[Array, "B H W 3"],
+        keep: Remat = "none",
+        each: Callable[[Float[Array, "B P D"]], Float[Array, "B N D"]] = lambda state: state,
+    ) -> Float[Array, "B N C"]:
+        """Encodes normalised frames.
+
+        Args:
+          keep: `ModelConfig.remat`.
+          each: is done with every state before they are put side by side.
 
         Returns:
-          [B, num_positions, output_size], the class token first.
+          [B, num_positions, output_size], the class token first, if `each` leaves the states as they are.
         """
         residual, inputs = _run(self.layers, Residual(self._embed(pixels)), keep)
         kept = [x for i, x in enumerate(inputs) if i in self.config.intermediate_layers]
         x, _ = self.post_norm.of_sum(residual)
         x += jnp.tanh(self.post_tile_gate[...]) * self.post_tile_embedding[ONE_TILE, 0]
         residual, _ = _run(self.global_layers, Residual(x), keep)
+        states = [each(x[:, : self.config.num_positions]) for x in (residual.sum(), *kept)]
+        # Or XLA would do what `each` does for one number of the stack after the other.
+        last, *kept = jax.lax.optimization_barrier(states)
         # The stack is on the last axis, so the states of one channel lie side by side.
-        stacked = jax.lax.collapse(jnp.stack(kept, axis=-1), 2)
-        return jnp.concatenate([residual.sum(), stacked], axis=-1)[:, : self.config.num_positions]
+        return jnp.concatenate([last, jax.lax.collapse(jnp.stack(kept, axis=-1), 2)], axis=-1)
 
     def _embed(self, pixels):
         """Patches with their embeddings, normalised, then padded with zeros."""
         grid, patch = self.config.grid, self.config.patch_size
         frames = pixels.shape[0]
         x = pixels.reshape(frames, grid, patch, grid, patch, 3).swapaxes(2, 3)
-        x = self.patch_embedding(x.reshape(frames, grid * grid, patch * patch * 3))
+        kernel = self.patch_embedding.kernel[...]
+        # Rows are made of 16 bytes each, or XLA's product takes a GPU three times as long.
+        missing = -len(kernel) % 8
+        x = jnp.pad(x.reshape(frames, grid * grid, len(kernel)), ((0, 0), (0, 0), (0, missing)))
+        kernel = jnp.pad(kernel, ((0, missing), (0, 0)))
+        x = jnp.matmul(x, kernel, preferred_element_type=kernel.dtype)
         x += jnp.tanh(self.pre_tile_gate[...]) * self.pre_tile_embedding[ONE_TILE, 0]
-        class_token = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[-1]))
-        x = jnp.concatenate([class_token, x], axis=1)
+        # The place of the class token and the padding are made at once: sums go into the same pass, but what
+        # is put side by side doesn't.
+        positions = self.config.num_positions
+        padding = -positions % POSITION_MULTIPLE
+        x = jnp.pad(x, ((0, 0), (1, padding), (0, 0)))
+        position = jnp.arange(positions + padding)[:, None]
+        x = jnp.where(position == 0, self.class_embedding[...], x)
         position_gate = jnp.tanh(self.position_gate[...])
-        x += (1 - position_gate) * self.position_embedding[...]
-        x += position_gate * self.tile_position_embedding[ONE_TILE, 0]
-        return jnp.pad(self.pre_norm(x), ((0, 0), (0, -x.shape[1] % POSITION_MULTIPLE), (0, 0)))
+        below = (0, padding), (0, 0)
+        x += jnp.pad((1 - position_gate) * self.position_embedding[...], below)
+        x += jnp.pad(position_gate * self.tile_position_embedding[ONE_TILE, 0], below)
+        return jnp.where(position < positions, self.pre_norm(x), 0)

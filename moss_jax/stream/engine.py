@@ -8,6 +8,7 @@ B slots, T tokens, F frames, P pool of encoded frames, N vectors a frame, D widt
 """
 
 import bisect
+import collections
 import dataclasses
 import functools
 import itertools
@@ -171,13 +172,13 @@ class Engine:
         if len(shapes) > 1:
             parts = [self.encode([frame]) for frame in frames]
         else:
-            parts, rest = [], list(frames)
-            while rest:
-                # As many as fill a bucket; of the last few, all.
-                whole = [size for size in ENCODE_BUCKETS[1:] if size <= len(rest)]
-                count = whole[-1] if whole else len(rest)
-                parts.append(self._encode_part(rest[:count]))
-                rest = rest[count:]
+            batches, parts, sent = list(_batches(list(frames))), [], collections.deque()
+            for batch in range(len(batches)):
+                # What is sent to the device waits for the programs called before, so from the second batch on
+                # the frames of the next are sent before one is encoded.
+                ahead = min(batch + 2, len(batches)) if batch else 1
+                sent.extend(map(self._send, batches[batch + len(sent) : ahead]))
+                parts.append(self._encode_sent(sent.popleft()))
         if len(parts) == 1:
             return parts[0]
         # As many rows as a power of two, so that few sizes of pool come to be compiled for.
@@ -237,15 +238,18 @@ class Engine:
                 drawn = self.step(self.start(), [row] * self.config.slots, pool)[1]
                 jax.block_until_ready(drawn)
 
-    def _encode_part(self, frames):
+    def _send(self, frames):
+        """Frames of one size, as many as fill a bucket, as `_pixels` takes them."""
         size = _bucket(len(frames), ENCODE_BUCKETS)
         missing, frames = size - len(frames), _in_strips(frames)
         # The program is called with a frame that lies on the host, since `device_put` takes Python half a
         # millisecond; of several, the first is to be sent but once, however often it fills the bucket.
         if size > 1:
             frames = jax.device_put(frames, self._perception)
-        pixels = self._pixels(frames + [frames[0]] * missing)
-        features = self._encode(self._encoder, pixels)
+        return frames + [frames[0]] * missing
+
+    def _encode_sent(self, frames):
+        features = self._encode(self._encoder, self._pixels(frames))
         return features if self.perception_device is None else jax.device_put(features, self._place)
 
     def _step_piece(self, state, rows, pool):
@@ -313,6 +317,20 @@ class _Feed:
     features: Float[Array, "B F N D"] | None
     row: Int[Array, "B F"]
     count: Int[Array, " B"]
+
+
+def _batches(frames: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """As many frames as fill a bucket; of the last few, all.
+
+    If they fill several, fewer of the first, so that the device begins sooner.
+    """
+    buckets = ENCODE_BUCKETS[1:]
+    sizes = buckets[:-1] if len(frames) > buckets[-1] else buckets
+    while frames:
+        whole = [size for size in sizes if size <= len(frames)]
+        count = whole[-1] if whole else len(frames)
+        yield frames[:count]
+        frames, sizes = frames[count:], buckets
 
 
 def _in_strips(frames: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
@@ -396,8 +414,12 @@ def _pixels(config, dtype, frames):
         pixels = preprocess(frame, image_size=config.image_size, mean=config.image_mean, std=config.image_std)
         return pixels.astype(dtype)
 
-    # Each by itself: to put whole frames into one array takes longer than all the rest.
-    return jnp.stack([fitted(strips) for strips in frames])
+    # Each is written to its place: to put them side by side would take another pass, and a slow one.
+    size = config.image_size
+    pixels = jnp.zeros((len(frames), size, size, 3), dtype)
+    for index, strips in enumerate(frames):
+        pixels = pixels.at[index].set(fitted(strips))
+    return pixels
 
 
 def _step(sampling, special, decoder, rules, state, tokens, lengths, new_turn, feed):

@@ -140,6 +140,34 @@ def test_few_programs_serve_every_row(model, tokenizer, frames):
     assert engine._pixels._cache_size() == engine._encode._cache_size() == len(ENCODE_BUCKETS)
 
 
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, [1]), (7, [7]), (16, [16]), (20, [8, 8, 4]), (60, [8, 16, 16, 16, 4])]
+)
+def test_batches_are_sent_before_the_one_ahead_of_them_is_encoded(make_engine, frames, count, sizes):
+    engine, seen = make_engine(), []
+    send, encode = engine._send, engine._encode_sent
+
+    def watched_send(batch):
+        seen.append(("send", len(batch)))
+        return send(batch)
+
+    def watched_encode(sent):
+        seen.append(("encode", None))
+        return encode(sent)
+
+    frames = (frames * 5)[:count]
+    with mock.patch.multiple(engine, _send=watched_send, _encode_sent=watched_encode):
+        pool = engine.encode(frames)
+    assert [size for what, size in seen if what == "send"] == sizes
+    what = [what for what, _ in seen]
+    for i in range(1, len(sizes)):
+        encodings = [k for k, x in enumerate(what) if x == "encode"]
+        assert what[: encodings[i]].count("send") == min(i + 2, len(sizes))
+    assert what[:2] == ["send", "encode"]
+    for i in (0, count // 2, count - 1):
+        np.testing.assert_allclose(pool[i], engine.encode(frames[i : i + 1])[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("lead", [[], [PENDING], [PENDING, 7]], ids=str)
 def test_more_frames_than_fit_come_in_pieces(lead):
     row = Row([*lead, *[IMAGE] * 600, 7, 8], range(600))

@@ -3,7 +3,8 @@
 A row lies in registers from its loads to its stores. Of few rows it is the way to memory and back that takes
 the time: each is spread over the four warps of a thread block, and all loads are on their way before the
 first is awaited. Of many it is the bytes: each row has a warp, which waits for no other, and there are
-registers for so many of them that enough bytes are on their way.
+registers for so many of them that enough bytes are on their way. Where a row is all there is to load, that
+takes more: a warp has many rows one after another, and the next is on its way while it computes one.
 
 M rows, R rows of a thread block, D width
 """
@@ -30,6 +31,7 @@ MAX_WIDTH_OF_WARP = 2048  # One for which a warp has, if several thread blocks a
 # Of wider ones: at 4,096, 64 rows took both about as long, and 8,192 rows took XLA 51 us and this kernel 70.
 # Between these nothing was measured.
 MAX_WIDE_ROWS = 1024
+RESIDENT = 4 * 132  # Thread blocks of a GPU whose warps have many rows: those that there are registers for.
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
@@ -87,18 +89,21 @@ def one_pass(a: Arguments, warps: int) -> tuple[Float[Array, "M D"], Float[Array
     """
     if warps not in (1, WARPS) or len(a.x) < WARPS // warps:
         raise ValueError(f"1 warp a row, if there are {WARPS} rows, or {WARPS}; not {warps} for {len(a.x)}")
+    blocks = pl.cdiv(len(a.x), WARPS // warps)
+    if warps == 1 and a.add is None:
+        blocks = min(blocks, RESIDENT)
     arrays, structure = jax.tree.flatten(a)
     out_type = [jax.ShapeDtypeStruct(a.x.shape, a.normed_dtype)]
     if a.add is not None:
         out_type.append(jax.ShapeDtypeStruct(a.x.shape, a.x.dtype))
 
     def kernel(*refs):
-        _kernel(structure.unflatten(refs[: len(arrays)]), *refs[len(arrays) :], warps=warps)
+        _kernel(structure.unflatten(refs[: len(arrays)]), *refs[len(arrays) :], warps=warps, blocks=blocks)
 
     normed, *y = plgpu.kernel(
         kernel,
         out_type=out_type,
-        grid=(pl.cdiv(len(a.x), WARPS // warps),),
+        grid=(blocks,),
         grid_names=("block",),
         # Nobody reads what is written, and sums across warps have barriers of their own.
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
@@ -106,17 +111,20 @@ def one_pass(a: Arguments, warps: int) -> tuple[Float[Array, "M D"], Float[Array
     return normed, *(y or [a.x])
 
 
-def _kernel(a, normed_gmem, y_gmem=None, *, warps):
-    """R rows; the last block moves back to end with the last row, and computes again what it then shares."""
+def _kernel(a, normed_gmem, y_gmem=None, *, warps, blocks):
+    """R rows, or many times R; the last of them end with the last row, and may be computed twice, alike."""
     (rows, width), R = a.x.shape, WARPS // warps
     layout = _layout(width, warps)
-    mine = pl.ds(jnp.minimum(lax.axis_index("block") * R, rows - R), R)
+    parts, block = pl.cdiv(rows, R), lax.axis_index("block")
 
     def load(ref, layout):
         return plgpu.load(ref, layout=layout, optimized=False)
 
     def load_vectors():
         return [load(ref, layout.reduce(0)) for ref in (a.weight, a.bias) if ref is not None]
+
+    def place(part):
+        return pl.ds(jnp.minimum(part * R, rows - R), R)
 
     def spread(vector, axis):
         """One number a row (axis 0) or a column (axis 1) for all of it, in float32."""
@@ -126,10 +134,33 @@ def _kernel(a, normed_gmem, y_gmem=None, *, warps):
     def mean(x):
         return x.sum(axis=1) * (1 / width)
 
-    x = load(a.x.at[mine], layout)
-    branch = None if a.add is None else load(a.add.at[mine], layout)
+    def store_norm(x, vectors, at):
+        wide = x.astype(jnp.float32)
+        if a.centred:
+            wide -= spread(mean(wide), 0)
+        wide *= spread(lax.rsqrt(mean(wide * wide) + a.eps), 0)
+        wide *= spread(vectors[0], 1)
+        if a.centred:
+            wide += spread(vectors[1], 1)
+        normed_gmem[at] = wide.astype(normed_gmem.dtype)
+
+    x = load(a.x.at[place(block)], layout)
+    if warps == 1 and a.add is None:
+
+        def step(i, x):
+            part = block + i * blocks
+            after = load(a.x.at[place(part + blocks)], layout)
+            # Every time, or there would be registers for fewer thread blocks.
+            store_norm(x, load_vectors(), place(part))
+            return after
+
+        lax.fori_loop(0, pl.cdiv(parts - block, blocks), step, x)
+        return
+
+    at = place(block)
+    branch = None if a.add is None else load(a.add.at[at], layout)
     if a.scale is not None:
-        scale = a.scale[0] if a.scale.shape == (1,) else load(a.scale.at[mine], layout.reduce(1))
+        scale = a.scale[0] if a.scale.shape == (1,) else load(a.scale.at[at], layout.reduce(1))
     if warps > 1:
         vectors = load_vectors()
 
@@ -139,19 +170,11 @@ def _kernel(a, normed_gmem, y_gmem=None, *, warps):
             branch *= spread(scale, 0) if scale.ndim else scale.astype(jnp.float32)
         # It is the rounded sum that is normed, as it is what comes next that sees it.
         x = (x.astype(jnp.float32) + branch).astype(x.dtype)
-        y_gmem[mine] = x
+        y_gmem[at] = x
     if warps == 1:
         # Only now that the branch's registers are free; other rows have brought them into the cache.
         vectors = load_vectors()
-
-    wide = x.astype(jnp.float32)
-    if a.centred:
-        wide -= spread(mean(wide), 0)
-    wide *= spread(lax.rsqrt(mean(wide * wide) + a.eps), 0)
-    wide *= spread(vectors[0], 1)
-    if a.centred:
-        wide += spread(vectors[1], 1)
-    normed_gmem[mine] = wide.astype(normed_gmem.dtype)
+    store_norm(x, vectors, at)
 
 
 def _layout(width: int, warps: int):

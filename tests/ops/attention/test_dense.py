@@ -73,7 +73,7 @@ def interpreting():
     def add_products(totals, a, b):
         return tuple(total + dot(a, x) for total, x in zip(totals, b, strict=True))
 
-    def products(first, second, between, meanwhile, take, overlap):
+    def products(first, second, between, meanwhile, take, vectors, overlap):
         between()
         return add_products(*second), take(product(*first, meanwhile))
 
@@ -81,6 +81,7 @@ def interpreting():
         return tiles.tile((*shape, part[1]), dtype)
 
     replaced = {"product": product, "products": products, "add_products": add_products, "_room": room}
+    replaced["anywhere"] = jnp.max
     with mock.patch.multiple(dense, **replaced), interpreted.on_gpu():
         yield
 
@@ -128,6 +129,46 @@ def test_no_more_of_the_first_tile_is_masked_than_must_be():
         for block_kv in (16, 64, 96, 128):
             rest = P % block_kv or block_kv
             assert rest <= dense._first(P, block_kv) <= min(rest + 8, block_kv)
+
+
+def with_peaks(qkv, heads, keys, exceed):
+    """Such that scores of all queries with these keys exceed those with others by so much, in powers of 2."""
+    qkv = np.asarray(qkv, np.float32) / 4
+    D = qkv.shape[-1]
+    qkv[:, :, :2, heads, 0] = 0
+    qkv[:, :, 0, heads, 0] = 8
+    qkv[:, np.array(keys)[:, None], 1, heads, 0] = exceed / tiles.LOG2E * D**0.5 / 8
+    return jnp.asarray(qkv, "bfloat16")
+
+
+@pytest.mark.parametrize("exceed", [40, 94, 100, 600])
+@pytest.mark.parametrize("W", [2, 3])
+def test_scores_may_exceed_those_of_the_first_tile_by_any_number(W, exceed):
+    """In some blocks they do, in others not; after a block that is walked again comes another."""
+    config = DenseConfig(warpgroups=W, block_kv=64, stages=3, blocks=2)
+    qkv = with_peaks(draw(1, 200, 5, 64), [0, 3], [70, 120], exceed)
+    with interpreting():
+        out = dense.dense(qkv, config)
+    close(out, exact(qkv), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize(
+    ("exceed", "vote", "right"), [(600, jnp.max, True), (600, jnp.min, False), (0, jnp.max, True)]
+)
+def test_blocks_are_walked_again_where_sums_exceed_the_most(exceed, vote, right):
+    """None are if nobody hears that they should be; with a limit of 0, in the last case, all are."""
+    qkv = with_peaks(draw(1, 200, 3, 64), [0, 2], [70], exceed)
+    qkv = qkv.at[:, ::64, 0].set(0)  # A row of each block has nothing to exceed.
+    most = 0 if exceed == 0 else dense.MOST["bfloat16"]
+    with (
+        interpreting(),
+        mock.patch.object(dense, "anywhere", vote),
+        mock.patch.dict(dense.MOST, bfloat16=most),
+    ):
+        out = dense.dense.__wrapped__(qkv, DenseConfig(block_kv=64, stages=3, blocks=2))
+    assert np.isfinite(np.asarray(out, np.float32)).all() == right
+    if right:
+        close(out, exact(qkv), TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("D", [64, 80])
@@ -347,6 +388,18 @@ def test_on_a_gpu(B, P, H, D, dtype, out_dtype):
 def test_every_way_to_cut_it(changes):
     qkv = draw(2, 328, 4, 80)
     close(dense.dense(qkv, DenseConfig(**changes)), exact(qkv), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes", [{}, {"warpgroups": 3, "block_kv": 96, "wide_values": False, "blocks": 7}]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("exceed", [12, 94, 98, 600])
+def test_peaks_on_a_gpu(changes, dtype, exceed):
+    qkv = with_peaks(draw(2, 1608, 6, 80), [0, 3], [70, 400, 1200], exceed).astype(dtype)
+    for _ in range(3):
+        close(dense.dense(qkv, DenseConfig(**changes)), exact(qkv), TOLERANCE[dtype])
 
 
 @pytest.mark.gpu

@@ -10,6 +10,13 @@ to end with the positions. The keys that it shares with its neighbour are masked
 the walk has a mask. The last block of queries is moved back too: queries that two blocks share are written
 twice, alike.
 
+
+A weight is the power of 2 by which its score exceeds the maximum of its row in the first tile, and nobody
+looks for another maximum: float32 and bfloat16 have room for weights far above 1, so nothing has to be scaled
+again, and the softmax of a tile is short. Where the weights of a row become too large for that after all, its
+block is walked once more, with the maximum of all that has been seen, when the thread block has done all
+others.
+
 Lines of 80 numbers don't fill the 128 bytes that copies and tensor core like best. A head of 80 columns can
 lie in shared memory as 64 columns in lines of 128 bytes beside 16 in lines of 32, instead of 80 in lines of
 32: the copy engine then moves 2 pieces a vector, not 5.
@@ -21,10 +28,13 @@ import dataclasses
 import functools
 
 import jax
+import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.ops import tiles
@@ -33,7 +43,16 @@ from moss_jax.ops.tiles import LOG2E, MATRIX, NEVER, PER_ROW
 ROWS = 64  # Queries of a warpgroup: the rows of the tensor core's tiles.
 SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.
 UNIT = 8  # Positions come in multiples of this, the rows of a piece that the copy engine moves.
+# Sums of weights are below this, or a row needs its own maximum: then they and their products with values are
+# far from the largest numbers of their dtypes.
+MOST = {"bfloat16": 2.0**96, "float16": 2.0**15}
 DEPTH = 16  # Keys that a product with values takes at once from lines of 32 bytes, but 64 from lines of 128.
+
+# Any thread's $1, for all of a warpgroup, by its own barrier.
+VOTE = (
+    "{ .reg .pred mine, any; setp.ne.b32 mine, $1, 0; barrier.cta.red.or.pred.aligned any, $2, 128, mine; "
+    "selp.b32 $0, 1, 0, any; }"
+)
 
 # Registers of a thread that computes, and of one that fetches, by the number of warpgroups that compute. All
 # together they are those that the thread block is started with; with more, it would wait for them for ever.
@@ -154,6 +173,9 @@ def dense(
             "k_free": barrier(W, stages),
             "v_free": barrier(W, stages),
             "turn": barrier(1, W),
+            # Of each block and warpgroup, whether it must be walked again, and that all of that is known.
+            "again": plgpu.SMEM((pl.cdiv(B * H * pl.cdiv(P, W * ROWS), blocks), W), jnp.int32),
+            "walked": barrier(W, 1),
         },
         grid=(blocks,),
         grid_names=("block",),
@@ -232,6 +254,8 @@ def _kernel(
     k_free,
     v_free,
     turn,
+    again,
+    walked,
     config,
     stride,
     scale,
@@ -273,19 +297,31 @@ def _kernel(
             plgpu.copy_gmem_to_smem(source, room, barrier)
             column += width
 
+    def repeat(walk):
+        """Walks once more through the blocks of which a warpgroup says so."""
+        plgpu.barrier_wait(walked)
+
+        def look(number, before):
+            needed = sum(again[number, i] for i in range(W)) > 0
+            pl.when(needed)(lambda: walk(number, before))
+            return before + needed.astype(jnp.int32)
+
+        lax.fori_loop(0, rounds, look, rounds)
+
     @pl.when(warpgroup == W)
     def _():
         plgpu.set_max_registers(REGISTERS[W][1], action="decrease")
 
-        def walk(number, _):
+        def walk(number, before):
+            """Fetches a block, after so many others."""
             batch, head, at = place(number)
 
             def queries(i):
-                pl.when(number > 0)(lambda: plgpu.barrier_wait(q_free.at[i]))
+                pl.when(before > 0)(lambda: plgpu.barrier_wait(q_free.at[i]))
                 fetch(0, batch, head, at + i * ROWS, [room.at[i] for room in q_smem], q_ready.at[i])
 
             def tile(step, at, vectors, v_smem):
-                every = number * steps + step
+                every = before * steps + step
                 slot = lax.rem(every, stages)
                 for which, rooms, ready, free in ((1, k_smem, k_ready, k_free), (2, v_smem, v_ready, v_free)):
                     pl.when(every >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
@@ -297,7 +333,8 @@ def _kernel(
             tile(0, P - F, F, v_first)
             lax.fori_loop(1, steps, lambda i, _: tile(i, pl.multiple_of((i - 1) * X, UNIT), X, v_smem), None)
 
-        lax.fori_loop(0, rounds, walk, None)
+        lax.fori_loop(0, rounds, lambda number, _: walk(number, number), None)
+        repeat(walk)
 
     @pl.when(warpgroup < W)
     def _():
@@ -323,15 +360,20 @@ def _kernel(
             if config.turns:
                 plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, W)])
 
-        def softmax(scores, top):
-            """The weights, the new maximum, how much less the old weights count, and the sum of the new."""
-            new_top = jnp.maximum(top, scores.max(axis=1) * scale)
-            weights = jnp.exp2(scores * scale - tiles.along_rows(new_top, scores.shape))
-            return weights, new_top, jnp.exp2(top - new_top), weights.sum(axis=1)
+        def weigh(scores, top):
+            """The weights and their sum."""
+            weights = jnp.exp2(scores * scale - tiles.along_rows(top, scores.shape))
+            return weights, weights.sum(axis=1)
 
-        def block(number, _):
+        def softmax(scores, top):
+            """The weights, their sum, the new maximum, and how much less the old weights count."""
+            new_top = jnp.maximum(top, scores.max(axis=1) * scale)
+            return *weigh(scores, new_top), new_top, jnp.exp2(top - new_top)
+
+        def block(number, before, take):
+            """Computes a block, after so many others; the first tile has the maximum if `take` is `weigh`."""
             batch, head, at = place(number)
-            start = number * steps
+            start = before * steps
 
             # The moved tile: keys of the whole tiles are not its own.
             slot = lax.rem(start, stages)
@@ -344,7 +386,7 @@ def _kernel(
                 # One number a key: to find the column of every score would take divisions by F.
                 column = plgpu.broadcasted_iota(jnp.int32, (F,), 0, layout=tiles.PER_COLUMN)
                 scores = jnp.where(tiles.along_columns(column, scores.shape) >= others, scores, NEVER)
-            weights, top, _, total = softmax(scores, tiles.full((ROWS,), NEVER, PER_ROW))
+            weights, total, top, _ = softmax(scores, tiles.full((ROWS,), NEVER, PER_ROW))
             out = tuple(tiles.full((ROWS, tile.shape[1]), 0, MATRIX) for tile in values(slot))
 
             def await_keys(step):
@@ -360,19 +402,28 @@ def _kernel(
                 def between():
                     plgpu.barrier_wait(v_ready.at[before])
 
-                def take(scores):
+                def taken(scores):
                     plgpu.barrier_arrive(k_free.at[slot])
-                    found = lax.optimization_barrier(softmax(scores, top))
+                    found = lax.optimization_barrier(take(scores, top))
                     # A branch, or the compiler would put the wait for the second product before the softmax.
                     await_keys(step + 1)
                     return found
 
-                out, (weights, top, decay, summed) = products(
-                    (q, keys(slot)), (out, narrow, values(before)), between, end_turn, take, config.overlap
+                out, (weights, summed, *moved) = products(
+                    (q, keys(slot)),
+                    (out, narrow, values(before)),
+                    between,
+                    end_turn,
+                    taken,
+                    1 if take is weigh else 3,
+                    config.overlap,
                 )
                 plgpu.barrier_arrive(v_free.at[before])
-                out = tuple(x * tiles.along_rows(decay, x.shape) for x in out)
-                return out, weights.astype(qkv_gmem.dtype), top, total * decay + summed
+                if moved:
+                    top, decay = moved
+                    out = tuple(x * tiles.along_rows(decay, x.shape) for x in out)
+                    total *= decay
+                return out, weights.astype(qkv_gmem.dtype), top, total + summed
 
             await_keys(1)
             carry = out, weights.astype(qkv_gmem.dtype), top, total
@@ -397,8 +448,14 @@ def _kernel(
             plgpu.commit_smem()
             rows = pl.ds(pl.multiple_of(at + warpgroup * ROWS, UNIT), ROWS)
             plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[batch, rows, head])
+            if take is weigh:
+                again[number, warpgroup] = anywhere(jnp.where(total < MOST[str(qkv_gmem.dtype)], 0, 1))
 
-        lax.fori_loop(0, rounds, block, None)
+        lax.fori_loop(0, rounds, lambda number, _: block(number, number, weigh), None)
+        # What is computed again is written behind what it replaces.
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(walked)
+        repeat(functools.partial(block, take=softmax))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -424,11 +481,11 @@ def add_products(totals, a, b):
     return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, totals)))
 
 
-def products(first, second, between, meanwhile, take, overlap):
+def products(first, second, between, meanwhile, take, vectors, overlap):
     """`product(*first)` through `take`, beside `add_products(*second)`.
 
-    `between` is done after the first has been given to the tensor core, `meanwhile` after both have. With
-    `overlap`, `take` doesn't wait for the second.
+    `take` gives a matrix and so many numbers a row. `between` is done after the first has been given to the
+    tensor core, `meanwhile` after both have. With `overlap`, `take` doesn't wait for the second.
     """
     (a, b), (totals, c, d) = first, second
     shape = a[0].shape[0], b[0].shape[1]
@@ -445,8 +502,30 @@ def products(first, second, between, meanwhile, take, overlap):
         for ref, x in zip(taken, take(scores), strict=True):
             ref[...] = x
 
-    rows = tiles.full(shape[:1], 0, PER_ROW)
     nothing = tiles.full(shape, 0, MATRIX)
-    initial = plgpu.ACC.init(nothing), tuple(map(plgpu.ACC.init, totals)), (nothing, rows, rows, rows)
+    rows = (tiles.full(shape[:1], 0, PER_ROW),) * vectors
+    initial = plgpu.ACC.init(nothing), tuple(map(plgpu.ACC.init, totals)), (nothing, *rows)
     _, totals, taken = pl.run_state(multiply)(initial)
     return totals, taken
+
+
+def anywhere(flags):
+    """1 if any of the numbers that a warpgroup has one a row is 1, else 0."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(PER_ROW,),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
+    )
+    def vote(_, flags):
+        i32 = ir.IntegerType.get_signless(32)
+        mine = functools.reduce(arith.ori, (mgpu.utils.bitcast(x, i32) for x in flags.registers.flat))
+        found = llvm.inline_asm(
+            i32,
+            [mine, mgpu.utils.warpgroup_barrier_idx(sync=False)],
+            VOTE,
+            "=r,r,r,~{memory}",
+            has_side_effects=True,
+        )
+        return mgpu.FragmentedArray.splat(found, shape=(), is_signed=True)
+
+    return vote(flags)
