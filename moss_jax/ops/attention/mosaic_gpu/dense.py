@@ -10,12 +10,12 @@ to end with the positions. The keys that it shares with its neighbour are masked
 the walk has a mask. The last block of queries is moved back too: queries that two blocks share are written
 twice, alike.
 
-
 A weight is the power of 2 by which its score exceeds the maximum of its row in the first tile, and nobody
 looks for another maximum: float32 and bfloat16 have room for weights far above 1, so nothing has to be scaled
 again, and the softmax of a tile is short. Where the weights of a row become too large for that after all, its
 block is walked once more, with the maximum of all that has been seen, when the thread block has done all
-others.
+others. (If that is one of two blocks that share queries, either result of these may stay; they are rounded
+differently.)
 
 Lines of 80 numbers don't fill the 128 bytes that copies and tensor core like best. A head of 80 columns can
 lie in shared memory as 64 columns in lines of 128 bytes beside 16 in lines of 32, instead of 80 in lines of
