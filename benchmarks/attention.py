@@ -20,7 +20,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import logging
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -29,14 +28,13 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from attention_cases import CASES, Bank, Case, Checker, Rest, arguments, make_inputs
-from report import add_out, device, publish
+from report import add_out, device, first_line, known, make_parser, publish, say
+from timing import SHARED_BYTES, line, measure_ceilings, named, timed
 
 from moss_jax.ops.attention import IMPLEMENTATIONS, tuning
 
 MAX_SCORE_BYTES = 4e9
-ENOUGH_SECONDS = 0.02  # Of one sample, so that starting and awaiting it doesn't tell.
 MAX_ERROR = 0.03  # Of a configuration that counts as right.
-SHARED_BYTES = 227 * 1024  # Of a Hopper multiprocessor.
 
 # Share by which times of the same program differ.
 NOISE = 0.02
@@ -73,9 +71,7 @@ class Contender:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--cases", default="all", help="all, decode, staircase, or names, comma-separated")
     parser.add_argument("--implementations", help="names, comma-separated; all if not given")
     parser.add_argument("--repeats", type=int, default=15, help="samples of each time")
@@ -104,16 +100,10 @@ def main() -> None:
     rows = tune(cases, args) if args.tune else compare(cases, chosen, args.repeats, result["ceilings"])
     if "tokamax" in sys.modules:
         result["tokamax"] = importlib.metadata.version("tokamax")
-    flags = {name: "" if value is True else value for name, value in vars(args).items()}
-    given = {name: value for name, value in flags.items() if name == "out" or value not in (None, False)}
-    publish("attention.py", argparse.Namespace(**given), result | {"rows": rows})
+    publish("attention.py", args, result | {"rows": rows})
     for row in rows:
         if not args.tune or "best" in row:
             say(line(row))
-
-
-def known(parser: argparse.ArgumentParser, table: dict, name: str):
-    return table[name] if name in table else parser.error(f"no {name}; there are {', '.join(table)}")
 
 
 def compare(cases: list[Case], chosen: list[Contender], repeats: int, ceilings: dict) -> list[dict]:
@@ -176,32 +166,6 @@ def build(case: Case, attend: Callable):
         return out, backward(rest.d_out)
 
     return jax.jit(gradients if case.gradients else chain)
-
-
-def timed(program, inputs, calls: int, repeats: int) -> dict[str, float]:
-    """Microseconds of one of the program's calls: median, least, most."""
-    jax.block_until_ready(program(*inputs))
-    started = time.perf_counter()
-    jax.block_until_ready(program(*inputs))
-    rounds = min(max(round(ENOUGH_SECONDS / (time.perf_counter() - started)), 1), 200)
-    samples = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for _ in range(rounds):
-            result = program(*inputs)
-        jax.block_until_ready(result)
-        samples.append(1e6 * (time.perf_counter() - started) / (rounds * calls))
-    return {"us": statistics.median(samples), "us_min": min(samples), "us_max": max(samples)}
-
-
-def measure_ceilings(tiny: bool) -> dict[str, float]:
-    """The best of several large copies, counting bytes read and written, and of several large matmuls."""
-    numbers, side = (2**18, 256) if tiny else (2**29, 8192)
-    x = jax.random.bits(jax.random.key(0), (numbers,), jnp.uint32)
-    copy = timed(jax.jit(lambda x: x + 1), (x,), 1, 10)["us_min"]
-    a, b = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16)
-    matmul = timed(jax.jit(jnp.matmul), (a, b), 1, 10)["us_min"]
-    return {"copy_tb_s": 2 * x.nbytes / copy / 1e6, "matmul_tflop_s": 2 * side**3 / matmul / 1e6}
 
 
 def contenders() -> list[Contender]:
@@ -359,8 +323,8 @@ def try_configs(case: Case, best: dict, inputs, repeats: int, deadline: float) -
         if time.monotonic() > deadline:
             break
         usual = best or BACKWARD[0]
-        named = ", ".join(f"{name} {size}" for name, size in sizes.items() if size != usual.get(name))
-        row = {"case": case.name, "implementation": named or "as before", "config": sizes}
+        changes = {name: size for name, size in sizes.items() if size != usual.get(name)}
+        row = {"case": case.name, "implementation": named(changes) or "as before", "config": sizes}
         try:
             config = config_class(**sizes)
             program = build(case, lambda case, *x, config=config: kernel(arguments(case, *x), config))
@@ -397,28 +361,6 @@ def candidates(case: Case, best: dict) -> list[dict]:
         return [BACKWARD[0] | sizes for sizes in found]
     key = 2 * case.head_dim * jnp.dtype(case.stored).itemsize
     return [x for x in found if x["block_kv"] * x["stages"] * key + 16 * 1024 <= SHARED_BYTES]
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:160]
-
-
-def line(row: dict) -> str:
-    """A row as text: microseconds (median, least, most), rate, share of the ceiling, errors, extra memory."""
-    text = f"{row['case']:<30} {row['implementation']:<26}"
-    if "failed" in row:
-        return f"{text} failed: {row['failed']}"
-    text += f" {row['us']:>9.1f} us ({row['us_min']:.1f} to {row['us_max']:.1f})"
-    for unit, name in (("tb_s", "TB/s"), ("tflop_s", "TFLOP/s")):
-        if unit in row:
-            text += f"  {row[unit]:>5.3g} {name} {row['share']:>4.0%}"
-    if "error" in row:
-        text += f"  off by {', '.join(f'{error:.1e}' for error in row['error'])}"
-    return text + (f"  +{row['extra_mb']:.1f} MB" if "extra_mb" in row else "")
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

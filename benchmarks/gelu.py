@@ -7,16 +7,14 @@ them; in the model, one frame's are still in L2. Rates are shares of a copy meas
 ||out - exact|| / ||exact|| over the last rows.
 """
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator
-from concurrent import futures
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention import first_line, line, measure_ceilings, say, timed
-from report import add_out, device, publish
+from report import add_out, device, first_line, make_parser, publish, say
+from timing import line, measure_ceilings, side_by_side, timed
 
 from moss_jax.ops.gelu import Arguments, gelu, mosaic_gpu
 
@@ -29,9 +27,7 @@ ROWS_OF_A_BLOCK = (16, 8, 32)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="samples of each time")
     parser.add_argument("--tiny", action="store_true", help="few rows, to try this script out on a CPU")
     add_out(parser)
@@ -43,8 +39,7 @@ def main() -> None:
     bias = jnp.linspace(-1, 1, HIDDEN, dtype=jnp.bfloat16)
     inputs = {M: (make_inputs(M), bias) for M in rows}
     chosen = [(M, name, call) for M in rows for name, call in contenders(M)]
-    with futures.ThreadPoolExecutor() as threads:
-        compiled = [threads.submit(build, call, inputs[M]) for M, _, call in chosen]
+    compiled = side_by_side(functools.partial(build, call, inputs[M]) for M, _, call in chosen)
     results = []
     for (M, name, _), program in zip(chosen, compiled, strict=True):
         row = {"case": f"bias and gelu, {M} x {HIDDEN}", "implementation": name}
@@ -54,8 +49,7 @@ def main() -> None:
             row["failed"] = first_line(error)
         results.append(row)
         say(line(row))
-    flags = {"repeats": args.repeats, "out": args.out} | ({"tiny": ""} if args.tiny else {})
-    publish("gelu.py", argparse.Namespace(**flags), {"ceilings": ceilings, "rows": results})
+    publish("gelu.py", args, {"ceilings": ceilings, "rows": results})
 
 
 def make_inputs(M: int) -> list[jax.Array]:

@@ -8,7 +8,6 @@ made of the outputs of the one before. Rates are shares of a copy measured first
 weights alone. Errors are ||out - exact|| / ||exact|| against float64, over some of the outputs.
 """
 
-import argparse
 import functools
 import itertools
 import math
@@ -17,8 +16,8 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention import first_line, line, measure_ceilings, say, timed
-from report import add_out, device, publish
+from report import add_out, device, first_line, make_parser, publish, say
+from timing import SHARED_BYTES, checked, line, measure_ceilings, named, timed
 
 from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, linear
 from moss_jax.ops.linear.arguments import QUANTIZED
@@ -29,8 +28,6 @@ SHAPES = ((4096, 28672), (14336, 4096), (4096, 6144), (4096, 4096), (4096, 12825
 ROWS = (1, 8, 64)
 BYTES = 3e8  # Weights of a program, so that starting it doesn't tell.
 MAX_CALLS = 16
-CHECKED = 256  # Outputs.
-SHARED_BYTES = 227 * 1024  # Of a Hopper multiprocessor.
 
 # What is changed in the default configuration.
 CONFIGS = (
@@ -50,9 +47,7 @@ QUICK_SHAPES, QUICK_ROWS, QUICK_CONFIGS = 3, 1, 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--stored", default="int8,float8_e4m3fn,bfloat16", help="dtypes, comma-separated")
     parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing is begun")
@@ -75,9 +70,7 @@ def main() -> None:
             results += compare(*shape, stored, rows, configs, args.repeats, ceilings["copy_tb_s"], deadline)
     if time.monotonic() > deadline:
         say("time is up: the rest was left out")
-    flags = {name: "" if value is True else value for name, value in vars(args).items()}
-    given = {name: x for name, x in flags.items() if name == "out" or x not in (None, False, math.inf)}
-    publish("linear.py", argparse.Namespace(**given), {"ceilings": ceilings, "rows": results})
+    publish("linear.py", args, {"ceilings": ceilings, "rows": results})
 
 
 def compare(K, N, stored, rows, configs, repeats, copy, deadline) -> list[dict]:
@@ -119,11 +112,6 @@ def make_inputs(K: int, N: int, stored: str):
     return x, kernel, jnp.asarray(scale), exact * scale[checked(N)] if stored in QUANTIZED else exact
 
 
-def checked(N: int) -> np.ndarray:
-    """The outputs that are looked at, the first and the last among them."""
-    return np.linspace(0, N - 1, min(N, CHECKED)).astype(int)
-
-
 def chain(apply, x, kernels, scale):
     """A call for each kernel; all outputs are returned, so that each is computed as a whole."""
     step, outputs = jax.jit(apply), []
@@ -158,8 +146,7 @@ def contenders(M: int, K: int, N: int, stored: str, configs):
         for changes in configs:
             config = LinearConfig(**vars(default_config(call)) | changes)
             if shared_bytes(call, config) <= SHARED_BYTES:
-                named = ", ".join(f"{name} {size}" for name, size in changes.items())
-                yield named or "mosaic_gpu", functools.partial(ours, config=config)
+                yield named(changes) or "mosaic_gpu", functools.partial(ours, config=config)
     yield "xla", xla
     if M == 1:
         yield "xla, summed", summed

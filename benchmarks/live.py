@@ -10,8 +10,6 @@ every state buffer donated.
 
 import argparse
 import dataclasses
-import itertools
-import json
 import re
 import statistics
 import time
@@ -21,20 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from report import add_out, publish
+from inputs import padded_tokenizer, random_frames
+from report import add_out, make_parser, publish
 
 from moss_jax.config import PRESETS, EngineConfig, SessionConfig
 from moss_jax.nn import MossVideo
 from moss_jax.stream import PENDING, Engine, Row, Session
-from moss_jax.text import Tokenizer
-
-FRAME = (1080, 1920, 3)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS)
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--bank", type=int, default=256, help="frames that the bank has room for")
@@ -58,8 +52,7 @@ def run(args: argparse.Namespace) -> dict:
 
     tokenizer = padded_tokenizer(config.decoder.vocab_size)
     engine = Engine(model, tokenizer, EngineConfig(text_capacity=4096, bank_capacity=args.bank))
-    rng = np.random.default_rng(0)
-    frames = [rng.integers(0, 256, FRAME, dtype=np.uint8) for _ in range(8)]
+    frames = random_frames(8)
 
     compile_s, encode_s = timed(lambda: engine.encode(frames[:1]))
     result["encode_compile_s"], result["encode_ms"] = compile_s, 1e3 * encode_s
@@ -173,24 +166,6 @@ def timed(call: Callable[[], object], repeats: int = 10) -> tuple[float, float]:
         jax.block_until_ready(call())
         seconds.append(time.monotonic() - started)
     return seconds[0], statistics.median(seconds[1:])
-
-
-def padded_tokenizer(vocab_size: int) -> Tokenizer:
-    """moss_tiny's tokenizer, its vocabulary filled up with tokens that never occur."""
-    tiny = Tokenizer.moss_tiny()
-    if tiny.vocab_size == vocab_size:
-        return tiny
-    data = json.loads(tiny.content)
-    vocab = data["model"]["vocab"]
-    control = [token for token in data["added_tokens"] if token["content"] != "<|image|>"]
-    unused = map("".join, itertools.product(map(chr, range(0x21, 0x7F)), repeat=3))
-    while len(vocab) < vocab_size - len(control):
-        vocab.setdefault(next(unused), len(vocab))
-    for i, token in enumerate(control):
-        token["id"] = vocab_size - len(control) + i
-    (image,) = (token for token in data["added_tokens"] if token["content"] == "<|image|>")
-    image["id"] = vocab_size
-    return Tokenizer(json.dumps(data).encode())
 
 
 if __name__ == "__main__":

@@ -12,19 +12,16 @@ matmul in bfloat16. Errors are ||y - exact|| / ||exact|| against float32: first 
 given, then of what they were rounded from.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 import jax.numpy as jnp
-from after_attention import Watch
-from attention import first_line, line, measure_ceilings, say, timed
-from report import add_out, device, publish
+from report import add_out, device, first_line, make_parser, publish, say
+from timing import Watch, line, measure_ceilings, named, side_by_side, timed
 
 from moss_jax.ops.fused_linear import IMPLEMENTATIONS, Arguments
 from moss_jax.ops.fused_linear.mosaic_gpu import Config, default_config, many_rows, misfit
@@ -62,9 +59,7 @@ CONFIGS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", default="1608,12864,25728", help="of 1, 8 and 16 frames, comma-separated")
     parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing is begun")
@@ -86,9 +81,7 @@ def main() -> None:
             say(line(row))
     if time.monotonic() > deadline:
         say("time is up: the rest was left out")
-    flags = {name: "" if value is True else value for name, value in vars(args).items()}
-    given = {name: x for name, x in flags.items() if name == "out" or x not in (None, False, math.inf)}
-    publish("matmul.py", argparse.Namespace(**given), {"ceilings": ceilings, "rows": results})
+    publish("matmul.py", args, {"ceilings": ceilings, "rows": results})
 
 
 def compare(
@@ -96,10 +89,9 @@ def compare(
 ) -> Iterator[dict]:
     """A row for each way to compute each matmul, and for the norm that comes before."""
     cases = [(*case, name, call) for case in layers.items() for name, call in contenders(M, *case, tune)]
-    with ThreadPoolExecutor() as pool:
-        compiled = [pool.submit(compile_chain, M, *shape, call) for _, shape, _, call in cases]
-        while wait(compiled, timeout=5).not_done:  # Nothing is timed while others are compiled.
-            watch.alive()
+    compiled = side_by_side(
+        (functools.partial(compile_chain, M, *shape, call) for _, shape, _, call in cases), watch
+    )
     held = None, None  # The operands of one layer at a time.
     for (layer, (K, N), name, call), program in zip(cases, compiled, strict=True):
         watch.alive()
@@ -135,8 +127,7 @@ def contenders(M: int, layer: str, shape: tuple[int, int], tune: bool):
         others = [x for x in CONFIGS if x != default and misfit(a, x) is None] if tune else ()
         for config in (default, *others):
             changes = {k: v for k, v in vars(config).items() if v != getattr(Config(), k)}
-            named = ", ".join(f"{key} {value}" for key, value in changes.items()) or "Config()"
-            name = "mosaic_gpu" if config == default else named
+            name = "mosaic_gpu" if config == default else named(changes) or "Config()"
             yield f"{dtype}, {name}", functools.partial(by_kernel, operands, config)
     if layer == "qkv":  # Before `fc1` it is the same.
         yield "norm", norm

@@ -8,17 +8,15 @@ measured first. Errors are ||out - exact|| / ||exact|| against float64, of some 
 All programs are compiled side by side before the first is timed.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention import first_line, measure_ceilings, say, timed
-from report import add_out, device, publish
+from report import add_out, device, first_line, make_parser, publish, say
+from timing import checked, measure_ceilings, side_by_side, timed
 
 from moss_jax.ops.norm import IMPLEMENTATIONS, Arguments
 from moss_jax.ops.norm.mosaic_gpu import default_warps, one_pass
@@ -36,37 +34,30 @@ SHAPES = (
 TINY = ((4, 256, False), (9, 256, True))
 BYTES = 5e8  # That a program reads and writes.
 MAX_CALLS = 16
-CHECKED = 256  # Rows.
 EPS = 1e-5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try this script out on a CPU")
     add_out(parser)
     args = parser.parse_args()
 
-    with ThreadPoolExecutor() as pool:
-        cases = [case for shape in (TINY if args.tiny else SHAPES) for case in contenders(*shape)]
-        compiled = [pool.submit(compile_both, *case) for case in cases]
-        ceilings = measure_ceilings(args.tiny)
-        say(f"copy {ceilings['copy_tb_s']:.3g} TB/s; {device()}")
-        # Nothing is timed while others are compiled.
-        failures = [future.exception() for future in compiled]
+    ceilings = measure_ceilings(args.tiny)
+    say(f"copy {ceilings['copy_tb_s']:.3g} TB/s; {device()}")
+    cases = [case for shape in (TINY if args.tiny else SHAPES) for case in contenders(*shape)]
+    compiled = side_by_side(functools.partial(compile_both, a, apply) for a, _, apply in cases)
     rows = []
-    for case, future, failure in zip(cases, compiled, failures, strict=True):
-        row = {"case": " x ".join(map(str, case[0].x.shape)), "implementation": case[1]}
-        if failure is None:
-            row |= measure(case[0], *future.result(), args.repeats, ceilings["copy_tb_s"])
-        else:
+    for (a, name, _), programs in zip(cases, compiled, strict=True):
+        row = {"case": " x ".join(map(str, a.x.shape)), "implementation": name}
+        if failure := programs.exception():
             row["failed"] = first_line(failure)
+        else:
+            row |= measure(a, *programs.result(), args.repeats, ceilings["copy_tb_s"])
         rows.append(row)
         say(line(row))
-    flags = {"repeats": args.repeats, "out": args.out} | ({"tiny": ""} if args.tiny else {})
-    publish("norm.py", argparse.Namespace(**flags), {"ceilings": ceilings, "rows": rows})
+    publish("norm.py", args, {"ceilings": ceilings, "rows": rows})
 
 
 def contenders(rows: int, width: int, layer: bool):
@@ -85,9 +76,8 @@ def contenders(rows: int, width: int, layer: bool):
     yield a, "xla", IMPLEMENTATIONS["xla"].apply
 
 
-def compile_both(a: Arguments, name: str, apply):
+def compile_both(a: Arguments, apply):
     """The chain of calls, and a program of one."""
-    del name
     calls = [a] * count(a)
     return jax.jit(functools.partial(chain, apply)).lower(calls).compile(), jax.jit(apply).lower(a).compile()
 
@@ -113,7 +103,7 @@ def chain(apply, calls: list[Arguments]):
 def measure(a: Arguments, many, single, repeats: int, copy: float) -> dict:
     """Errors, time and rate."""
     calls, expected = make_inputs(a)
-    found = (np.float64(out[checked(a)]) for out in single(calls[0]))
+    found = (np.float64(out[checked(len(out))]) for out in single(calls[0]))
     row = {"error": [off(*pair) for pair in zip(found, expected, strict=True)]}
     row |= timed(many, (calls,), len(calls), repeats)
     row["tb_s"] = traffic(a) / row["us"] / 1e6
@@ -129,15 +119,11 @@ def make_inputs(a: Arguments):
     first = jax.tree.unflatten(structure, drawn)
     others = [dataclasses.replace(first, weight=first.weight.copy()) for _ in range(count(a) - 1)]
 
-    y = np.float64(first.x[checked(a)]) + np.float64(first.add[checked(a)])
+    some = checked(len(first.x))
+    y = np.float64(first.x[some]) + np.float64(first.add[some])
     centred = y - y.mean(axis=-1, keepdims=True) if a.centred else y
     normed = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPS) * np.float64(first.weight)
     return [first, *others], (normed + (np.float64(first.bias) if a.centred else 0), y)
-
-
-def checked(a: Arguments) -> np.ndarray:
-    """The rows that are looked at, the first and the last among them."""
-    return np.linspace(0, a.x.shape[0] - 1, min(a.x.shape[0], CHECKED)).astype(int)
 
 
 def off(out, expected) -> float:

@@ -18,10 +18,9 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from after_attention import Case, compare, kernels, make_weights
+from timing import Case, compare_chained, kernels, make_weights
 
 from moss_jax.ops.norm_linear import IMPLEMENTATIONS, Arguments, mosaic_gpu
-from moss_jax.ops.norm_linear.mosaic_gpu import default_config, few_rows
 
 K = 4096  # Of the 11B's decoder.
 OUTPUTS = (6144, 4096)  # Its queries, keys and values; its queries alone.
@@ -36,7 +35,7 @@ CONFIGS = (
 
 
 def main() -> None:
-    compare("norm_linear.py", __doc__, cases, calls=48)
+    compare_chained("norm_linear.py", __doc__, cases, calls=48)
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -61,7 +60,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                     following,
                     cut[0].weights.nbytes,
                     [
-                        *kernels(mosaic_gpu, few_rows, default_config, cut[0], CONFIGS if args.tune else ()),
+                        *kernels(mosaic_gpu, cut[0], CONFIGS if args.tune else ()),
                         ("xla", IMPLEMENTATIONS["xla"].apply),
                     ],
                 )

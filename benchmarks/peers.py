@@ -46,9 +46,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from live import FRAME, padded_tokenizer
+from inputs import FRAME, padded_tokenizer, random_frames
 from matplotlib.figure import Figure
-from report import add_out, publish
+from report import add_out, make_parser, publish
 from twin import TILE, Twin, room, twin_of
 
 from moss_jax.config import PRESETS, EngineConfig
@@ -67,9 +67,7 @@ PEERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--frames", default="", help="numbers of frames; 16,64,256,1024 (tiny: 8,32)")
     parser.add_argument("--peers", default="moss,twin,qwen,mllama", help=f"some of {','.join(PEERS)}")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the program out")
@@ -100,8 +98,7 @@ def main() -> None:
                     result["peers"][line.pop("peer")] = line
     if args.figure:
         figure(result["rows"], args.figure)
-    shown = {k: "" if v is True else v for k, v in vars(args).items() if v not in (None, False)}
-    publish("peers.py", argparse.Namespace(**{"out": None} | shown), result)
+    publish("peers.py", args, result)
 
 
 def lines_of(peer: str, limit: float, environment: dict[str, str]) -> Iterator[dict]:
@@ -218,8 +215,7 @@ class Ours(Peer):
             PRESETS["moss_tiny" if tiny else "moss_video_11b"](), jnp.float32 if tiny else jnp.bfloat16
         )
         self.tokenizer = padded_tokenizer(self.model.config.decoder.vocab_size)
-        rng, shape = np.random.default_rng(0), (120, 160, 3) if tiny else FRAME
-        self.pixels = [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(16)]
+        self.pixels = random_frames(16, (120, 160, 3) if tiny else FRAME)
 
     def make(self, config, dtype):
         return MossVideo(config, rngs=nnx.Rngs(0), dtype=dtype)

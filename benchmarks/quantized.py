@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
-from report import add_out, publish
+from report import add_out, make_parser, publish
 from rich.console import Console
 
 from moss_jax.data.batch import IGNORED
@@ -44,9 +44,7 @@ MAX_TOKENS = 512
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/moss-tiny"))
     parser.add_argument("--streams", type=int, default=50, help="that are scored")
     parser.add_argument("--sequences", type=int, default=16, help="whose logits are compared")

@@ -27,7 +27,6 @@ knows nothing of: transfers from the host. The share is the floor over the figur
 Memory is the peak of the process, beside parameters and one state.
 """
 
-import argparse
 import bisect
 import collections
 import dataclasses
@@ -44,10 +43,10 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention import first_line, known, measure_ceilings, say
 from flax import nnx
-from live import FRAME, padded_tokenizer
-from report import add_out, device, publish
+from inputs import FRAME, padded_tokenizer, random_frames
+from report import add_out, device, first_line, known, make_parser, publish, say
+from timing import measure_ceilings
 
 from moss_jax.cache import StreamState
 from moss_jax.config import PRESETS, DecoderWeights, EncoderWeights, EngineConfig, SessionConfig
@@ -322,9 +321,7 @@ MEASURES = {f.__name__: f for f in (ttft, extend, decode, arrivals, sustained, o
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS)
     parser.add_argument(
         "--frames",
@@ -356,9 +353,7 @@ def main() -> None:
     for found in run(args, counts, names, sizes, ceilings, deadline):
         rows.append(found)
         say(line(found))
-    flags = {name: "" if value is True else value for name, value in vars(args).items() if value is not False}
-    given = {name: value for name, value in flags.items() if name == "out" or value is not None}
-    publish("streaming.py", argparse.Namespace(**given), {"ceilings": ceilings, "rows": rows})
+    publish("streaming.py", args, {"ceilings": ceilings, "rows": rows})
 
 
 def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
@@ -369,8 +364,7 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     model = MossVideo(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     model = quantize(model, decoder=args.weights, encoder=args.encoder_weights)
     jax.block_until_ready(nnx.state(model))
-    tokenizer, rng = padded_tokenizer(config.decoder.vocab_size), np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, FRAME, dtype=np.uint8) for _ in range(8)]
+    tokenizer, pictures = padded_tokenizer(config.decoder.vocab_size), random_frames(8)
     prompt, floors, parameters = prompt_text(tokenizer), Floors(model, ceilings), tree_bytes(nnx.state(model))
     started = time.monotonic()
     apart = args.perception_device

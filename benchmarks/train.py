@@ -14,7 +14,7 @@ import time
 
 import jax
 import numpy as np
-from report import add_out, publish
+from report import add_out, make_parser, publish
 
 from moss_jax.config import PRESETS, OptimizerConfig, TrainConfig
 from moss_jax.data.batch import IGNORED, Batch
@@ -26,9 +26,7 @@ GB = 1e9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS)
     parser.add_argument("--tokens", type=int, default=4096, help="of a sequence, frames among them")
     parser.add_argument("--frames", type=int, default=64, help="of a sequence")

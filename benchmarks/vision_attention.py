@@ -8,13 +8,12 @@ several calls on projections of their own, so that starting it doesn't tell. TFL
 tried, so that one which never ends is known by its name.
 """
 
-import argparse
 import functools
 
 import jax
 import jax.numpy as jnp
-from attention import first_line, say, timed
-from report import add_out, device, publish
+from report import add_out, device, first_line, make_parser, publish, say
+from timing import timed
 
 from moss_jax.ops.attention import attention
 from moss_jax.ops.attention.mosaic_gpu.dense import DenseConfig, dense
@@ -39,9 +38,7 @@ CONFIGS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="samples of each time")
     add_out(parser)
     args = parser.parse_args()
