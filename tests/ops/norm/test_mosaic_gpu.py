@@ -1,6 +1,7 @@
 """The kernel for Hopper beyond the contract: how rows are dealt, what a GPU is given, real shapes."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,18 @@ def test_dealt_in_many_ways(rows, width, warps, norm, scale):
         results = mosaic_gpu.one_pass(arguments.flat(), warps)
     for result, expected in zip(results, exact(x, given), strict=True):
         close(result, expected, TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("rows", [8, 12, 21, 26])
+def test_without_a_sum_a_warp_has_many_rows(rows, norm):
+    """Each as many, or some one more; the last ones move back."""
+    x, given = inputs((rows, 256), norm=norm, add=False)
+    arguments = Arguments(x, **{"add": None, "scale": None, "bias": None} | given, eps=EPS)
+    with on_gpu(), mock.patch.object(mosaic_gpu, "RESIDENT", 2):
+        normed, same = mosaic_gpu.one_pass.__wrapped__(arguments.flat(), 1)
+    close(normed, exact(x, given)[0], TOLERANCE["bfloat16"])
+    np.testing.assert_array_equal(same, x)
 
 
 def test_a_warp_a_row_if_there_are_enough():
@@ -101,6 +114,18 @@ def test_real_shapes(shape, norm, scale):
 def test_rows_in_8_bits_of_real_shapes(shape):
     x, given = inputs(shape, norm="layer", scale="scalar")
     check_rows_in_8_bits(x, given, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("rows", [2112, 2113, 16 * 1608])
+def test_many_rows_without_a_sum(rows, norm):
+    x, given = inputs((rows, 1280), norm=norm, add=False)
+    for _ in range(3):
+        normed, _ = call(x, given, implementation="mosaic_gpu")
+        close(normed, exact(x, given)[0], TOLERANCE["bfloat16"])
+    if norm == "layer":
+        check_rows_in_8_bits(x, given, implementation="mosaic_gpu")
 
 
 @pytest.mark.gpu
