@@ -171,7 +171,7 @@ def test_blocks_are_walked_again_where_sums_exceed_the_most(exceed, vote, right)
         close(out, exact(qkv), TOLERANCE["bfloat16"])
 
 
-@pytest.mark.parametrize("D", [64, 80])
+@pytest.mark.parametrize("D", [64, 80, 128])
 def test_writes_float8(D):
     qkv = draw(1, 200, 2, D)
     with interpreting():
@@ -205,8 +205,9 @@ def test_every_first_tile_lowers_for_a_gpu_without_one(P, D):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-def test_float8_lowers_for_a_gpu_without_one():
-    qkv = jax.ShapeDtypeStruct((16, 1608, 3, 16, 80), "bfloat16")
+@pytest.mark.parametrize("D", [64, 80, 128])
+def test_float8_lowers_for_a_gpu_without_one(D):
+    qkv = jax.ShapeDtypeStruct((16, 1608, 3, 16, D), "bfloat16")
     lowered = dense.dense.trace(qkv, DenseConfig(), FP8).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
     assert lowered.out_info.dtype == FP8

@@ -148,8 +148,8 @@ def dense(
     k_parts, v_parts = _parts(D, config.wide_keys), _parts(D, config.wide_values)
     first_room = _room if _first(P, X) % 64 == 0 else _narrow_room
 
-    # Lines of 80 bytes cannot be swizzled, and the tensor core doesn't read the results.
-    out_room = plgpu.SMEM if out_dtype.itemsize == 1 else tiles.tile
+    # Lines of 80 bytes cannot be swizzled, but neither do stores to them meet in the same banks.
+    out_room = tiles.tile if D * out_dtype.itemsize % 32 == 0 else plgpu.SMEM
 
     def barrier(arrivals, count):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
