@@ -141,8 +141,7 @@ def with_peaks(qkv, heads, keys, exceed):
     return jnp.asarray(qkv, "bfloat16")
 
 
-@pytest.mark.parametrize("exceed", [40, 94, 100, 600])
-@pytest.mark.parametrize("W", [2, 3])
+@pytest.mark.parametrize(("W", "exceed"), [(2, 94), (2, 600), (3, 100)])
 def test_scores_may_exceed_those_of_the_first_tile_by_any_number(W, exceed):
     """In some blocks they do, in others not; after a block that is walked again comes another."""
     config = DenseConfig(warpgroups=W, block_kv=64, stages=3, blocks=2)
@@ -171,7 +170,7 @@ def test_blocks_are_walked_again_where_sums_exceed_the_most(exceed, vote, right)
         close(out, exact(qkv), TOLERANCE["bfloat16"])
 
 
-@pytest.mark.parametrize("D", [64, 80, 128])
+@pytest.mark.parametrize("D", [64, 80])
 def test_writes_float8(D):
     qkv = draw(1, 200, 2, D)
     with interpreting():
