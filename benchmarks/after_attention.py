@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from timing import Case, compare_chained, kernels, make_weights
+from chained import Case, compare_chained, kernels, make_weights
 
 from moss_jax.ops.after_attention import IMPLEMENTATIONS, Arguments, mosaic_gpu
 

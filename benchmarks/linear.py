@@ -16,8 +16,8 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from report import add_out, device, first_line, make_parser, publish, say
-from timing import SHARED_BYTES, checked, line, measure_ceilings, named, timed
+from report import device, first_line, make_parser, publish, say
+from timing import SHARED_BYTES, add_flags, checked, line, measure_ceilings, named, timed
 
 from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, linear
 from moss_jax.ops.linear.arguments import QUANTIZED
@@ -49,11 +49,8 @@ QUICK_SHAPES, QUICK_ROWS, QUICK_CONFIGS = 3, 1, 3
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--stored", default="int8,float8_e4m3fn,bfloat16", help="dtypes, comma-separated")
-    parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing is begun")
     parser.add_argument("--quick", action="store_true", help="one row, the first shapes and configurations")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to try this script out on a CPU")
-    add_out(parser)
+    add_flags(parser)
     args = parser.parse_args()
     deadline = time.monotonic() + args.budget
 

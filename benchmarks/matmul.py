@@ -20,8 +20,8 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from report import add_out, device, first_line, make_parser, publish, say
-from timing import Watch, line, measure_ceilings, named, side_by_side, timed
+from report import device, first_line, make_parser, publish, say
+from timing import Watch, add_flags, line, measure_ceilings, named, side_by_side, timed
 
 from moss_jax.ops.fused_linear import IMPLEMENTATIONS, Arguments
 from moss_jax.ops.fused_linear.mosaic_gpu import Config, default_config, many_rows, misfit
@@ -61,11 +61,8 @@ CONFIGS = (
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--rows", default="1608,12864,25728", help="of 1, 8 and 16 frames, comma-separated")
-    parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing is begun")
     parser.add_argument("--tune", action="store_true", help="other configurations of the kernel too")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to try this script out on a CPU")
-    add_out(parser)
+    add_flags(parser)
     args = parser.parse_args()
     deadline = time.monotonic() + args.budget
     watch = Watch()

@@ -172,13 +172,13 @@ class Engine:
         if len(shapes) > 1:
             parts = [self.encode([frame]) for frame in frames]
         else:
-            batches, parts, sent = list(_batches(list(frames))), [], collections.deque()
-            for batch in range(len(batches)):
+            batches, parts = map(self._send, _batches(list(frames))), []
+            sent = collections.deque(itertools.islice(batches, 1))
+            while sent:
+                parts.append(self._encode_sent(sent.popleft()))
                 # What is sent to the device waits for the programs called before, so from the second batch on
                 # the frames of the next are sent before one is encoded.
-                ahead = min(batch + 2, len(batches)) if batch else 1
-                sent.extend(map(self._send, batches[batch + len(sent) : ahead]))
-                parts.append(self._encode_sent(sent.popleft()))
+                sent.extend(itertools.islice(batches, 2 - len(sent)))
         if len(parts) == 1:
             return parts[0]
         # As many rows as a power of two, so that few sizes of pool come to be compiled for.

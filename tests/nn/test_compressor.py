@@ -82,6 +82,20 @@ def test_pools_as_defined(compressor, mode, grid, stride):
 
 
 @pytest.mark.parametrize("mode", DEFINITIONS)
+def test_of_frames_it_is_what_the_encoder_gives_compressed(compressor, mode):
+    """Whichever is done first, compressing states or putting them side by side."""
+    module = compressor(mode, 4, 2)
+    states = jax.random.normal(jax.random.key(0), (2, 17, 2, 16))
+
+    def encoder(pixels, keep, each=lambda state: state):
+        assert (pixels, keep) == ("pixels", "full")
+        return jnp.concatenate([each(states[:, :, i]) for i in range(2)], axis=-1)
+
+    found = module.of_frames(encoder, "pixels", "full")
+    np.testing.assert_allclose(found, module(states.reshape(2, 17, 32)), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", DEFINITIONS)
 def test_keeps_the_dtype(compressor, mode):
     assert compressor(mode, 4, 2, "bfloat16")(jnp.ones((1, 17, 32), jnp.bfloat16)).dtype == jnp.bfloat16
 

@@ -146,7 +146,7 @@ def default_config(a: Arguments) -> Config:
     if M >= MANY_ROWS and N % 256 == 0:
         if not a.in_8_bits:
             return Config()
-        # By the times of the encoder's maps, which differ by 2 to 8 %.
+        # By the times of the encoder's maps, which differ by 1 to 8 %.
         return Config(cluster="columns") if a.gelu and N % 512 == 0 else Config(lag=1)
 
     def time(config: Config) -> int:
