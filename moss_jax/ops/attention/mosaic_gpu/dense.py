@@ -370,8 +370,8 @@ def _kernel(
             new_top = jnp.maximum(top, scores.max(axis=1) * scale)
             return *weigh(scores, new_top), new_top, jnp.exp2(top - new_top)
 
-        def block(number, before, take):
-            """Computes a block, after so many others; the first tile has the maximum if `take` is `weigh`."""
+        def block(number, before, running=False):
+            """Computes a block, after so many others, with a running maximum or that of the first tile."""
             batch, head, at = place(number)
             start = before * steps
 
@@ -404,7 +404,8 @@ def _kernel(
 
                 def taken(scores):
                     plgpu.barrier_arrive(k_free.at[slot])
-                    found = lax.optimization_barrier(take(scores, top))
+                    found = softmax(scores, top) if running else weigh(scores, top)
+                    found = lax.optimization_barrier(found)
                     # A branch, or the compiler would put the wait for the second product before the softmax.
                     await_keys(step + 1)
                     return found
@@ -415,7 +416,7 @@ def _kernel(
                     between,
                     end_turn,
                     taken,
-                    1 if take is weigh else 3,
+                    3 if running else 1,
                     config.overlap,
                 )
                 plgpu.barrier_arrive(v_free.at[before])
@@ -448,14 +449,14 @@ def _kernel(
             plgpu.commit_smem()
             rows = pl.ds(pl.multiple_of(at + warpgroup * ROWS, UNIT), ROWS)
             plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[batch, rows, head])
-            if take is weigh:
+            if not running:
                 again[number, warpgroup] = anywhere(jnp.where(total < MOST[str(qkv_gmem.dtype)], 0, 1))
 
-        lax.fori_loop(0, rounds, lambda number, _: block(number, number, weigh), None)
+        lax.fori_loop(0, rounds, lambda number, _: block(number, number), None)
         # What is computed again is written behind what it replaces.
         plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(walked)
-        repeat(functools.partial(block, take=softmax))
+        repeat(functools.partial(block, running=True))
         plgpu.wait_smem_to_gmem(0)
 
 
