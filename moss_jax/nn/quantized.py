@@ -9,6 +9,7 @@ import functools
 import math
 import typing
 from collections.abc import Callable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from moss_jax.config import ConfigError, DecoderWeights, EncoderWeights
 from moss_jax.nn.layers import LayerNorm, Linear, Residual, parameter
 from moss_jax.nn.model import MossVideo
 from moss_jax.nn.vision import VisionLayer
+from moss_jax.ops.attention import RoundedProjection
 from moss_jax.ops.fused_linear import fused_linear
 from moss_jax.ops.linear import linear
 
@@ -51,6 +53,13 @@ class QuantizedLinear(nnx.Module):
         y = y.reshape(*x.shape[:-1], *scale.shape)
         return y if self.bias is None else y + self.bias[...]
 
+    def part(self, which: slice) -> Self:
+        """The map to a part of its outputs, by the first of their axes."""
+        part = nnx.clone(self)
+        part.kernel = parameter(self.kernel[...][which], self.kernel.get_metadata()["axes"])
+        part.scale = parameter(self.scale[...][which], self.scale.get_metadata()["axes"])
+        return part
+
     def _rows(self, x: Float[Array, "..."]) -> Float[Array, "... K"]:
         """The inputs on one axis."""
         return jax.lax.collapse(x, x.ndim - (self.kernel[...].ndim - self.scale[...].ndim))
@@ -80,8 +89,10 @@ class Fp8Linear(QuantizedLinear):
         self.inverse = None if result_scale is None else parameter(1 / result_scale[None], (None,))
         self.dtype = linear.kernel[...].dtype
 
-    def __call__(self, x: Float8e4m3fn[Array, "..."]) -> Float[Array, "..."]:
-        return self._compute(x, out_dtype=self.dtype)
+    def __call__(
+        self, x: Float8e4m3fn[Array, "..."], out_dtype: DTypeLike | None = None
+    ) -> Float[Array, "..."]:
+        return self._compute(x, out_dtype=out_dtype or self.dtype)
 
     def add_to(
         self, stream: Float[Array, "... D"], x: Float8e4m3fn[Array, "..."], scale: Float[Array, " 1"] | None
@@ -101,6 +112,27 @@ class Fp8Linear(QuantizedLinear):
         bias = None if self.bias is None else self.bias[...].reshape(-1)
         y = fused_linear(x, self.matrix, scale.reshape(-1), bias, **options)
         return y.reshape(*x.shape[:-1], *scale.shape)
+
+
+class Fp8Projection(nnx.Module):
+    """The projection to queries, keys and values in float8_e4m3fn, which gives the first two so too.
+
+    Args:
+      linear: from one axis to `[3, heads, head_dim]`, without bias; is left as it is.
+      input_scale: what the numbers that come are multiplied with.
+      scales: by what queries, keys and values are divided.
+    """
+
+    input_dtype = Fp8Linear.input_dtype
+
+    def __init__(self, linear: Linear, input_scale: Float[Array, ""], scales: Float[Array, " 3"]):
+        whole = Fp8Linear(linear, input_scale)
+        whole.scale[...] /= scales[:, None, None]
+        self.qk, self.v = whole.part(slice(2)), whole.part(slice(2, 3))
+        self.scale = parameter(scales[:1] * scales[1:2], (None,))
+
+    def __call__(self, x: Float8e4m3fn[Array, "B P K"]) -> RoundedProjection:
+        return RoundedProjection(self.qk(x, out_dtype=self.input_dtype), self.v(x)[:, :, 0], self.scale[...])
 
 
 # A program for each shape of kernel, of which even a large model has a dozen.
@@ -160,7 +192,7 @@ def _replace_linears(root: nnx.Module, dtype: DTypeLike) -> None:
             _replace(parent, name, functools.partial(QuantizedLinear, dtype=dtype))
 
 
-def _replace(parent: nnx.Module, name: str, by: Callable[[Linear], QuantizedLinear]) -> None:
+def _replace(parent: nnx.Module, name: str, by: Callable[[Linear], nnx.Module]) -> None:
     full = getattr(parent, name)
     setattr(parent, name, by(full))
     # The garbage collector takes its time with modules, which are in reference cycles.
@@ -178,11 +210,10 @@ def _to_float8(layer: VisionLayer) -> None:
     """
     attention, mlp = layer.attention, layer.mlp
 
-    values = _room(_largest(layer.attention_norm, attention.qkv)[2])
+    scales = jnp.stack([_room(x) for x in _largest(layer.attention_norm, attention.qkv)])
     given = _scale_down(layer.attention_norm)
-    _replace(attention, "qkv", functools.partial(Fp8Linear, input_scale=given))
-    attention.qkv.scale[...] = attention.qkv.scale[...].at[2].divide(values)
-    _replace(attention, "out", functools.partial(Fp8Linear, input_scale=values))
+    _replace(attention, "qkv", functools.partial(Fp8Projection, input_scale=given, scales=scales))
+    _replace(attention, "out", functools.partial(Fp8Linear, input_scale=scales[2]))
 
     hidden = _room(_largest(layer.mlp_norm, mlp.fc1))
     given = _scale_down(layer.mlp_norm)

@@ -7,13 +7,14 @@ from moss_jax.ops.attention.api import (
     choose,
     self_attention,
 )
-from moss_jax.ops.attention.arguments import Arguments, KeyRange
+from moss_jax.ops.attention.arguments import Arguments, KeyRange, RoundedProjection
 from moss_jax.ops.dispatch import Unsupported
 
 __all__ = [
     "IMPLEMENTATIONS",
     "Arguments",
     "KeyRange",
+    "RoundedProjection",
     "Unsupported",
     "append_and_attend",
     "attention",

@@ -16,7 +16,15 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from moss_jax.cache import write_row, write_rows
 from moss_jax.ops import dispatch
 from moss_jax.ops.attention import cudnn, mosaic_gpu, mosaic_tpu, reference, xla
-from moss_jax.ops.attention.arguments import Arguments, KeyRange
+from moss_jax.ops.attention.arguments import (
+    Arguments,
+    KeyRange,
+    Projection,
+    RoundedProjection,
+    projection_sizes,
+    slices,
+    values_dtype,
+)
 from moss_jax.ops.rotary import Rotation, rotate
 from moss_jax.sharding import partition_spec
 
@@ -91,7 +99,7 @@ def attention(
 
 
 def self_attention(
-    qkv: Float[Array, "B P 3 H D"],
+    projection: Projection,
     *,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
@@ -102,7 +110,8 @@ def self_attention(
     slices. Gradients are always those of `attention`.
 
     Args:
-      out_dtype: of the results; that of the projection if None. float8_e4m3fn is for what comes next to take
+      projection: an array [B, P, 3, H, D], or one whose queries and keys are in 8 bits.
+      out_dtype: of the results; that of the values if None. float8_e4m3fn is for what comes next to take
         8 bits; the caller keeps the values within 448, of which the results are averages.
       implementation: as in `attention`.
 
@@ -110,13 +119,14 @@ def self_attention(
       ValueError: the projection has another shape.
       Unsupported: the named implementation cannot take it.
     """
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"self_attention takes a projection [B, P, 3, H, D], not {qkv.shape}")
-    out_dtype = jnp.dtype(qkv.dtype if out_dtype is None else out_dtype)
-    unsupported = functools.partial(mosaic_gpu.unsupported_projection, qkv, out_dtype)
+    rounded = isinstance(projection, RoundedProjection)
+    if not rounded and (projection.ndim != 5 or projection.shape[2] != 3):
+        raise ValueError(f"self_attention takes a projection [B, P, 3, H, D], not {projection.shape}")
+    out_dtype = jnp.dtype(values_dtype(projection) if out_dtype is None else out_dtype)
+    unsupported = functools.partial(mosaic_gpu.unsupported_projection, projection, out_dtype)
     if _takes_whole("attention from a fused projection", unsupported, implementation):
-        return _from_projection(implementation, out_dtype, qkv)
-    return _from_slices(implementation, out_dtype, qkv)
+        return _from_projection(implementation, out_dtype, projection)
+    return _from_slices(implementation, out_dtype, projection)
 
 
 def _takes_whole(what: str, unsupported: Callable[[str], str | None], implementation: str | None) -> bool:
@@ -134,31 +144,35 @@ def _takes_whole(what: str, unsupported: Callable[[str], str | None], implementa
     return reason is None
 
 
-def _from_slices(implementation, out_dtype, qkv):
-    q, k, v = (qkv[:, :, i] for i in range(3))
+def _from_slices(implementation, out_dtype, projection):
+    q, k, v = slices(projection)
     out = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), implementation=implementation)
     return out.astype(out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _from_projection(implementation, out_dtype, qkv):
+def _from_projection(implementation, out_dtype, projection):
     del implementation
     attend = functools.partial(mosaic_gpu.attend_projection, out_dtype=out_dtype)
     if (mesh := _mesh()) is None:
-        return attend(qkv)
-    batch, heads = partition_spec(("batch", "heads"), (qkv.shape[0], qkv.shape[3]), mesh)
+        return attend(projection)
+    B, _, H, _ = projection_sizes(projection)
+    batch, heads = partition_spec(("batch", "heads"), (B, H), mesh)
+    spec, v_spec = PartitionSpec(batch, None, None, heads), PartitionSpec(batch, None, heads)
+    if isinstance(projection, RoundedProjection):
+        spec = RoundedProjection(spec, v_spec, PartitionSpec())
     return jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=PartitionSpec(batch, None, None, heads),
-        out_specs=PartitionSpec(batch, None, heads),
+        in_specs=(spec,),
+        out_specs=v_spec,
         check_vma=False,
-    )(qkv)
+    )(projection)
 
 
-def _from_projection_forward(implementation, out_dtype, qkv):
+def _from_projection_forward(implementation, out_dtype, projection):
     """That of the slices: the kernel saves nothing that a backward pass could start from."""
-    return jax.vjp(functools.partial(_from_slices, implementation, out_dtype), qkv)
+    return jax.vjp(functools.partial(_from_slices, implementation, out_dtype), projection)
 
 
 def _from_projection_backward(implementation, out_dtype, pull, d_out):

@@ -1,6 +1,6 @@
 """What every attention implementation is called with.
 
-B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head
+B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head, P positions
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float8e4m3fn, Int
 
 from moss_jax.ops.dispatch import Unsupported
 
@@ -93,3 +93,52 @@ class Arguments:
         b, t = self.q.shape[:2]
         end = jnp.arange(1, t + 1) if self.causal else jnp.full(t, self.k.shape[2])
         return KeyRange(jnp.zeros((b, t), jnp.int32), jnp.broadcast_to(end.astype(jnp.int32), (b, t)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoundedProjection:
+    """What was projected to queries, keys and values, the first two in 8 bits.
+
+    Attributes:
+      qk: queries and keys.
+      scale: what the queries are multiplied with; a power of two.
+    """
+
+    qk: Float8e4m3fn[Array, "B P 2 H D"]
+    v: Float[Array, "B P H D"]
+    scale: Float[Array, " 1"]
+
+    def __post_init__(self):
+        if not hasattr(self.qk, "ndim"):  # JAX rebuilds pytrees around placeholders.
+            return
+        B, P, *heads = self.v.shape
+        if self.qk.shape != (B, P, 2, *heads) or self.v.ndim != 4 or self.scale.shape != (1,):
+            raise ValueError(
+                f"a projection in 8 bits is qk [B, P, 2, H, D], v [B, P, H, D] and scale [1]; "
+                f"got {self.qk.shape}, {self.v.shape} and {self.scale.shape}"
+            )
+
+
+Projection = Float[Array, "B P 3 H D"] | RoundedProjection
+
+
+def projection_sizes(projection: Projection) -> tuple[int, int, int, int]:
+    """B, P, H and D."""
+    if isinstance(projection, RoundedProjection):
+        return projection.v.shape
+    B, P, _, H, D = projection.shape
+    return B, P, H, D
+
+
+def values_dtype(projection: Projection) -> jnp.dtype:
+    """In which attention computes, and gives its results unless told otherwise."""
+    return (projection.v if isinstance(projection, RoundedProjection) else projection).dtype
+
+
+def slices(projection: Projection) -> tuple[Float[Array, "B P H D"], ...]:
+    """Queries, keys and values."""
+    if isinstance(projection, RoundedProjection):
+        q, k = (projection.qk[:, :, i].astype(projection.v.dtype) for i in range(2))
+        return q * projection.scale.astype(q.dtype), k, projection.v
+    return tuple(projection[:, :, i] for i in range(3))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from moss_jax.ops import hopper
 from moss_jax.ops.attention import tuning
-from moss_jax.ops.attention.arguments import Arguments, KeyRange, no_gradients
+from moss_jax.ops.attention.arguments import Arguments, KeyRange, Projection, no_gradients
 from moss_jax.ops.attention.mosaic_gpu.append import WARP, rotate_and_append
 from moss_jax.ops.attention.mosaic_gpu.bank import ROWS, Blocks, DecodeConfig
 from moss_jax.ops.attention.mosaic_gpu.decode import decode, decode_blocks
@@ -55,14 +55,14 @@ def attend(a: Arguments) -> Float[Array, "B T H D"]:
     return _decode(config, a.scale, a.q, a.k, a.v, a.bias, *a.bounds, a.k_scale, a.v_scale)
 
 
-def unsupported_projection(qkv: Float[Array, "B P 3 H D"], out_dtype: jnp.dtype, platform: str) -> str | None:
+def unsupported_projection(projection: Projection, out_dtype: jnp.dtype, platform: str) -> str | None:
     """Why no kernel here can take a fused projection as it lies; None if one can."""
-    return hopper.unsupported(platform, whole=False) or unsupported_by_dense(qkv, out_dtype)
+    return hopper.unsupported(platform, whole=False) or unsupported_by_dense(projection, out_dtype)
 
 
-def attend_projection(qkv: Float[Array, "B P 3 H D"], out_dtype: jnp.dtype) -> Float[Array, "B P H D"]:
+def attend_projection(projection: Projection, out_dtype: jnp.dtype) -> Float[Array, "B P H D"]:
     """Attention of every position to every position; forward only."""
-    return dense(qkv, default_config(qkv), out_dtype)
+    return dense(projection, default_config(projection), out_dtype)
 
 
 def unsupported_append(a: Arguments, platform: str) -> str | None:

@@ -21,6 +21,10 @@ Lines of 80 numbers don't fill the 128 bytes that copies and tensor core like be
 lie in shared memory as 64 columns in lines of 128 bytes beside 16 in lines of 32, instead of 80 in lines of
 32: the copy engine then moves 2 pieces a vector, not 5.
 
+Queries and keys may come in float8_e4m3fn, of which the tensor core takes twice as many columns at once: 32.
+Heads of 80 then have 16 columns of zeros in shared memory, which the copy engine puts there: for it, they lie
+beyond the head.
+
 B batch, P positions, H heads, D head, W warpgroups that compute, X keys of a tile, F keys of the first
 """
 
@@ -38,6 +42,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.ops import tiles
+from moss_jax.ops.attention.arguments import Projection, RoundedProjection, projection_sizes, values_dtype
 from moss_jax.ops.tiles import LOG2E, MATRIX, NEVER, PER_ROW
 
 ROWS = 64  # Queries of a warpgroup: the rows of the tensor core's tiles.
@@ -70,7 +75,7 @@ class DenseConfig:
         keys, for 4 with heads of up to 80 columns, for 2 with 128.
       overlap: the softmax of a tile runs beside the second product of the tile before.
       turns: the warpgroups give the tensor core work in a fixed order.
-      wide_keys, wide_values: columns lie in lines of 128 bytes as far as they fill them.
+      wide_keys, wide_values: columns in 16 bits lie in lines of 128 bytes as far as they fill them.
       blocks: thread blocks at most; each takes several blocks of queries one after another.
     """
 
@@ -108,9 +113,9 @@ class DenseConfig:
 TALL = DenseConfig(warpgroups=3, block_kv=96, wide_values=False)
 
 
-def default_config(qkv: Float[Array, "B P 3 H D"]) -> DenseConfig:
+def default_config(projection: Projection) -> DenseConfig:
     """The one that is done first."""
-    batch, positions, _, heads, head_dim = qkv.shape
+    batch, positions, heads, head_dim = projection_sizes(projection)
 
     def time(config: DenseConfig) -> int:
         blocks = batch * heads * pl.cdiv(positions, config.warpgroups * ROWS)
@@ -120,14 +125,16 @@ def default_config(qkv: Float[Array, "B P 3 H D"]) -> DenseConfig:
     return TALL if head_dim == 80 and 0.9 * time(TALL) < time(wide) else wide
 
 
-def unsupported(qkv: Float[Array, "B P 3 H D"], out_dtype: jnp.dtype) -> str | None:
+def unsupported(projection: Projection, out_dtype: jnp.dtype) -> str | None:
     """Why this kernel cannot take the projection, on a GPU that has what it needs; None if it can."""
-    positions, head_dim = qkv.shape[1], qkv.shape[-1]
+    (_, positions, _, head_dim), dtype = projection_sizes(projection), values_dtype(projection)
     least = min(REGISTERS) * ROWS
-    if qkv.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes bfloat16 and float16, not {qkv.dtype}"
-    if out_dtype not in (qkv.dtype, jnp.float8_e4m3fn):
-        return f"from {qkv.dtype} it makes {qkv.dtype} and float8_e4m3fn, not {out_dtype}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    if isinstance(projection, RoundedProjection) and projection.qk.dtype != jnp.float8_e4m3fn:
+        return f"it takes queries and keys apart in float8_e4m3fn, not {projection.qk.dtype}"
+    if out_dtype not in (dtype, jnp.float8_e4m3fn):
+        return f"from {dtype} it makes {dtype} and float8_e4m3fn, not {out_dtype}"
     if head_dim not in (64, 80, 128):
         return f"it takes head_dim 64, 80 and 128, not {head_dim}"
     if positions < least or positions % UNIT:
@@ -137,15 +144,17 @@ def unsupported(qkv: Float[Array, "B P 3 H D"], out_dtype: jnp.dtype) -> str | N
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype"))
 def dense(
-    qkv: Float[Array, "B P 3 H D"], config: DenseConfig, out_dtype: DTypeLike | None = None
+    projection: Projection, config: DenseConfig, out_dtype: DTypeLike | None = None
 ) -> Float[Array, "B P H D"]:
-    """Computes the op, in the projection's dtype if `out_dtype` is None; forward only."""
-    B, P, _, H, D = qkv.shape
-    out_dtype = jnp.dtype(qkv.dtype if out_dtype is None else out_dtype)
+    """Computes the op, in the values' dtype if `out_dtype` is None; forward only."""
+    (B, P, H, D), dtype = projection_sizes(projection), values_dtype(projection)
+    out_dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
+    arrays, structure = jax.tree.flatten(projection)
+    qk_dtype = arrays[0].dtype
     config = config.fitted(P, D)
     W, X, stages = config.warpgroups, config.block_kv, config.stages
     blocks = min(B * H * pl.cdiv(P, W * ROWS), config.blocks)
-    k_parts, v_parts = _parts(D, config.wide_keys), _parts(D, config.wide_values)
+    k_parts, v_parts = _parts(D, qk_dtype, config.wide_keys), _parts(D, dtype, config.wide_values)
     first_room = _room if _first(P, X) % 64 == 0 else _narrow_room
 
     # Lines of 80 bytes cannot be swizzled, but neither do stores to them meet in the same banks.
@@ -154,15 +163,19 @@ def dense(
     def barrier(arrivals, count):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
+    def kernel(*refs, **scratch):
+        *refs, out_gmem = refs
+        _kernel(structure.unflatten(refs), out_gmem, config=config, stride=blocks, **scratch)
+
     return plgpu.kernel(
-        functools.partial(_kernel, config=config, stride=blocks, scale=D**-0.5 * LOG2E),
+        kernel,
         out_type=jax.ShapeDtypeStruct((B, P, H, D), out_dtype),
         scratch_types={
-            "q_smem": [_room((W, ROWS), part, D, qkv.dtype) for part in k_parts],
-            "k_smem": [_room((stages, X), part, D, qkv.dtype) for part in k_parts],
+            "q_smem": [_room((W, ROWS), part, D, qk_dtype) for part in k_parts],
+            "k_smem": [_room((stages, X), part, D, qk_dtype) for part in k_parts],
             # The same memory as most tiles lie in it, and as the first one does.
             "v_smem": plgpu.RefUnion(
-                *([room((stages, X), part, D, qkv.dtype) for part in v_parts] for room in (_room, first_room))
+                *([room((stages, X), part, D, dtype) for part in v_parts] for room in (_room, first_room))
             ),
             "out_smem": out_room((W, ROWS, D), out_dtype),
             # One arrival a copy, or a warpgroup.
@@ -183,15 +196,16 @@ def dense(
         thread_name="warpgroup",
         # `_kernel` says why its own barriers are enough.
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
-    )(qkv)
+    )(*arrays)
 
 
-def _parts(head_dim: int, wide: bool) -> list[tuple[int, int]]:
+def _parts(head_dim: int, dtype: jnp.dtype, wide: bool) -> list[tuple[int, int]]:
     """(first column, columns) of the pieces in which vectors lie in shared memory."""
-    narrow = head_dim % 64
-    if not (wide and narrow):
+    narrow, rounded = head_dim % 64, dtype.itemsize == 1
+    if not (narrow and (wide or rounded)):
         return [(0, head_dim)]
-    return [(0, head_dim - narrow), (head_dim - narrow, narrow)]
+    # In 8 bits the tensor core takes 32 columns at once: those behind the head are zeros.
+    return [(0, head_dim - narrow), (head_dim - narrow, 32 if rounded else narrow)]
 
 
 def _first(positions: int, block_kv: int) -> int:
@@ -240,7 +254,7 @@ def _tile(room):
 
 
 def _kernel(
-    qkv_gmem,
+    projection,
     out_gmem,
     *,
     q_smem,
@@ -258,7 +272,6 @@ def _kernel(
     walked,
     config,
     stride,
-    scale,
 ):
     """Blocks of queries `block`, `block + stride`, and so on.
 
@@ -272,7 +285,8 @@ def _kernel(
     anybody had the turn before: with 2 stages or more, nobody waits for one who waits for his turn.
     """
     warpgroup = lax.axis_index("warpgroup")
-    B, P, _, H, _ = qkv_gmem.shape
+    (B, P, H, D), dtype = projection_sizes(projection), values_dtype(projection)
+    rounded = isinstance(projection, RoundedProjection)
     W, X, stages = config.warpgroups, config.block_kv, config.stages
     F = _first(P, X)
     v_smem, v_first = v_smem
@@ -288,13 +302,23 @@ def _kernel(
         at = pl.multiple_of(jnp.minimum(block * (W * ROWS), P - W * ROWS), UNIT)
         return lax.div(pair, H), lax.rem(pair, H), at
 
+    def source(which, batch, positions, head, columns):
+        """Vectors of q (0), k (1) or v (2)."""
+        if not rounded:
+            return projection.at[batch, positions, which, head, columns]
+        if which < 2:
+            return projection.qk.at[batch, positions, which, head, columns]
+        return projection.v.at[batch, positions, head, columns]
+
     def fetch(which, batch, head, at, rooms, barrier):
         """Copies the vectors from `at` on of q (0), k (1) or v (2)."""
         column = 0
         for room in map(_lines, rooms):
             vectors, width = room.shape
-            source = qkv_gmem.at[batch, pl.ds(at, vectors), which, head, pl.ds(column, width)]
-            plgpu.copy_gmem_to_smem(source, room, barrier)
+            # The copy engine may go beyond the head and find zeros there; a slice that says so may not.
+            first = column if column + width <= D else lax.optimization_barrier(jnp.int32(column))
+            columns = pl.ds(first, width)
+            plgpu.copy_gmem_to_smem(source(which, batch, pl.ds(at, vectors), head, columns), room, barrier)
             column += width
 
     def repeat(walk):
@@ -342,6 +366,9 @@ def _kernel(
         if config.turns:
             pl.when(warpgroup == W - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
         q = [_tile(room.at[warpgroup]) for room in q_smem]
+        scale = D**-0.5 * LOG2E
+        if rounded:
+            scale *= projection.scale[0]
 
         def keys(slot, vectors=X):
             return [_tile(_slot(room, slot, vectors)).transpose((1, 0)) for room in k_smem]
@@ -424,10 +451,10 @@ def _kernel(
                     top, decay = moved
                     out = tuple(x * tiles.along_rows(decay, x.shape) for x in out)
                     total *= decay
-                return out, weights.astype(qkv_gmem.dtype), top, total + summed
+                return out, weights.astype(dtype), top, total + summed
 
             await_keys(1)
-            carry = out, weights.astype(qkv_gmem.dtype), top, total
+            carry = out, weights.astype(dtype), top, total
             if steps > 1:
                 carry = visit(1, carry, first_values)
             out, narrow, _, total = lax.fori_loop(2, steps, visit, carry)
@@ -450,7 +477,7 @@ def _kernel(
             rows = pl.ds(pl.multiple_of(at + warpgroup * ROWS, UNIT), ROWS)
             plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[batch, rows, head])
             if not running:
-                again[number, warpgroup] = anywhere(jnp.where(total < MOST[str(qkv_gmem.dtype)], 0, 1))
+                again[number, warpgroup] = anywhere(jnp.where(total < MOST[str(dtype)], 0, 1))
 
         lax.fori_loop(0, rounds, lambda number, _: block(number, number), None)
         # What is computed again is written behind what it replaces.
