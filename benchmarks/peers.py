@@ -236,19 +236,16 @@ class Ours(Peer):
         self.state = jax.block_until_ready(self.engine.start())
 
     def extend(self, before: list[int], frames: int = 0, after: Sequence[int] = ()) -> None:
-        image = self.tokenizer.special.image
-        if frames > 1:
-            # While the first frames of a clip are on their way to the device.
-            self.state, drawn = self.engine.step(self.state, [Row(before)])
+        pool = None
+        if frames:
+            pool = self.engine.encode([self.pixels[i % len(self.pixels)] for i in range(frames)])
+        for first in range(0, max(frames, 1), self.chunk):
+            end = min(first + self.chunk, frames)
+            row = [*before, *[self.tokenizer.special.image] * (end - first)]
             before = []
-        for first in range(0, frames, self.chunk):
-            count = min(self.chunk, frames - first)
-            pool = self.engine.encode([self.pixels[i % len(self.pixels)] for i in range(count)])
-            row = Row([*before, *[image] * count], range(count))
-            self.state, drawn = self.engine.step(self.state, [row], pool)
-            before = []
-        if before or after:
-            self.state, drawn = self.engine.step(self.state, [Row([*before, *after])])
+            if end == frames:
+                row += after
+            self.state, drawn = self.engine.step(self.state, [Row(row, range(first, end))], pool)
         jax.device_get(drawn.tokens)
 
     def talk(self, tokens: int) -> None:

@@ -32,10 +32,10 @@ from moss_jax.video import preprocess
 # In a row: the token that was drawn last.
 PENDING = -1
 
-# Sizes that programs are compiled for. Longer rows are taken in pieces of the largest.
-TOKEN_BUCKETS = (1, 2, 4, 16, 64, 256)
+# Sizes that programs are compiled for. Longer rows are taken in pieces.
+TOKEN_BUCKETS = (1, 2, 4, 16, 64, 320)
 FRAME_BUCKETS = (1, 8, 32, 256)
-ENCODE_BUCKETS = (1, 8, 16)
+ENCODE_BUCKETS = (1, 8, 32)
 # Into which a frame that comes alone is cut on its way to the device.
 STRIPS = 4
 
@@ -282,8 +282,7 @@ def _arguments(rows: Sequence[Row | None], image: int):
     if frames:
         frames = _bucket(frames, FRAME_BUCKETS)
         index = np.zeros((slots, frames), np.int32)
-        # A row of frames may begin with a pending token or not: one program for both.
-        length = max(length, _bucket(frames + 1, TOKEN_BUCKETS))
+        length = max(length, _room_for_tokens(frames))
         feed = _Feed(features=None, row=np.zeros((slots, frames), np.int32), count=np.zeros(slots, np.int32))
     tokens = np.zeros((slots, length), np.int32)
     for slot, row in enumerate(rows):
@@ -320,17 +319,17 @@ class _Feed:
 
 
 def _batches(frames: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """As many frames as fill a bucket; of the last few, all.
+    """As many frames as fill a bucket, and the last few.
 
-    If they fill several, fewer of the first, so that the device begins sooner.
+    Small buckets come first, one at least, so that the device begins soon and has work while many frames are
+    on their way.
     """
-    buckets = ENCODE_BUCKETS[1:]
-    sizes = buckets[:-1] if len(frames) > buckets[-1] else buckets
-    while frames:
-        whole = [size for size in sizes if size <= len(frames)]
-        count = whole[-1] if whole else len(frames)
-        yield frames[:count]
-        frames, sizes = frames[count:], buckets
+    _, few, many = ENCODE_BUCKETS
+    large = max(len(frames) - few, 0) // many
+    small, rest = divmod(len(frames) - large * many, few)
+    left = iter(frames)
+    for size in [few] * small + [many] * large + [rest] * bool(rest):
+        yield list(itertools.islice(left, size))
 
 
 def _in_strips(frames: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
@@ -455,19 +454,35 @@ def _bucket(size: int, buckets: Sequence[int]) -> int:
     return buckets[min(bisect.bisect_left(buckets, size), len(buckets) - 1)]
 
 
-def _pieces(row: Row, image: int) -> Iterator[Row]:
-    """Cuts a row into pieces that fit the largest buckets, frames apart from other real tokens.
+def _room_for_tokens(frames: int) -> int:
+    """Tokens, those of the frames among them, that the program for a bucket of frames takes.
 
-    So a session runs on a program for each size of prompt and one for each number of frames, and on none for
-    their combinations.
+    One more than frames at least, since a pending token may come before them.
     """
-    start, taken, frames = 0, 0, 0
-    for i, token in enumerate(row.tokens):
-        is_frame = token == image
-        after_other = i > start and row.tokens[i - 1] != PENDING and (row.tokens[i - 1] == image) != is_frame
-        full = i - start == TOKEN_BUCKETS[-1] or (is_frame and frames == FRAME_BUCKETS[-1])
-        if after_other or full:
-            yield Row(row.tokens[start:i], row.frames[taken : taken + frames], row.new_turn and start == 0)
-            start, taken, frames = i, taken + frames, 0
-        frames += is_frame
-    yield Row(row.tokens[start:], row.frames[taken:], row.new_turn and start == 0)
+    return _bucket(frames + 1, TOKEN_BUCKETS) if frames else TOKEN_BUCKETS[-1]
+
+
+def _pieces(row: Row, image: int) -> Iterator[Row]:
+    """Cuts a row into pieces that there are programs for.
+
+    A session runs on one for each size of prompt and one for each number of frames, and on none for their
+    combinations. So frames and what is around them stay together where the program of the frames has room.
+    """
+    start = end = taken = frames = 0
+
+    def piece():
+        return Row(row.tokens[start:end], row.frames[taken : taken + frames], row.new_turn and start == 0)
+
+    for is_frame, run in itertools.groupby(row.tokens, lambda token: token == image):
+        left = len(list(run))
+        while left:
+            count = min(left, (FRAME_BUCKETS if is_frame else TOKEN_BUCKETS)[-1])
+            together = frames + count * is_frame
+            fits = together <= FRAME_BUCKETS[-1] and end - start + count <= _room_for_tokens(
+                _bucket(together, FRAME_BUCKETS) if together else 0
+            )
+            if end > start and not fits:
+                yield piece()
+                start, taken, frames = end, taken + frames, 0
+            end, frames, left = end + count, frames + count * is_frame, left - count
+    yield piece()

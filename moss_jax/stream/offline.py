@@ -54,24 +54,23 @@ def _answer(engine, frames, prompt, tokens, room, special) -> Iterator[Event]:
 
     others = [None] * (engine.config.slots - 1)
     state = engine.start()
-    begin = tokens.index(special.image)
-    # What leads up to the frames is appended while the first of them are on their way to the device; the last
-    # row is the prompt.
-    state, _ = engine.step(state, [Row(tokens[:begin]), *others])
+    appended, begin = 0, tokens.index(special.image)
     chunk = FRAME_BUCKETS[-1]
     for i in range(0, len(frames), chunk):
         part = frames[i : i + chunk]
-        row = Row([special.image] * len(part), range(len(part)))
         pool = engine.encode([frame.rgb for frame in part])
-        state, _ = engine.step(state, [row, *others], pool)
+        # What leads up to the frames goes with the first of them, the prompt with the last.
+        is_last = i + len(part) == len(frames)
+        end = len(tokens) if is_last else begin + i + len(part)
+        row = Row(tokens[appended:end], range(len(part)), new_turn=is_last)
+        state, drawn = engine.step(state, [row, *others], pool)
+        appended = end
         for index, frame in enumerate(part, start=i):
             yield Frame(**stamp(frame.time), index=index, time=frame.time)
     end_time = frames[-1].time
     yield Turn(**stamp(end_time), prompt=prompt)
-    row = Row(tokens[begin + len(frames) :], new_turn=True)
     detokenizer = Detokenizer(engine.tokenizer)
     reason: EndReason = "token_limit"
-    state, drawn = engine.step(state, [row, *others])
     for count in itertools.count():
         # Dispatched before it is known what was drawn, so that the device doesn't wait for the host.
         drawn.tokens.copy_to_host_async()

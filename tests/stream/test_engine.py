@@ -129,18 +129,19 @@ def test_few_programs_serve_every_row(model, tokenizer, frames):
     engine = Engine(model, tokenizer)
     state = engine.start()
     pool = engine.encode(frames[:8])
-    for length in itertools.chain(range(1, 40), (100, 255, 256, 257, 600)):
+    for length in itertools.chain(range(1, 40), (100, 319, 320, 321, 700)):
         state, _ = engine.step(state, [Row([1015] * length)])
     for count in (1, 2, 5, 8, 11, 16, 17, 30):
         pool = engine.encode((frames * 2)[:count])
         state, _ = engine.step(state, [Row([PENDING] + [IMAGE] * count, range(count))], pool)
         state, _ = engine.step(state, [Row([1015] * 9 + [IMAGE] * count, range(count))], pool)
+    engine.encode(frames * 5)
     # A row of one token comes in two forms: the pending one, and others.
     assert engine._step._cache_size() <= len(TOKEN_BUCKETS) + 1 + len(FRAME_BUCKETS)
     assert engine._pixels._cache_size() == engine._encode._cache_size() == len(ENCODE_BUCKETS)
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (16, [16]), (20, [8, 8, 4]), (44, [8, 16, 16, 4])])
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (5, [5]), (20, [8, 8, 4]), (75, [8, 32, 32, 3])])
 def test_batches_are_sent_before_the_one_ahead_of_them_is_encoded(make_engine, frames, count, sizes):
     engine, seen = make_engine(), []
     send, encode = engine._send, engine._encode_sent
@@ -166,6 +167,20 @@ def test_batches_are_sent_before_the_one_ahead_of_them_is_encoded(make_engine, f
         np.testing.assert_allclose(pool[i], engine.encode(frames[i : i + 1])[0], atol=1e-5)
 
 
+def test_the_batches_of_a_clip():
+    """All frames in order, the small batches first, and one of these at least before a large one."""
+    for count in (1, 2, 8, 9, 32, 39, 40, 41, 72, 130, 256):
+        batches = list(engine_module._batches(list(range(count))))
+        assert [frame for batch in batches for frame in batch] == list(range(count))
+        sizes = [len(batch) for batch in batches]
+        assert sizes[0] <= 8
+        assert sizes.count(32) == max(count - 8, 0) // 32
+        *whole, last = sizes
+        assert set(whole) <= {8, 32}
+        assert whole == sorted(whole)
+        assert last in (count % 8 or 8, 32)
+
+
 @pytest.mark.parametrize("lead", [[], [PENDING], [PENDING, 7]], ids=str)
 def test_more_frames_than_fit_come_in_pieces(lead):
     row = Row([*lead, *[IMAGE] * 600, 7, 8], range(600))
@@ -175,7 +190,32 @@ def test_more_frames_than_fit_come_in_pieces(lead):
     for piece in pieces:
         assert len(piece.tokens) <= TOKEN_BUCKETS[-1]
         assert piece.tokens.count(IMAGE) == len(piece.frames) <= FRAME_BUCKETS[-1]
-    assert len(pieces) == 4 + (len(lead) == 2)
+    assert len(pieces) == 3
+
+
+@pytest.mark.parametrize(
+    ("runs", "pieces"),
+    [
+        ([(1, 0), (0, 1)], [2]),
+        ([(2, 0), (0, 1)], [2, 1]),
+        ([(0, 1), (3, 0)], [1, 3]),
+        ([(13, 0), (0, 3)], [16]),
+        ([(14, 0), (0, 3)], [14, 3]),
+        ([(5, 0), (0, 3), (4, 0), (0, 4)], [16]),
+        ([(5, 0), (0, 3), (4, 0), (0, 5), (60, 0)], [12, 5, 60]),
+        ([(5, 0), (0, 256), (40, 0)], [301]),
+        ([(5, 0), (0, 256), (60, 0)], [261, 60]),
+        ([(400, 0)], [320, 80]),
+    ],
+    ids=str,
+)
+def test_what_stays_together(runs, pieces):
+    """Runs of (text, frames); what is next to frames goes with them as far as their program has room."""
+    tokens = [token for text, count in runs for token in [7] * text + [IMAGE] * count]
+    row = Row(tokens, range(tokens.count(IMAGE)), new_turn=True)
+    found = list(engine_module._pieces(row, IMAGE))
+    assert [len(piece.tokens) for piece in found] == pieces
+    assert [piece.new_turn for piece in found] == [True] + [False] * (len(pieces) - 1)
 
 
 def test_warm_up_leaves_nothing_to_compile_for_a_session(model, tokenizer, frames):
