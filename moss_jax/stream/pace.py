@@ -8,7 +8,7 @@ from collections.abc import Hashable
 # Share of a new measurement in the running mean.
 WEIGHT = 0.25
 # Seconds from the end of a dispatch until the device can begin, and by which the host may be late.
-MARGIN = 0.001
+MARGIN = 0.0014
 
 
 class Pace:
