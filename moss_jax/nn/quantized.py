@@ -56,8 +56,9 @@ class QuantizedLinear(nnx.Module):
     def part(self, which: slice) -> Self:
         """The map to a part of its outputs, by the first of their axes."""
         part = nnx.clone(self)
-        part.kernel = parameter(self.kernel[...][which], self.kernel.get_metadata()["axes"])
-        part.scale = parameter(self.scale[...][which], self.scale.get_metadata()["axes"])
+        for name in ("kernel", "scale", "bias"):
+            if (whole := getattr(self, name)) is not None:
+                setattr(part, name, parameter(whole[...][which], whole.get_metadata()["axes"]))
         return part
 
     def _rows(self, x: Float[Array, "..."]) -> Float[Array, "... K"]:

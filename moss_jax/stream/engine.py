@@ -455,11 +455,13 @@ def _bucket(size: int, buckets: Sequence[int]) -> int:
 
 
 def _room_for_tokens(frames: int) -> int:
-    """Tokens, those of the frames among them, that the program for a bucket of frames takes.
+    """Tokens, those of the frames among them, that the program for so many frames takes; 0 if there is none.
 
     One more than frames at least, since a pending token may come before them.
     """
-    return _bucket(frames + 1, TOKEN_BUCKETS) if frames else TOKEN_BUCKETS[-1]
+    if frames > FRAME_BUCKETS[-1]:
+        return 0
+    return _bucket(_bucket(frames, FRAME_BUCKETS) + 1, TOKEN_BUCKETS) if frames else TOKEN_BUCKETS[-1]
 
 
 def _pieces(row: Row, image: int) -> Iterator[Row]:
@@ -477,11 +479,7 @@ def _pieces(row: Row, image: int) -> Iterator[Row]:
         left = len(list(run))
         while left:
             count = min(left, (FRAME_BUCKETS if is_frame else TOKEN_BUCKETS)[-1])
-            together = frames + count * is_frame
-            fits = together <= FRAME_BUCKETS[-1] and end - start + count <= _room_for_tokens(
-                _bucket(together, FRAME_BUCKETS) if together else 0
-            )
-            if end > start and not fits:
+            if end > start and end - start + count > _room_for_tokens(frames + count * is_frame):
                 yield piece()
                 start, taken, frames = end, taken + frames, 0
             end, frames, left = end + count, frames + count * is_frame, left - count

@@ -90,6 +90,14 @@ def test_a_map_is_the_one_of_its_dequantized_weights(inputs, outputs, bias, dtyp
     assert small(x[:0]).shape == linear(x[:0]).shape
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_part_of_a_map_gives_a_part_of_its_outputs(bias):
+    small = QuantizedLinear(random_linear({"embed": 16}, {"qkv": 3, "mlp": 8}, bias=bias), jnp.int8)
+    x = np.random.default_rng(1).standard_normal((4, 16), np.float32)
+    for which in (slice(2), slice(2, 3)):
+        np.testing.assert_allclose(small.part(which)(x), small(x)[:, which], rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_dtype_of_the_result(dtype):
     linear = random_linear({"embed": 16}, {"mlp": 8}, dtype="bfloat16")
