@@ -2,11 +2,16 @@
 
 import contextlib
 import importlib
+import types
 from unittest import mock
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
+from jax._src import callback
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import tpu as pltpu
 
 from moss_jax.ops import eight_rows, tiles
@@ -14,6 +19,12 @@ from moss_jax.ops.attention import mosaic_gpu, mosaic_tpu
 
 # The package has a function of the same name.
 decode_quantized = importlib.import_module("moss_jax.ops.attention.mosaic_gpu.decode_quantized")
+
+# An interpreter calls back for every access to memory, with many small numbers. JAX puts each of them on a
+# device before, which takes longer than all else; here they stay numpy's. Not only while one of the contexts
+# below is open: what was traced in it runs later too.
+callback.api = types.SimpleNamespace(device_put=lambda arrays, device: [np.array(x) for x in arrays])
+shared_memory._to_int = lambda x: x if isinstance(x, jax.core.Tracer) else int(x)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from moss_jax.convert import CheckpointError, training
 from moss_jax.train import loop
 from moss_jax.train.log import read_metrics
 
-STEPS = 90
+STEPS = 60
 
 
 @pytest.fixture(scope="module", autouse=True)
