@@ -5,8 +5,8 @@
 Every configuration is tried with one number of frames, the fastest of them with the others too; and the
 default with queries and keys in 8 bits, whose errors are those against the rounded ones. A program is several
 calls on projections of their own, so that starting it doesn't tell. TFLOP/s count the products of 1608
-positions and 80 columns, without what a kernel computes beyond them. A line starts with what is being tried, so
-that one which never ends is known by its name.
+positions and 80 columns, without what a kernel computes beyond them. A line starts with what is being tried,
+so that one which never ends is known by its name.
 """
 
 import functools
