@@ -209,8 +209,8 @@ class Engine:
         With more slots, rows of several kinds can meet in one step; such programs compile when they come up.
         """
         image, eot = self.tokenizer.special.image, self.tokenizer.special.eot
-        frames = [[np.zeros(frame_shape, np.uint8)] * count for count in ENCODE_BUCKETS]
-        batches = [_shaped(_in_strips(batch), self._perception) for batch in frames]
+        frame = np.zeros(frame_shape, np.uint8)
+        batches = [_shaped(_in_strips([frame] * count), self._perception) for count in ENCODE_BUCKETS]
         pixels = [_shaped(jax.eval_shape(self._pixels, x), self._perception) for x in batches]
         rows = [Row([PENDING] + [eot] * (length - 1)) for length in TOKEN_BUCKETS]
         rows += [Row([image] * count, [0] * count) for count in FRAME_BUCKETS]
@@ -231,7 +231,8 @@ class Engine:
                 compiled.append(threads.submit(lowered.compile))
         for program in compiled:
             program.result()
-        pools = [self.encode(batch) for batch in frames]
+        one, few, many = ENCODE_BUCKETS
+        pools = [self.encode([frame] * count) for count in (one, few, few + many)]
         for row, pool in itertools.product(rows, pools):
             if row.frames or pool is pools[0]:
                 # Of the state nothing is kept, so that there is never room needed for two.

@@ -230,6 +230,7 @@ def test_warm_up_leaves_nothing_to_compile_for_a_session(model, tokenizer, frame
     for count, words in ((3, 12), (1, 64), (9, 3), (16, 1)):
         row = Row([PENDING, *[5] * words, *[IMAGE] * count], range(count), new_turn=True)
         state, _ = engine.step(state, [row], engine.encode(frames[:count]))
+    engine.encode(frames * 4)
     assert [program._cache_size() for program in programs] == compiled
 
 

@@ -11,7 +11,7 @@ SILENCE, EOT = 1021, 1020
 
 
 def clip(count: int) -> list[VideoFrame]:
-    return [VideoFrame(np.full((4, 4, 3), i, np.uint8), float(i)) for i in range(count)]
+    return [VideoFrame(np.full((4, 4, 3), i % 256, np.uint8), float(i)) for i in range(count)]
 
 
 def test_all_frames_come_before_the_question(scripted, tokenizer):
@@ -27,6 +27,19 @@ def test_all_frames_come_before_the_question(scripted, tokenizer):
     assert [type(e) for e in events[19:20]] == [Turn]
     assert isinstance(events[-1], End)
     assert (events[-1].reason, events[-1].counters.tokens) == ("finished", len(said))
+
+
+def test_a_long_clip_is_appended_in_parts(scripted, tokenizer):
+    """What leads up to it with the first, the question with the last, from which the answer is drawn."""
+    engine, steps = scripted({0: [9, 9, 5, EOT]}, bank_capacity=600), []
+    engine.before_step = lambda: steps.append(len(engine.state.context[0]))
+    events = list(answer(engine, clip(600), "What is it?"))
+    opening = chat.offline_opening(tokenizer, system=None, num_frames=600, prompt="What is it?")
+    begin = opening.index(tokenizer.special.image)
+    assert steps[:4] == [0, begin + 256, begin + 512, len(opening)]
+    assert engine.state.context[0] == [*opening, 5, SILENCE]
+    assert engine.seen == [i % 256 for i in range(600)]
+    assert [e.index for e in events if isinstance(e, Frame)] == list(range(600))
 
 
 def test_the_answer_ends_at_the_limit_of_tokens_or_of_the_text(scripted, tokenizer):
