@@ -377,7 +377,7 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     engine.begin_with(0, "text")
     state = tree_bytes(jax.eval_shape(engine.start))
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    # `Engine.warm_up` makes a state while it still holds the one before.
+    # Streams follow one another: a state is made while the one before may still be held.
     if (needed := parameters + 2 * state + SCRATCH_BYTES) > limit:
         raise SystemExit(
             f"{most} frames need about {needed / GB:.1f} GB of the device, which has {limit / GB:.1f} GB"

@@ -24,6 +24,7 @@ POSITIONS, HEADS, HEAD_DIM = 1608, 16, 80
 FRAMES_A_PROGRAM = 32
 TRIED_WITH, OTHERS = 8, (1, 16)
 FASTEST = 3
+ROUNDED = "queries and keys in 8 bits"
 
 CONFIGS = [
     {},
@@ -54,9 +55,6 @@ def main() -> None:
     for frames in OTHERS:
         rows += compare(frames, others | {name: ours[name] for name in best}, args.repeats)
     publish("vision_attention.py", args, {"rows": rows})
-
-
-ROUNDED = "queries and keys in 8 bits"
 
 
 def rounded(qkv):

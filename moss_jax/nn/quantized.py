@@ -133,7 +133,8 @@ class Fp8Projection(nnx.Module):
         self.scale = parameter(scales[:1] * scales[1:2], (None,))
 
     def __call__(self, x: Float8e4m3fn[Array, "B P K"]) -> RoundedProjection:
-        return RoundedProjection(self.qk(x, out_dtype=self.input_dtype), self.v(x)[:, :, 0], self.scale[...])
+        qk = self.qk(x, out_dtype=jnp.float8_e4m3fn)
+        return RoundedProjection(qk, self.v(x)[:, :, 0], self.scale[...])
 
 
 # A program for each shape of kernel, of which even a large model has a dozen.
@@ -161,8 +162,9 @@ def quantize(
     Args:
       decoder: "int8" or "fp8" for the weights of the decoder's layers and of its head; the embedding, norms
         and gates stay as they are. None leaves it alone.
-      encoder: "fp8" for the matmuls of the vision encoder's layers, in which the inputs are rounded too;
-        patch embedding, compressor and projector stay as they are. None leaves it alone.
+      encoder: "fp8" for the matmuls of the vision encoder's layers, in which the inputs are rounded too, and
+        attention's queries and keys; patch embedding, compressor and projector stay as they are. None leaves
+        it alone.
 
     Raises:
       ConfigError: there are no such weights, or the model is quantized already.

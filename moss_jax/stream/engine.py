@@ -32,7 +32,8 @@ from moss_jax.video import preprocess
 # In a row: the token that was drawn last.
 PENDING = -1
 
-# Sizes that programs are compiled for. Longer rows are taken in pieces.
+# Sizes that programs are compiled for. Longer rows are taken in pieces. The most tokens are the most frames
+# with 64 others around them.
 TOKEN_BUCKETS = (1, 2, 4, 16, 64, 320)
 FRAME_BUCKETS = (1, 8, 32, 256)
 ENCODE_BUCKETS = (1, 8, 32)
@@ -232,8 +233,9 @@ class Engine:
         for program in compiled:
             program.result()
         one, few, many = ENCODE_BUCKETS
-        pools = [self.encode([frame] * count) for count in (one, few, few + many)]
-        for row, pool in itertools.product(rows, pools):
+        # Up to a large batch behind a small one; those of several batches are put together first.
+        pools = [self.encode([frame] * count) for count in (one, *range(few, few + many + 1, few))]
+        for row, pool in itertools.product(rows, {len(pool): pool for pool in pools}.values()):
             if row.frames or pool is pools[0]:
                 # Of the state nothing is kept, so that there is never room needed for two.
                 drawn = self.step(self.start(), [row] * self.config.slots, pool)[1]
@@ -322,8 +324,8 @@ class _Feed:
 def _batches(frames: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
     """As many frames as fill a bucket, and the last few.
 
-    Small buckets come first, one at least, so that the device begins soon and has work while many frames are
-    on their way.
+    Small buckets come first, so that the device begins soon and has work while many frames are on their way:
+    there is a large one only behind a small one.
     """
     _, few, many = ENCODE_BUCKETS
     large = max(len(frames) - few, 0) // many
@@ -480,6 +482,8 @@ def _pieces(row: Row, image: int) -> Iterator[Row]:
         left = len(list(run))
         while left:
             count = min(left, (FRAME_BUCKETS if is_frame else TOKEN_BUCKETS)[-1])
+            if left == count + 1 and not is_frame:
+                count -= 1  # The program for one token has another form for one that is not pending.
             if end > start and end - start + count > _room_for_tokens(frames + count * is_frame):
                 yield piece()
                 start, taken, frames = end, taken + frames, 0

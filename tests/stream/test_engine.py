@@ -206,6 +206,8 @@ def test_more_frames_than_fit_come_in_pieces(lead):
         ([(5, 0), (0, 256), (40, 0)], [301]),
         ([(5, 0), (0, 256), (60, 0)], [261, 60]),
         ([(400, 0)], [320, 80]),
+        ([(321, 0)], [319, 2]),
+        ([(0, 257)], [256, 1]),
     ],
     ids=str,
 )
@@ -221,16 +223,15 @@ def test_what_stays_together(runs, pieces):
 def test_warm_up_leaves_nothing_to_compile_for_a_session(model, tokenizer, frames):
     engine = Engine(model, tokenizer)
     engine.warm_up(frames[0].shape)
-    programs = engine._step, engine._pixels, engine._encode
+    programs = engine._step, engine._pixels, engine._encode, engine_module._take
     compiled = [program._cache_size() for program in programs]
-    state, _ = engine.step(engine.start(), [Row([1015] * 131)])
+    state, _ = engine.step(engine.start(), [Row([1015] * 321)])
     for i in range(3):
         state, _ = engine.step(state, [Row([PENDING, IMAGE], [0])], engine.encode(frames[i : i + 1]))
         state, _ = engine.step(state, [Row([PENDING])])
-    for count, words in ((3, 12), (1, 64), (9, 3), (16, 1)):
+    for count, words in ((3, 12), (1, 64), (9, 3), (16, 1), (24, 1), (40, 2)):
         row = Row([PENDING, *[5] * words, *[IMAGE] * count], range(count), new_turn=True)
-        state, _ = engine.step(state, [row], engine.encode(frames[:count]))
-    engine.encode(frames * 4)
+        state, _ = engine.step(state, [row], engine.encode((frames * 3)[:count]))
     assert [program._cache_size() for program in programs] == compiled
 
 

@@ -47,11 +47,6 @@ def rounded(qkv, scale=2**-5):
     return RoundedProjection(qk, qkv[:, :, 2], jnp.full(1, scale, jnp.float32))
 
 
-def shapes_of(qkv):
-    """The same without numbers."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), qkv)
-
-
 def exact(projection):
     """In float64."""
     if isinstance(projection, RoundedProjection):
@@ -385,6 +380,18 @@ def test_gradients_are_those_of_the_slices(as_on_hopper):
     expected, expected_pull = jax.vjp(sliced, qkv)
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(pull(d_out)[0], expected_pull(d_out)[0])
+    as_on_hopper.assert_not_called()
+
+
+def test_gradients_of_what_was_rounded_are_those_of_the_slices(as_on_hopper):
+    projection = rounded(draw(1, 24, 2, 16, "float32"))
+    d_out = draw(1, 8, 2, 16, "float32").reshape(1, 24, 2, 16)
+    out, pull = jax.vjp(self_attention, projection)
+    expected, expected_pull = jax.vjp(sliced, projection)
+    np.testing.assert_array_equal(out, expected)
+    for found, exactly in zip(*map(jax.tree.leaves, (pull(d_out), expected_pull(d_out))), strict=True):
+        assert np.abs(np.float32(exactly)).max() > 0
+        np.testing.assert_array_equal(np.float32(found), np.float32(exactly))
     as_on_hopper.assert_not_called()
 
 
