@@ -29,14 +29,10 @@ ROUNDED = "queries and keys in 8 bits"
 CONFIGS = [
     {},
     {"stages": 2},
-    {"turns": False},
-    {"overlap": False},
     {"wide_values": False},
-    {"wide_keys": False, "wide_values": False},
     {"blocks": 2**20},
     {"warpgroups": 3, "block_kv": 64, "stages": 4},
     {"warpgroups": 3, "block_kv": 96, "wide_values": False},
-    {"warpgroups": 3, "block_kv": 96, "wide_values": False, "turns": False},
 ]
 
 

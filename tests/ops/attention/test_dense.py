@@ -88,14 +88,14 @@ def interpreting():
     def add_products(totals, a, b):
         return tuple(total + dot(a, x) for total, x in zip(totals, b, strict=True))
 
-    def products(first, second, between, meanwhile, take, vectors, overlap):
+    def products(first, second, between, meanwhile, take, vectors):
         between()
         return add_products(*second), take(product(*first, meanwhile))
 
     def room(shape, part, head_dim, dtype):
         return plgpu.SMEM((*shape, part[1]), dtype)
 
-    def parts(head_dim, dtype, wide):
+    def parts(head_dim, dtype, wide=True):
         """It copies no zeros from beyond an array."""
         return [(0, head_dim)] if dtype.itemsize == 1 else cut(head_dim, dtype, wide)
 
@@ -112,7 +112,7 @@ def interpreting():
     [
         (80, 200, DenseConfig(block_kv=64, blocks=3)),
         (80, 264, DenseConfig(warpgroups=3, block_kv=80, wide_values=False, stages=3)),
-        (80, 200, DenseConfig(block_kv=48, wide_keys=False, wide_values=False, overlap=False, turns=False)),
+        (80, 200, DenseConfig(block_kv=48, wide_values=False)),
         (64, 192, DenseConfig(warpgroups=3, block_kv=64)),
         (128, 136, DenseConfig()),
     ],
@@ -219,9 +219,8 @@ def test_peaks_of_queries_and_keys_in_8_bits():
 
 def test_heads_in_8_bits_are_cut_for_the_tensor_core():
     """In pieces of 32 columns, of which the copy engine moves lines of 32, 64 or 128 bytes."""
-    parts = {D: dense._parts(D, FP8, True) for D in (64, 80, 128)}
+    parts = {D: dense._parts(D, FP8) for D in (64, 80, 128)}
     assert parts == {64: [(0, 64)], 80: [(0, 64), (64, 32)], 128: [(0, 128)]}
-    assert dense._parts(80, FP8, False) == parts[80]
 
 
 @pytest.mark.parametrize("B", [1, 8])
@@ -481,10 +480,7 @@ def test_queries_and_keys_in_8_bits_on_a_gpu(B, P, H, D, dtype, out_dtype):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"turns": False},
-        {"overlap": False},
         {"wide_values": False},
-        {"wide_keys": False, "wide_values": False},
         {"warpgroups": 3, "block_kv": 96, "wide_values": False},
         {"stages": 4, "blocks": 5},
     ],

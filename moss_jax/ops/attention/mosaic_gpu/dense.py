@@ -73,18 +73,13 @@ class DenseConfig:
       block_kv: keys of a tile; a multiple of 64, or of 16 if values of 80 columns are not wide.
       stages: tiles of K and of V that are on their way at once, as far as shared memory has room: of 128
         keys, for 4 with heads of up to 80 columns, for 2 with 128.
-      overlap: the softmax of a tile runs beside the second product of the tile before.
-      turns: the warpgroups give the tensor core work in a fixed order.
-      wide_keys, wide_values: columns in 16 bits lie in lines of 128 bytes as far as they fill them.
+      wide_values: their columns lie in lines of 128 bytes as far as they fill them, as those of keys do.
       blocks: thread blocks at most; each takes several blocks of queries one after another.
     """
 
     warpgroups: int = 2
     block_kv: int = 128
     stages: int = 4
-    overlap: bool = True
-    turns: bool = True
-    wide_keys: bool = True
     wide_values: bool = True
     blocks: int = 132
 
@@ -154,7 +149,7 @@ def dense(
     config = config.fitted(P, D)
     W, X, stages = config.warpgroups, config.block_kv, config.stages
     blocks = min(B * H * pl.cdiv(P, W * ROWS), config.blocks)
-    k_parts, v_parts = _parts(D, qk_dtype, config.wide_keys), _parts(D, dtype, config.wide_values)
+    k_parts, v_parts = _parts(D, qk_dtype), _parts(D, dtype, config.wide_values)
     first_room = _room if _first(P, X) % 64 == 0 else _narrow_room
 
     # Lines of 80 bytes cannot be swizzled, but neither do stores to them meet in the same banks.
@@ -199,13 +194,13 @@ def dense(
     )(*arrays)
 
 
-def _parts(head_dim: int, dtype: jnp.dtype, wide: bool) -> list[tuple[int, int]]:
+def _parts(head_dim: int, dtype: jnp.dtype, wide: bool = True) -> list[tuple[int, int]]:
     """(first column, columns) of the pieces in which vectors lie in shared memory."""
-    narrow, rounded = head_dim % 64, dtype.itemsize == 1
-    if not (narrow and (wide or rounded)):
+    narrow = head_dim % 64
+    if not (wide and narrow):
         return [(0, head_dim)]
     # In 8 bits the tensor core takes 32 columns at once: those behind the head are zeros.
-    return [(0, head_dim - narrow), (head_dim - narrow, 32 if rounded else narrow)]
+    return [(0, head_dim - narrow), (head_dim - narrow, 32 if dtype.itemsize == 1 else narrow)]
 
 
 def _first(positions: int, block_kv: int) -> int:
@@ -363,8 +358,7 @@ def _kernel(
     @pl.when(warpgroup < W)
     def _():
         plgpu.set_max_registers(REGISTERS[W][0], action="increase")
-        if config.turns:
-            pl.when(warpgroup == W - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+        pl.when(warpgroup == W - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
         q = [_tile(room.at[warpgroup]) for room in q_smem]
         scale = D**-0.5 * LOG2E
         if rounded:
@@ -380,12 +374,10 @@ def _kernel(
             return [_tile(_slot(room, slot, F)) for room in v_first]
 
         def begin_turn():
-            if config.turns:
-                plgpu.barrier_wait(turn.at[warpgroup])
+            plgpu.barrier_wait(turn.at[warpgroup])
 
         def end_turn():
-            if config.turns:
-                plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, W)])
+            plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, W)])
 
         def weigh(scores, top):
             """The weights and their sum."""
@@ -444,7 +436,6 @@ def _kernel(
                     end_turn,
                     taken,
                     3 if running else 1,
-                    config.overlap,
                 )
                 plgpu.barrier_arrive(v_free.at[before])
                 if moved:
@@ -509,11 +500,11 @@ def add_products(totals, a, b):
     return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, totals)))
 
 
-def products(first, second, between, meanwhile, take, vectors, overlap):
+def products(first, second, between, meanwhile, take, vectors):
     """`product(*first)` through `take`, beside `add_products(*second)`.
 
     `take` gives a matrix and so many numbers a row. `between` is done after the first has been given to the
-    tensor core, `meanwhile` after both have. With `overlap`, `take` doesn't wait for the second.
+    tensor core, `meanwhile` after both have; `take` doesn't wait for the second.
     """
     (a, b), (totals, c, d) = first, second
     shape = a[0].shape[0], b[0].shape[1]
@@ -526,7 +517,7 @@ def products(first, second, between, meanwhile, take, vectors, overlap):
         for total, y in zip(accs, d, strict=True):
             plgpu.wgmma(total, c, y)
         meanwhile()
-        scores = plgpu.wgmma_accumulator_load(acc, wait_n=len(d) if overlap else 0)
+        scores = plgpu.wgmma_accumulator_load(acc, wait_n=len(d))
         for ref, x in zip(taken, take(scores), strict=True):
             ref[...] = x
 
