@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from report import device, first_line, make_parser, publish, say
-from timing import Watch, add_flags, line, measure_ceilings, named, timed
+from report import first_line, make_parser, publish, say
+from timing import begin, line, named, timed
 
 REPEATS = 30  # That must be equal bit for bit.
 
@@ -50,13 +50,7 @@ def compare_chained(
     parser.add_argument("--rows", default="1,2", help="numbers of rows, comma-separated")
     parser.add_argument("--stored", default="int8,float8_e4m3fn", help="dtypes, comma-separated")
     parser.add_argument("--tune", action="store_true", help="other configurations of the kernel too")
-    add_flags(parser)
-    args = parser.parse_args()
-    deadline = time.monotonic() + args.budget
-    watch = Watch()
-
-    ceilings = measure_ceilings(args.tiny)
-    say(f"copy {ceilings['copy_tb_s']:.3g} TB/s; {device()}")
+    args, ceilings, deadline, watch = begin(parser)
     results = []
     for case in cases(args):
         for name, apply in case.contenders:

@@ -2,14 +2,14 @@
 bfloat16, and in 8 bits by XLA and by our kernel.
 
     python benchmarks/matmul.py --out benchmarks/results/matmul_h200.json
-    python benchmarks/matmul.py --tune --rows 25728 --budget 80
+    python benchmarks/matmul.py --tune --rows 51456 --budget 80
 
 A program makes several calls on operands of their own, so that starting it doesn't tell. All programs of as
-many rows are compiled side by side before the first is timed. In 8 bits the inputs come rounded, `fc1` gives
-8 bits too, and `out` and `fc2` add their results to the residual stream; beside them stands the norm, which
-rounds what `qkv` and `fc1` take, and in bfloat16 adds what `out` and `fc2` give. Rates are shares of a large
-matmul in bfloat16. Errors are ||y - exact|| / ||exact|| against float32: first of the operands that are
-given, then of what they were rounded from.
+many rows are compiled side by side before the first is timed. In 8 bits the inputs come rounded, `qkv` is
+two maps, of which `qk` gives 8 bits, as `fc1` does, and `out` and `fc2` add their results to the residual
+stream; beside them stands the norm, which rounds what `qk`, `v` and `fc1` take, and in bfloat16 adds what
+`out` and `fc2` give. Rates are shares of a large matmul in bfloat16. Errors are ||y - exact|| / ||exact||
+against float32: first of the operands that are given, then of what they were rounded from.
 """
 
 import dataclasses
@@ -20,16 +20,25 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from report import device, first_line, make_parser, publish, say
-from timing import Watch, add_flags, line, measure_ceilings, named, side_by_side, timed
+from report import first_line, make_parser, publish, say
+from timing import Watch, begin, line, named, side_by_side, timed
 
 from moss_jax.ops.fused_linear import IMPLEMENTATIONS, Arguments
 from moss_jax.ops.fused_linear.mosaic_gpu import Config, default_config, many_rows, misfit
 from moss_jax.ops.norm import layer_norm
 
 WIDTH, HIDDEN = 1280, 5120
-LAYERS = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "fc1": (WIDTH, HIDDEN), "fc2": (HIDDEN, WIDTH)}
-TINY = {"qkv": (256, 768), "fc1": (256, 512), "fc2": (512, 256)}
+LAYERS = {
+    "qkv": (WIDTH, 3 * WIDTH),
+    "qk": (WIDTH, 2 * WIDTH),
+    "v": (WIDTH, WIDTH),
+    "out": (WIDTH, WIDTH),
+    "fc1": (WIDTH, HIDDEN),
+    "fc2": (HIDDEN, WIDTH),
+}
+TINY = {"qkv": (256, 768), "qk": (256, 512), "fc1": (256, 512), "fc2": (512, 256)}
+IN_8_BITS = {"qkv": (False,), "qk": (True,), "v": (True,)}  # The others are in either.
+ROUNDED = ("qk", "fc1")  # Of which the results are, in 8 bits.
 BIASED = ("fc1", "fc2")
 ADDED = ("out", "fc2")  # To the residual stream, in 8 bits.
 SCALE = 32  # What numbers are multiplied with before they are rounded to 8 bits, inputs and results of fc1.
@@ -60,15 +69,9 @@ CONFIGS = (
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--rows", default="1608,12864,25728", help="of 1, 8 and 16 frames, comma-separated")
+    parser.add_argument("--rows", default="1608,12864,51456", help="of 1, 8 and 32 frames, comma-separated")
     parser.add_argument("--tune", action="store_true", help="other configurations of the kernel too")
-    add_flags(parser)
-    args = parser.parse_args()
-    deadline = time.monotonic() + args.budget
-    watch = Watch()
-
-    ceilings = measure_ceilings(args.tiny)
-    say(f"matmul {ceilings['matmul_tflop_s']:.3g} TFLOP/s; {device()}")
+    args, ceilings, deadline, watch = begin(parser)
     layers, results = TINY if args.tiny else LAYERS, []
     for M in [136] if args.tiny else map(int, args.rows.split(",")):
         if time.monotonic() > deadline:
@@ -114,7 +117,8 @@ def compare(
 
 def contenders(M: int, layer: str, shape: tuple[int, int], tune: bool):
     """(name, function of the operands) of each way to compute."""
-    for dtype, in_8_bits in (("bfloat16", False), ("fp8", True)):
+    for in_8_bits in IN_8_BITS.get(layer, (False, True)):
+        dtype = "fp8" if in_8_bits else "bfloat16"
         operands = functools.partial(arguments, layer, in_8_bits)
         yield f"{dtype}, xla", functools.partial(by_xla, operands)
         a = jax.eval_shape(lambda operands=operands: operands(make_operands(0, M, *shape)))
@@ -137,7 +141,7 @@ def arguments(layer: str, in_8_bits: bool, o) -> Arguments:
         return Arguments(o["x"], o["kernel"], None, bias, gelu=gelu, out_dtype=o["x"].dtype)
     x, kernel, scale = o["rounded"]
     out_scale = jnp.full(1, SCALE, jnp.float32) if gelu else None
-    out_dtype = jnp.dtype("float8_e4m3fn" if gelu else "bfloat16")
+    out_dtype = jnp.dtype("float8_e4m3fn" if layer in ROUNDED else "bfloat16")
     residual = o["residual"] if layer in ADDED else None
     return Arguments(x, kernel, scale, bias, out_scale, residual, gelu=gelu, out_dtype=out_dtype)
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from report import add_out, say
+from report import add_out, device, say
 
 ENOUGH_SECONDS = 0.02  # Of one sample, so that starting and awaiting it doesn't tell.
 SILENCE = 60  # Seconds, after which a kernel is taken to hang.
@@ -27,6 +27,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing is begun")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try this script out on a CPU")
     add_out(parser)
+
+
+def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, float], float, "Watch"]:
+    """For scripts whose kernels may hang: arguments, ceilings, when the budget is spent, and a watch."""
+    add_flags(parser)
+    args = parser.parse_args()
+    deadline, watch = time.monotonic() + args.budget, Watch()
+    ceilings = measure_ceilings(args.tiny)
+    copy, matmul = ceilings.values()
+    say(f"copy {copy:.3g} TB/s, bf16 matmul {matmul:.3g} TFLOP/s; {device()}")
+    return args, ceilings, deadline, watch
 
 
 def timed(program, inputs, calls: int, repeats: int) -> dict[str, float]:
