@@ -2,27 +2,28 @@
 
     python benchmarks/peers.py --out benchmarks/results/peers.json --figure benchmarks/results/peers.png
 
-Peers, all with random weights, bfloat16, one stream, greedy:
+Peers, all with random weights, bfloat16 unless it says otherwise, one stream, greedy:
   moss    the 11B through `Engine`: 101 vectors a frame, seen by 8 cross-attention layers
+  moss8   the same with weights in 8 bits: int8 for the decoder, fp8 for the vision encoder
   twin    benchmarks/twin.py through the same engine: the 101 vectors inside the sequence, 32 layers
   qwen    Qwen2.5-VL-7B in transformers: 96 tokens a frame, which is one temporal patch of 224x336
   mllama  Llama-3.2-11B-Vision in transformers, one tile a frame, its 1601 vectors pooled to 101
 
 For each number of frames F, medians, on the clock of the host:
   ttft_s           a clip of F frames that lie decoded on the host, and 32 tokens of prompt -> the first token
-  tokens_per_s     decoding with the F frames in context: moss and twin as a session does, which dispatches a
+  tokens_per_s     decoding with the F frames in context: ours as a session does, which dispatches a
                    step before it reads the token of the last; in transformers that token is the next input
   prompt_ttft_ms   32 tokens of prompt, the frames being in the cache already -> the first token
   frame_stall_ms   how much later the next token comes if one more frame is encoded and taken in before it,
                    each token read by the host before the next (token_ms)
-  peak_gb          of device memory; of moss and twin, whose cache has room for the most frames from the
-                   beginning, the same for all F
+  peak_gb          of device memory; of ours, whose cache has room for the most frames from the beginning, the
+                   same for all F
   generate_*       qwen: the same two figures by `generate`, which also works out positions; the figure has
                    the better of the two ways
 
 The transformers peers run with sdpa and the dynamic cache that `generate` makes by default, called directly.
-They are spared the preprocessing: theirs are normalised pixels in pinned memory, while moss and twin take
-1920x1080 frames as a video decoder leaves them. Each peer has a process of its own, one after the other, so
+They are spared the preprocessing: theirs are normalised pixels in pinned memory, while ours take 1920x1080
+frames as a video decoder leaves them. Each peer has a process of its own, one after the other, so
 none holds memory that another needs; its rows are printed as they come.
 """
 
@@ -52,7 +53,7 @@ from report import add_out, make_parser, publish
 from twin import TILE, Twin, room, twin_of
 
 from moss_jax.config import PRESETS, EngineConfig
-from moss_jax.nn import MossVideo
+from moss_jax.nn import MossVideo, quantize
 from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.stream.engine import FRAME_BUCKETS
 
@@ -60,6 +61,7 @@ PROMPT, PROMPTS, STALLS = 32, 5, 8
 TEXT = 1024  # Tokens that a run takes beside its frames, at most.
 PEERS = {
     "moss": "moss_jax 11B: cross-attention",
+    "moss8": "the same in 8 bits",
     "twin": "moss_jax twin: decoder-only",
     "qwen": "Qwen2.5-VL-7B, transformers",
     "mllama": "Llama 3.2 11B Vision, transformers",
@@ -69,11 +71,11 @@ PEERS = {
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--frames", default="", help="numbers of frames; 16,64,256,1024 (tiny: 8,32)")
-    parser.add_argument("--peers", default="moss,twin,qwen,mllama", help=f"some of {','.join(PEERS)}")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"some of {','.join(PEERS)}")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the program out")
     parser.add_argument("--tokens", type=int, default=64, help="tokens that are timed")
     parser.add_argument("--repeats", type=int, default=3, help="clips that are timed")
-    parser.add_argument("--limit", type=float, default=450, help="seconds that a peer may take")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds that all may take together")
     parser.add_argument("--figure", type=Path, help="PNG file to draw")
     parser.add_argument("--add", type=Path, help="a result of the same machine whose rows are taken over")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
@@ -85,13 +87,14 @@ def main() -> None:
     if args.peer:
         return run_peer(args.peer, args)
 
+    end = time.monotonic() + args.limit
     result = json.loads(args.add.read_text(encoding="utf-8")) if args.add else {}
     result = {"peers": result.get("peers", {}), "rows": result.get("rows", [])}
     with tempfile.TemporaryDirectory() as programs:
-        # Shared by the peers, since moss and twin have one vision encoder.
+        # Shared by the peers, since ours have one vision encoder.
         environment = {"JAX_COMPILATION_CACHE_DIR": programs} | os.environ
         for peer in args.peers.split(","):
-            for line in lines_of(peer, args.limit, environment):
+            for line in lines_of(peer, end - time.monotonic(), environment):
                 if "frames" in line:
                     result["rows"].append(line)
                 else:
@@ -125,7 +128,7 @@ def run_peer(name: str, args: argparse.Namespace) -> None:
         print(json.dumps({"peer": name} | line), flush=True)
 
     try:
-        kinds = {"moss": Ours, "twin": OurTwin, "qwen": Qwen, "mllama": Mllama}
+        kinds = {"moss": Ours, "moss8": OursIn8Bits, "twin": OurTwin, "qwen": Qwen, "mllama": Mllama}
         peer = kinds[name](args.tiny)
     except Exception as error:
         traceback.print_exc()
@@ -261,6 +264,13 @@ class Ours(Peer):
     def peak_gb(self) -> float | None:
         stats = jax.devices()[0].memory_stats()
         return stats and stats["peak_bytes_in_use"] / 1e9
+
+
+class OursIn8Bits(Ours):
+    """moss with weights in 8 bits."""
+
+    def make(self, config, dtype):
+        return quantize(super().make(config, dtype), decoder="int8", encoder="fp8")
 
 
 class OurTwin(Ours):

@@ -499,8 +499,9 @@ def test_every_way_to_cut_it(changes):
 @pytest.mark.parametrize("exceed", [12, 94, 98, 600])
 def test_peaks_on_a_gpu(changes, dtype, exceed):
     qkv = with_peaks(draw(2, 1608, 6, 80), [0, 3], [70, 400, 1200], exceed).astype(dtype)
-    # The tensor core adds 8 bits up with 14: beside a peak, less is left of the rest.
-    for projection, tolerance in ((qkv, TOLERANCE[dtype]), (rounded(qkv), 0.1)):
+    # The tensor core adds 8 bits up with 14: the larger a peak, the less is left of the rest. With nothing
+    # left of it these would be off by 0.2.
+    for projection, tolerance in ((qkv, TOLERANCE[dtype]), (rounded(qkv), 0.1 if exceed < 100 else 0.2)):
         expected = exact(projection)
         for _ in range(3):
             close(dense.dense(projection, DenseConfig(**changes)), expected, tolerance)
