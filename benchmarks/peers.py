@@ -11,20 +11,19 @@ Peers, all with random weights, bfloat16 unless it says otherwise, one stream, g
 
 For each number of frames F, medians, on the clock of the host:
   ttft_s           a clip of F frames that lie decoded on the host, and 32 tokens of prompt -> the first token
-  tokens_per_s     decoding with the F frames in context: ours as a session does, which dispatches a
-                   step before it reads the token of the last; in transformers that token is the next input
+  tokens_per_s     decoding with the F frames in context: ours as a session does, which dispatches a step
+                   before it reads the token of the last; in transformers that token is the next input
   prompt_ttft_ms   32 tokens of prompt, the frames being in the cache already -> the first token
   frame_stall_ms   how much later the next token comes if one more frame is encoded and taken in before it,
                    each token read by the host before the next (token_ms)
-  peak_gb          of device memory; of ours, whose cache has room for the most frames from the beginning, the
-                   same for all F
+  peak_gb          of device memory; the cache of ours has room for the most frames from the beginning
   generate_*       qwen: the same two figures by `generate`, which also works out positions; the figure has
                    the better of the two ways
 
 The transformers peers run with sdpa and the dynamic cache that `generate` makes by default, called directly.
 They are spared the preprocessing: theirs are normalised pixels in pinned memory, while ours take 1920x1080
-frames as a video decoder leaves them. Each peer has a process of its own, one after the other, so
-none holds memory that another needs; its rows are printed as they come.
+frames as a video decoder leaves them. Each peer has a process of its own, one after the other, so none
+holds memory that another needs; its rows are printed as they come.
 """
 
 import argparse
