@@ -1,4 +1,4 @@
-# make demo   set up and watch a video: stream 759 of seed 7, from python -m moss_jax.data.tabletop --seconds 30
+# make demo   set up and watch a video: stream 759 of seed 7, from python -m moss_jax.worlds.tabletop --seconds 30
 # make test   set up and run the tests
 # make lint   formatting, linting, layering
 

@@ -24,12 +24,12 @@ from moss_jax.config import (
     SessionConfig,
     TokenSampling,
 )
-from moss_jax.convert import CheckpointError
-from moss_jax.serving.feed import watch
-from moss_jax.serving.terminal import print_json, print_transcript
-from moss_jax.stream import Engine, Session, SessionError, answer, open_model
+from moss_jax.convert import CheckpointError, open_model
+from moss_jax.stream import Engine, Session, SessionError, answer
 from moss_jax.text import TokenizerError, chat
 from moss_jax.video import VideoError, VideoInfo, probe, sample_clip, sample_file, timeline
+from moss_jax.watch.feed import watch
+from moss_jax.watch.terminal import print_json, print_transcript
 
 BAD_INPUT = (CheckpointError, ConfigError, SessionError, TokenizerError, VideoError)
 DEFAULTS = Path(__file__).parent / "configs" / "serve.gin"
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     picture = None
     if args.timeline:
         # Loaded only for those who want a picture, since it takes a while.
-        from moss_jax.serving.timeline import Timeline, check_path
+        from moss_jax.watch.timeline import Timeline, check_path
 
         check_path(args.timeline)
         picture = Timeline()

@@ -24,7 +24,12 @@ from report import first_line, make_parser, publish, say
 from timing import Watch, begin, line, named, side_by_side, timed
 
 from moss_jax.ops.fused_linear import IMPLEMENTATIONS, Arguments
-from moss_jax.ops.fused_linear.mosaic_gpu import Config, default_config, many_rows, misfit
+from moss_jax.ops.fused_linear.mosaic_gpu import (
+    Config,
+    default_config,
+    many_rows,
+    misfit,
+)
 from moss_jax.ops.norm import layer_norm
 
 WIDTH, HIDDEN = 1280, 5120

@@ -24,11 +24,11 @@ from jaxtyping import Array, Float
 from report import add_out, make_parser, publish
 from rich.console import Console
 
-from moss_jax.data.batch import IGNORED
-from moss_jax.data.tabletop import Stream, evaluation_stream
+from moss_jax.convert import OpenModel, open_model
 from moss_jax.eval import tabletop
-from moss_jax.stream import OpenModel, open_model
+from moss_jax.text.labels import IGNORED
 from moss_jax.video import preprocess
+from moss_jax.worlds.tabletop import Stream, evaluation_stream
 
 # Settings of `open_model`.
 MODES: dict[str, dict[str, str]] = {

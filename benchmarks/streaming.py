@@ -48,8 +48,8 @@ from inputs import FRAME, padded_tokenizer, random_frames
 from report import add_out, device, first_line, known, make_parser, publish, say
 from timing import measure_ceilings
 
-from moss_jax.cache import StreamState
 from moss_jax.config import PRESETS, DecoderWeights, EncoderWeights, EngineConfig, SessionConfig
+from moss_jax.memory import StreamState
 from moss_jax.nn import MossVideo, quantize
 from moss_jax.stream import Engine, EngineState, Event, Frame, Session, Silence, Text, Turn, answer
 from moss_jax.stream.engine import FRAME_BUCKETS

@@ -17,8 +17,9 @@ import numpy as np
 from report import add_out, make_parser, publish
 
 from moss_jax.config import PRESETS, OptimizerConfig, TrainConfig
-from moss_jax.data.batch import IGNORED, Batch
+from moss_jax.data.batch import Batch
 from moss_jax.sharding import make_mesh
+from moss_jax.text.labels import IGNORED
 from moss_jax.train.flops import peak_flops, train_flops
 from moss_jax.train.step import Trainer
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from moss_jax.cache import MemoryBank, StreamState, TextCache
 from moss_jax.config import ConfigError, DecoderConfig, EngineConfig, ModelConfig
+from moss_jax.memory import MemoryBank, StreamState, TextCache
 from moss_jax.nn.compressor import Compressor
 from moss_jax.nn.decoder import Append, KeysValues, SelfLayer
 from moss_jax.nn.layers import Linear, Residual, RMSNorm, normal

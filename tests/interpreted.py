@@ -14,8 +14,8 @@ from jax._src import callback
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import tpu as pltpu
 
-from moss_jax.ops import eight_rows, tiles
 from moss_jax.ops.attention import mosaic_gpu, mosaic_tpu
+from moss_jax.ops.mosaic_gpu import skinny_matmul, tiles
 
 # The package has a function of the same name.
 decode_quantized = importlib.import_module("moss_jax.ops.attention.mosaic_gpu.decode_quantized")
@@ -51,7 +51,7 @@ def on_gpu():
 
     def multiply(sums, weights, x_ref, start, held, apart=0):
         warps = weights.astype(jnp.float32).reshape(4, 16, -1)
-        if held is eight_rows.INTERLEAVED:
+        if held is skinny_matmul.INTERLEAVED:
             warps = weights.astype(jnp.float32).reshape(16, 4, -1).swapaxes(0, 1)
         x = jnp.stack([x_ref[:, pl.ds(start + warp * apart, weights.shape[1])] for warp in range(4)])
         x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, sums.shape[1] - x.shape[1]), (0, 0)), mode="edge")
@@ -60,7 +60,7 @@ def on_gpu():
     with (
         mock.patch.multiple(tiles, product=product, products=products, add_product=add_product),
         mock.patch.object(decode_quantized, "widen", widen),
-        mock.patch.object(eight_rows, "multiply", multiply),
+        mock.patch.object(skinny_matmul, "multiply", multiply),
         mock.patch.object(plgpu, "copy_gmem_to_smem", lambda *refs, collective_axes=None: copy(*refs)),
         _as_if_on("gpu", mosaic_gpu),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),

@@ -1,6 +1,7 @@
 """Checkpoints in Hugging Face layout, to and from the model."""
 
 from moss_jax.convert.checkpoint import CheckpointError, load, load_config, save
+from moss_jax.convert.loading import OpenModel, open_model
 from moss_jax.convert.names import to_hugging_face
 
-__all__ = ["CheckpointError", "load", "load_config", "save", "to_hugging_face"]
+__all__ = ["CheckpointError", "OpenModel", "load", "load_config", "open_model", "save", "to_hugging_face"]

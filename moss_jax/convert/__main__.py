@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moss_jax.convert import CheckpointError, training
+from moss_jax.convert import CheckpointError, run_checkpoint
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the parameters (bfloat16)")
     args = parser.parse_args()
     try:
-        step = training.export(args.workdir, args.out, step=args.step, dtype=args.dtype)
+        step = run_checkpoint.export(args.workdir, args.out, step=args.step, dtype=args.dtype)
     except CheckpointError as error:
         print(f"moss_jax.convert: {error}", file=sys.stderr)
         return 2

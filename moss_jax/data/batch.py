@@ -9,9 +9,6 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
-# Label of a token that is not to be learnt.
-IGNORED = -100
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from moss_jax.config import ConfigError, ConversationConfig, FrameSampling
-from moss_jax.data.batch import IGNORED, Batch
+from moss_jax.data.batch import Batch
 from moss_jax.data.pipeline import LoadedBatch
 from moss_jax.data.rows import DropReport, Medium, Row, read_rows
 from moss_jax.text import Tokenizer
+from moss_jax.text.labels import IGNORED
 from moss_jax.video import VideoError, clip_times, fit_frame, sample_at
 
 

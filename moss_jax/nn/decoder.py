@@ -9,19 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from moss_jax.cache import (
+from moss_jax.config import DecoderConfig, Remat, RowsBeforeFirstFrame
+from moss_jax.memory import (
     MemoryBank,
     StreamState,
     TextCache,
     frames_visible,
     remember_frames,
 )
-from moss_jax.config import DecoderConfig, Remat, RowsBeforeFirstFrame
 from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, Residual, RMSNorm, gate, normal, remat
 from moss_jax.nn.rope import rotation
-from moss_jax.ops.after_attention import after_attention
 from moss_jax.ops.attention import KeyRange, append_and_attend, attention
 from moss_jax.ops.norm_linear import norm_linear
+from moss_jax.ops.post_attention import post_attention
 from moss_jax.ops.rotary import Rotation, rotate
 from moss_jax.sharding import constrain
 
@@ -129,7 +129,7 @@ class SelfLayer(nnx.Module):
     ) -> tuple[Residual, KeysValues]:
         qkv, x = _before_attention(self, residual, self.attention.qkv)
         heads, now = self.attention(qkv, rope, past, append)
-        return _after_attention(self, x, heads), now
+        return _post_attention(self, x, heads), now
 
 
 class CrossLayer(nnx.Module):
@@ -157,7 +157,7 @@ class CrossLayer(nnx.Module):
         q, x = _before_attention(self, residual, self.attention.q)
         heads = self.attention(q, rope, frames, kv_range)
         mlp_gate = jnp.where(sees[..., None], jnp.tanh(self.mlp_gate[...]), 0)  # [B, T, 1]
-        return _after_attention(self, x, heads, jnp.tanh(self.attention_gate[...]), mlp_gate)
+        return _post_attention(self, x, heads, jnp.tanh(self.attention_gate[...]), mlp_gate)
 
 
 def _before_attention(layer: SelfLayer | CrossLayer, residual: Residual, projection):
@@ -171,7 +171,7 @@ def _before_attention(layer: SelfLayer | CrossLayer, residual: Residual, project
     return y.reshape(*x.shape[:-1], *scale.shape), x
 
 
-def _after_attention(layer: SelfLayer | CrossLayer, x, heads, attention_gate=None, mlp_gate=None) -> Residual:
+def _post_attention(layer: SelfLayer | CrossLayer, x, heads, attention_gate=None, mlp_gate=None) -> Residual:
     """The rest of a layer: the output projection of what the heads found, and the MLP."""
     out, mlp = layer.attention.out, layer.mlp
     if isinstance(out, Linear):
@@ -179,7 +179,7 @@ def _after_attention(layer: SelfLayer | CrossLayer, x, heads, attention_gate=Non
         return Residual(x, mlp(normed), mlp_gate)
     # In 8 bits, where so little is read that what lies between the readings tells.
     weights = {"out": out, "gate_up": mlp.gate_up, "down": mlp.down}
-    y = after_attention(
+    y = post_attention(
         x,
         heads.reshape(*x.shape[:-1], -1),
         **{name: linear.matrix for name, linear in weights.items()},

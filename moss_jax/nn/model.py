@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from moss_jax.cache import StreamState, check_room, init_state
 from moss_jax.config import ModelConfig
+from moss_jax.memory import StreamState, check_room, init_state
 from moss_jax.nn.compressor import Compressor
 from moss_jax.nn.decoder import Decoder
 from moss_jax.nn.layers import Linear

@@ -2,7 +2,6 @@
 
 from moss_jax.stream.engine import PENDING, Drawn, Engine, EngineState, Row
 from moss_jax.stream.events import Counters, End, Event, Frame, Interrupted, Silence, Text, Turn
-from moss_jax.stream.models import OpenModel, open_model
 from moss_jax.stream.offline import answer
 from moss_jax.stream.session import Session, SessionError
 
@@ -16,7 +15,6 @@ __all__ = [
     "Event",
     "Frame",
     "Interrupted",
-    "OpenModel",
     "Row",
     "Session",
     "SessionError",
@@ -24,5 +22,4 @@ __all__ = [
     "Text",
     "Turn",
     "answer",
-    "open_model",
 ]

@@ -22,8 +22,8 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from moss_jax.cache import StreamState, init_state
 from moss_jax.config import EngineConfig, TokenSampling
+from moss_jax.memory import StreamState, init_state
 from moss_jax.nn import MossVideo, for_decoding
 from moss_jax.stream.sampling import sample
 from moss_jax.text import Tokenizer

@@ -20,10 +20,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from moss_jax.config import SessionConfig
+from moss_jax.stream.conversation import Encoded, Inbound, Plan, Slot
 from moss_jax.stream.engine import ENCODE_BUCKETS, Drawn, Engine, EngineState, Row
 from moss_jax.stream.events import Event
 from moss_jax.stream.pace import Pace
-from moss_jax.stream.slot import Encoded, Inbound, Plan, Slot
 from moss_jax.text import chat
 
 

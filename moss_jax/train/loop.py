@@ -30,11 +30,11 @@ from moss_jax.config import (
     TabletopConfig,
     TrainConfig,
 )
-from moss_jax.convert import training
+from moss_jax.convert import run_checkpoint
 from moss_jax.data.batch import Batch
 from moss_jax.data.conversations import ConversationBatches
 from moss_jax.data.pipeline import BatchSource, iterate
-from moss_jax.data.tabletop import TabletopBatches
+from moss_jax.data.worlds import TabletopBatches
 from moss_jax.nn.compressor import Compressor
 from moss_jax.sharding import make_mesh
 from moss_jax.text import Tokenizer
@@ -91,7 +91,7 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
       BatchError: a batch cannot be made.
     """
     train = config.train
-    whole, broken = training.survey(workdir)
+    whole, broken = run_checkpoint.survey(workdir)
     if (whole or broken) and not resume:
         raise ConfigError(
             f"{workdir} holds checkpoints of an earlier run; go on with it by --resume, or choose another "
@@ -120,7 +120,7 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
             _logger.info("goes on after step %d of %d", start, train.steps)
         else:
             state, start, drops = _begin(trainer, config, model_config), 0, Drops()
-        checkpoint_config = {"gin": config.text, "model": training.model_to_json(model_config)}
+        checkpoint_config = {"gin": config.text, "model": run_checkpoint.model_to_json(model_config)}
         log = None
         if jax.process_index() == 0:
             (workdir / "config.gin").write_text(config.text)

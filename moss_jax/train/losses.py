@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moss_jax.data.batch import IGNORED
+from moss_jax.text.labels import IGNORED
 
 
 class Targets(NamedTuple):

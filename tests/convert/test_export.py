@@ -8,7 +8,8 @@ from flax import nnx
 
 import moss_jax
 from moss_jax.config import OptimizerConfig, TrainConfig
-from moss_jax.convert import CheckpointError, __main__, training
+from moss_jax.convert import CheckpointError, __main__
+from moss_jax.convert import run_checkpoint as training
 from moss_jax.nn import MossVideo
 from moss_jax.sharding import make_mesh
 from moss_jax.text import Tokenizer

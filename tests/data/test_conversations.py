@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from moss_jax.config import ConfigError, ConversationConfig, FrameSampling
-from moss_jax.data.batch import IGNORED
 from moss_jax.data.conversations import ConversationBatches
 from moss_jax.data.pipeline import iterate
 from moss_jax.text import Tokenizer, chat
+from moss_jax.text.labels import IGNORED
 from moss_jax.video import fit_frame, sample_clip, sample_file
 
 TINY = Tokenizer.moss_tiny()

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moss_jax
-from moss_jax.cache import NO_POSITION, CapacityError, TextCache
 from moss_jax.config import moss_tiny
+from moss_jax.memory import NO_POSITION, CapacityError, TextCache
 from moss_jax.nn import MossVideo, quantize
 
 TOLERANCE = 1e-4

@@ -16,16 +16,17 @@ from flax import nnx
 
 import moss_jax
 from moss_jax.config import PRESETS, ConfigError, EngineConfig, OptimizerConfig, TrainConfig
+from moss_jax.convert import open_model
 from moss_jax.nn import MossVideo, decoder, is_quantized, quantize, quantized
 from moss_jax.nn.layers import Linear, Residual, remat
 from moss_jax.nn.quantized import Fp8Linear, QuantizedLinear
 from moss_jax.nn.vision import VisionLayer
-from moss_jax.ops.after_attention import api as after_attention
 from moss_jax.ops.fused_linear import api as fused_linear
 from moss_jax.ops.norm import api as norm
 from moss_jax.ops.norm_linear import api as norm_linear
+from moss_jax.ops.post_attention import api as post_attention
 from moss_jax.sharding import make_mesh
-from moss_jax.stream import PENDING, Engine, Row, open_model
+from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.train.step import Trainer
 from moss_jax.video import preprocess
 
@@ -280,7 +281,7 @@ def test_a_layer_of_few_rows_is_two_kernels_around_attention(small_config):
     graph, params = nnx.split(model.decoder)
     tokens, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 2), (1,)))
 
-    with as_if_on_gpu(norm_linear, after_attention):
+    with as_if_on_gpu(norm_linear, post_attention):
         program = jax.jit(lambda params, *given: nnx.merge(graph, params).decode(*given))
         lowered = program.trace(params, state, tokens, count).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("call @few_rows") == 2 * config.decoder.num_layers

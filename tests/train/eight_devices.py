@@ -20,9 +20,10 @@ from moss_jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from moss_jax.data.batch import IGNORED, Batch
+from moss_jax.data.batch import Batch
 from moss_jax.nn import MossVideo
 from moss_jax.sharding import make_mesh
+from moss_jax.text.labels import IGNORED
 from moss_jax.train.step import Trainer
 
 STEPS = 20

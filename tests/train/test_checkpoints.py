@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from moss_jax.convert import CheckpointError, training
+from moss_jax.convert import CheckpointError
+from moss_jax.convert import run_checkpoint as training
 from moss_jax.train.checkpoints import Checkpoints
 from moss_jax.train.step import TrainState
 

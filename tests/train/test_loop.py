@@ -18,7 +18,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 import moss_jax
 from moss_jax.config import ConfigError
-from moss_jax.convert import CheckpointError, training
+from moss_jax.convert import CheckpointError
+from moss_jax.convert import run_checkpoint as training
 from moss_jax.train import loop
 from moss_jax.train.log import read_metrics
 

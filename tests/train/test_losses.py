@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moss_jax.convert import to_hugging_face
-from moss_jax.data.batch import IGNORED
+from moss_jax.text.labels import IGNORED
 from moss_jax.train.losses import find_targets, mean_over, token_losses
 
 SILENCE_WEIGHT = 0.1

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from moss_jax.config import ConfigError, OptimizerConfig, TrainConfig, moss_tiny, moss_video_11b
-from moss_jax.data.batch import IGNORED, Batch
+from moss_jax.data.batch import Batch
 from moss_jax.nn import MossVideo
 from moss_jax.sharding import make_mesh
+from moss_jax.text.labels import IGNORED
 from moss_jax.train import step as step_module
 from moss_jax.train.step import Trainer, TrainState
 

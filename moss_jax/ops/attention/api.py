@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from moss_jax.cache import write_row, write_rows
+from moss_jax.memory import write_row, write_rows
 from moss_jax.ops import dispatch
 from moss_jax.ops.attention import cudnn, mosaic_gpu, mosaic_tpu, reference, xla
 from moss_jax.ops.attention.arguments import (

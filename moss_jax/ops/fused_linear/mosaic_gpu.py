@@ -30,12 +30,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moss_jax.ops import hopper, tiles
 from moss_jax.ops.fused_linear import xla
 from moss_jax.ops.fused_linear.arguments import Arguments
 from moss_jax.ops.gelu import xla as gelu_xla
 from moss_jax.ops.gelu.mosaic_gpu import LARGEST, LOG2_TAIL
-from moss_jax.ops.tiles import PER_COLUMN
+from moss_jax.ops.mosaic_gpu import hopper, tiles
+from moss_jax.ops.mosaic_gpu.tiles import PER_COLUMN
 
 LINE = 128  # Bytes of the inputs of a step: what the copy engine and the tensor core like best.
 WARPGROUPS = 2  # That compute.

@@ -23,9 +23,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 from jaxtyping import Array, Float
 
-from moss_jax.ops import hopper, tiles
 from moss_jax.ops.gelu import xla
 from moss_jax.ops.gelu.arguments import Arguments
+from moss_jax.ops.mosaic_gpu import hopper, tiles
 
 COLUMNS = 256  # Of a block: 16 bytes of bfloat16 for each thread of a warp.
 

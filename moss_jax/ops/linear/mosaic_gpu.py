@@ -27,10 +27,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float
 
-from moss_jax.ops import hopper, tiles
 from moss_jax.ops.attention.mosaic_gpu.decode_quantized import NARROW, shuffle
 from moss_jax.ops.linear.arguments import Arguments
-from moss_jax.ops.tiles import MATRIX
+from moss_jax.ops.mosaic_gpu import hopper, tiles
+from moss_jax.ops.mosaic_gpu.tiles import MATRIX
 
 ROWS = 64  # Of x, at most.
 OUTPUTS = 64  # Of a tile: the rows that the tensor core takes.

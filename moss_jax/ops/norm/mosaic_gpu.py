@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moss_jax.ops import hopper, tiles
+from moss_jax.ops.mosaic_gpu import hopper, tiles
 from moss_jax.ops.norm import xla
 from moss_jax.ops.norm.arguments import Arguments
 

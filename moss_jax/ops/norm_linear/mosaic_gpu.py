@@ -26,10 +26,19 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
 from jaxtyping import Array, Float
 
-from moss_jax.ops import eight_rows, hopper, tiles
-from moss_jax.ops.eight_rows import INTERLEAVED, STRIDED, THREADS, TILE, C, multiprocessors, piece, strided
+from moss_jax.ops.mosaic_gpu import hopper, skinny_matmul, tiles
+from moss_jax.ops.mosaic_gpu.skinny_matmul import (
+    INTERLEAVED,
+    STRIDED,
+    THREADS,
+    TILE,
+    C,
+    multiprocessors,
+    piece,
+    strided,
+)
+from moss_jax.ops.mosaic_gpu.tiles import MATRIX
 from moss_jax.ops.norm_linear.arguments import Arguments
-from moss_jax.ops.tiles import MATRIX
 
 QUARTERS = 4
 OUTPUTS = TILE // QUARTERS  # Of a unit.
@@ -92,7 +101,7 @@ def default_config(a: Arguments) -> Config:
     for each, block_k in ((3, 256), (2, 128), (1, 128)):
         if K // QUARTERS % block_k:
             block_k = 128
-        room = eight_rows.shared_room(each) - shared(rows, K, block_k, stages=0)
+        room = skinny_matmul.shared_room(each) - shared(rows, K, block_k, stages=0)
         stages = room // (TILE * block_k + 8)  # With a barrier each.
         if stages >= 2:
             return Config(multiprocessors(), each, block_k, stages)
@@ -101,8 +110,8 @@ def default_config(a: Arguments) -> Config:
 
 def shared(rows: int, K: int, block_k: int, stages: int) -> int:
     """Bytes of a block's shared memory."""
-    x, ring, sums = rows * eight_rows.pitch(rows, K) * 2, stages * TILE * block_k, TILE * columns(rows) * 4
-    return eight_rows.shared_bytes(x, ring, sums, barriers=stages)
+    x, ring, sums = rows * skinny_matmul.pitch(rows, K) * 2, stages * TILE * block_k, TILE * columns(rows) * 4
+    return skinny_matmul.shared_bytes(x, ring, sums, barriers=stages)
 
 
 def columns(rows: int) -> int:
@@ -119,7 +128,7 @@ def few_rows(a: Arguments, config: Config) -> Float[Array, "M N"]:
     (rows, K), N = a.x.shape, a.weights.shape[0]
     if K % (QUARTERS * config.block_k):
         raise ValueError(f"K = {K} does not fall into quarters of tiles of {config.block_k}")
-    size, room = shared(rows, K, config.block_k, config.stages), eight_rows.shared_room(config.each)
+    size, room = shared(rows, K, config.block_k, config.stages), skinny_matmul.shared_room(config.each)
     if size > room:
         raise ValueError(
             f"a block takes {size} bytes of shared memory, and as one of {config.each} it has {room}"
@@ -128,14 +137,14 @@ def few_rows(a: Arguments, config: Config) -> Float[Array, "M N"]:
         functools.partial(_kernel, eps=a.eps, config=config),
         out_type=jax.ShapeDtypeStruct((rows, N), a.x.dtype),
         scratch_types={
-            "x_smem": plgpu.SMEM((rows, eight_rows.pitch(rows, K)), jnp.bfloat16),
+            "x_smem": plgpu.SMEM((rows, skinny_matmul.pitch(rows, K)), jnp.bfloat16),
             "ring_smem": tiles.tile((config.stages, TILE, config.block_k), a.weights.dtype),
             "sums_smem": plgpu.SMEM((TILE, columns(rows)), jnp.float32),
             "barrier": plgpu.Barrier(num_barriers=config.stages),
         },
         grid=(min(N // OUTPUTS, config.blocks),),
         grid_names=("block",),
-        compiler_params=eight_rows.COMPILER_PARAMS,
+        compiler_params=skinny_matmul.COMPILER_PARAMS,
     )(a.x, a.norm, a.weights.reshape(N * QUARTERS, K // QUARTERS), a.scale)
 
 
@@ -171,7 +180,7 @@ def _kernel(
 
     # All are loaded before any is used, in runs of 16 bytes.
     xs, norm = [strided(x_gmem.at[m], 8) for m in range(rows)], strided(norm_gmem, 8)
-    row, factor = lax.rem(eight_rows.threads(), cols), tiles.full((THREADS,), 0, STRIDED)
+    row, factor = lax.rem(skinny_matmul.threads(), cols), tiles.full((THREADS,), 0, STRIDED)
     for m, x in enumerate(xs):
         x_smem[m, pl.ds(0, K)] = (x * norm).astype(x_smem.dtype)
         factor = jnp.where(row == m, lax.rsqrt((x * x).sum() / K + eps), factor)
@@ -181,11 +190,11 @@ def _kernel(
     def visit(step, tile, sums):
         ring = lax.rem(step, stages)
         plgpu.barrier_wait(barrier.at[ring])
-        weights = eight_rows.load(ring_smem.at[ring], INTERLEAVED)
+        weights = skinny_matmul.load(ring_smem.at[ring], INTERLEAVED)
         if count > stages or units > blocks:
             plgpu.commit_smem()
             pl.when(step + stages < end)(functools.partial(fetch, step + stages))
-        return eight_rows.multiply(sums, weights, x_smem, tile * X, INTERLEAVED, apart=K // QUARTERS)
+        return skinny_matmul.multiply(sums, weights, x_smem, tile * X, INTERLEAVED, apart=K // QUARTERS)
 
     def unit(i, _):
         at = piece(first + i, OUTPUTS)

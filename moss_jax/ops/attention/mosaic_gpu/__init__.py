@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moss_jax.ops import hopper
 from moss_jax.ops.attention import tuning
 from moss_jax.ops.attention.arguments import Arguments, KeyRange, Projection, no_gradients
 from moss_jax.ops.attention.mosaic_gpu.append import WARP, rotate_and_append
@@ -21,6 +20,7 @@ from moss_jax.ops.attention.mosaic_gpu.decode_quantized import decode_quantized
 from moss_jax.ops.attention.mosaic_gpu.dense import default_config, dense
 from moss_jax.ops.attention.mosaic_gpu.dense import unsupported as unsupported_by_dense
 from moss_jax.ops.attention.mosaic_gpu.staircase import StaircaseConfig, staircase
+from moss_jax.ops.mosaic_gpu import hopper
 from moss_jax.ops.rotary import Rotation
 
 # Queries that share a kv head, up to which the kernel for few queries is the faster: the other one walks the

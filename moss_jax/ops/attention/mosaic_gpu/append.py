@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moss_jax.ops import tiles
 from moss_jax.ops.attention.mosaic_gpu.bank import Blocks
+from moss_jax.ops.mosaic_gpu import tiles
 from moss_jax.ops.rotary import Rotation
 
 WARP = 32

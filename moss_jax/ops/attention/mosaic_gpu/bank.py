@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float
 
-from moss_jax.ops import tiles
-from moss_jax.ops.tiles import NEVER
+from moss_jax.ops.mosaic_gpu import tiles
+from moss_jax.ops.mosaic_gpu.tiles import NEVER
 
 ROWS = 64  # Queries that share a kv head, at most.
 LANES = 128  # Threads of a warpgroup, and numbers of a line that the second pass reads.

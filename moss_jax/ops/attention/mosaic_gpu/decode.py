@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moss_jax.ops import tiles
 from moss_jax.ops.attention.arguments import Arguments, KeyRange
 from moss_jax.ops.attention.mosaic_gpu.bank import LANES, ROWS, Blocks, DecodeConfig, Split, in_a_row, join
-from moss_jax.ops.tiles import LOG2E, MATRIX, NEVER, PER_COLUMN, PER_ROW
+from moss_jax.ops.mosaic_gpu import tiles
+from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_COLUMN, PER_ROW
 
 
 def decode(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:

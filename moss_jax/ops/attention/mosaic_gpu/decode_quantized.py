@@ -22,10 +22,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float
 
-from moss_jax.ops import tiles
 from moss_jax.ops.attention.arguments import Arguments
 from moss_jax.ops.attention.mosaic_gpu.bank import LANES, DecodeConfig, Split, in_a_row, join
-from moss_jax.ops.tiles import LOG2E, MATRIX, NEVER, PER_COLUMN, PER_ROW
+from moss_jax.ops.mosaic_gpu import tiles
+from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_COLUMN, PER_ROW
 
 TINY = 1e-30  # Stands for the scale of a vector of zeros.
 FLIP_SIGNS = 0x80808080 - 2**32

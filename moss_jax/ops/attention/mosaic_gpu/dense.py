@@ -41,9 +41,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, DTypeLike, Float
 
-from moss_jax.ops import tiles
 from moss_jax.ops.attention.arguments import Projection, RoundedProjection, projection_sizes, values_dtype
-from moss_jax.ops.tiles import LOG2E, MATRIX, NEVER, PER_ROW
+from moss_jax.ops.mosaic_gpu import tiles
+from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_ROW
 
 ROWS = 64  # Queries of a warpgroup: the rows of the tensor core's tiles.
 SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moss_jax.ops import tiles
 from moss_jax.ops.attention.arguments import Arguments
-from moss_jax.ops.tiles import LOG2E, MATRIX, NEVER, PER_COLUMN, PER_ROW
+from moss_jax.ops.mosaic_gpu import tiles
+from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_COLUMN, PER_ROW
 
 MANY = 2**30  # More than any number of keys or queries.
 COMPUTING = 2  # warpgroups beside the one that fetches

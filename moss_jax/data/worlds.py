@@ -1,0 +1,96 @@
+"""Batches of tabletop streams, drawn as they are needed.
+
+B sequences, S tokens, F frames, H W pixels
+"""
+
+import numpy as np
+
+from moss_jax.config import TabletopConfig
+from moss_jax.data.batch import Batch
+from moss_jax.data.pipeline import LoadedBatch
+from moss_jax.text import Tokenizer, chat
+from moss_jax.text.labels import IGNORED
+from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offline, draw_question
+from moss_jax.worlds.tabletop.stream import TRAINING, Stream, draw_stream
+
+# Speeds of speech, in tokens a second of the stream.
+SPEEDS = (3, 4, 5, 6, 8, 8, 12, 16, 32)
+# Share of the streams without a system prompt.
+NO_SYSTEM = 0.1
+
+
+class TabletopBatches:
+    """Random access to the batches of a training run; see `pipeline.iterate`.
+
+    Args:
+      batch_size: sequences over all processes.
+      seed: with the number of a batch, decides everything in it.
+      process_index, process_count: which share of the rows this process loads.
+    """
+
+    def __init__(
+        self,
+        config: TabletopConfig,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size % process_count:
+            raise ValueError(f"a batch of {batch_size} can't be shared evenly by {process_count} processes")
+        self.config, self.seed = config, seed
+        self._content = tokenizer.content
+        self._tokenizer: Tokenizer | None = None
+        self._rows = batch_size // process_count
+        self._process = process_index
+
+    def __len__(self) -> int:
+        return 2**31 - 1
+
+    def __getstate__(self):
+        # A tokenizer is read anew in each process.
+        return self.__dict__ | {"_tokenizer": None}
+
+    def __getitem__(self, step: int) -> LoadedBatch:
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self._content)
+        config = self.config
+        short = step < config.warmup_batches
+        rows = self._rows * (config.warmup_factor if short else 1)
+        tokens = config.warmup_tokens if short else config.max_tokens
+        seconds = config.warmup_seconds if short else config.max_seconds
+        size = config.image_size
+        batch = Batch(
+            tokens=np.zeros((rows, tokens), np.int32),
+            labels=np.full((rows, tokens), IGNORED, np.int32),
+            frames=np.zeros((rows, seconds, size, size, 3), np.uint8),
+            frame_positions=np.full((rows, seconds), tokens, np.int32),
+        )
+        for row in range(rows):
+            rng = np.random.default_rng([TRAINING, self.seed, step, self._process * rows + row])
+            stream, dialogue = self._draw(rng, short)
+            length = min(len(dialogue.tokens), tokens)
+            batch.tokens[row, :length] = dialogue.tokens[:length]
+            batch.labels[row, :length] = dialogue.labels[:length]
+            positions = [p for p in dialogue.frame_positions if p < length]
+            batch.frame_positions[row, : len(positions)] = positions
+            batch.frames[row, : len(positions)] = stream.frames(size)[: len(positions)]
+        return LoadedBatch(batch)
+
+    def _draw(self, rng: np.random.Generator, short: bool) -> tuple[Stream, Dialogue]:
+        config = self.config
+        if short:
+            stream = draw_stream(rng, config.warmup_seconds, dense=True)
+        else:
+            seconds = int(rng.integers(config.min_seconds, config.max_seconds + 1))
+            stream = draw_stream(rng, seconds)
+        if not short and rng.random() < config.offline_share:
+            question = draw_question(rng, stream.world)
+            return stream, converse_offline(stream.world, question, self._tokenizer, rng=rng)
+        speed = 32 if short else int(rng.choice(SPEEDS))
+        system = None if short or rng.random() < NO_SYSTEM else chat.SYSTEM_PROMPT
+        return stream, converse(
+            stream.world, stream.requests, self._tokenizer, tokens_per_second=speed, rng=rng, system=system
+        )

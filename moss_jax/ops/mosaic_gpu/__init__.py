@@ -1,0 +1,1 @@
+"""Tools that the Mosaic GPU kernels (Hopper) of all ops share."""

@@ -1,0 +1,608 @@
+"""What follows attention, of few rows, as one kernel in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
+
+What takes the time is reading the weights, once; what can be saved is all that lies between one such reading
+and the next. So as many thread blocks as the GPU holds at once stay from the first weight to the last, each
+with copies of the next tiles on their way, which run on from one matrix into the next.
+
+Three phases, `out`, `gate_up` and `down`, each dealt in units of 64 outputs by a part of the inputs, whose
+sums go to global memory. Between two phases is a barrier of all blocks; then each makes its own part of the
+next product's inputs of the last one's sums. At the end there is none: the block that is the last to arrive
+at 128 numbers of the result adds up their parts.
+
+Products are those of `skinny_matmul`, in bfloat16. Plain JAX also rounds what a map or silu returns before
+anything is done with it; here that stays in float32. The norm's factor, one number a row, comes in after
+`gate_up`, so that no block needs more of x than its part.
+
+Limits. Blocks that are not on the GPU at once wait for each other for ever; after some seconds they trap, and
+the process has lost its GPU. They are as many as it holds when nothing else runs there. Another stream's
+kernel delays them until its blocks have ended, but two of these kernels at once may each hold the room that
+the other waits for. XLA runs a device's programs one after the other, and so in a program what depends on
+each other, as layers do. Not so: programs of several processes under MPS, and calls in one program that are
+independent, if XLA is told to run such concurrently.
+
+M rows, C = 8 columns of the tensor core, D embedding, K numbers of all heads, F hidden, X inputs of a tile
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+from jaxtyping import Array, Float
+
+from moss_jax.ops.mosaic_gpu import hopper, skinny_matmul, tiles
+from moss_jax.ops.mosaic_gpu.skinny_matmul import (
+    STRIDED,
+    THREADS,
+    TILE,
+    TOGETHER,
+    C,
+    multiprocessors,
+    piece,
+    strided,
+)
+from moss_jax.ops.mosaic_gpu.tiles import MATRIX
+from moss_jax.ops.post_attention.arguments import Arguments
+
+CHUNK = 128  # Numbers of the result that one block adds up: one a thread.
+LINE = 128  # Bytes that L2 fetches.
+LOOKS = 1 << 23  # At the barrier's counter, some seconds, before a block gives up.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the weights are dealt.
+
+    Attributes:
+      blocks: thread blocks, all of which must fit at once.
+      block_k: inputs of a tile.
+      stages: tiles that are on their way at once in a block.
+      part: inputs of a unit of `out` and `gate_up`.
+      part_down: inputs of a unit of `down`.
+      prefetch: whether L2 gets what a phase will read, before the barrier in front of it.
+    """
+
+    blocks: int
+    block_k: int = 256
+    stages: int = 5
+    part: int = 1024
+    part_down: int = 512
+    prefetch: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A matrix in units, all those of a part in front of those of the next.
+
+    Attributes:
+      stripes: of 64 outputs.
+      parts: of the inputs.
+      tiles: of a unit.
+      blocks: which take consecutive units, as evenly as units are dealt.
+    """
+
+    stripes: int
+    parts: int
+    tiles: int
+    blocks: int
+
+    @property
+    def spans(self) -> int:
+        """Parts that a block's units belong to, at most."""
+        if self.blocks % self.parts == 0:
+            return 1
+        most = pl.cdiv(self.stripes * self.parts, self.blocks)
+        return min(self.parts, pl.cdiv(most - 1, self.stripes) + 1)
+
+    def units(self, block):
+        """(the first of a block's units, their number)"""
+        units, place = self.stripes * self.parts, block
+        if self.blocks % self.parts == 0:
+            # Neighbours take the parts of the same rows, so that together they read whole rows.
+            place = lax.rem(block, self.parts) * (self.blocks // self.parts) + lax.div(block, self.parts)
+        first = lax.div(place * units, self.blocks)
+        return first, lax.div((place + 1) * units, self.blocks) - first
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The sizes that follow from the arguments' shapes and the configuration; refuses what does not fit."""
+
+    rows: int
+    K: int
+    D: int
+    F: int
+    config: Config
+    multiprocessors: int
+
+    def __post_init__(self):
+        c = self.config
+        for name, size, part in (("K", self.K, c.part), ("D", self.D, c.part), ("F", self.F, c.part_down)):
+            if part % c.block_k or part % CHUNK or size % part:
+                raise ValueError(
+                    f"{name} = {size} does not fall into parts of {part} and tiles of {c.block_k}"
+                )
+        each = pl.cdiv(c.blocks, self.multiprocessors)
+        if each > 2:
+            # A thread has up to 255.
+            raise ValueError(f"a multiprocessor has registers for 2 blocks, not for {each}")
+        room = skinny_matmul.shared_room(each)
+        if self.shared > room:
+            raise ValueError(
+                f"a block takes {self.shared} bytes of shared memory, and with {c.blocks} of them on "
+                f"{self.multiprocessors} multiprocessors each has {room}"
+            )
+        if self.units_down > THREADS:
+            raise ValueError(
+                f"a block has {self.units_down} units of `down`, and {THREADS} threads count them"
+            )
+
+    @property
+    def phases(self) -> tuple[Phase, Phase, Phase]:
+        """Those of `out`, `gate_up` and `down`."""
+        c = self.config
+        shapes = ((self.D, self.K, c.part), (2 * self.F, self.D, c.part), (self.D, self.F, c.part_down))
+        return tuple(Phase(N // TILE, K // part, part // c.block_k, c.blocks) for N, K, part in shapes)
+
+    @property
+    def units_down(self) -> int:
+        """Units of `down` that a block has, at most."""
+        return pl.cdiv(self.phases[2].stripes * self.phases[2].parts, self.config.blocks)
+
+    @property
+    def operand_tiles(self) -> int:
+        return max(phase.spans * phase.tiles for phase in self.phases)
+
+    @property
+    def pitch(self) -> int:
+        """Numbers from one row to the next in shared memory."""
+        return skinny_matmul.pitch(self.rows, self.operand_tiles * self.config.block_k)
+
+    @property
+    def stored(self) -> int:
+        """Rows of the sums: all columns of the tensor core, but for a single row."""
+        return 1 if self.rows == 1 else C
+
+    @property
+    def shared(self) -> int:
+        """Bytes of a block's shared memory."""
+        c = self.config
+        arrays = (self.rows * self.pitch * 2, c.stages * TILE * c.block_k, THREADS * 4)
+        return skinny_matmul.shared_bytes(*arrays, barriers=c.stages)
+
+
+def unsupported(arguments: Arguments, platform: str) -> str | None:
+    """Why the kernel cannot take the arguments; None if it can."""
+    if reason := hopper.unsupported(platform):
+        return reason
+    a = arguments
+    if a.x.dtype != jnp.bfloat16 or a.heads.dtype != jnp.bfloat16:
+        return f"it takes x and heads in bfloat16, not {a.x.dtype} and {a.heads.dtype}"
+    if not a.out.dtype == a.gate_up.dtype == a.down.dtype:
+        names = ", ".join(x.dtype.name for x in (a.out, a.gate_up, a.down))
+        return f"it takes weights of one dtype, not {names}"
+    if not 0 < a.x.shape[0] <= C:
+        return f"it takes 1 to {C} rows, not {a.x.shape[0]}"
+    for name, size in (("K", a.heads.shape[1]), ("D", a.x.shape[1]), ("F", a.down.shape[1])):
+        if size % CHUNK or size == 0:
+            return f"{name} = {size} is not a multiple of {CHUNK}"
+    try:
+        plan(a, default_config(a))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def apply(a: Arguments) -> Float[Array, "M D"]:
+    """Computes the op; forward only."""
+    return few_rows(a, default_config(a))
+
+
+def default_config(a: Arguments) -> Config:
+    """So that two thread blocks share a multiprocessor."""
+    blocks = 2 * multiprocessors()
+    part, part_down = math.gcd(a.heads.shape[1], a.x.shape[1], 1024), _part_down(*a.down.shape, blocks)
+    block_k = math.gcd(part, part_down, 256)
+    return Config(blocks, block_k, 4 * 256 // block_k, part, part_down)
+
+
+def _part_down(D: int, F: int, blocks: int) -> int:
+    """Of the fewest parts, since each makes sums to write, to add and to wait for.
+
+    But every block has a unit, none has units of two parts, and 8 rows of a part leave room for the weights.
+    """
+    for parts in range(pl.cdiv(F, 2048), F // CHUNK + 1):
+        if blocks % parts == 0 and F % (parts * CHUNK) == 0 and D // TILE * parts >= blocks:
+            return F // parts
+    return math.gcd(F, 512)
+
+
+def plan(a: Arguments, config: Config) -> Plan:
+    """Raises ValueError if the configuration does not fit the arguments."""
+    (rows, D), K, F = a.x.shape, a.heads.shape[1], a.down.shape[1]
+    return Plan(rows, K, D, F, config, multiprocessors())
+
+
+@functools.partial(jax.jit, static_argnames=("config", "passes"))
+def few_rows(a: Arguments, config: Config, passes: int = 1) -> Float[Array, "M D"]:
+    """Computes the op for M <= 8; forward only.
+
+    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+
+    Args:
+      passes: 1. The interpreter runs one block after the other, so none can wait for another: with 3, each
+        phase has a pass of its own over all blocks.
+    """
+    p = plan(a, config)
+    gates = (a.attention_gate, a.mlp_gate)
+    if all(gate is None for gate in gates):
+        gates = None
+    else:
+        gates = jnp.stack([jnp.ones(p.rows) if x is None else x.astype(jnp.float32) for x in gates])
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    row = jax.ShapeDtypeStruct(a.x.shape, a.x.dtype)
+    out, gate_up, down = p.phases
+    *_, y = plgpu.kernel(
+        functools.partial(_kernel, plan=p, eps=a.eps, passes=passes),
+        out_type=[
+            f32((out.parts, p.stored, p.D)),
+            f32((gate_up.parts, p.rows)),
+            row,
+            f32((gate_up.parts, p.stored, 2 * p.F)),
+            f32((down.parts, p.stored, p.D)),
+            row,
+        ],
+        scratch_types={
+            "row_smem": plgpu.SMEM((p.rows, p.pitch), jnp.bfloat16),
+            "ring_smem": tiles.tile((config.stages, TILE, config.block_k), a.out.dtype),
+            "last_smem": plgpu.SMEM((THREADS,), jnp.int32),
+            "barrier": plgpu.Barrier(num_barriers=config.stages),
+        },
+        grid=(config.blocks,) if passes == 1 else (passes, config.blocks),
+        grid_names=("block",) if passes == 1 else ("pass", "block"),
+        compiler_params=skinny_matmul.COMPILER_PARAMS,
+    )(
+        a.x,
+        a.heads,
+        a.norm,
+        gates,
+        a.out,
+        a.out_scale,
+        a.gate_up,
+        a.gate_up_scale,
+        a.down,
+        a.down_scale,
+        _counters(p),
+    )
+    return y
+
+
+def _counters(p: Plan):
+    """[1 + D/128 + 1]: the barrier's counter, one for each chunk of the result, and a mark.
+
+    To XLA they are a constant, which it uploads once and never writes again; the kernel counts in them behind
+    its back. So nothing has to be zeroed before a launch, and callers keep no state. It does no harm, because
+    each launch leaves them as any other may find them: zeros, but for the top bit of the first. So whatever
+    XLA copies or uploads anew between two launches is valid too. But nobody else may read them, and of
+    constants that are alike XLA keeps only one, even among programs: the mark makes this one like no other.
+    """
+    mark = int.from_bytes(b"moss", "little")
+    return jnp.asarray(np.array([0] * (1 + p.D // CHUNK) + [mark], np.int32))
+
+
+def _kernel(
+    x_gmem,
+    heads_gmem,
+    norm_gmem,
+    gates_gmem,
+    out_gmem,
+    out_scale_gmem,
+    gate_up_gmem,
+    gate_up_scale_gmem,
+    down_gmem,
+    down_scale_gmem,
+    counters_gmem,
+    attended_gmem,
+    squares_gmem,
+    middle_gmem,
+    hidden_gmem,
+    sums_gmem,
+    y_gmem,
+    *,
+    row_smem,
+    ring_smem,
+    last_smem,
+    barrier,
+    plan,
+    eps,
+    passes,
+):
+    """One block.
+
+    `attended_gmem`, `hidden_gmem` and `sums_gmem` are the sums of the three phases, `middle_gmem` x after
+    attention.
+
+    No automatic barriers: `commit_smem` is a barrier of the warpgroup. A visit to a tile has one: before it,
+    everyone has read the tile into registers; after it, the tile's slot is filled again. A phase has one,
+    between the writes to `row_smem` and the products. The next phase writes to it after all threads have
+    passed the grid's barrier, in front of which they have read what they need.
+    """
+    config, rows, phases = plan.config, plan.rows, plan.phases
+    X, stages = config.block_k, config.stages
+    now = None if passes == 1 else lax.axis_index("pass")
+    dealt = [phase.units(lax.axis_index("block")) for phase in phases]
+    # Steps are tiles, counted through all phases.
+    begins = [jnp.int32(0)]
+    for phase, (_, count) in zip(phases, dealt, strict=True):
+        begins.append(begins[-1] + count * phase.tiles)
+    begin, end = begins[0], begins[-1]
+    if now is not None:
+        begin, end = (
+            jnp.where(now == 0, x, jnp.where(now == 1, y, z)) for x, y, z in (begins[:3], begins[1:])
+        )
+
+    def fetch(step):
+        ring = lax.rem(step, stages)
+        for i, weights in enumerate((out_gmem, gate_up_gmem, down_gmem)):
+
+            @pl.when((begins[i] <= step) & (step < begins[i + 1]))
+            def _(phase=phases[i], first=dealt[i][0], since=step - begins[i], weights=weights):
+                part, stripe = _divmod(first + lax.div(since, phase.tiles), phase.stripes)
+                tile = part * phase.tiles + lax.rem(since, phase.tiles)
+                source = weights.at[piece(stripe, TILE), piece(tile, X)]
+                plgpu.copy_gmem_to_smem(source, ring_smem.at[ring], barrier.at[ring])
+
+    def visit(step, operand, sums):
+        ring = lax.rem(step, stages)
+        plgpu.barrier_wait(barrier.at[ring])
+        weights = skinny_matmul.load(ring_smem.at[ring], TOGETHER)
+        plgpu.commit_smem()
+        pl.when(step + stages < end)(functools.partial(fetch, step + stages))
+        return skinny_matmul.multiply(sums, weights, row_smem, operand * X, TOGETHER)
+
+    def parts(number):
+        """Those that the block's units of a phase belong to, or more: all blocks do the same."""
+        phase, (first, _) = phases[number], dealt[number]
+        first_part = lax.div(first, phase.stripes)
+        return [jnp.minimum(first_part + span, phase.parts - 1) for span in range(phase.spans)]
+
+    def run(number, inputs, sums_gmem):
+        """A phase; `inputs(m, part)` is what row m of the product's inputs has in a part, in float32."""
+        phase, (first, count), own = phases[number], dealt[number], parts(number)
+        for m in range(rows):
+            # All are loaded before any is stored.
+            for span, values in enumerate([inputs(m, part) for part in own]):
+                row_smem[m, pl.ds(span * phase.tiles * X, phase.tiles * X)] = values.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+
+        def unit(i, _):
+            part, stripe = _divmod(first + i, phase.stripes)
+            step, operand = begins[number] + i * phase.tiles, (part - own[0]) * phase.tiles
+            nothing = tiles.full((TILE, C), 0, MATRIX)
+            sums = lax.fori_loop(
+                0, phase.tiles, lambda tile, sums: visit(step + tile, operand + tile, sums), nothing
+            )
+            if plan.stored == 1:
+                # The other columns are the same.
+                sums = jnp.where(tiles.index((TILE, C), 1) == 0, sums, 0)
+                sums_gmem[part, 0, piece(stripe, TILE)] = sums.sum(axis=1)
+            else:
+                # A thread then has neighbours along the outputs.
+                sums = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
+                sums_gmem.at[part, :, piece(stripe, TILE)].transpose((1, 0))[...] = sums
+
+        lax.fori_loop(0, count, unit, None)
+
+    def needed(number, part):
+        """What the inputs of a part are made of, but for what was only just written."""
+        if number == 1:
+            at = piece(part, config.part)
+            return [ref.at[at] for ref in (out_scale_gmem, norm_gmem)]
+        halves = [half(part, start) for start in (0, plan.F)]
+        sums = [hidden_gmem.at[split, m] for split in range(phases[1].parts) for m in range(rows)]
+        return [ref.at[at] for at in halves for ref in (gate_up_scale_gmem, *sums)]
+
+    def expect(number):
+        """Fetches it to L2 again, from where the weights that pass through it have driven it."""
+        for part in parts(number):
+            for ref in needed(number, part):
+                prefetch(ref)
+
+    def half(part, start):
+        """Where gate, from 0 on, or up, from F on, has the numbers of a part."""
+        return pl.ds(pl.multiple_of(start + part * config.part_down, CHUNK), config.part_down)
+
+    def added(sums_gmem, m, at):
+        """The sums of all parts."""
+        parts = [strided(sums_gmem.at[part, m, at]) for part in range(sums_gmem.shape[0])]
+        return sum(parts[1:], parts[0])
+
+    def gated(branch, which, m):
+        return branch if gates_gmem is None else gates_gmem[which, m] * branch
+
+    def attended(m, part):
+        return strided(heads_gmem.at[m, piece(part, config.part)])
+
+    def normed(m, part):
+        """But for the norm's factor; the block with the first unit of the part keeps what is needed later."""
+        at = piece(part, config.part)
+        branch = added(attended_gmem, m, at) * strided(out_scale_gmem.at[at])
+        x = (strided(x_gmem.at[m, at]) + gated(branch, 0, m)).astype(x_gmem.dtype)
+        wide = x.astype(jnp.float32)
+        (first, count), start = dealt[1], part * phases[1].stripes
+
+        @pl.when((first <= start) & (start < first + count))
+        def _():
+            middle_gmem[m, at] = x
+            squares_gmem[part, m] = (wide * wide).sum()
+            plgpu.commit_smem()  # Between the uses of the scratch memory of two sums.
+
+        return wide * strided(norm_gmem.at[at])
+
+    def hidden(m, part):
+        halves = [half(part, start) for start in (0, plan.F)]
+        gate, up = (added(hidden_gmem, m, at) * strided(gate_up_scale_gmem.at[at]) for at in halves)
+        squares = [squares_gmem[part, m] for part in range(phases[1].parts)]
+        factor = lax.rsqrt(sum(squares[1:], squares[0]) / plan.D + eps)
+        gate, up = gate * factor, up * factor
+        return gate / (1 + jnp.exp(-gate)) * up
+
+    def finish():
+        """The result, where this block is the last to arrive."""
+        phase, (first, count) = phases[2], dealt[2]
+
+        def chunk(unit):
+            return lax.div(lax.rem(unit, phase.stripes), CHUNK // TILE)
+
+        # All of a block's units arrive at once, each by a thread of its own.
+        thread = skinny_matmul.threads()
+        counter = jnp.where(thread < count, 1 + chunk(first + thread), -1)
+        last_smem[...] = arrive(counters_gmem, counter, phase.parts * (CHUNK // TILE))
+        plgpu.commit_smem()
+
+        def unit(i, _):
+            @pl.when(last_smem[i] == 1)
+            def _():
+                at = piece(chunk(first + i), CHUNK)
+                for m in range(rows):
+                    branch = added(sums_gmem, m, at) * strided(down_scale_gmem.at[at])
+                    total = strided(middle_gmem.at[m, at]) + gated(branch, 1, m)
+                    y_gmem[m, at] = total.astype(y_gmem.dtype)
+
+        lax.fori_loop(0, count, unit, None)
+
+    for i in range(stages):
+        pl.when(begin + i < end)(functools.partial(fetch, begin + i))
+    work = ((attended, attended_gmem), (normed, hidden_gmem), (hidden, sums_gmem))
+    for number, (inputs, sums) in enumerate(work):
+        if number:
+            if config.prefetch:
+                expect(number)
+            grid_barrier(counters_gmem, config.blocks)
+        this = functools.partial(run, number, inputs, sums)
+        this() if now is None else pl.when(now == number)(this)
+    finish() if now is None else pl.when(now == 2)(finish)
+
+
+def _divmod(x, y):
+    return lax.div(x, y), lax.rem(x, y)
+
+
+# As in CUDA's cooperative groups: the arrivals of all blocks add up to 2^31, so that the last one flips the
+# top bit, for which all wait. So nobody has to set the counter back.
+BARRIER = """{{
+.reg .pred done, tired; .reg .b32 old, new, looks;
+fence.acq_rel.gpu;
+atom.add.relaxed.gpu.global.u32 old, [$0], $1;
+mov.b32 looks, 0;
+LOOK:
+ld.relaxed.gpu.global.u32 new, [$0];
+xor.b32 new, new, old;
+setp.lt.s32 done, new, 0;
+@done bra SEEN;
+add.u32 looks, looks, 1;
+setp.lt.u32 tired, looks, {looks};
+@tired bra LOOK;
+trap;
+SEEN:
+fence.acq_rel.gpu;
+}}"""
+
+PREFETCH = """{{
+.reg .pred there; .reg .b64 at;
+setp.lt.u32 there, $1, {lines};
+mad.wide.u32 at, $1, {line}, $0;
+@there prefetch.global.L2 [at];
+}}"""
+
+# The last arrival sets the counter back.
+ARRIVE = """{{
+.reg .pred there, last; .reg .b32 old; .reg .b64 at;
+fence.acq_rel.gpu;
+setp.ge.s32 there, $2, 0;
+mad.wide.s32 at, $2, 4, $1;
+mov.b32 old, 0;
+@there atom.inc.relaxed.gpu.global.u32 old, [at], {most};
+fence.acq_rel.gpu;
+setp.eq.u32 last, old, {most};
+selp.b32 $0, 1, 0, last;
+}}"""
+
+
+def prefetch(ref):
+    """Has a vector of global memory, of up to 128 lines, fetched to L2."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def fetch(_, ref):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [mgpu.utils.memref_ptr(ref), mgpu.utils.thread_idx()],
+            PREFETCH.format(line=LINE, lines=pl.cdiv(size, LINE)),
+            "l,r,~{memory}",
+            has_side_effects=True,
+        )
+
+    size = math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
+    fetch(ref)
+
+
+def grid_barrier(counters, blocks):
+    """Waits for all threads of all blocks; what they have written to global memory is then seen by all."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def synchronize(_, counters):
+        i32 = ir.IntegerType.get_signless(32)
+
+        def constant(value):
+            return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+        mgpu.utils.warpgroup_barrier()
+        with mgpu.utils.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            first = arith.cmpi(arith.CmpIPredicate.eq, mgpu.utils.block_idx(), constant(0))
+            arrivals = arith.select(first, constant(2**31 - (blocks - 1)), constant(1))
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [mgpu.utils.memref_ptr(counters), arrivals],
+                BARRIER.format(looks=LOOKS),
+                "l,r,~{memory}",
+                has_side_effects=True,
+            )
+        mgpu.utils.warpgroup_barrier()
+
+    synchronize(counters)
+
+
+def arrive(counters, counter, expected):
+    """Counts that the block is done; [128], 1 for each thread that was the last of those expected.
+
+    Each thread has its own counter, or none if negative. What was written to global memory by those that came
+    before is seen by the last one's block, as soon as its threads know.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), STRIDED),
+        return_type=plgpu.ShapeDtypeStruct((THREADS,), jnp.int32, layout=STRIDED),
+    )
+    def count(_, counters, counter):
+        i32 = ir.IntegerType.get_signless(32)
+        mgpu.utils.warpgroup_barrier()
+        (register,) = counter.registers.flat
+        last = llvm.inline_asm(
+            i32,
+            [mgpu.utils.memref_ptr(counters), mgpu.utils.bitcast(register, i32)],
+            ARRIVE.format(most=expected - 1),
+            "=r,l,r,~{memory}",
+            has_side_effects=True,
+        )
+        registers = np.array([mgpu.utils.bitcast(last, register.type)], dtype=object)
+        return mgpu.FragmentedArray(_registers=registers, _layout=counter.layout, _is_signed=True)
+
+    return count(counters, counter)

@@ -1,0 +1,557 @@
+"""Dialogues about the tabletop world: what users ask, and what an ideal assistant says when.
+
+The assistant is a small program that knows the truth of each frame as soon as it has seen it. It runs on the
+lockstep clock of a live session, token by token, so the sequences that it writes are those that a session
+builds. The last request counts: a question is kept up to date, changes are narrated, an awaited moment is
+called out, until the next one comes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from moss_jax.text import Tokenizer, chat
+from moss_jax.text.labels import IGNORED
+from moss_jax.worlds.tabletop import language
+from moss_jax.worlds.tabletop.language import (
+    HIDDEN,
+    LIVE,
+    PAST,
+    WAIT,
+    Facts,
+    Sentence,
+    agrees,
+    holds,
+    list_of,
+    sentence,
+)
+from moss_jax.worlds.tabletop.render import COLOURS, SHAPES
+from moss_jax.worlds.tabletop.world import CARD, Event, World
+
+EPSILON = 1e-6
+LISTED = (*(f"colour:{shape}" for shape in SHAPES), "digit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Something that the user says.
+
+    Attributes:
+      time: seconds of the stream.
+      kind: in `language.ASK`.
+      subject: the kind of thing that it is about, if any.
+      awaited: of an alert, the sentence that is due as soon as it is true.
+    """
+
+    time: float
+    text: str
+    kind: str
+    subject: str = ""
+    awaited: Sentence | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The facts that a live question is about."""
+        match self.kind:
+            case "list":
+                return LISTED
+            case "digit" | "count":
+                return (self.kind,)
+            case _ if self.kind in LIVE:
+                return (f"{self.kind}:{self.subject}",)
+            case _:
+                return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+    """Something that the assistant says.
+
+    Attributes:
+      frame: the last that it had seen when it began.
+      due: the frame since which it was due (-1 before the first).
+      request: index of the request that it serves.
+      cut: it takes the place of a statement in progress.
+    """
+
+    time: float
+    frame: int
+    due: int
+    request: int
+    sentence: Sentence
+    cut: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogue:
+    """A stream as the model reads it, and what is said in it.
+
+    Attributes:
+      tokens, labels: the whole sequence; IGNORED where nothing is to be learnt.
+      frame_positions: index of each frame's `<|image|>`.
+      utterances: in order of time.
+      speaking: for each frame, whether something is being said between it and the next.
+    """
+
+    tokens: list[int]
+    labels: list[int]
+    frame_positions: list[int]
+    utterances: list[Utterance]
+    speaking: list[bool]
+
+
+# --------------------------------------------------------------------------------------- requests
+
+
+def draw_requests(
+    rng: np.random.Generator, world: World, *, first_turn: float = 0.0, dense: bool = False
+) -> tuple[Request, ...]:
+    """Draws what a user asks in the course of a stream.
+
+    Args:
+      first_turn: probability that something is asked at time 0, before the first frame.
+      dense: questions that can be seen answered, in quick succession.
+    """
+    end = world.seconds - 1
+    requests = []
+    time = rng.uniform(0.05, 0.8) if dense else rng.uniform(0.05, max(1, min(8, end)))
+    if rng.random() < first_turn:
+        requests.append(draw_request(rng, world, 0.0))
+    while time < end + 0.5:
+        # Never on a frame's own instant: what came first would be left open.
+        time = np.floor(time) + np.clip(time % 1, 0.05, 0.95)
+        requests.append(draw_request(rng, world, float(round(time, 2)), dense=dense))
+        if dense:
+            time += rng.uniform(0.5, 1.2)
+        elif rng.random() < 0.15:
+            time += rng.uniform(0.3, 1.5)
+        else:
+            time += rng.uniform(2.5, 11)
+    return tuple(requests)
+
+
+def draw_request(rng: np.random.Generator, world: World, time: float, *, dense: bool = False) -> Request:
+    """Draws one request that makes sense at this time."""
+    frame = -1 if time == 0 else int(time)
+    group = ("live", "past", "narrate", "alert", "watch")[
+        rng.choice(5, p=[0.9, 0.1, 0, 0, 0] if dense else [0.48, 0.16, 0.11, 0.18, 0.07])
+    ]
+    match group:
+        case "live":
+            return _live(rng, world, time, frame, dense)
+        case "past" if frame >= 0:
+            return _past(rng, world, time, frame)
+        case "alert":
+            return _alert(rng, world, time, frame)
+        case "watch" if frame >= 0:
+            return Request(time, language.ask(rng, "watch"), "watch")
+        case _:
+            return Request(time, language.ask(rng, "narrate"), "narrate")
+
+
+def draw_question(rng: np.random.Generator, world: World) -> Request:
+    """Draws a question about a stream that has been seen whole."""
+    frame = world.seconds - 1
+    if rng.random() < 0.35:
+        return _past(rng, world, float(frame), frame)
+    return _live(rng, world, float(frame), frame, dense=False)
+
+
+def _live(rng, world, time, frame, dense):
+    changing = [e for e in world.events if frame < e.frame <= frame + 8]
+    if changing and not dense and rng.random() < 0.6:
+        event = changing[0]
+        kinds = {
+            "digit": ["digit", "list"],
+            "colour": ["colour", "list"],
+            "move": ["place"],
+        }.get(event.change, ["there", "list"] if event.kind != CARD else ["digit", "list"])
+        if event.kind != CARD and event.change not in ("colour", "move"):
+            kinds = [*kinds, "count"]
+        kind, subject = _pick(rng, kinds), event.kind
+    else:
+        odds = [0.25, 0.1, 0.15, 0.1, 0.1, 0.3] if dense else [0.28, 0.16, 0.16, 0.14, 0.14, 0.12]
+        kind = LIVE[rng.choice(len(LIVE), p=odds)]
+        subject = _some_kind(rng, world.tables[max(frame, 0)], card=kind == "place")
+    if subject == CARD and kind in ("there", "colour"):
+        kind = "digit"
+    if kind in ("digit", "count", "list"):
+        subject = CARD if kind == "digit" else ""
+    return Request(time, language.ask(rng, kind, k=subject), kind, subject)
+
+
+def _past(rng, world, time, frame):
+    table, truth = world.tables[frame], world.truth[frame]
+    kinds = ["event", "event", "seen"]
+    if truth["digit"] not in ("none", "covered"):
+        kinds += ["previous"] * (3 if truth["previous"] != "none" else 1)
+    if table.covered or rng.random() < 0.1:
+        kinds += ["under"] * 4
+    kind = _pick(rng, kinds)
+    subject = ""
+    if kind == "seen":
+        gone = [s for s in SHAPES if truth[f"seen:{s}"] == "yes" and truth[f"there:{s}"] == "none"]
+        subject = _pick(rng, gone) if gone and rng.random() < 0.5 else _pick(rng, SHAPES)
+    return Request(time, language.ask(rng, kind, k=subject), kind, subject)
+
+
+def _alert(rng, world, time, frame):
+    before = world.truth[frame] if frame >= 0 else None
+    possible = _awaitable()
+    later = [
+        s
+        for s in possible
+        if any(holds(s.facts, world.truth[g]) for g in range(frame + 1, world.seconds))
+        and not (before and holds(s.facts, before))
+    ]
+    if later and rng.random() < 0.75:
+        # By kind first: there are many more digits and shapes than other things to wait for.
+        name = _pick(rng, sorted({s.name for s in later}))
+        awaited = _pick(rng, [s for s in later if s.name == name])
+    else:
+        awaited = _pick(rng, [s for s in possible if not (before and holds(s.facts, before))])
+    values = awaited.values
+    text = language.ask(rng, awaited.name, **values)
+    return Request(time, text, awaited.name, values.get("k", ""), awaited)
+
+
+def _awaitable():
+    kinds = [*SHAPES, CARD]
+    return [
+        *(sentence("alert there", k=k) for k in kinds),
+        *(sentence("alert none", k=k) for k in kinds),
+        *(sentence("alert covered", k=k) for k in kinds),
+        *(sentence("alert digit", d=str(d)) for d in range(10)),
+        *(sentence("alert colour", c=c) for c in COLOURS),
+        sentence("alert empty"),
+    ]
+
+
+def _some_kind(rng, table, card):
+    """A kind of thing, more often one that is there."""
+    there = [t.kind for t in table.things if card or t.kind != CARD]
+    if there and rng.random() < 0.8:
+        return _pick(rng, there)
+    return _pick(rng, SHAPES)
+
+
+def _pick(rng, options: Sequence):
+    return options[rng.integers(len(options))]
+
+
+# ---------------------------------------------------------------------------------- what is said
+
+
+def answer(request: Request, truth: Facts) -> Sentence:
+    """What to say to a question, given what is true."""
+    k = request.subject
+    match request.kind:
+        case "list":
+            things = list_of(truth)
+            return sentence("list", l=things) if things else sentence("empty")
+        case "count":
+            return sentence("one" if truth["count"] == "1" else "count", n=truth["count"])
+        case "digit":
+            if truth["digit"] == "none":
+                return sentence("no card")
+            if truth["digit"] == "covered":
+                return sentence("covered", k=CARD)
+            return sentence("digit", d=truth["digit"])
+        case "colour" | "place" | "there":
+            value = truth[f"{request.kind}:{k}"]
+            if value in ("none", "covered"):
+                return sentence(value, k=k)
+            gap = {"colour": {"c": value}, "place": {"p": value}, "there": {}}[request.kind]
+            return sentence(request.kind, k=k, **gap)
+        case "previous":
+            value = truth["previous"]
+            return sentence("no previous") if value == "none" else sentence("previous", d=value)
+        case "seen":
+            return sentence("seen" if truth[f"seen:{k}"] == "yes" else "not seen", k=k)
+        case "under":
+            value = truth["under"]
+            return sentence("nothing under") if value == "none" else sentence("under", k=value)
+        case "event":
+            if truth["event"] == "none":
+                return sentence("nothing happened")
+            change, kind, value = truth["event"].split(":")
+            return tell(Event(0, change, kind, value), truth)
+        case _:
+            return sentence("okay")
+
+
+def update(request: Request, truth: Facts) -> Sentence:
+    """What to say when the answer to a live question has changed."""
+    said = answer(request, truth)
+    if said.name == "no card":
+        return sentence("now none", k=CARD)
+    return dataclasses.replace(said, name=f"now {said.name}")
+
+
+def update_list(key: str, told: str, truth: Facts) -> Sentence:
+    """What to say when one fact of a list has changed."""
+    value = truth[key]
+    k = CARD if key == "digit" else key.removeprefix("colour:")
+    if value in ("none", "covered"):
+        return sentence(f"now {value}", k=k)
+    new = told in (HIDDEN, "none", "covered")
+    if k == CARD:
+        return sentence("now also card" if new else "card changes", d=value)
+    return sentence("now also" if new else "turn", c=value, k=k)
+
+
+def tell(event: Event, truth: Facts) -> Sentence:
+    """What to say of a change that has just happened."""
+    kind, value = event.kind, event.value
+    match event.change:
+        case "appear" if kind == CARD:
+            return sentence("card appears", d=truth["digit"], p=truth["place:card"])
+        case "appear":
+            return sentence("appear", c=truth[f"colour:{kind}"], k=kind, p=truth[f"place:{kind}"])
+        case "move":
+            return sentence("move", k=kind, p=value)
+        case "colour":
+            return sentence("turn", k=kind, c=value)
+        case "digit":
+            return sentence("card changes", d=value)
+        case name:
+            return sentence(name, k=kind)
+
+
+class Assistant:
+    """Says what is due, token by token."""
+
+    def __init__(self, world: World, tokenizer: Tokenizer, rng: np.random.Generator):
+        self._world, self._tokenizer, self._rng = world, tokenizer, rng
+        self._events = {event.frame: event for event in world.events}
+        self.frame = -1
+        self.utterances: list[Utterance] = []
+        self._number = -1
+        self._request: Request | None = None
+        self._asked_at = -1
+        # Facts that were told, and what a narration still has to tell: (frame, sentence).
+        self._told: dict[str, str] = {}
+        self._untold: list[tuple[int, Sentence]] = []
+        self._acknowledged = self._called = self._updating = False
+        # The utterance in progress, as tokens that were said and those to come.
+        self._said: list[int] = []
+        self._rest: list[int] = []
+        self._variant = 0
+        self._seen_since = False
+
+    def hear(self, request: Request) -> None:
+        """Takes a request, which cuts what is being said."""
+        self._number += 1
+        self._request, self._asked_at = request, self.frame
+        self._told, self._untold = {}, []
+        self._acknowledged = self._called = self._updating = False
+        self._said, self._rest = [], []
+
+    def see(self, frame: int) -> None:
+        """Takes a frame."""
+        self.frame = frame
+        self._seen_since = True
+        if self._request and self._request.kind == "narrate" and (event := self._events.get(frame)):
+            self._untold.append((frame, tell(event, self._truth)))
+
+    def next_token(self, time: float) -> int | None:
+        """The next token, or None for silence."""
+        if self._rest and self._seen_since and self._is_false():
+            self._correct(time)
+        self._seen_since = False
+        if not self._rest and not self._said:
+            self._begin(time)
+        if not self._rest:
+            self._said = []
+            return None
+        token = self._rest.pop(0)
+        self._said.append(token)
+        return token
+
+    @property
+    def _truth(self) -> Facts:
+        return self._world.truth[self.frame]
+
+    def _is_false(self) -> bool:
+        """Whether the answer in progress to a live question has become false."""
+        facts = self.utterances[-1].sentence.facts
+        return bool(self._request.keys) and not holds(facts, self._truth)
+
+    def _correct(self, time: float) -> None:
+        """Goes on with what is true now, if what was said fits it, and takes it back if not."""
+        last = self.utterances[-1]
+        now = update(self._request, self._truth) if last.cut else self._answer_or_update()
+        text = now.text(self._variant)
+        tokens = self._tokenizer.encode(_interjected(text) if last.cut else text)
+        if tokens[: len(self._said)] == self._said:
+            self.utterances[-1] = dataclasses.replace(last, sentence=now)
+        else:
+            now = update(self._request, self._truth)
+            tokens, self._said = self._tokenizer.encode(_interjected(now.text(self._variant))), []
+            self.utterances.append(Utterance(time, self.frame, self.frame, self._number, now, cut=True))
+        self._rest = tokens[len(self._said) :]
+        self._told.update(now.facts)
+
+    def _begin(self, time: float) -> None:
+        """Begins what is due, if anything is."""
+        if self._request is None:
+            return
+        found = self._due()
+        if found is None:
+            return
+        due, said = found
+        self._variant = int(self._rng.integers(2))
+        self._rest = self._tokenizer.encode(said.text(self._variant))
+        self._told.update(said.facts)
+        self.utterances.append(Utterance(time, self.frame, due, self._number, said))
+
+    def _due(self) -> tuple[int, Sentence] | None:
+        """What is to be said now, and the frame since which."""
+        request = self._request
+        if request.kind in (*LIVE, *PAST):
+            if self.frame < 0:
+                return None
+            if not self._acknowledged:
+                self._acknowledged = True
+                return max(self._asked_at, 0), answer(request, self._truth)
+            self._updating = True
+            return None if self._changed() is None else (self.frame, self._answer_or_update())
+        if not self._acknowledged:
+            self._acknowledged = True
+            return self._asked_at, sentence("okay")
+        if (
+            request.awaited
+            and self.frame >= 0
+            and not self._called
+            and holds(request.awaited.facts, self._truth)
+        ):
+            self._called = True
+            return self.frame, request.awaited
+        while self._untold:
+            frame, told = self._untold.pop(0)
+            if holds(told.facts, self._truth):
+                return frame, told
+        return None
+
+    def _answer_or_update(self) -> Sentence:
+        if not self._updating:
+            return answer(self._request, self._truth)
+        key = self._changed()
+        if self._request.kind == "list" and key is not None:
+            return update_list(key, self._told[key], self._truth)
+        return update(self._request, self._truth)
+
+    def _changed(self) -> str | None:
+        """A fact of a live question that was told and isn't true any more."""
+        return next(
+            (key for key in self._request.keys if not agrees(key, self._told.get(key, ""), self._truth)), None
+        )
+
+
+def _interjected(text):
+    return WAIT + text[0].lower() + text[1:]
+
+
+# ----------------------------------------------------------------------------------- sequences
+
+
+def converse(
+    world: World,
+    requests: Sequence[Request],
+    tokenizer: Tokenizer,
+    *,
+    tokens_per_second: int,
+    rng: np.random.Generator,
+    system: str | None = chat.SYSTEM_PROMPT,
+    max_tokens: int | None = None,
+) -> Dialogue:
+    """Plays a live session of the ideal assistant.
+
+    Args:
+      tokens_per_second: speed of speech.
+      rng: for the choice of words.
+      system: system prompt; None for none.
+      max_tokens: at which the sequence is cut.
+    """
+    special = tokenizer.special
+    requests = list(requests)
+    assistant = Assistant(world, tokenizer, rng)
+    # What is asked before anything is seen is the first user turn.
+    first = requests.pop(0) if requests and requests[0].time == 0 else None
+    if first:
+        assistant.hear(first)
+    tokens = chat.opening(tokenizer, system=system, prompt=first.text if first else "")
+    learnt = [False] * len(tokens)
+    positions: list[int] = []
+    speaking = [False] * world.seconds
+    inputs: list[tuple[float, Request | int]] = sorted(
+        [(r.time, r) for r in requests] + [(float(f), f) for f in range(world.seconds)], key=lambda i: i[0]
+    )
+    instant, ticks, talking = 0.0, 0, False
+
+    def draw():
+        nonlocal ticks, talking
+        token = assistant.next_token(instant + ticks / tokens_per_second)
+        ticks += 1
+        talking = token is not None
+        if talking and assistant.frame >= 0:
+            speaking[assistant.frame] = True
+        tokens.append(token if talking else special.silence)
+        learnt.append(True)
+
+    draw()
+    while inputs:
+        now = instant + ticks / tokens_per_second
+        if talking and inputs[0][0] > now + EPSILON:
+            draw()
+            continue
+        limit = max(inputs[0][0], now) + EPSILON
+        while inputs and inputs[0][0] <= limit:
+            time, what = inputs.pop(0)
+            if time > instant:
+                instant, ticks = time, 0
+            if isinstance(what, Request):
+                assistant.hear(what)
+                new = chat.interjection(tokenizer, what.text)
+            else:
+                assistant.see(what)
+                new = [special.image]
+                positions.append(len(tokens))
+            tokens += new
+            learnt += [False] * len(new)
+        draw()
+    while talking:
+        draw()
+    length = len(tokens) if max_tokens is None else min(max_tokens, len(tokens))
+    tokens, learnt = tokens[:length], learnt[:length]
+    return Dialogue(
+        tokens=tokens,
+        labels=[token if learn else IGNORED for token, learn in zip(tokens, learnt, strict=True)],
+        frame_positions=[p for p in positions if p < length],
+        utterances=assistant.utterances,
+        speaking=speaking,
+    )
+
+
+def converse_offline(
+    world: World,
+    request: Request,
+    tokenizer: Tokenizer,
+    *,
+    rng: np.random.Generator,
+    system: str | None = None,
+) -> Dialogue:
+    """The whole clip first, then one question and its answer."""
+    tokens = chat.offline_opening(tokenizer, system=system, num_frames=world.seconds, prompt=request.text)
+    begin = tokens.index(tokenizer.special.image)
+    last = world.seconds - 1
+    said = answer(request, world.truth[last])
+    reply = [*tokenizer.encode(said.text(int(rng.integers(2)))), tokenizer.special.eot]
+    return Dialogue(
+        tokens=tokens + reply,
+        labels=[IGNORED] * len(tokens) + reply,
+        frame_positions=list(range(begin, begin + world.seconds)),
+        utterances=[Utterance(float(last), last, last, 0, said)],
+        speaking=[False] * world.seconds,
+    )

@@ -1,0 +1,340 @@
+"""The sentences of the tabletop world: one table says them and understands them again.
+
+A sentence asserts facts, named as `World.truth` names them. In the wordings, {k} is a kind of thing, {c} a
+colour, {p} a place, {d} a number on a card, {n} a number of shapes and {l} a list of things.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from moss_jax.worlds.tabletop.render import COLOURS, SHAPES
+from moss_jax.worlds.tabletop.world import CARD
+
+Facts = Mapping[str, str]
+
+NUMBERS = ("no", "one", "two", "three", "four")
+PLACE_WORDS = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
+WAY_WORDS = {"left": "to the left", "middle": "to the middle", "right": "to the right"}
+# Before a statement that takes the place of the one in progress.
+WAIT = " - wait, "
+# A list says of what it doesn't mention only that it isn't to be seen.
+HIDDEN = "hidden"
+
+# name -> wordings. The first word of an update is "Now", of an alert "Now!".
+SAY: dict[str, tuple[str, ...]] = {
+    "digit": ("It is a {d}.", "The card shows {d}."),
+    "no card": ("There is no card.",),
+    "count": ("There are {n} shapes.", "I see {n} shapes."),
+    "one": ("There is one shape.", "I see one shape."),
+    "colour": ("It is {c}.", "The {k} is {c}."),
+    "place": ("It is {p}.", "The {k} is {p}."),
+    "there": ("Yes, there is.", "Yes, I see it."),
+    "none": ("There is no {k}.",),
+    "covered": ("The {k} is covered.",),
+    "list": ("There is {l}.", "I see {l}."),
+    "empty": ("The table is empty.",),
+    "now digit": ("Now it is {d}.", "Now the card shows {d}."),
+    "now also card": ("Now there is also a card with a {d}.",),
+    "now count": ("Now there are {n} shapes.",),
+    "now one": ("Now there is one shape.",),
+    "now colour": ("Now it is {c}.", "Now the {k} is {c}."),
+    "now also": ("Now there is also a {c} {k}.",),
+    "now place": ("Now it is {p}.", "Now the {k} is {p}."),
+    "now there": ("Now the {k} is here.",),
+    "now none": ("Now the {k} is gone.",),
+    "now covered": ("Now the {k} is covered.",),
+    "now list": ("Now there is {l}.",),
+    "now empty": ("Now the table is empty.",),
+    "appear": ("A {c} {k} appears {p}.", "A {c} {k} is now {p}."),
+    "leave": ("The {k} leaves.", "The {k} is taken away."),
+    "move": ("The {k} moves {w}.",),
+    "turn": ("The {k} turns {c}.", "The {k} is now {c}."),
+    "cover": ("The {k} is covered now.", "Something covers the {k}."),
+    "uncover": ("The {k} is visible again.",),
+    "card appears": ("A card with a {d} appears {p}.",),
+    "card changes": ("The card now shows {d}.", "The card changes to {d}."),
+    "previous": ("Before that it was {d}.",),
+    "no previous": ("There was no other number.",),
+    "seen": ("Yes, there was.",),
+    "not seen": ("No, not so far.",),
+    "under": ("The {k}.", "The {k} is under it."),
+    "nothing under": ("There is no cover.",),
+    "nothing happened": ("Nothing has happened yet.",),
+    "alert there": ("Now! The {k} is here.",),
+    "alert none": ("Now! The {k} is gone.",),
+    "alert covered": ("Now! The {k} is covered.",),
+    "alert digit": ("Now! The card shows {d}.",),
+    "alert colour": ("Now! Something is {c}.",),
+    "alert empty": ("Now! The table is empty.",),
+    "okay": ("Okay.", "All right."),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentence:
+    """Something to say: a name in SAY and what goes into its gaps."""
+
+    name: str
+    fields: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def values(self) -> dict[str, str]:
+        return dict(self.fields)
+
+    def text(self, variant: int = 0) -> str:
+        wordings = SAY[self.name]
+        values = self.values
+        words = {
+            "k": values.get("k", ""),
+            "c": values.get("c", ""),
+            "d": values.get("d", ""),
+            "p": PLACE_WORDS.get(values.get("p", ""), ""),
+            "w": WAY_WORDS.get(values.get("p", ""), ""),
+            "n": NUMBERS[int(values.get("n", 0))],
+            "l": values.get("l", ""),
+        }
+        return _articles(wordings[variant % len(wordings)].format(**words))
+
+    @property
+    def facts(self) -> Facts:
+        """What it asserts."""
+        v = self.values
+        k, c, d, p = (v.get(name, "") for name in "kcdp")
+        match self.name:
+            case "digit" | "now digit" | "now also card" | "card changes" | "alert digit":
+                return {"digit": d}
+            case "card appears":
+                return {"digit": d, "place:card": p}
+            case "no card":
+                return _of(CARD, "none")
+            case "count" | "one" | "now count" | "now one":
+                return {"count": v["n"]}
+            case "colour" | "now colour" | "turn" | "now also":
+                return {f"colour:{k}": c}
+            case "place" | "now place" | "move":
+                return {f"place:{k}": p}
+            case "there" | "now there" | "uncover" | "alert there":
+                return {f"there:{k}": "yes"}
+            case "none" | "now none" | "leave" | "alert none":
+                return _of(k, "none")
+            case "covered" | "now covered" | "cover" | "alert covered":
+                return _of(k, "covered")
+            case "appear":
+                return {f"colour:{k}": c, f"place:{k}": p}
+            case "list" | "now list":
+                return _listed(v["l"])
+            case "empty" | "now empty" | "alert empty":
+                return _listed("")
+            case "previous":
+                return {"previous": d}
+            case "no previous":
+                return {"previous": "none"}
+            case "seen":
+                return {f"seen:{k}": "yes"}
+            case "not seen":
+                return {f"seen:{k}": "none"}
+            case "under":
+                return {"under": k}
+            case "nothing under":
+                return {"under": "none"}
+            case "nothing happened":
+                return {"event": "none"}
+            case "alert colour":
+                return {"some": c}
+            case "okay":
+                return {}
+
+
+def sentence(name: str, **fields: str) -> Sentence:
+    """A sentence by its name in SAY."""
+    return Sentence(name, tuple(sorted(fields.items())))
+
+
+def holds(facts: Facts, truth: Facts) -> bool:
+    """Whether everything that was asserted is true."""
+    return all(agrees(key, value, truth) for key, value in facts.items())
+
+
+def agrees(key: str, value: str, truth: Facts) -> bool:
+    """Whether one asserted fact is true."""
+    if key == "some":
+        return any(truth[f"colour:{shape}"] == value for shape in SHAPES)
+    if value == HIDDEN:
+        return truth[key] in ("none", "covered")
+    return truth[key] == value
+
+
+def list_of(truth: Facts) -> str:
+    """The visible things, as a list in words; empty if there are none."""
+    things = [f"a {truth[f'colour:{s}']} {s}" for s in SHAPES if truth[f"there:{s}"] == "yes"]
+    if truth[f"there:{CARD}"] == "yes":
+        things.append(f"a card with a {truth['digit']}")
+    return ", ".join(things[:-1]) + " and " + things[-1] if len(things) > 1 else "".join(things)
+
+
+def understand(text: str, subject: str = "") -> Sentence | None:
+    """The sentence that a text is, if it is one.
+
+    Args:
+      subject: the kind of thing that "it" and the like stand for.
+    """
+    text = text.strip()
+    # "Now the star is covered." in mid-sentence goes on in lower case.
+    for form in (text, text[:1].upper() + text[1:]):
+        for name, pattern in _patterns():
+            if found := pattern.fullmatch(form):
+                fields = {"k": subject} | found.groupdict()
+                fields = {field: _MEANS.get(word, word) for field, word in fields.items()}
+                if "w" in fields:
+                    fields["p"] = fields.pop("w")
+                if name in ("one", "now one"):
+                    fields["n"] = "1"
+                return sentence(name, **fields)
+    return None
+
+
+def _of(kind, state):
+    """What is true of a thing that isn't to be seen."""
+    if kind == CARD:
+        return {"there:card": state, "place:card": state, "digit": state}
+    return {f"there:{kind}": state, f"colour:{kind}": state, f"place:{kind}": state}
+
+
+def _listed(things):
+    facts = {f"colour:{shape}": HIDDEN for shape in SHAPES} | {"digit": HIDDEN}
+    for thing in re.split(r", | and ", things) if things else ():
+        if card := re.fullmatch(r"an? card with an? (\d)", thing):
+            facts["digit"] = card[1]
+        else:
+            _, colour, shape = thing.split(" ")
+            facts[f"colour:{shape}"] = colour
+    return facts
+
+
+def _articles(text):
+    return re.sub(r"\b([Aa]) (8\b)", r"\1n \2", text)
+
+
+_MEANS = (
+    {words: place for place, words in PLACE_WORDS.items()}
+    | {words: place for place, words in WAY_WORDS.items()}
+    | {word: str(number) for number, word in enumerate(NUMBERS)}
+)
+
+
+@functools.cache
+def _patterns():
+    thing = rf"an? (?:(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})|card with an? \d)"
+    gaps = {
+        "k": "|".join((*SHAPES, CARD)),
+        "c": "|".join(COLOURS),
+        "p": "|".join(PLACE_WORDS.values()),
+        "w": "|".join(WAY_WORDS.values()),
+        "d": r"\d",
+        "n": "|".join(NUMBERS),
+        "l": rf"{thing}(?:, {thing})*(?: and {thing})?",
+    }
+    patterns = []
+    for name, wordings in SAY.items():
+        for wording in wordings:
+            pattern = re.escape(wording).replace(r"\{", "{").replace(r"\}", "}").replace(r"\ ", " ")
+            pattern = re.sub(r"\b([Aa]) \{d\}", r"\1n? {d}", pattern)
+            pattern = re.sub(r"\{(\w)\}", lambda gap: f"(?P<{gap[1]}>{gaps[gap[1]]})", pattern)
+            patterns.append((name, re.compile(pattern)))
+    return patterns
+
+
+# ------------------------------------------------------------------------------- what users say
+
+# kind of request -> wordings, with the same gaps.
+ASK: dict[str, tuple[str, ...]] = {
+    "digit": (
+        "What number is on the card?", "Which number does the card show?", "What does the card show?",
+        "Read the card.", "Can you read the number on the card?", "What is the number?",
+        "Please tell me the number on the card.",
+    ),
+    "count": (
+        "How many shapes are there?", "How many shapes do you see?", "How many shapes are on the table?",
+        "Count the shapes.", "What is the number of shapes?", "Please count the shapes on the table.",
+    ),
+    "colour": (
+        "What colour is the {k}?", "Which colour has the {k}?", "What is the colour of the {k}?",
+        "The {k}, what colour is it?", "Tell me the colour of the {k}.",
+    ),
+    "place": (
+        "Where is the {k}?", "Where do you see the {k}?", "On which side is the {k}?", "Find the {k}.",
+        "Tell me where the {k} is.",
+    ),
+    "there": (
+        "Is there a {k}?", "Is there a {k} on the table?", "Do you see a {k}?", "Can you see the {k}?",
+        "Is the {k} there?",
+    ),
+    "list": (
+        "What is on the table?", "What do you see?", "Describe the table.", "What can you see?",
+        "Tell me what is on the table.", "What things are there?", "What is there?",
+    ),
+    "previous": (
+        "What number was on the card before?", "Which number was it before?",
+        "What was the number before this one?", "What did the card show before?",
+    ),
+    "seen": (
+        "Was there a {k}?", "Have you seen a {k}?", "Was a {k} on the table before?", "Did you see a {k}?",
+    ),
+    "under": (
+        "What is under the cover?", "What is covered?", "What lies under the paper?", "What is hidden?",
+    ),
+    "event": (
+        "What happened last?", "What was the last change?", "What has just happened?", "What changed?",
+        "What did I do?",
+    ),
+    "narrate": (
+        "Tell me what changes.", "Tell me everything that happens.", "Narrate what happens.",
+        "Describe what is happening.", "Keep me posted.", "Say what changes.",
+    ),
+    "alert there": (
+        "Tell me when the {k} appears.", "Tell me when you see a {k}.", "Say when a {k} is on the table.",
+        "Let me know when there is a {k}.", "Call me when the {k} is here.",
+    ),
+    "alert none": (
+        "Tell me when the {k} is gone.", "Tell me when the {k} leaves.",
+        "Let me know when the {k} is taken away.", "Say when the {k} is gone.",
+    ),
+    "alert covered": (
+        "Tell me when the {k} is covered.", "Let me know when the {k} is covered.",
+        "Say when something covers the {k}.",
+    ),
+    "alert digit": (
+        "Tell me when the card shows {d}.", "Tell me when you see a {d}.",
+        "Let me know when the number is {d}.", "Say when there is a {d} on the card.",
+    ),
+    "alert colour": (
+        "Tell me when something is {c}.", "Tell me when you see something {c}.",
+        "Let me know when a thing is {c}.", "Say when anything turns {c}.",
+    ),
+    "alert empty": (
+        "Tell me when the table is empty.", "Let me know when nothing is on the table.",
+        "Say when the table is empty.",
+    ),
+    "watch": (
+        "Just watch.", "Watch for now.", "Stop.", "Thank you, that is all.", "Thanks.", "Nothing for now.",
+        "Be quiet now.", "Please wait.",
+    ),
+}  # fmt: skip
+
+LIVE = ("digit", "count", "colour", "place", "there", "list")
+PAST = ("previous", "seen", "under", "event")
+
+
+def ask(rng: np.random.Generator, kind: str, **fields: str) -> str:
+    """A user's wording of a request."""
+    wording = ASK[kind][rng.integers(len(ASK[kind]))]
+    text = _articles(wording.format(**fields))
+    if rng.random() < 0.1:
+        text = ("Please, ", "Hey, ", "Now, ", "Hello. ")[rng.integers(4)] + text[0].lower() + text[1:]
+    if rng.random() < 0.05:
+        text = text[0].lower() + text[1:].rstrip(".?")
+    return text

@@ -1,0 +1,894 @@
+"""What is asked and said: the ideal assistant says what is true when it is due, and else nothing.
+
+What the assistant says is read back from the tokens alone, and judged by the world's truth.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+import pytest
+
+from moss_jax.data.worlds import SPEEDS
+from moss_jax.text import chat
+from moss_jax.text.labels import IGNORED
+from moss_jax.worlds.tabletop import digits
+from moss_jax.worlds.tabletop.dialogue import (
+    Dialogue,
+    Request,
+    Utterance,
+    answer,
+    converse,
+    converse_offline,
+    draw_question,
+    draw_requests,
+    list_of,
+    tell,
+)
+from moss_jax.worlds.tabletop.language import ASK, LIVE, PAST, SAY, WAIT, agrees, holds, sentence, understand
+from moss_jax.worlds.tabletop.stream import Stream, draw_stream
+from moss_jax.worlds.tabletop.world import CARD, Event, Table, Thing, World, generate
+
+# ------------------------------------------------------------------------- reading a sequence back
+
+
+@dataclasses.dataclass(frozen=True)
+class Speech:
+    """What the assistant says between two silences or prompts.
+
+    Attributes:
+      at: index of each token in the sequence.
+      frames: the last frame that was seen when the token was drawn.
+      request: index of the request in force, -1 before the first.
+      cut: a prompt cut it.
+    """
+
+    at: list[int]
+    frames: list[int]
+    tokens: list[int]
+    request: int
+    cut: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Glance:
+    """A frame, with what the assistant does when it sees it.
+
+    Attributes:
+      at: index of its token.
+      idle: nothing was being said.
+      silent: the token that is drawn next is a silence.
+      request: index of the request in force at that.
+    """
+
+    frame: int
+    at: int
+    idle: bool
+    silent: bool
+    request: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A dialogue, and what its tokens tell.
+
+    Attributes:
+      speed: tokens per second.
+      asked_at: the last frame before each request.
+    """
+
+    stream: Stream
+    speed: int
+    dialogue: Dialogue
+    heard: list[Speech]
+    glances: list[Glance]
+    asked_at: list[int]
+
+    @property
+    def truth(self):
+        return self.stream.world.truth
+
+    def said(self, request: int):
+        return [u for u in self.dialogue.utterances if u.request == request]
+
+    def paired(self, tokenizer) -> list[tuple["Statement", Utterance]]:
+        """What was heard, with what it should have been."""
+        begins = [i for i, u in enumerate(self.dialogue.utterances) if not u.cut]
+        speeches = [
+            self.dialogue.utterances[i:j]
+            for i, j in itertools.pairwise([*begins, len(self.dialogue.utterances)])
+        ]
+        return [
+            pair
+            for speech, meant in zip(self.heard, speeches, strict=True)
+            for pair in zip(statements(speech, tokenizer, len(meant)), meant, strict=True)
+        ]
+
+
+def read_back(stream, dialogue, speed, tokenizer) -> Case:
+    special = tokenizer.special
+    heard, glances, asked_at = [], [], []
+    frame, request, idle = -1, -1, True
+    speech, waiting = None, []
+    role, in_header = "", False
+    for at, token in enumerate(dialogue.tokens):
+        if token == special.start_header:
+            role, in_header = "", True
+        elif token == special.end_header:
+            in_header = False
+            if role == "user" and dialogue.tokens[at + 2] != special.eot:
+                request += 1
+                asked_at.append(frame)
+        elif in_header:
+            role += tokenizer.decode([token])
+        elif token == special.eot:
+            if speech:
+                heard.append(dataclasses.replace(speech, cut=True))
+            speech, idle, role = None, True, ""
+        elif token == special.image:
+            frame += 1
+            waiting.append((frame, at, idle))
+        elif role == "assistant" and tokenizer.decode([token]) != "\n\n":
+            silent = token == special.silence
+            glances += [Glance(*glance, silent, request) for glance in waiting]
+            waiting = []
+            if silent and speech:
+                heard.append(speech)
+                speech = None
+            elif not silent:
+                speech = speech or Speech([], [], [], request)
+                speech.at.append(at)
+                speech.frames.append(frame)
+                speech.tokens.append(token)
+            idle = silent
+    # Each frame is followed by a token that was drawn, and everything comes to an end.
+    assert speech is None
+    assert not waiting
+    return Case(stream, speed, dialogue, heard, glances, asked_at)
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """A part of a speech: a sentence, or as much as was said of it before another took its place.
+
+    Attributes:
+      first, last: its first and its last token, as indices into those of the speech.
+    """
+
+    speech: Speech
+    text: str
+    first: int
+    last: int
+    correction: bool
+    cut: bool
+
+    @property
+    def frame(self) -> int:
+        """The last frame that was seen when it began."""
+        return self.speech.frames[self.first]
+
+    @property
+    def end_frame(self) -> int:
+        return self.speech.frames[self.last]
+
+
+def statements(speech: Speech, tokenizer, expected: int) -> list[Statement]:
+    """The statements of a speech, of which there should be so many."""
+    pieces = [tokenizer.decode([token]) for token in speech.tokens]
+    begins = [0, *itertools.accumulate(map(len, pieces))]
+    found, position = [], 0
+    text = "".join(pieces)
+    if speech.cut and text.count(WAIT) + 1 < expected:
+        # A prompt cut the very words that take a statement back.
+        begun = next(n for n in range(len(WAIT) - 1, 0, -1) if text.endswith(WAIT[:n]))
+        text += WAIT[begun:]
+        begins[-1] = len(text)
+    parts = text.split(WAIT)
+    for number, part in enumerate(parts):
+        begin = position - len(WAIT) * (number > 0)
+        position += len(part)
+        # Raises if one begins within a token.
+        first = begins.index(begin)
+        last = begins.index(position) - 1
+        found.append(Statement(speech, part, first, last, number > 0, speech.cut or number + 1 < len(parts)))
+        position += len(WAIT)
+    return found
+
+
+def draw(seed: int, speed: int, tokenizer) -> Case:
+    rng = np.random.default_rng(seed)
+    dense = seed % 4 == 3
+    stream = draw_stream(rng, 6 if dense else 24, dense=dense)
+    dialogue = converse(
+        stream.world,
+        stream.requests,
+        tokenizer,
+        tokens_per_second=speed,
+        rng=rng,
+        system=(None, chat.SYSTEM_PROMPT)[seed % 2],
+    )
+    return read_back(stream, dialogue, speed, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def cases(tokenizer) -> list[Case]:
+    speeds = sorted(set(SPEEDS))
+    return [draw(seed, speeds[seed // 4 % len(speeds)], tokenizer) for seed in range(320)]
+
+
+@pytest.fixture(scope="module")
+def fast(tokenizer) -> list[Case]:
+    """Streams in which everything is said before the next frame."""
+    return [draw(seed, 64, tokenizer) for seed in range(1000, 1080)]
+
+
+# ------------------------------------------------------------------------------- the sequence
+
+
+def test_the_assistant_learns_its_own_tokens_and_nothing_else(cases, tokenizer):
+    special = tokenizer.special
+    for case in cases:
+        said = {at for speech in case.heard for at in speech.at}
+        header = chat.header(tokenizer, "assistant")
+        tokens, labels = case.dialogue.tokens, case.dialogue.labels
+        opened = next(i for i in range(len(tokens)) if tokens[i : i + len(header)] == header)
+        # The system prompt has a silence that nobody drew.
+        said |= {i for i, token in enumerate(tokens) if token == special.silence and i > opened}
+        assert labels == [token if i in said else IGNORED for i, token in enumerate(tokens)]
+        learnt = {label for label in labels if label != IGNORED}
+        assert learnt & tokenizer.control_ids == {special.silence}
+
+
+def test_a_silence_lasts_until_something_comes_in(cases, tokenizer):
+    special = tokenizer.special
+    for case in cases:
+        tokens, labels = case.dialogue.tokens, case.dialogue.labels
+        assert labels[-1] == special.silence
+        for label, following in zip(labels, tokens[1:], strict=False):
+            if label == special.silence:
+                assert following in (special.image, special.eot)
+
+
+def test_there_is_a_frame_for_each_second(cases, tokenizer):
+    for case in cases:
+        tokens, positions = case.dialogue.tokens, case.dialogue.frame_positions
+        assert positions == [i for i, token in enumerate(tokens) if token == tokenizer.special.image]
+        assert len(positions) == case.stream.world.seconds == len(case.dialogue.speaking)
+        assert [glance.frame for glance in case.glances] == list(range(len(positions)))
+
+
+def test_what_the_user_says_is_in_its_place(cases, tokenizer):
+    for case in cases:
+        text = "".join(
+            tokenizer.decode([token]) if token not in tokenizer.control_ids else "|"
+            for token in case.dialogue.tokens
+        )
+        turns = [part.removeprefix("|\n\n") for part in text.split("|user")[1:]]
+        turns = [turn.split("|")[0] for turn in turns]
+        asked = [request.text for request in case.stream.requests]
+        assert [turn for turn in turns if turn] == asked
+        # All but the first turn have something in them.
+        assert len(turns) == len(asked) + (not asked or case.stream.requests[0].time > 0)
+        assert case.asked_at == [
+            -1 if request.time == 0 else int(request.time) for request in case.stream.requests
+        ]
+
+
+def test_the_first_turn_is_asked_before_the_first_frame(cases):
+    first = [case for case in cases if case.stream.requests[:1] and case.stream.requests[0].time == 0]
+    assert len(first) > 20
+    for case in first:
+        assert case.glances[0].at > case.dialogue.labels.index(
+            next(label for label in case.dialogue.labels if label != IGNORED)
+        )
+
+
+def test_speaking_tells_after_which_frames_something_is_said(cases):
+    for case in cases:
+        frames = {frame for speech in case.heard for frame in speech.frames}
+        assert case.dialogue.speaking == [f in frames for f in range(case.stream.world.seconds)]
+
+
+def test_speech_takes_its_time(cases):
+    """Between two frames there is room for about a second's worth of tokens."""
+    for case in cases:
+        per_frame = collections.Counter(frame for speech in case.heard for frame in speech.frames)
+        for frame, count in per_frame.items():
+            if 0 <= frame < case.stream.world.seconds - 1:
+                prompts = sum(asked == frame for asked in case.asked_at)
+                assert count <= case.speed + 1 + prompts
+
+
+# ------------------------------------------------------------------------------ what is said
+
+
+def test_utterances_are_what_is_said(cases, tokenizer):
+    """As the sentences say it, from the frame on that they name, whole unless something cut them."""
+    corrections = cut = 0
+    for case in cases:
+        for statement, utterance in case.paired(tokenizer):
+            assert statement.speech.request == utterance.request
+            assert statement.frame == utterance.frame
+            assert statement.correction == utterance.cut
+            assert -1 <= utterance.due <= utterance.frame
+            texts = {utterance.sentence.text(variant) for variant in range(2)}
+            if utterance.cut:
+                texts = {text[0].lower() + text[1:] for text in texts}
+            if statement.cut:
+                assert any(text.startswith(statement.text) for text in texts)
+                cut += 1
+            else:
+                assert statement.text in texts
+                subject = case.stream.requests[utterance.request].subject
+                assert understand(statement.text, subject).facts == utterance.sentence.facts
+            corrections += statement.correction
+        times = [utterance.time for utterance in case.dialogue.utterances]
+        assert times == sorted(times)
+    assert corrections > 20
+    assert cut > 40
+
+
+def test_both_wordings_are_used(cases, tokenizer):
+    said = {
+        (utterance.sentence.name, statement.text == utterance.sentence.text())
+        for case in cases
+        for statement, utterance in case.paired(tokenizer)
+        if not statement.cut and not statement.correction
+    }
+    for name in ("digit", "count", "colour", "place", "there", "list", "now digit", "appear", "okay"):
+        assert {(name, True), (name, False)} <= said
+
+
+def test_everything_that_can_be_said_is(cases):
+    said = {u.sentence.name for case in cases for u in case.dialogue.utterances}
+    assert set(SAY) - said <= {"now empty"}
+
+
+def test_what_is_said_is_true(cases, tokenizer):
+    """At the frame on which it begins; an answer that goes on with what has become true, at its end."""
+    continued = 0
+    for case in cases:
+        for statement, utterance in case.paired(tokenizer):
+            facts, request = utterance.sentence.facts, case.stream.requests[utterance.request]
+            if not facts:
+                assert utterance.sentence.name == "okay"
+                continue
+            assert utterance.frame >= 0
+            if holds(facts, case.truth[utterance.frame]):
+                if not statement.cut and request.keys:
+                    assert holds(facts, case.truth[statement.end_frame])
+                continue
+            continued += 1
+            assert request.keys
+            # It became true while it was said, and still was at its end.
+            frames = range(utterance.frame + 1, statement.end_frame + 1)
+            assert any(holds(facts, case.truth[frame]) for frame in frames)
+            assert statement.cut or holds(facts, case.truth[statement.end_frame])
+    assert continued > 20
+
+
+def test_a_correction_comes_right_after_the_frame_that_calls_for_it(cases, tokenizer):
+    found = 0
+    for case in cases:
+        for (taken_back, old), (statement, new) in itertools.pairwise(case.paired(tokenizer)):
+            if not statement.correction:
+                continue
+            found += 1
+            request = case.stream.requests[new.request]
+            assert statement.speech is taken_back.speech
+            at = statement.speech.at[statement.first]
+            assert case.dialogue.tokens[at - 1] == tokenizer.special.image
+            assert not holds(old.sentence.facts, case.truth[new.frame])
+            assert holds(old.sentence.facts, case.truth[new.frame - 1])
+            assert new.due == new.frame
+            assert set(new.sentence.facts) >= set(request.keys)
+            # What was said is not the beginning of what is true now.
+            if old is case.said(new.request)[0]:
+                texts = {answer(request, case.truth[new.frame]).text(variant) for variant in range(2)}
+                said = statement.speech.tokens[: statement.first]
+                assert any(tokenizer.encode(text)[: len(said)] != said for text in texts)
+    assert found > 20
+
+
+def test_nothing_false_is_finished_and_nothing_true_is_taken_back(cases, tokenizer):
+    """No token of an answer is said after a frame that makes it false."""
+    for case in cases:
+        for statement, utterance in case.paired(tokenizer):
+            if not case.stream.requests[utterance.request].keys:
+                assert not utterance.cut
+                continue
+            if statement.cut and not statement.speech.cut:
+                frame = statement.end_frame + 1
+                assert not holds(utterance.sentence.facts, case.truth[frame])
+
+
+def test_a_prompt_cuts_what_is_being_said(cases, tokenizer):
+    """What is said then serves the new request."""
+    cut = 0
+    for case in cases:
+        for speech, following in itertools.pairwise(case.heard):
+            if speech.cut:
+                cut += 1
+                # A frame may have come in the same tick.
+                at = speech.at[-1] + 1
+                at += case.dialogue.tokens[at] == tokenizer.special.image
+                assert case.dialogue.tokens[at] == tokenizer.special.eot
+                assert following.request > speech.request
+    assert cut > 40
+
+
+# -------------------------------------------------------------------------------- when it is said
+
+
+def test_each_request_is_answered_first_of_all(cases):
+    for case in cases:
+        for number, request in enumerate(case.stream.requests):
+            said = case.said(number)
+            if not said:
+                # The next one came in the same tick, or in that of the first frame.
+                following = case.stream.requests[number + 1]
+                assert following.time - request.time <= 1 / case.speed
+                continue
+            first = said[0]
+            facts = first.sentence.facts
+            if request.kind in LIVE:
+                assert set(request.keys) <= set(facts)
+            elif request.kind in PAST:
+                assert first.sentence == answer(request, case.truth[first.frame])
+            else:
+                assert first.sentence.name == "okay"
+            assert first.due == (
+                max(case.asked_at[number], 0) if request.kind in (*LIVE, *PAST) else case.asked_at[number]
+            )
+            # At once, which is with the first frame if nothing was to be seen.
+            assert first.time <= max(request.time, 0.0) + 1 / case.speed + 1e-6
+            assert first.frame <= max(case.asked_at[number], 0) + 1
+            if request.kind in (*PAST, "watch"):
+                assert len(said) == 1
+
+
+def test_answers_about_the_past(cases):
+    kinds = collections.Counter()
+    for case in cases:
+        world = case.stream.world
+        for number, request in enumerate(case.stream.requests):
+            if request.kind not in PAST:
+                continue
+            if not case.said(number):
+                continue  # the next request came in the same tick
+            (said,) = case.said(number)
+            kinds[request.kind] += 1
+            happened = [event for event in world.events if event.frame <= said.frame]
+            if request.kind == "event":
+                if happened:
+                    assert said.sentence == tell(happened[-1], case.truth[said.frame])
+                else:
+                    assert said.sentence.name == "nothing happened"
+            else:
+                key = f"seen:{request.subject}" if request.kind == "seen" else request.kind
+                assert dict(said.sentence.facts) == {key: case.truth[said.frame][key]}
+    assert min(kinds[kind] for kind in PAST) > 10
+
+
+def told_by(case: Case, glance: Glance) -> dict[str, str]:
+    """What the user has been told in answer to the request in force, up to a frame."""
+    told = {}
+    for utterance in case.said(glance.request):
+        if utterance.frame <= glance.frame:
+            told.update(utterance.sentence.facts)
+    return told
+
+
+def is_due(case: Case, glance: Glance, events: dict[int, Event]) -> bool:
+    """Whether there is something to say at a frame, by what was said before it."""
+    if glance.request < 0:
+        return False
+    request, asked = case.stream.requests[glance.request], case.asked_at[glance.request]
+    before = [u for u in case.said(glance.request) if u.frame < glance.frame]
+    truth = case.truth[glance.frame]
+    if not before:
+        return True
+    if request.keys:
+        told = told_by(case, dataclasses.replace(glance, frame=glance.frame - 1))
+        return not all(agrees(key, told[key], truth) for key in request.keys)
+    if request.awaited:
+        return holds(request.awaited.facts, truth) and all(u.sentence != request.awaited for u in before)
+    if request.kind == "narrate":
+        done = {u.due for u in before}
+        return any(
+            frame not in done and holds(tell(event, case.truth[frame]).facts, truth)
+            for frame, event in events.items()
+            if asked < frame <= glance.frame
+        )
+    return False
+
+
+def test_it_speaks_when_something_is_due_and_only_then(cases):
+    spoke = silent = 0
+    for case in cases:
+        events = {event.frame: event for event in case.stream.world.events}
+        begun = {utterance.frame for utterance in case.dialogue.utterances}
+        for glance in case.glances:
+            asked = case.asked_at[glance.request] if glance.request >= 0 else -1
+            if not glance.idle or (glance.request >= 0 and asked == glance.frame):
+                continue
+            assert is_due(case, glance, events) == (not glance.silent)
+            if not glance.silent:
+                assert glance.frame in begun
+            spoke, silent = spoke + (not glance.silent), silent + glance.silent
+    assert spoke > 500
+    assert silent > 1500
+
+
+def test_at_speed_an_answer_is_up_to_date_before_the_next_frame(fast):
+    changed = 0
+    for case in fast:
+        for number, request in enumerate(case.stream.requests):
+            if not request.keys:
+                continue
+            later = [r.time for r in case.stream.requests[number + 1 :]]
+            until = later[0] if later else case.stream.world.seconds
+            told = {}
+            for frame in range(case.asked_at[number] + 1, int(until)):
+                last = dict(told)
+                for utterance in case.said(number):
+                    if utterance.frame <= frame:
+                        told.update(utterance.sentence.facts)
+                assert all(agrees(key, told[key], case.truth[frame]) for key in request.keys)
+                changed += bool(last) and not all(
+                    agrees(key, last[key], case.truth[frame]) for key in request.keys
+                )
+    assert changed > 50
+
+
+def test_awaited_moments_are_called_at_the_first_frame_that_shows_them(cases):
+    called = 0
+    for case in cases:
+        for number, request in enumerate(case.stream.requests):
+            if request.awaited is None:
+                assert not any(u.sentence.name.startswith("alert") for u in case.said(number))
+                continue
+            okay, *calls = case.said(number)
+            assert len(calls) <= 1
+            assert all(call.sentence == request.awaited for call in calls)
+            moments = [
+                glance
+                for glance in case.glances
+                if glance.request == number
+                and glance.frame > okay.frame
+                and holds(request.awaited.facts, case.truth[glance.frame])
+            ]
+            free = [glance.frame for glance in moments if glance.idle]
+            assert [call.frame for call in calls] == free[:1]
+            assert [call.due for call in calls] == free[:1]
+            called += len(calls)
+    assert called > 40
+
+
+def test_changes_are_told_in_order(cases, fast):
+    told = 0
+    for case in (*cases, *fast):
+        events = {event.frame: event for event in case.stream.world.events}
+        for number, request in enumerate(case.stream.requests):
+            if request.kind != "narrate":
+                continue
+            _, *narrated = case.said(number)
+            frames = [utterance.due for utterance in narrated]
+            assert frames == sorted(set(frames))
+            for utterance in narrated:
+                assert utterance.due > case.asked_at[number]
+                event = events[utterance.due]
+                assert utterance.sentence == tell(event, case.truth[utterance.due])
+                assert holds(utterance.sentence.facts, case.truth[utterance.frame])
+            told += len(narrated)
+            if case in fast:
+                # Everything, at once.
+                later = [r.time for r in case.stream.requests[number + 1 :]]
+                until = later[0] if later else case.stream.world.seconds
+                due = [frame for frame in events if case.asked_at[number] < frame < until]
+                assert frames == due == [utterance.frame for utterance in narrated]
+    assert told > 150
+
+
+# ------------------------------------------------------------------------------------- examples
+
+
+class Wording:
+    """Stands in for the random choice of words."""
+
+    def __init__(self, variant: int):
+        self.variant = variant
+
+    def integers(self, _):
+        return self.variant
+
+
+def star(colour: str, column: int = 0) -> Thing:
+    return Thing("star", (column, 0), colour)
+
+
+def card(number: int) -> Thing:
+    return Thing(CARD, (1, 1), digit=next(i for i in range(100) if digits.label(i) == number))
+
+
+RED, BLUE = Table((star("red"),)), Table((star("blue"),))
+EMPTY = Table()
+
+
+@pytest.fixture(scope="module")
+def play(tokenizer):
+    """Plays a story and writes it down: `▫` a frame, `·` silence, `|` what the user says."""
+
+    def play(tables, *requests, speed=8, variant=0, events=()):
+        dialogue = converse(
+            World(tuple(tables), tuple(events)),
+            requests,
+            tokenizer,
+            tokens_per_second=speed,
+            rng=Wording(variant),
+            system=None,
+        )
+        special = tokenizer.special
+        marks = {special.silence: "·", special.image: "▫", special.end_header: "|"}
+        text = "".join(
+            marks.get(token) or (tokenizer.decode([token]) if label != IGNORED else "")
+            for token, label in zip(dialogue.tokens, dialogue.labels, strict=True)
+        )
+        # A turn of the user's and the assistant's header.
+        return text.replace("||", "|")
+
+    return play
+
+
+def ask_for(kind: str, time: float, subject: str = "", awaited=None) -> Request:
+    return Request(time, "Well?", kind, subject, awaited)
+
+
+def test_an_answer_is_kept_up_to_date(play):
+    colour = ask_for("colour", 0.4, "star")
+    text = play([RED, RED, BLUE, EMPTY, EMPTY], colour, speed=16)
+    assert text == "|·▫·|It is red.·▫·▫Now it is blue.·▫Now the star is gone.·▫·"
+    text = play([RED, RED, BLUE, EMPTY, EMPTY], colour, speed=16, variant=1)
+    assert text == "|·▫·|The star is red.·▫·▫Now the star is blue.·▫Now the star is gone.·▫·"
+
+
+def test_an_answer_is_taken_back_in_mid_sentence(play):
+    text = play([RED, BLUE, BLUE], ask_for("colour", 0.4, "star"), speed=4)
+    assert text == "|·▫·|It is red▫ - wait,▫ now it is blue.·"
+    # And again, if it changes again.
+    text = play([RED, BLUE, RED, RED, RED], ask_for("colour", 0.5, "star"), speed=8, variant=1)
+    assert text == "|·▫·|The star is red▫ - wait, now the star is▫ red.·▫·▫·"
+    text = play([RED, BLUE, EMPTY, EMPTY, EMPTY], ask_for("colour", 0.6, "star"), speed=9, variant=1)
+    assert text == "|·▫·|The star is red▫ - wait, now the star is blue▫ - wait, now the star is gone▫.·▫·"
+
+
+def test_a_sentence_that_is_just_over_gets_its_silence_first(play):
+    text = play([RED, BLUE, BLUE], ask_for("colour", 0.4, "star"), variant=1)
+    assert text == "|·▫·|The star is red.▫·▫Now the star is blue.·"
+
+
+def test_an_answer_goes_on_with_what_has_become_true(play):
+    """If what was said fits it, nobody notices."""
+    text = play([RED, BLUE, BLUE], ask_for("colour", 0.7, "star"), speed=8, variant=1)
+    assert text == "|·▫·|The star is▫ blue.·▫·"
+    both = Table((star("blue"), card(3)))
+    text = play([BLUE, both, both], ask_for("list", 0.4))
+    assert text == "|·▫·|There is a blue star▫ and a card with a 3.▫·"
+
+
+def test_what_does_not_bear_on_the_answer_does_not_disturb_it(play):
+    moved = Table((star("red", 2),))
+    assert play([RED, moved, moved], ask_for("colour", 0.75, "star")) == "|·▫·|It is▫ red.·▫·"
+    text = play([RED, moved, moved], ask_for("place", 0.4, "star"))
+    assert text == "|·▫·|It is on the left▫ - wait, now it is on▫ the right.·"
+
+
+def test_a_list_is_told_whole_and_then_by_what_changes(play):
+    red, both = Table((star("red"),)), Table((star("red"), card(3)))
+    five, hidden = Table((star("red"), card(5))), Table((star("red"), card(5)), covered="star")
+    text = play([EMPTY, red, both, five, hidden, five], ask_for("list", 0.4), speed=32)
+    assert text == (
+        "|·▫·|The table is empty.·▫Now there is also a red star.·▫Now there is also a card with a 3.·"
+        "▫The card now shows 5.·▫Now the star is covered.·▫Now there is also a red star.·"
+    )
+
+
+def test_a_moment_is_called_once(play):
+    awaited = sentence("alert colour", c="blue")
+    request = ask_for("alert colour", 0.1, awaited=awaited)
+    text = play([RED, RED, BLUE, RED, BLUE], request, speed=16)
+    assert text == "|·▫·|Okay.·▫·▫Now! Something is blue.·▫·▫·"
+
+
+def test_changes_are_told(play):
+    tables = [EMPTY, RED, BLUE, Table((star("blue", 2),)), EMPTY]
+    events = [
+        Event(1, "appear", "star"),
+        Event(2, "colour", "star", "blue"),
+        Event(3, "move", "star", "right"),
+        Event(4, "leave", "star"),
+    ]
+    assert play(tables, ask_for("narrate", 0.1), events=events, speed=16) == (
+        "|·▫·|Okay.·▫A red star appears on the left.·▫The star turns blue.·▫The star moves to the right.·"
+        "▫The star leaves.·"
+    )
+    # What is not true any more when its turn comes is left out: the star was blue, but is gone.
+    text = play(tables, ask_for("narrate", 0.1), events=events, speed=3)
+    assert "The star leaves." in text
+    assert "moves" not in text
+
+
+def test_changes_that_have_to_wait_are_told_in_order(play):
+    ring, circle = Thing("ring", (1, 0), "green"), Thing("circle", (2, 0), "black")
+    tables = [
+        EMPTY,
+        Table((star("red"),)),
+        Table((star("red"), ring)),
+        *[Table((star("red"), ring, circle))] * 9,
+    ]
+    events = [Event(1, "appear", "star"), Event(2, "appear", "ring"), Event(3, "appear", "circle")]
+    text = play(tables, ask_for("narrate", 0.2), events=events, speed=4)
+    told = [part for part in text.replace("▫", "").split("·") if part.startswith("A ")]
+    assert told == [
+        "A red star appears on the left.",
+        "A green ring appears in the middle.",
+        "A black circle appears on the right.",
+    ]
+
+
+def test_the_last_request_counts(play):
+    requests = [ask_for("colour", 0.2, "star"), ask_for("watch", 0.4)]
+    assert play([RED, BLUE, RED], *requests) == "|·▫·|It is|Okay.·▫·▫·"
+    requests = [ask_for("narrate", 0.2), ask_for("colour", 1.2, "star")]
+    text = play([RED, BLUE, RED], *requests, events=[Event(1, "colour", "star", "blue")])
+    assert text == "|·▫·|Okay.·▫The star|It is blue.·▫Now it is red.·"
+
+
+def test_a_question_before_the_first_frame_waits_for_it(play):
+    assert play([RED, RED], ask_for("colour", 0.0, "star")) == "|·▫It is red.·▫·"
+    assert play([RED, RED], ask_for("watch", 0.0)) == "|Okay▫.·▫·"
+    assert play([RED, RED]) == "|·▫·▫·"
+
+
+# ------------------------------------------------------------------------------- cut and offline
+
+
+def test_a_sequence_is_cut_at_its_longest(tokenizer):
+    rng = np.random.default_rng(0)
+    stream = draw_stream(rng, 12)
+    play = functools.partial(converse, stream.world, stream.requests, tokenizer, tokens_per_second=8)
+    whole = play(rng=np.random.default_rng(1))
+    for most in (10, len(whole.tokens) // 2, len(whole.tokens), len(whole.tokens) + 10):
+        cut = play(rng=np.random.default_rng(1), max_tokens=most)
+        assert cut.tokens == whole.tokens[:most]
+        assert cut.labels == whole.labels[:most]
+        assert cut.frame_positions == [p for p in whole.frame_positions if p < most]
+
+
+def test_a_dialogue_is_always_the_same(tokenizer):
+    for seed in range(5):
+        assert draw(seed, 8, tokenizer).dialogue == draw(seed, 8, tokenizer).dialogue
+
+
+def test_offline_the_whole_clip_comes_first(tokenizer):
+    special = tokenizer.special
+    kinds = set()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        world = generate(rng, 9, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        request = draw_question(rng, world)
+        kinds.add(request.kind)
+        dialogue = converse_offline(world, request, tokenizer, rng=rng, system=("Look.", None)[seed % 2])
+        (said,) = dialogue.utterances
+        truth = world.truth[-1]
+        assert said.sentence == answer(request, truth)
+        assert holds(said.sentence.facts, truth)
+
+        # All frames, then the question, then an answer that ends its turn.
+        tokens = dialogue.tokens
+        first = tokens.index(special.image)
+        assert dialogue.frame_positions == list(range(first, first + 9))
+        assert tokens.count(special.image) == 9
+        learnt = [label for label in dialogue.labels if label != IGNORED]
+        assert learnt[-1] == special.eot
+        assert tokenizer.decode(learnt[:-1]) in {said.sentence.text(v) for v in range(2)}
+        assert tokens[-len(learnt) :] == learnt == dialogue.labels[-len(learnt) :]
+        header = chat.header(tokenizer, "assistant")
+        question = [*tokenizer.encode(request.text), special.eot, *header]
+        assert tokens[first + 9 : -len(learnt)] == question
+        assert ("Look." in tokenizer.decode(tokens)) == (seed % 2 == 0)
+        assert len(dialogue.speaking) == 9
+    assert kinds == {*LIVE, *PAST}
+
+
+# ---------------------------------------------------------------------------------- requests
+
+
+@pytest.fixture(scope="module")
+def asked(cases) -> list[tuple[World, Request]]:
+    drawn = [(case.stream.world, request) for case in cases for request in case.stream.requests]
+    for seed in range(200):
+        rng = np.random.default_rng([seed, 1])
+        world = generate(rng, 24, digit_indices=digits.train_indices(), rate=0.4, gap=2)
+        drawn += [(world, request) for request in draw_requests(rng, world, first_turn=0.5)]
+    return drawn
+
+
+def test_every_kind_of_request_is_made(asked):
+    kinds = collections.Counter(request.kind for _, request in asked)
+    assert set(kinds) == set(ASK)
+    assert min(kinds.values()) > 5
+
+
+def test_requests_come_between_the_frames(cases):
+    for case in cases:
+        times = [request.time for request in case.stream.requests]
+        assert times == sorted(set(times))
+        for time in times:
+            assert time == 0 or 0.04 < time % 1 < 0.96
+            assert time < case.stream.world.seconds
+
+
+def test_requests_make_sense(asked):
+    for world, request in asked:
+        frame = int(request.time) if request.time else -1
+        truth = world.truth[frame] if frame >= 0 else None
+        if request.kind in ("colour", "there", "seen"):
+            assert request.subject not in ("", CARD)
+        if request.kind in ("list", "count", "narrate", "watch"):
+            assert request.subject == ""
+        if request.subject and request.kind != "digit":
+            assert request.subject in request.text
+        if request.kind in PAST:
+            assert truth is not None
+        if request.kind == "previous":
+            assert truth["digit"] not in ("none", "covered")
+        assert (request.awaited is not None) == request.kind.startswith("alert")
+        if request.awaited:
+            assert request.awaited.name == request.kind
+            assert request.awaited.values.get("k", "") == request.subject
+            assert all(value in request.text for value in request.awaited.values.values())
+            # One waits for what is yet to come.
+            assert truth is None or not holds(request.awaited.facts, truth)
+    alerts = [(world, request) for world, request in asked if request.awaited]
+    comes = [
+        any(holds(r.awaited.facts, truth) for truth in world.truth[int(r.time) :]) for world, r in alerts
+    ]
+    assert 0.5 < np.mean(comes) < 0.9
+
+
+def test_how_often_something_is_asked_before_the_first_frame():
+    rng = np.random.default_rng(0)
+    world = generate(rng, 10, digit_indices=digits.train_indices(), rate=0.4, gap=2)
+    for share in (0.0, 0.3, 1.0):
+        first = [draw_requests(rng, world, first_turn=share)[0].time == 0 for _ in range(200)]
+        assert abs(np.mean(first) - share) < 0.1
+
+
+def test_dense_requests_are_questions_in_quick_succession():
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        world = generate(rng, 8, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        requests = draw_requests(rng, world, dense=True)
+        assert {request.kind for request in requests} <= {*LIVE, *PAST}
+        assert len(requests) >= 6
+        assert max(b.time - a.time for a, b in itertools.pairwise(requests)) < 1.5
+        assert requests[0].time < 1
+
+
+def test_a_short_stream_can_be_asked_about():
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        world = generate(rng, 1, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        assert all(r.time < 1 for r in draw_requests(rng, world, first_turn=0.5, dense=seed % 2 == 0))
+
+
+def test_the_list_of_what_is_there():
+    truth = World((Table((star("red"), card(8), Thing("circle", (0, 1), "blue"))),), ()).truth[0]
+    assert list_of(truth) == "a blue circle, a red star and a card with a 8"
+    assert (
+        answer(ask_for("list", 1.0), truth).text()
+        == "There is a blue circle, a red star and a card with an 8."
+    )

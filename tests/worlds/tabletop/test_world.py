@@ -1,0 +1,361 @@
+"""What happens on the table, and the truth about it."""
+
+import collections
+import dataclasses
+import itertools
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from moss_jax.worlds.tabletop import digits
+from moss_jax.worlds.tabletop.render import COLOURS, SHAPES, TABLES, Look, paint
+from moss_jax.worlds.tabletop.world import (
+    BEGINS,
+    CARD,
+    CELLS,
+    ENDS,
+    MAX_SHAPES,
+    PLACES,
+    Event,
+    EventKind,
+    Table,
+    Thing,
+    World,
+    generate,
+)
+
+SECONDS = 60
+CHANGES = set(get_args(EventKind))
+
+
+def draw(seed: int, *, seconds: int = SECONDS, rate: float = 0.7, gap: int = 1) -> World:
+    rng = np.random.default_rng(seed)
+    return generate(rng, seconds, digit_indices=digits.train_indices(), rate=rate, gap=gap)
+
+
+@pytest.fixture(scope="module")
+def worlds() -> list[World]:
+    return [draw(seed) for seed in range(60)]
+
+
+def digit_image(number: int) -> int:
+    """Index of an image of this number."""
+    return next(i for i in range(100) if digits.label(i) == number)
+
+
+# -------------------------------------------------------------------------------- what happens
+
+
+def test_every_table_is_possible(worlds):
+    trained = set(digits.train_indices().tolist())
+    for table in itertools.chain.from_iterable(world.tables for world in worlds):
+        kinds = [thing.kind for thing in table.things]
+        cells = [thing.cell for thing in table.things]
+        assert len(set(kinds)) == len(kinds)
+        assert len(set(cells)) == len(cells)
+        assert set(kinds) <= {*SHAPES, CARD}
+        assert set(cells) <= set(CELLS)
+        assert len(set(kinds) - {CARD}) <= MAX_SHAPES
+        assert table.covered is None or table.covered in kinds
+        for thing in table.things:
+            if thing.kind == CARD:
+                assert thing.digit in trained
+            else:
+                assert thing.colour in COLOURS
+            # It lies in its cell, about upright.
+            column, row = thing.cell
+            assert math.dist(thing.centre, ((column + 0.5) / 3, (row + 0.5) / 2)) < 0.05
+            assert abs(thing.angle) <= 0.3
+            assert thing.place == PLACES[column]
+
+
+def test_many_tables_are_drawn(worlds):
+    first = [world.tables[0] for world in worlds]
+    assert len(set(first)) > 40
+    assert any(not table.things for table in first)
+    tables = [table for world in worlds for table in world.tables]
+    assert {len(table.things) for table in tables} == set(range(MAX_SHAPES + 2))
+    things = {thing for table in tables for thing in table.things}
+    assert {(thing.kind, thing.colour) for thing in things if thing.kind != CARD} == set(
+        itertools.product(SHAPES, COLOURS)
+    )
+    assert {(thing.kind, thing.cell) for thing in things} == set(itertools.product((*SHAPES, CARD), CELLS))
+    assert {thing.label for thing in things if thing.kind == CARD} == set("0123456789")
+
+
+def difference(before: Table, after: Table) -> list[tuple[str, str, str]]:
+    """The changes between two tables, from what lies on them."""
+    found = []
+    for kind in (*SHAPES, CARD):
+        old, new = before.find(kind), after.find(kind)
+        if old is None and new is None:
+            continue
+        if old is None:
+            found.append(("appear", kind, ""))
+        elif new is None:
+            found.append(("leave", kind, ""))
+        else:
+            # A thing that moves lies there in its own way; else only the named attribute changes.
+            moved = {"cell": new.cell, "offset": new.offset, "angle": new.angle}
+            if old.cell != new.cell:
+                assert old.place != new.place
+                found.append(("move", kind, new.place))
+                old = dataclasses.replace(old, **moved)
+            if old.colour != new.colour:
+                found.append(("colour", kind, new.colour))
+            if kind == CARD and old.label != new.label:
+                found.append(("digit", kind, new.label))
+            assert dataclasses.replace(old, colour=new.colour, digit=new.digit) == new
+    if before.covered != after.covered:
+        if before.covered:
+            found.append(("uncover", before.covered, ""))
+        if after.covered:
+            found.append(("cover", after.covered, ""))
+    return found
+
+
+def test_events_are_what_differs_between_two_seconds(worlds):
+    for world in worlds:
+        events = {event.frame: event for event in world.events}
+        assert len(events) == len(world.events)
+        assert [event.frame for event in world.events] == sorted(events)
+        for frame in range(1, world.seconds):
+            event = events.get(frame)
+            told = [] if event is None else [(event.change, event.kind, event.value)]
+            assert difference(world.tables[frame - 1], world.tables[frame]) == told
+        assert 0 not in events
+
+
+def test_what_is_covered_stays_as_it_is(worlds):
+    seen = 0
+    for world in worlds:
+        for before, after in itertools.pairwise(world.tables):
+            kind = before.covered
+            if kind and after.covered == kind:
+                assert after.find(kind) == before.find(kind)
+                assert after.cover_angle == before.cover_angle
+                seen += before != after
+            elif kind:
+                assert after.covered is None
+                assert after.find(kind) == before.find(kind)
+    assert seen > 100  # other things changed meanwhile
+
+
+def test_everything_that_can_happen_happens(worlds):
+    happened = collections.Counter((e.change, e.kind == CARD) for world in worlds for e in world.events)
+    expected = set(itertools.product(CHANGES, (False, True))) - {("colour", True), ("digit", False)}
+    assert set(happened) == expected
+    assert min(happened.values()) > 20
+
+
+@pytest.mark.parametrize("gap", [1, 2, 4])
+def test_changes_keep_their_distance(gap):
+    for seed in range(10):
+        frames = [event.frame for event in draw(seed, rate=0.6, gap=gap).events]
+        assert len(frames) > 5
+        assert all(b - a >= gap for a, b in itertools.pairwise([0, *frames]))
+    # At rate 1 nothing else holds them back.
+    frames = [event.frame for event in draw(0, rate=1.0, gap=gap).events]
+    assert frames == list(range(gap, SECONDS, gap))
+
+
+def test_nothing_happens_at_rate_0():
+    world = draw(4, rate=0.0)
+    assert world.events == ()
+    assert set(world.tables) == {world.tables[0]}
+
+
+def test_a_world_is_as_long_as_asked_for_and_always_the_same():
+    for seconds in (1, 2, 17):
+        world = draw(5, seconds=seconds)
+        assert world.seconds == len(world.tables) == len(world.truth) == seconds
+        assert world == draw(5, seconds=seconds)
+    assert draw(5).tables != draw(6).tables
+
+
+# ----------------------------------------------------------------------------------- the truth
+
+
+def truth_of(tables: tuple[Table, ...]) -> dict[str, str]:
+    """The truth after these tables, but for the event: from what lies in sight, and what did before."""
+    now = {thing.kind: thing for thing in tables[-1].things}
+    hidden = tables[-1].covered
+    in_sight = [{t.kind: t for t in table.things if t.kind != table.covered} for table in tables]
+    numbers = [str(digits.label(sight[CARD].digit)) for sight in in_sight if CARD in sight]
+    numbers = [number for number, _ in itertools.groupby(numbers)]
+
+    def of(kind, value):
+        return "covered" if kind == hidden else value(now[kind]) if kind in now else "none"
+
+    truth = {
+        "count": str(len(in_sight[-1].keys() - {CARD})),
+        "digit": of(CARD, lambda card: str(digits.label(card.digit))),
+        "under": hidden or "none",
+        "previous": numbers[-2] if len(numbers) > 1 else "none",
+    }
+    for kind in (*SHAPES, CARD):
+        truth[f"there:{kind}"] = of(kind, lambda _: "yes")
+        truth[f"place:{kind}"] = of(kind, lambda thing: ("left", "middle", "right")[thing.cell[0]])
+    for shape in SHAPES:
+        truth[f"colour:{shape}"] = of(shape, lambda thing: thing.colour)
+        truth[f"seen:{shape}"] = "yes" if any(shape in sight for sight in in_sight) else "none"
+    return truth
+
+
+def test_truth_is_what_the_tables_show(worlds):
+    for world in worlds[:25]:
+        last = "none"
+        events = {event.frame: f"{event.change}:{event.kind}:{event.value}" for event in world.events}
+        for frame, facts in enumerate(world.truth):
+            last = events.get(frame, last)
+            assert facts == truth_of(world.tables[: frame + 1]) | {"event": last}
+
+
+def test_truth_of_a_short_story():
+    """A card of 3 is covered, shows 3 again, turns 5 and goes; beside it a red star."""
+    star = Thing("star", (2, 0), "red")
+    three, five = (Thing(CARD, (0, 1), digit=digit_image(number)) for number in (3, 5))
+    tables = (
+        Table(),
+        Table((three,)),
+        Table((three,), covered=CARD),
+        Table((three,)),
+        Table((five,)),
+        Table((five, star)),
+        Table((star,)),
+        Table((star,), covered="star"),
+    )
+    events = (
+        Event(1, "appear", CARD),
+        Event(2, "cover", CARD),
+        Event(3, "uncover", CARD),
+        Event(4, "digit", CARD, "5"),
+        Event(5, "appear", "star"),
+        Event(6, "leave", CARD),
+        Event(7, "cover", "star"),
+    )
+    truth = World(tables, events).truth
+
+    def over_time(key):
+        return [facts[key] for facts in truth]
+
+    assert over_time("digit") == ["none", "3", "covered", "3", "5", "5", "none", "none"]
+    assert over_time("previous") == ["none", "none", "none", "none", "3", "3", "3", "3"]
+    assert over_time("place:card") == ["none", "left", "covered", "left", "left", "left", "none", "none"]
+    assert over_time("there:star") == ["none"] * 5 + ["yes", "yes", "covered"]
+    assert over_time("colour:star") == ["none"] * 5 + ["red", "red", "covered"]
+    assert over_time("seen:star") == ["none"] * 5 + ["yes"] * 3
+    assert over_time("count") == ["0"] * 5 + ["1", "1", "0"]
+    assert over_time("under") == ["none", "none", "card", "none", "none", "none", "none", "star"]
+    assert over_time("event")[:5] == ["none", "appear:card:", "cover:card:", "uncover:card:", "digit:card:5"]
+
+
+def test_what_was_covered_from_the_beginning_has_not_been_seen():
+    star = Thing("star", (0, 0), "red")
+    truth = World((Table((star,), covered="star"), Table((star,))), (Event(1, "uncover", "star"),)).truth
+    assert [facts["seen:star"] for facts in truth] == ["none", "yes"]
+
+
+# ------------------------------------------------------------------------------------ the scene
+
+
+def test_the_scene_of_a_whole_second_is_that_of_its_table(worlds):
+    for world in worlds[:20]:
+        for second, table in enumerate(world.tables):
+            scene = world.scene(float(second))
+            assert [item.kind for item in scene.items] == [thing.kind for thing in table.things]
+            for item, thing in zip(scene.items, table.things, strict=True):
+                assert (item.x, item.y) == thing.centre
+                assert (item.colour, item.digit, item.angle) == (thing.colour, thing.digit, thing.angle)
+                assert (item.opacity, item.scale) == (1, 1)
+            if table.covered:
+                # The cover lies right over what it hides.
+                assert (scene.cover.x, scene.cover.y) == table.find(table.covered).centre
+                assert scene.cover.opacity == 1
+            else:
+                assert scene.cover is None
+
+
+def test_a_change_is_in_progress_only_between_two_seconds(worlds):
+    for world in worlds[:20]:
+        events = {event.frame for event in world.events}
+        for frame in range(1, world.seconds):
+            before, after = world.scene(frame - 1.0), world.scene(float(frame))
+            for share in (0.01, 0.1, 0.149):
+                assert world.scene(frame - 1 + share) == before
+                assert world.scene(frame - share) == after
+            for share in (0.16, 0.5, 0.84):
+                between = world.scene(frame - share)
+                assert (between not in (before, after)) == (frame in events)
+
+
+def test_the_last_table_stays(worlds):
+    world = worlds[0]
+    last = world.scene(world.seconds - 1.0)
+    assert all(world.scene(world.seconds - 1 + t) == last for t in (0.2, 0.5, 0.99, 3.0))
+
+
+def out_of_sight(item) -> bool:
+    return max(abs(item.x - 0.5), abs(item.y - 0.5)) > 0.5 + 0.24
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_nothing_jumps(worlds, change):
+    """Things glide, fade, and come and go out of sight."""
+    step, least = 0.01, 0.002
+    happened = ((world, event) for world in worlds for event in world.events if event.change == change)
+    for world, event in itertools.islice(happened, 12):
+        times = np.arange(event.frame - BEGINS - step, event.frame - ENDS + step, step)
+        for before, after in itertools.pairwise(world.scene(float(t)) for t in times):
+            for one, other in ((before, after), (after, before)):
+                for item in one.items:
+                    same = [o for o in other.items if (o.kind, o.colour, o.digit) == _same(item)]
+                    if not same:
+                        # It comes or goes: invisible, out of sight, or entirely beneath what it turned to.
+                        above = [o for o in other.items if o.kind == item.kind and o.opacity == 1]
+                        assert item.opacity < least or out_of_sight(item) or _hides(above, item)
+                        continue
+                    (moved,) = same
+                    assert math.dist((item.x, item.y), (moved.x, moved.y)) < 4 * step
+                    assert abs(item.angle - moved.angle) < 4 * step
+                    assert abs(item.opacity - moved.opacity) < 4 * step
+                if one.cover and other.cover:
+                    assert math.dist((one.cover.x, one.cover.y), (other.cover.x, other.cover.y)) < 4 * step
+                elif one.cover:
+                    assert out_of_sight(one.cover)
+
+
+def _same(item):
+    return item.kind, item.colour, item.digit
+
+
+def _hides(above, item) -> bool:
+    return any((o.x, o.y, o.angle) == (item.x, item.y, item.angle) for o in above)
+
+
+def test_the_first_and_last_picture_of_a_change_are_those_of_the_tables(worlds):
+    look = Look(seed=3, wood=TABLES[1])
+    for world in worlds[:3]:
+        for event in world.events:
+            begin, end = event.frame - BEGINS, event.frame - ENDS
+            times = (begin - 1e-3, begin + 1e-3, end - 1e-3, end + 1e-3)
+            a, b, c, d = (paint(world.scene(t), look, 32) for t in times)
+            whole = np.abs(d - a).mean()
+            assert whole > 0.5
+            assert np.abs(b - a).mean() < 0.01 * whole
+            # What fades in has a shadow of its own for as long as the old one lies beneath it.
+            assert np.abs(d - c).mean() < (0.4 if event.change in ("colour", "digit") else 0.01) * whole
+
+
+def test_a_change_goes_on_evenly():
+    """Half-way in time, a thing that moves is half-way there."""
+    star = Thing("star", (0, 0), "red")
+    moved = dataclasses.replace(star, cell=(2, 1))
+    world = World((Table((star,)), Table((moved,))), (Event(1, "move", "star", "right"),))
+    (item,) = world.scene(1 - (BEGINS + ENDS) / 2).items
+    assert (item.x, item.y) == pytest.approx((0.5, 0.5))
+    xs = [world.scene(t).items[0].x for t in np.linspace(0, 1, 101)]
+    assert xs == sorted(xs)
+    assert (xs[0], xs[-1]) == pytest.approx((1 / 6, 5 / 6))
