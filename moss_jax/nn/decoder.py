@@ -57,7 +57,7 @@ class SelfAttention(nnx.Module):
 
     def __call__(
         self,
-        qkv: Float[Array, "B T K G+2 D"],
+        qkv: Float[Array, "B T K group_and_kv D"],
         rope: Rotation,
         past: KeysValues | None,
         append: Append | None,

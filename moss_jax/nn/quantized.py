@@ -20,9 +20,10 @@ from moss_jax.config import ConfigError, DecoderWeights, EncoderWeights
 from moss_jax.nn.layers import LayerNorm, Linear, Residual, parameter
 from moss_jax.nn.model import MossVideo
 from moss_jax.nn.vision import VisionLayer
-from moss_jax.ops.attention import RoundedProjection
+from moss_jax.ops.attention import QuantizedProjection
 from moss_jax.ops.fused_linear import fused_linear
 from moss_jax.ops.linear import linear
+from moss_jax.ops.qarray import QArray
 
 _DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
@@ -132,9 +133,9 @@ class Fp8Projection(nnx.Module):
         self.qk, self.v = whole.part(slice(2)), whole.part(slice(2, 3))
         self.scale = parameter(scales[:1] * scales[1:2], (None,))
 
-    def __call__(self, x: Float8e4m3fn[Array, "B P K"]) -> RoundedProjection:
+    def __call__(self, x: Float8e4m3fn[Array, "B P K"]) -> QuantizedProjection:
         qk = self.qk(x, out_dtype=jnp.float8_e4m3fn)
-        return RoundedProjection(qk, self.v(x)[:, :, 0], self.scale[...])
+        return QuantizedProjection(QArray(qk, self.scale[0]), self.v(x)[:, :, 0])
 
 
 # A program for each shape of kernel, of which even a large model has a dozen.

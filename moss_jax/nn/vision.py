@@ -13,6 +13,7 @@ from jaxtyping import Array, DTypeLike, Float
 from moss_jax.config import Remat, VisionConfig
 from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, Residual, gate, normal, remat
 from moss_jax.ops.attention import self_attention
+from moss_jax.ops.qarray import QArray
 
 # The original pads the positions to a multiple of this and lets the padding take part in attention.
 POSITION_MULTIPLE = 8
@@ -33,7 +34,10 @@ class VisionAttention(nnx.Module):
         self, stream: Float[Array, "B P D"], x: Float[Array, "B P D"], scale: Float[Array, " 1"] | None
     ) -> Residual:
         """The stream with what becomes of x, times `scale`."""
-        x = self_attention(self.qkv(x), out_dtype=self.out.input_dtype, implementation=self.implementation)
+        # The map behind takes the values alone; their scale is part of its own.
+        out_scale = None if self.out.input_dtype is None else jnp.ones(())
+        x = self_attention(self.qkv(x), out_scale=out_scale, implementation=self.implementation)
+        x = x.values if isinstance(x, QArray) else x
         return self.out.add_to(stream, x, scale)
 
 
