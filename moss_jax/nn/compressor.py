@@ -60,6 +60,7 @@ class Compressor(nnx.Module):
             case "max":
                 return windows.max(axis=3)
             case "channelFusion":
+                assert self.merger is not None
                 return self.merger(windows)
 
 

@@ -39,12 +39,12 @@ class Append(NamedTuple):
 
     Attributes:
       start: tokens that the cache holds.
-      count: tokens of the call that are appended.
+      tokens: tokens of the call that are appended.
       capacity: tokens that the cache has room for.
     """
 
     start: Int[Array, " B"]
-    count: Int[Array, " B"]
+    tokens: Int[Array, " B"]
     capacity: int
 
 
@@ -76,6 +76,7 @@ class SelfAttention(nnx.Module):
           Results of all heads, the residual sum, and the keys and values.
         """
         qkv, x = norm_linear(residual, norm, self.qkv.weights)  # [B, T, K, G + 2, head]
+        assert isinstance(qkv, Array)
         if past is not None:
             assert append is not None
             heads, *now = append_and_attend(
@@ -83,7 +84,7 @@ class SelfAttention(nnx.Module):
                 rope,
                 *past,
                 append.start,
-                append.count,
+                append.tokens,
                 capacity=append.capacity,
                 implementation=self.implementation,
             )
@@ -128,6 +129,7 @@ class CrossAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T H head"], Float[Array, "B T D"]]:
         """Queries of the tokens, and the residual sum."""
         q, x = norm_linear(residual, norm, self.q.weights)
+        assert isinstance(q, Array)
         return rotate(self.q_norm(q), rope), x
 
     def __call__(
@@ -283,7 +285,7 @@ class Decoder(nnx.Module):
         """Scores of the next token, float32."""
         return self.lm_head(hidden, out_dtype=jnp.float32)
 
-    def _run(self, tokens, positions, frames, frame_keys, sees, past, append, keep="none"):
+    def _run(self, tokens, positions, frames, frame_keys, sees, past, append, keep: Remat = "none"):
         """Runs all layers; returns the final hidden states and each text layer's keys and values."""
         rope = self._rotation(positions)
         frame_range = KeyRange(jnp.zeros_like(frame_keys), frame_keys)
@@ -301,7 +303,7 @@ class Decoder(nnx.Module):
         return add_norm(residual, self.norm.params)[0], now
 
     def _cross_layers(self):
-        return [self.layers[i] for i in self.config.cross_attention_layers]
+        return [layer for layer in self.layers if isinstance(layer, CrossLayer)]
 
     def _rotation(self, positions):
         return rotation(positions, self.config.rope, self.config.head_dim)

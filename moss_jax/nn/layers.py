@@ -6,6 +6,7 @@ is computed in the dtype of the parameters, norms and softmax in float32.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,8 @@ def full(fill: float, shape: Sequence[int], axes: Sequence[str | None], dtype: D
     return parameter(jnp.full(tuple(shape), fill, dtype), axes)
 
 
-def parameter(value: jax.Array | QArray, axes: Sequence[str | None]) -> nnx.Param:
-    """A parameter with these values, placed on the mesh by the names of its axes."""
+def parameter(value: Any, axes: Sequence[str | None]) -> nnx.Param:
+    """A parameter with these values, an array or a QArray, placed on the mesh by the names of its axes."""
     # One parameter at a time, so that a large model never lies whole on one device.
     placed = jax.tree.map(lambda x: constrain(x, tuple(axes)[: x.ndim]), value)
     return nnx.Param(placed, axes=tuple(axes))
@@ -85,7 +86,7 @@ class Linear(nnx.Module):
         self.layout: Layout = "inputs_first"
         axes = (*inputs, *outputs)
         self.kernel = normal(rngs, (*inputs.values(), *outputs.values()), axes, dtype)
-        self.bias = full(0, outputs.values(), tuple(outputs), dtype) if bias else None
+        self.bias = full(0, tuple(outputs.values()), tuple(outputs), dtype) if bias else None
 
     def __call__(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         y = linear(x, self.weights, out_dtype=out_dtype)

@@ -157,6 +157,8 @@ def define(a: Arguments) -> Float[Array, "..."]:
 def _product(a: Arguments) -> Float[Array, "..."]:
     x, kernel, n = a.x, a.weights.kernel, a.weights.num_inputs
     if not a.weights.outputs_first:
+        assert isinstance(x, Array)
+        assert isinstance(kernel, Array)
         # On the axes that they come on, by which a mesh may split them.
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         return lax.dot_general(x, kernel, (contract, ((), ())), preferred_element_type=a.out_dtype)

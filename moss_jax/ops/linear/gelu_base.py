@@ -74,7 +74,9 @@ def _phi(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def polynomial(coefficients: Sequence[float], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Evaluates a polynomial by Horner's rule; coefficients in the order of `LOG_TAIL`."""
+    total: Array | float
     total, *others = coefficients  # Beginning with 0 would make NaN of infinity.
     for coefficient in others:
         total = total * x + coefficient
+    assert isinstance(total, Array)
     return total

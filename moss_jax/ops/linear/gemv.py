@@ -24,5 +24,6 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
 
 def apply(a: Arguments) -> Float[Array, "..."]:
     """Computes the op; differentiable."""
+    assert isinstance(a.x, Array)
     products = a.x.reshape(1, -1).astype(jnp.float32) * a.matrix.astype(jnp.float32)
     return a.unflatten(products.sum(axis=-1).astype(a.out_dtype))

@@ -3,6 +3,8 @@
 D width
 """
 
+from typing import overload
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,6 +22,28 @@ ADD_NORM = Op(
     },
     {"gpu": ("mosaic_gpu", "xla")},
 )
+
+
+@overload
+def add_norm(
+    residual: Residual,
+    norm: Norm,
+    *,
+    out_scale: None = None,
+    implementation: str | None = None,
+    config: mosaic_gpu.Config | None = None,
+) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]: ...
+
+
+@overload
+def add_norm(
+    residual: Residual,
+    norm: Norm,
+    *,
+    out_scale: Float[Array, ""] | None,
+    implementation: str | None = None,
+    config: mosaic_gpu.Config | None = None,
+) -> tuple[Float[Array, "... D"] | QArray, Float[Array, "... D"]]: ...
 
 
 def add_norm(

@@ -9,6 +9,10 @@ prefetches the next while it computes one.
 M rows, R rows of a thread block, D width
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPossiblyUnboundVariable=false, reportPrivateImportUsage=false
+
 import dataclasses
 import functools
 
@@ -126,7 +130,7 @@ def one_pass(a: Arguments, config: Config) -> tuple[Float[Array, "M D"], Float[A
         # Nobody reads what is written, and sums across warps have barriers of their own.
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
     )(*arrays)
-    return normed, *(y or [a.x])
+    return normed, y[0] if y else a.x
 
 
 def _kernel(a, normed_gmem, y_gmem=None, *, warps, blocks):

@@ -25,6 +25,10 @@ M rows, C = 8 columns of the tensor core, D width of the stream, K inputs of `ou
 of a tile
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPrivateImportUsage=false
+
 import dataclasses
 import functools
 import math
@@ -157,7 +161,8 @@ class Plan:
         """Those of `out`, `up` and `down`."""
         c = self.config
         shapes = ((self.D, self.K, c.part), (2 * self.F, self.D, c.part), (self.D, self.F, c.part_down))
-        return tuple(Phase(N // TILE, K // part, part // c.block_k, c.blocks) for N, K, part in shapes)
+        out, up, down = (Phase(N // TILE, K // part, part // c.block_k, c.blocks) for N, K, part in shapes)
+        return out, up, down
 
     @property
     def units_down(self) -> int:
@@ -206,7 +211,8 @@ class Operands:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """M, K, D, F."""
-        return *self.heads.shape, *self.down.shape
+        (M, K), (D, F) = self.heads.shape, self.down.shape
+        return M, K, D, F
 
 
 def operands(a: Arguments) -> Operands:
@@ -224,6 +230,7 @@ def operands(a: Arguments) -> Operands:
         each = [jnp.ones(1) if gate is None else gate.astype(jnp.float32) for gate in gates]
         gates = jnp.stack([jnp.broadcast_to(gate, (*rows, 1)).reshape(-1) for gate in each])
     x = a.x.reshape(-1, D)
+    assert isinstance(a.heads, Array)
     return Operands(x, a.heads.reshape(len(x), -1), a.norm.weight, gates, **weights, eps=a.norm.eps)
 
 

@@ -7,6 +7,10 @@ The bias, the maximum and |x| are computed in bfloat16, which holds the results,
 M rows, N columns
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPrivateImportUsage=false
+
 import dataclasses
 import functools
 import math

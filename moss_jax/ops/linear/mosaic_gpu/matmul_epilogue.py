@@ -19,6 +19,10 @@ alike. So the residual must not alias the results.
 M rows, K inputs, N outputs, R x C tile of a thread block, X inputs of a step
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPrivateImportUsage=false
+
 import dataclasses
 import functools
 import math
@@ -134,7 +138,8 @@ class Operands:
     @property
     def shape(self) -> tuple[int, int, int]:
         """M, K, N."""
-        return *self.x.shape, self.kernel.shape[0 if self.in_8_bits else 1]
+        M, K = self.x.shape
+        return M, K, self.kernel.shape[0 if self.in_8_bits else 1]
 
 
 def operands(a: Arguments) -> Operands:

@@ -12,6 +12,10 @@ in the epilogue, with the scale.
 M rows, K inputs, N outputs, X inputs of a tile in each quarter
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPrivateImportUsage=false
+
 import dataclasses
 import functools
 

@@ -13,6 +13,10 @@ and no pass over x precedes the kernel.
 M rows, C = M rounded up to a multiple of 8, K inputs, X inputs of a tile, N outputs, R outputs of a tile
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPrivateImportUsage=false
+
 import dataclasses
 import functools
 
@@ -95,6 +99,7 @@ def apply(a: Arguments, config: Config | None = None) -> Float[Array, "..."]:
     """Computes the op; forward only."""
     rows, K, _ = a.shape
     config = config or default_config(rows)
+    assert isinstance(a.x, Array)
     return a.unflatten(few_rows(a.x.reshape(rows, K), a.matrix, a.scale, config, a.out_dtype))
 
 
