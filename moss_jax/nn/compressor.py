@@ -62,6 +62,8 @@ class Compressor(nnx.Module):
             case "channelFusion":
                 assert self.merger is not None
                 return self.merger(windows)
+            case mode:
+                raise ValueError(f"no pooling mode {mode!r}")
 
 
 def stack(states: Sequence[Float[Array, "B P D"]]) -> Float[Array, "B P C"]:
