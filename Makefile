@@ -1,6 +1,6 @@
 # make demo   set up and watch a video: stream 759 of seed 7, from python -m moss_jax.worlds.tabletop --seconds 30
 # make test   set up and run the tests
-# make lint   formatting, linting, layering
+# make lint   formatting, linting, layering, types
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,6 +22,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/pyright
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
