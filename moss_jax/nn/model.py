@@ -97,7 +97,7 @@ class MossVideo(nnx.Module):
         size = self.config.vision.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
             raise ValueError(f"encode takes normalised pixels [B, {size}, {size}, 3]; got {pixels.shape}")
-        return self.projector(self.compressor.of_frames(self.vision, pixels.astype(self.dtype), keep))
+        return self.projector(self.compressor(self.vision(pixels.astype(self.dtype), keep)))
 
     def init_state(self, slots: int, *, text_capacity: int, bank_capacity: int) -> StreamState:
         """An empty state for `slots` streams of at most so many tokens and frames."""

@@ -1,18 +1,20 @@
-"""The linear map of many rows and what follows it in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
+"""GEMM of many rows with an epilogue, a warp-specialised persistent kernel in Pallas for NVIDIA's Hopper GPUs
+(Mosaic GPU).
 
-As many thread blocks as there are multiprocessors take tiles of the result one after another. Two warpgroups
-compute, each its own rows of a tile; a third fetches, and runs ahead into the next tiles.
+FP8 (W8A8) or bfloat16; the epilogue takes scale, bias, GELU, rounding to FP8 and a residual. There is one
+thread block a multiprocessor, which takes tiles of the result one after another. Two warpgroups compute, each
+its own rows of a tile; a third issues TMA copies, and runs ahead into the next tiles.
 
-What follows a product takes time of the warpgroup, but none of the tensor core, which the other warpgroup
-should have meanwhile. So the second begins each tile some steps after the first (`lag`) and ends it as many
-later: in these steps it has the tensor core for itself, while the first finishes its rows; and while the
-second does, the first is in the next tile.
+An epilogue takes time of its warpgroup, but none of the tensor core, which the other warpgroup should have
+meanwhile. So the second begins each tile some steps after the first (`lag`) and ends it as many later: in
+these steps it has the tensor core for itself, while the first is in its epilogue; and while the second is in
+its own, the first is in the next tile.
 
-Two thread blocks can be a cluster, whose tiles are neighbours and whose common operand is read once: each
-fetches a half of it for both.
+Two thread blocks can form a cluster of neighbouring tiles, whose common operand is read once by TMA
+multicast: each fetches half of it for both.
 
-The last rows of tiles are moved back to end with the rows; those that two tiles share are written twice,
-alike. So a residual must not lie where the results are written.
+The last rows of tiles are moved back to end with the rows; rows that two tiles share are written twice,
+alike. So the residual must not alias the results.
 
 M rows, K inputs, N outputs, R x C tile of a thread block, X inputs of a step
 """
@@ -30,12 +32,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moss_jax.ops.fused_linear import xla
-from moss_jax.ops.fused_linear.arguments import Arguments
-from moss_jax.ops.gelu import xla as gelu_xla
-from moss_jax.ops.gelu.mosaic_gpu import LARGEST, LOG2_TAIL
+from moss_jax.ops.linear import base, gelu_base
+from moss_jax.ops.linear.base import Arguments
+from moss_jax.ops.linear.mosaic_gpu.bias_gelu import LARGEST, LOG2_TAIL
 from moss_jax.ops.mosaic_gpu import hopper, tiles
 from moss_jax.ops.mosaic_gpu.tiles import PER_COLUMN
+from moss_jax.ops.qarray import QArray
 
 LINE = 128  # Bytes of the inputs of a step: what the copy engine and the tensor core like best.
 WARPGROUPS = 2  # That compute.
@@ -44,26 +46,26 @@ SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.
 UNIT = 8  # Rows come in multiples of this, the rows of a piece that the copy engine moves.
 MANY_ROWS = 10_000  # For which every cut has tiles enough.
 
-# Of log2 Phi(-a), good enough for a gelu in 8 bits: a minimax fit of degree 3 to a Phi(-a) for a <= 14, in
-# which that counts by its half step in float8_e4m3fn after a multiplication with 448. It is wrong by 0.13 of
-# these at most, whatever `out_scale` is up to 448. One power less saves little: a warp's exponential takes 8
+# Coefficients of log2 Phi(-a), good enough for a GELU in 8 bits: a minimax fit of degree 3 to a Phi(-a) for
+# a <= 14, weighted by its half step in float8_e4m3fn after a multiplication with 448. It is wrong by 0.13 of
+# these at most, whatever the factor up to 448. One power less saves little: a warp's exponential takes 8
 # cycles, in which most of the rest fits.
 LOG2_TAIL_IN_8_BITS = (-0.01552599, -0.53494296, -1.09678969, -1.00637158)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How a call is cut.
+    """Tiling of a call.
 
     Attributes:
       columns: of a tile, up to 256; its rows are 64 a warpgroup.
-      stages: steps that are on their way at once.
+      stages: steps in flight at once.
       lag: steps by which the second warpgroup is behind the first, less than `stages`; what is left of them
-        is all that hides the way from memory.
+        is all that hides memory latency.
       cluster: what the two tiles of a cluster have side by side, "rows" (they share the weights) or "columns"
         (the inputs); None for no clusters.
-      chunk: columns of the result that are finished at once, 64 or 32.
-      slots: chunks that are on their way to memory at once, or whose residual is on its way from there.
+      chunk: columns of the result that the epilogue takes at once, 64 or 32.
+      slots: chunks in flight to memory at once, or whose residual is in flight from there.
       blocks: thread blocks at most.
     """
 
@@ -89,7 +91,7 @@ class Config:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a thread block with results in 16 bits, without its barriers."""
+        """Shared memory of a thread block with results in 16 bits, without its barriers."""
         rows = 64 * WARPGROUPS
         return self.stages * (rows + self.columns) * LINE + self.slots * rows * self.chunk * 2
 
@@ -100,29 +102,82 @@ class Config:
         return 64 * WARPGROUPS * above, self.columns * beside
 
     def cuts(self, M: int, N: int) -> tuple[int, int]:
-        """Into how many tiles of a cluster the rows and the columns are cut."""
+        """Cluster tiles along the rows and along the columns."""
         rows, columns = self.cluster_tile
         return pl.cdiv(M, rows), N // columns
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """One call of the kernel, all of it in matrices.
+
+    Attributes:
+      kernel: [N, K] in float8_e4m3fn, else [K, N].
+      scale: of the products in 8 bits.
+      factor: what results are multiplied with before they are rounded, or before the residual is added.
+    """
+
+    x: Float[Array, "M K"]
+    kernel: Float[Array, "..."]
+    scale: Float[Array, " N"] | None = None
+    bias: Float[Array, " N"] | None = None
+    factor: Float[Array, " 1"] | None = None
+    residual: Float[Array, "M N"] | None = None
+    gelu: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
+    out_dtype: jnp.dtype = dataclasses.field(kw_only=True, metadata={"static": True})
+
+    @property
+    def in_8_bits(self) -> bool:
+        return self.kernel.dtype == jnp.float8_e4m3fn
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """M, K, N."""
+        return *self.x.shape, self.kernel.shape[0 if self.in_8_bits else 1]
+
+
+def operands(a: Arguments) -> Operands:
+    """The call in matrices."""
+    (M, K, N), bias = a.shape, a.weights.bias
+    x = a.x.values if isinstance(a.x, QArray) else a.x
+    factor = a.gate
+    if a.out_scale is not None:
+        factor = (1 / a.out_scale).reshape(1)
+    return Operands(
+        x.reshape(M, K),
+        a.matrix,
+        a.scale if isinstance(a.x, QArray) else None,
+        None if bias is None else bias.reshape(N),
+        None if factor is None else factor.astype(jnp.float32),
+        None if a.residual is None else a.residual.reshape(M, N),
+        gelu=a.gelu,
+        out_dtype=a.out_dtype,
+    )
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
     """Why this kernel cannot take the arguments; None if it can."""
     if reason := hopper.unsupported(platform):
         return reason
-    known, x = (jnp.bfloat16, jnp.float8_e4m3fn), arguments.x
-    if x.dtype not in known:
-        return f"it takes bfloat16 or float8_e4m3fn, not {x.dtype}"
-    if arguments.out_dtype not in known:
-        return f"it gives bfloat16 or float8_e4m3fn, not {arguments.out_dtype}"
-    if arguments.residual is not None and not arguments.in_8_bits:
+    a, scheme = arguments, arguments.weights.scheme
+    if scheme == "float" and a.weights.outputs_first:
+        return "it takes weights with their inputs first"
+    if scheme == "W8A16" or a.x.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        return f"it takes bfloat16, or weights and inputs in float8_e4m3fn, not {a.x.dtype} ({scheme})"
+    if scheme == "float" and a.weights.kernel.dtype != a.x.dtype:
+        return f"it takes weights in the dtype of x, {a.x.dtype}, not {a.weights.kernel.dtype}"
+    if a.out_dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        return f"it gives bfloat16 or float8_e4m3fn, not {a.out_dtype}"
+    if a.residual is not None and scheme == "float":
         return "in bfloat16 it takes no residual; XLA's matmul is as fast, and adds it too"
-    if not (arguments.in_8_bits or arguments.gelu):
-        return "in bfloat16 it takes calls with a gelu; without one XLA's matmul is as fast"
-    return misfit(arguments, default_config(arguments))
+    if not (scheme == "W8A8" or a.gelu):
+        return "in bfloat16 it takes calls with a GELU; without one XLA's matmul is as fast"
+    return misfit(a, default_config(a))
 
 
-def misfit(a: Arguments, config: Config) -> str | None:
-    """Why a call cannot be cut so; None if it can."""
+def misfit(a: Arguments | Operands, config: Config) -> str | None:
+    """Why the tiling doesn't fit a call; None if it does."""
     M, K, N = a.shape
     rows, columns = config.cluster_tile
     if M % UNIT or rows > M:
@@ -135,7 +190,7 @@ def misfit(a: Arguments, config: Config) -> str | None:
     return None
 
 
-def step_inputs(a: Arguments) -> int:
+def step_inputs(a: Arguments | Operands) -> int:
     """X: a line of x."""
     return LINE // a.x.dtype.itemsize
 
@@ -144,7 +199,7 @@ def default_config(a: Arguments) -> Config:
     """Clusters for many rows; for fewer, the columns that keep the multiprocessors busy to the end."""
     M, _, N = a.shape
     if M >= MANY_ROWS and N % 256 == 0:
-        if not a.in_8_bits:
+        if a.weights.scheme == "float":
             return Config()
         # By the times of the encoder's maps, which differ by 1 to 8 %.
         return Config(cluster="columns") if a.gelu and N % 512 == 0 else Config(lag=1)
@@ -156,36 +211,39 @@ def default_config(a: Arguments) -> Config:
     return wide if N % 256 == 0 and time(wide) <= time(narrow) else narrow
 
 
-@jax.custom_vjp
-def apply(a: Arguments) -> Float[Array, "... N"]:
+def apply(a: Arguments, config: Config | None = None) -> Float[Array, "..."]:
     """Computes the op; differentiable."""
-    return many_rows(a, default_config(a))
+    return _differentiable(config or default_config(a), a)
 
 
-def _forward(a):
-    """By XLA, so that training computes the same wherever it runs."""
-    return jax.vjp(xla.apply, a)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(config, a):
+    return a.unflatten(many_rows(operands(a), config))
 
 
-def _backward(pull, dy):
+def _forward(config, a):
+    """By the definition, so that training computes the same wherever it runs."""
+    del config
+    return jax.vjp(base.define, a)
+
+
+def _backward(config, pull, dy):
+    del config
     return pull(dy)
 
 
-apply.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def many_rows(a: Arguments, config: Config) -> Float[Array, "... N"]:
+def many_rows(a: Operands, config: Config) -> Float[Array, "M N"]:
     """Computes the op; forward only.
 
     Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
     """
     if reason := misfit(a, config):
         raise ValueError(reason)
-    *rows, K = a.x.shape
     M, _, N = a.shape
-    residual = None if a.residual is None else a.residual.reshape(M, N)
-    a = dataclasses.replace(a, x=a.x.reshape(M, K), residual=residual)
     R, C, X, stages = 64 * WARPGROUPS, config.columns, step_inputs(a), config.stages
     arrays, structure = jax.tree.flatten(a)
     cuts, size = config.cuts(M, N), 1 if config.cluster is None else 2
@@ -203,7 +261,7 @@ def many_rows(a: Arguments, config: Config) -> Float[Array, "... N"]:
         *refs, y_gmem = refs
         _kernel(structure.unflatten(refs), y_gmem, config=config, cuts=cuts, stride=clusters, **scratch)
 
-    y = plgpu.kernel(
+    return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((M, N), a.out_dtype),
         scratch_types={
@@ -223,7 +281,6 @@ def many_rows(a: Arguments, config: Config) -> Float[Array, "... N"]:
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
         **cluster,
     )(*arrays)
-    return y.reshape(*rows, N)
 
 
 def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, fetched, config, cuts, stride):
@@ -276,7 +333,7 @@ def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, fetche
         row, column = place(number)
         row = pl.multiple_of(row + warpgroup * 64, UNIT)
         mine = [fetched.at[warpgroup * config.slots + slot] for slot in range(config.slots)]
-        finish = _Finish(a, y_gmem, y_smem.at[warpgroup], mine, pl.ds(row, 64), column)
+        epilogue = _Epilogue(a, y_gmem, y_smem.at[warpgroup], mine, pl.ds(row, 64), column)
         begin = number * steps
 
         def multiply(acc):
@@ -300,7 +357,7 @@ def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, fetche
             lax.fori_loop(1, lead, step, None)
             if config.lag:
                 pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(ahead))
-            finish.fetch_first()
+            epilogue.fetch_first()
             lax.fori_loop(lead, steps, step, None)
             plgpu.wgmma_wait(0)
             done(begin + steps - 1)
@@ -308,7 +365,7 @@ def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, fetche
 
         if config.lag:
             pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(ahead))
-        finish(pl.run_scoped(multiply, plgpu.ACC((64, C), jnp.float32)))
+        epilogue(pl.run_scoped(multiply, plgpu.ACC((64, C), jnp.float32)))
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
@@ -325,10 +382,10 @@ def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, fetche
         plgpu.wait_smem_to_gmem(0)
 
 
-class _Finish:
-    """What follows the product of a warpgroup's tile, chunk by chunk; made before the product.
+class _Epilogue:
+    """The epilogue of a warpgroup's tile, chunk by chunk; made before the product.
 
-    Then scales and bias of the first chunk are on their way during the product, and those of each other one
+    So scales and bias of the first chunk are in flight during the product, and those of each other one
     during the chunk before. A chunk's residual comes into the slot that its results leave from: of the first
     chunks during the product, of each other one when the slot is free.
     """
@@ -336,7 +393,7 @@ class _Finish:
     def __init__(self, a, y_gmem, slots, fetched, rows, column):
         self.a, self.y_gmem, self.rows, self.column = a, y_gmem, rows, column
         self.slots, self.fetched = slots, fetched
-        self.out_scale = None if a.out_scale is None else a.out_scale[0]
+        self.factor = None if a.factor is None else a.factor[0]
         self.vectors = self.load(0)
 
     def columns(self, chunk: int):
@@ -378,8 +435,8 @@ class _Finish:
                 y += tiles.along_columns(bias.astype(jnp.float32), y.shape)
             if self.a.gelu:
                 y = _gelu(y, LOG2_TAIL_IN_8_BITS if self.a.out_dtype.itemsize == 1 else LOG2_TAIL)
-            if self.out_scale is not None:
-                y *= self.out_scale
+            if self.factor is not None:
+                y *= self.factor
             slot = self.slots.at[chunk % slots]
             if self.a.residual is None:
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
@@ -401,6 +458,6 @@ def _load(ref, layout):
 
 
 def _gelu(y, log2_tail: Sequence[float]):
-    """y Phi(y), as `ops/gelu/mosaic_gpu.py` computes it."""
+    """y Phi(y), as `bias_gelu.py` computes it."""
     size = jnp.minimum(jnp.abs(y), LARGEST)
-    return jnp.maximum(y, 0) - size * jnp.exp2(gelu_xla.polynomial(log2_tail, size))
+    return jnp.maximum(y, 0) - size * jnp.exp2(gelu_base.polynomial(log2_tail, size))

@@ -1,14 +1,13 @@
-"""The norm of few rows and the linear map behind it, as one kernel in Pallas for NVIDIA's Hopper GPUs (Mosaic
-GPU).
+"""RMSNorm-prologue W8A16 GEMM of up to 8 rows, one kernel in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
 
-What takes the time is reading the weights, once; what can be saved is all that comes before and after: other
-launches, and sums of parts on their way through memory. So no thread block waits for another one, nor leaves
-it anything. Each takes units of 16 outputs over all inputs, and while the first of their weights are on their
-way, it norms x for itself.
+It is bound by reading the weights, once; what can be saved is all that comes before and after: other
+launches, and split-K sums on their way through memory. So no thread block waits for another one, nor leaves
+it anything. Each takes units of 16 outputs over all inputs, and norms x for itself while the first of their
+weights are in flight.
 
 A unit's inputs are cut in quarters, one for each warp, whose sums meet in shared memory. So weights are seen
-as [4 N, K / 4], of which 64 rows are 16 outputs, in one copy. The norm's factor, one number a row, comes in
-at the end, with the scale.
+as [4 N, K / 4], of which 64 rows are 16 outputs, in one copy. The norm's factor, one number a row, is applied
+in the epilogue, with the scale.
 
 M rows, K inputs, N outputs, X inputs of a tile in each quarter
 """
@@ -24,8 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
+from moss_jax.ops.linear.base import NormArguments
 from moss_jax.ops.mosaic_gpu import hopper, skinny_matmul, tiles
 from moss_jax.ops.mosaic_gpu.skinny_matmul import (
     INTERLEAVED,
@@ -38,7 +38,6 @@ from moss_jax.ops.mosaic_gpu.skinny_matmul import (
     strided,
 )
 from moss_jax.ops.mosaic_gpu.tiles import MATRIX
-from moss_jax.ops.norm_linear.arguments import Arguments
 
 QUARTERS = 4
 OUTPUTS = TILE // QUARTERS  # Of a unit.
@@ -46,13 +45,13 @@ OUTPUTS = TILE // QUARTERS  # Of a unit.
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the weights are dealt.
+    """How the weights are dealt to thread blocks.
 
     Attributes:
       multiprocessors: of the GPU.
       each: thread blocks of a multiprocessor.
       block_k: inputs of a tile, in each quarter.
-      stages: tiles that are on their way at once in a block.
+      stages: tiles in flight at once in a block.
     """
 
     multiprocessors: int
@@ -62,17 +61,22 @@ class Config:
 
     @property
     def blocks(self) -> int:
-        """Thread blocks, at most: there is none without a unit."""
+        """Thread blocks at most: there is none without a unit."""
         return self.multiprocessors * self.each
 
 
-def unsupported(arguments: Arguments, platform: str) -> str | None:
-    """Why the kernel cannot take the arguments; None if it can."""
+def unsupported(arguments: NormArguments, platform: str) -> str | None:
+    """Why this kernel cannot take the arguments; None if it can."""
     if reason := hopper.unsupported(platform):
         return reason
-    (rows, K), N = arguments.x.shape, arguments.weights.shape[0]
-    if arguments.x.dtype != jnp.bfloat16:
-        return f"it takes x in bfloat16, not {arguments.x.dtype}"
+    a, x = arguments, arguments.residual.x
+    if a.weights.scheme != "W8A16":
+        return f"it takes weights in 8 bits for inputs in 16 (W8A16), not {a.weights.scheme}"
+    if a.norm.bias is not None or a.weights.bias is not None or a.gelu:
+        return "it takes RMS norms, and has no bias or GELU in its epilogue"
+    if x.dtype != jnp.bfloat16 or a.out_dtype != jnp.bfloat16:
+        return f"it takes and gives bfloat16, not {x.dtype} and {a.out_dtype}"
+    rows, K, N = a.shape
     if not 0 < rows <= C:
         return f"it takes 1 to {C} rows, not {rows}"
     if K % (QUARTERS * 128) or K == 0:
@@ -80,24 +84,33 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     if N % OUTPUTS or N == 0:
         return f"N = {N} is not a multiple of {OUTPUTS}"
     try:
-        default_config(arguments)
+        default_config(rows, K)
     except ValueError as error:
         return str(error)
     return None
 
 
-def apply(a: Arguments) -> Float[Array, "M N"]:
+def apply(a: NormArguments, config: Config | None = None) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Computes the op; forward only."""
-    return few_rows(a, default_config(a))
+    x, linear = a.residual.sum(), a.linear(a.residual.x)
+    rows, K, _ = a.shape
+    y = few_rows(
+        x.reshape(rows, K),
+        a.norm.weight,
+        linear.matrix,
+        linear.scale,
+        a.norm.eps,
+        config or default_config(rows, K),
+    )
+    return linear.unflatten(y), x
 
 
-def default_config(a: Arguments) -> Config:
-    """The most blocks on a multiprocessor that have room for x and two tiles each; it is filled with tiles.
+def default_config(rows: int, K: int) -> Config:
+    """The most blocks on a multiprocessor whose shared memory holds x and two tiles each, and more tiles.
 
     Raises:
-      ValueError: there is no such room.
+      ValueError: shared memory is too small.
     """
-    rows, K = a.x.shape
     for each, block_k in ((3, 256), (2, 128), (1, 128)):
         if K // QUARTERS % block_k:
             block_k = 128
@@ -105,7 +118,7 @@ def default_config(a: Arguments) -> Config:
         stages = room // (TILE * block_k + 8)  # With a barrier each.
         if stages >= 2:
             return Config(multiprocessors(), each, block_k, stages)
-    raise ValueError(f"shared memory has no room for {rows} rows of {K}")
+    raise ValueError(f"{rows} rows of {K} don't fit in shared memory")
 
 
 def shared(rows: int, K: int, block_k: int, stages: int) -> int:
@@ -115,17 +128,24 @@ def shared(rows: int, K: int, block_k: int, stages: int) -> int:
 
 
 def columns(rows: int) -> int:
-    """Of the sums, those that are kept: all that a thread has of a row, or all."""
+    """Columns of the sums that are kept: all that a thread has of a row, or all."""
     return 2 if rows <= 2 else C
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def few_rows(a: Arguments, config: Config) -> Float[Array, "M N"]:
-    """Computes the op for M <= 8; forward only.
+@functools.partial(jax.jit, static_argnames=("eps", "config"))
+def few_rows(
+    x: Float[Array, "M K"],
+    norm: Float[Array, " K"],
+    weights: Shaped[Array, "N K"],
+    scale: Float[Array, " N"],
+    eps: float,
+    config: Config,
+) -> Float[Array, "M N"]:
+    """Computes `rmsnorm(x) * norm @ weights.T * scale` for M <= 8; forward only.
 
     Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
     """
-    (rows, K), N = a.x.shape, a.weights.shape[0]
+    (rows, K), N = x.shape, len(weights)
     if K % (QUARTERS * config.block_k):
         raise ValueError(f"K = {K} does not fall into quarters of tiles of {config.block_k}")
     size, room = shared(rows, K, config.block_k, config.stages), skinny_matmul.shared_room(config.each)
@@ -134,18 +154,18 @@ def few_rows(a: Arguments, config: Config) -> Float[Array, "M N"]:
             f"a block takes {size} bytes of shared memory, and as one of {config.each} it has {room}"
         )
     return plgpu.kernel(
-        functools.partial(_kernel, eps=a.eps, config=config),
-        out_type=jax.ShapeDtypeStruct((rows, N), a.x.dtype),
+        functools.partial(_kernel, eps=eps, config=config),
+        out_type=jax.ShapeDtypeStruct((rows, N), x.dtype),
         scratch_types={
             "x_smem": plgpu.SMEM((rows, skinny_matmul.pitch(rows, K)), jnp.bfloat16),
-            "ring_smem": tiles.tile((config.stages, TILE, config.block_k), a.weights.dtype),
+            "ring_smem": tiles.tile((config.stages, TILE, config.block_k), weights.dtype),
             "sums_smem": plgpu.SMEM((TILE, columns(rows)), jnp.float32),
             "barrier": plgpu.Barrier(num_barriers=config.stages),
         },
         grid=(min(N // OUTPUTS, config.blocks),),
         grid_names=("block",),
         compiler_params=skinny_matmul.COMPILER_PARAMS,
-    )(a.x, a.norm, a.weights.reshape(N * QUARTERS, K // QUARTERS), a.scale)
+    )(x, norm, weights.reshape(N * QUARTERS, K // QUARTERS), scale)
 
 
 def _kernel(
@@ -199,7 +219,7 @@ def _kernel(
     def unit(i, _):
         at = piece(first + i, OUTPUTS)
         # Loaded before the weights are awaited.
-        scaled = scale(factor, scale_gmem.at[at], cols)
+        scaled = scaled_factor(factor, scale_gmem.at[at], cols)
         sums = tiles.full((TILE, C), 0, MATRIX)
         if count <= 4:
             for tile in range(count):
@@ -214,8 +234,8 @@ def _kernel(
         unit(jnp.int32(0), None)
 
 
-def scale(factor, scale_ref, cols: int):
-    """[128]: the factor that thread t has, times the scale of output t // cols of a unit."""
+def scaled_factor(factor, scale_ref, cols: int):
+    """[128]: the factor of thread t, times the scale of output t // cols of a unit."""
 
     @plgpu.inline_mgpu(
         arg_types=(STRIDED, plgpu.RefType()),

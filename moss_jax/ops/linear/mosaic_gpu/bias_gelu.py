@@ -1,9 +1,8 @@
-"""The gelu in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
+"""Bias and exact GELU in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU), bound by memory bandwidth.
 
-Reading and writing is all that should take time, so a number may cost few instructions, and costs 15:
-x Phi(x) = max(x, 0) - |x| Phi(-|x|) needs no choice between the sides, ends in one fused multiply-add, and
-keeps the small relative error of Phi's tail. The bias, the maximum and |x| are computed in bfloat16, which
-holds the results, two numbers an instruction.
+To be so, a number may cost few instructions, and costs 15: x Phi(x) = max(x, 0) - |x| Phi(-|x|) needs no
+select between the sides, ends in one fused multiply-add, and keeps the small relative error of Phi's tail.
+The bias, the maximum and |x| are computed in bfloat16, which holds the results, two numbers an instruction.
 
 M rows, N columns
 """
@@ -23,29 +22,29 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 from jaxtyping import Array, Float
 
-from moss_jax.ops.gelu import xla
-from moss_jax.ops.gelu.arguments import Arguments
+from moss_jax.ops.linear import gelu_base
+from moss_jax.ops.linear.gelu_base import Arguments
 from moss_jax.ops.mosaic_gpu import hopper, tiles
 
 COLUMNS = 256  # Of a block: 16 bytes of bfloat16 for each thread of a warp.
 
-# Each warp of a warpgroup has a row of every 4, each thread runs of 16 bytes.
+# Each warp of a warpgroup has one row of every 4, each thread vectors of 16 bytes.
 ROW_A_WARP = plgpu.Layout.TILED(
     plgpu.Tiling(((4, COLUMNS), (8,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
 )
 
-# Of log2 Phi(-a).
-LOG2_TAIL = tuple(coefficient * tiles.LOG2E for coefficient in xla.LOG_TAIL)
-# From here on Phi(-a) is below what float32 holds, and 0 times infinity must not come up.
+# Coefficients of log2 Phi(-a).
+LOG2_TAIL = tuple(coefficient * tiles.LOG2E for coefficient in gelu_base.LOG_TAIL)
+# From here on Phi(-a) underflows float32; the clamp keeps 0 times infinity from coming up.
 LARGEST = 14.0
 
 
 @dataclasses.dataclass(frozen=True)
-class GeluConfig:
-    """How the numbers are cut.
+class Config:
+    """Tiling of a call.
 
     Attributes:
-      rows: of a thread block, one warpgroup; each thread has `rows / 4` loads of 16 bytes on their way.
+      rows: of a thread block, one warpgroup; each thread has `rows / 4` loads of 16 bytes in flight.
     """
 
     rows: int = 16
@@ -65,25 +64,30 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
             return f"it takes bfloat16, not {y.dtype}"
     if x.shape[-1] % COLUMNS or x.shape[-1] == 0:
         return f"N = {x.shape[-1]} is not a multiple of {COLUMNS}"
-    if (rows := math.prod(x.shape[:-1])) < GeluConfig().rows:
-        return f"it takes {GeluConfig().rows} rows or more, not {rows}"
+    if (rows := math.prod(x.shape[:-1])) < Config().rows:
+        return f"it takes {Config().rows} rows or more, not {rows}"
     return None
 
 
-@jax.custom_jvp
-def apply(a: Arguments) -> Float[Array, "... N"]:
+def apply(a: Arguments, config: Config | None = None) -> Float[Array, "... N"]:
     """Computes the op; differentiable."""
-    return biased_gelu(a, GeluConfig())
+    return _differentiable(config or Config(), a)
 
 
-@apply.defjvp
-def _apply_jvp(primals, tangents):
-    """Through XLA's, which has value and slope in one."""
-    return jax.jvp(xla.apply, primals, tangents)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(config, a):
+    return biased_gelu(a, config)
+
+
+@_differentiable.defjvp
+def _jvp(config, primals, tangents):
+    """By the definition, which computes value and slope together."""
+    del config
+    return jax.jvp(gelu_base.define, primals, tangents)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def biased_gelu(a: Arguments, config: GeluConfig) -> Float[Array, "... N"]:
+def biased_gelu(a: Arguments, config: Config) -> Float[Array, "... N"]:
     """Computes the op; forward only.
 
     Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
@@ -104,21 +108,21 @@ def biased_gelu(a: Arguments, config: GeluConfig) -> Float[Array, "... N"]:
 
 
 def _kernel(x_gmem, *others, block):
-    """A block; the last one is moved back to end with the rows, some of which are written twice, alike."""
+    """One block; the last is moved back to end with the rows, so some rows are written twice, alike."""
     *bias_gmem, out_gmem = others
     first = jnp.minimum(lax.axis_index("rows") * block, x_gmem.shape[0] - block)
     columns = pl.ds(pl.multiple_of(lax.axis_index("columns") * COLUMNS, COLUMNS), COLUMNS)
     x = plgpu.load(x_gmem.at[pl.ds(first, block), columns], layout=ROW_A_WARP, optimized=False)
     bias = [plgpu.load(y.at[columns], layout=ROW_A_WARP.reduce(0), optimized=False) for y in bias_gmem]
-    for y in bias:  # If there is one.
+    for y in bias:  # None or one.
         x = x + plgpu.layout_cast(tiles.along_columns(y, x.shape), ROW_A_WARP)
-    above, size = widen(jnp.maximum(x, 0)), widen(jnp.minimum(jnp.abs(x), LARGEST))
-    out = above - size * jnp.exp2(xla.polynomial(LOG2_TAIL, size))
+    above, size = upcast(jnp.maximum(x, 0)), upcast(jnp.minimum(jnp.abs(x), LARGEST))
+    out = above - size * jnp.exp2(gelu_base.polynomial(LOG2_TAIL, size))
     out_gmem[pl.ds(first, block), columns] = out.astype(x.dtype)
 
 
-def widen(x):
-    """bfloat16 to float32 by one instruction a number, where the compiler takes three for every two."""
+def upcast(x):
+    """Casts bfloat16 to float32 in one instruction a number; the compiler takes three for every two."""
 
     @plgpu.inline_mgpu(
         arg_types=(ROW_A_WARP,),

@@ -1,14 +1,14 @@
-"""The linear map of few rows in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
+"""Weight-only (W8A16) split-K GEMM of few rows in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
 
-What takes the time is reading the weights, once. Each thread block walks over some tiles of outputs along one
-part of the inputs, with copies of the next tiles on their way; XLA adds up the parts.
+It is bound by reading the weights, once. Each thread block walks over tiles of outputs along one split of the
+inputs, with TMA copies of the next tiles in flight; XLA adds up the splits.
 
-The operands are swapped, as in attention's `decode_quantized`: weights are the 64 rows that the tensor core
-takes, and x the columns, of which it takes as few as 8. Weights go from shared memory through registers
-straight into the tensor core.
+The operands are swapped, as in decode attention over 8 bits: weights are the 64 rows that the tensor core
+takes, and x the columns, of which it takes as few as 8. Weights go from shared memory through registers,
+where they are upcast, straight into the tensor core.
 
-Everything is multiplied in bfloat16, which holds every number of either 8 bits. So x needs no scale, and
-nothing has to look at all of it before the kernel starts.
+Everything is multiplied in bfloat16, which holds every number of int8 and float8_e4m3fn. So x needs no scale,
+and no pass over x precedes the kernel.
 
 M rows, C = M rounded up to a multiple of 8, K inputs, X inputs of a tile, N outputs, R outputs of a tile
 """
@@ -25,27 +25,26 @@ import numpy as np
 from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float, Shaped
 
-from moss_jax.ops.attention.mosaic_gpu.decode_quantized import NARROW, shuffle
-from moss_jax.ops.linear.arguments import Arguments
+from moss_jax.ops.linear.base import Arguments
 from moss_jax.ops.mosaic_gpu import hopper, tiles
 from moss_jax.ops.mosaic_gpu.tiles import MATRIX
+from moss_jax.ops.mosaic_gpu.upcast import NARROW, shuffle
 
 ROWS = 64  # Of x, at most.
 OUTPUTS = 64  # Of a tile: the rows that the tensor core takes.
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearConfig:
-    """How the weights are cut.
+class Config:
+    """Tiling of a call.
 
     Attributes:
       block_k: inputs of a tile.
-      stages: tiles that are on their way at once in a thread block.
-      part: inputs that a thread block sees, at most; x's are kept in shared memory, and each part of K makes
-        sums of its own.
-      blocks: thread blocks, at most, unless K has more parts.
+      stages: tiles in flight at once in a thread block.
+      part: inputs of a split at most; those of x are kept in shared memory.
+      blocks: thread blocks at most, unless K has more splits.
     """
 
     block_k: int = 128
@@ -62,7 +61,7 @@ class LinearConfig:
             raise ValueError(f"stages and blocks are at least 1, not {self.stages} and {self.blocks}")
 
     def splits(self, inputs: int) -> int:
-        """Into how many equal parts K is cut: the fewest that are whole tiles."""
+        """Number of splits of K: the fewest equal ones that are whole tiles."""
         count = inputs // self.block_k
         return next(n for n in range(1, count + 1) if count % n == 0 and inputs // n <= self.part)
 
@@ -72,68 +71,79 @@ class LinearConfig:
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
-    """Why these kernels cannot take the arguments; None if they can."""
+    """Why this kernel cannot take the arguments; None if it can."""
     if reason := hopper.unsupported(platform):
         return reason
-    x = arguments.x
+    a, x = arguments, arguments.x
+    if a.weights.scheme != "W8A16":
+        return f"it takes weights in 8 bits for inputs in 16 (W8A16), not {a.weights.scheme}"
     if x.dtype != jnp.bfloat16:
         return f"it takes x in bfloat16, not {x.dtype}"
-    rows, inputs = x.shape
+    if a.gelu or a.weights.bias is not None or a.residual is not None:
+        return "it has no epilogue"
+    rows, K, N = a.shape
     if not 0 < rows <= ROWS:
         return f"it takes 1 to {ROWS} rows, not {rows}"
-    if inputs % 128 or inputs == 0:
-        return f"K = {inputs} is not a multiple of 128"
-    if arguments.outputs % OUTPUTS or arguments.outputs == 0:
-        return f"N = {arguments.outputs} is not a multiple of {OUTPUTS}"
+    if K % 128 or K == 0:
+        return f"K = {K} is not a multiple of 128"
+    if N % OUTPUTS or N == 0:
+        return f"N = {N} is not a multiple of {OUTPUTS}"
     return None
 
 
-def apply(a: Arguments) -> Float[Array, "M N"]:
+def apply(a: Arguments, config: Config | None = None) -> Float[Array, "..."]:
     """Computes the op; forward only."""
-    return few_rows(a, default_config(a))
+    rows, K, _ = a.shape
+    config = config or default_config(rows)
+    return a.unflatten(few_rows(a.x.reshape(rows, K), a.matrix, a.scale, config, a.out_dtype))
 
 
-def default_config(a: Arguments) -> LinearConfig:
-    """So that two thread blocks share a multiprocessor."""
-    rows = a.x.shape[0]
-    return LinearConfig() if rows <= 16 else LinearConfig(stages=5, part=512)
+def default_config(rows: int) -> Config:
+    """Tiling by which two thread blocks share a multiprocessor."""
+    return Config() if rows <= 16 else Config(stages=5, part=512)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def few_rows(a: Arguments, config: LinearConfig) -> Float[Array, "M N"]:
-    """Computes the op for M <= 64; forward only.
+@functools.partial(jax.jit, static_argnames=("config", "out_dtype"))
+def few_rows(
+    x: Float[Array, "M K"],
+    weights: Shaped[Array, "N K"],
+    scale: Float[Array, " N"],
+    config: Config,
+    out_dtype: DTypeLike,
+) -> Float[Array, "M N"]:
+    """Computes `x @ weights.T * scale` for M <= 64; forward only.
 
     Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
     """
-    rows, inputs = a.x.shape
+    (rows, inputs), outputs = x.shape, len(weights)
     C, X = pl.cdiv(rows, 8) * 8, config.block_k
     if inputs % X:
         raise ValueError(f"K = {inputs} is not a multiple of block_k, {X}")
-    splits, each = config.splits(inputs), config.tiles_a_block(inputs, a.outputs)
-    x = shuffle(jnp.pad(a.x, ((0, C - rows), (0, 0))))
+    splits, each = config.splits(inputs), config.tiles_a_block(inputs, outputs)
+    x = shuffle(jnp.pad(x, ((0, C - rows), (0, 0))))
     sums = plgpu.kernel(
         functools.partial(_kernel, each=each),
-        out_type=jax.ShapeDtypeStruct((splits, 1 if rows == 1 else C, a.outputs), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((splits, 1 if rows == 1 else C, outputs), jnp.float32),
         scratch_types={
             "x_smem": tiles.tile((inputs // splits // X, C, X), x.dtype),
-            "kernel_smem": tiles.tile((config.stages, OUTPUTS, X), a.kernel.dtype),
+            "kernel_smem": tiles.tile((config.stages, OUTPUTS, X), weights.dtype),
             "barriers": (
                 # One arrival a copy.
                 plgpu.Barrier(num_arrivals=inputs // splits // X),
                 plgpu.Barrier(num_barriers=config.stages),
             ),
         },
-        grid=(splits, pl.cdiv(a.outputs // OUTPUTS, each)),
+        grid=(splits, pl.cdiv(outputs // OUTPUTS, each)),
         grid_names=("split", "block"),
         # Pallas would put two barriers around every store and one before every copy; `_kernel` says why its
         # own are enough.
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
-    )(x, a.kernel)
-    return a.scaled(sums[:, :rows].sum(axis=0))
+    )(x, weights)
+    return (sums[:, :rows].sum(axis=0) * scale).astype(out_dtype)
 
 
 def _kernel(x_gmem, kernel_gmem, sums_gmem, *, x_smem, kernel_smem, barriers, each):
-    """Some tiles of outputs over one part of the inputs.
+    """Some tiles of outputs over one split of the inputs.
 
     No automatic barriers: `commit_smem` is a barrier of the warpgroup, and a visit to a tile has one. Before
     it, everyone has read the tile into registers; after it, the tile's slot is filled again. Only copies
