@@ -2,20 +2,15 @@
 
 import dataclasses
 import itertools
-import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 from engines import ScriptedEngine
 
-import moss_jax.text
 from moss_jax.config import EngineConfig
-from moss_jax.convert import save
-from moss_jax.eval import tabletop
-from moss_jax.eval.tabletop import scores
+from moss_jax.eval.harness import play
+from moss_jax.eval.tabletop import ideal_dialogue, scores
 from moss_jax.eval.tabletop.scores import Pace, Share, Statement, Transcript
-from moss_jax.stream import Counters, End, Frame, Interrupted, Row, Silence, Text, Turn
+from moss_jax.stream import Counters, End, Frame, Interrupted, Silence, Text, Turn
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop import Stream, evaluation_stream
 from moss_jax.worlds.tabletop.dialogue import Dialogue, Request
@@ -35,16 +30,10 @@ class Case:
 
 
 def replay(stream: Stream, tokenizer, speed: int) -> Case:
-    ideal = tabletop.ideal(stream, tokenizer, speed)
+    ideal = ideal_dialogue(stream, tokenizer, speed)
     drawn = [token for token in ideal.labels if token != IGNORED]
     engine = ScriptedEngine(tokenizer, drawn, EngineConfig(1, 4096, 64))
-    events = tabletop.watch(
-        engine,
-        [stream],
-        first_turn=tabletop.first_turn(stream),
-        image_size=8,
-        tokens_per_second=speed,
-    )
+    (events,) = play({1: engine}, [stream], image_size=8, tokens_per_second=speed)
     return Case(stream, ideal, scores.transcribe(events, stream.requests))
 
 
@@ -461,53 +450,3 @@ def test_a_request_cuts_the_answer_to_the_one_before():
     ]
     assert found.statements[1].facts == {"digit": "3"}
     assert not found.whole
-
-
-# --------------------------------------------------------------------------------- the command
-
-
-def test_streams_with_one_first_turn_share_a_session():
-    def asked(*times):
-        return colours("red", requests=tuple(Request(t, f"{t}", "watch") for t in times))
-
-    streams = [asked(0.5), asked(0.0), asked(), asked(2.0), asked(0.0), asked(1.0)]
-    assert list(tabletop.rounds(streams, 2)) == [("", [0, 2]), ("", [3, 5]), ("0.0", [1, 4])]
-
-
-def test_behind_the_blindfold_the_bank_stays_empty(make_engine, tokenizer, frames):
-    engine = make_engine()
-    special = tokenizer.special
-    row = [Row([special.begin_of_text, special.image], [0])]
-    for wrapped, seen in ((engine, 1), (tabletop.Blindfold(engine), 0)):
-        state, _ = wrapped.step(wrapped.start(), row, wrapped.encode(frames[:1]))
-        assert np.asarray(state.stream.text.length).tolist() == [2]
-        assert np.asarray(state.stream.bank.length).tolist() == [seen]
-
-
-def test_the_command_with_a_random_model(model, tmp_path, capsys):
-    content = Path(moss_jax.text.__file__).parent / "moss_tiny" / "tokenizer.json"
-    save(tmp_path / "random", model, tokenizer=content)
-    out = tmp_path / "out" / "scores.json"
-    settings = {"checkpoint": tmp_path / "random", "json": out, "seed": 4, "streams": 3, "blind-streams": 1}
-    settings |= {"seconds": 10, "slots": 2, "tokens-per-second": 2}
-    settings |= {"weights": "int8", "encoder-weights": "fp8"}
-    assert tabletop.main([f"--{name}={value}" for name, value in settings.items()]) == 0
-    result = json.loads(out.read_text())
-    assert (result["checkpoint"], result["seed"], result["streams"], result["seconds"]) == (
-        "random",
-        4,
-        3,
-        10,
-    )
-    assert result["accuracy"]["n"] >= result["offline"]["accuracy"]["n"]
-    assert result["offline"]["accuracy"]["n"] == result["offline"]["streaming_accuracy"]["n"]
-    assert result["blind"]["streams"] == 1
-    assert (result["weights"], result["encoder_weights"]) == ("int8", "fp8")
-    assert result["times_real_time"] > 0
-    assert "accuracy" in result["blind"]
-    assert "alerts: F1" in capsys.readouterr().out
-
-
-def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
-    assert tabletop.main(["--checkpoint", str(tmp_path / "none")]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
