@@ -188,7 +188,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--clock", choices=("lockstep", "realtime"), help="the stream's own clock, or the wall's")
     add("--offline", action="store_true", help="read the whole clip first, then answer")
     add(
-        "--checkpoint", type=Path, metavar="DIR", help="folder in Hugging Face layout; else the shipped model"
+        "--checkpoint",
+        metavar="DIR|REPO",
+        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION]; else the shipped model",
     )
     add(
         "--weights",

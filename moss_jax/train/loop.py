@@ -30,7 +30,7 @@ from moss_jax.config import (
     TabletopConfig,
     TrainConfig,
 )
-from moss_jax.convert import run_checkpoint
+from moss_jax.convert import hub, run_checkpoint
 from moss_jax.data.batch import Batch
 from moss_jax.data.conversations import ConversationBatches
 from moss_jax.data.pipeline import BatchSource, iterate
@@ -227,7 +227,8 @@ def _too_many(max_share: float) -> str:
 def _choose_model(choice: ModelChoice) -> tuple[Tokenizer, ModelConfig]:
     """The tokenizer and the shape of the model, before anything of it is loaded."""
     if choice.checkpoint:
-        config, tokenizer = convert.load_config(choice.checkpoint), Tokenizer.load(choice.checkpoint)
+        folder = hub.resolve(choice.checkpoint)
+        config, tokenizer = convert.load_config(folder), Tokenizer.load(folder)
     else:
         config, tokenizer = PRESETS[choice.preset](), Tokenizer.moss_tiny()
     changes = {"mode": choice.pool, "stride": choice.stride}
