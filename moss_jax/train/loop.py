@@ -91,7 +91,7 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
       BatchError: a batch cannot be made.
     """
     train = config.train
-    whole, broken = run_checkpoint.survey(workdir)
+    whole, broken = run_checkpoint.list_checkpoints(workdir)
     if (whole or broken) and not resume:
         raise ConfigError(
             f"{workdir} holds checkpoints of an earlier run; go on with it by --resume, or choose another "
