@@ -27,7 +27,7 @@ from moss_jax.config import (
 from moss_jax.convert import CheckpointError, open_model
 from moss_jax.stream import Engine, Session, SessionError, answer
 from moss_jax.text import TokenizerError, chat
-from moss_jax.video import VideoError, VideoInfo, probe, sample_clip, sample_file, timeline
+from moss_jax.video import VideoError, VideoInfo, frame_spans, probe, sample_clip, sample_file
 from moss_jax.watch.feed import watch
 from moss_jax.watch.terminal import print_json, print_transcript
 
@@ -156,7 +156,7 @@ def check_times(prompts: list[Prompt], video: str, info: VideoInfo) -> None:
     end = 0.0
     if not info.is_image:
         # By its packets: what a header says of the length can be missing or wrong.
-        span = timeline(video)[-1]
+        span = frame_spans(video)[-1]
         end = span.time + (span.duration or 0.0)
     if last > end + 1e-3:
         raise ConfigError(f"--prompt-at {last:g} is beyond the clip, which lasts {end:.1f} s")
@@ -188,7 +188,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--clock", choices=("lockstep", "realtime"), help="the stream's own clock, or the wall's")
     add("--offline", action="store_true", help="read the whole clip first, then answer")
     add(
-        "--checkpoint", type=Path, metavar="DIR", help="folder in Hugging Face layout; else the shipped model"
+        "--checkpoint",
+        metavar="DIR|REPO",
+        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION]; else the shipped model",
     )
     add(
         "--weights",
