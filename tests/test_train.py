@@ -47,7 +47,7 @@ def test_settings_of_the_data_that_are_not_used_are_not_in_the_config():
     assert isinstance(tabletop.source, TabletopConfig)
     assert isinstance(conversations.source, ConversationConfig)
     assert "conversations." not in tabletop.text
-    assert "FrameSampling." not in tabletop.text
+    assert "frames." not in tabletop.text
     assert "tabletop." not in conversations.text
 
 
@@ -115,7 +115,7 @@ def test_some_rows_may_be_dropped_and_are_named(main, tmp_path, checkpoint, caps
             f"conversations.files = ('{tmp_path / 'rows.json'}',)",
             f"conversations.media_root = '{tmp_path}'",
             "conversations.token_buckets = (128, 8192)",
-            "FrameSampling.min_frames = 1",
+            "frames.min_frames = 1",
             "conversations.frame_buckets = (4, 256)",
             "data.workers = 0",
             "train.steps = 3",
