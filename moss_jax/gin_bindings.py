@@ -15,8 +15,8 @@ from moss_jax.config import (
     DataConfig,
     EngineConfig,
     FrameSampling,
+    InitialModelConfig,
     MeshConfig,
-    ModelChoice,
     OptimizerConfig,
     SessionConfig,
     TabletopConfig,
@@ -35,7 +35,7 @@ _NAMES = {
     TrainConfig: "train",
     OptimizerConfig: "optimizer",
     MeshConfig: "mesh",
-    ModelChoice: "model",
+    InitialModelConfig: "model",
     DataConfig: "data",
     ConversationConfig: "conversations",
     TabletopConfig: "tabletop",
@@ -88,7 +88,7 @@ def settings[Setting](kind: type[Setting]) -> Setting:
 
 
 def operative() -> str:
-    """Returns a gin file with every value, defaults included, of the `settings` made since the last `parse`."""
+    """Returns the operative config: all values, with defaults, of the `settings` made since `parse`."""
     return gin.operative_config_str()
 
 

@@ -10,8 +10,8 @@ from moss_jax.config import (
     ConfigError,
     ConversationConfig,
     FrameSampling,
+    InitialModelConfig,
     MeshConfig,
-    ModelChoice,
     OptimizerConfig,
     SessionConfig,
     TabletopConfig,
@@ -45,7 +45,7 @@ def test_training_configs_are_bound_to_short_names():
     )
     assert gin_bindings.settings(TrainConfig) == TrainConfig(steps=7)
     assert gin_bindings.settings(MeshConfig) == MeshConfig(tensor=2)
-    assert gin_bindings.settings(ModelChoice) == ModelChoice(remat="full")
+    assert gin_bindings.settings(InitialModelConfig) == InitialModelConfig(remat="full")
     assert gin_bindings.settings(TabletopConfig) == TabletopConfig(max_seconds=9)
 
 
@@ -110,22 +110,22 @@ def test_a_missing_include_is_named(tmp_path):
 def test_a_shipped_file_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gin_bindings.parse(["realtime_sft.gin"])
-    assert gin_bindings.settings(ModelChoice).preset == "moss_video_11b"
+    assert gin_bindings.settings(InitialModelConfig).preset == "moss_video_11b"
 
 
 def test_an_include_is_looked_up_beside_its_file_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(CONFIGS / "stage2_temporal.gin", tmp_path / "mine.gin")
     gin_bindings.parse(["mine.gin"])
-    assert gin_bindings.settings(ModelChoice).preset == "moss_video_11b"
+    assert gin_bindings.settings(InitialModelConfig).preset == "moss_video_11b"
     (tmp_path / "base_11b.gin").write_text("model.preset = 'moss_tiny'")
     gin_bindings.parse(["mine.gin"])
-    assert gin_bindings.settings(ModelChoice).preset == "moss_tiny"
+    assert gin_bindings.settings(InitialModelConfig).preset == "moss_tiny"
     # The files of another folder don't include it.
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     gin_bindings.parse([str(tmp_path / "mine.gin"), "realtime_sft.gin"])
-    assert gin_bindings.settings(ModelChoice).preset == "moss_video_11b"
+    assert gin_bindings.settings(InitialModelConfig).preset == "moss_video_11b"
 
 
 def test_the_operative_config_is_complete_and_can_be_parsed(tmp_path):
@@ -163,7 +163,7 @@ def test_stages_of_the_11b(stage):
     assert optimizer.warmup_share == 0.1
     assert optimizer.final_share == 0
     assert ("decoder" in train.trainable) == (stage != "stage1_alignment")
-    model = gin_bindings.settings(ModelChoice)
+    model = gin_bindings.settings(InitialModelConfig)
     assert (model.preset, model.pool, model.stride, model.remat) == ("moss_video_11b", "average", 4, "full")
 
 
