@@ -81,10 +81,11 @@ def settings[Setting](kind: type[Setting]) -> Setting:
         made = _BOUND[kind]()
     except (TypeError, ValueError) as error:
         raise ConfigError(_explain(error)) from error
-    # A list in a gin file becomes a tuple, so that configs are hashable.
+    # A list in a gin file becomes a tuple, and a dict one of pairs, so that configs are hashable.
     values = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return dataclasses.replace(made, **lists)
+    dicts = {name: tuple(value.items()) for name, value in values.items() if isinstance(value, dict)}
+    return dataclasses.replace(made, **lists, **dicts)
 
 
 def operative() -> str:

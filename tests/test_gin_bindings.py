@@ -49,7 +49,9 @@ def test_training_configs_are_bound_to_short_names():
     assert gin_bindings.settings(TabletopConfig) == TabletopConfig(max_seconds=9)
 
 
-def test_a_list_becomes_a_tuple():
+def test_lists_and_dicts_become_tuples():
+    gin_bindings.parse([], ["train.loss_terms = {'z_loss': 1e-4}"])
+    assert gin_bindings.settings(TrainConfig).loss_terms == (("z_loss", 1e-4),)
     gin_bindings.parse([], ["train.trainable = ['projector']", "conversations.files = ['a.json', 'b.json']"])
     assert gin_bindings.settings(TrainConfig).trainable == ("projector",)
     assert gin_bindings.settings(ConversationConfig).files == ("a.json", "b.json")
