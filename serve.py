@@ -208,9 +208,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", action="store_true", help="one JSON object for each event instead of a transcript")
     add("--timeline", type=Path, metavar="FILE", help="draw what was seen and said when, as a .png")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings, over the defaults")
-    add(
-        "--gin_param", action="append", default=[], metavar="BINDING", help="such as 'EngineConfig.slots = 1'"
-    )
+    add("--gin_param", action="append", default=[], metavar="BINDING", help="such as 'engine.slots = 1'")
     add("--verbose", action="store_true", help="log what is chosen and why")
     return parser.parse_args()
 

@@ -23,8 +23,8 @@ from moss_jax.config import (
     ConversationConfig,
     DataConfig,
     FrameSampling,
+    InitialModelConfig,
     MeshConfig,
-    ModelChoice,
     ModelConfig,
     OptimizerConfig,
     TabletopConfig,
@@ -71,7 +71,7 @@ class RunConfig:
     train: TrainConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig
-    model: ModelChoice
+    model: InitialModelConfig
     data: DataConfig
     source: TabletopConfig | ConversationConfig
     sampling: FrameSampling | None
@@ -224,7 +224,7 @@ def _too_many(max_share: float) -> str:
     )
 
 
-def _choose_model(choice: ModelChoice) -> tuple[Tokenizer, ModelConfig]:
+def _choose_model(choice: InitialModelConfig) -> tuple[Tokenizer, ModelConfig]:
     """The tokenizer and the shape of the model, before anything of it is loaded."""
     if choice.checkpoint:
         folder = hub.resolve(choice.checkpoint)

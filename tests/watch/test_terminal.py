@@ -75,7 +75,7 @@ def test_a_model_cannot_steer_the_terminal():
 @pytest.mark.parametrize("reason", ["text_capacity", "bank_capacity"])
 def test_a_full_capacity_is_said_with_the_setting_that_gives_more(reason):
     end = at(End, 1, reason=reason, counters=Counters(frames_dropped=2))
-    assert f"EngineConfig.{reason}" in transcript([end])
+    assert f"engine.{reason}" in transcript([end])
     assert "2 frames dropped" in transcript([end])
 
 
