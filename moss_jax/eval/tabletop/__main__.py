@@ -28,7 +28,7 @@ from moss_jax.config import ConfigError, DecoderWeights, EncoderWeights, EngineC
 from moss_jax.convert import CheckpointError, open_model
 from moss_jax.eval.tabletop import scores
 from moss_jax.eval.tabletop.scores import Score, Share, Transcript
-from moss_jax.stream import Engine, Event, Row, Session, Text, answer
+from moss_jax.stream import Engine, Event, Row, Session, Text, answer_offline
 from moss_jax.text import Tokenizer, TokenizerError
 from moss_jax.video import Frame
 from moss_jax.worlds.tabletop import Stream, evaluation_stream
@@ -216,7 +216,7 @@ def offline(
         request = stream.requests[probe.request]
         frames = stream.frames(image_size)[: probe.second + 1]
         clip = [Frame(rgb, float(second)) for second, rgb in enumerate(frames)]
-        events: Iterable[Event] = answer(engine, clip, request.text, max_tokens=TAIL_TOKENS)
+        events: Iterable[Event] = answer_offline(engine, clip, request.text, max_tokens=TAIL_TOKENS)
         text = "".join(event.text for event in events if isinstance(event, Text))
         said = understand(text, request.subject)
         truth = stream.world.truth[probe.second]
