@@ -25,7 +25,7 @@ from moss_jax.config import (
     TokenSampling,
 )
 from moss_jax.convert import CheckpointError, open_model
-from moss_jax.stream import Engine, Session, SessionError, answer
+from moss_jax.stream import Engine, Session, SessionError, answer_offline
 from moss_jax.text import TokenizerError, chat
 from moss_jax.video import VideoError, VideoInfo, frame_spans, probe, sample_clip, sample_file
 from moss_jax.watch.feed import watch
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         if picture:
             for frame in frames:
                 picture.add_frame(frame.rgb, frame.time)
-        events = answer(engine, frames, prompts[0].text, system=args.system)
+        events = answer_offline(engine, frames, prompts[0].text, system=args.system)
     else:
         # What is asked at the beginning is the first user turn; without it the model watches unasked.
         first = prompts.pop(0).text if prompts and prompts[0].at == 0 else ""

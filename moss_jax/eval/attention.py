@@ -21,7 +21,7 @@ from moss_jax.nn import MossVideo
 from moss_jax.nn.decoder import CrossAttention, CrossLayer, KeysValues
 from moss_jax.ops.attention import KeyRange
 from moss_jax.ops.rotary import Rotation, rotate
-from moss_jax.stream import PENDING, Drawn, Engine, EngineState, Row
+from moss_jax.stream import PENDING, Engine, EngineState, Row, Sampled
 from moss_jax.video import preprocess
 
 
@@ -122,18 +122,18 @@ class Recorder:
         return self._engine.encode(frames)
 
     def step(
-        self, state: EngineState, rows: Sequence[Row | None], pool: Float[Array, "P N D"] | None = None
-    ) -> tuple[EngineState, Drawn]:
+        self, state: EngineState, rows: Sequence[Row | None], features: Float[Array, "P N D"] | None = None
+    ) -> tuple[EngineState, Sampled]:
         (row,) = rows
-        state, drawn = self._engine.step(state, rows, pool)
+        state, sampled = self._engine.step(state, rows, features)
         for token in row.tokens:
             if token == PENDING:
                 self.said.append(len(self.tokens))
                 token = self._drawn
             self.tokens.append(token)
         self.frames += [self._encoded[index] for index in row.frames]
-        self._drawn = int(drawn.tokens[0])
-        return state, drawn
+        self._drawn = int(sampled.tokens[0])
+        return state, sampled
 
     def sequence(
         self,

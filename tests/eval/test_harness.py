@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moss_jax.eval.harness import Blindfold, play, session_groups
-from moss_jax.stream import Frame, Row, Turn
+from moss_jax.stream import FrameSeen, Row, Turn
 
 
 @dataclasses.dataclass(frozen=True)
