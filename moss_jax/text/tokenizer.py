@@ -180,7 +180,7 @@ class Tokenizer:
             ) from None
 
     def penalty_exempt(self) -> np.ndarray:
-        """Returns bool[vocab_size], true for tokens without repetition penalty: control, punctuation, space."""
+        """Returns bool[vocab_size], true for tokens without repetition penalty: control, punctuation."""
         exempt = np.zeros(self.vocab_size, bool)
         for token_id, token in self._bytes.items():
             if token_id < self.vocab_size:

@@ -1,8 +1,8 @@
 """Preprocessing: within one 8-bit level of the original's image processor, and exact up to rounding.
 
-A normalised value is the result of three float32 operations on numbers of at most its own size, so its error is
-well below `ROUNDING` times that. A resized one is a weighted mean of 8-bit levels, whose error `resize_error`
-bounds; a level halfway between two integers may be rounded either way.
+A normalised value is the result of three float32 operations on numbers of at most its own size, so its
+error is well below `ROUNDING` times that. A resized one is a weighted mean of 8-bit levels, whose error
+`resize_error` bounds; a level halfway between two integers may be rounded either way.
 """
 
 import functools
