@@ -1,6 +1,6 @@
-"""Chat template: token sequences of prompts.
+r"""Chat template: token sequences of prompts.
 
-A turn is `<|start_header_id|>ROLE<|end_header_id|>\\n\\nCONTENT<|eot_id|>`, and `<|begin_of_text|>` opens the
+A turn is `<|start_header_id|>ROLE<|end_header_id|>\n\nCONTENT<|eot_id|>`, and `<|begin_of_text|>` opens the
 sequence. The assistant's turn is left open: frames and generated tokens follow its header.
 """
 
