@@ -14,7 +14,7 @@ from moss_jax.convert.checkpoint import load
 from moss_jax.nn import MossVideo, quantize
 from moss_jax.text import Tokenizer
 
-# Beside the package, so in a clone of the repository.
+# Beside the package in a clone of the repository.
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "moss-tiny"
 
 
