@@ -11,7 +11,7 @@ from moss_jax.data.pipeline import LoadedBatch
 from moss_jax.text import Tokenizer, chat
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offline, draw_question
-from moss_jax.worlds.tabletop.stream import TRAINING, Stream, draw_stream
+from moss_jax.worlds.tabletop.stream import TRAINING, TabletopStream, draw_stream
 
 # Speeds of speech, in tokens a second of the stream.
 SPEEDS = (3, 4, 5, 6, 8, 8, 12, 16, 32)
@@ -79,7 +79,7 @@ class TabletopBatches:
             batch.frames[row, : len(positions)] = stream.frames(size)[: len(positions)]
         return LoadedBatch(batch)
 
-    def _draw(self, rng: np.random.Generator, short: bool) -> tuple[Stream, Dialogue]:
+    def _draw(self, rng: np.random.Generator, short: bool) -> tuple[TabletopStream, Dialogue]:
         config = self.config
         if short:
             stream = draw_stream(rng, config.warmup_seconds, dense=True)

@@ -9,7 +9,7 @@ import numpy as np
 from moss_jax.text import Tokenizer
 from moss_jax.worlds.tabletop.dialogue import converse
 from moss_jax.worlds.tabletop.stream import evaluation_stream
-from moss_jax.worlds.tabletop.write import to_row, truth, write_video
+from moss_jax.worlds.tabletop.write import ground_truth, to_row, write_video
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         )
         video = args.out / f"{index}.mp4"
         write_video(stream, video, size=args.size)
-        (args.out / f"{index}.json").write_text(json.dumps(truth(stream, dialogue), indent=1) + "\n")
+        (args.out / f"{index}.json").write_text(json.dumps(ground_truth(stream, dialogue), indent=1) + "\n")
         rows.append(to_row(dialogue, tokenizer, video.name))
         print(f"{video}: {video.stat().st_size} bytes")
     (args.out / "rows.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

@@ -27,7 +27,7 @@ from moss_jax.worlds.tabletop.language import (
     sentence,
 )
 from moss_jax.worlds.tabletop.render import COLOURS, SHAPES
-from moss_jax.worlds.tabletop.world import CARD, Event, World
+from moss_jax.worlds.tabletop.world import CARD, TableEvent, World
 
 EPSILON = 1e-6
 LISTED = (*(f"colour:{shape}" for shape in SHAPES), "digit")
@@ -243,7 +243,7 @@ def _pick(rng, options: Sequence):
 # ---------------------------------------------------------------------------------- what is said
 
 
-def answer(request: Request, truth: Facts) -> Sentence:
+def true_answer(request: Request, truth: Facts) -> Sentence:
     """What to say to a question, given what is true."""
     k = request.subject
     match request.kind:
@@ -276,20 +276,20 @@ def answer(request: Request, truth: Facts) -> Sentence:
             if truth["event"] == "none":
                 return sentence("nothing happened")
             change, kind, value = truth["event"].split(":")
-            return tell(Event(0, change, kind, value), truth)
+            return narrate(TableEvent(0, change, kind, value), truth)
         case _:
             return sentence("okay")
 
 
-def update(request: Request, truth: Facts) -> Sentence:
+def updated_answer(request: Request, truth: Facts) -> Sentence:
     """What to say when the answer to a live question has changed."""
-    said = answer(request, truth)
+    said = true_answer(request, truth)
     if said.name == "no card":
         return sentence("now none", k=CARD)
     return dataclasses.replace(said, name=f"now {said.name}")
 
 
-def update_list(key: str, told: str, truth: Facts) -> Sentence:
+def updated_item(key: str, told: str, truth: Facts) -> Sentence:
     """What to say when one fact of a list has changed."""
     value = truth[key]
     k = CARD if key == "digit" else key.removeprefix("colour:")
@@ -301,7 +301,7 @@ def update_list(key: str, told: str, truth: Facts) -> Sentence:
     return sentence("now also" if new else "turn", c=value, k=k)
 
 
-def tell(event: Event, truth: Facts) -> Sentence:
+def narrate(event: TableEvent, truth: Facts) -> Sentence:
     """What to say of a change that has just happened."""
     kind, value = event.kind, event.value
     match event.change:
@@ -340,7 +340,7 @@ class Assistant:
         self._variant = 0
         self._seen_since = False
 
-    def hear(self, request: Request) -> None:
+    def on_request(self, request: Request) -> None:
         """Takes a request, which cuts what is being said."""
         self._number += 1
         self._request, self._asked_at = request, self.frame
@@ -348,12 +348,12 @@ class Assistant:
         self._acknowledged = self._called = self._updating = False
         self._said, self._rest = [], []
 
-    def see(self, frame: int) -> None:
+    def on_frame(self, frame: int) -> None:
         """Takes a frame."""
         self.frame = frame
         self._seen_since = True
         if self._request and self._request.kind == "narrate" and (event := self._events.get(frame)):
-            self._untold.append((frame, tell(event, self._truth)))
+            self._untold.append((frame, narrate(event, self._truth)))
 
     def next_token(self, time: float) -> int | None:
         """The next token, or None for silence."""
@@ -381,13 +381,13 @@ class Assistant:
     def _correct(self, time: float) -> None:
         """Goes on with what is true now, if what was said fits it, and takes it back if not."""
         last = self.utterances[-1]
-        now = update(self._request, self._truth) if last.cut else self._answer_or_update()
+        now = updated_answer(self._request, self._truth) if last.cut else self._answer_or_update()
         text = now.text(self._variant)
         tokens = self._tokenizer.encode(_interjected(text) if last.cut else text)
         if tokens[: len(self._said)] == self._said:
             self.utterances[-1] = dataclasses.replace(last, sentence=now)
         else:
-            now = update(self._request, self._truth)
+            now = updated_answer(self._request, self._truth)
             tokens, self._said = self._tokenizer.encode(_interjected(now.text(self._variant))), []
             self.utterances.append(Utterance(time, self.frame, self.frame, self._number, now, cut=True))
         self._rest = tokens[len(self._said) :]
@@ -414,7 +414,7 @@ class Assistant:
                 return None
             if not self._acknowledged:
                 self._acknowledged = True
-                return max(self._asked_at, 0), answer(request, self._truth)
+                return max(self._asked_at, 0), true_answer(request, self._truth)
             self._updating = True
             return None if self._changed() is None else (self.frame, self._answer_or_update())
         if not self._acknowledged:
@@ -436,11 +436,11 @@ class Assistant:
 
     def _answer_or_update(self) -> Sentence:
         if not self._updating:
-            return answer(self._request, self._truth)
+            return true_answer(self._request, self._truth)
         key = self._changed()
         if self._request.kind == "list" and key is not None:
-            return update_list(key, self._told[key], self._truth)
-        return update(self._request, self._truth)
+            return updated_item(key, self._told[key], self._truth)
+        return updated_answer(self._request, self._truth)
 
     def _changed(self) -> str | None:
         """A fact of a live question that was told and isn't true any more."""
@@ -480,7 +480,7 @@ def converse(
     # What is asked before anything is seen is the first user turn.
     first = requests.pop(0) if requests and requests[0].time == 0 else None
     if first:
-        assistant.hear(first)
+        assistant.on_request(first)
     tokens = chat.opening(tokenizer, system=system, prompt=first.text if first else "")
     learnt = [False] * len(tokens)
     positions: list[int] = []
@@ -512,10 +512,10 @@ def converse(
             if time > instant:
                 instant, ticks = time, 0
             if isinstance(what, Request):
-                assistant.hear(what)
+                assistant.on_request(what)
                 new = chat.interjection(tokenizer, what.text)
             else:
-                assistant.see(what)
+                assistant.on_frame(what)
                 new = [special.image]
                 positions.append(len(tokens))
             tokens += new
@@ -546,7 +546,7 @@ def converse_offline(
     tokens = chat.offline_opening(tokenizer, system=system, num_frames=world.seconds, prompt=request.text)
     begin = tokens.index(tokenizer.special.image)
     last = world.seconds - 1
-    said = answer(request, world.truth[last])
+    said = true_answer(request, world.truth[last])
     reply = [*tokenizer.encode(said.text(int(rng.integers(2)))), tokenizer.special.eot]
     return Dialogue(
         tokens=tokens + reply,

@@ -15,7 +15,7 @@ TRAINING, EVALUATION = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class TabletopStream:
     """What happens, how it looks and what the user says.
 
     Attributes:
@@ -40,7 +40,7 @@ class Stream:
 
 def draw_stream(
     rng: np.random.Generator, seconds: int, *, split: int = TRAINING, dense: bool = False
-) -> Stream:
+) -> TabletopStream:
     """Draws a stream.
 
     Args:
@@ -52,9 +52,9 @@ def draw_stream(
     world = generate(rng, seconds, digit_indices=indices, rate=rate, gap=gap)
     first_turn = 0.3 if split == TRAINING and not dense else 0.0
     requests = draw_requests(rng, world, first_turn=first_turn, dense=dense)
-    return Stream(world, Look.draw(rng), requests, int(rng.integers(2**31)))
+    return TabletopStream(world, Look.draw(rng), requests, int(rng.integers(2**31)))
 
 
-def evaluation_stream(seed: int, index: int, seconds: int) -> Stream:
+def evaluation_stream(seed: int, index: int, seconds: int) -> TabletopStream:
     """Stream `index` of the held-out ones of a seed."""
     return draw_stream(np.random.default_rng([EVALUATION, seed, index]), seconds, split=EVALUATION)

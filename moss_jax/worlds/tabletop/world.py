@@ -84,7 +84,7 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Event:
+class TableEvent:
     """A change, first to be seen on `frame`.
 
     Attributes:
@@ -108,7 +108,7 @@ class World:
     """
 
     tables: tuple[Table, ...]
-    events: tuple[Event, ...]
+    events: tuple[TableEvent, ...]
 
     @property
     def seconds(self) -> int:
@@ -221,38 +221,40 @@ def _change(rng, table, frame, digit_indices):
     match name:
         case "appear":
             thing = _new_shape(rng, table)
-            return _with(table, thing), Event(frame, "appear", thing.kind)
+            return _with(table, thing), TableEvent(frame, "appear", thing.kind)
         case "card":
             thing = _new_card(rng, table, digit_indices)
-            return _with(table, thing), Event(frame, "appear", CARD)
+            return _with(table, thing), TableEvent(frame, "appear", CARD)
         case "leave" | "no card":
             thing = card if name == "no card" else pick(table.shapes)
             rest = tuple(t for t in table.things if t is not thing)
-            return dataclasses.replace(table, things=rest), Event(frame, "leave", thing.kind)
+            return dataclasses.replace(table, things=rest), TableEvent(frame, "leave", thing.kind)
         case "move":
             thing = pick(open_things)
             cell = _free_cell(rng, table, not_in_column=thing.cell[0])
             if cell is None:
                 return _change(rng, table, frame, digit_indices)
             moved = dataclasses.replace(thing, cell=cell, **_lying(rng))
-            return _with(table, moved), Event(frame, "move", thing.kind, moved.place)
+            return _with(table, moved), TableEvent(frame, "move", thing.kind, moved.place)
         case "colour":
             thing = pick(table.shapes)
             colour = pick([c for c in COLOURS if c != thing.colour])
-            return _with(table, dataclasses.replace(thing, colour=colour)), Event(
+            return _with(table, dataclasses.replace(thing, colour=colour)), TableEvent(
                 frame, "colour", thing.kind, colour
             )
         case "digit":
             changed = card
             while changed.label == card.label:
                 changed = dataclasses.replace(card, digit=int(pick(digit_indices)))
-            return _with(table, changed), Event(frame, "digit", CARD, changed.label)
+            return _with(table, changed), TableEvent(frame, "digit", CARD, changed.label)
         case "cover":
             kind = CARD if card in open_things and rng.random() < 0.4 else pick(open_things).kind
             angle = table.find(kind).angle + float(rng.uniform(-0.1, 0.1))
-            return dataclasses.replace(table, covered=kind, cover_angle=angle), Event(frame, "cover", kind)
+            return dataclasses.replace(table, covered=kind, cover_angle=angle), TableEvent(
+                frame, "cover", kind
+            )
         case "uncover":
-            return dataclasses.replace(table, covered=None), Event(frame, "uncover", table.covered)
+            return dataclasses.replace(table, covered=None), TableEvent(frame, "uncover", table.covered)
 
 
 def _truth(world):

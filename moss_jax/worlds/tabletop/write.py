@@ -12,14 +12,14 @@ import numpy as np
 from moss_jax.text import Tokenizer
 from moss_jax.worlds.tabletop.dialogue import Dialogue
 from moss_jax.worlds.tabletop.render import paint, photograph
-from moss_jax.worlds.tabletop.stream import Stream
+from moss_jax.worlds.tabletop.stream import TabletopStream
 
 FPS = 15
 # Noise of more levels than this would be most of an encoded file.
 MAX_NOISE = 1.5
 
 
-def write_video(stream: Stream, path: Path, *, size: int) -> None:
+def write_video(stream: TabletopStream, path: Path, *, size: int) -> None:
     """Writes the stream as H.264, `size` pixels wide and high, 15 frames a second, changes in motion."""
     rng = np.random.default_rng(stream.noise)
     look = dataclasses.replace(stream.look, noise=min(stream.look.noise, MAX_NOISE))
@@ -75,7 +75,7 @@ def to_row(dialogue: Dialogue, tokenizer: Tokenizer, video: str) -> dict[str, An
     return {"messages": messages, "images": [], "videos": videos}
 
 
-def truth(stream: Stream, dialogue: Dialogue) -> dict[str, Any]:
+def ground_truth(stream: TabletopStream, dialogue: Dialogue) -> dict[str, Any]:
     """What happens, what is asked, what is true at each second, and what is due when."""
     return {
         "seconds": stream.world.seconds,
