@@ -47,7 +47,7 @@ def draw_stream(
       split: EVALUATION has handwritten digits that no stream of TRAINING has.
       dense: much happens and the user asks all the time.
     """
-    indices = digits.train_indices() if split == TRAINING else digits.test_indices()
+    indices = digits.training_indices() if split == TRAINING else digits.held_out_indices()
     rate, gap = (0.5, 1) if dense else (rng.uniform(0.1, 0.6), int(rng.integers(1, 5)))
     world = generate(rng, seconds, digit_indices=indices, rate=rate, gap=gap)
     first_turn = 0.3 if split == TRAINING and not dense else 0.0

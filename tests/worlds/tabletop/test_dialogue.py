@@ -781,7 +781,7 @@ def test_offline_the_whole_clip_comes_first(tokenizer):
     kinds = set()
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        world = generate(rng, 9, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        world = generate(rng, 9, digit_indices=digits.training_indices(), rate=0.5, gap=1)
         request = draw_question(rng, world)
         kinds.add(request.kind)
         dialogue = converse_offline(world, request, tokenizer, rng=rng, system=("Look.", None)[seed % 2])
@@ -815,7 +815,7 @@ def asked(cases) -> list[tuple[World, Request]]:
     drawn = [(case.stream.world, request) for case in cases for request in case.stream.requests]
     for seed in range(200):
         rng = np.random.default_rng([seed, 1])
-        world = generate(rng, 24, digit_indices=digits.train_indices(), rate=0.4, gap=2)
+        world = generate(rng, 24, digit_indices=digits.training_indices(), rate=0.4, gap=2)
         drawn += [(world, request) for request in draw_requests(rng, world, first_turn=0.5)]
     return drawn
 
@@ -865,7 +865,7 @@ def test_requests_make_sense(asked):
 
 def test_how_often_something_is_asked_before_the_first_frame():
     rng = np.random.default_rng(0)
-    world = generate(rng, 10, digit_indices=digits.train_indices(), rate=0.4, gap=2)
+    world = generate(rng, 10, digit_indices=digits.training_indices(), rate=0.4, gap=2)
     for share in (0.0, 0.3, 1.0):
         first = [draw_requests(rng, world, first_turn=share)[0].time == 0 for _ in range(200)]
         assert abs(np.mean(first) - share) < 0.1
@@ -874,7 +874,7 @@ def test_how_often_something_is_asked_before_the_first_frame():
 def test_dense_requests_are_questions_in_quick_succession():
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        world = generate(rng, 8, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        world = generate(rng, 8, digit_indices=digits.training_indices(), rate=0.5, gap=1)
         requests = draw_requests(rng, world, dense=True)
         assert {request.kind for request in requests} <= {*LIVE, *PAST}
         assert len(requests) >= 6
@@ -885,7 +885,7 @@ def test_dense_requests_are_questions_in_quick_succession():
 def test_a_short_stream_can_be_asked_about():
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        world = generate(rng, 1, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        world = generate(rng, 1, digit_indices=digits.training_indices(), rate=0.5, gap=1)
         assert all(r.time < 1 for r in draw_requests(rng, world, first_turn=0.5, dense=seed % 2 == 0))
 
 

@@ -43,9 +43,9 @@ def trained() -> list[TabletopStream]:
 def test_digits_of_evaluation_are_never_trained_with(held_out, trained):
     dense = [training_stream(3, index, dense=True) for index in range(30)]
     for streams, allowed in (
-        (held_out, digits.test_indices()),
-        (trained, digits.train_indices()),
-        (dense, digits.train_indices()),
+        (held_out, digits.held_out_indices()),
+        (trained, digits.training_indices()),
+        (dense, digits.training_indices()),
     ):
         seen = set().union(*map(cards, streams))
         assert len(seen) > 40

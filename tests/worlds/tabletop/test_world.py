@@ -32,7 +32,7 @@ CHANGES = set(get_args(EventKind))
 
 def draw(seed: int, *, seconds: int = SECONDS, rate: float = 0.7, gap: int = 1) -> World:
     rng = np.random.default_rng(seed)
-    return generate(rng, seconds, digit_indices=digits.train_indices(), rate=rate, gap=gap)
+    return generate(rng, seconds, digit_indices=digits.training_indices(), rate=rate, gap=gap)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def digit_image(number: int) -> int:
 
 
 def test_every_table_is_possible(worlds):
-    trained = set(digits.train_indices().tolist())
+    trained = set(digits.training_indices().tolist())
     for table in itertools.chain.from_iterable(world.tables for world in worlds):
         kinds = [thing.kind for thing in table.things]
         cells = [thing.cell for thing in table.things]
