@@ -1,4 +1,4 @@
-"""The tabletop world: a procedural camera stream over a table, and dialogues about it."""
+"""The tabletop world: procedural camera streams of a table, and dialogues about them."""
 
 from moss_jax.worlds.tabletop.stream import TabletopStream, evaluation_stream
 

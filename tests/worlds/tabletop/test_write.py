@@ -309,5 +309,5 @@ def test_a_size_that_cannot_be_is_refused(monkeypatch, tmp_path, capsys, size):
     with pytest.raises(SystemExit) as refused:
         run(monkeypatch, "--out", tmp_path / "out", f"--size={size}")
     assert refused.value.code == 2
-    assert f"--size is an even number from 32 on, not {size}" in capsys.readouterr().err
+    assert f"--size must be an even number of at least 32, not {size}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
