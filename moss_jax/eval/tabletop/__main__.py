@@ -56,7 +56,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     default = EvaluationConfig()
     add = parser.add_argument
     add(
-        "--checkpoint", type=Path, metavar="DIR", help="folder in Hugging Face layout; else the shipped model"
+        "--checkpoint",
+        metavar="DIR|REPO",
+        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION]; else the shipped model",
     )
     add(
         "--weights",

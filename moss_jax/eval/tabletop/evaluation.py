@@ -19,7 +19,7 @@ from moss_jax.convert import open_model
 from moss_jax.eval.harness import TAIL_TOKENS, Blindfold, library_versions, play
 from moss_jax.eval.tabletop import scores
 from moss_jax.eval.tabletop.scores import Ratio, Score
-from moss_jax.stream import Engine, Event, Text, answer
+from moss_jax.stream import Engine, Event, Text, answer_offline
 from moss_jax.text import Tokenizer
 from moss_jax.video import Frame
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
@@ -161,7 +161,7 @@ def offline_accuracy(
         request = stream.requests[probe.request]
         frames = stream.frames(image_size)[: probe.second + 1]
         clip = [Frame(rgb, float(second)) for second, rgb in enumerate(frames)]
-        events: Iterable[Event] = answer(engine, clip, request.text, max_tokens=TAIL_TOKENS)
+        events: Iterable[Event] = answer_offline(engine, clip, request.text, max_tokens=TAIL_TOKENS)
         text = "".join(event.text for event in events if isinstance(event, Text))
         said = understand(text, request.subject)
         truth = stream.world.truth[probe.second]

@@ -10,7 +10,7 @@ from moss_jax.config import EngineConfig
 from moss_jax.eval.harness import play
 from moss_jax.eval.tabletop import ideal_dialogue, scores
 from moss_jax.eval.tabletop.scores import Ratio, SpeechRate, Statement, StreamTranscript
-from moss_jax.stream import Counters, End, Frame, Interrupted, Silence, Text, Turn
+from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text, Turn
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 from moss_jax.worlds.tabletop.dialogue import Dialogue, Request
@@ -409,8 +409,8 @@ def at(time: float) -> dict:
     return {"stream_time": time, "wall_time": 0.0}
 
 
-def frame(index: int) -> Frame:
-    return Frame(**at(float(index)), index=index, time=float(index))
+def frame(index: int) -> FrameSeen:
+    return FrameSeen(**at(float(index)), index=index, time=float(index))
 
 
 def test_a_statement_that_is_taken_back_is_two():
