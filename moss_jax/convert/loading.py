@@ -10,10 +10,8 @@ from jaxtyping import DTypeLike
 from moss_jax.config import DecoderWeights, EncoderWeights
 from moss_jax.convert.checkpoint import load
 from moss_jax.nn import MossVideo, quantize
+from moss_jax.shipped import shipped
 from moss_jax.text import Tokenizer
-
-# Beside the package, so in a clone of the repository.
-SHIPPED = Path(__file__).parents[2] / "checkpoints" / "moss-tiny"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +43,6 @@ def open_model(
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    folder = checkpoint or SHIPPED
+    folder = checkpoint or shipped("moss-tiny")
     model = quantize(load(folder, dtype=dtype), decoder=weights, encoder=encoder_weights)
     return OpenModel(model, Tokenizer.load(folder), folder.resolve().name)
