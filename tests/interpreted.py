@@ -45,9 +45,9 @@ def on_gpu():
     def upcast_to(dtype):
         return lambda ref: upcast.permute_columns(ref[...].astype(dtype))
 
-    def multiply(sums, weights, x_ref, start, held, apart=0):
+    def multiply(sums, weights, x_ref, start, layout, apart=0):
         warps = weights.astype(jnp.float32).reshape(4, 16, -1)
-        if held is skinny_matmul.INTERLEAVED:
+        if layout is skinny_matmul.INTERLEAVED:
             warps = weights.astype(jnp.float32).reshape(16, 4, -1).swapaxes(0, 1)
         x = jnp.stack([x_ref[:, pl.ds(start + warp * apart, weights.shape[1])] for warp in range(4)])
         x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, sums.shape[1] - x.shape[1]), (0, 0)), mode="edge")
