@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Generator, Iterable
-from pathlib import Path
 
 from moss_jax.config import (
     DecoderWeights,
@@ -31,7 +30,8 @@ def open_engine(
     """Loads a checkpoint into an engine of one stream, for several calls of `ask` and `watch`.
 
     Args:
-      checkpoint: in Hugging Face layout; None for the small model that ships with the package.
+      checkpoint: a folder in Hugging Face layout or a repo id; None for the small model that ships with the
+        package.
       weights, encoder_weights: quantisation of the decoder and of the vision encoder.
       config: capacities.
       sampling: how tokens are sampled.
@@ -39,9 +39,7 @@ def open_engine(
     Raises:
       CheckpointError, TokenizerError: the checkpoint cannot be used.
     """
-    opened = open_model(
-        Path(checkpoint) if checkpoint else None, weights=weights, encoder_weights=encoder_weights
-    )
+    opened = open_model(checkpoint, weights=weights, encoder_weights=encoder_weights)
     return Engine(opened.model, opened.tokenizer, config, sampling)
 
 

@@ -31,7 +31,7 @@ from moss_jax.stream import Engine, SessionError, answer_offline
 from moss_jax.terminal.feed import open_session, run_session
 from moss_jax.terminal.transcript import print_json, print_transcript
 from moss_jax.text import TokenizerError, chat
-from moss_jax.video import VideoError, VideoInfo, probe, sample_clip, sample_file, timeline
+from moss_jax.video import VideoError, VideoInfo, frame_spans, probe, sample_clip, sample_file
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -160,7 +160,7 @@ def check_times(prompts: list[Prompt], video: str, info: VideoInfo) -> None:
     end = 0.0
     if not info.is_image:
         # By its packets: the length in a header can be missing or wrong.
-        span = timeline(video)[-1]
+        span = frame_spans(video)[-1]
         end = span.time + (span.duration or 0.0)
     if last > end + 1e-3:
         raise ConfigError(f"--prompt-at {last:g} is beyond the clip, which lasts {end:.1f} s")
@@ -193,9 +193,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--offline", action="store_true", help="prefill the whole clip, then answer")
     add(
         "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="folder in Hugging Face layout; default: the small model that ships with the package",
+        metavar="DIR|REPO",
+        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION]; else the shipped model",
     )
     add(
         "--weights",
@@ -213,7 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object per event instead of a transcript")
     add("--timeline", type=Path, metavar="FILE", help="draw frames, prompts and answers over time, as a .png")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings that override the defaults")
-    add("--gin_param", action="append", default=[], metavar="BINDING", help="e.g. 'FrameSampling.fps = 2'")
+    add("--gin_param", action="append", default=[], metavar="BINDING", help="e.g. 'frames.fps = 2'")
     add("--verbose", action="store_true", help="log the choice of kernels")
     return parser.parse_args()
 

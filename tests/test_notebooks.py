@@ -62,6 +62,7 @@ def test_ask_and_watch():
     unchanged(path, notebook)
 
 
+@pytest.mark.slow
 def test_watch_a_stream():
     path = FOLDER / "watch_a_stream.ipynb"
     check = """
@@ -86,6 +87,7 @@ for (i, _), frame in zip(digits, newest):
     unchanged(path, notebook)
 
 
+@pytest.mark.slow
 def test_train_a_little(monkeypatch):
     # It computes more than it compiles, which the other tests do not.
     monkeypatch.delenv("XLA_FLAGS")

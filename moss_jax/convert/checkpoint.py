@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 from moss_jax import sharding
 from moss_jax.config import ConfigError, ModelConfig, RowsBeforeFirstFrame
-from moss_jax.convert import configs, names
+from moss_jax.convert import configs, hub, names
+from moss_jax.convert.hub import CheckpointError
 from moss_jax.nn import MossVideo, is_quantized
 
 SINGLE = "model.safetensors"
@@ -29,19 +30,16 @@ SHARD_BYTES = 5 * 10**9
 LISTED = 20
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message lists everything that is wrong with it."""
+def load_config(path: str | os.PathLike, *, revision: str | None = None) -> ModelConfig:
+    """Reads the model's config from a checkpoint.
 
-
-def load_config(path: str | os.PathLike) -> ModelConfig:
-    """Settings of a checkpoint folder.
+    Args:
+      path, revision: a folder or a Hugging Face repo id; see `hub.resolve`.
 
     Raises:
-      CheckpointError: no folder, no or broken config.json, an unknown model type.
+      CheckpointError: no such checkpoint, a missing or malformed config.json, or an unknown model type.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a checkpoint folder: there is no such folder")
+    folder = hub.resolve(path, revision)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a checkpoint folder: it has no config.json")
     preprocessor = folder / "preprocessor_config.json"
@@ -56,18 +54,21 @@ def load_config(path: str | os.PathLike) -> ModelConfig:
 def load(
     path: str | os.PathLike,
     *,
+    revision: str | None = None,
     dtype: DTypeLike = "float32",
     mesh: Mesh | None = None,
     rows_before_first_frame: RowsBeforeFirstFrame = "skip",
     attention: str | None = None,
 ) -> MossVideo:
-    """The model of a checkpoint folder in Hugging Face layout.
+    """Loads the model of a checkpoint in Hugging Face layout.
 
-    Parameters are read one by one, straight into their dtype and place, so that the host never holds more
-    than a few copies of the largest one beside what stays there.
+    Parameters are read one at a time, converted to `dtype` and placed on their devices, so the host never
+    holds more than a few copies of the largest one beside the parameters that stay on it.
 
     Args:
-      path: folder with config.json and model.safetensors, or shards with their index.
+      path: folder with config.json and model.safetensors, or shards with their index; or a Hugging Face repo
+        id such as `OpenMOSS-Team/moss-video-preview-realtime-sft`, which is downloaded to a cache.
+      revision: branch, tag or commit of a repo id, which can also be written `repo@revision`.
       dtype: of the parameters.
       mesh: lays the parameters on its devices by `sharding.RULES`; None puts them on the default one.
       rows_before_first_frame, attention: see `ModelConfig`.
@@ -75,7 +76,7 @@ def load(
     Raises:
       CheckpointError: listing all tensors that are missing, surplus or of the wrong shape, and broken files.
     """
-    folder = Path(path)
+    folder = hub.resolve(path, revision)
     base = load_config(folder)
     config = ModelConfig(
         vision=base.vision,

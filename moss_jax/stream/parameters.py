@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+# Numbers of a parameter that is always a constant, whatever its axes.
+SMALL = 2**13
+
 
 def functionalize(
     module: nnx.Module, call: Callable, uses: nnx.filterlib.Filter = ...
@@ -14,8 +17,8 @@ def functionalize(
     """Splits `call(module, ...)` into a list of parameters and a pure function of that list.
 
     JAX flattens a list in C++ at every call, an `nnx.State` in Python; and each array in it costs the host a
-    microsecond or two. Norms, biases, gates and scalars are many and small, so they are constants of the
-    program and not arguments.
+    microsecond or two. Norms, biases, gates and the scales of activations are many and small, so they are
+    constants of the program and not arguments; XLA folds what is computed from them alone.
 
     Args:
       uses: the parameters that the call uses; of the others only the shapes are kept.
@@ -26,7 +29,7 @@ def functionalize(
     graph, params, others = nnx.split(module, uses, ...)
     leaves, structure = jax.tree.flatten(params)
     others = jax.eval_shape(lambda: others)
-    constants = {i: np.asarray(x) for i, x in enumerate(leaves) if x.ndim <= 1}
+    constants = {i: np.asarray(x) for i, x in enumerate(leaves) if x.ndim <= 1 or x.size <= SMALL}
     count = len(leaves)
 
     def pure(leaves, *arguments):

@@ -20,8 +20,8 @@ FRAME_WHILE_SPEAKING = "▫"
 ENDINGS = {
     "finished": "end of the stream",
     "stopped": "stopped",
-    "text_capacity": "the text capacity is used up; EngineConfig.text_capacity sets it",
-    "bank_capacity": "the memory bank is full; EngineConfig.bank_capacity sets it",
+    "text_capacity": "the text capacity is used up; engine.text_capacity sets it",
+    "bank_capacity": "the memory bank is full; engine.bank_capacity sets it",
     "token_limit": "cut at the token limit",
 }
 

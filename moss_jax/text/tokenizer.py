@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-FILE_NAME = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 _MARKERS = {
     "begin_of_text": "<|begin_of_text|>",
@@ -67,7 +67,7 @@ class Tokenizer:
     vocab_size: int
     control_ids: frozenset[int]
 
-    def __init__(self, content: bytes, name: str = FILE_NAME):
+    def __init__(self, content: bytes, name: str = TOKENIZER_FILE):
         """Reads the content of a tokenizer.json.
 
         Raises TokenizerError, which calls it `name`, if it is no byte-level BPE or lacks a marker.
@@ -106,22 +106,22 @@ class Tokenizer:
         Raises TokenizerError if there is none or if it cannot be used.
         """
         path = Path(path)
-        file = path / FILE_NAME if path.is_dir() else path
+        file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
             raise TokenizerError(
-                f"no tokenizer at {file}; give a {FILE_NAME} or a checkpoint folder that holds one"
+                f"no tokenizer at {file}; give a {TOKENIZER_FILE} or a checkpoint folder that holds one"
             )
         return cls(file.read_bytes(), str(file))
 
     @classmethod
     def moss_tiny(cls) -> "Tokenizer":
         """Loads the small tokenizer of the moss_tiny preset."""
-        file = importlib.resources.files("moss_jax.text") / "moss_tiny" / FILE_NAME
-        return cls(file.read_bytes(), f"moss_tiny/{FILE_NAME}")
+        file = importlib.resources.files("moss_jax.text") / "moss_tiny" / TOKENIZER_FILE
+        return cls(file.read_bytes(), f"moss_tiny/{TOKENIZER_FILE}")
 
     def save(self, folder: str | Path) -> Path:
         """Writes the tokenizer.json that this was loaded from into a checkpoint folder; returns its path."""
-        file = Path(folder) / FILE_NAME
+        file = Path(folder) / TOKENIZER_FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(self.content)
         return file

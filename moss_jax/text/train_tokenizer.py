@@ -12,9 +12,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from moss_jax.config import moss_tiny
 from moss_jax.text.chat import SYSTEM_PROMPT
-from moss_jax.text.tokenizer import FILE_NAME
+from moss_jax.text.tokenizer import TOKENIZER_FILE
 
-OUTPUT = Path(__file__).parent / "moss_tiny" / FILE_NAME
+OUTPUT = Path(__file__).parent / "moss_tiny" / TOKENIZER_FILE
 
 PREDICTABLE_SPECIAL_TOKENS = [
     "<|begin_of_text|>",

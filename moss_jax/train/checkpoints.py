@@ -48,13 +48,13 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, *, keep: int):
         self._workdir = Path(workdir)
         if jax.process_index() == 0:
-            _, broken = run_checkpoint.survey(self._workdir)
+            _, broken = run_checkpoint.list_checkpoints(self._workdir)
             for folder in broken:
                 _set_aside(folder, "it is not whole")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("broken checkpoints are set aside")
         self._manager = ocp.CheckpointManager(
-            self._workdir.absolute() / run_checkpoint.FOLDER,
+            self._workdir.absolute() / run_checkpoint.CHECKPOINTS,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
@@ -88,7 +88,7 @@ class Checkpoints:
         Raises:
           CheckpointError: the newest is of another model, or none can be read.
         """
-        whole, _ = run_checkpoint.survey(self._workdir)
+        whole, _ = run_checkpoint.list_checkpoints(self._workdir)
         for folder in reversed(whole):
             try:
                 _check_parameters(folder, abstract)
@@ -128,7 +128,7 @@ class Checkpoints:
 
 def _check_parameters(folder: Path, abstract: TrainState) -> None:
     """Refuses a checkpoint of another model, or of one that other parts are trained of."""
-    saved = run_checkpoint.read_shapes(folder, "params")
+    saved = run_checkpoint.read_array_metadata(folder, "params")
     for kind, here in (("trained", abstract.trained), ("frozen", abstract.frozen)):
         there = {name: tuple(array.shape) for name, array in saved.get(kind, {}).items()}
         if there == (expected := {name: array.shape for name, array in here.items()}):

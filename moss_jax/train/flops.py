@@ -8,7 +8,7 @@ pair of a query and a key does, masked or not.
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from moss_jax.config import DecoderConfig, ModelConfig, Part, VisionConfig
+from moss_jax.config import DecoderConfig, ModelConfig, ModelPart, VisionConfig
 from moss_jax.nn.vision import POSITION_MULTIPLE
 
 # Dense bfloat16 operations a second, from the makers' data sheets, by the beginning of JAX's `device_kind`.
@@ -36,13 +36,13 @@ def peak_flops(device_kind: str) -> float | None:
 class Work(NamedTuple):
     """Operations of a part of the model, forward, in matmuls with weights and in attention."""
 
-    part: Part
+    part: ModelPart
     matmul: float
     attention: float = 0
 
 
 def train_flops(
-    config: ModelConfig, *, batch: int, tokens: int, frames: int, trained: Collection[Part]
+    config: ModelConfig, *, batch: int, tokens: int, frames: int, trained: Collection[ModelPart]
 ) -> float:
     """Operations of one training step, forward and backward.
 
@@ -109,7 +109,7 @@ def _decoder_work(config: DecoderConfig, tokens: int, vectors: int) -> tuple[Wor
     )
 
 
-def _with_backward(path: Iterable[Work], trained: Collection[Part]) -> float:
+def _with_backward(path: Iterable[Work], trained: Collection[ModelPart]) -> float:
     """Forward and backward along parts that follow each other."""
     total, reached = 0.0, False
     for part, matmul, attention in path:

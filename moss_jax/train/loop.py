@@ -23,14 +23,14 @@ from moss_jax.config import (
     ConversationConfig,
     DataConfig,
     FrameSampling,
+    InitialModelConfig,
     MeshConfig,
-    ModelChoice,
     ModelConfig,
     OptimizerConfig,
     TabletopConfig,
     TrainConfig,
 )
-from moss_jax.convert import run_checkpoint
+from moss_jax.convert import hub, run_checkpoint
 from moss_jax.data.batch import Batch
 from moss_jax.data.conversations import ConversationBatches
 from moss_jax.data.pipeline import BatchSource, iterate
@@ -71,7 +71,7 @@ class RunConfig:
     train: TrainConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig
-    model: ModelChoice
+    model: InitialModelConfig
     data: DataConfig
     source: TabletopConfig | ConversationConfig
     sampling: FrameSampling | None
@@ -91,7 +91,7 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
       BatchError: a batch cannot be made.
     """
     train = config.train
-    whole, broken = run_checkpoint.survey(workdir)
+    whole, broken = run_checkpoint.list_checkpoints(workdir)
     if (whole or broken) and not resume:
         raise ConfigError(
             f"{workdir} holds checkpoints of an earlier run; go on with it by --resume, or choose another "
@@ -224,10 +224,11 @@ def _too_many(max_share: float) -> str:
     )
 
 
-def _choose_model(choice: ModelChoice) -> tuple[Tokenizer, ModelConfig]:
+def _choose_model(choice: InitialModelConfig) -> tuple[Tokenizer, ModelConfig]:
     """The tokenizer and the shape of the model, before anything of it is loaded."""
     if choice.checkpoint:
-        config, tokenizer = convert.load_config(choice.checkpoint), Tokenizer.load(choice.checkpoint)
+        folder = hub.resolve(choice.checkpoint)
+        config, tokenizer = convert.load_config(folder), Tokenizer.load(folder)
     else:
         config, tokenizer = PRESETS[choice.preset](), Tokenizer.moss_tiny()
     changes = {"mode": choice.pool, "stride": choice.stride}

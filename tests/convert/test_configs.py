@@ -72,7 +72,10 @@ def test_the_originals_keys_of_the_compressor(raw):
     [
         ({"model_type": "llama"}, "model_type 'llama'; this loads mllama and video_mllama"),
         ({"model_type": None}, "model_type None"),
-        ({"mllama_pool_mode": "median"}, "unknown pool mode 'median'; it is one of average, max"),
+        (
+            {"mllama_pool_mode": "median"},
+            "pool mode must be one of 'average', 'max', 'bilinear', 'channelFusion'; got 'median'",
+        ),
         ({"text_config": {"hidden_act": "gelu"}}, "text_config.hidden_act is 'gelu'; this model has 'silu'"),
         ({"text_config": {"tie_word_embeddings": True}}, "text_config.tie_word_embeddings is True"),
         ({"text_config": {"num_key_value_heads": 3}}, "num_heads 4 must be a multiple of num_kv_heads 3"),

@@ -75,7 +75,7 @@ def test_control_characters_are_not_printed():
 @pytest.mark.parametrize("reason", ["text_capacity", "bank_capacity"])
 def test_an_end_by_capacity_names_the_setting(reason):
     end = at(End, 1, reason=reason, counters=Counters(frames_dropped=2))
-    assert f"EngineConfig.{reason}" in transcript([end])
+    assert f"engine.{reason}" in transcript([end])
     assert "2 frames dropped" in transcript([end])
 
 

@@ -18,8 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 import moss_jax
 from moss_jax.config import ConfigError
-from moss_jax.convert import CheckpointError
-from moss_jax.convert import run_checkpoint as training
+from moss_jax.convert import CheckpointError, run_checkpoint
 from moss_jax.train import loop
 from moss_jax.train.log import read_metrics
 
@@ -123,7 +122,7 @@ def test_a_run_that_is_told_to_stop_saves_what_it_did(tmp_path, finished, checkp
     loop.run(config, tmp_path)
     assert signal.getsignal(number) is before
     assert runs.losses(tmp_path) == runs.losses(finished)[:3]
-    assert training.find(tmp_path).name == "3"
+    assert run_checkpoint.find_checkpoint(tmp_path).name == "3"
     monkeypatch.undo()
     loop.run(config, tmp_path, resume=True)
     assert runs.losses(tmp_path) == runs.losses(finished)
@@ -133,8 +132,8 @@ def test_the_files_of_a_run(finished):
     names = {path.name for path in finished.iterdir()}
     assert {"checkpoints", "config.gin", "loss.png", "metrics.jsonl", "tokenizer.json"} <= names
     assert "train.steps = 6" in (finished / "config.gin").read_text().splitlines()
-    assert [folder.name for folder in training.survey(finished)[0]] == ["4", "6"]
-    saved = training.read_json(training.find(finished), "config")
+    assert [folder.name for folder in run_checkpoint.list_checkpoints(finished)[0]] == ["4", "6"]
+    saved = run_checkpoint.read_json(run_checkpoint.find_checkpoint(finished), "config")
     assert saved["gin"] == (finished / "config.gin").read_text()
     for row in read_metrics(finished):
         assert {"loss", "loss_text", "loss_silence", "grad_norm", "learning_rate", "tokens"} <= set(row)
@@ -196,7 +195,7 @@ def test_rows_that_break_are_counted_by_reason(tmp_path, checkpoint, monkeypatch
     loop.run(runs.make_config(checkpoint, "data.max_dropped_share = 0.5"), tmp_path)
     assert "2 of 12 rows broke while they were loaded:\n  2 x a.mp4 is torn" in caplog.messages
     assert "2 rows dropped" in capsys.readouterr().out
-    position = training.read_json(training.find(tmp_path), "position")
+    position = run_checkpoint.read_json(run_checkpoint.find_checkpoint(tmp_path), "position")
     assert position == {"batch": 6, "drops": {"rows": 12, "dropped": 2, "reasons": {"a.mp4 is torn": 2}}}
 
 
@@ -206,7 +205,7 @@ def test_too_many_rows_that_break_end_the_run(tmp_path, checkpoint, monkeypatch)
     with pytest.raises(loop.DataError, match=r"2 of 8 rows broke.*\n.*\n.*\nMore than 10% of the rows"):
         loop.run(runs.make_config(checkpoint), tmp_path)
     # What was saved before stays.
-    assert training.find(tmp_path).name == "2"
+    assert run_checkpoint.find_checkpoint(tmp_path).name == "2"
 
 
 def test_of_many_reasons_the_first_are_named():
@@ -236,7 +235,7 @@ def test_a_compressor_that_the_checkpoint_lacks_begins_at_random(tmp_path, check
         checkpoint, "model.pool = 'channelFusion'", "train.trainable = ('compressor',)", "train.steps = 1"
     )
     loop.run(config, tmp_path / "run")
-    training.export(tmp_path / "run", tmp_path / "out", dtype="float32")
+    run_checkpoint.export(tmp_path / "run", tmp_path / "out", dtype="float32")
     model, start = moss_jax.load(tmp_path / "out"), moss_jax.load(checkpoint)
     assert model.config.compressor.mode == "channelFusion"
     assert (model.projector.kernel[...] == start.projector.kernel[...]).all()

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from moss_jax.video import VideoError, probe, read, timeline
+from moss_jax.video import VideoError, frame_spans, probe, read
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 FASTSTART = {"movflags": "faststart"}
@@ -50,7 +50,7 @@ DECLARES_ITS_SIZE = [
     "h264_with_b_frames.avi",
 ]
 CLIPS = sorted([*SHARED.glob("*.mp4"), *SHARED.glob("*.avi")])
-CALLS = {"probe": probe, "read": lambda path: list(read(path)), "timeline": timeline}
+CALLS = {"probe": probe, "read": lambda path: list(read(path)), "frame_spans": frame_spans}
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,8 @@ def test_frames_come_in_order_at_their_times(film, name, number_of):
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_the_timeline_is_that_of_the_frames(film, name):
-    spans, frames = timeline(film(name)), list(read(film(name)))
+def test_spans_match_the_decoded_frames(film, name):
+    spans, frames = frame_spans(film(name)), list(read(film(name)))
     np.testing.assert_allclose([span.time for span in spans], [frame.time for frame in frames], atol=1e-9)
     assert spans[-1].duration == pytest.approx(frames[-1].duration)
 
@@ -137,7 +137,7 @@ def test_a_gap_does_not_lengthen_the_last_frame(tmp_path, encode):
         with av.open(str(path)) as container:
             *_, last = container.decode(video=0)
             declared.append(float(last.duration * last.time_base))
-        for last in (timeline(path)[-1], list(read(path))[-1]):
+        for last in (frame_spans(path)[-1], list(read(path))[-1]):
             assert last.time == pytest.approx(9.48)
             assert last.duration < 0.05
     assert max(declared) > 9  # else the encoder has changed, and this test shows nothing
@@ -163,7 +163,7 @@ def test_what_an_edit_list_skips_is_not_shown(film, folder, number_of):
     edited.write_bytes(data)
     frames = list(read(edited))
     assert [number_of(frame.rgb) for frame in frames] == list(range(10, 50))
-    assert [span.time for span in timeline(edited)] == pytest.approx([frame.time for frame in frames])
+    assert [span.time for span in frame_spans(edited)] == pytest.approx([frame.time for frame in frames])
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -286,7 +286,7 @@ def test_the_file_is_closed_with_the_iterator(film):
 @pytest.mark.parametrize("path", CLIPS, ids=lambda path: path.name)
 def test_real_clips_are_good(path):
     info = probe(path)
-    spans = timeline(path)
+    spans = frame_spans(path)
     assert spans[-1].time + spans[-1].duration == pytest.approx(info.duration, abs=2 / info.fps)
     frame = next(read(path))
     assert frame.rgb.shape == (info.height, info.width, 3)
@@ -353,8 +353,8 @@ def test_a_stream_without_frames_is_refused(tmp_path, encode):
     path = encode(tmp_path / "none.avi", 0, codec="mpeg4")
     with av.open(str(path)) as container:
         assert container.streams.video
-    assert "no picture" in error_of(probe, path)
-    assert "no picture" in until_error(path)[1]
+    assert "no frame" in error_of(probe, path)
+    assert "no frame" in until_error(path)[1]
 
 
 def test_an_unknown_codec_is_refused(folder, film):
@@ -377,7 +377,7 @@ def test_a_damaged_image_is_refused(tmp_path, suffix):
 def test_half_a_jpeg_is_refused(tmp_path, fraction):
     whole = tmp_path / "1.jpg"
     whole.write_bytes((SHARED / "1.jpg").read_bytes())
-    assert "no picture" in error_of(probe, cut(whole, fraction))
+    assert "no frame" in error_of(probe, cut(whole, fraction))
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9, 0.98])
