@@ -28,7 +28,7 @@ from moss_jax.convert import OpenModel, open_model
 from moss_jax.eval.tabletop import EvaluationConfig, evaluate, ideal_dialogue
 from moss_jax.text.labels import IGNORED
 from moss_jax.video import preprocess
-from moss_jax.worlds.tabletop import Stream, evaluation_stream
+from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 
 # Settings of `open_model`.
 MODES: dict[str, dict[str, str]] = {
@@ -77,7 +77,7 @@ def squares(logits: Float[np.ndarray, "T V"]) -> float:
     return float(np.sum((logits - logits.mean(axis=-1, keepdims=True)) ** 2))
 
 
-def logits_of(opened: OpenModel, streams: list[Stream]) -> list[Float[np.ndarray, "T V"]]:
+def logits_of(opened: OpenModel, streams: list[TabletopStream]) -> list[Float[np.ndarray, "T V"]]:
     """The logits that each token of the ideal assistant would be drawn from, for each stream."""
     graph, params = nnx.split(opened.model)
     vision = opened.model.config.vision

@@ -43,16 +43,16 @@ def test_rows_of_any_mix_give_the_logits_of_one_pass(make_engine, one_pass, fram
 
 
 def test_the_weight_layout_for_decoding_gives_the_same_logits(model, tokenizer, one_pass, frames):
-    """With the layout of a GPU, where one output's weights are contiguous."""
+    """As on a GPU, where attention projections are laid out output-major."""
     text, shown = [1015, 5, 6, 7], frames[:1]
     with mock.patch("moss_jax.nn.quantize.decode_layout", return_value="outputs_first"):
         engine = Engine(model, tokenizer, EngineConfig(text_capacity=64, bank_capacity=4))
-    state, sampled = engine.step(engine.start(), [Row([*text, IMAGE], [0])], engine.encode(shown))
-    context = [*text, IMAGE]
-    for _ in range(3):
-        context.append(int(sampled.tokens[0]))
-        state, sampled = engine.step(state, [Row([PENDING])])
-        np.testing.assert_allclose(sampled.logits[0], one_pass(context, shown)[-1], atol=1e-3)
+        state, sampled = engine.step(engine.start(), [Row([*text, IMAGE], [0])], engine.encode(shown))
+        context = [*text, IMAGE]
+        for _ in range(3):
+            context.append(int(sampled.tokens[0]))
+            state, sampled = engine.step(state, [Row([PENDING])])
+            np.testing.assert_allclose(sampled.logits[0], one_pass(context, shown)[-1], atol=1e-3)
 
 
 def likeliest(engine, logits) -> int:

@@ -9,13 +9,13 @@ from engines import ScriptedEngine
 from moss_jax.config import EngineConfig
 from moss_jax.eval.harness import play
 from moss_jax.eval.tabletop import ideal_dialogue, scores
-from moss_jax.eval.tabletop.scores import Pace, Share, Statement, Transcript
+from moss_jax.eval.tabletop.scores import Ratio, SpeechRate, Statement, StreamTranscript
 from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text, Turn
 from moss_jax.text.labels import IGNORED
-from moss_jax.worlds.tabletop import Stream, evaluation_stream
+from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 from moss_jax.worlds.tabletop.dialogue import Dialogue, Request
 from moss_jax.worlds.tabletop.language import LIVE, PAST, sentence, understand
-from moss_jax.worlds.tabletop.world import CARD, Event, Table, Thing, World
+from moss_jax.worlds.tabletop.world import CARD, Table, TableEvent, Thing, World
 
 SPEED = 8
 
@@ -24,12 +24,12 @@ SPEED = 8
 class Case:
     """A stream, what the ideal assistant says over it, and that as a session tells it."""
 
-    stream: Stream
+    stream: TabletopStream
     ideal: Dialogue
-    said: Transcript
+    said: StreamTranscript
 
 
-def replay(stream: Stream, tokenizer, speed: int) -> Case:
+def replay(stream: TabletopStream, tokenizer, speed: int) -> Case:
     ideal = ideal_dialogue(stream, tokenizer, speed)
     drawn = [token for token in ideal.labels if token != IGNORED]
     engine = ScriptedEngine(tokenizer, drawn, EngineConfig(1, 4096, 64))
@@ -82,7 +82,7 @@ def changed(before, after) -> set[str]:
     return {name for name in before if before[name] != after[name]}
 
 
-def rewrite(case: Case, change) -> Transcript:
+def rewrite(case: Case, change) -> StreamTranscript:
     """The transcript with each statement as `change(statement, request)` returns it; None drops it."""
     requests = case.stream.requests
     new = [change(s, requests[s.request] if s.request >= 0 else None) for s in case.said.statements]
@@ -131,7 +131,7 @@ def test_the_transcript_of_the_ideal_assistant_is_what_it_said(cases):
 
 
 def test_who_says_nothing_answers_nothing(summary_of):
-    result = summary_of(lambda case: Transcript((), frozenset()))
+    result = summary_of(lambda case: StreamTranscript((), frozenset()))
     assert values(result) == {
         "accuracy": 0,
         "alert recall": 0,
@@ -150,7 +150,7 @@ def test_chatter_breaks_silence(best, summary_of):
     chatter = Statement("Lovely day.", 1.5, 1, 2.0, 1, -1)
 
     def talk(case):
-        return Transcript((*case.said.statements, chatter), frozenset(range(32)))
+        return StreamTranscript((*case.said.statements, chatter), frozenset(range(32)))
 
     result = summary_of(talk)
     assert changed(best, result) == {"silence", "understood"}
@@ -287,12 +287,12 @@ def test_senseless_facts_are_false():
 # ------------------------------------------------------------------------------------- by hand
 
 
-def colours(*seen: str, requests: tuple[Request, ...]) -> Stream:
+def colours(*seen: str, requests: tuple[Request, ...]) -> TabletopStream:
     """A stream of a star that has these colours, one after the other."""
     tables = tuple(Table((Thing("star", (0, 0), colour=colour),)) for colour in seen)
     pairs = enumerate(itertools.pairwise(seen), start=1)
-    events = tuple(Event(f, "colour", "star", new) for f, (old, new) in pairs if old != new)
-    return Stream(World(tables, events), look=None, requests=requests, noise=0)
+    events = tuple(TableEvent(f, "colour", "star", new) for f, (old, new) in pairs if old != new)
+    return TabletopStream(World(tables, events), look=None, requests=requests, noise=0)
 
 
 def spoken(text: str, time: float, *, request: int = 0, subject: str = "star") -> Statement:
@@ -301,8 +301,8 @@ def spoken(text: str, time: float, *, request: int = 0, subject: str = "star") -
     )
 
 
-def said(*statements: Statement) -> Transcript:
-    return Transcript(statements, frozenset(s.frame for s in statements))
+def said(*statements: Statement) -> StreamTranscript:
+    return StreamTranscript(statements, frozenset(s.frame for s in statements))
 
 
 ASKED = Request(0.5, "What colour is the star?", "colour", "star")
@@ -311,35 +311,35 @@ ASKED = Request(0.5, "What colour is the star?", "colour", "star")
 def test_a_question_is_probed_when_its_answer_has_settled(tokenizer):
     stream = colours(*["red"] * 6, *["blue"] * 5, requests=(ASKED, Request(9.5, "Thanks.", "watch")))
     told = said(spoken("It is red.", 0.5), spoken("Now it is blue.", 7.0))
-    found = list(scores.probes(stream, told, Pace(tokenizer, SPEED)))
+    found = list(scores.probes(stream, told, SpeechRate(tokenizer, SPEED)))
     assert [(p.second, p.value, p.right) for p in found] == [
         (4, "red", True),
         (5, "red", True),
         (9, "blue", True),
     ]
     late = said(spoken("It is red.", 0.5), spoken("Now it is blue.", 8.8))
-    assert [p.right for p in scores.probes(stream, late, Pace(tokenizer, SPEED))] == [True, True, False]
+    assert [p.right for p in scores.probes(stream, late, SpeechRate(tokenizer, SPEED))] == [True, True, False]
 
 
 def test_a_question_that_the_next_request_overtakes_is_not_probed(tokenizer):
     stream = colours(*["red"] * 6, requests=(ASKED, Request(2.5, "Thanks.", "watch")))
-    assert not list(scores.probes(stream, said(), Pace(tokenizer, SPEED)))
+    assert not list(scores.probes(stream, said(), SpeechRate(tokenizer, SPEED)))
 
 
 def test_long_answers_get_the_time_that_they_take(tokenizer):
     truth = colours("red", requests=()).world.truth[0]
     request = Request(0.5, "What is on the table?", "list")
-    assert Pace(tokenizer, 32).patience(request, truth) == 3
-    assert Pace(tokenizer, 1).patience(request, truth) > 6
+    assert SpeechRate(tokenizer, 32).seconds_to_answer(request, truth) == 3
+    assert SpeechRate(tokenizer, 1).seconds_to_answer(request, truth) > 6
 
 
 def test_a_past_question_is_judged_by_its_first_statement(tokenizer):
     asked = Request(2.5, "What happened last?", "event")
     stream = colours("red", "blue", "blue", "blue", "green", "green", requests=(asked,))
-    pace = Pace(tokenizer, SPEED)
+    rate = SpeechRate(tokenizer, SPEED)
 
     def right(*statements):
-        (probe,) = scores.probes(stream, said(*statements), pace)
+        (probe,) = scores.probes(stream, said(*statements), rate)
         return probe.right
 
     assert right(spoken("The star turns blue.", 2.5))
@@ -367,22 +367,22 @@ def test_a_past_question_is_judged_by_its_first_statement(tokenizer):
 def test_revisions_by_hand(seen, says, due, made):
     stream = colours(*seen, requests=(ASKED,))
     found, delays = scores.revisions(stream, said(spoken("It is red.", 0.5), spoken(*says)))
-    assert found == Share(made, due)
+    assert found == Ratio(made, due)
     assert list(delays) == [says[1] - 4] * made
 
 
 def test_before_the_first_frame_nothing_is_true():
     stream = colours("red", "red", requests=(ASKED,))
     blind = dataclasses.replace(spoken("It is red.", 0.0), frame=-1, end_frame=-1)
-    assert scores.stale(stream, said(blind)) == Share(1, 1)
-    assert scores.stale(stream, said(spoken("It is red.", 0.0))) == Share(0, 1)
+    assert scores.stale(stream, said(blind)) == Ratio(1, 1)
+    assert scores.stale(stream, said(spoken("It is red.", 0.0))) == Ratio(0, 1)
 
 
 def test_a_statement_may_end_as_what_has_become_true():
     stream = colours("red", "blue", "blue", requests=(ASKED,))
-    assert scores.stale(stream, said(spoken("It is blue.", 0.7))) == Share(0, 1)
-    assert scores.stale(stream, said(spoken("It is red.", 0.7))) == Share(0, 1)
-    assert scores.stale(stream, said(spoken("It is red.", 1.0))) == Share(1, 1)
+    assert scores.stale(stream, said(spoken("It is blue.", 0.7))) == Ratio(0, 1)
+    assert scores.stale(stream, said(spoken("It is red.", 0.7))) == Ratio(0, 1)
+    assert scores.stale(stream, said(spoken("It is red.", 1.0))) == Ratio(1, 1)
 
 
 def test_the_constant_guess_is_the_commonest_answer_of_a_kind():
