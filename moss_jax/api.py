@@ -30,7 +30,7 @@ def open_engine(
     """Loads a checkpoint into an engine of one stream, for several calls of `ask` and `watch`.
 
     Args:
-      checkpoint: a folder in Hugging Face layout or a repo id; None for the small model that ships with the
+      checkpoint: folder in Hugging Face layout or repo id; None for the small model that ships with the
         package.
       weights, encoder_weights: quantisation of the decoder and of the vision encoder.
       config: capacities.

@@ -194,7 +194,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--checkpoint",
         metavar="DIR|REPO",
-        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION]; else the shipped model",
+        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION]; default: the small model "
+        "that ships with the package",
     )
     add(
         "--weights",
