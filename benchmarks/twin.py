@@ -25,9 +25,10 @@ from moss_jax.config import ConfigError, DecoderConfig, EngineConfig, ModelConfi
 from moss_jax.memory import MemoryBank, StreamState, TextCache
 from moss_jax.nn.compressor import Compressor
 from moss_jax.nn.decoder import Append, KeysValues, SelfLayer
-from moss_jax.nn.layers import Linear, Residual, RMSNorm, normal
+from moss_jax.nn.layers import Linear, RMSNorm, normal
 from moss_jax.nn.rope import rotation
 from moss_jax.nn.vision import VisionEncoder
+from moss_jax.ops.norm import Residual, add_norm
 
 # Kernels for many queries copy a cache that is no multiple of their tiles.
 TILE = 128
@@ -162,7 +163,7 @@ class TwinDecoder(nnx.Module):
         for layer, before in zip(self.layers, past, strict=True):
             residual, kv = layer(residual, rope, before, append)
             now.append(kv)
-        return self.norm.of_sum(residual)[0], now
+        return add_norm(residual, self.norm.params)[0], now
 
 
 class Twin(nnx.Module):
@@ -187,4 +188,4 @@ class Twin(nnx.Module):
 
     def encode(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
         """The vectors of normalised frames, each on its own."""
-        return self.projector(self.compressor.of_frames(self.vision, pixels.astype(self.dtype)))
+        return self.projector(self.compressor(self.vision(pixels.astype(self.dtype))))
