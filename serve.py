@@ -25,9 +25,9 @@ from moss_jax.config import (
     TokenSampling,
 )
 from moss_jax.convert import CheckpointError, open_model
-from moss_jax.stream import Engine, Session, SessionError, answer
+from moss_jax.stream import Engine, Session, SessionError, answer_offline
 from moss_jax.text import TokenizerError, chat
-from moss_jax.video import VideoError, VideoInfo, probe, sample_clip, sample_file, timeline
+from moss_jax.video import VideoError, VideoInfo, frame_spans, probe, sample_clip, sample_file
 from moss_jax.watch.feed import watch
 from moss_jax.watch.terminal import print_json, print_transcript
 
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         if picture:
             for frame in frames:
                 picture.add_frame(frame.rgb, frame.time)
-        events = answer(engine, frames, prompts[0].text, system=args.system)
+        events = answer_offline(engine, frames, prompts[0].text, system=args.system)
     else:
         # What is asked at the beginning is the first user turn; without it the model watches unasked.
         first = prompts.pop(0).text if prompts and prompts[0].at == 0 else ""
@@ -156,7 +156,7 @@ def check_times(prompts: list[Prompt], video: str, info: VideoInfo) -> None:
     end = 0.0
     if not info.is_image:
         # By its packets: what a header says of the length can be missing or wrong.
-        span = timeline(video)[-1]
+        span = frame_spans(video)[-1]
         end = span.time + (span.duration or 0.0)
     if last > end + 1e-3:
         raise ConfigError(f"--prompt-at {last:g} is beyond the clip, which lasts {end:.1f} s")
@@ -188,7 +188,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--clock", choices=("lockstep", "realtime"), help="the stream's own clock, or the wall's")
     add("--offline", action="store_true", help="read the whole clip first, then answer")
     add(
-        "--checkpoint", type=Path, metavar="DIR", help="folder in Hugging Face layout; else the shipped model"
+        "--checkpoint",
+        metavar="DIR|REPO",
+        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION]; else the shipped model",
     )
     add(
         "--weights",
@@ -206,9 +208,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", action="store_true", help="one JSON object for each event instead of a transcript")
     add("--timeline", type=Path, metavar="FILE", help="draw what was seen and said when, as a .png")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings, over the defaults")
-    add(
-        "--gin_param", action="append", default=[], metavar="BINDING", help="such as 'EngineConfig.slots = 1'"
-    )
+    add("--gin_param", action="append", default=[], metavar="BINDING", help="such as 'engine.slots = 1'")
     add("--verbose", action="store_true", help="log what is chosen and why")
     return parser.parse_args()
 

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from moss_jax.ops.gelu import Arguments, gelu, mosaic_gpu
 from report import add_out, device, first_line, make_parser, publish, say
 from timing import line, measure_ceilings, side_by_side, timed
-
-from moss_jax.ops.gelu import Arguments, gelu, mosaic_gpu
 
 FRAMES, POSITIONS = (1, 8, 16), 1608
 HIDDEN = 5120

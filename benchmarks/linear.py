@@ -16,11 +16,11 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from moss_jax.ops.linear.arguments import QUANTIZED
 from report import device, first_line, make_parser, publish, say
 from timing import SHARED_BYTES, add_flags, checked, line, measure_ceilings, named, timed
 
 from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, linear
-from moss_jax.ops.linear.arguments import QUANTIZED
 from moss_jax.ops.linear.mosaic_gpu import LinearConfig, default_config, few_rows
 
 # (K, N) of the 11B's decoder: the MLP's first, its last, queries with keys and values, output, logits.

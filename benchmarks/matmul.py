@@ -20,9 +20,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from report import first_line, make_parser, publish, say
-from timing import Watch, begin, line, named, side_by_side, timed
-
 from moss_jax.ops.fused_linear import IMPLEMENTATIONS, Arguments
 from moss_jax.ops.fused_linear.mosaic_gpu import (
     Config,
@@ -30,6 +27,9 @@ from moss_jax.ops.fused_linear.mosaic_gpu import (
     many_rows,
     misfit,
 )
+from report import first_line, make_parser, publish, say
+from timing import Watch, begin, line, named, side_by_side, timed
+
 from moss_jax.ops.norm import layer_norm
 
 WIDTH, HIDDEN = 1280, 5120

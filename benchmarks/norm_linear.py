@@ -19,7 +19,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from chained import Case, compare_chained, kernels, make_weights
-
 from moss_jax.ops.norm_linear import IMPLEMENTATIONS, Arguments, mosaic_gpu
 
 K = 4096  # Of the 11B's decoder.

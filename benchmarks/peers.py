@@ -54,7 +54,7 @@ from twin import TILE, Twin, room, twin_of
 from moss_jax.config import PRESETS, EngineConfig
 from moss_jax.nn import MossVideo, quantize
 from moss_jax.stream import PENDING, Engine, Row
-from moss_jax.stream.engine import FRAME_BUCKETS
+from moss_jax.stream.rows import FRAME_BUCKETS
 
 PROMPT, PROMPTS, STALLS = 32, 5, 8
 TEXT = 1024  # Tokens that a run takes beside its frames, at most.

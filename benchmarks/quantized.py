@@ -13,6 +13,7 @@ streams, in the dtype that a model is loaded in on this machine.
 
 import argparse
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 from report import add_out, make_parser, publish
-from rich.console import Console
 
 from moss_jax.convert import OpenModel, open_model
-from moss_jax.eval import tabletop
+from moss_jax.eval.tabletop import EvaluationConfig, evaluate, ideal_dialogue
 from moss_jax.text.labels import IGNORED
 from moss_jax.video import preprocess
-from moss_jax.worlds.tabletop import Stream, evaluation_stream
+from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 
 # Settings of `open_model`.
 MODES: dict[str, dict[str, str]] = {
@@ -77,13 +77,13 @@ def squares(logits: Float[np.ndarray, "T V"]) -> float:
     return float(np.sum((logits - logits.mean(axis=-1, keepdims=True)) ** 2))
 
 
-def logits_of(opened: OpenModel, streams: list[Stream]) -> list[Float[np.ndarray, "T V"]]:
+def logits_of(opened: OpenModel, streams: list[TabletopStream]) -> list[Float[np.ndarray, "T V"]]:
     """The logits that each token of the ideal assistant would be drawn from, for each stream."""
     graph, params = nnx.split(opened.model)
     vision = opened.model.config.vision
     found = []
     for stream in streams:
-        dialogue = tabletop.ideal(stream, opened.tokenizer, tokens_per_second=8)
+        dialogue = ideal_dialogue(stream, opened.tokenizer, tokens_per_second=8)
         length = min(len(dialogue.tokens), MAX_TOKENS)
         tokens = np.zeros((1, MAX_TOKENS), np.int32)
         tokens[0, :length] = dialogue.tokens[:length]
@@ -107,12 +107,16 @@ def one_pass(graph: nnx.GraphDef, params: nnx.State, *inputs: Array) -> Float[Ar
 
 def score(args: argparse.Namespace, name: str) -> dict[str, float]:
     """The headline scores of a mode."""
-    settings = {"checkpoint": args.checkpoint, "streams": args.streams, "seed": args.seed, "seconds": SECONDS}
-    settings |= {key.replace("_", "-"): value for key, value in MODES[name].items()}
-    flags = [f"--{key}={value}" for key, value in settings.items()]
-    found = tabletop.evaluate(
-        tabletop.parse_arguments([*flags, "--skip-offline", "--skip-blind"]), Console(stderr=True)
+    config = EvaluationConfig(
+        checkpoint=args.checkpoint,
+        streams=args.streams,
+        seed=args.seed,
+        seconds=SECONDS,
+        offline=False,
+        blind_streams=0,
+        **MODES[name],
     )
+    found = evaluate(config, functools.partial(print, file=sys.stderr))
     return {
         "dtype": found["dtype"],
         "accuracy": found["accuracy"]["value"],

@@ -10,15 +10,15 @@ a session needs is compiled before; a row says so if a program was not.
 start      an engine is made of weights on the device, warmed up, and says its first token. It says what of
            that was in JAX's cache on disk: set JAX_COMPILATION_CACHE_DIR and run twice for a warm one
 ttft       a prompt of 32 tokens while the model talks and sees a frame a second: `push_prompt` to first text
-extend     a frame while nothing is said: `push_frame` to the draw of the step that appended it
+extend     a frame while nothing is said: `push_frame` to the sample of the step that appended it
 decode     tokens a second, nothing else going on
 arrivals   tokens a second while 1, 4 and 10 frames a second arrive; and the stall, from the first of these:
            the largest gap among the 20 tokens around a frame, less their median gap
 sustained  frames a second with nothing said; as many wait as the inbox takes, so they go in batches
-offline    a clip of 256 frames in host memory, asked about: `answer` to first text; at one size of bank
+offline    a clip of 256 frames in host memory: `answer_offline` to first text; at one size of bank
 
 Two things are done to the engine. Its streams begin with the bank filled, with noise (`FilledEngine.start`);
-and the mask of tokens that may be drawn, which every engine has, leaves only silence, or only tokens that are
+and the mask of tokens that may be sampled, `Engine.allowed`, leaves only silence, or only tokens that are
 whole characters, so that each is an event. Both are data: the programs are those of any session.
 
 Beside a figure stands its floor. A step reads the decoder's parameters and the keys and values in range, at
@@ -51,11 +51,21 @@ from timing import measure_ceilings
 from moss_jax.config import PRESETS, DecoderWeights, EncoderWeights, EngineConfig, SessionConfig
 from moss_jax.memory import StreamState
 from moss_jax.nn import MossVideo, quantize
-from moss_jax.stream import Engine, EngineState, Event, Frame, Session, Silence, Text, Turn, answer
-from moss_jax.stream.engine import FRAME_BUCKETS
+from moss_jax.stream import (
+    Engine,
+    EngineState,
+    Event,
+    FrameSeen,
+    Session,
+    Silence,
+    Text,
+    Turn,
+    answer_offline,
+)
+from moss_jax.stream.rows import FRAME_BUCKETS
 from moss_jax.text import Tokenizer
 from moss_jax.train.flops import forward_work
-from moss_jax.video import Frame as VideoFrame
+from moss_jax.video import Frame
 
 GB = 1e9
 LIVE = SessionConfig(clock="realtime")
@@ -80,14 +90,13 @@ class FilledEngine(Engine):
 
     @functools.cached_property
     def masks(self) -> dict[str, jax.Array]:
-        """Tokens that may be drawn: silence, or those that are whole characters by themselves."""
+        """Tokens that may be sampled: silence, or those that are whole characters by themselves."""
         texts = [self.tokenizer.decode([i]) for i in range(self.tokenizer.vocab_size)]
         is_text = jnp.array([bool(text) and "\ufffd" not in text for text in texts])
         return {"text": is_text, "silence": jnp.arange(len(texts)) == self.tokenizer.special.silence}
 
     def begin_with(self, frames: int, allowed: str) -> None:
-        rules = dataclasses.replace(self._rules, allowed=self.masks[allowed])
-        self.held, self._rules = frames, jax.device_put(rules, self._place)
+        self.held, self.allowed = frames, self.masks[allowed]
 
     def start(self) -> EngineState:
         """A state with frames and their `<|image|>` tokens in it, one after the other.
@@ -106,10 +115,10 @@ class FilledEngine(Engine):
             places = jnp.arange(bank.capacity)[None]
             bank = fill(bank, positions=jnp.where(places < held, places, bank.positions))
             text = fill(text)
-        return jax.device_put(dataclasses.replace(state, stream=StreamState(text, bank)), self._place)
+        return jax.device_put(dataclasses.replace(state, stream=StreamState(text, bank)), self.placement)
 
-    def programs(self) -> int:
-        return sum(program._cache_size() for program in (self._step, self._pixels, self._encode))
+    def num_programs(self) -> int:
+        return sum(program._cache_size() for program in self.programs.values())
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -163,13 +172,13 @@ class Stream:
 
     def __init__(self, bench: Bench, allowed: str, feed: "Callable[[Stream], Any]"):
         self.times = collections.defaultdict(list)
-        self.pushed, self.answered = {Frame: [], Turn: []}, {Frame: [], Turn: []}
+        self.pushed, self.answered = {FrameSeen: [], Turn: []}, {FrameSeen: [], Turn: []}
         self.begin = 0.0
         self._bench, engine = bench, bench.engine
         engine.begin_with(bench.frames, allowed)
         self.session = Session(engine, LIVE, system=None, prompt=bench.prompt)
         self.prompt_length = len(self.session.check_prompt(bench.prompt))
-        self._over, programs = False, engine.programs()
+        self._over, programs = False, engine.num_programs()
         with futures.ThreadPoolExecutor(1) as threads:
             fed = threads.submit(self._feed, feed)
             try:
@@ -178,7 +187,7 @@ class Stream:
             finally:
                 self._over = True
         fed.result()
-        c, self.compiled = event.counters, engine.programs() - programs
+        c, self.compiled = event.counters, engine.num_programs() - programs
         added = c.frames + c.tokens + c.silences + self.prompt_length * (c.prompts - 1)
         # The session doesn't know of what was there before, so it cannot see to this.
         if added + self.session.opening_length > TEXT_ROOM or c.frames > FRAMES_ROOM:
@@ -203,8 +212,8 @@ class Stream:
     def push(self, kind: type[Event]) -> None:
         pictures = self._bench.pictures
         self.pushed[kind].append(time.monotonic())
-        if kind is Frame:
-            self.session.push_frame(pictures[len(self.pushed[Frame]) % len(pictures)])
+        if kind is FrameSeen:
+            self.session.push_frame(pictures[len(self.pushed[FrameSeen]) % len(pictures)])
         else:
             self.session.push_prompt(self._bench.prompt)
 
@@ -231,8 +240,8 @@ class Stream:
         self.until(lambda: bool(self.answered[Turn]))
         for i in range(frames):
             self.until(lambda i=i: ready(i))
-            self.push(Frame)
-        self.until(lambda: len(self.answered[Frame]) == frames)
+            self.push(FrameSeen)
+        self.until(lambda: len(self.answered[FrameSeen]) == frames)
 
     def waits(self, kind: type[Event]) -> list[float]:
         """Milliseconds from each push to the draw of the step that took it in."""
@@ -244,7 +253,7 @@ def ttft(bench: Bench) -> Iterator[dict]:
     # At any moment of a step that is under way, as people ask.
     rng = random.Random(0)
     prompts = list(itertools.accumulate(rng.uniform(0.1, 0.3) for _ in range(bench.sizes.prompts)))
-    plan = [(at, Turn) for at in prompts] + [(0.5 + i, Frame) for i in range(int(prompts[-1]) + 1)]
+    plan = [(at, Turn) for at in prompts] + [(0.5 + i, FrameSeen) for i in range(int(prompts[-1]) + 1)]
     stream = Stream(bench, "text", lambda s: s.schedule(plan, prompts[-1] + 0.5))
     figures = spread(stream.waits(Turn)) | {"row_tokens": stream.prompt_length}
     yield row("ttft", "ms", figures, 1e3 * stream.step_floor, stream)
@@ -252,9 +261,9 @@ def ttft(bench: Bench) -> Iterator[dict]:
 
 def extend(bench: Bench) -> Iterator[dict]:
     count = bench.sizes.extends + 2
-    stream = Stream(bench, "silence", lambda s: s.in_turn(count, lambda i: len(s.answered[Frame]) == i))
+    stream = Stream(bench, "silence", lambda s: s.in_turn(count, lambda i: len(s.answered[FrameSeen]) == i))
     floor = bench.floors.encode + stream.step_floor
-    yield row("extend", "ms", spread(stream.waits(Frame)[2:]), 1e3 * floor, stream)
+    yield row("extend", "ms", spread(stream.waits(FrameSeen)[2:]), 1e3 * floor, stream)
 
 
 def decode(bench: Bench) -> Iterator[dict]:
@@ -269,10 +278,10 @@ def decode(bench: Bench) -> Iterator[dict]:
 def arrivals(bench: Bench) -> Iterator[dict]:
     encode = bench.floors.encode
     for rate, seconds in bench.sizes.arrivals.items():
-        plan = [((i + 0.5) / rate, Frame) for i in range(round(rate * seconds))]
+        plan = [((i + 0.5) / rate, FrameSeen) for i in range(round(rate * seconds))]
         stream = Stream(bench, "text", functools.partial(Stream.schedule, plan=plan, seconds=seconds))
         times = [at for at in stream.times[Text] if 0 <= at - stream.begin <= seconds]
-        figures = {"rate": rate_of(times), "seen": len(stream.times[Frame]), "dropped": stream.dropped}
+        figures = {"rate": rate_of(times), "seen": len(stream.times[FrameSeen]), "dropped": stream.dropped}
         # The step that appends a frame draws a token like any other, so encoding is all that a frame adds.
         floor = max(0, 1 - rate * encode) / stream.step_floor
         yield row(f"decode at {rate}/s", "tok/s", figures, floor, stream)
@@ -285,7 +294,7 @@ def arrivals(bench: Bench) -> Iterator[dict]:
 def stalls(stream: Stream) -> list[float]:
     """Milliseconds that each frame put into the stream of tokens."""
     times, found = stream.times[Text], []
-    for at in stream.times[Frame]:
+    for at in stream.times[FrameSeen]:
         i = bisect.bisect(times, at)
         gaps = 1e3 * np.diff(times[max(0, i - AROUND) : i + AROUND])
         found.append(float(gaps.max() - np.median(gaps)))
@@ -295,8 +304,10 @@ def stalls(stream: Stream) -> list[float]:
 def sustained(bench: Bench) -> Iterator[dict]:
     # No more wait than fit, so none is dropped.
     count, most = WARM_FRAMES + bench.sizes.sustained, LIVE.inbox_frames
-    stream = Stream(bench, "silence", lambda s: s.in_turn(count, lambda i: i - len(s.times[Frame]) < most))
-    times = [at for at in stream.answered[Frame] if at >= stream.answered[Frame][WARM_FRAMES - 1]]
+    stream = Stream(
+        bench, "silence", lambda s: s.in_turn(count, lambda i: i - len(s.times[FrameSeen]) < most)
+    )
+    times = [at for at in stream.answered[FrameSeen] if at >= stream.answered[FrameSeen][WARM_FRAMES - 1]]
     frames, batches = sum(at > times[0] for at in times), len(set(times)) - 1
     figures = {"rate": frames / (times[-1] - times[0]), "frames_a_batch": frames / batches}
     floor = frames / (frames * bench.floors.encode + batches * stream.step_floor)
@@ -304,13 +315,13 @@ def sustained(bench: Bench) -> Iterator[dict]:
 
 
 def offline(bench: Bench) -> Iterator[dict]:
-    clip = [VideoFrame(bench.pictures[i % len(bench.pictures)], float(i)) for i in range(bench.sizes.clip)]
+    clip = [Frame(bench.pictures[i % len(bench.pictures)], float(i)) for i in range(bench.sizes.clip)]
     bench.engine.begin_with(0, "text")
     milliseconds = []
     # The first compiles; the second still waits for memory that frames are sent through, which is kept.
     for _ in range(2 + bench.sizes.clips):
         started = time.monotonic()
-        next(e for e in answer(bench.engine, clip, bench.prompt, max_tokens=1) if isinstance(e, Text))
+        next(e for e in answer_offline(bench.engine, clip, bench.prompt, max_tokens=1) if isinstance(e, Text))
         milliseconds.append(1e3 * (time.monotonic() - started))
     steps = math.ceil(len(clip) / FRAME_BUCKETS[-1])
     floor = len(clip) * bench.floors.encode + steps * bench.floors.step(len(clip) / 2, len(clip) / 2)
@@ -389,7 +400,9 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     engine.warm_up(FRAME)
     seconds = time.monotonic() - started
     cached = {"from_disk": cache["cache_hits"], "to_disk": cache["cache_misses"]}
-    yield {"frames": most} | row("compile", "s", {"seconds": seconds, "programs": engine.programs()} | cached)
+    yield {"frames": most} | row(
+        "compile", "s", {"seconds": seconds, "programs": engine.num_programs()} | cached
+    )
     if "start" in names:
         started = time.monotonic()
         next(event for event in usual if isinstance(event, Text))

@@ -11,6 +11,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+import shapes
 from engines import frames, make_engine, model, one_pass, scripted, tokenizer
 from flax import nnx
 
@@ -57,6 +58,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def unchecked():
+    """Turns the check of shapes off, for tests of the errors that a function raises itself."""
+    with shapes.unchecked():
+        yield
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

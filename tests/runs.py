@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import train
 from moss_jax import convert
 from moss_jax.text import Tokenizer
+from moss_jax.train.__main__ import read_config
 from moss_jax.train.log import read_metrics
 from moss_jax.train.loop import RunConfig
 
@@ -54,7 +54,7 @@ def bindings(checkpoint: Path, *more: str) -> list[str]:
 
 
 def make_config(checkpoint: Path, *more: str) -> RunConfig:
-    return train.read_config([], bindings(checkpoint, *more))
+    return read_config([], bindings(checkpoint, *more))
 
 
 def start(workdir: Path, checkpoint: Path, *more: str, flags=(), cache: Path) -> subprocess.Popen:

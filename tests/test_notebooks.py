@@ -55,6 +55,7 @@ def unchanged(path: Path, now: NotebookNode) -> None:
         assert texts(now)[cell] == text, f"{path.name} shows old output: run python tests/test_notebooks.py"
 
 
+@pytest.mark.slow
 def test_watch_a_stream():
     path = FOLDER / "watch_a_stream.ipynb"
     check = """
@@ -79,6 +80,7 @@ for (i, _), frame in zip(digits, newest):
     unchanged(path, notebook)
 
 
+@pytest.mark.slow
 def test_train_a_little(monkeypatch):
     # It computes more than it compiles, which the other tests do not.
     monkeypatch.delenv("XLA_FLAGS")

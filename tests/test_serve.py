@@ -48,7 +48,7 @@ def test_a_real_file_becomes_events_and_the_same_ones_again(checkpoint, tmp_path
     arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--json", "--seed", 3]
     arguments += ["--prompt", "What is there?", "--prompt", "And now?", "--prompt-at", "5.5"]
     arguments += ["--gin_file", ROOT / "configs" / "demo.gin", "--fps", "0.5"]
-    arguments += ["--gin_param", "TokenSampling.temperature = 0.8"]
+    arguments += ["--gin_param", "sampling.temperature = 0.8"]
     first = events(run(*arguments, cwd=tmp_path))
     second = events(run(*arguments, "--timeline", "session.png", cwd=tmp_path))
     assert [e | {"wall_time": 0} for e in first] == [e | {"wall_time": 0} for e in second]
@@ -71,7 +71,7 @@ def assert_is_picture(path: Path):
 
 def test_the_system_prompt_can_be_set(checkpoint, fails):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint]
-    arguments += ["--gin_param", "EngineConfig.text_capacity = 60"]
+    arguments += ["--gin_param", "engine.text_capacity = 60"]
     assert "text capacity is 60" in fails(*arguments)
     assert "text capacity is 60" in fails(*arguments, "--system", "watch " * 100)
     told = events(run(*arguments, "--system", "", "--json", "--fps", "0.25"))
@@ -243,5 +243,5 @@ def test_pictures_that_cannot_be_written(fails, tmp_path):
 
 
 def test_bad_gin(fails):
-    assert "nearest valid name" in fails("--video", DEMO, "--gin_param", "SessionConfig.clok = 'realtime'")
+    assert "nearest valid name" in fails("--video", DEMO, "--gin_param", "session.clok = 'realtime'")
     assert "nowhere.gin" in fails("--video", DEMO, "--gin_file", "nowhere.gin")

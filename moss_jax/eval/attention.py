@@ -20,8 +20,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from moss_jax.nn import MossVideo
 from moss_jax.nn.decoder import CrossAttention, CrossLayer, KeysValues
 from moss_jax.ops.attention import KeyRange
-from moss_jax.ops.rotary import Rotation, rotate
-from moss_jax.stream import PENDING, Drawn, Engine, EngineState, Row
+from moss_jax.ops.norm import Norm, Residual
+from moss_jax.ops.rotary import Rotation
+from moss_jax.stream import PENDING, Engine, EngineState, Row, Sampled
 from moss_jax.video import preprocess
 
 
@@ -71,12 +72,14 @@ class _Watched(nnx.Module):
     def project(self, features: Float[Array, "B F N D"], rope: Rotation) -> KeysValues:
         return self.attention.project(features, rope)
 
-    def __call__(self, q, rope: Rotation, frames: KeysValues, kv_range: KeyRange):
-        queries = rotate(self.attention.q_norm(q), rope)
+    def __call__(
+        self, residual: Residual, norm: Norm, rope: Rotation, frames: KeysValues, kv_range: KeyRange
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T E"]]:
+        queries, _ = self.attention.queries(residual, norm, rope)
         weights = _softmax_over_range(queries, frames.keys, kv_range)
         weights = weights.reshape(*weights.shape[:-1], self.num_frames, -1)  # [B, H, T, F, N]
         self.weights = nnx.Intermediate(weights if self.per_vector else weights.sum(axis=-1))
-        return self.attention(q, rope, frames, kv_range)
+        return self.attention(residual, norm, rope, frames, kv_range)
 
 
 def _softmax_over_range(
@@ -122,18 +125,18 @@ class Recorder:
         return self._engine.encode(frames)
 
     def step(
-        self, state: EngineState, rows: Sequence[Row | None], pool: Float[Array, "P N D"] | None = None
-    ) -> tuple[EngineState, Drawn]:
+        self, state: EngineState, rows: Sequence[Row | None], features: Float[Array, "P N D"] | None = None
+    ) -> tuple[EngineState, Sampled]:
         (row,) = rows
-        state, drawn = self._engine.step(state, rows, pool)
+        state, sampled = self._engine.step(state, rows, features)
         for token in row.tokens:
             if token == PENDING:
                 self.said.append(len(self.tokens))
                 token = self._drawn
             self.tokens.append(token)
         self.frames += [self._encoded[index] for index in row.frames]
-        self._drawn = int(drawn.tokens[0])
-        return state, drawn
+        self._drawn = int(sampled.tokens[0])
+        return state, sampled
 
     def sequence(
         self,

@@ -1,64 +1,137 @@
-"""The choice among the implementations of an op: the first of a platform's order that takes a call."""
+"""The choice among the implementations of an op: the first in a platform's order that supports a call."""
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from moss_jax.ops.qarray import QArray, dequantize
 
 logger = logging.getLogger(__name__)
 
 
 class Unsupported(ValueError):
-    """An implementation cannot take these arguments; the message says which and why."""
+    """An implementation does not support these arguments; the message says which and why."""
 
 
-class Implementation(Protocol):
-    """What an op chooses among: a module that says what it cannot take."""
-
-    def unsupported(self, arguments: Any, platform: str) -> str | None:
-        """Why it cannot take the arguments; None if it can."""
+def supports_everything(arguments: Any, platform: str) -> None:
+    """The `unsupported` of an implementation that has no limits."""
+    del arguments, platform
 
 
-def choose(
-    op: str,
-    implementations: Mapping[str, Implementation],
-    orders: Mapping[str, Sequence[str]],
-    arguments: Any,
-    named: str | None,
-    platform: str | None,
-) -> str:
-    """Name of the implementation that takes a call; the choice and its reasons are logged once each.
+@dataclasses.dataclass(frozen=True)
+class Implementation[Arguments, Result]:
+    """One way to compute an op.
 
-    Args:
-      op: what messages call it.
-      orders: of each platform, names, the one that is asked first in front; elsewhere it is "xla".
-      named: the one that must take it; None for any.
-      platform: the default backend's if None.
-
-    Raises:
-      Unsupported: the named implementation does not exist or cannot take the arguments, or none of the order
-        can.
+    Attributes:
+      apply: computes it; implementations that can be tuned take a `config` as well.
+      unsupported: why it cannot take the arguments on a platform; None if it can.
     """
-    platform = platform or jax.default_backend()
-    if named is not None:
-        if named not in implementations:
-            raise Unsupported(f"no {op} implementation {named!r}; there are {', '.join(implementations)}")
-        if reason := implementations[named].unsupported(arguments, platform):
-            raise Unsupported(f"{op} implementation {named!r} cannot be used: {reason}")
-        return named
-    passed_over = []
-    for name in orders.get(platform, ("xla",)):
-        reason = implementations[name].unsupported(arguments, platform)
-        if reason is None:
-            log_once(f"{op} on {platform}: using {name}", *passed_over)
-            return name
-        passed_over.append(f"not using {name}: {reason}")
-    raise Unsupported(f"no {op} implementation for {platform}: {'; '.join(passed_over)}")
+
+    apply: Callable[..., Result]
+    unsupported: Callable[[Arguments, str], str | None] = supports_everything
+
+
+@dataclasses.dataclass(frozen=True)
+class Op[Arguments, Result]:
+    """An op and its implementations.
+
+    Attributes:
+      name: for messages.
+      implementations: by name.
+      orders: for each platform, names in order of preference.
+    """
+
+    name: str
+    implementations: Mapping[str, Implementation[Arguments, Result]]
+    orders: Mapping[str, Sequence[str]]
+
+    def __call__(
+        self, arguments: Arguments, *, implementation: str | None = None, config: Any = None
+    ) -> Result:
+        """Computes the op with the implementation that `choose` returns.
+
+        Args:
+          implementation: forces one by name.
+          config: forces how a kernel is cut; only with a named implementation, and of its own config class.
+
+        Raises:
+          Unsupported: see `choose`.
+        """
+        if config is not None and implementation is None:
+            raise ValueError(f"a config of {self.name} needs the name of the implementation that it is for")
+        apply = self.implementations[self.choose(arguments, implementation)].apply
+        return apply(arguments) if config is None else apply(arguments, config)
+
+    def choose(
+        self, arguments: Arguments, implementation: str | None = None, platform: str | None = None
+    ) -> str:
+        """Name of the implementation that a call gets; the choice and its reasons are logged once each.
+
+        Args:
+          implementation: the one that must take it; None for the first in the platform's order that can.
+          platform: the default backend if None.
+
+        Raises:
+          Unsupported: the named implementation does not exist or does not support the arguments, or none of
+            the platform's does.
+        """
+        platform = platform or jax.default_backend()
+        if implementation is not None:
+            if implementation not in self.implementations:
+                names = ", ".join(self.implementations)
+                raise Unsupported(f"no {self.name} implementation {implementation!r}; there are {names}")
+            if reason := self.implementations[implementation].unsupported(arguments, platform):
+                raise Unsupported(f"{self.name} implementation {implementation!r} cannot be used: {reason}")
+            return implementation
+        passed_over = []
+        for name in self.orders.get(platform, ("xla",)):
+            reason = self.implementations[name].unsupported(arguments, platform)
+            if reason is None:
+                log_once(f"{self.name} on {platform}: using {name}", *passed_over)
+                return name
+            passed_over.append(f"not using {name}: {reason}")
+        raise Unsupported(f"no {self.name} implementation for {platform}: {'; '.join(passed_over)}")
 
 
 @functools.cache
 def log_once(*lines: str) -> None:
-    """Says it the first time only."""
+    """Logs the lines the first time only."""
     logger.info("%s", "; ".join(lines))
+
+
+def in_float32[Arguments, Result](
+    define: Callable[[Arguments], Result], out_dtypes: Callable[[Arguments], Any]
+) -> Callable[[Arguments], Result]:
+    """The reference implementation of an op: its definition on float32 arrays at the highest precision.
+
+    Args:
+      define: the definition, in the dtypes that it is given. Arguments have a static `out_dtype` if the
+        results' is not that of an input.
+      out_dtypes: dtypes of the results of the original call, in their structure.
+    """
+
+    def wide(x):
+        if isinstance(x, QArray) or jnp.issubdtype(x.dtype, jnp.floating):
+            return dequantize(x)
+        return x
+
+    def reference(arguments: Arguments) -> Result:
+        widened: Any = jax.tree.map(wide, arguments, is_leaf=lambda x: isinstance(x, QArray))
+        if hasattr(widened, "out_dtype"):
+            widened = dataclasses.replace(widened, out_dtype=jnp.dtype(jnp.float32))
+        with jax.default_matmul_precision("highest"):
+            results = define(widened)
+        return jax.tree.map(lambda x, dtype: x.astype(dtype), results, out_dtypes(arguments))
+
+    return reference
+
+
+def choose(op, implementations, orders, arguments, named, platform):
+    """As `Op.choose`, for modules as implementations."""
+    table = {name: Implementation(module, module.unsupported) for name, module in implementations.items()}
+    return Op(op, table, orders).choose(arguments, named, platform)

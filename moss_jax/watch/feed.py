@@ -5,8 +5,7 @@ import heapq
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
-from moss_jax.stream import End, Event, Session
-from moss_jax.stream import Frame as FrameEvent
+from moss_jax.stream import End, Event, FrameSeen, Session
 from moss_jax.video import Frame
 
 # Frames that the reader of a lockstep stream may be ahead, so that a long file is never all in memory.
@@ -31,7 +30,7 @@ def watch(session: Session, frames: Iterable[Frame], prompts: Sequence[tuple[flo
     feeder.start()
     try:
         for event in session:
-            if isinstance(event, FrameEvent):
+            if isinstance(event, FrameSeen):
                 feeder.room.release()
             if isinstance(event, End) and feeder.error:
                 # The stream ended because its source broke, and that is what there is to tell.

@@ -9,7 +9,7 @@ from typing import IO
 from rich.console import Console
 from rich.text import Text as Styled
 
-from moss_jax.stream import End, Event, Frame, Interrupted, Silence, Text, Turn
+from moss_jax.stream import End, Event, FrameSeen, Interrupted, Silence, Text, Turn
 
 # Columns before the text: a stream time such as " 12:34  " and the speaker's.
 MARGIN = 8
@@ -20,8 +20,8 @@ FRAME_WHILE_SPEAKING = "▫"
 ENDINGS = {
     "finished": "end of the stream",
     "stopped": "stopped",
-    "text_capacity": "the text capacity is used up; EngineConfig.text_capacity sets it",
-    "bank_capacity": "the memory bank is full; EngineConfig.bank_capacity sets it",
+    "text_capacity": "the text capacity is used up; engine.text_capacity sets it",
+    "bank_capacity": "the memory bank is full; engine.bank_capacity sets it",
     "token_limit": "cut at the limit of tokens",
 }
 
@@ -61,7 +61,7 @@ class Transcript:
                     self._start("turn", event)
                     self._write(f"{PROMPT} {printable(event.prompt)}", "bold cyan")
                     self._end_line()
-            case Frame():
+            case FrameSeen():
                 if self._line == "text":
                     self._write(FRAME_WHILE_SPEAKING, "dim cyan")
             case Text():

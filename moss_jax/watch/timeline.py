@@ -26,7 +26,7 @@ from matplotlib.transforms import Affine2D
 from PIL import Image
 
 from moss_jax.config import ConfigError
-from moss_jax.stream import End, Event, Frame, Interrupted, Silence, Text, Turn
+from moss_jax.stream import End, Event, FrameSeen, Interrupted, Silence, Text, Turn
 from moss_jax.watch.terminal import PROMPT, clock, printable, summary
 
 WIDTH = 1600
@@ -192,7 +192,7 @@ def utterances(events: Iterable[Event]) -> list[Utterance]:
                 begin = Run(event.stream_time, _clean(event.text), kind)
                 said.append(Utterance(kind, [begin], event.stream_time))
                 speaking, kind, frames = True, "update", []
-            case Frame():
+            case FrameSeen():
                 frames.append(Run(event.stream_time, MARK, "frame"))
             case Interrupted() if speaking:
                 said[-1].end, said[-1].cut = event.stream_time, True
@@ -404,10 +404,10 @@ class _Page:
         self.silences = of(Silence)
         self.ends = of(End)
         self.frames = [
-            (frame.time, thumbnails[frame.time]) for frame in of(Frame) if frame.time in thumbnails
+            (frame.time, thumbnails[frame.time]) for frame in of(FrameSeen) if frame.time in thumbnails
         ]
 
-        times = [frame.time for frame in of(Frame)]
+        times = [frame.time for frame in of(FrameSeen)]
         self.spacing = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
         self.length = max(event.stream_time for event in events)
         if times:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from moss_jax.nn.contiguous import ContiguousLinear
+from moss_jax.ops.contiguous import contiguous_linear
 
 from moss_jax.nn import contiguous, for_decoding
-from moss_jax.nn.contiguous import ContiguousLinear
 from moss_jax.nn.layers import Linear
-from moss_jax.ops.contiguous import contiguous_linear
 
 
 @pytest.fixture

@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from moss_jax.nn.quantized import Fp8Linear, QuantizedLinear
+from moss_jax.ops.fused_linear import api as fused_linear
+from moss_jax.ops.norm_linear import api as norm_linear
 
 import moss_jax
 from moss_jax.config import PRESETS, ConfigError, EngineConfig, OptimizerConfig, TrainConfig
 from moss_jax.convert import open_model
 from moss_jax.nn import MossVideo, decoder, is_quantized, quantize, quantized
 from moss_jax.nn.layers import Linear, Residual, remat
-from moss_jax.nn.quantized import Fp8Linear, QuantizedLinear
 from moss_jax.nn.vision import VisionLayer
-from moss_jax.ops.fused_linear import api as fused_linear
 from moss_jax.ops.norm import api as norm
-from moss_jax.ops.norm_linear import api as norm_linear
 from moss_jax.ops.post_attention import api as post_attention
 from moss_jax.sharding import make_mesh
 from moss_jax.stream import PENDING, Engine, Row

@@ -1,4 +1,4 @@
-"""The sequences that are trained on are those that a live session builds."""
+"""Training sequences of the tabletop world are token for token those that a live session builds."""
 
 import numpy as np
 import pytest
@@ -15,9 +15,9 @@ from moss_jax.worlds.tabletop.stream import draw_stream
 
 
 def replay(scripted, dialogues, requests, *, speed, system=chat.SYSTEM_PROMPT, seconds):
-    """Sessions that draw what the dialogues' speakers say; streams side by side share a first turn."""
-    drawn = {slot: [t for t in d.labels if t != IGNORED] for slot, d in enumerate(dialogues)}
-    engine = scripted(drawn, slots=len(dialogues))
+    """A session whose engine samples the assistant's part of each dialogue; all share the first turn."""
+    script = {slot: [t for t in d.labels if t != IGNORED] for slot, d in enumerate(dialogues)}
+    engine = scripted(script, slots=len(dialogues))
     asked = requests[0]
     first = asked[0].text if asked and asked[0].time == 0 else ""
     # As long a tail as it takes to end the last sentence.
@@ -49,7 +49,7 @@ def test_a_session_appends_the_tokens_of_the_dialogue(scripted, tokenizer, speed
             engine, events = replay(
                 scripted, [dialogue], [stream.requests], speed=speed, system=system, seconds=seconds
             )
-            # The token that was drawn last is still pending.
+            # The last token is still pending.
             assert [*engine.state.context[0], engine.state.pending[0]] == dialogue.tokens
             assert not engine.script[0]
             assert engine.seen == list(range(seconds))
@@ -59,7 +59,7 @@ def test_a_session_appends_the_tokens_of_the_dialogue(scripted, tokenizer, speed
             assert events[-1].reason == "finished"
 
 
-def test_what_is_said_when_is_what_the_session_tells(scripted, tokenizer):
+def test_text_events_come_at_the_times_of_the_utterances(scripted, tokenizer):
     rng = np.random.default_rng(0)
     for _ in range(6):
         stream, dialogue = draw(rng, tokenizer, 24, 8)
@@ -72,7 +72,7 @@ def test_what_is_said_when_is_what_the_session_tells(scripted, tokenizer):
 
 
 def test_streams_side_by_side_build_the_same_sequences(scripted, tokenizer):
-    """A slot goes by its own clock, whatever the others do."""
+    """Each slot has a clock of its own."""
     streams = [evaluation_stream(0, index, 16) for index in range(24)]
     streams = [s for s in streams if not s.requests or s.requests[0].time > 0][:8]
     rng = np.random.default_rng(0)

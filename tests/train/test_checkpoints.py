@@ -13,8 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from moss_jax.convert import CheckpointError
-from moss_jax.convert import run_checkpoint as training
+from moss_jax.convert import CheckpointError, run_checkpoint
 from moss_jax.train.checkpoints import Checkpoints
 from moss_jax.train.step import TrainState
 
@@ -76,7 +75,7 @@ def test_the_state_may_be_donated_at_once(tmp_path):
 
 def test_the_newest_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 4, keep=2)
-    whole, broken = training.survey(tmp_path)
+    whole, broken = run_checkpoint.list_checkpoints(tmp_path)
     assert [int(folder.name) for folder in whole] == [3, 4]
     assert not broken
 
@@ -113,9 +112,9 @@ def cut_arrays(folder):
 @pytest.mark.parametrize("harm", [cut_metadata, uncommit, drop_item, cut_text, empty, cut_arrays])
 def test_a_damaged_checkpoint_is_passed_over_and_kept_aside(tmp_path, harm):
     save(tmp_path, 1, 2, 3)
-    harm(tmp_path / training.FOLDER / "3")
+    harm(tmp_path / run_checkpoint.CHECKPOINTS / "3")
     assert_same(restore(tmp_path).state, make_state(2))
-    names = {folder.name for folder in (tmp_path / training.FOLDER).iterdir()}
+    names = {folder.name for folder in (tmp_path / run_checkpoint.CHECKPOINTS).iterdir()}
     assert names == {"1", "2", "3.damaged"}
     # It is not in the way of a new one.
     save(tmp_path, 3)
@@ -125,7 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept_aside(tmp_path, harm):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_when_none_can_be_read_that_is_said(tmp_path):
     save(tmp_path, 1)
-    cut_arrays(tmp_path / training.FOLDER / "1")
+    cut_arrays(tmp_path / run_checkpoint.CHECKPOINTS / "1")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read"):
         restore(tmp_path)
 
@@ -141,7 +140,7 @@ with Checkpoints(sys.argv[2], keep=10) as checkpoints:
 
 
 def test_a_save_that_is_killed_leaves_the_one_before(tmp_path):
-    folder = tmp_path / training.FOLDER
+    folder = tmp_path / run_checkpoint.CHECKPOINTS
     here = str(__file__).rsplit("/", 1)[0]
     process = subprocess.Popen([sys.executable, "-c", SAVE_SLOWLY, here, str(tmp_path)])
     while not list(folder.glob("2.orbax-checkpoint-tmp*/*/*")):
@@ -150,7 +149,7 @@ def test_a_save_that_is_killed_leaves_the_one_before(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(folder.glob("2.orbax-checkpoint-tmp*")), "it was killed too late"
-    assert [path.name for path in training.survey(tmp_path)[0]] == ["1"]
+    assert [path.name for path in run_checkpoint.list_checkpoints(tmp_path)[0]] == ["1"]
     with Checkpoints(tmp_path, keep=10) as checkpoints:
         restored = checkpoints.restore(abstract(make_state(1, width=5_000_000)))
     assert_same(restored.state, make_state(1, width=5_000_000))

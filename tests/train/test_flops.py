@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from moss_jax.config import PARTS, CompressorConfig, moss_tiny, moss_video_11b
+from moss_jax.config import MODEL_PARTS, CompressorConfig, moss_tiny, moss_video_11b
 from moss_jax.nn import MossVideo
 from moss_jax.train.flops import forward_work, peak_flops, train_flops
 
@@ -58,12 +58,12 @@ def counted(config):
 
 def test_forward(config, counted):
     work = forward_work(config, tokens=TOKENS, frames=FRAMES)
-    assert [part for part, *_ in work] == ["decoder", *PARTS]
+    assert [part for part, *_ in work] == ["decoder", *MODEL_PARTS]
     assert all(matmul > 0 for _, matmul, _ in work)
     assert sum(matmul + attention for _, matmul, attention in work) == pytest.approx(counted(()), rel=0.1)
 
 
-@pytest.mark.parametrize("trained", [PARTS, ("decoder",), ("projector",), ("compressor", "decoder")])
+@pytest.mark.parametrize("trained", [MODEL_PARTS, ("decoder",), ("projector",), ("compressor", "decoder")])
 def test_training(config, counted, trained):
     flops = train_flops(config, batch=1, tokens=TOKENS, frames=FRAMES, trained=trained)
     assert flops == pytest.approx(counted(trained), rel=0.1)

@@ -18,8 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 import moss_jax
 from moss_jax.config import ConfigError
-from moss_jax.convert import CheckpointError
-from moss_jax.convert import run_checkpoint as training
+from moss_jax.convert import CheckpointError, run_checkpoint
 from moss_jax.train import loop
 from moss_jax.train.log import read_metrics
 
@@ -123,7 +122,7 @@ def test_a_run_that_is_told_to_stop_saves_what_it_did(tmp_path, finished, checkp
     loop.run(config, tmp_path)
     assert signal.getsignal(number) is before
     assert runs.losses(tmp_path) == runs.losses(finished)[:3]
-    assert training.find(tmp_path).name == "3"
+    assert run_checkpoint.find_checkpoint(tmp_path).name == "3"
     monkeypatch.undo()
     loop.run(config, tmp_path, resume=True)
     assert runs.losses(tmp_path) == runs.losses(finished)
@@ -133,8 +132,8 @@ def test_the_files_of_a_run(finished):
     names = {path.name for path in finished.iterdir()}
     assert {"checkpoints", "config.gin", "loss.png", "metrics.jsonl", "tokenizer.json"} <= names
     assert "train.steps = 6" in (finished / "config.gin").read_text().splitlines()
-    assert [folder.name for folder in training.survey(finished)[0]] == ["4", "6"]
-    saved = training.read_json(training.find(finished), "config")
+    assert [folder.name for folder in run_checkpoint.list_checkpoints(finished)[0]] == ["4", "6"]
+    saved = run_checkpoint.read_json(run_checkpoint.find_checkpoint(finished), "config")
     assert saved["gin"] == (finished / "config.gin").read_text()
     for row in read_metrics(finished):
         assert {"loss", "loss_text", "loss_silence", "grad_norm", "learning_rate", "tokens"} <= set(row)
@@ -169,7 +168,7 @@ def events(content: bytes) -> list[Event]:
 
 def test_a_folder_with_checkpoints_is_not_begun_anew(finished, checkpoint):
     before = sorted(path.name for path in finished.rglob("*"))
-    with pytest.raises(ConfigError, match=r"holds checkpoints of an earlier run; go on with it by --resume"):
+    with pytest.raises(ConfigError, match=r"has checkpoints of an earlier run; resume it with --resume"):
         loop.run(runs.make_config(checkpoint), finished)
     assert sorted(path.name for path in finished.rglob("*")) == before
 
@@ -186,7 +185,7 @@ def test_settings_that_changed_are_told(tmp_path, finished, checkpoint, caplog):
 
 def test_other_trained_parts_are_refused(finished, checkpoint):
     config = runs.make_config(checkpoint, "train.trainable = ('projector',)")
-    with pytest.raises(CheckpointError, match="other parts of it were trained"):
+    with pytest.raises(CheckpointError, match="other parts were trained"):
         loop.run(config, finished, resume=True)
 
 
@@ -194,23 +193,23 @@ def test_rows_that_break_are_counted_by_reason(tmp_path, checkpoint, monkeypatch
     break_rows(monkeypatch, "a.mp4 is torn", "a.mp4 is torn")
     caplog.set_level("INFO", "moss_jax")
     loop.run(runs.make_config(checkpoint, "data.max_dropped_share = 0.5"), tmp_path)
-    assert "2 of 12 rows broke while they were loaded:\n  2 x a.mp4 is torn" in caplog.messages
+    assert "2 of 12 rows could not be loaded:\n  2 x a.mp4 is torn" in caplog.messages
     assert "2 rows dropped" in capsys.readouterr().out
-    position = training.read_json(training.find(tmp_path), "position")
+    position = run_checkpoint.read_json(run_checkpoint.find_checkpoint(tmp_path), "position")
     assert position == {"batch": 6, "drops": {"rows": 12, "dropped": 2, "reasons": {"a.mp4 is torn": 2}}}
 
 
 def test_too_many_rows_that_break_end_the_run(tmp_path, checkpoint, monkeypatch):
     break_rows(monkeypatch, "a.mp4 is torn", "b.mp4 is torn")
-    monkeypatch.setattr(loop, "ENOUGH_ROWS", 8)
-    with pytest.raises(loop.DataError, match=r"2 of 8 rows broke.*\n.*\n.*\nMore than 10% of the rows"):
+    monkeypatch.setattr(loop, "MIN_ROWS", 8)
+    with pytest.raises(loop.DataError, match=r"2 of 8 rows could not be loaded.*\n.*\n.*\nMore than 10% of the rows are unusable"):
         loop.run(runs.make_config(checkpoint), tmp_path)
     # What was saved before stays.
-    assert training.find(tmp_path).name == "2"
+    assert run_checkpoint.find_checkpoint(tmp_path).name == "2"
 
 
 def test_of_many_reasons_the_first_are_named():
-    drops = loop.Drops()
+    drops = loop.DropCounts()
     drops.count(100, tuple(f"{i}.mp4 is torn" for i in range(loop.MAX_REASONS + 7)))
     assert str(drops).endswith("  and 7 more")
 
@@ -218,8 +217,8 @@ def test_of_many_reasons_the_first_are_named():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["tabletop.image_size = 64"], "sees frames of 56 pixels: set tabletop.image_size to that, not 64"),
-        (["mesh.data = 3", "mesh.fsdp = 1"], "needs 3 devices, not 1; set mesh.data"),
+        (["tabletop.image_size = 64"], "tabletop.image_size 64 must be the model's image_size 56"),
+        (["mesh.data = 3", "mesh.fsdp = 1"], "needs 3 devices, not 1; the product of mesh.data"),
         (
             ["model.checkpoint = None", "model.preset = 'moss_video_11b'", "tabletop.image_size = 560"],
             "predicts 128256 tokens, but its tokenizer has 1024; set model.checkpoint",
@@ -236,7 +235,7 @@ def test_a_compressor_that_the_checkpoint_lacks_begins_at_random(tmp_path, check
         checkpoint, "model.pool = 'channelFusion'", "train.trainable = ('compressor',)", "train.steps = 1"
     )
     loop.run(config, tmp_path / "run")
-    training.export(tmp_path / "run", tmp_path / "out", dtype="float32")
+    run_checkpoint.export(tmp_path / "run", tmp_path / "out", dtype="float32")
     model, start = moss_jax.load(tmp_path / "out"), moss_jax.load(checkpoint)
     assert model.config.compressor.mode == "channelFusion"
     assert (model.projector.kernel[...] == start.projector.kernel[...]).all()

@@ -1,4 +1,4 @@
-"""The training step on one device: what learns, what stays, and that ways to save memory change nothing."""
+"""The training step on one device: trained and frozen parameters, metrics, micro-batches, loss terms."""
 
 import dataclasses
 
@@ -117,6 +117,23 @@ def test_metrics(trainer, three_steps, compiled):
     assert row["loss_after_silence"] == pytest.approx(losses[after].mean(), rel=1e-5)
     weighted = losses[text].sum() + 0.1 * losses[silence].sum()
     assert row["loss"] == pytest.approx(weighted / targets.sum(), rel=1e-5)
+
+
+def test_an_additional_loss_term_is_added_with_its_weight(make_trainer, three_steps):
+    _, (plain, *_) = three_steps
+    _, (row,) = run(make_trainer(loss_terms=(("z_loss", 0.5),), silence_weight=0.0), 1)
+    silence = make_batch().labels[:, 1:] == SILENCE
+    cross_entropy = plain["loss_text"] * (1 - silence.sum() / plain["targets"])
+    assert row["z_loss"] > 1
+    assert row["loss_text"] == pytest.approx(plain["loss_text"], rel=1e-5)
+    # Its targets are weighted like those of the cross-entropy.
+    assert row["loss"] > cross_entropy + 0.1 * row["z_loss"]
+    assert row["grad_norm"] > 1.1 * plain["grad_norm"]
+
+
+def test_an_unknown_loss_term_is_refused(make_trainer):
+    with pytest.raises(ConfigError, match="loss_terms must be some of z_loss; got entropy"):
+        make_trainer(loss_terms=(("entropy", 0.1),))
 
 
 def test_metrics_stay_on_the_device(frozen_trainer):
@@ -242,10 +259,10 @@ def test_the_abstract_state(frozen_trainer):
 
 
 def test_what_cannot_be_trained_is_refused(make_trainer, small_config, trainer):
-    with pytest.raises(ConfigError, match="compressor has no parameters"):
+    with pytest.raises(ConfigError, match="only parts without parameters: compressor"):
         make_trainer(trainable=("compressor",))
     assert make_trainer(small_config("channelFusion"), trainable=("compressor",)).abstract().trained
-    with pytest.raises(ValueError, match="other parameters"):
+    with pytest.raises(ValueError, match="parameters of this model are not those"):
         trainer.adopt(MossVideo(small_config("channelFusion"), rngs=nnx.Rngs(0)))
     half = jax.tree.map(lambda x: x[:3], make_batch())
     with pytest.raises(ConfigError, match=r"batch of 3 sequences .* multiple of 2"):

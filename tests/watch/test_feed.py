@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 
 from moss_jax.config import FrameSampling, SessionConfig
-from moss_jax.stream import End, Frame, Session, Turn
-from moss_jax.video import Frame as VideoFrame
-from moss_jax.video import VideoError, sample_file
+from moss_jax.stream import End, FrameSeen, Session, Turn
+from moss_jax.video import Frame, VideoError, sample_file
 from moss_jax.watch.feed import READ_AHEAD, watch
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo.mp4"
 
 
 def clip(count: int, fps: float = 1.0):
-    return (VideoFrame(np.full((4, 4, 3), i, np.uint8), i / fps) for i in range(count))
+    return (Frame(np.full((4, 4, 3), i, np.uint8), i / fps) for i in range(count))
 
 
 def without_wall(events) -> list[dict]:
@@ -70,7 +69,7 @@ def test_another_seed_says_something_else(make_engine):
 def test_prompts_and_frames_enter_in_order_of_time(scripted):
     prompts = [(2.5, "third"), (0.0, "first"), (2.0, "second")]
     events = list(watch(Session(scripted(), SessionConfig()), clip(4), prompts))
-    order = [e.prompt if isinstance(e, Turn) else e.index for e in events if isinstance(e, Frame | Turn)]
+    order = [e.prompt if isinstance(e, Turn) else e.index for e in events if isinstance(e, FrameSeen | Turn)]
     assert order == ["", "first", 0, 1, "second", 2, "third", 3]
 
 
@@ -85,7 +84,7 @@ def test_a_long_lockstep_source_is_read_only_a_little_ahead(scripted):
 
     seen = 0
     for event in watch(Session(scripted(), SessionConfig()), source(), []):
-        if isinstance(event, Frame):
+        if isinstance(event, FrameSeen):
             seen += 1
             assert pulled <= seen + READ_AHEAD + 2
     assert seen == 200
@@ -96,7 +95,7 @@ def test_realtime_keeps_the_pace_of_the_source(scripted):
     session = Session(scripted(), SessionConfig(clock="realtime"))
     events = list(watch(session, clip(6, fps=10.0), [(0.25, "What?")]))
     assert time.monotonic() - started >= 0.5
-    frames = [e for e in events if isinstance(e, Frame)]
+    frames = [e for e in events if isinstance(e, FrameSeen)]
     assert all(e.stream_time >= e.time for e in frames)
     assert [e.prompt for e in events if isinstance(e, Turn)] == ["", "What?"]
 
@@ -114,7 +113,7 @@ def test_a_source_that_breaks_is_raised_after_the_frames_before_it(scripted):
     told = []
     with pytest.raises(VideoError, match="damaged after 3 s"):
         told.extend(watch(Session(scripted(), SessionConfig()), source(), []))
-    assert sum(isinstance(e, Frame) for e in told) == 3
+    assert sum(isinstance(e, FrameSeen) for e in told) == 3
     assert not any(isinstance(e, End) for e in told)
     assert closed
     assert not feeders()
@@ -132,7 +131,7 @@ def test_leaving_early_ends_the_feeder_and_closes_the_source(scripted, clock):
 
     events = watch(Session(scripted(), SessionConfig(clock=clock)), source(), [(500.0, "still there?")])
     for event in events:
-        if isinstance(event, Frame):
+        if isinstance(event, FrameSeen):
             break
     events.close()
     assert closed

@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from moss_jax.stream import Counters, End, Frame, Interrupted, Silence, Text, Turn
+from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text, Turn
 from moss_jax.watch.terminal import print_json, print_transcript, printable
 
 
@@ -17,13 +17,13 @@ def at(kind, when, **fields):
 STORY = [
     at(Turn, 0, prompt=""),
     at(Silence, 0),
-    at(Frame, 0, index=0, time=0.0),
+    at(FrameSeen, 0, index=0, time=0.0),
     at(Silence, 0),
-    at(Frame, 1, index=1, time=1.0),
+    at(FrameSeen, 1, index=1, time=1.0),
     at(Silence, 1),
     at(Turn, 61.5, prompt="What is there?"),
     at(Text, 61.5, text="A red"),
-    at(Frame, 62, index=2, time=62.0),
+    at(FrameSeen, 62, index=2, time=62.0),
     at(Text, 62, text=" card"),
     at(Interrupted, 62.2, said="A red card"),
     at(Turn, 62.2, prompt="And now?"),
@@ -75,7 +75,7 @@ def test_a_model_cannot_steer_the_terminal():
 @pytest.mark.parametrize("reason", ["text_capacity", "bank_capacity"])
 def test_a_full_capacity_is_said_with_the_setting_that_gives_more(reason):
     end = at(End, 1, reason=reason, counters=Counters(frames_dropped=2))
-    assert f"EngineConfig.{reason}" in transcript([end])
+    assert f"engine.{reason}" in transcript([end])
     assert "2 frames dropped" in transcript([end])
 
 

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from moss_jax.config import ConfigError
-from moss_jax.stream import Counters, End, Frame, Interrupted, Silence, Text, Turn
+from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text, Turn
 from moss_jax.watch.timeline import (
     COLOURS,
     FILLS,
@@ -43,7 +43,7 @@ def say(when, *tokens, step=0.125):
 
 
 def frame(when, index=0):
-    return at(Frame, when, index=index, time=float(when))
+    return at(FrameSeen, when, index=index, time=float(when))
 
 
 def end(when):
@@ -82,7 +82,7 @@ def picture(size=(24, 32)):
 def recorded(events, size=(24, 32)) -> Timeline:
     timeline = Timeline()
     for event in events:
-        if isinstance(event, Frame):
+        if isinstance(event, FrameSeen):
             timeline.add_frame(picture(size), event.time)
         timeline.add(event)
     return timeline

@@ -8,6 +8,7 @@ from moss_jax.ops.attention.api import (
     self_attention,
 )
 from moss_jax.ops.attention.arguments import Arguments, KeyRange, RoundedProjection
+from moss_jax.ops.attention.projected import RoundedQKV, norm_self_attention
 from moss_jax.ops.dispatch import Unsupported
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "Arguments",
     "KeyRange",
     "RoundedProjection",
+    "RoundedQKV",
     "Unsupported",
     "append_and_attend",
     "attention",
     "choose",
+    "norm_self_attention",
     "self_attention",
 ]

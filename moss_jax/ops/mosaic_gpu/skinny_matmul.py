@@ -8,6 +8,10 @@ neighbours of the weights, 16 bytes, and the same inputs of x.
 M rows, X inputs of a tile
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPrivateImportUsage=false
+
 import dataclasses
 import math
 

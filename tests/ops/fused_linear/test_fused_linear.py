@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from moss_jax.ops.dispatch import Unsupported
 from moss_jax.ops.fused_linear import IMPLEMENTATIONS, Arguments, choose, fused_linear, mosaic_gpu, xla
 from moss_jax.ops.gelu import gelu as gelu_op
+
+from moss_jax.ops.dispatch import Unsupported
 
 K, N = 768, 128
 BFLOAT16, FLOAT8 = jnp.dtype("bfloat16"), jnp.dtype("float8_e4m3fn")

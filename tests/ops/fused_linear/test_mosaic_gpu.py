@@ -9,6 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moss_jax.ops.fused_linear import Arguments, mosaic_gpu
+from moss_jax.ops.fused_linear.mosaic_gpu import (
+    LARGEST,
+    LOG2_TAIL_IN_8_BITS,
+    Config,
+    default_config,
+    many_rows,
+)
 from ops.fused_linear.test_fused_linear import (
     BFLOAT16,
     FLOAT8,
@@ -20,15 +28,6 @@ from ops.fused_linear.test_fused_linear import (
     on_gpu,
 )
 from scipy.special import ndtr
-
-from moss_jax.ops.fused_linear import Arguments, mosaic_gpu
-from moss_jax.ops.fused_linear.mosaic_gpu import (
-    LARGEST,
-    LOG2_TAIL_IN_8_BITS,
-    Config,
-    default_config,
-    many_rows,
-)
 
 # Calls of the vision encoder's layers; rows of its batches, 1, 8 and 32 frames.
 LAYERS = {

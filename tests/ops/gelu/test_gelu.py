@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moss_jax.ops.gelu import IMPLEMENTATIONS, Arguments, choose, gelu, mosaic_gpu
 
 from moss_jax.ops.dispatch import Unsupported
-from moss_jax.ops.gelu import IMPLEMENTATIONS, Arguments, choose, gelu, mosaic_gpu
 
 N = 256
 # In rows, so that every implementation takes them.

@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from ops.gelu.test_gelu import N, abstract, close, draw, on_gpu
-
 from moss_jax.ops.gelu import Arguments, gelu, mosaic_gpu
 from moss_jax.ops.gelu.mosaic_gpu import GeluConfig
+from ops.gelu.test_gelu import N, abstract, close, draw, on_gpu
 
 # One frame and sixteen.
 SHAPES = ((1, 1608, 5120), (16, 1608, 5120))

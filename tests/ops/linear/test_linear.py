@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moss_jax.ops.linear.arguments import QUANTIZED
 
 from moss_jax.ops.attention.mosaic_gpu.decode_quantized import shuffle
 from moss_jax.ops.dispatch import Unsupported
 from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, choose, linear, mosaic_gpu
-from moss_jax.ops.linear.arguments import QUANTIZED
 
 K, N = 256, 128
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moss_jax.ops.linear.arguments import QUANTIZED
 from ops.linear.test_linear import abstract, close, exact, inputs, on_gpu
 
 from moss_jax.ops.linear import Arguments, mosaic_gpu
-from moss_jax.ops.linear.arguments import QUANTIZED
 from moss_jax.ops.linear.mosaic_gpu import LinearConfig
 
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256))

@@ -4,14 +4,14 @@ from unittest import mock
 
 import jax
 import pytest
-
-from moss_jax.ops.attention import mosaic_gpu as attention
 from moss_jax.ops.fused_linear import mosaic_gpu as fused_linear
 from moss_jax.ops.gelu import mosaic_gpu as gelu
+from moss_jax.ops.norm_linear import mosaic_gpu as norm_linear
+
+from moss_jax.ops.attention import mosaic_gpu as attention
 from moss_jax.ops.linear import mosaic_gpu as linear
 from moss_jax.ops.mosaic_gpu import hopper
 from moss_jax.ops.norm import mosaic_gpu as norm
-from moss_jax.ops.norm_linear import mosaic_gpu as norm_linear
 from moss_jax.ops.post_attention import mosaic_gpu as post_attention
 
 

@@ -5,11 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from ops.norm_linear.test_norm_linear import abstract, close, make_arguments, on_gpu
-
 from moss_jax.ops.linear.arguments import QUANTIZED
 from moss_jax.ops.norm_linear import mosaic_gpu
 from moss_jax.ops.norm_linear.mosaic_gpu import Config, default_config
+from ops.norm_linear.test_norm_linear import abstract, close, make_arguments, on_gpu
 
 K = 4096
 OUTPUTS = (6144, 4096)  # The 11B's queries, keys and values, and its queries alone.

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moss_jax.ops.norm_linear import IMPLEMENTATIONS, Arguments, choose, mosaic_gpu, norm_linear
 
 from moss_jax.ops.dispatch import Unsupported
 from moss_jax.ops.linear import linear
 from moss_jax.ops.norm import rms_norm
-from moss_jax.ops.norm_linear import IMPLEMENTATIONS, Arguments, choose, mosaic_gpu, norm_linear
 
 K, N = 512, 96
 EPS = 1e-5

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moss_jax.ops.linear.arguments import QUANTIZED
 from ops.post_attention.test_post_attention import abstract, close, make_arguments, on_gpu
 
-from moss_jax.ops.linear.arguments import QUANTIZED
 from moss_jax.ops.post_attention import mosaic_gpu
 from moss_jax.ops.post_attention.mosaic_gpu import Config, default_config, plan
 

@@ -19,17 +19,17 @@ from moss_jax.worlds.tabletop.dialogue import (
     Dialogue,
     Request,
     Utterance,
-    answer,
     converse,
     converse_offline,
     draw_question,
     draw_requests,
     list_of,
-    tell,
+    narrate,
+    true_answer,
 )
 from moss_jax.worlds.tabletop.language import ASK, LIVE, PAST, SAY, WAIT, agrees, holds, sentence, understand
-from moss_jax.worlds.tabletop.stream import Stream, draw_stream
-from moss_jax.worlds.tabletop.world import CARD, Event, Table, Thing, World, generate
+from moss_jax.worlds.tabletop.stream import TabletopStream, draw_stream
+from moss_jax.worlds.tabletop.world import CARD, Table, TableEvent, Thing, World, generate
 
 # ------------------------------------------------------------------------- reading a sequence back
 
@@ -79,7 +79,7 @@ class Case:
       asked_at: the last frame before each request.
     """
 
-    stream: Stream
+    stream: TabletopStream
     speed: int
     dialogue: Dialogue
     heard: list[Speech]
@@ -386,7 +386,7 @@ def test_a_correction_comes_right_after_the_frame_that_calls_for_it(cases, token
             assert set(new.sentence.facts) >= set(request.keys)
             # What was said is not the beginning of what is true now.
             if old is case.said(new.request)[0]:
-                texts = {answer(request, case.truth[new.frame]).text(variant) for variant in range(2)}
+                texts = {true_answer(request, case.truth[new.frame]).text(variant) for variant in range(2)}
                 said = statement.speech.tokens[: statement.first]
                 assert any(tokenizer.encode(text)[: len(said)] != said for text in texts)
     assert found > 20
@@ -436,7 +436,7 @@ def test_each_request_is_answered_first_of_all(cases):
             if request.kind in LIVE:
                 assert set(request.keys) <= set(facts)
             elif request.kind in PAST:
-                assert first.sentence == answer(request, case.truth[first.frame])
+                assert first.sentence == true_answer(request, case.truth[first.frame])
             else:
                 assert first.sentence.name == "okay"
             assert first.due == (
@@ -463,7 +463,7 @@ def test_answers_about_the_past(cases):
             happened = [event for event in world.events if event.frame <= said.frame]
             if request.kind == "event":
                 if happened:
-                    assert said.sentence == tell(happened[-1], case.truth[said.frame])
+                    assert said.sentence == narrate(happened[-1], case.truth[said.frame])
                 else:
                     assert said.sentence.name == "nothing happened"
             else:
@@ -481,7 +481,7 @@ def told_by(case: Case, glance: Glance) -> dict[str, str]:
     return told
 
 
-def is_due(case: Case, glance: Glance, events: dict[int, Event]) -> bool:
+def is_due(case: Case, glance: Glance, events: dict[int, TableEvent]) -> bool:
     """Whether there is something to say at a frame, by what was said before it."""
     if glance.request < 0:
         return False
@@ -498,7 +498,7 @@ def is_due(case: Case, glance: Glance, events: dict[int, Event]) -> bool:
     if request.kind == "narrate":
         done = {u.due for u in before}
         return any(
-            frame not in done and holds(tell(event, case.truth[frame]).facts, truth)
+            frame not in done and holds(narrate(event, case.truth[frame]).facts, truth)
             for frame, event in events.items()
             if asked < frame <= glance.frame
         )
@@ -580,7 +580,7 @@ def test_changes_are_told_in_order(cases, fast):
             for utterance in narrated:
                 assert utterance.due > case.asked_at[number]
                 event = events[utterance.due]
-                assert utterance.sentence == tell(event, case.truth[utterance.due])
+                assert utterance.sentence == narrate(event, case.truth[utterance.due])
                 assert holds(utterance.sentence.facts, case.truth[utterance.frame])
             told += len(narrated)
             if case in fast:
@@ -705,10 +705,10 @@ def test_a_moment_is_called_once(play):
 def test_changes_are_told(play):
     tables = [EMPTY, RED, BLUE, Table((star("blue", 2),)), EMPTY]
     events = [
-        Event(1, "appear", "star"),
-        Event(2, "colour", "star", "blue"),
-        Event(3, "move", "star", "right"),
-        Event(4, "leave", "star"),
+        TableEvent(1, "appear", "star"),
+        TableEvent(2, "colour", "star", "blue"),
+        TableEvent(3, "move", "star", "right"),
+        TableEvent(4, "leave", "star"),
     ]
     assert play(tables, ask_for("narrate", 0.1), events=events, speed=16) == (
         "|·▫·|Okay.·▫A red star appears on the left.·▫The star turns blue.·▫The star moves to the right.·"
@@ -728,7 +728,11 @@ def test_changes_that_have_to_wait_are_told_in_order(play):
         Table((star("red"), ring)),
         *[Table((star("red"), ring, circle))] * 9,
     ]
-    events = [Event(1, "appear", "star"), Event(2, "appear", "ring"), Event(3, "appear", "circle")]
+    events = [
+        TableEvent(1, "appear", "star"),
+        TableEvent(2, "appear", "ring"),
+        TableEvent(3, "appear", "circle"),
+    ]
     text = play(tables, ask_for("narrate", 0.2), events=events, speed=4)
     told = [part for part in text.replace("▫", "").split("·") if part.startswith("A ")]
     assert told == [
@@ -742,7 +746,7 @@ def test_the_last_request_counts(play):
     requests = [ask_for("colour", 0.2, "star"), ask_for("watch", 0.4)]
     assert play([RED, BLUE, RED], *requests) == "|·▫·|It is|Okay.·▫·▫·"
     requests = [ask_for("narrate", 0.2), ask_for("colour", 1.2, "star")]
-    text = play([RED, BLUE, RED], *requests, events=[Event(1, "colour", "star", "blue")])
+    text = play([RED, BLUE, RED], *requests, events=[TableEvent(1, "colour", "star", "blue")])
     assert text == "|·▫·|Okay.·▫The star|It is blue.·▫Now it is red.·"
 
 
@@ -777,13 +781,13 @@ def test_offline_the_whole_clip_comes_first(tokenizer):
     kinds = set()
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        world = generate(rng, 9, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        world = generate(rng, 9, digit_indices=digits.training_indices(), rate=0.5, gap=1)
         request = draw_question(rng, world)
         kinds.add(request.kind)
         dialogue = converse_offline(world, request, tokenizer, rng=rng, system=("Look.", None)[seed % 2])
         (said,) = dialogue.utterances
         truth = world.truth[-1]
-        assert said.sentence == answer(request, truth)
+        assert said.sentence == true_answer(request, truth)
         assert holds(said.sentence.facts, truth)
 
         # All frames, then the question, then an answer that ends its turn.
@@ -811,7 +815,7 @@ def asked(cases) -> list[tuple[World, Request]]:
     drawn = [(case.stream.world, request) for case in cases for request in case.stream.requests]
     for seed in range(200):
         rng = np.random.default_rng([seed, 1])
-        world = generate(rng, 24, digit_indices=digits.train_indices(), rate=0.4, gap=2)
+        world = generate(rng, 24, digit_indices=digits.training_indices(), rate=0.4, gap=2)
         drawn += [(world, request) for request in draw_requests(rng, world, first_turn=0.5)]
     return drawn
 
@@ -861,7 +865,7 @@ def test_requests_make_sense(asked):
 
 def test_how_often_something_is_asked_before_the_first_frame():
     rng = np.random.default_rng(0)
-    world = generate(rng, 10, digit_indices=digits.train_indices(), rate=0.4, gap=2)
+    world = generate(rng, 10, digit_indices=digits.training_indices(), rate=0.4, gap=2)
     for share in (0.0, 0.3, 1.0):
         first = [draw_requests(rng, world, first_turn=share)[0].time == 0 for _ in range(200)]
         assert abs(np.mean(first) - share) < 0.1
@@ -870,7 +874,7 @@ def test_how_often_something_is_asked_before_the_first_frame():
 def test_dense_requests_are_questions_in_quick_succession():
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        world = generate(rng, 8, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        world = generate(rng, 8, digit_indices=digits.training_indices(), rate=0.5, gap=1)
         requests = draw_requests(rng, world, dense=True)
         assert {request.kind for request in requests} <= {*LIVE, *PAST}
         assert len(requests) >= 6
@@ -881,7 +885,7 @@ def test_dense_requests_are_questions_in_quick_succession():
 def test_a_short_stream_can_be_asked_about():
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        world = generate(rng, 1, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        world = generate(rng, 1, digit_indices=digits.training_indices(), rate=0.5, gap=1)
         assert all(r.time < 1 for r in draw_requests(rng, world, first_turn=0.5, dense=seed % 2 == 0))
 
 
@@ -889,6 +893,6 @@ def test_the_list_of_what_is_there():
     truth = World((Table((star("red"), card(8), Thing("circle", (0, 1), "blue"))),), ()).truth[0]
     assert list_of(truth) == "a blue circle, a red star and a card with a 8"
     assert (
-        answer(ask_for("list", 1.0), truth).text()
+        true_answer(ask_for("list", 1.0), truth).text()
         == "There is a blue circle, a red star and a card with an 8."
     )

@@ -90,7 +90,7 @@ def wordings(said: Sentence) -> set[str]:
 
 def truths(seed: int) -> tuple[dict, ...]:
     rng = np.random.default_rng(seed)
-    return generate(rng, 40, digit_indices=digits.train_indices(), rate=0.8, gap=1).truth
+    return generate(rng, 40, digit_indices=digits.training_indices(), rate=0.8, gap=1).truth
 
 
 # -------------------------------------------------------------------------- saying and understanding

@@ -230,7 +230,7 @@ def test_digits_stay_readable():
             )
         return np.array(crops).reshape(len(indices), -1)
 
-    train, test = digits.train_indices(), rng.choice(digits.test_indices(), 100, replace=False)
+    train, test = digits.training_indices(), rng.choice(digits.held_out_indices(), 100, replace=False)
     known, new = cards(train), cards(test)
     nearest = ((known**2).sum(1) - 2 * new @ known.T).argmin(1)
     right = [digits.label(i) == digits.label(train[k]) for i, k in zip(test, nearest, strict=True)]

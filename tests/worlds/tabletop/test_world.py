@@ -18,9 +18,9 @@ from moss_jax.worlds.tabletop.world import (
     ENDS,
     MAX_SHAPES,
     PLACES,
-    Event,
     EventKind,
     Table,
+    TableEvent,
     Thing,
     World,
     generate,
@@ -32,7 +32,7 @@ CHANGES = set(get_args(EventKind))
 
 def draw(seed: int, *, seconds: int = SECONDS, rate: float = 0.7, gap: int = 1) -> World:
     rng = np.random.default_rng(seed)
-    return generate(rng, seconds, digit_indices=digits.train_indices(), rate=rate, gap=gap)
+    return generate(rng, seconds, digit_indices=digits.training_indices(), rate=rate, gap=gap)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def digit_image(number: int) -> int:
 
 
 def test_every_table_is_possible(worlds):
-    trained = set(digits.train_indices().tolist())
+    trained = set(digits.training_indices().tolist())
     for table in itertools.chain.from_iterable(world.tables for world in worlds):
         kinds = [thing.kind for thing in table.things]
         cells = [thing.cell for thing in table.things]
@@ -228,13 +228,13 @@ def test_truth_of_a_short_story():
         Table((star,), covered="star"),
     )
     events = (
-        Event(1, "appear", CARD),
-        Event(2, "cover", CARD),
-        Event(3, "uncover", CARD),
-        Event(4, "digit", CARD, "5"),
-        Event(5, "appear", "star"),
-        Event(6, "leave", CARD),
-        Event(7, "cover", "star"),
+        TableEvent(1, "appear", CARD),
+        TableEvent(2, "cover", CARD),
+        TableEvent(3, "uncover", CARD),
+        TableEvent(4, "digit", CARD, "5"),
+        TableEvent(5, "appear", "star"),
+        TableEvent(6, "leave", CARD),
+        TableEvent(7, "cover", "star"),
     )
     truth = World(tables, events).truth
 
@@ -254,7 +254,7 @@ def test_truth_of_a_short_story():
 
 def test_what_was_covered_from_the_beginning_has_not_been_seen():
     star = Thing("star", (0, 0), "red")
-    truth = World((Table((star,), covered="star"), Table((star,))), (Event(1, "uncover", "star"),)).truth
+    truth = World((Table((star,), covered="star"), Table((star,))), (TableEvent(1, "uncover", "star"),)).truth
     assert [facts["seen:star"] for facts in truth] == ["none", "yes"]
 
 
@@ -353,7 +353,7 @@ def test_a_change_goes_on_evenly():
     """Half-way in time, a thing that moves is half-way there."""
     star = Thing("star", (0, 0), "red")
     moved = dataclasses.replace(star, cell=(2, 1))
-    world = World((Table((star,)), Table((moved,))), (Event(1, "move", "star", "right"),))
+    world = World((Table((star,)), Table((moved,))), (TableEvent(1, "move", "star", "right"),))
     (item,) = world.scene(1 - (BEGINS + ENDS) / 2).items
     assert (item.x, item.y) == pytest.approx((0.5, 0.5))
     xs = [world.scene(t).items[0].x for t in np.linspace(0, 1, 101)]

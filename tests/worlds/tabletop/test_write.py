@@ -17,16 +17,16 @@ from moss_jax.data.rows import read_rows
 from moss_jax.text import chat
 from moss_jax.text.labels import IGNORED
 from moss_jax.video import probe, sample_file
-from moss_jax.worlds.tabletop import Stream, evaluation_stream
+from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 from moss_jax.worlds.tabletop.dialogue import Dialogue, Request, converse
 from moss_jax.worlds.tabletop.language import WAIT
-from moss_jax.worlds.tabletop.write import FPS, MAX_NOISE, to_row, truth, write_video
+from moss_jax.worlds.tabletop.write import FPS, MAX_NOISE, ground_truth, to_row, write_video
 
 SECONDS, SIZE = 8, 96
 SPEEDS = (3, 8, 32)
 
 
-def calm(stream: Stream) -> Stream:
+def calm(stream: TabletopStream) -> TabletopStream:
     """The same stream before a perfect camera."""
     return dataclasses.replace(
         stream, look=dataclasses.replace(stream.look, noise=0.0, shake=0.0, flicker=0.0)
@@ -38,7 +38,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def stream() -> Stream:
+def stream() -> TabletopStream:
     """One with a few changes."""
     drawn = (evaluation_stream(0, index, SECONDS) for index in itertools.count())
     return next(s for s in drawn if len(s.world.events) == 3)
@@ -52,7 +52,7 @@ def video(stream, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dialogues(tokenizer) -> list[tuple[Stream, Dialogue]]:
+def dialogues(tokenizer) -> list[tuple[TabletopStream, Dialogue]]:
     found = []
     for index in range(45):
         stream = evaluation_stream(1, index, SECONDS)
@@ -146,7 +146,7 @@ def test_a_row_is_the_sequence(rows, dialogues, tokenizer):
     for row, (_, dialogue) in zip(rows, dialogues, strict=True):
         assert row.realtime
         assert row.tokens.tolist() == [*dialogue.tokens, tokenizer.special.eot]
-        assert row.learnt.tolist() == [*(label != IGNORED for label in dialogue.labels), False]
+        assert row.is_target.tolist() == [*(label != IGNORED for label in dialogue.labels), False]
         (medium,) = row.media
         assert medium.times == tuple(range(SECONDS))
 
@@ -238,7 +238,7 @@ def test_a_written_stream_can_be_trained_on(stream, video, tokenizer, tmp_path):
 
 def test_the_truth_is_complete(dialogues):
     for stream, dialogue in dialogues:
-        written = truth(stream, dialogue)
+        written = ground_truth(stream, dialogue)
         read = json.loads(json.dumps(written))
         assert read == written
         assert read["seconds"] == SECONDS
@@ -309,5 +309,5 @@ def test_a_size_that_cannot_be_is_refused(monkeypatch, tmp_path, capsys, size):
     with pytest.raises(SystemExit) as refused:
         run(monkeypatch, "--out", tmp_path / "out", f"--size={size}")
     assert refused.value.code == 2
-    assert f"--size is an even number from 32 on, not {size}" in capsys.readouterr().err
+    assert f"--size must be an even number of at least 32, not {size}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,81 @@
+"""Arrays in 8 bits with scales: one type for weights, for keys and values, and for rounded activations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+# Storage dtypes by the names that settings have for them.
+DTYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QArray:
+    """An array in int8 or float8_e4m3fn that stands for `values * scale`.
+
+    Attributes:
+      values: the stored numbers. Weights lie `[outputs..., inputs...]`, so that what makes one output is
+        contiguous.
+      scale: float32, with the leading axes of `values`: one number for each vector along the others.
+        [outputs...] for weights, [B, K, S] for keys and values [B, K, S, D], [] for activations.
+      input_scale: of weights whose GEMM multiplies in 8 bits (W8A8): float32 [], inputs are divided by it
+        and rounded. None leaves the inputs in 16 bits or more (W8A16).
+      output_scale: of weights whose outputs are rounded to 8 bits as well: float32 [], outputs are divided by
+        it before. None leaves them in 16 bits or more.
+    """
+
+    values: Array
+    scale: Float[Array, "..."]
+    input_scale: Float[Array, ""] | None = None
+    output_scale: Float[Array, ""] | None = None
+
+    def __post_init__(self):
+        if not hasattr(self.values, "ndim") or not hasattr(self.scale, "ndim"):
+            return  # JAX rebuilds pytrees around placeholders.
+        if self.values.dtype not in DTYPES.values():
+            raise ValueError(f"a QArray is in int8 or float8_e4m3fn, not {self.values.dtype}")
+        if self.scale.shape != self.values.shape[: self.scale.ndim]:
+            raise ValueError(
+                f"scale has the leading axes of values {self.values.shape}; got {self.scale.shape}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype that is stored."""
+        return self.values.dtype
+
+
+def quantize(x: Float[Array, "..."], dtype: DTypeLike, *, axes: int) -> QArray:
+    """Rounds an array to 8 bits, with the absolute maximum of each vector as the largest number.
+
+    Args:
+      dtype: int8 or float8_e4m3fn.
+      axes: leading axes that have scales of their own.
+    """
+    dtype = jnp.dtype(dtype)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    limit = float(jnp.finfo(dtype).max if floating else jnp.iinfo(dtype).max)
+    x = x.astype(jnp.float32)
+    largest = jnp.abs(x).max(axis=range(axes, x.ndim))
+    # Never 0, which nothing can be divided by: zeros stay zeros under any scale.
+    scale = jnp.maximum(largest / limit, jnp.finfo(jnp.float32).tiny)
+    x /= scale.reshape(*scale.shape, *(1,) * (x.ndim - axes))
+    return QArray((x if floating else jnp.round(x)).astype(dtype), scale)
+
+
+def dequantize(x: Array | QArray, dtype: DTypeLike = jnp.float32) -> Array:
+    """The array that a QArray stands for; other arrays are only cast."""
+    if not isinstance(x, QArray):
+        return x.astype(dtype)
+    scale = x.scale.reshape(*x.scale.shape, *(1,) * (x.ndim - x.scale.ndim))
+    return (x.values.astype(jnp.float32) * scale).astype(dtype)
