@@ -202,7 +202,10 @@ def test_rows_that_break_are_counted_by_reason(tmp_path, checkpoint, monkeypatch
 def test_too_many_rows_that_break_end_the_run(tmp_path, checkpoint, monkeypatch):
     break_rows(monkeypatch, "a.mp4 is torn", "b.mp4 is torn")
     monkeypatch.setattr(loop, "MIN_ROWS", 8)
-    with pytest.raises(loop.DataError, match=r"2 of 8 rows could not be loaded.*\n.*\n.*\nMore than 10% of the rows are unusable"):
+    with pytest.raises(
+        loop.DataError,
+        match=r"2 of 8 rows could not be loaded.*\n.*\n.*\nMore than 10% of the rows are unusable",
+    ):
         loop.run(runs.make_config(checkpoint), tmp_path)
     # What was saved before stays.
     assert run_checkpoint.find_checkpoint(tmp_path).name == "2"

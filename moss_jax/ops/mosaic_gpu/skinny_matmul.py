@@ -25,7 +25,7 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from moss_jax.ops.mosaic_gpu import hopper, tiles
+from moss_jax.ops.mosaic_gpu import hopper, tiles, upcast
 from moss_jax.ops.mosaic_gpu.tiles import MATRIX
 
 C = 8  # Columns of a product: rows of x, at most.
@@ -133,7 +133,7 @@ def multiply(sums, weights, x_ref, start, held: Held, apart: int = 0):
       apart: from there to where the next one's begin.
     """
     (rows, pitch), X = x_ref.shape, weights.shape[1]
-    selections, widen = tiles.WIDEN[weights.dtype.name]
+    selections, widen = upcast.TO_BFLOAT16[weights.dtype.name]
     warp, lane = lax.div(threads(), 32), lax.rem(threads(), 32)
     row = jnp.minimum(lax.div(lane, 4), rows - 1)
     first = row * pitch + start + warp * apart + lax.rem(lane, 4) * held.run
