@@ -1,10 +1,10 @@
-"""Trains a model with random weights on random sequences for a few steps, and says what a step takes.
+"""Times the training step of a model with random weights on random sequences: throughput, MFU, memory.
 
     python benchmarks/train.py --out benchmarks/results/train_11b_h200x4.json
 
-All parameters learn, in the training step that train.py runs: float32 master weights and AdamW moments,
-bfloat16 forward and backward pass, over all devices of the machine. `mfu` counts what the model calls for,
-not what remat computes again (moss_jax/train/flops.py).
+All parameters are trained, by the step that train.py runs: float32 master weights and AdamW moments, bfloat16
+forward and backward pass, over all devices of the machine. `mfu` counts the FLOPs of the model, without the
+recomputation of remat (moss_jax/train/flops.py).
 """
 
 import argparse
@@ -29,14 +29,14 @@ GB = 1e9
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS)
-    parser.add_argument("--tokens", type=int, default=4096, help="of a sequence, frames among them")
-    parser.add_argument("--frames", type=int, default=64, help="of a sequence")
-    parser.add_argument("--batch", type=int, default=0, help="sequences; 0 for one a device")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a sequence, `<|image|>` included")
+    parser.add_argument("--frames", type=int, default=64, help="frames of a sequence")
+    parser.add_argument("--batch", type=int, default=0, help="sequences of a step; 0 for one a device")
     parser.add_argument(
-        "--tensor", type=int, default=1, help="devices that split the heads; the others are fsdp"
+        "--tensor", type=int, default=1, help="devices on the tensor axis; the others are on fsdp"
     )
     parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
-    parser.add_argument("--steps", type=int, default=5, help="that are timed, after the first")
+    parser.add_argument("--steps", type=int, default=5, help="number of timed steps, after the first")
     add_out(parser)
     args = parser.parse_args()
     publish("train.py", args, run(args))
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def random_batch(config, rows: int, tokens: int, frames: int) -> Batch:
-    """Sequences of random tokens with their frames evenly among them; half of the tokens are learnt."""
+    """Random sequences with evenly spaced frames; half of the tokens are targets."""
     rng = np.random.default_rng(0)
     size, image = config.vision.image_size, config.decoder.image_token_id
     ids = rng.integers(1, config.decoder.vocab_size, (rows, tokens), dtype=np.int32)
