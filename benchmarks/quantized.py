@@ -1,11 +1,11 @@
-"""What 8 bits cost in quality: the logits of real sequences, and the scores of the tabletop world.
+"""Measures the quality lost to 8 bits: logits of held-out sequences, and scores of the tabletop world.
 
     python benchmarks/quantized.py --out benchmarks/results/quantized_moss_tiny.json
 
-Logits: those that each token of the ideal assistant would be drawn from, in one pass over a held-out stream.
-The error is the norm of the difference to the float32 model over the norm of its logits, the mean of each
-token's taken away from both; `greedy_agree` is the share of tokens for which the likeliest is the same.
-`bfloat16` sets the measure: that much a model loses by being loaded for an accelerator.
+Logits: those from which each token of the ideal assistant would be sampled, in one pass over a held-out
+stream. The error is the norm of the difference to the float32 model over the norm of its logits, both centred
+for each token; `greedy_agree` is the share of tokens with the same argmax. `bfloat16` is the baseline: the
+loss of loading a model for an accelerator.
 
 Scores: `python -m moss_jax.eval.tabletop` with and without `--weights` and `--encoder-weights`, over the same
 streams, in the dtype that a model is loaded in on this machine.
@@ -39,16 +39,18 @@ MODES: dict[str, dict[str, str]] = {
     "int8, encoder fp8": {"weights": "int8", "encoder_weights": "fp8"},
 }
 SECONDS = 32
-# So that one program serves all sequences of a model.
+# Sequences are padded to this, so that one program serves all.
 MAX_TOKENS = 512
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/moss-tiny"))
-    parser.add_argument("--streams", type=int, default=50, help="that are scored")
-    parser.add_argument("--sequences", type=int, default=16, help="whose logits are compared")
-    parser.add_argument("--seed", type=int, default=1, help="which held-out streams")
+    parser.add_argument("--streams", type=int, default=50, help="number of scored streams")
+    parser.add_argument(
+        "--sequences", type=int, default=16, help="number of sequences whose logits are compared"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of the held-out streams")
     add_out(parser)
     args = parser.parse_args()
     result = {"logits": compare_logits(args), "scores": {name: score(args, name) for name in MODES}}
@@ -56,7 +58,7 @@ def main() -> None:
 
 
 def compare_logits(args: argparse.Namespace) -> dict[str, Any]:
-    """For each dtype and mode, how far the logits are from those in float32."""
+    """Relative errors of the logits against float32, by dtype and mode."""
     streams = [evaluation_stream(args.seed, index, SECONDS) for index in range(args.sequences)]
     exact = logits_of(open_model(args.checkpoint, dtype=jnp.float32), streams)
     found: dict[str, Any] = {"sequences": len(streams), "tokens": sum(map(len, exact))}
@@ -78,7 +80,7 @@ def squares(logits: Float[np.ndarray, "T V"]) -> float:
 
 
 def logits_of(opened: OpenModel, streams: list[TabletopStream]) -> list[Float[np.ndarray, "T V"]]:
-    """The logits that each token of the ideal assistant would be drawn from, for each stream."""
+    """The logits from which each token of the ideal assistant would be sampled, for each stream."""
     graph, params = nnx.split(opened.model)
     vision = opened.model.config.vision
     found = []
@@ -106,7 +108,7 @@ def one_pass(graph: nnx.GraphDef, params: nnx.State, *inputs: Array) -> Float[Ar
 
 
 def score(args: argparse.Namespace, name: str) -> dict[str, float]:
-    """The headline scores of a mode."""
+    """The main scores of a mode."""
     config = EvaluationConfig(
         checkpoint=args.checkpoint,
         streams=args.streams,
