@@ -5,6 +5,7 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 from gin import config as gin_config
@@ -78,7 +79,7 @@ def settings[Setting](kind: type[Setting]) -> Setting:
       ConfigError: a value that the dataclass refuses.
     """
     try:
-        made = _BOUND[kind]()
+        made: Any = _BOUND[kind]()
     except (TypeError, ValueError) as error:
         raise ConfigError(_explain(error)) from error
     # A list in a gin file becomes a tuple, and a dict one of pairs, so that configs are hashable.

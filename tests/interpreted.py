@@ -1,7 +1,6 @@
 """Pallas kernels on the CPU, by interpretation."""
 
 import contextlib
-import importlib
 import types
 from unittest import mock
 
@@ -15,10 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import tpu as pltpu
 
 from moss_jax.ops.attention import mosaic_gpu, mosaic_tpu
-from moss_jax.ops.mosaic_gpu import skinny_matmul, tiles
-
-# The package has a function of the same name.
-decode_quantized = importlib.import_module("moss_jax.ops.attention.mosaic_gpu.decode_quantized")
+from moss_jax.ops.mosaic_gpu import skinny_matmul, tiles, upcast
 
 # An interpreter calls back for every access to memory, with many small numbers. JAX puts each of them on a
 # device before, which takes longer than all else; here they stay numpy's. Not only while one of the contexts
@@ -46,12 +42,12 @@ def on_gpu():
     def add_product(total, a, b, meanwhile=lambda: None):
         return total + product(a, b, meanwhile)
 
-    def widen(narrow):
-        return decode_quantized.shuffle(narrow[...].astype(jnp.float16))
+    def upcast_to(dtype):
+        return lambda ref: upcast.permute_columns(ref[...].astype(dtype))
 
-    def multiply(sums, weights, x_ref, start, held, apart=0):
+    def multiply(sums, weights, x_ref, start, layout, apart=0):
         warps = weights.astype(jnp.float32).reshape(4, 16, -1)
-        if held is skinny_matmul.INTERLEAVED:
+        if layout is skinny_matmul.INTERLEAVED:
             warps = weights.astype(jnp.float32).reshape(16, 4, -1).swapaxes(0, 1)
         x = jnp.stack([x_ref[:, pl.ds(start + warp * apart, weights.shape[1])] for warp in range(4)])
         x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, sums.shape[1] - x.shape[1]), (0, 0)), mode="edge")
@@ -59,7 +55,7 @@ def on_gpu():
 
     with (
         mock.patch.multiple(tiles, product=product, products=products, add_product=add_product),
-        mock.patch.object(decode_quantized, "widen", widen),
+        mock.patch.multiple(upcast, to_float16=upcast_to(jnp.float16), to_bfloat16=upcast_to(jnp.bfloat16)),
         mock.patch.object(skinny_matmul, "multiply", multiply),
         mock.patch.object(plgpu, "copy_gmem_to_smem", lambda *refs, collective_axes=None: copy(*refs)),
         _as_if_on("gpu", mosaic_gpu),

@@ -283,9 +283,9 @@ BAD = {
         "too many frames",
     ),
     "too many tokens": (offline("<|video|>", "A cup. " * 200, **VIDEO), "too long"),
-    "an answer that is empty": (offline("<|video|>", " ", **VIDEO), "nothing to learn"),
-    "no answer": ({"messages": [{"role": "user", "content": "Hi"}]}, "nothing to learn"),
-    "frames alone": (live([("user", ""), ("assistant", "<|video|>")], ["00:00"]), "nothing to learn"),
+    "an answer that is empty": (offline("<|video|>", " ", **VIDEO), "no targets"),
+    "no answer": ({"messages": [{"role": "user", "content": "Hi"}]}, "no targets"),
+    "frames alone": (live([("user", ""), ("assistant", "<|video|>")], ["00:00"]), "no targets"),
     "no messages": ({"videos": ["film.mp4"]}, "malformed row"),
     "no object": ("Hi", "malformed row"),
     "a message that is no object": ({"messages": ["Hi"]}, "malformed row"),
@@ -321,9 +321,9 @@ def test_the_report_names_every_row_of_a_few_and_some_of_many(batches):
     assert few.dropped == {"missing video": 18, "malformed row": 2}
     assert few.dropped_share == 0.5
     lines = str(few).splitlines()
-    assert lines[0] == "20 of 40 rows can be used"
+    assert lines[0] == "20 of 40 rows are usable"
     assert sum("does not exist" in line for line in lines) == 18
-    assert any("rows.json[39]: it is no object with messages, but int" in line for line in lines)
+    assert any("rows.json[39]: it must be an object with messages, not int" in line for line in lines)
     many = str(batches([*good, *[offline("<|image|>", "A", images=["no.png"])] * 30]).report)
     assert many.count("does not exist") == 3
     assert "and 27 more" in many
@@ -347,7 +347,7 @@ def test_a_file_that_is_named_twice_counts_twice(tmp_path):
     ("content", "says"),
     [
         (None, "cannot be read: No such file"),
-        ("[{", "is no JSON"),
+        ("[{", "is not valid JSON"),
         ('{"rows": []}', "must hold a list of rows, not dict"),
     ],
 )

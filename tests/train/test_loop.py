@@ -168,7 +168,7 @@ def events(content: bytes) -> list[Event]:
 
 def test_a_folder_with_checkpoints_is_not_begun_anew(finished, checkpoint):
     before = sorted(path.name for path in finished.rglob("*"))
-    with pytest.raises(ConfigError, match=r"holds checkpoints of an earlier run; go on with it by --resume"):
+    with pytest.raises(ConfigError, match=r"has checkpoints of an earlier run; resume it with --resume"):
         loop.run(runs.make_config(checkpoint), finished)
     assert sorted(path.name for path in finished.rglob("*")) == before
 
@@ -185,7 +185,7 @@ def test_settings_that_changed_are_told(tmp_path, finished, checkpoint, caplog):
 
 def test_other_trained_parts_are_refused(finished, checkpoint):
     config = runs.make_config(checkpoint, "train.trainable = ('projector',)")
-    with pytest.raises(CheckpointError, match="other parts of it were trained"):
+    with pytest.raises(CheckpointError, match="other parts were trained"):
         loop.run(config, finished, resume=True)
 
 
@@ -193,7 +193,7 @@ def test_rows_that_break_are_counted_by_reason(tmp_path, checkpoint, monkeypatch
     break_rows(monkeypatch, "a.mp4 is torn", "a.mp4 is torn")
     caplog.set_level("INFO", "moss_jax")
     loop.run(runs.make_config(checkpoint, "data.max_dropped_share = 0.5"), tmp_path)
-    assert "2 of 12 rows broke while they were loaded:\n  2 x a.mp4 is torn" in caplog.messages
+    assert "2 of 12 rows could not be loaded:\n  2 x a.mp4 is torn" in caplog.messages
     assert "2 rows dropped" in capsys.readouterr().out
     position = run_checkpoint.read_json(run_checkpoint.find_checkpoint(tmp_path), "position")
     assert position == {"batch": 6, "drops": {"rows": 12, "dropped": 2, "reasons": {"a.mp4 is torn": 2}}}
@@ -201,15 +201,18 @@ def test_rows_that_break_are_counted_by_reason(tmp_path, checkpoint, monkeypatch
 
 def test_too_many_rows_that_break_end_the_run(tmp_path, checkpoint, monkeypatch):
     break_rows(monkeypatch, "a.mp4 is torn", "b.mp4 is torn")
-    monkeypatch.setattr(loop, "ENOUGH_ROWS", 8)
-    with pytest.raises(loop.DataError, match=r"2 of 8 rows broke.*\n.*\n.*\nMore than 10% of the rows"):
+    monkeypatch.setattr(loop, "MIN_ROWS", 8)
+    with pytest.raises(
+        loop.DataError,
+        match=r"2 of 8 rows could not be loaded.*\n.*\n.*\nMore than 10% of the rows are unusable",
+    ):
         loop.run(runs.make_config(checkpoint), tmp_path)
     # What was saved before stays.
     assert run_checkpoint.find_checkpoint(tmp_path).name == "2"
 
 
 def test_of_many_reasons_the_first_are_named():
-    drops = loop.Drops()
+    drops = loop.DropCounts()
     drops.count(100, tuple(f"{i}.mp4 is torn" for i in range(loop.MAX_REASONS + 7)))
     assert str(drops).endswith("  and 7 more")
 
@@ -217,8 +220,8 @@ def test_of_many_reasons_the_first_are_named():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["tabletop.image_size = 64"], "sees frames of 56 pixels: set tabletop.image_size to that, not 64"),
-        (["mesh.data = 3", "mesh.fsdp = 1"], "needs 3 devices, not 1; set mesh.data"),
+        (["tabletop.image_size = 64"], "tabletop.image_size 64 must be the model's image_size 56"),
+        (["mesh.data = 3", "mesh.fsdp = 1"], "needs 3 devices, not 1; the product of mesh.data"),
         (
             ["model.checkpoint = None", "model.preset = 'moss_video_11b'", "tabletop.image_size = 560"],
             "predicts 128256 tokens, but its tokenizer has 1024; set model.checkpoint",

@@ -18,24 +18,6 @@ MATRIX = plgpu.Layout.WGMMA
 PER_ROW = MATRIX.reduce(1)
 PER_COLUMN = MATRIX.reduce(0)
 
-# Two numbers in 8 bits, at the positions in a register that {bytes} tell, as two bfloat16.
-WIDEN = {
-    # An int8 x is its low 7 bits, minus 128 if its sign bit is set. Below the byte 0x43 the low bits make the
-    # bfloat16 of 128 + them, and the sign bit that of 128 or 256: the difference is x.
-    "int8": (
-        ("0x4140", "0x4342"),
-        "{{ .reg .b32 x, low, sign; prmt.b32 x, $1, 0x43434343, {bytes}; and.b32 low, x, 0xff7fff7f; "
-        "and.b32 sign, x, 0xff80ff80; sub.bf16x2 $0, low, sign; }}",
-    ),
-    # Exponent and mantissa, moved to where bfloat16 has the last bits of its exponent and the first of its
-    # mantissa, make the number divided by 2^120, which the product with 0x7b80 = 2^120 mends.
-    "float8_e4m3fn": (
-        ("0x1404", "0x3424"),
-        "{{ .reg .b32 x, sign, huge; prmt.b32 x, $1, 0, {bytes}; and.b32 sign, x, 0x80008000; "
-        "shr.b32 x, x, 4; and.b32 x, x, 0x07f007f0; or.b32 x, x, sign; mov.b32 huge, 0x7b807b80; "
-        "mul.bf16x2 $0, x, huge; }}",
-    ),
-}
 
 COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 

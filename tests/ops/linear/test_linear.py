@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from moss_jax.ops.linear.arguments import QUANTIZED
 
-from moss_jax.ops.attention.mosaic_gpu.decode_quantized import shuffle
 from moss_jax.ops.dispatch import Unsupported
 from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, choose, linear, mosaic_gpu
 
@@ -22,9 +21,7 @@ K, N = 256, 128
 
 
 # The kernel by interpretation.
-on_gpu = functools.partial(
-    interpreted.kernel_on_gpu, mosaic_gpu, widen=lambda x: shuffle(x[...].astype(jnp.bfloat16))
-)
+on_gpu = functools.partial(interpreted.kernel_on_gpu, mosaic_gpu)
 
 
 def inputs(shape, stored, *, outputs=N, size=1.0, dtype="bfloat16"):

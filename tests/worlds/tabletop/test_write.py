@@ -146,7 +146,7 @@ def test_a_row_is_the_sequence(rows, dialogues, tokenizer):
     for row, (_, dialogue) in zip(rows, dialogues, strict=True):
         assert row.realtime
         assert row.tokens.tolist() == [*dialogue.tokens, tokenizer.special.eot]
-        assert row.learnt.tolist() == [*(label != IGNORED for label in dialogue.labels), False]
+        assert row.is_target.tolist() == [*(label != IGNORED for label in dialogue.labels), False]
         (medium,) = row.media
         assert medium.times == tuple(range(SECONDS))
 

@@ -12,25 +12,19 @@ import dataclasses
 import functools
 
 import jax
-import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float
 
 from moss_jax.ops.attention.arguments import Arguments
 from moss_jax.ops.attention.mosaic_gpu.bank import LANES, DecodeConfig, Split, in_a_row, join
-from moss_jax.ops.mosaic_gpu import tiles
+from moss_jax.ops.mosaic_gpu import tiles, upcast
 from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_COLUMN, PER_ROW
+from moss_jax.ops.mosaic_gpu.upcast import permute_columns
 
 TINY = 1e-30  # Stands for the scale of a vector of zeros.
-FLIP_SIGNS = 0x80808080 - 2**32
-
-NARROW = plgpu.Layout.WGMMA_UPCAST_2X  # As MATRIX, but a thread has 4 neighbouring columns, 32 bits in all.
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -44,7 +38,7 @@ def decode_quantized(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H 
     # float16 holds every number of either 8 bits; the scale goes into q, so that it holds that too.
     q = (a.q.astype(jnp.float32) * a.scale).astype(jnp.float16)
     q = q.reshape(B, T, K, H // K, D).swapaxes(1, 2).reshape(B, K, rows, D)
-    q = shuffle(jnp.pad(q, ((0, 0), (0, 0), (0, N - rows), (0, 0))))
+    q = permute_columns(jnp.pad(q, ((0, 0), (0, 0), (0, N - rows), (0, 0))))
     vectors = [in_a_row(x.astype(jnp.float32), X) for x in (a.k_scale, a.v_scale)]
     bias = None
     if a.bias is not None:
@@ -81,7 +75,7 @@ def decode_quantized(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H 
     )(q, in_a_row(a.k, X, 1), in_a_row(a.v, X, 1), *vectors, bias, *(x.astype(jnp.int32) for x in a.bounds))
     # The second pass reads whole lines.
     out = jnp.pad(out.swapaxes(-1, -2), (*[(0, 0)] * 4, (0, -D % LANES)))
-    out = shuffle(join(out, top, total, T, H // K, jnp.float32)[..., :D])
+    out = permute_columns(join(out, top, total, T, H // K, jnp.float32)[..., :D])
     return out.reshape(B, T, H, D).astype(a.q.dtype)
 
 
@@ -149,7 +143,7 @@ def _kernel(
         at -= walk.base
 
         plgpu.barrier_wait(k_barrier.at[ring])
-        k = widen(k_smem.at[ring])
+        k = upcast.to_float16(k_smem.at[ring])
         factor = plgpu.load(vectors_smem.at[0, ring], layout=PER_ROW) * LOG2E
         bias = None if bias_smem is None else plgpu.load(bias_smem.at[ring], layout=PER_ROW)
         plgpu.commit_smem()
@@ -187,7 +181,7 @@ def _kernel(
         They could be NaN, and 0 * NaN would spoil the sums.
         """
         plgpu.barrier_wait(v_barrier.at[ring])
-        v = widen(v_smem.at[ring])
+        v = upcast.to_float16(v_smem.at[ring])
         whole = walk.whole(at)
 
         @pl.when(whole)
@@ -214,61 +208,3 @@ def _kernel(
     for i, (_, gmem) in enumerate(stats):
         plgpu.copy_smem_to_gmem(vectors_smem.at[i, 0, pl.ds(0, N)], gmem.at[slot, head, split])
     plgpu.wait_smem_to_gmem(0)
-
-
-def widen(narrow):
-    """8 bits to float16, through registers, with the columns shuffled; scales come in with the scores.
-
-    The threads that have a tile as NARROW take what they have as MATRIX, which costs nothing but the order of
-    the columns.
-    """
-    x = plgpu.load(narrow, layout=NARROW, optimized=False)
-    of_int8 = x.dtype == jnp.int8
-    x = x if of_int8 else x.astype(jnp.float16)
-
-    @plgpu.inline_mgpu(
-        arg_types=(NARROW,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float16, layout=MATRIX)
-    )
-    def take(_, x):
-        layout = MATRIX.to_mgpu()
-        registers = np.empty(layout.registers_shape(x.shape), dtype=object)
-        for at, register in np.ndenumerate(x.registers):
-            # 4 columns of a block of 16; as a MATRIX, 2 in its left half and 2 in its right.
-            if of_int8:
-                left, right = _halves_of_int8(register)
-            else:
-                left, right = (mgpu.utils.vector_slice(register, slice(i, i + 2)) for i in (0, 2))
-            registers[at[0], at[1] * 2, *at[2:-1]] = left
-            registers[at[0], at[1] * 2 + 1, *at[2:-1]] = right
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return take(x)
-
-
-def _halves_of_int8(register):
-    """Four int8 as two pairs of float16.
-
-    With its sign bit flipped, an int8 x is the byte x + 128; below the byte 0x64 it makes the float16 of
-    1024 + x + 128.
-    """
-    i32 = ir.IntegerType.get_signless(32)
-    flipped = arith.xori(mgpu.utils.bitcast(register, i32), arith.constant(i32, FLIP_SIGNS))
-    pairs = [
-        llvm.inline_asm(
-            i32,
-            [flipped],
-            f"{{ .reg .b32 x, y; prmt.b32 x, $1, 0x64646464, {bytes_taken}; mov.b32 y, 0x64806480; "
-            "sub.f16x2 $0, x, y; }",
-            "=r,r",
-        )
-        for bytes_taken in ("0x4140", "0x4342")
-    ]
-    return [mgpu.utils.bitcast(pair, ir.VectorType.get((2,), ir.F16Type.get())) for pair in pairs]
-
-
-def shuffle(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """The columns in the order in which threads that load a tile as NARROW have them as MATRIX.
-
-    In each block of 16, bits 1 and 3 of the index change places; so done twice, it changes nothing.
-    """
-    return x.reshape(*x.shape[:-1], -1, 2, 2, 2, 2).swapaxes(-4, -2).reshape(x.shape)
