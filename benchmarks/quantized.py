@@ -7,15 +7,15 @@ stream. The error is the norm of the difference to the float32 model over the no
 for each token; `greedy_agree` is the share of tokens with the same argmax. `bfloat16` is the baseline: the
 loss of loading a model for an accelerator.
 
-Scores: `python -m moss_jax.eval.tabletop` with and without `--weights` and `--encoder-weights`, over the same
-streams, in the dtype that a model is loaded in on this machine.
+Scores: `python -m moss_jax.eval.tabletop` with and without `--weights` and `--encoder-weights`, on the same
+streams, in the dtype in which this machine loads a model.
 """
 
 import argparse
 import functools
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,22 @@ from flax import nnx
 from jaxtyping import Array, Float
 from report import add_out, make_parser, publish
 
+from moss_jax.config import DecoderWeights, EncoderWeights
 from moss_jax.convert import OpenModel, open_model
 from moss_jax.eval.tabletop import EvaluationConfig, evaluate, ideal_dialogue
 from moss_jax.text.labels import IGNORED
 from moss_jax.video import preprocess
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 
-# Settings of `open_model`.
-MODES: dict[str, dict[str, str]] = {
+
+class Mode(TypedDict, total=False):
+    """Settings of `open_model`."""
+
+    weights: DecoderWeights
+    encoder_weights: EncoderWeights
+
+
+MODES: dict[str, Mode] = {
     "as loaded": {},
     "int8": {"weights": "int8"},
     "fp8": {"weights": "fp8"},
@@ -44,6 +52,7 @@ MAX_TOKENS = 512
 
 
 def main() -> None:
+    """Runs the benchmark."""
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/moss-tiny"))
     parser.add_argument("--streams", type=int, default=50, help="number of scored streams")
@@ -76,6 +85,7 @@ def compare_logits(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def squares(logits: Float[np.ndarray, "T V"]) -> float:
+    """Sum of squares of centred logits."""
     return float(np.sum((logits - logits.mean(axis=-1, keepdims=True)) ** 2))
 
 
@@ -92,7 +102,7 @@ def logits_of(opened: OpenModel, streams: list[TabletopStream]) -> list[Float[np
         positions = np.full((1, SECONDS), MAX_TOKENS, np.int32)
         positions[0, : len(dialogue.frame_positions)] = dialogue.frame_positions
         pixels = preprocess(
-            np.stack(stream.frames(vision.image_size)),
+            jnp.asarray(stream.frames(vision.image_size)),
             image_size=vision.image_size,
             mean=vision.image_mean,
             std=vision.image_std,
@@ -104,6 +114,7 @@ def logits_of(opened: OpenModel, streams: list[TabletopStream]) -> list[Float[np
 
 @functools.partial(jax.jit, static_argnums=0)
 def one_pass(graph: nnx.GraphDef, params: nnx.State, *inputs: Array) -> Float[Array, "B S V"]:
+    """Runs the model's one-pass call, compiled."""
     return nnx.merge(graph, params)(*inputs)
 
 

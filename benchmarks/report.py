@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser that shows a script's docstring, unwrapped, as its help."""
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a script's docstring as it stands."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

@@ -1,4 +1,4 @@
-"""The weights of cross-attention are those that the model itself attends by."""
+"""Attention maps: the weights are those that the model itself attends with."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ SEEN = (POSITIONS[:, None] <= np.arange(LENGTH)[:, None]).sum(axis=-1)  # [B, T]
 
 @pytest.fixture(scope="module", params=["skip", "attend"])
 def watched(request, small_config, random_model):
-    """A model and what its one-pass call takes."""
+    """A model, and arguments of its one-pass call."""
     model = random_model(small_config(rows_before_first_frame=request.param, remat="dots"))
     rng = np.random.default_rng(0)
     size = model.config.vision.image_size
@@ -28,14 +28,14 @@ def watched(request, small_config, random_model):
 
 @pytest.fixture(scope="module")
 def weights(watched):
-    """[B, L, H, T, F, N]"""
+    """Weights [B, L, H, T, F, N]."""
     model, sequence = watched
     return frame_attention(model, *sequence, per_vector=True)
 
 
 @pytest.fixture
 def attended(watched, monkeypatch):
-    """Values and result of the attention to frames in each layer of the model itself."""
+    """Values and result of cross-attention in each layer of the model itself."""
     model, (tokens, pixels, positions) = watched
     calls = []
 
@@ -55,7 +55,7 @@ def attended(watched, monkeypatch):
     return run()
 
 
-def test_weights_with_the_values_are_what_each_layer_attends_to(weights, attended):
+def test_weights_times_values_give_the_result_of_each_layer(weights, attended):
     assert len(attended) == weights.shape[1] == 2
     for layer, (values, out) in enumerate(attended):
         values = np.repeat(values, weights.shape[2] // values.shape[1], axis=1)  # [B, H, S, D]
@@ -78,7 +78,7 @@ def test_weights_add_up_to_one_over_the_frames_that_a_token_sees(watched, weight
     assert not by_frame.transpose(0, 3, 4, 1, 2)[future].any()
 
 
-def test_weights_of_frames_are_those_of_their_vectors(watched, weights):
+def test_weights_of_a_frame_are_the_sum_over_its_vectors(watched, weights):
     model, sequence = watched
     by_frame = frame_attention(model, *sequence)
     assert by_frame.shape == (2, 2, 4, LENGTH, FRAMES)
@@ -107,7 +107,7 @@ def test_a_recorder_keeps_what_the_model_read_and_said(make_engine, one_pass, to
     assert pixels.shape[:2] == positions.shape == (1, 5)
     np.testing.assert_array_equal(recorder.frames, frames[:5])
 
-    # Every token that was said is the likeliest after those before it.
+    # Every token of its text is the likeliest after those before it.
     special = tokenizer.special
     never = sorted(tokenizer.control_ids - {special.silence, special.eot, special.image})
     scores = one_pass(recorder.tokens, recorder.frames).copy()
@@ -115,11 +115,11 @@ def test_a_recorder_keeps_what_the_model_read_and_said(make_engine, one_pass, to
     said = recorder.said
     assert len(said) > 5
     np.testing.assert_array_equal(scores[np.asarray(said) - 1].argmax(axis=-1), tokens[0, said])
-    # What was drawn last was never read.
+    # The token sampled last was never read.
     text = "".join(event["text"] for event in events if event["type"] == "text")
     assert text.startswith(tokenizer.decode(tokens[0, said]))
 
 
-def test_a_recorder_follows_one_stream(make_engine):
-    with pytest.raises(ValueError, match="the engine has 2 slots"):
+def test_a_recorder_refuses_an_engine_of_several_slots(make_engine):
+    with pytest.raises(ValueError, match="an engine of 1 slot, not of 2"):
         Recorder(make_engine(slots=2))

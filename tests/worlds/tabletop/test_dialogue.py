@@ -1,6 +1,6 @@
-"""What is asked and said: the ideal assistant says what is true when it is due, and else nothing.
+"""Dialogues: the ideal assistant says what is true when it is due, and nothing else.
 
-What the assistant says is read back from the tokens alone, and judged by the world's truth.
+Its words are read back from the tokens alone and judged by the world's truth.
 """
 
 import collections
@@ -36,13 +36,14 @@ from moss_jax.worlds.tabletop.world import CARD, Table, TableEvent, Thing, World
 
 @dataclasses.dataclass(frozen=True)
 class Speech:
-    """What the assistant says between two silences or prompts.
+    """The assistant's words between two silences or prompts.
 
     Attributes:
       at: index of each token in the sequence.
-      frames: the last frame that was seen when the token was drawn.
+      frames: the last frame seen when each token was sampled.
+      tokens: of the words.
       request: index of the request in force, -1 before the first.
-      cut: a prompt cut it.
+      cut: a prompt cut it short.
     """
 
     at: list[int]
@@ -54,13 +55,13 @@ class Speech:
 
 @dataclasses.dataclass(frozen=True)
 class Glance:
-    """A frame, with what the assistant does when it sees it.
+    """A frame and the assistant's reaction to it.
 
     Attributes:
       at: index of its token.
-      idle: nothing was being said.
-      silent: the token that is drawn next is a silence.
-      request: index of the request in force at that.
+      idle: whether nothing was being said.
+      silent: whether the next sampled token is a silence.
+      request: index of the request in force then.
     """
 
     frame: int
@@ -72,7 +73,7 @@ class Glance:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A dialogue, and what its tokens tell.
+    """A dialogue, and what is read back from its tokens.
 
     Attributes:
       speed: tokens per second.
@@ -94,7 +95,7 @@ class Case:
         return [u for u in self.dialogue.utterances if u.request == request]
 
     def paired(self, tokenizer) -> list[tuple["Statement", Utterance]]:
-        """What was heard, with what it should have been."""
+        """Pairs of what was read back and what should have been said."""
         begins = [i for i, u in enumerate(self.dialogue.utterances) if not u.cut]
         speeches = [
             self.dialogue.utterances[i:j]
@@ -143,7 +144,7 @@ def read_back(stream, dialogue, speed, tokenizer) -> Case:
                 speech.frames.append(frame)
                 speech.tokens.append(token)
             idle = silent
-    # Each frame is followed by a token that was drawn, and everything comes to an end.
+    # Each frame is followed by a sampled token, and all speech ends.
     assert speech is None
     assert not waiting
     return Case(stream, speed, dialogue, heard, glances, asked_at)
@@ -151,10 +152,11 @@ def read_back(stream, dialogue, speed, tokenizer) -> Case:
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """A part of a speech: a sentence, or as much as was said of it before another took its place.
+    """A part of a speech: a sentence, or what was said of it before another replaced it.
 
     Attributes:
-      first, last: its first and its last token, as indices into those of the speech.
+      first: index of its first token in the speech.
+      last: index of its last token in the speech.
     """
 
     speech: Speech
@@ -166,7 +168,7 @@ class Statement:
 
     @property
     def frame(self) -> int:
-        """The last frame that was seen when it began."""
+        """The last frame seen when it began."""
         return self.speech.frames[self.first]
 
     @property
@@ -175,13 +177,13 @@ class Statement:
 
 
 def statements(speech: Speech, tokenizer, expected: int) -> list[Statement]:
-    """The statements of a speech, of which there should be so many."""
+    """Splits a speech into the expected number of statements."""
     pieces = [tokenizer.decode([token]) for token in speech.tokens]
     begins = [0, *itertools.accumulate(map(len, pieces))]
     found, position = [], 0
     text = "".join(pieces)
     if speech.cut and text.count(WAIT) + 1 < expected:
-        # A prompt cut the very words that take a statement back.
+        # A prompt cut the words that take a statement back.
         begun = next(n for n in range(len(WAIT) - 1, 0, -1) if text.endswith(WAIT[:n]))
         text += WAIT[begun:]
         begins[-1] = len(text)
@@ -220,28 +222,28 @@ def cases(tokenizer) -> list[Case]:
 
 @pytest.fixture(scope="module")
 def fast(tokenizer) -> list[Case]:
-    """Streams in which everything is said before the next frame."""
+    """Dialogues in which everything is said before the next frame."""
     return [draw(seed, 64, tokenizer) for seed in range(1000, 1080)]
 
 
 # ------------------------------------------------------------------------------- the sequence
 
 
-def test_the_assistant_learns_its_own_tokens_and_nothing_else(cases, tokenizer):
+def test_labels_are_the_tokens_of_the_assistant(cases, tokenizer):
     special = tokenizer.special
     for case in cases:
         said = {at for speech in case.heard for at in speech.at}
         header = chat.header(tokenizer, "assistant")
         tokens, labels = case.dialogue.tokens, case.dialogue.labels
         opened = next(i for i in range(len(tokens)) if tokens[i : i + len(header)] == header)
-        # The system prompt has a silence that nobody drew.
+        # The silence in the system prompt is not sampled.
         said |= {i for i, token in enumerate(tokens) if token == special.silence and i > opened}
         assert labels == [token if i in said else IGNORED for i, token in enumerate(tokens)]
         learnt = {label for label in labels if label != IGNORED}
         assert learnt & tokenizer.control_ids == {special.silence}
 
 
-def test_a_silence_lasts_until_something_comes_in(cases, tokenizer):
+def test_a_silence_lasts_until_the_next_input(cases, tokenizer):
     special = tokenizer.special
     for case in cases:
         tokens, labels = case.dialogue.tokens, case.dialogue.labels
@@ -259,7 +261,7 @@ def test_there_is_a_frame_for_each_second(cases, tokenizer):
         assert [glance.frame for glance in case.glances] == list(range(len(positions)))
 
 
-def test_what_the_user_says_is_in_its_place(cases, tokenizer):
+def test_requests_are_in_their_places(cases, tokenizer):
     for case in cases:
         text = "".join(
             tokenizer.decode([token]) if token not in tokenizer.control_ids else "|"
@@ -269,7 +271,7 @@ def test_what_the_user_says_is_in_its_place(cases, tokenizer):
         turns = [turn.split("|")[0] for turn in turns]
         asked = [request.text for request in case.stream.requests]
         assert [turn for turn in turns if turn] == asked
-        # All but the first turn have something in them.
+        # No turn but the first is empty.
         assert len(turns) == len(asked) + (not asked or case.stream.requests[0].time > 0)
         assert case.asked_at == [
             -1 if request.time == 0 else int(request.time) for request in case.stream.requests
@@ -285,14 +287,14 @@ def test_the_first_turn_is_asked_before_the_first_frame(cases):
         )
 
 
-def test_speaking_tells_after_which_frames_something_is_said(cases):
+def test_speaking_marks_frames_followed_by_speech(cases):
     for case in cases:
         frames = {frame for speech in case.heard for frame in speech.frames}
         assert case.dialogue.speaking == [f in frames for f in range(case.stream.world.seconds)]
 
 
 def test_speech_takes_its_time(cases):
-    """Between two frames there is room for about a second's worth of tokens."""
+    """At most about the tokens of one second fit between two frames."""
     for case in cases:
         per_frame = collections.Counter(frame for speech in case.heard for frame in speech.frames)
         for frame, count in per_frame.items():
@@ -301,11 +303,11 @@ def test_speech_takes_its_time(cases):
                 assert count <= case.speed + 1 + prompts
 
 
-# ------------------------------------------------------------------------------ what is said
+# -------------------------------------------------------------------------------- utterances
 
 
-def test_utterances_are_what_is_said(cases, tokenizer):
-    """As the sentences say it, from the frame on that they name, whole unless something cut them."""
+def test_utterances_are_said_in_full_unless_cut(cases, tokenizer):
+    """In one of their wordings, from the frame on that they name."""
     corrections = cut = 0
     for case in cases:
         for statement, utterance in case.paired(tokenizer):
@@ -341,13 +343,13 @@ def test_both_wordings_are_used(cases, tokenizer):
         assert {(name, True), (name, False)} <= said
 
 
-def test_everything_that_can_be_said_is(cases):
+def test_all_sentences_occur(cases):
     said = {u.sentence.name for case in cases for u in case.dialogue.utterances}
     assert set(SAY) - said <= {"now empty"}
 
 
 def test_what_is_said_is_true(cases, tokenizer):
-    """At the frame on which it begins; an answer that goes on with what has become true, at its end."""
+    """At the frame at which it begins; an answer that goes on with a new truth, at its end."""
     continued = 0
     for case in cases:
         for statement, utterance in case.paired(tokenizer):
@@ -362,14 +364,14 @@ def test_what_is_said_is_true(cases, tokenizer):
                 continue
             continued += 1
             assert request.keys
-            # It became true while it was said, and still was at its end.
+            # It became true while it was said, and still was true at its end.
             frames = range(utterance.frame + 1, statement.end_frame + 1)
             assert any(holds(facts, case.truth[frame]) for frame in frames)
             assert statement.cut or holds(facts, case.truth[statement.end_frame])
     assert continued > 20
 
 
-def test_a_correction_comes_right_after_the_frame_that_calls_for_it(cases, tokenizer):
+def test_a_correction_follows_the_frame_that_requires_it(cases, tokenizer):
     found = 0
     for case in cases:
         for (taken_back, old), (statement, new) in itertools.pairwise(case.paired(tokenizer)):
@@ -384,7 +386,7 @@ def test_a_correction_comes_right_after_the_frame_that_calls_for_it(cases, token
             assert holds(old.sentence.facts, case.truth[new.frame - 1])
             assert new.due == new.frame
             assert set(new.sentence.facts) >= set(request.keys)
-            # What was said is not the beginning of what is true now.
+            # The words so far are not the beginning of the true answer.
             if old is case.said(new.request)[0]:
                 texts = {true_answer(request, case.truth[new.frame]).text(variant) for variant in range(2)}
                 said = statement.speech.tokens[: statement.first]
