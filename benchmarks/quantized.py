@@ -1,11 +1,11 @@
-"""Quality of 8-bit weights: errors of logits on real sequences, and scores of the tabletop evaluation.
+"""Measures the quality lost to 8 bits: logits of held-out sequences, and scores of the tabletop world.
 
     python benchmarks/quantized.py --out benchmarks/results/quantized_moss_tiny.json
 
 Logits: those from which each token of the ideal assistant would be sampled, in one pass over a held-out
-stream. The relative error is ||logits - exact|| / ||exact||, where exact is float32 and the logits of each
-token are centred; `greedy_agree` is the share of tokens with the same argmax. `bfloat16` without 8-bit
-weights is the yardstick: the loss of loading a model for an accelerator.
+stream. The error is the norm of the difference to the float32 model over the norm of its logits, both centred
+for each token; `greedy_agree` is the share of tokens with the same argmax. `bfloat16` is the baseline: the
+loss of loading a model for an accelerator.
 
 Scores: `python -m moss_jax.eval.tabletop` with and without `--weights` and `--encoder-weights`, on the same
 streams, in the dtype in which this machine loads a model.
@@ -47,7 +47,7 @@ MODES: dict[str, Mode] = {
     "int8, encoder fp8": {"weights": "int8", "encoder_weights": "fp8"},
 }
 SECONDS = 32
-# Length that all sequences are padded to, so that one program serves them.
+# Sequences are padded to this, so that one program serves all.
 MAX_TOKENS = 512
 
 
@@ -55,9 +55,11 @@ def main() -> None:
     """Runs the benchmark."""
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/moss-tiny"))
-    parser.add_argument("--streams", type=int, default=50, help="number of streams to score")
-    parser.add_argument("--sequences", type=int, default=16, help="number of sequences to compare logits of")
-    parser.add_argument("--seed", type=int, default=1, help="which held-out streams")
+    parser.add_argument("--streams", type=int, default=50, help="number of scored streams")
+    parser.add_argument(
+        "--sequences", type=int, default=16, help="number of sequences whose logits are compared"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of the held-out streams")
     add_out(parser)
     args = parser.parse_args()
     result = {"logits": compare_logits(args), "scores": {name: score(args, name) for name in MODES}}
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 def compare_logits(args: argparse.Namespace) -> dict[str, Any]:
-    """Errors of the logits against float32, for each dtype and mode."""
+    """Relative errors of the logits against float32, by dtype and mode."""
     streams = [evaluation_stream(args.seed, index, SECONDS) for index in range(args.sequences)]
     exact = logits_of(open_model(args.checkpoint, dtype=jnp.float32), streams)
     found: dict[str, Any] = {"sequences": len(streams), "tokens": sum(map(len, exact))}
@@ -117,7 +119,7 @@ def one_pass(graph: nnx.GraphDef, params: nnx.State, *inputs: Array) -> Float[Ar
 
 
 def score(args: argparse.Namespace, name: str) -> dict[str, float]:
-    """Headline scores of a mode."""
+    """The main scores of a mode."""
     config = EvaluationConfig(
         checkpoint=args.checkpoint,
         streams=args.streams,

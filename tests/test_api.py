@@ -70,7 +70,7 @@ def test_the_functions_are_imported_when_used_whatever_was_imported_before():
     code = """
 import sys
 import moss_jax
-assert not {"av", "gin", "matplotlib"} & set(sys.modules)
+assert not {"av", "gin", "huggingface_hub", "matplotlib"} & set(sys.modules)
 import moss_jax.terminal.feed, moss_jax.api, moss_jax.serve
 from moss_jax import ask, watch
 assert moss_jax.watch is watch is moss_jax.api.watch

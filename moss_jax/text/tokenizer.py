@@ -1,7 +1,6 @@
 """Tokenizer: byte-level BPE with the special tokens of the stream."""
 
 import dataclasses
-import importlib.resources
 import json
 import re
 import string
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+
+from moss_jax.shipped import shipped
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -122,8 +123,7 @@ class Tokenizer:
     @classmethod
     def moss_tiny(cls) -> "Tokenizer":
         """Loads the small tokenizer of the moss_tiny preset."""
-        file = importlib.resources.files("moss_jax.text") / "moss_tiny" / TOKENIZER_FILE
-        return cls(file.read_bytes(), f"moss_tiny/{TOKENIZER_FILE}")
+        return cls.load(shipped("moss-tiny"))
 
     def save(self, folder: str | Path) -> Path:
         """Writes the tokenizer.json into a checkpoint folder, unchanged, and returns its path."""

@@ -6,15 +6,15 @@ The corpus is generated from this file, and every run writes the same bytes.
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moss_jax.config import moss_tiny
+from moss_jax.shipped import shipped
 from moss_jax.text.chat import SYSTEM_PROMPT
 from moss_jax.text.tokenizer import TOKENIZER_FILE
 
-OUTPUT = Path(__file__).parent / "moss_tiny" / TOKENIZER_FILE
+OUTPUT = shipped("moss-tiny") / TOKENIZER_FILE
 
 PREDICTABLE_SPECIAL_TOKENS = [
     "<|begin_of_text|>",
@@ -231,5 +231,4 @@ def _expand(name: str, rng: random.Random) -> str:
 
 
 if __name__ == "__main__":
-    OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(train().to_str(pretty=True) + "\n", encoding="utf-8")

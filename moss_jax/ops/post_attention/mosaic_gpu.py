@@ -1,8 +1,9 @@
 """The rest of a decoder layer after attention, W8A16: one persistent cooperative kernel for Hopper GPUs.
 
-It takes up to 8 rows, in Pallas (Mosaic GPU). It is bound by reading the weights, once; what can be saved are the gaps between one GEMM's reading and the
-next. So as many thread blocks as the GPU holds at once stay from the first weight to the last, each with TMA
-copies of the next tiles in flight, which run on from one matrix into the next.
+It takes up to 8 rows, in Pallas (Mosaic GPU). It is bound by reading the weights, once; what can be saved are
+the gaps between one GEMM's reading and the next. So as many thread blocks as the GPU holds at once stay from
+the first weight to the last, each with TMA copies of the next tiles in flight, which run on from one matrix
+into the next.
 
 Three phases, `out`, `up` and `down`, are split-K GEMMs: each is dealt in units of 64 outputs by a split of
 the inputs, whose sums go to global memory. Between two phases is a barrier of the whole grid; then each block
