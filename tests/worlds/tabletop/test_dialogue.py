@@ -27,7 +27,18 @@ from moss_jax.worlds.tabletop.dialogue import (
     narrate,
     true_answer,
 )
-from moss_jax.worlds.tabletop.language import ASK, LIVE, PAST, SAY, WAIT, agrees, holds, sentence, understand
+from moss_jax.worlds.tabletop.language import (
+    ASK,
+    LIVE,
+    PAST,
+    SAY,
+    WAIT,
+    Sentence,
+    agrees,
+    holds,
+    sentence,
+    understand,
+)
 from moss_jax.worlds.tabletop.stream import TabletopStream, draw_stream
 from moss_jax.worlds.tabletop.world import CARD, Table, TableEvent, Thing, World, generate
 
@@ -130,10 +141,10 @@ def read_back(stream, dialogue, speed, tokenizer) -> Case:
             speech, idle, role = None, True, ""
         elif token == special.image:
             frame += 1
-            waiting.append((frame, at, idle))
+            waiting.append(Glance(frame, at, idle, silent=False, request=-1))
         elif role == "assistant" and tokenizer.decode([token]) != "\n\n":
             silent = token == special.silence
-            glances += [Glance(*glance, silent, request) for glance in waiting]
+            glances += [dataclasses.replace(seen, silent=silent, request=request) for seen in waiting]
             waiting = []
             if silent and speech:
                 heard.append(speech)
@@ -224,6 +235,12 @@ def cases(tokenizer) -> list[Case]:
 def fast(tokenizer) -> list[Case]:
     """Dialogues in which everything is said before the next frame."""
     return [draw(seed, 64, tokenizer) for seed in range(1000, 1080)]
+
+
+def understood(text: str, subject: str) -> Sentence:
+    parsed = understand(text, subject)
+    assert parsed, text
+    return parsed
 
 
 # ------------------------------------------------------------------------------- the sequence
@@ -324,7 +341,7 @@ def test_utterances_are_said_in_full_unless_cut(cases, tokenizer):
             else:
                 assert statement.text in texts
                 subject = case.stream.requests[utterance.request].subject
-                assert understand(statement.text, subject).facts == utterance.sentence.facts
+                assert understood(statement.text, subject).facts == utterance.sentence.facts
             corrections += statement.correction
         times = [utterance.time for utterance in case.dialogue.utterances]
         assert times == sorted(times)
@@ -394,7 +411,7 @@ def test_a_correction_follows_the_frame_that_requires_it(cases, tokenizer):
     assert found > 20
 
 
-def test_nothing_false_is_finished_and_nothing_true_is_taken_back(cases, tokenizer):
+def test_only_answers_that_became_false_are_taken_back(cases, tokenizer):
     """No token of an answer is said after a frame that makes it false."""
     for case in cases:
         for statement, utterance in case.paired(tokenizer):
@@ -406,8 +423,8 @@ def test_nothing_false_is_finished_and_nothing_true_is_taken_back(cases, tokeniz
                 assert not holds(utterance.sentence.facts, case.truth[frame])
 
 
-def test_a_prompt_cuts_what_is_being_said(cases, tokenizer):
-    """What is said then serves the new request."""
+def test_a_prompt_cuts_the_speech_in_progress(cases, tokenizer):
+    """The next speech serves the new request."""
     cut = 0
     for case in cases:
         for speech, following in itertools.pairwise(case.heard):
@@ -421,10 +438,10 @@ def test_a_prompt_cuts_what_is_being_said(cases, tokenizer):
     assert cut > 40
 
 
-# -------------------------------------------------------------------------------- when it is said
+# ----------------------------------------------------------------------------------------- timing
 
 
-def test_each_request_is_answered_first_of_all(cases):
+def test_each_request_is_answered_at_once(cases):
     for case in cases:
         for number, request in enumerate(case.stream.requests):
             said = case.said(number)
@@ -444,7 +461,7 @@ def test_each_request_is_answered_first_of_all(cases):
             assert first.due == (
                 max(case.asked_at[number], 0) if request.kind in (*LIVE, *PAST) else case.asked_at[number]
             )
-            # At once, which is with the first frame if nothing was to be seen.
+            # At once, or with the first frame.
             assert first.time <= max(request.time, 0.0) + 1 / case.speed + 1e-6
             assert first.frame <= max(case.asked_at[number], 0) + 1
             if request.kind in (*PAST, "watch"):
@@ -475,7 +492,7 @@ def test_answers_about_the_past(cases):
 
 
 def told_by(case: Case, glance: Glance) -> dict[str, str]:
-    """What the user has been told in answer to the request in force, up to a frame."""
+    """The facts told in answer to the request in force, up to a frame."""
     told = {}
     for utterance in case.said(glance.request):
         if utterance.frame <= glance.frame:
@@ -484,7 +501,7 @@ def told_by(case: Case, glance: Glance) -> dict[str, str]:
 
 
 def is_due(case: Case, glance: Glance, events: dict[int, TableEvent]) -> bool:
-    """Whether there is something to say at a frame, by what was said before it."""
+    """Whether something is due at a frame, given what was said before it."""
     if glance.request < 0:
         return False
     request, asked = case.stream.requests[glance.request], case.asked_at[glance.request]
@@ -507,7 +524,7 @@ def is_due(case: Case, glance: Glance, events: dict[int, TableEvent]) -> bool:
     return False
 
 
-def test_it_speaks_when_something_is_due_and_only_then(cases):
+def test_the_assistant_speaks_if_and_only_if_something_is_due(cases):
     spoke = silent = 0
     for case in cases:
         events = {event.frame: event for event in case.stream.world.events}
@@ -524,7 +541,7 @@ def test_it_speaks_when_something_is_due_and_only_then(cases):
     assert silent > 1500
 
 
-def test_at_speed_an_answer_is_up_to_date_before_the_next_frame(fast):
+def test_fast_speech_updates_answers_before_the_next_frame(fast):
     changed = 0
     for case in fast:
         for number, request in enumerate(case.stream.requests):
@@ -545,7 +562,7 @@ def test_at_speed_an_answer_is_up_to_date_before_the_next_frame(fast):
     assert changed > 50
 
 
-def test_awaited_moments_are_called_at_the_first_frame_that_shows_them(cases):
+def test_awaited_moments_are_announced_at_the_first_frame_that_shows_them(cases):
     called = 0
     for case in cases:
         for number, request in enumerate(case.stream.requests):
@@ -569,7 +586,7 @@ def test_awaited_moments_are_called_at_the_first_frame_that_shows_them(cases):
     assert called > 40
 
 
-def test_changes_are_told_in_order(cases, fast):
+def test_events_are_narrated_in_order(cases, fast):
     told = 0
     for case in (*cases, *fast):
         events = {event.frame: event for event in case.stream.world.events}
@@ -597,13 +614,14 @@ def test_changes_are_told_in_order(cases, fast):
 # ------------------------------------------------------------------------------------- examples
 
 
-class Wording:
-    """Stands in for the random choice of words."""
+class FixedWording(np.random.Generator):
+    """A generator that always chooses the same wording."""
 
     def __init__(self, variant: int):
+        super().__init__(np.random.PCG64(0))
         self.variant = variant
 
-    def integers(self, _):
+    def integers(self, *_, **__) -> int:
         return self.variant
 
 
@@ -621,7 +639,7 @@ EMPTY = Table()
 
 @pytest.fixture(scope="module")
 def play(tokenizer):
-    """Plays a story and writes it down: `▫` a frame, `·` silence, `|` what the user says."""
+    """Plays a story and transcribes it: `▫` is a frame, `·` a silence, `|` a prompt."""
 
     def play(tables, *requests, speed=8, variant=0, events=()):
         dialogue = converse(
@@ -629,7 +647,7 @@ def play(tokenizer):
             requests,
             tokenizer,
             tokens_per_second=speed,
-            rng=Wording(variant),
+            rng=FixedWording(variant),
             system=None,
         )
         special = tokenizer.special
@@ -638,7 +656,7 @@ def play(tokenizer):
             marks.get(token) or (tokenizer.decode([token]) if label != IGNORED else "")
             for token, label in zip(dialogue.tokens, dialogue.labels, strict=True)
         )
-        # A turn of the user's and the assistant's header.
+        # A user turn and the assistant's header.
         return text.replace("||", "|")
 
     return play
@@ -666,13 +684,13 @@ def test_an_answer_is_taken_back_in_mid_sentence(play):
     assert text == "|·▫·|The star is red▫ - wait, now the star is blue▫ - wait, now the star is gone▫.·▫·"
 
 
-def test_a_sentence_that_is_just_over_gets_its_silence_first(play):
+def test_a_finished_sentence_is_followed_by_its_silence(play):
     text = play([RED, BLUE, BLUE], ask_for("colour", 0.4, "star"), variant=1)
     assert text == "|·▫·|The star is red.▫·▫Now the star is blue.·"
 
 
-def test_an_answer_goes_on_with_what_has_become_true(play):
-    """If what was said fits it, nobody notices."""
+def test_an_answer_goes_on_with_a_new_truth(play):
+    """If the words so far fit it."""
     text = play([RED, BLUE, BLUE], ask_for("colour", 0.7, "star"), speed=8, variant=1)
     assert text == "|·▫·|The star is▫ blue.·▫·"
     both = Table((star("blue"), card(3)))
@@ -680,14 +698,14 @@ def test_an_answer_goes_on_with_what_has_become_true(play):
     assert text == "|·▫·|There is a blue star▫ and a card with a 3.▫·"
 
 
-def test_what_does_not_bear_on_the_answer_does_not_disturb_it(play):
+def test_unrelated_changes_do_not_disturb_an_answer(play):
     moved = Table((star("red", 2),))
     assert play([RED, moved, moved], ask_for("colour", 0.75, "star")) == "|·▫·|It is▫ red.·▫·"
     text = play([RED, moved, moved], ask_for("place", 0.4, "star"))
     assert text == "|·▫·|It is on the left▫ - wait, now it is on▫ the right.·"
 
 
-def test_a_list_is_told_whole_and_then_by_what_changes(play):
+def test_a_list_is_updated_by_its_changes(play):
     red, both = Table((star("red"),)), Table((star("red"), card(3)))
     five, hidden = Table((star("red"), card(5))), Table((star("red"), card(5)), covered="star")
     text = play([EMPTY, red, both, five, hidden, five], ask_for("list", 0.4), speed=32)
@@ -697,14 +715,14 @@ def test_a_list_is_told_whole_and_then_by_what_changes(play):
     )
 
 
-def test_a_moment_is_called_once(play):
+def test_a_moment_is_announced_once(play):
     awaited = sentence("alert colour", c="blue")
     request = ask_for("alert colour", 0.1, awaited=awaited)
     text = play([RED, RED, BLUE, RED, BLUE], request, speed=16)
     assert text == "|·▫·|Okay.·▫·▫Now! Something is blue.·▫·▫·"
 
 
-def test_changes_are_told(play):
+def test_narration(play):
     tables = [EMPTY, RED, BLUE, Table((star("blue", 2),)), EMPTY]
     events = [
         TableEvent(1, "appear", "star"),
@@ -716,13 +734,13 @@ def test_changes_are_told(play):
         "|·▫·|Okay.·▫A red star appears on the left.·▫The star turns blue.·▫The star moves to the right.·"
         "▫The star leaves.·"
     )
-    # What is not true any more when its turn comes is left out: the star was blue, but is gone.
+    # An event whose facts are no longer true when its turn comes is left out: the star was blue, but is gone.
     text = play(tables, ask_for("narrate", 0.1), events=events, speed=3)
     assert "The star leaves." in text
     assert "moves" not in text
 
 
-def test_changes_that_have_to_wait_are_told_in_order(play):
+def test_events_that_wait_are_narrated_in_order(play):
     ring, circle = Thing("ring", (1, 0), "green"), Thing("circle", (2, 0), "black")
     tables = [
         EMPTY,
@@ -758,10 +776,10 @@ def test_a_question_before_the_first_frame_waits_for_it(play):
     assert play([RED, RED]) == "|·▫·▫·"
 
 
-# ------------------------------------------------------------------------------- cut and offline
+# -------------------------------------------------------------------------- truncated and offline
 
 
-def test_a_sequence_is_cut_at_its_longest(tokenizer):
+def test_a_sequence_is_truncated_at_max_tokens(tokenizer):
     rng = np.random.default_rng(0)
     stream = draw_stream(rng, 12)
     play = functools.partial(converse, stream.world, stream.requests, tokenizer, tokens_per_second=8)
@@ -773,7 +791,7 @@ def test_a_sequence_is_cut_at_its_longest(tokenizer):
         assert cut.frame_positions == [p for p in whole.frame_positions if p < most]
 
 
-def test_a_dialogue_is_always_the_same(tokenizer):
+def test_a_seed_determines_the_dialogue(tokenizer):
     for seed in range(5):
         assert draw(seed, 8, tokenizer).dialogue == draw(seed, 8, tokenizer).dialogue
 
@@ -850,13 +868,14 @@ def test_requests_make_sense(asked):
         if request.kind in PAST:
             assert truth is not None
         if request.kind == "previous":
+            assert truth
             assert truth["digit"] not in ("none", "covered")
         assert (request.awaited is not None) == request.kind.startswith("alert")
         if request.awaited:
             assert request.awaited.name == request.kind
             assert request.awaited.values.get("k", "") == request.subject
             assert all(value in request.text for value in request.awaited.values.values())
-            # One waits for what is yet to come.
+            # What is awaited is not true yet.
             assert truth is None or not holds(request.awaited.facts, truth)
     alerts = [(world, request) for world, request in asked if request.awaited]
     comes = [
@@ -865,7 +884,7 @@ def test_requests_make_sense(asked):
     assert 0.5 < np.mean(comes) < 0.9
 
 
-def test_how_often_something_is_asked_before_the_first_frame():
+def test_the_share_of_first_turns_can_be_chosen():
     rng = np.random.default_rng(0)
     world = generate(rng, 10, digit_indices=digits.training_indices(), rate=0.4, gap=2)
     for share in (0.0, 0.3, 1.0):
@@ -891,7 +910,7 @@ def test_a_short_stream_can_be_asked_about():
         assert all(r.time < 1 for r in draw_requests(rng, world, first_turn=0.5, dense=seed % 2 == 0))
 
 
-def test_the_list_of_what_is_there():
+def test_list_of_the_visible_things():
     truth = World((Table((star("red"), card(8), Thing("circle", (0, 1), "blue"))),), ()).truth[0]
     assert list_of(truth) == "a blue circle, a red star and a card with a 8"
     assert (
