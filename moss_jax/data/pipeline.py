@@ -96,8 +96,8 @@ def _make_in_workers(dataset: grain.MapDataset, workers: int, read_ahead: int) -
         flags.FLAGS.mark_as_parsed()
     # For the workers, which share the cores already; numpy in this process has read the variable long ago.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # So many batches are in the worker's queue and again in a buffer here; one more is in transit between
-    # them, and one is being copied.
+    # The buffer size counts twice, for the worker's queue and for a buffer here; one more batch is in transit
+    # between them, and one is being copied.
     options = grain.MultiprocessingOptions(1, per_worker_buffer_size=max(1, read_ahead // 2 - 1))
     # One dataset per worker, because grain shuts the workers of one dataset down one after the other.
     shards = [

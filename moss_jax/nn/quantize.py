@@ -20,7 +20,7 @@ from moss_jax.nn.layers import LayerNorm, Linear, parameter
 from moss_jax.nn.model import MossVideo
 from moss_jax.nn.vision import VisionLayer
 from moss_jax.ops import qarray
-from moss_jax.ops.attention import RoundedQKV
+from moss_jax.ops.attention import QuantizedQKV
 from moss_jax.ops.linear import Layout, decode_layout
 from moss_jax.ops.qarray import QArray
 
@@ -104,7 +104,7 @@ def _round(kernel: Array, num_inputs: int, dtype: jnp.dtype) -> QArray:
     return qarray.quantize(kernel, dtype, axes=kernel.ndim - num_inputs)
 
 
-def _replace(linear: Linear, kernel: QArray | RoundedQKV) -> None:
+def _replace(linear: Linear, kernel: QArray | QuantizedQKV) -> None:
     """Puts a quantised kernel in the place of a linear map's own."""
     axes, n = linear.kernel.get_metadata()["axes"], linear.num_inputs
     linear.kernel = parameter(kernel, (*axes[n:], *axes[:n]))
@@ -128,7 +128,7 @@ def _round_layer(layer: VisionLayer, dtype: jnp.dtype) -> None:
     divisors = jnp.stack([q_scale, k_scale, v_scale])[:, None, None]
     scale = kernel.scale / divisors
     parts = (QArray(kernel.values[part], scale[part], input_scale) for part in (slice(2), slice(2, 3)))
-    _replace(qkv, RoundedQKV(*parts, qk_scale=q_scale * k_scale, v_scale=v_scale))
+    _replace(qkv, QuantizedQKV(*parts, qk_scale=q_scale * k_scale, v_scale=v_scale))
     _replace(attention.out, _with_scales(attention.out, dtype, input_scale=v_scale))
 
     hidden_scale = _scale(_bounds(layer.mlp_norm, mlp.fc1))

@@ -128,7 +128,7 @@ def test_a_realtime_row_is_tokenized_like_a_live_session(batches):
         ([TINY.special.eot], False),
     ]
     assert tokens == [i for part, _ in parts for i in part]
-    assert labels == [i if learnt else IGNORED for part, learnt in parts for i in part]
+    assert labels == [i if is_target else IGNORED for part, is_target in parts for i in part]
     assert positions == [at for at, i in enumerate(tokens) if i == IMAGE]
     assert len(positions) == 4
 
@@ -155,7 +155,7 @@ def test_every_token_of_a_short_row(batches):
         ("<|eot_id|>", False),
     ]
     assert texts(tokens) == [text for text, _ in expected]
-    assert [label != IGNORED for label in labels] == [learnt for _, learnt in expected]
+    assert [label != IGNORED for label in labels] == [is_target for _, is_target in expected]
 
 
 def test_frames_are_sampled_at_the_times_of_the_row(batches, media, number_of):

@@ -1,4 +1,4 @@
-"""What kernels for Hopper GPUs (Mosaic GPU) share: tiles in shared memory, products on the tensor core."""
+"""Building blocks of kernels for Hopper GPUs (Mosaic GPU): swizzled tiles, wgmma, register layouts."""
 
 import math
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from jax import lax
 
 LOG2E = math.log2(math.e)
 
-# Score of an unseen key.
-NEVER = -jnp.inf
+# Score of a masked key.
+NEG_INF = -jnp.inf
 
-# Where a warpgroup keeps a matrix, one number a row of it, and one number a column.
+# Register layouts of a warpgroup: wgmma's accumulator, and vectors of one number a row or a column of it.
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW = MATRIX.reduce(1)
 PER_COLUMN = MATRIX.reduce(0)
@@ -23,29 +23,30 @@ COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgp
 
 
 def tile(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
-    """Shared memory whose last two axes are laid out as the tensor core reads them."""
+    """Shared memory for tiles over the last two axes, tiled and swizzled for TMA and wgmma."""
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = plgpu.find_swizzle(shape[-1] * bits)
     transforms = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def product(a, b, meanwhile: Callable[[], None] = lambda: None):
-    """a @ b in float32; a in registers or shared memory, b in shared memory.
+def product(a, b, overlapped: Callable[[], None] = lambda: None):
+    """a @ b by wgmma, in float32; a in registers or shared memory, b in shared memory.
 
-    `meanwhile` is done while the tensor core works.
+    Args:
+      overlapped: called between the issue of the product and the wait for it.
     """
 
     def multiply(acc):
         plgpu.wgmma(acc, a, b)
-        meanwhile()
+        overlapped()
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def products(*pairs):
-    """a @ b of each pair, at once."""
+    """a @ b of each pair; all are issued before the first is awaited."""
 
     def multiply(*accs):
         for acc, (a, b) in zip(accs, pairs, strict=True):
@@ -55,31 +56,31 @@ def products(*pairs):
     return pl.run_scoped(multiply, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
 
 
-def add_product(total, a, b, meanwhile: Callable[[], None] = lambda: None):
-    """total + a @ b, in place."""
+def add_product(acc, a, b, overlapped: Callable[[], None] = lambda: None):
+    """acc + a @ b, accumulated in place; `overlapped` as in `product`."""
 
-    def multiply(acc):
-        plgpu.wgmma(acc, a, b)
-        meanwhile()
+    def multiply(ref):
+        plgpu.wgmma(ref, a, b)
+        overlapped()
 
-    return pl.run_state(multiply)(plgpu.ACC.init(total))
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
 def full(shape: tuple[int, ...], value: float, layout):
-    """A float32 array of one number, kept as `layout` says."""
+    """A float32 array filled with one number, in a register layout."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def index(shape: tuple[int, int], axis: int):
-    """The row (axis 0) or column (axis 1) number of every element of a matrix."""
+    """The row (axis 0) or column (axis 1) index of every element of a matrix."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
 
 
 def along_rows(vector, shape):
-    """One number a row, for every element of the row."""
+    """Broadcasts one number a row along the rows."""
     return lax.broadcast_in_dim(vector, shape, [0])
 
 
 def along_columns(vector, shape):
-    """One number a column, for every element of the column."""
+    """Broadcasts one number a column along the columns."""
     return lax.broadcast_in_dim(vector, shape, [1])
