@@ -62,8 +62,8 @@ def test_weights_times_values_give_the_result_of_each_layer(weights, attended):
         values = np.repeat(values, weights.shape[2] // values.shape[1], axis=1)  # [B, H, S, D]
         by_key = weights[:, layer].reshape(*weights.shape[:1], *weights.shape[2:4], -1)
         mine = np.einsum("BHTS,BHSD->BTHD", by_key, values)
-        # A score of normed queries and keys is below 8, a sum of D = 8 products: its error is below 64 eps. It
-        # enters a weight twice, in numerator and denominator, and there are two computations.
+        # A score of normed queries and keys is below 8, a sum of D = 8 products: its error is below 64 eps.
+        # It enters a weight twice, in numerator and denominator, and there are two computations.
         np.testing.assert_allclose(mine, out, rtol=0, atol=4 * 64 * EPS * np.abs(values).max())
         assert np.abs(out).max() > 0.1
 

@@ -140,7 +140,7 @@ class World:
         return tuple(_truth(self))
 
     def scene(self, time: float) -> Scene:
-        """What is visible at any time, changes in progress included."""
+        """The scene at any time, including changes in progress."""
         # The change of frame k takes from k - BEGINS to k - ENDS.
         frame = min(math.ceil(time - 1e-9), self.seconds - 1)
         progress = 1 - (frame - time - ENDS) / (BEGINS - ENDS)
