@@ -14,8 +14,10 @@ from jax._src import callback
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import tpu as pltpu
 
-from moss_jax.ops.attention import mosaic_gpu, mosaic_tpu
-from moss_jax.ops.mosaic_gpu import skinny_matmul, tiles
+from moss_jax.ops.attention import mosaic_tpu
+from moss_jax.ops.linear.mosaic_gpu import bias_gelu, norm_matmul, weight_only
+from moss_jax.ops.mosaic_gpu import hopper, skinny_matmul, tiles, upcast
+from moss_jax.ops.post_attention import mosaic_gpu as post_attention
 
 # The package has a function of the same name.
 decode_quantized = importlib.import_module("moss_jax.ops.attention.mosaic_gpu.decode_quantized")
@@ -58,37 +60,56 @@ def on_gpu():
         return sums + jnp.einsum("wox,wmx->wom", warps, x, precision="highest").reshape(sums.shape)
 
     with (
+        mock.patch.object(hopper, "unsupported", lambda platform, whole=True: None),
         mock.patch.multiple(tiles, product=product, products=products, add_product=add_product),
         mock.patch.object(decode_quantized, "widen", widen),
+        mock.patch.object(weight_only, "widen", lambda ref: upcast.shuffle(ref[...].astype(jnp.bfloat16))),
         mock.patch.object(skinny_matmul, "multiply", multiply),
+        mock.patch.object(bias_gelu, "upcast", lambda x: x.astype(jnp.float32)),
+        mock.patch.multiple(norm_matmul, scaled_factor=scaled_factor, finish=finish),
+        mock.patch.multiple(
+            post_attention,
+            arrive=arrive,
+            prefetch=lambda ref: None,
+            grid_barrier=lambda counters, blocks: None,
+        ),
         mock.patch.object(plgpu, "copy_gmem_to_smem", lambda *refs, collective_axes=None: copy(*refs)),
-        _as_if_on("gpu", mosaic_gpu),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
     ):
         yield
 
 
-@contextlib.contextmanager
-def kernel_on_gpu(module, **replaced):
-    """The kernel of another op than attention.
+def scaled_factor(factor, scale_ref, cols):
+    """That of `norm_matmul`."""
+    spread = jnp.repeat(scale_ref[...], cols)
+    return factor * jnp.pad(spread, (0, factor.size - spread.size))
 
-    Args:
-      replaced: functions of its module that the interpreter has no instructions for.
-    """
-    refuses = module.unsupported
-    replaced["unsupported"] = lambda arguments, _: refuses(arguments, "gpu")
-    with on_gpu(), mock.patch.multiple(module, **replaced):
-        yield
+
+def finish(sums, sums_ref, factor, y_ref):
+    """That of `norm_matmul`."""
+    rows, cols = y_ref.shape[0], sums_ref.shape[1]
+    sums_ref[...] = sums[:, :cols]
+    total = sums_ref[...].reshape(4, 16, cols).sum(axis=0) * factor[: 16 * cols].reshape(16, cols)
+    y_ref[...] = total.T[:rows].astype(y_ref.dtype)
+
+
+def arrive(counters, counter, expected):
+    """That of `post_attention`, thread by thread, for blocks of up to 8 units."""
+
+    def one(thread, last):
+        at, there = jnp.maximum(counter[thread], 0), counter[thread] >= 0
+        old = counters[at]
+        counters[at] = jnp.where(there, (old + 1) % expected, old)
+        return last.at[thread].set(there & (old + 1 == expected))
+
+    return jax.lax.fori_loop(0, 8, one, jnp.zeros(counter.shape, jnp.int32))
 
 
 @contextlib.contextmanager
 def on_tpu():
     """Mosaic TPU kernels; memory starts as NaN, and what lies beyond an array is NaN too."""
     params = pltpu.InterpretParams(out_of_bounds_reads="uninitialized")
-    with _as_if_on("tpu", mosaic_tpu), pltpu.force_tpu_interpret_mode(params):
+    refuses = mosaic_tpu.unsupported
+    as_if_there = mock.patch.object(mosaic_tpu, "unsupported", lambda arguments, _: refuses(arguments, "tpu"))
+    with as_if_there, pltpu.force_tpu_interpret_mode(params):
         yield
-
-
-def _as_if_on(platform: str, module):
-    refuses = module.unsupported
-    return mock.patch.object(module, "unsupported", lambda arguments, _: refuses(arguments, platform))
