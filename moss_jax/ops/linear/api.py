@@ -164,6 +164,7 @@ def norm_linear(
     out_scale = kernel.output_scale if isinstance(kernel, QArray) else None
     dtype = residual.x.dtype if out_scale is None else jnp.dtype(jnp.float8_e4m3fn)
     a = NormArguments(residual, norm, weights, out_scale, gelu=gelu, out_dtype=dtype)
+    check(a.linear(residual.x))
     y, x = NORM_LINEAR(a, implementation=implementation, config=config)
     return (y if out_scale is None else QArray(y, out_scale)), x
 

@@ -121,16 +121,9 @@ def check(a: Arguments) -> None:
         raise ValueError(
             f"x {a.x.shape} must end with the inputs of the kernel, {w.inputs} of {w.kernel.shape}"
         )
-    if isinstance(w.kernel, QArray) and not w.outputs_first:
-        raise ValueError("a quantised kernel has its outputs first")
-    if isinstance(w.kernel, QArray) and w.kernel.scale.shape != w.outputs:
-        raise ValueError(
-            f"a quantised kernel has one scale an output, {w.outputs}; got {w.kernel.scale.shape}"
-        )
+    check_weights(w)
     if isinstance(a.x, QArray) and w.scheme != "W8A8":
         raise ValueError(f"inputs in 8 bits need a kernel for W8A8, not {w.scheme}")
-    if w.bias is not None and w.bias.shape != w.outputs:
-        raise ValueError(f"bias is one number an output, {w.outputs}; got {w.bias.shape}")
     if a.residual is None:
         return
     if (a.residual.shape, a.residual.dtype) != ((*a.rows, *w.outputs), a.out_dtype):
@@ -138,6 +131,18 @@ def check(a: Arguments) -> None:
             f"the residual is like the results, {a.out_dtype} {(*a.rows, *w.outputs)}; "
             f"got {a.residual.dtype} {a.residual.shape}"
         )
+
+
+def check_weights(w: Weights) -> None:
+    """Raises ValueError unless the shapes of a kernel, its scale and a bias fit together."""
+    if isinstance(w.kernel, QArray) and not w.outputs_first:
+        raise ValueError("a quantised kernel has its outputs first")
+    if isinstance(w.kernel, QArray) and w.kernel.scale.shape != w.outputs:
+        raise ValueError(
+            f"a quantised kernel has one scale an output, {w.outputs}; got {w.kernel.scale.shape}"
+        )
+    if w.bias is not None and w.bias.shape != w.outputs:
+        raise ValueError(f"bias is one number an output, {w.outputs}; got {w.bias.shape}")
 
 
 def define(a: Arguments) -> Float[Array, "..."]:

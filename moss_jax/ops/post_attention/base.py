@@ -10,7 +10,9 @@ from jaxtyping import Array, Float
 
 from moss_jax.ops import dispatch
 from moss_jax.ops.linear import Weights, norm_linear, residual_add
+from moss_jax.ops.linear.base import check_weights
 from moss_jax.ops.norm import Norm, Residual
+from moss_jax.ops.norm.base import check as check_norm
 from moss_jax.ops.qarray import QArray
 
 
@@ -36,6 +38,9 @@ class Arguments:
 
 def check(a: Arguments) -> None:
     """Raises ValueError unless shapes fit together."""
+    check_norm(Residual(a.x), a.norm)
+    for weights in (a.out, a.up, a.down):
+        check_weights(weights)
     D, out = a.x.shape[-1], a.out.inputs
     if tuple(a.heads.shape[-len(out) :]) != out:
         raise ValueError(f"heads {a.heads.shape} must end with the inputs of `out`, {out}")
