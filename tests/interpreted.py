@@ -29,6 +29,11 @@ callback.api = types.SimpleNamespace(device_put=lambda arrays, device: [np.array
 shared_memory._to_int = lambda x: x if isinstance(x, jax.core.Tracer) else int(x)
 
 
+def lowering_for(platform: str):
+    """Ops choose what they would there, so that programs can be lowered for it without its devices."""
+    return mock.patch.object(jax, "default_backend", return_value=platform)
+
+
 @contextlib.contextmanager
 def on_gpu():
     """Mosaic GPU kernels: copies, barriers, warpgroups and shared memory are simulated.
@@ -60,7 +65,7 @@ def on_gpu():
         return sums + jnp.einsum("wox,wmx->wom", warps, x, precision="highest").reshape(sums.shape)
 
     with (
-        mock.patch.object(hopper, "unsupported", lambda platform, whole=True: None),
+        mock.patch.object(hopper, "unsupported", return_value=None),
         mock.patch.multiple(tiles, product=product, products=products, add_product=add_product),
         mock.patch.object(decode_quantized, "widen", widen),
         mock.patch.object(weight_only, "widen", lambda ref: upcast.shuffle(ref[...].astype(jnp.bfloat16))),
