@@ -1,4 +1,4 @@
-"""A benchmark of chained calls, for kernels of few rows with weights in 8 bits."""
+"""Shared by the benchmarks of few-row W8A16 kernels: chains of dependent calls."""
 
 import argparse
 import dataclasses
@@ -13,20 +13,20 @@ import jax.numpy as jnp
 from report import first_line, make_parser, publish, say
 from timing import begin, line, named, timed
 
-REPEATS = 30  # That must be equal bit for bit.
+REPEATS = 30  # Runs of one call that must agree bit for bit.
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call, computed in several ways.
+    """One call and the implementations that compute it.
 
     Attributes:
-      copies: of the arguments, with weights of their own; the first are those of the call.
+      copies: arguments with different weights, which calls rotate over; the first are those of the call.
       exact: its result.
-      added_to: what of the result was there before.
-      following: the arguments of a call that depends on the result of the one before.
-      weights: bytes.
-      contenders: name and function of the arguments of each way; the kernel's default first.
+      added_to: part of the result that the op only adds to, left out of the relative error.
+      following: makes the arguments of a call depend on the result of the one before.
+      weights: size in bytes.
+      contenders: name and function of each implementation; the kernel's default first.
     """
 
     name: str
@@ -41,15 +41,17 @@ class Case:
 def compare_chained(
     script: str, doc: str, cases: Callable[[argparse.Namespace], Iterator[Case]], calls: int
 ) -> None:
-    """Parses the command line, times all cases, publishes the result.
+    """Parses the command line, times all cases and publishes the result.
 
     Args:
-      calls: of a program, each of which depends on the one before.
+      calls: number of calls of a program, each of which depends on the one before.
     """
     parser = make_parser(doc)
-    parser.add_argument("--rows", default="1,2", help="numbers of rows, comma-separated")
-    parser.add_argument("--stored", default="int8,float8_e4m3fn", help="dtypes, comma-separated")
-    parser.add_argument("--tune", action="store_true", help="other configurations of the kernel too")
+    parser.add_argument("--rows", default="1,2", help="comma-separated numbers of rows")
+    parser.add_argument(
+        "--stored", default="int8,float8_e4m3fn", help="comma-separated dtypes of the weights"
+    )
+    parser.add_argument("--tune", action="store_true", help="time other configurations of the kernel too")
     args, ceilings, deadline, watch = begin(parser)
     results = []
     for case in cases(args):
@@ -60,12 +62,12 @@ def compare_chained(
                 results.append(row | _measure(apply, case, calls, args.repeats, ceilings["copy_tb_s"]))
                 say(line(results[-1]))
     if time.monotonic() > deadline:
-        say("time is up: the rest was left out")
+        say("out of time: the remaining cases were left out")
     publish(script, args, {"ceilings": ceilings, "rows": results})
 
 
 def kernels(module, a, configs: Iterable[dict]) -> Iterator[tuple[str, Callable]]:
-    """The kernel of an op's module, if it takes the call: by default, and with configurations changed."""
+    """The kernel of an op's module, if it supports the call: its default, then changed configurations."""
     if module.unsupported(a, jax.default_backend()) is None:
         for changes in ({}, *configs):
             config = dataclasses.replace(module.default_config(a), **changes)
@@ -73,18 +75,18 @@ def kernels(module, a, configs: Iterable[dict]) -> Iterator[tuple[str, Callable]
 
 
 def make_weights(key, stored: str, outputs: int, inputs: int) -> tuple[jax.Array, jax.Array]:
-    """[N, K] in 8 bits, and scales by which they keep the size of what they map."""
+    """Random weights [N, K] in 8 bits, scaled so that outputs are about as large as inputs."""
     codes_key, scale_key = jax.random.split(key)
     codes = jax.random.bits(codes_key, (outputs, inputs), jnp.uint8)
     if stored != "int8":
         codes = jnp.where(codes & 127 == 127, 0, codes)  # No NaN.
-    size = 74 if stored == "int8" else 120  # About the standard deviation of all codes.
+    size = 74 if stored == "int8" else 120  # Approximate standard deviation of uniformly drawn codes.
     scale = jax.random.uniform(scale_key, (outputs,), minval=0.5, maxval=1.5)
     return jax.lax.bitcast_convert_type(codes, jnp.dtype(stored)), scale / (size * math.sqrt(inputs))
 
 
 def _measure(apply, case: Case, calls: int, repeats: int, copy: float) -> dict:
-    """Error, whether repeats agree, and the time of a call."""
+    """Relative error and time of a call; fails if repeats differ."""
     one = jax.jit(apply)
     try:
         y = one(case.copies[0])
@@ -101,7 +103,7 @@ def _measure(apply, case: Case, calls: int, repeats: int, copy: float) -> dict:
 
 
 def _chain(apply, following, calls: int, copies):
-    """One call after the other."""
+    """Runs calls one after the other, each on the result of the one before."""
     step, y = jax.jit(apply), None
     for i in range(calls):
         a = copies[i % len(copies)]

@@ -1,15 +1,14 @@
-"""Times the matmuls of the vision encoder's layers with what follows them, and what makes their inputs: in
-bfloat16, and in 8 bits by XLA and by our kernel.
+"""Times the GEMMs of the vision encoder with their epilogues, in bfloat16 and FP8: our kernel, and XLA.
 
     python benchmarks/matmul.py --out benchmarks/results/matmul_h200.json
     python benchmarks/matmul.py --tune --rows 51456 --budget 80
 
-A program makes several calls on operands of their own, so that starting it doesn't tell. All programs of as
-many rows are compiled side by side before the first is timed. In 8 bits the inputs come rounded, `qkv` is
-two maps, of which `qk` gives 8 bits, as `fc1` does, and `out` and `fc2` add their results to the residual
-stream; beside them stands the norm, which rounds what `qk`, `v` and `fc1` take, and in bfloat16 adds what
-`out` and `fc2` give. Rates are shares of a large matmul in bfloat16. Errors are ||y - exact|| / ||exact||
-against float32: first of the operands that are given, then of what they were rounded from.
+A program has several calls on operands of their own, so that launching it is negligible. All programs of one
+number of rows are compiled in parallel before the first is timed. In FP8 the inputs come rounded; `qkv` is
+two GEMMs, of which `qk` gives float8, as `fc1` does; `out` and `fc2` add the residual in their epilogue. The
+norm is timed beside them: in FP8 it rounds the inputs of `qk`, `v` and `fc1`, in bfloat16 it adds the results
+of `out` and `fc2`. Rates are shares of a large bfloat16 GEMM. Errors are ||y - exact|| / ||exact|| against
+float32: first of the operands as given, then of the operands before rounding.
 """
 
 import dataclasses
@@ -20,9 +19,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from report import first_line, make_parser, publish, say
-from timing import Watch, begin, line, named, side_by_side, timed
-
 from moss_jax.ops.fused_linear import IMPLEMENTATIONS, Arguments
 from moss_jax.ops.fused_linear.mosaic_gpu import (
     Config,
@@ -30,6 +26,9 @@ from moss_jax.ops.fused_linear.mosaic_gpu import (
     many_rows,
     misfit,
 )
+from report import first_line, make_parser, publish, say
+from timing import Watch, begin, line, named, side_by_side, timed
+
 from moss_jax.ops.norm import layer_norm
 
 WIDTH, HIDDEN = 1280, 5120
@@ -42,18 +41,18 @@ LAYERS = {
     "fc2": (HIDDEN, WIDTH),
 }
 TINY = {"qkv": (256, 768), "qk": (256, 512), "fc1": (256, 512), "fc2": (512, 256)}
-IN_8_BITS = {"qkv": (False,), "qk": (True,), "v": (True,)}  # The others are in either.
-ROUNDED = ("qk", "fc1")  # Of which the results are, in 8 bits.
+IN_8_BITS = {"qkv": (False,), "qk": (True,), "v": (True,)}  # The others come in both.
+ROUNDED = ("qk", "fc1")  # Results in float8, in FP8.
 BIASED = ("fc1", "fc2")
-ADDED = ("out", "fc2")  # To the residual stream, in 8 bits.
-SCALE = 32  # What numbers are multiplied with before they are rounded to 8 bits, inputs and results of fc1.
-FLOPS = 1e12  # That a program takes, about.
+ADDED = ("out", "fc2")  # Residual in the epilogue, in FP8.
+SCALE = 32  # Inverse scale of float8 inputs and of the results of fc1.
+FLOPS = 1e12  # Approximate work of a program.
 MAX_CALLS = 24
-REPEATS = 10  # That must be equal bit for bit.
+REPEATS = 10  # Runs of one call that must agree bit for bit.
 
 SMALL = {"columns": 128, "stages": 6}
 FINE = {"chunk": 32, "slots": 4}
-# The configurations that are tried; where the default is another one, it is measured as well.
+# Configurations that --tune tries beside the default.
 CONFIGS = (
     Config(),
     Config(cluster=None),
@@ -74,8 +73,12 @@ CONFIGS = (
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--rows", default="1608,12864,51456", help="of 1, 8 and 32 frames, comma-separated")
-    parser.add_argument("--tune", action="store_true", help="other configurations of the kernel too")
+    parser.add_argument(
+        "--rows",
+        default="1608,12864,51456",
+        help="comma-separated numbers of rows; by default those of 1, 8 and 32 frames",
+    )
+    parser.add_argument("--tune", action="store_true", help="time other configurations of the kernel too")
     args, ceilings, deadline, watch = begin(parser)
     layers, results = TINY if args.tiny else LAYERS, []
     for M in [136] if args.tiny else map(int, args.rows.split(",")):
@@ -85,7 +88,7 @@ def main() -> None:
             results.append(row)
             say(line(row))
     if time.monotonic() > deadline:
-        say("time is up: the rest was left out")
+        say("out of time: the remaining cases were left out")
     publish("matmul.py", args, {"ceilings": ceilings, "rows": results})
 
 

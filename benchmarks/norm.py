@@ -1,11 +1,11 @@
-"""Times a residual sum with the norm behind it: our kernel, and what XLA makes of plain JAX.
+"""Times a residual add with the RMSNorm or LayerNorm behind it: our kernel, and XLA.
 
     python benchmarks/norm.py --out benchmarks/results/norm_h200.json
 
-A program makes several calls, each with the results of the one before as its residual stream and branch, and
-weights of its own. Rates count the branch and the stream, read and written; their shares are those of a copy
-measured first. Errors are ||out - exact|| / ||exact|| against float64, of some normed rows and of their sums.
-All programs are compiled side by side before the first is timed.
+A program has several calls, each with the results of the one before as residual stream and branch, and
+weights of its own. Rates count branch and stream, read and written, as shares of a large copy timed first.
+Errors are ||out - exact|| / ||exact|| against float64, of some normed rows and of their sums. All programs
+are compiled in parallel before the first is timed.
 """
 
 import dataclasses

@@ -1,12 +1,11 @@
-"""Times an RMS norm with the linear map behind it, of few rows, with weights in 8 bits: as one kernel, and as
-those of the norm and of `linear`.
+"""Times the RMSNorm-prologue GEMM (W8A16, few rows) against norm and GEMM as separate ops.
 
     python benchmarks/norm_linear.py --out benchmarks/results/norm_linear_h200.json
     python benchmarks/norm_linear.py --tune --rows 1 --stored int8
 
-A program makes 48 calls, each of which has the first outputs of the one before as x; if there are more
-outputs than inputs, they are copied first, which counts for all alike. Weights take turns, so that no cache
-holds them. Rates are shares of a copy measured first, and count the bytes of the weights alone. Errors are
+A program has 48 calls, each on the first outputs of the one before; if there are more outputs than inputs,
+they are copied first, which counts for all alike. Calls rotate over weights, so that no cache holds them.
+Rates are shares of a large copy timed first, and count the bytes of the weights alone. Errors are
 ||y - exact|| / ||exact|| against the reference in float32.
 """
 
@@ -19,14 +18,13 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from chained import Case, compare_chained, kernels, make_weights
-
 from moss_jax.ops.norm_linear import IMPLEMENTATIONS, Arguments, mosaic_gpu
 
 K = 4096  # Of the 11B's decoder.
-OUTPUTS = (6144, 4096)  # Its queries, keys and values; its queries alone.
-BYTES = 3e8  # Of all copies of the weights, more than a cache holds.
+OUTPUTS = (6144, 4096)  # QKV of self-attention; Q of cross-attention.
+BYTES = 3e8  # Size of all copies of the weights, more than L2 holds.
 
-# What is changed in the default configuration.
+# Changes of the default configuration.
 CONFIGS = (
     {"block_k": 128, "stages": 8},
     {"each": 2, "stages": 6},

@@ -1,12 +1,12 @@
-"""Times what follows attention in a decoder layer, of few rows, with weights in 8 bits: as one kernel, and as
-plain JAX around the kernel of `linear`.
+"""Times the rest of a decoder layer after attention (W8A16, few rows): one kernel against separate ops.
 
     python benchmarks/post_attention.py --out benchmarks/results/post_attention_h200.json
     python benchmarks/post_attention.py --tune --rows 1 --stored int8
 
-A program makes 16 calls, each of which has the result of the one before as x and as heads; weights take
-turns, so that no cache holds them. Rates are shares of a copy measured first, and count the bytes of the
-weights alone. Errors are ||y - exact|| / ||exact - x|| against the reference in float32.
+Output projection, residual, RMSNorm, gated MLP, residual. A program has 16 calls, each with the result of the
+one before as x and as heads; calls rotate over weights, so that no cache holds them. Rates are shares of a
+large copy timed first, and count the bytes of the weights alone. Errors are ||y - exact|| / ||exact - x||
+against the reference in float32.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from moss_jax.ops.post_attention import IMPLEMENTATIONS, Arguments, mosaic_gpu
 D, K, F = 4096, 4096, 14336  # Of the 11B's decoder.
 COPIES = 2  # Of the weights.
 
-# What is changed in the default configuration.
+# Changes of the default configuration.
 CONFIGS = (
     {"prefetch": False},
     {"block_k": 128, "stages": 8},
@@ -66,7 +66,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def make_inputs(key, stored: str, rows: int, sizes) -> Arguments:
-    """Both branches are about as large as x, or a fraction of it."""
+    """Draws inputs for which both branches are about as large as x, or a fraction of it."""
     D, K, F = sizes
     keys = jax.random.split(key, 6)
     out, out_scale = make_weights(keys[0], stored, D, K)

@@ -72,7 +72,7 @@ class VisionConfig:
         )
         _require(
             all(0 <= i < self.num_layers for i in self.intermediate_layers),
-            f"intermediate_layers {self.intermediate_layers} must lie in [0, {self.num_layers})",
+            f"intermediate_layers {self.intermediate_layers} must be in [0, {self.num_layers})",
         )
         _require(
             len(self.image_mean) == len(self.image_std) == 3,
@@ -186,7 +186,7 @@ class DecoderConfig:
         )
         _require(
             all(0 <= i < self.num_layers for i in self.cross_attention_layers),
-            f"cross_attention_layers {self.cross_attention_layers} must lie in [0, {self.num_layers})",
+            f"cross_attention_layers {self.cross_attention_layers} must be in [0, {self.num_layers})",
         )
         _require(
             all(a < b for a, b in itertools.pairwise(self.cross_attention_layers)),
@@ -354,7 +354,7 @@ class TokenSampling:
     def __post_init__(self):
         _require(self.temperature >= 0, f"temperature {self.temperature} must not be negative")
         _require(self.top_k >= 0, f"top_k {self.top_k} must not be negative; 0 disables it")
-        _require(0 < self.top_p <= 1, f"top_p {self.top_p} must lie in (0, 1]")
+        _require(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
         _require(
             self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty} must be positive"
         )
@@ -490,10 +490,10 @@ class OptimizerConfig:
         _require(self.learning_rate > 0, f"learning_rate {self.learning_rate} must be positive")
         for name in ("warmup_share", "final_share"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name} must lie in [0, 1], not {value}")
+            _require(0 <= value <= 1, f"{name} must be in [0, 1], not {value}")
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} must lie in [0, 1), not {value}")
+            _require(0 <= value < 1, f"{name} must be in [0, 1), not {value}")
         _require(self.weight_decay >= 0, f"weight_decay {self.weight_decay} must not be negative")
         _require(self.clip_norm > 0, f"clip_norm {self.clip_norm} must be positive")
 
@@ -566,7 +566,7 @@ class DataConfig:
         _require(self.read_ahead >= 1, f"read_ahead must be at least 1, not {self.read_ahead}")
         _require(
             0 <= self.max_dropped_share <= 1,
-            f"max_dropped_share must lie in [0, 1], not {self.max_dropped_share}",
+            f"max_dropped_share must be in [0, 1], not {self.max_dropped_share}",
         )
 
 
@@ -605,7 +605,7 @@ class ConversationConfig:
         )
         _require(
             0 <= self.swap_probability <= 1,
-            f"swap_probability must lie in [0, 1], not {self.swap_probability}",
+            f"swap_probability must be in [0, 1], not {self.swap_probability}",
         )
 
 
@@ -641,4 +641,4 @@ class TabletopConfig:
             1 <= self.min_seconds <= self.max_seconds,
             f"min_seconds {self.min_seconds} must be at least 1 and at most max_seconds {self.max_seconds}",
         )
-        _require(0 <= self.offline_share <= 1, f"offline_share {self.offline_share} must lie in [0, 1]")
+        _require(0 <= self.offline_share <= 1, f"offline_share {self.offline_share} must be in [0, 1]")

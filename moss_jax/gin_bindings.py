@@ -5,6 +5,7 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 from gin import config as gin_config
@@ -23,9 +24,7 @@ from moss_jax.config import (
     TokenSampling,
     TrainConfig,
 )
-
-# Folders of the gin files that ship with the project: in a source tree, and in an installed package.
-SHIPPED_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "_shipped" / "configs")
+from moss_jax.shipped import shipped
 
 _NAMES = {
     EngineConfig: "engine",
@@ -63,7 +62,7 @@ def parse(files: Sequence[str] = (), parameters: Sequence[str] = ()) -> None:
     gin.clear_config()
     try:
         for path in map(_locate, files):
-            gin_config._LOCATION_PREFIXES[:] = [str(path.parent), "", *map(str, SHIPPED_FOLDERS)]
+            gin_config._LOCATION_PREFIXES[:] = [str(path.parent), "", str(shipped("configs"))]
             gin.parse_config_file(str(path))
         gin.parse_config_files_and_bindings([], list(parameters))
     except (OSError, SyntaxError, ValueError, AttributeError, TypeError) as error:
@@ -78,7 +77,7 @@ def settings[Setting](kind: type[Setting]) -> Setting:
       ConfigError: a value that the dataclass refuses.
     """
     try:
-        made = _BOUND[kind]()
+        made: Any = _BOUND[kind]()
     except (TypeError, ValueError) as error:
         raise ConfigError(_explain(error)) from error
     # A list in a gin file becomes a tuple, and a dict one of pairs, so that configs are hashable.
@@ -95,11 +94,12 @@ def operative() -> str:
 
 def _locate(file: str) -> Path:
     """Finds a gin file by its path, or a shipped one by its name."""
-    for path in (Path(file), *(folder / file for folder in SHIPPED_FOLDERS)):
+    configs = shipped("configs")
+    for path in (Path(file), configs / file):
         if path.exists():
             return path.absolute()
-    shipped = sorted(path.name for folder in SHIPPED_FOLDERS for path in folder.glob("*.gin"))
-    raise ConfigError(f"{file} does not exist, nor does a shipped config of this name: {', '.join(shipped)}")
+    names = sorted(path.name for path in configs.glob("*.gin"))
+    raise ConfigError(f"{file} does not exist, nor does a shipped config of this name: {', '.join(names)}")
 
 
 def _refuse_unused_bindings() -> None:

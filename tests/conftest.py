@@ -11,7 +11,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-import shapes
+import shapes  # noqa: F401  Before moss_jax, whose import it hooks into.
 from engines import frames, make_engine, model, one_pass, scripted, tokenizer
 from flax import nnx
 
@@ -58,13 +58,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-
-
-@pytest.fixture
-def unchecked():
-    """Turns the check of shapes off, for tests of the errors that a function raises itself."""
-    with shapes.unchecked():
-        yield
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -82,7 +82,7 @@ class ScriptedState:
     """The context of each slot, and its pending token."""
 
     context: list[list[int]]
-    pending: list[int | None]
+    pending: list[int]
 
 
 class ScriptedEngine:
@@ -108,7 +108,7 @@ class ScriptedEngine:
 
     def start(self) -> ScriptedState:
         slots = self.config.slots
-        self.state = ScriptedState([[] for _ in range(slots)], [None] * slots)
+        self.state = ScriptedState([[] for _ in range(slots)], [PENDING] * slots)
         return self.state
 
     def encode(self, frames: Sequence[np.ndarray]) -> list[int]:
@@ -116,7 +116,7 @@ class ScriptedEngine:
         return [int(frame[0, 0, 0]) for frame in frames]
 
     def step(
-        self, state: ScriptedState, rows: Sequence[Row | None], features: list[int] | None = None
+        self, state: ScriptedState, rows: Sequence[Row | None], features: Sequence[int] = ()
     ) -> tuple[ScriptedState, Sampled]:
         self.before_step()
         special = self.tokenizer.special

@@ -1,7 +1,6 @@
-"""Pallas kernels on the CPU, by interpretation."""
+"""Pallas kernels on the CPU, by JAX's interpreters."""
 
 import contextlib
-import importlib
 import types
 from unittest import mock
 
@@ -15,16 +14,14 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import tpu as pltpu
 
 from moss_jax.ops.attention import mosaic_tpu
-from moss_jax.ops.linear.mosaic_gpu import bias_gelu, norm_matmul, weight_only
+from moss_jax.ops.attention.mosaic_gpu import dense
+from moss_jax.ops.linear.mosaic_gpu import bias_gelu, norm_matmul
 from moss_jax.ops.mosaic_gpu import hopper, skinny_matmul, tiles, upcast
 from moss_jax.ops.post_attention import mosaic_gpu as post_attention
 
-# The package has a function of the same name.
-decode_quantized = importlib.import_module("moss_jax.ops.attention.mosaic_gpu.decode_quantized")
-
 # An interpreter calls back for every access to memory, with many small numbers. JAX puts each of them on a
-# device before, which takes longer than all else; here they stay numpy's. Not only while one of the contexts
-# below is open: what was traced in it runs later too.
+# device first, which takes longer than all else; here they stay NumPy's. Not only inside the contexts below:
+# what was traced in one runs later too.
 callback.api = types.SimpleNamespace(device_put=lambda arrays, device: [np.array(x) for x in arrays])
 shared_memory._to_int = lambda x: x if isinstance(x, jax.core.Tracer) else int(x)
 
@@ -38,27 +35,46 @@ def lowering_for(platform: str):
 def on_gpu():
     """Mosaic GPU kernels: copies, barriers, warpgroups and shared memory are simulated.
 
-    The interpreter has no tensor core that takes operands from registers, no inline instructions, and no
-    copies to all blocks of a cluster, so these are replaced by what they mean; each block copies for itself.
+    The interpreter has no wgmma with operands in registers, no inline instructions, no layouts over pieces of
+    a head, and no copies to all blocks of a cluster; these are replaced by equivalents. Each block of a
+    cluster copies for itself.
     """
-    copy = plgpu.copy_gmem_to_smem
+    copy, parts = plgpu.copy_gmem_to_smem, dense._parts
 
-    def product(a, b, meanwhile=lambda: None):
-        meanwhile()
+    def dot(a, b):
         return jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32), precision="highest")
+
+    def product(a, b, overlapped=lambda: None):
+        overlapped()
+        return dot(a, b)
 
     def products(*pairs):
         return tuple(product(*pair) for pair in pairs)
 
-    def add_product(total, a, b, meanwhile=lambda: None):
-        return total + product(a, b, meanwhile)
+    def add_product(acc, a, b, overlapped=lambda: None):
+        return acc + product(a, b, overlapped)
 
-    def widen(narrow):
-        return decode_quantized.shuffle(narrow[...].astype(jnp.float16))
+    def dense_product(a, b, overlapped):
+        overlapped()
+        return sum(map(dot, a, b))
 
-    def multiply(sums, weights, x_ref, start, held, apart=0):
+    def dense_add_products(accs, a, b):
+        return tuple(acc + dot(a, x) for acc, x in zip(accs, b, strict=True))
+
+    def dense_products(first, second, between, overlapped, consume, vectors):
+        between()
+        return dense_add_products(*second), consume(dense_product(*first, overlapped))
+
+    def dense_parts(head_dim, dtype, wide=True):
+        """Without zeros from beyond the head, which the interpreter does not copy."""
+        return [(0, head_dim)] if dtype.itemsize == 1 else parts(head_dim, dtype, wide)
+
+    def upcast_to(dtype):
+        return lambda ref: upcast.permute_columns(ref[...].astype(dtype))
+
+    def multiply(sums, weights, x_ref, start, layout, apart=0):
         warps = weights.astype(jnp.float32).reshape(4, 16, -1)
-        if held is skinny_matmul.INTERLEAVED:
+        if layout is skinny_matmul.INTERLEAVED:
             warps = weights.astype(jnp.float32).reshape(16, 4, -1).swapaxes(0, 1)
         x = jnp.stack([x_ref[:, pl.ds(start + warp * apart, weights.shape[1])] for warp in range(4)])
         x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, sums.shape[1] - x.shape[1]), (0, 0)), mode="edge")
@@ -67,8 +83,16 @@ def on_gpu():
     with (
         mock.patch.object(hopper, "unsupported", return_value=None),
         mock.patch.multiple(tiles, product=product, products=products, add_product=add_product),
-        mock.patch.object(decode_quantized, "widen", widen),
-        mock.patch.object(weight_only, "widen", lambda ref: upcast.shuffle(ref[...].astype(jnp.bfloat16))),
+        mock.patch.multiple(
+            dense,
+            product=dense_product,
+            products=dense_products,
+            add_products=dense_add_products,
+            any_thread=jnp.max,
+            _parts=dense_parts,
+            _buffer=lambda shape, part, head_dim, dtype: plgpu.SMEM((*shape, part[1]), dtype),
+        ),
+        mock.patch.multiple(upcast, to_float16=upcast_to(jnp.float16), to_bfloat16=upcast_to(jnp.bfloat16)),
         mock.patch.object(skinny_matmul, "multiply", multiply),
         mock.patch.object(bias_gelu, "upcast", lambda x: x.astype(jnp.float32)),
         mock.patch.multiple(norm_matmul, scaled_factor=scaled_factor, finish=finish),
@@ -111,10 +135,22 @@ def arrive(counters, counter, expected):
 
 
 @contextlib.contextmanager
+def kernel_on_gpu(module, **replaced):
+    """`on_gpu` for a kernel with instructions of its own.
+
+    Args:
+      replaced: equivalents of functions of its module that the interpreter has no instructions for.
+    """
+    with on_gpu(), mock.patch.multiple(module, **replaced):
+        yield
+
+
+@contextlib.contextmanager
 def on_tpu():
-    """Mosaic TPU kernels; memory starts as NaN, and what lies beyond an array is NaN too."""
+    """Mosaic TPU kernels; memory starts as NaN, and so does what is beyond an array."""
     params = pltpu.InterpretParams(out_of_bounds_reads="uninitialized")
-    refuses = mosaic_tpu.unsupported
-    as_if_there = mock.patch.object(mosaic_tpu, "unsupported", lambda arguments, _: refuses(arguments, "tpu"))
-    with as_if_there, pltpu.force_tpu_interpret_mode(params):
+    with (
+        mock.patch.object(mosaic_tpu, "unsupported_platform", return_value=None),
+        pltpu.force_tpu_interpret_mode(params),
+    ):
         yield

@@ -3,7 +3,6 @@
 conftest.py imports this module before moss_jax.
 """
 
-import contextlib
 import functools
 import inspect
 import types
@@ -14,7 +13,7 @@ import jax
 import jaxtyping
 
 # Every function and dataclass in these packages.
-CHECKED = ["moss_jax.memory"]
+CHECKED = ["moss_jax.memory", "moss_jax.nn"]
 
 
 def check(function):
@@ -25,9 +24,13 @@ def check(function):
     else, such as shardings or placeholders.
     """
     signature = inspect.signature(function)
-    hints = {p.name: p.annotation for p in signature.parameters.values() if _names_arrays(p.annotation)}
-    if _names_arrays(signature.return_annotation):
-        hints["return"] = signature.return_annotation
+    if signature.return_annotation is Any:
+        # jaxtyping checks the arguments before a call, under this annotation, and again with the result. The
+        # second check is enough, and leaves it to a function to refuse shapes with its own message.
+        return function
+    hints = {p.name: p.annotation for p in signature.parameters.values()}
+    hints["return"] = signature.return_annotation
+    hints = {name: hint for name, hint in hints.items() if _names_arrays(hint)}
     is_init = function.__name__ == "__init__"
 
     @functools.wraps(function)
@@ -77,16 +80,6 @@ def _of_any_class(hint):
         return hint.dtype[Any, hint.dim_str]
     # An array type of the project's own stands for numbers of any dtype, whatever it stores.
     return jaxtyping.Shaped[hint.array_type, hint.dim_str]
-
-
-@contextlib.contextmanager
-def unchecked():
-    """Calls inside are not checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 jaxtyping.install_import_hook(CHECKED, "shapes.check")

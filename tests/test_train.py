@@ -118,9 +118,9 @@ def test_missing_videos_abort_before_a_model_is_built(main, tmp_path, capsys, mo
     words = ["--gin_file", CONFIGS / "realtime_sft.gin", "--workdir", tmp_path / "run", *params(files)]
     assert main(*words) == 2
     error = capsys.readouterr().err
-    assert "0 of 3 rows can be used" in error
+    assert "0 of 3 rows are usable" in error
     assert all(f"clip{i}.mp4" in error for i in range(3))
-    assert "More than 10% of the rows cannot be used" in error
+    assert "More than 10% of the rows are unusable" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -150,7 +150,7 @@ def test_dropped_rows_within_the_limit_are_named(main, tmp_path, checkpoint, cap
         ),
     ]
     assert main(*words) == 2
-    assert "2 of 3 rows can be used" in capsys.readouterr().err
+    assert "2 of 3 rows are usable" in capsys.readouterr().err
     assert main(*words, *params("data.max_dropped_share = 0.5")) == 0
     assert "gone.mp4" in caplog.text
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face layout, to and from the model."""
+"""Conversion between the model and checkpoints in Hugging Face layout."""
 
 from moss_jax.convert.checkpoint import load, load_config, save
 from moss_jax.convert.hub import CheckpointError

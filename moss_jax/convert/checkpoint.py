@@ -26,8 +26,8 @@ from moss_jax.nn import MossVideo, is_quantized
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-# Problems that an error names one by one.
-LISTED = 20
+# Maximum number of problems listed in an error.
+MAX_LISTED = 20
 
 
 def load_config(path: str | os.PathLike, *, revision: str | None = None) -> ModelConfig:
@@ -74,7 +74,8 @@ def load(
       rows_before_first_frame, attention: see `ModelConfig`.
 
     Raises:
-      CheckpointError: listing all tensors that are missing, surplus or of the wrong shape, and broken files.
+      CheckpointError: no such checkpoint, or one that is damaged or does not match its config; the message
+        lists all files or tensors that are wrong.
     """
     folder = hub.resolve(path, revision)
     base = load_config(folder)
@@ -108,19 +109,22 @@ def save(
     tokenizer: str | os.PathLike | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a checkpoint folder in Hugging Face layout; it appears whole or not at all.
+    """Writes a checkpoint folder in Hugging Face layout, atomically.
 
     Args:
       path: the folder, which must not exist yet or be empty.
       model: written in its own dtype.
-      tokenizer: a tokenizer.json to copy into it.
-      shard_bytes: size of a safetensors file at which the next one begins.
+      tokenizer: a tokenizer.json to copy into the folder.
+      shard_bytes: maximum size of a safetensors file, unless a single tensor is larger.
+
+    Returns:
+      The folder.
 
     Raises:
-      CheckpointError: the folder has something in it, or the model is quantized.
+      CheckpointError: the folder is not empty, or the model is quantized.
     """
     if is_quantized(model):
-        raise CheckpointError("a quantized model cannot be saved; save it before it is quantized")
+        raise CheckpointError("a quantized model cannot be saved; save it before quantizing")
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; save to a new folder")
@@ -143,7 +147,7 @@ def save(
 
 
 class _Tensor:
-    """A tensor in an open file, read when asked for."""
+    """A tensor in an open file, read lazily."""
 
     def __init__(self, file: Any, name: str):
         self._file, self._name = file, name
@@ -154,11 +158,11 @@ class _Tensor:
 
 
 def _open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """All tensors of a folder by canonical name."""
+    """Opens all tensors of a folder; returns them by canonical name."""
     if (folder / INDEX).is_file():
         index = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict):
-            raise CheckpointError(f"{folder / INDEX} has no weight_map from tensors to shards")
+            raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor names to shards")
         shards = sorted(set(index.values()))
     elif (folder / SINGLE).is_file():
         shards = [SINGLE]
@@ -182,23 +186,23 @@ def _check_tensors(folder: Path, entries: list[names.Entry], tensors: dict[str, 
         name: shape for entry in entries for name, shape in zip(entry.names, entry.shapes, strict=True)
     }
     problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"surplus {name}" for name in tensors if name not in expected]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
     problems += [
         f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        rest = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        rest = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise CheckpointError(
-            f"{folder} does not hold the tensors that its config.json calls for:\n  "
-            + "\n  ".join(problems[:LISTED])
+            f"the tensors in {folder} do not match its config.json:\n  "
+            + "\n  ".join(problems[:MAX_LISTED])
             + rest
         )
 
 
 def _put(value: np.ndarray, variable: nnx.Variable, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
-    # A copy of its own: the file that `value` may be a view of is closed afterwards.
+    # A copy, because `value` may be a view of the mapped file, which is closed afterwards.
     value = np.array(value, dtype=dtype, order="C")
     if mesh is None:
         return jax.device_put(value)
@@ -206,7 +210,7 @@ def _put(value: np.ndarray, variable: nnx.Variable, dtype: np.dtype, mesh: Mesh 
 
 
 def _save_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
-    """Writes shards as they fill, then names them, since only the end tells how many there are."""
+    """Writes shards as they fill up, and renames them once their number is known."""
     parts: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     total = 0

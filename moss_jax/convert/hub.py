@@ -3,9 +3,6 @@
 import os
 from pathlib import Path
 
-from huggingface_hub import constants, errors, snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
 # Top-level files only: some repositories keep optimizer states or other formats in subfolders.
 _FILES = ["*.json", "*.safetensors"]
 _EXAMPLE = "OpenMOSS-Team/moss-video-preview-realtime-sft"
@@ -45,6 +42,9 @@ def resolve(checkpoint: str | os.PathLike, revision: str | None = None) -> Path:
 
 
 def _is_repo_id(name: str) -> bool:
+    # Imported where it is needed: it takes long, and in a notebook it prints a warning.
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -54,6 +54,8 @@ def _is_repo_id(name: str) -> bool:
 
 
 def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
     hub = constants.ENDPOINT
     name = f"{repo}@{revision}" if revision else repo
     try:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,8 @@ from moss_jax.config import DecoderWeights, EncoderWeights
 from moss_jax.convert import hub
 from moss_jax.convert.checkpoint import load
 from moss_jax.nn import MossVideo, quantize
+from moss_jax.shipped import shipped
 from moss_jax.text import Tokenizer
-
-# Beside the package, so in a clone of the repository.
-SHIPPED = Path(__file__).parents[2] / "checkpoints" / "moss-tiny"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +47,7 @@ def open_model(
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    checkpoint = SHIPPED if checkpoint is None else checkpoint
+    checkpoint = shipped("moss-tiny") if checkpoint is None else checkpoint
     folder = hub.resolve(checkpoint, revision)
     model = quantize(load(folder, dtype=dtype), decoder=weights, encoder=encoder_weights)
     # A downloaded snapshot lies in a folder named by its commit.

@@ -8,11 +8,12 @@ import dataclasses
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 
 from moss_jax.config import SessionConfig
-from moss_jax.stream import Engine, EngineState, Event, Row, Session
+from moss_jax.stream import EngineLike, Event, Row, Sampled, Session
 from moss_jax.worlds.base import WorldStream
 
 # Tokens that an answer may still take after the end of a stream.
@@ -20,7 +21,11 @@ TAIL_TOKENS = 48
 
 
 def play(
-    engines: Mapping[int, Engine], streams: Sequence[WorldStream], *, image_size: int, tokens_per_second: int
+    engines: Mapping[int, EngineLike],
+    streams: Sequence[WorldStream],
+    *,
+    image_size: int,
+    tokens_per_second: int,
 ) -> list[list[Event]]:
     """Plays streams in live sessions, as many at a time as there are slots.
 
@@ -69,7 +74,7 @@ def first_turn_of(stream: WorldStream) -> str:
 
 
 def open_session(
-    engine: Engine,
+    engine: EngineLike,
     streams: Sequence[WorldStream],
     *,
     first_turn: str,
@@ -95,7 +100,7 @@ def open_session(
 class Blindfold:
     """An engine without vision: a frame leaves its `<|image|>` in the text, and the bank stays empty."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: EngineLike):
         self._engine = engine
         self.config, self.tokenizer = engine.config, engine.tokenizer
         self.perception_device = engine.perception_device
@@ -104,7 +109,7 @@ class Blindfold:
     def encode(self, frames: Sequence[np.ndarray]) -> None:
         """Encodes nothing."""
 
-    def step(self, state: EngineState, rows: Sequence[Row | None], pool: None = None):
+    def step(self, state: Any, rows: Sequence[Row | None], features: None = None) -> tuple[Any, Sampled]:
         """Steps the engine, with the frames taken out of the rows."""
         return self._engine.step(state, [row and dataclasses.replace(row, frames=()) for row in rows])
 

@@ -15,13 +15,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moss_jax.config import ConfigError, DecoderWeights, EncoderWeights
-from moss_jax.nn.decoder import CrossAttention, SelfAttention
+from moss_jax.nn.decoder import CrossAttention, Decoder, SelfAttention
 from moss_jax.nn.layers import LayerNorm, Linear, parameter
 from moss_jax.nn.model import MossVideo
 from moss_jax.nn.vision import VisionLayer
 from moss_jax.ops import qarray
-from moss_jax.ops.attention import RoundedQKV
-from moss_jax.ops.linear import decode_layout
+from moss_jax.ops.attention import QuantizedQKV
+from moss_jax.ops.linear import Layout, decode_layout
 from moss_jax.ops.qarray import QArray
 
 # Largest number that a bound may have in float8_e4m3fn, of 448: the rest is for what rounding may add.
@@ -70,12 +70,15 @@ def is_quantized(model: nnx.Module) -> bool:
     return any(not isinstance(linear.kernel.get_value(), jax.Array) for linear in linears)
 
 
-def for_decoding(decoder: nnx.Module) -> nnx.Module:
-    """A decoder with the same parameters, in the layout that decodes fastest on this platform.
+def for_decoding(decoder: Decoder, layout: Layout | None = None) -> Decoder:
+    """A decoder with the same parameters, whose attention projections have the layout that decodes fastest.
 
     Kernels whose layout changes are copied, all others shared; the decoder that is given stays as it is.
+
+    Args:
+      layout: the one that this platform prefers if None.
     """
-    layout = decode_layout()
+    layout = layout or decode_layout()
     if layout == "inputs_first":
         return decoder
     decoder = nnx.merge(*nnx.split(decoder))
@@ -101,7 +104,7 @@ def _round(kernel: Array, num_inputs: int, dtype: jnp.dtype) -> QArray:
     return qarray.quantize(kernel, dtype, axes=kernel.ndim - num_inputs)
 
 
-def _replace(linear: Linear, kernel: QArray | RoundedQKV) -> None:
+def _replace(linear: Linear, kernel: QArray | QuantizedQKV) -> None:
     """Puts a quantised kernel in the place of a linear map's own."""
     axes, n = linear.kernel.get_metadata()["axes"], linear.num_inputs
     linear.kernel = parameter(kernel, (*axes[n:], *axes[:n]))
@@ -125,7 +128,7 @@ def _round_layer(layer: VisionLayer, dtype: jnp.dtype) -> None:
     divisors = jnp.stack([q_scale, k_scale, v_scale])[:, None, None]
     scale = kernel.scale / divisors
     parts = (QArray(kernel.values[part], scale[part], input_scale) for part in (slice(2), slice(2, 3)))
-    _replace(qkv, RoundedQKV(*parts, qk_scale=q_scale * k_scale, v_scale=v_scale))
+    _replace(qkv, QuantizedQKV(*parts, qk_scale=q_scale * k_scale, v_scale=v_scale))
     _replace(attention.out, _with_scales(attention.out, dtype, input_scale=v_scale))
 
     hidden_scale = _scale(_bounds(layer.mlp_norm, mlp.fc1))

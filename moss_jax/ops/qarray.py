@@ -8,6 +8,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 # Storage dtypes by the names that settings have for them.
 DTYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
+QUANTIZED = tuple(dtype.name for dtype in DTYPES.values())
 
 
 @jax.tree_util.register_dataclass
@@ -34,8 +35,8 @@ class QArray:
     def __post_init__(self):
         if not hasattr(self.values, "ndim") or not hasattr(self.scale, "ndim"):
             return  # JAX rebuilds pytrees around placeholders.
-        if self.values.dtype not in DTYPES.values():
-            raise ValueError(f"a QArray is in int8 or float8_e4m3fn, not {self.values.dtype}")
+        if self.values.dtype.name not in QUANTIZED:
+            raise ValueError(f"a QArray is in {' or '.join(QUANTIZED)}, not {self.values.dtype}")
         if self.scale.shape != self.values.shape[: self.scale.ndim]:
             raise ValueError(
                 f"scale has the leading axes of values {self.values.shape}; got {self.scale.shape}"

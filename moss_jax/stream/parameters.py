@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-
 # Numbers of a parameter that is always a constant, whatever its axes.
 SMALL = 2**13
 

@@ -8,7 +8,7 @@ B sequences, S tokens, F frames, A micro-batches
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ class Trainer:
     def abstract(self) -> TrainState:
         """Returns the shapes, dtypes and shardings of a state, as needed to restore one."""
 
-        def array(shape, dtype, sharding):
+        def array(shape, dtype, sharding) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         trained, frozen = {}, {}
@@ -178,9 +178,10 @@ class Trainer:
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         """Takes one optimizer step."""
+        tokens = jnp.asarray(batch.tokens)
         targets = find_targets(
-            batch.tokens,
-            batch.labels,
+            tokens,
+            jnp.asarray(batch.labels),
             silence_id=self.silence_id,
             image_id=self.model_config.decoder.image_token_id,
             silence_weight=self.config.silence_weight,
@@ -195,14 +196,14 @@ class Trainer:
             "grad_norm": optax.tree.norm(gradient),
             "learning_rate": self._learning_rate(state.step),
             "targets": (targets.text | targets.silence).sum(),
-            "tokens": _lengths(batch.tokens).sum(),
-            "frames": (batch.frame_positions < batch.tokens.shape[1]).sum(),
+            "tokens": _lengths(tokens).sum(),
+            "frames": (batch.frame_positions < tokens.shape[1]).sum(),
         }
         for name, _ in self.config.loss_terms:
             metrics[name] = mean_over(losses[name], targets.text | targets.silence)
         state = TrainState(
             step=state.step + 1,
-            trained=optax.apply_updates(state.trained, updates),
+            trained=cast(dict, optax.apply_updates(state.trained, updates)),
             frozen=state.frozen,
             optimizer=optimizer,
         )

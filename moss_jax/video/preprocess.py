@@ -28,7 +28,11 @@ def fitted_size(height: int, width: int, image_size: int) -> tuple[int, int]:
 
 
 def preprocess(
-    rgb: UInt8[Array, "... H W 3"], *, image_size: int, mean: Sequence[float], std: Sequence[float]
+    rgb: UInt8[Array | np.ndarray, "... H W 3"],
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> Float[Array, "... S S 3"]:
     """Resizes frames to fit a tile (bilinear, antialiased), zero-pads right and below, and normalises.
 

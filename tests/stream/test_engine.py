@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from moss_jax.config import EngineConfig
 from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.stream.engine import gather
 from moss_jax.stream.perception import ENCODE_BUCKETS
@@ -41,14 +42,11 @@ def test_rows_of_any_mix_give_the_logits_of_one_pass(make_engine, one_pass, fram
             np.testing.assert_allclose(sampled.logits[0], expected, atol=1e-3)
 
 
-def test_the_weight_layout_for_decoding_gives_the_same_logits(make_engine, one_pass, frames):
-    """As on a GPU, where some weights are laid out output-major."""
+def test_the_weight_layout_for_decoding_gives_the_same_logits(model, tokenizer, one_pass, frames):
+    """As on a GPU, where attention projections are laid out output-major."""
     text, shown = [1015, 5, 6, 7], frames[:1]
-    with (
-        mock.patch("moss_jax.ops.contiguous.pays", return_value=True),
-        mock.patch("moss_jax.nn.contiguous.pays", return_value=True),
-    ):
-        engine = make_engine()
+    with mock.patch("moss_jax.nn.quantize.decode_layout", return_value="outputs_first"):
+        engine = Engine(model, tokenizer, EngineConfig(text_capacity=64, bank_capacity=4))
         state, sampled = engine.step(engine.start(), [Row([*text, IMAGE], [0])], engine.encode(shown))
         context = [*text, IMAGE]
         for _ in range(3):

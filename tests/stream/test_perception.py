@@ -7,6 +7,9 @@ import pytest
 
 from moss_jax.stream.perception import split_batches
 
+# Programs of two batch sizes sum in another order: float32 rounding of features of up to 4.
+ATOL = 1e-4
+
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (5, [5]), (20, [8, 8, 4]), (75, [8, 32, 32, 3])])
 def test_a_batch_is_sent_before_the_one_ahead_of_it_is_encoded(make_engine, frames, count, sizes):
@@ -31,7 +34,7 @@ def test_a_batch_is_sent_before_the_one_ahead_of_it_is_encoded(make_engine, fram
         assert what[: encodings[i]].count("send") == min(i + 2, len(sizes))
     assert what[:2] == ["send", "encode"]
     for i in (0, count // 2, count - 1):
-        np.testing.assert_allclose(features[i], engine.encode(frames[i : i + 1])[0], atol=1e-5)
+        np.testing.assert_allclose(features[i], engine.encode(frames[i : i + 1])[0], atol=ATOL)
 
 
 def test_how_frames_are_split_into_batches():
@@ -53,5 +56,5 @@ def test_frames_of_different_sizes_keep_their_order(make_engine, frames):
     small = np.ascontiguousarray(frames[1][:12, :20])
     mixed = engine.encode([frames[0], small, frames[2]])
     for i, frame in enumerate([frames[0], small, frames[2]]):
-        np.testing.assert_allclose(mixed[i], engine.encode([frame])[0], atol=1e-5)
+        np.testing.assert_allclose(mixed[i], engine.encode([frame])[0], atol=ATOL)
     assert len(mixed) == 4

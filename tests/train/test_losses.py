@@ -191,7 +191,7 @@ SILENCE, IMAGE = 5, 9
 
 
 def test_masks_of_targets():
-    """Text, silence, and text after a silence, between which frames may lie."""
+    """Text, silence, and text after a silence, possibly with frames in between."""
     tokens = np.array([[1, 5, 9, 2, 3, 5, 9, 9, 4, 9, 6, 5], [9, 2, 5, 5, 2, 9, 5, 9, 5, 0, 0, 0]])
     labels = np.where((tokens == IMAGE) | (tokens == 0), IGNORED, tokens)
     labels[0, :1] = IGNORED
@@ -204,7 +204,7 @@ def test_masks_of_targets():
     silence = [(0, 1), (0, 5), (0, 11), (1, 2), (1, 3), (1, 6), (1, 8)]
     assert places(targets.silence) == silence
     assert places(targets.text) == [(0, 3), (0, 4), (0, 8), (0, 10), (1, 1)]
-    # (0, 10) comes after text and a frame, (1, 1) after a frame alone, and (1, 4) is not to be learnt.
+    # (0, 10) comes after text and a frame, (1, 1) after a frame alone, and (1, 4) is no target.
     assert places(targets.after_silence) == [(0, 3), (0, 8)]
     for b, s in places(targets.text | targets.silence):
         assert targets.ids[b, s - 1] == tokens[b, s]

@@ -7,7 +7,7 @@ about the clip up to that moment, and a run over the same streams without their 
 import dataclasses
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from moss_jax.config import DecoderWeights, EncoderWeights, EngineConfig
 from moss_jax.convert import open_model
 from moss_jax.eval.harness import TAIL_TOKENS, Blindfold, library_versions, play
 from moss_jax.eval.tabletop import scores
-from moss_jax.eval.tabletop.scores import Score, Share
-from moss_jax.stream import Engine, Event, Text, answer_offline
+from moss_jax.eval.tabletop.scores import Ratio, Score
+from moss_jax.stream import Engine, EngineLike, Event, Text, answer_offline
 from moss_jax.text import Tokenizer
 from moss_jax.video import Frame
-from moss_jax.worlds.tabletop import Stream, evaluation_stream
+from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 from moss_jax.worlds.tabletop.dialogue import Dialogue, converse
 from moss_jax.worlds.tabletop.language import understand
 
@@ -84,7 +84,7 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
     streams = [evaluation_stream(config.seed, index, config.seconds) for index in range(config.streams)]
     ideals = [ideal_dialogue(stream, tokenizer, config.tokens_per_second) for stream in streams]
 
-    def judge(engines: dict[int, Any], count: int) -> list[Score]:
+    def judge(engines: Mapping[int, EngineLike], count: int) -> list[Score]:
         speed = config.tokens_per_second
         played = play(engines, streams[:count], image_size=size, tokens_per_second=speed)
         return [
@@ -131,14 +131,14 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
     return result
 
 
-def ideal_dialogue(stream: Stream, tokenizer: Tokenizer, tokens_per_second: int) -> Dialogue:
+def ideal_dialogue(stream: TabletopStream, tokenizer: Tokenizer, tokens_per_second: int) -> Dialogue:
     """The ideal assistant's dialogue over a stream, in a fixed choice of words."""
     rng = np.random.default_rng(0)
     return converse(stream.world, stream.requests, tokenizer, tokens_per_second=tokens_per_second, rng=rng)
 
 
 def offline_accuracy(
-    engine: Engine, streams: Sequence[Stream], found: Sequence[Score], *, image_size: int
+    engine: EngineLike, streams: Sequence[TabletopStream], found: Sequence[Score], *, image_size: int
 ) -> dict[str, Any]:
     """Scores answers about whole clips: one question a stream, asked after the clip up to a probe of it.
 
@@ -165,9 +165,9 @@ def offline_accuracy(
         text = "".join(event.text for event in events if isinstance(event, Text))
         said = understand(text, request.subject)
         truth = stream.world.truth[probe.second]
-        offline.append(said is not None and scores.answers(request, said.facts, truth))
+        offline.append(said is not None and scores.is_right_answer(request, said.facts, truth))
         live.append(probe.right)
     return {
-        "accuracy": scores.entry(Share.count(offline)),
-        "streaming_accuracy": scores.entry(Share.count(live)),
+        "accuracy": scores.entry(Ratio.count(offline)),
+        "streaming_accuracy": scores.entry(Ratio.count(live)),
     }

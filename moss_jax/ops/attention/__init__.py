@@ -1,26 +1,28 @@
-"""Attention in which each query sees one range of the keys."""
+"""Attention in which each query sees one range of the keys: over a KV cache, a memory bank, or itself."""
 
 from moss_jax.ops.attention.api import (
-    IMPLEMENTATIONS,
+    APPEND_AND_ATTEND,
+    ATTENTION,
+    SELF_ATTENTION,
     append_and_attend,
     attention,
-    choose,
     self_attention,
 )
-from moss_jax.ops.attention.arguments import Arguments, KeyRange, RoundedProjection
-from moss_jax.ops.attention.projected import RoundedQKV, norm_self_attention
+from moss_jax.ops.attention.base import Arguments, KeyRange, QuantizedProjection
+from moss_jax.ops.attention.projected import QuantizedQKV, norm_self_attention
 from moss_jax.ops.dispatch import Unsupported
 
 __all__ = [
-    "IMPLEMENTATIONS",
+    "APPEND_AND_ATTEND",
+    "ATTENTION",
+    "SELF_ATTENTION",
     "Arguments",
     "KeyRange",
-    "RoundedProjection",
-    "RoundedQKV",
+    "QuantizedProjection",
+    "QuantizedQKV",
     "Unsupported",
     "append_and_attend",
     "attention",
-    "choose",
     "norm_self_attention",
     "self_attention",
 ]

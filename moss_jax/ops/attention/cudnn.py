@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, for the dense cases: every key, or causal.
+"""cuDNN's fused FlashAttention, for the dense cases: every key, or causal.
 
 B batch/slot, T query tokens, S keys, K kv heads, H query heads, D head
 """
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.arguments import Arguments
+from moss_jax.ops.attention.base import Arguments
+from moss_jax.ops.qarray import QArray
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
@@ -21,7 +22,7 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     if arguments.kv_range is not None:
         return "it has no range of keys per query"
     if arguments.bias is not None:
-        return "a bias per key would have to be spread over all queries"
+        return "a bias per key would have to be materialised for all queries"
     queries, keys = arguments.q.shape[1], arguments.k.shape[2]
     if queries % 2 or keys % 2:
         return f"its backward pass needs even numbers of queries and keys, not {queries} and {keys}"
@@ -31,8 +32,10 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     return None
 
 
-def attend(a: Arguments) -> Float[Array, "B T H D"]:
+def apply(a: Arguments) -> Float[Array, "B T H D"]:
     """Computes the op with `jax.nn.dot_product_attention`."""
+    assert not isinstance(a.k, QArray)
+    assert not isinstance(a.v, QArray)
     return jax.nn.dot_product_attention(
         a.q,
         a.k.swapaxes(1, 2),

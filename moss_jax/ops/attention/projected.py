@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Float
 
 from moss_jax.ops.attention.api import self_attention
-from moss_jax.ops.attention.arguments import RoundedProjection
+from moss_jax.ops.attention.base import QuantizedProjection
 from moss_jax.ops.linear import Weights, linear
 from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.qarray import QArray
@@ -17,7 +17,7 @@ from moss_jax.ops.qarray import QArray
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RoundedQKV:
+class QuantizedQKV:
     """Weights (W8A8) of a projection to queries, keys and values, the first two of which come in 8 bits.
 
     Attributes:
@@ -49,19 +49,18 @@ def norm_self_attention(
     Args:
       residual: the stream, [B, P, E].
       norm: parameters of the norm.
-      qkv: fused projection [E, 3, H, D], or one with a RoundedQKV as kernel.
+      qkv: fused projection [E, 3, H, D], or one with a QuantizedQKV as kernel.
       implementation: as in `self_attention`.
 
     Returns:
-      [B, P, H, D], a QArray for a RoundedQKV; and the residual sum.
+      [B, P, H, D], a QArray for a QuantizedQKV; and the residual sum.
     """
     kernel = qkv.kernel
-    if not isinstance(kernel, RoundedQKV):
+    if not isinstance(kernel, QuantizedQKV):
         normed, x = add_norm(residual, norm)
         return self_attention(linear(normed, qkv), implementation=implementation), x
     normed, x = add_norm(residual, norm, out_scale=kernel.qk.input_scale)
     qk = linear(normed, Weights(kernel.qk, layout="outputs_first"), out_dtype=kernel.qk.dtype)
     v = linear(normed, Weights(kernel.v, layout="outputs_first"), out_dtype=x.dtype)[:, :, 0]
-    projection = RoundedProjection(qk, v, kernel.qk_scale[None])
-    heads = self_attention(projection, out_dtype=kernel.qk.dtype, implementation=implementation)
-    return QArray(heads, kernel.v_scale), x
+    projection = QuantizedProjection(QArray(qk, kernel.qk_scale), v)
+    return self_attention(projection, out_scale=kernel.v_scale, implementation=implementation), x

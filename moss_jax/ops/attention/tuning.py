@@ -1,7 +1,7 @@
-"""Which kernel configuration was fastest on which device, by shape: the table in tuning.json.
+"""Autotuning table, tuning.json: the fastest kernel configuration by device and shape.
 
-Each entry names a device kind, a kernel, the shape that it was measured on, the configuration that won and
-its microseconds. `python benchmarks/attention.py --tune` writes the entries.
+Each entry names a device kind, a kernel, the shape that it was measured on, the fastest configuration and its
+microseconds. `python benchmarks/attention.py --tune` writes the entries.
 """
 
 import dataclasses
@@ -10,8 +10,12 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moss_jax.ops.attention.arguments import Arguments
+from moss_jax.ops.attention.base import Arguments
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FILE = Path(__file__).with_name("tuning.json")
 
@@ -24,7 +28,7 @@ class Entry:
       device: as JAX names it (`device_kind`).
       shape: as `shape_of` gives it.
       config: the fields of the kernel's config class.
-      microseconds: of one call, by what was measured: "forward", "gradients" (forward and backward).
+      microseconds: of one call, by pass: "forward", "gradients" (forward and backward).
     """
 
     device: str
@@ -35,7 +39,7 @@ class Entry:
 
 
 def shape_of(a: Arguments) -> dict[str, int | str]:
-    """What a kernel's configuration depends on."""
+    """The part of a call that a kernel's configuration depends on."""
     (rows, queries, heads, head_dim), (_, kv_heads, keys, _) = a.q.shape, a.k.shape
     return {
         "dtype": a.k.dtype.name,
@@ -48,18 +52,23 @@ def shape_of(a: Arguments) -> dict[str, int | str]:
     }
 
 
-def lookup[Config](kernel: str, default: Config, device_kind: str, **shape: int | str) -> Config:
+def lookup[Config: "DataclassInstance"](
+    kernel: str, default: Config, device_kind: str, *, file: Path = FILE, **shape: int | str
+) -> Config:
     """The configuration measured on this device for the nearest shape; `default` if there is none.
 
     dtype and head_dim must be the same; among those, the smallest sum of |log2| ratios of the other numbers
     wins. Fields that an entry doesn't name keep the default's value.
 
+    Args:
+      file: the table.
+
     Raises:
-      ValueError: the table holds something else than entries, or fields that the config doesn't have.
+      ValueError: the table is malformed, or names fields that the config doesn't have.
     """
     near = [
         entry
-        for entry in entries(FILE)
+        for entry in entries(file)
         if (entry.kernel, entry.device) == (kernel, device_kind)
         and all(entry.shape.get(name) == shape.get(name) for name in ("dtype", "head_dim"))
     ]
@@ -69,7 +78,7 @@ def lookup[Config](kernel: str, default: Config, device_kind: str, **shape: int 
     known = [field.name for field in dataclasses.fields(default)]
     if unknown := sorted(set(best.config) - set(known)):
         raise ValueError(
-            f"{FILE}: {type(default).__name__} has no {', '.join(unknown)}, which the entry of {kernel} on "
+            f"{file}: {type(default).__name__} has no {', '.join(unknown)}, which the entry of {kernel} on "
             f"{device_kind} for {dict(best.shape)} sets; it has {', '.join(known)}"
         )
     return dataclasses.replace(default, **best.config)
@@ -82,20 +91,20 @@ def _distance(a: Mapping[str, int | str], b: Mapping[str, int | str]) -> float:
 
 @functools.cache
 def entries(file: Path) -> tuple[Entry, ...]:
-    """The whole table, read once."""
+    """The whole table, cached."""
     try:
         return tuple(Entry(**entry) for entry in json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not a list of tuning entries: {error}") from error
 
 
-def record(new: Entry) -> None:
-    """Writes an entry into the table, in place of the one for the same device, kernel and shape."""
+def record(new: Entry, *, file: Path = FILE) -> None:
+    """Writes an entry to the table; it replaces that of the same device, kernel and shape."""
 
-    def place(entry: Entry) -> tuple:
+    def key(entry: Entry) -> tuple:
         return entry.device, entry.kernel, sorted((name, str(size)) for name, size in entry.shape.items())
 
-    kept = [entry for entry in entries(FILE) if place(entry) != place(new)]
-    lines = [json.dumps(dataclasses.asdict(entry)) for entry in sorted([*kept, new], key=place)]
-    FILE.write_text("[\n" + ",\n".join(f"  {line}" for line in lines) + "\n]\n", encoding="utf-8")
+    kept = [entry for entry in entries(file) if key(entry) != key(new)]
+    lines = [json.dumps(dataclasses.asdict(entry)) for entry in sorted([*kept, new], key=key)]
+    file.write_text("[\n" + ",\n".join(f"  {line}" for line in lines) + "\n]\n", encoding="utf-8")
     entries.cache_clear()

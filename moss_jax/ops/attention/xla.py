@@ -1,96 +1,97 @@
-"""Attention in plain JAX, for any platform: whole when its scores are small, else block by block of keys.
+"""FlashAttention in plain JAX, for any platform: blockwise online softmax, or one block if scores are few.
 
-The blockwise form keeps a running maximum and sum (Rabe & Staats, arXiv 2112.05682; Dao et al., arXiv
-2205.14135), visits only the blocks between the first and the last key that any query sees, and recomputes
-the scores in its backward pass, so memory grows with T + S instead of T * S.
+The blockwise form keeps a running maximum and sum for each row (Rabe & Staats, arXiv 2112.05682; Dao et al.,
+arXiv 2205.14135), skips the blocks before the first and behind the last key that any query sees, and
+recomputes the scores in its backward pass, so memory grows with T + S instead of T * S.
 
 B batch/slot, T query tokens, S keys, X a block of keys, K kv heads, G query heads per kv head, D head
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.arguments import QUANTIZED, Arguments, no_gradients
-
-# Scores held at once, in numbers: 128 MiB of float32.
-MAX_SCORES = 2**25
-MIN_BLOCK = 128
+from moss_jax.ops.attention.base import Arguments, no_gradients
+from moss_jax.ops.qarray import QArray, dequantize
 
 
-def unsupported(arguments: Arguments, platform: str) -> str | None:
-    """XLA takes everything."""
-    del arguments, platform
-    return None
+@dataclasses.dataclass(frozen=True)
+class XlaConfig:
+    """Size of the blocks.
+
+    Attributes:
+      max_scores: scores of a block, in numbers; by default 128 MiB of float32.
+      min_block: keys of a block at least.
+    """
+
+    max_scores: int = 2**25
+    min_block: int = 128
+
+    def block_size(self, rows: int, keys: int) -> int:
+        """Keys of a block such that `rows` rows of scores stay within `max_scores`; all keys if they do."""
+        if rows * keys <= self.max_scores:
+            return keys
+        return min(keys, max(self.min_block, self.max_scores // rows // self.min_block * self.min_block))
 
 
-def attend(a: Arguments) -> Float[Array, "B T H D"]:
+def apply(a: Arguments, config: XlaConfig | None = None) -> Float[Array, "B T H D"]:
     """Computes the op; differentiable in q, k, v and bias."""
     B, T, H, D = a.q.shape
     K, S = a.k.shape[1:3]
     q = a.q.reshape(B, T, K, H // K, D)
-    scales = (a.k_scale, a.v_scale)
-    out = _attend(block_size(B * H * T, S), a.scale, q, a.k, a.v, scales, a.bias, *a.bounds)
-    return out.reshape(B, T, H, D)
-
-
-def block_size(rows: int, keys: int) -> int:
-    """Keys of a block so that `rows` rows of scores stay within `MAX_SCORES`; `keys` if all of them do."""
-    if rows * keys <= MAX_SCORES:
-        return keys
-    return min(keys, max(MIN_BLOCK, MAX_SCORES // rows // MIN_BLOCK * MIN_BLOCK))
+    block = (config or XlaConfig()).block_size(B * H * T, S)
+    return _attend(block, a.scale, q, a.k, a.v, a.bias, *a.bounds).reshape(B, T, H, D)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(block, scale, q, k, v, scales, bias, start, end):
-    return _forward(block, scale, q, k, v, scales, bias, start, end)[0]
+def _attend(block, scale, q, k, v, bias, start, end):
+    return _forward(block, scale, q, k, v, bias, start, end)[0]
 
 
-def _forward(block, scale, q, k, v, scales, bias, start, end):
-    """The output, and what the backward pass needs of it."""
+def _forward(block, scale, q, k, v, bias, start, end):
+    """The output, and the residuals of the backward pass."""
     B, T, K, G, D = q.shape
 
-    def visit(first, carry):
-        top, total, out = carry
-        scores, _, v_block, _, _ = _block(first, block, scale, q, k, v, scales, bias, start, end)
-        new_top = jnp.maximum(top, scores.max(axis=-1))
-        # A row that has seen no key yet has top -inf, and -inf - -inf would be NaN.
-        shift = jnp.where(jnp.isneginf(new_top), 0, new_top)
+    def attend_block(first, carry):
+        row_max, row_sum, out = carry
+        scores, _, v_block, _, _ = _block(first, block, scale, q, k, v, bias, start, end)
+        new_max = jnp.maximum(row_max, scores.max(axis=-1))
+        # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
+        shift = jnp.where(jnp.isneginf(new_max), 0, new_max)
         weights = jnp.exp(scores - shift[..., None])
-        decay = jnp.exp(top - shift)
+        rescale = jnp.exp(row_max - shift)
         part = jnp.einsum(
             "BKGTX,BKXD->BKGTD", weights.astype(v_block.dtype), v_block, preferred_element_type=jnp.float32
         )
-        return new_top, total * decay + weights.sum(axis=-1), out * decay[..., None] + part
+        return new_max, row_sum * rescale + weights.sum(axis=-1), out * rescale[..., None] + part
 
     carry = (
         jnp.full((B, K, G, T), -jnp.inf, jnp.float32),
         jnp.zeros((B, K, G, T), jnp.float32),
         jnp.zeros((B, K, G, T, D), jnp.float32),
     )
-    top, total, out = _over_blocks(block, k.shape[2], start, end, visit, carry)
-    out = (out / jnp.where(total > 0, total, 1)[..., None]).transpose(0, 3, 1, 2, 4).astype(q.dtype)
-    log_total = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), jnp.inf)
-    return out, (q, k, v, bias, start, end, out, log_total)
+    row_max, row_sum, out = _over_blocks(block, k.shape[2], start, end, attend_block, carry)
+    out = (out / jnp.where(row_sum > 0, row_sum, 1)[..., None]).transpose(0, 3, 1, 2, 4).astype(q.dtype)
+    log_sum = jnp.where(row_sum > 0, row_max + jnp.log(jnp.where(row_sum > 0, row_sum, 1)), jnp.inf)
+    return out, (q, k, v, bias, start, end, out, log_sum)
 
 
 def _backward(block, scale, residuals, d_out):
-    if residuals[1].dtype.name in QUANTIZED:
-        raise no_gradients(residuals[1].dtype)
-    q, k, v, bias, start, end, out, log_total = residuals
+    q, k, v, bias, start, end, out, log_sum = residuals
+    if isinstance(k, QArray):
+        raise no_gradients(k.dtype)
     d_out = d_out.astype(jnp.float32).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, D]
     mean = (d_out * out.astype(jnp.float32).transpose(0, 2, 3, 1, 4)).sum(axis=-1)
     q32 = q.astype(jnp.float32)
 
-    def visit(first, carry):
+    def differentiate_block(first, carry):
         d_q, d_k, d_v, d_bias = carry
-        scores, k_block, v_block, at, seen = _block(
-            first, block, scale, q, k, v, (None, None), bias, start, end
-        )
-        k_block = jnp.where(seen.any(axis=1)[:, None, :, None], k_block, 0).astype(jnp.float32)
-        weights = jnp.exp(scores - log_total[..., None])  # [B, K, G, T, X]
+        scores, k_block, v_block, at, visible = _block(first, block, scale, q, k, v, bias, start, end)
+        k_block = jnp.where(visible.any(axis=1)[:, None, :, None], k_block, 0).astype(jnp.float32)
+        weights = jnp.exp(scores - log_sum[..., None])  # [B, K, G, T, X]
         d_weights = jnp.einsum("BKGTD,BKXD->BKGTX", d_out, v_block.astype(jnp.float32))
         d_scores = weights * (d_weights - mean[..., None])
         d_q += scale * jnp.einsum("BKGTX,BKXD->BTKGD", d_scores, k_block)
@@ -106,48 +107,47 @@ def _backward(block, scale, residuals, d_out):
         jnp.zeros(v.shape, jnp.float32),
         None if bias is None else jnp.zeros(bias.shape, jnp.float32),
     )
-    d_q, d_k, d_v, d_bias = _over_blocks(block, k.shape[2], start, end, visit, carry)
+    d_q, d_k, d_v, d_bias = _over_blocks(block, k.shape[2], start, end, differentiate_block, carry)
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), (None, None), d_bias, None, None
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_bias, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _over_blocks(block, num_keys, start, end, visit, carry):
-    """Folds `visit(first key, carry)` over the blocks that some query sees."""
+def _over_blocks(block, num_keys, start, end, body, carry):
+    """Folds `body(first key, carry)` over the blocks that some query sees."""
     if block == num_keys:
-        return visit(0, carry)
+        return body(0, carry)
     some = start < end
     first = jnp.min(jnp.where(some, start, num_keys)) // block
     last = -(-jnp.max(jnp.where(some, end, 0)) // block)
-    return jax.lax.fori_loop(first, last, lambda i, c: visit(i * block, c), carry)
+    return jax.lax.fori_loop(first, last, lambda i, c: body(i * block, c), carry)
 
 
-def _block(first, block, scale, q, k, v, scales, bias, start, end):
-    """Scores, keys, values, place and visibility of the keys [first, first + block).
+def _block(first, block, scale, q, k, v, bias, start, end):
+    """Scores, keys, values, offset and visibility of the keys [first, first + block).
 
-    The last block is moved back to end with the keys; those that it then shares with its neighbour count as
-    unseen. Unseen keys have score -inf, and values that no query sees are zero, so that 0 * NaN cannot arise.
+    The last block is moved back to end with the keys; those that it then shares with its neighbour are
+    masked. Masked keys have score -inf, and values that no query sees are zero, so that 0 * NaN cannot arise.
     """
     at = jnp.minimum(first, k.shape[2] - block)
-    k, v = (_vectors(x, s, at, block, q.dtype) for x, s in zip((k, v), scales, strict=True))
+    k, v = (_vectors(x, at, block, q.dtype) for x in (k, v))
     keys = at + jnp.arange(block)
-    seen = (jnp.maximum(start, first)[..., None] <= keys) & (keys < end[..., None])  # [B, T, X]
+    visible = (jnp.maximum(start, first)[..., None] <= keys) & (keys < end[..., None])  # [B, T, X]
     scores = scale * jnp.einsum("BTKGD,BKXD->BKGTX", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
         scores += jax.lax.dynamic_slice_in_dim(bias, at, block, axis=1)[:, None, None, None, :]
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    return scores, k, jnp.where(seen.any(axis=1)[:, None, :, None], v, 0), at, seen
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    return scores, k, jnp.where(visible.any(axis=1)[:, None, :, None], v, 0), at, visible
 
 
-def _vectors(x, scale, at, block, dtype):
-    """`block` keys or values from `at` on, in `dtype` if they are stored with scales."""
-    x = jax.lax.dynamic_slice_in_dim(x, at, block, axis=2)
-    if scale is None:
-        return x
-    scale = jax.lax.dynamic_slice_in_dim(scale, at, block, axis=2)
-    return (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
+def _vectors(x, at, block, dtype):
+    """`block` keys or values from `at` on; dequantised to `dtype` if they are a QArray."""
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=block, axis=2)
+    if not isinstance(x, QArray):
+        return cut(x)
+    return dequantize(QArray(cut(x.values), cut(x.scale)), dtype)
 
 
 def _add_at(x, at, update, axis):

@@ -1,9 +1,9 @@
-"""The rest of a decoder layer after attention, for up to 8 rows in W8A16: one persistent cooperative kernel
-in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
+"""The rest of a decoder layer after attention, W8A16: one persistent cooperative kernel for Hopper GPUs.
 
-It is bound by reading the weights, once; what can be saved are the gaps between one GEMM's reading and the
-next. So as many thread blocks as the GPU holds at once stay from the first weight to the last, each with TMA
-copies of the next tiles in flight, which run on from one matrix into the next.
+It takes up to 8 rows, in Pallas (Mosaic GPU). It is bound by reading the weights, once; what can be saved are
+the gaps between one GEMM's reading and the next. So as many thread blocks as the GPU holds at once stay from
+the first weight to the last, each with TMA copies of the next tiles in flight, which run on from one matrix
+into the next.
 
 Three phases, `out`, `up` and `down`, are split-K GEMMs: each is dealt in units of 64 outputs by a split of
 the inputs, whose sums go to global memory. Between two phases is a barrier of the whole grid; then each block
@@ -46,10 +46,10 @@ from jaxtyping import Array, Float, Shaped
 
 from moss_jax.ops.mosaic_gpu import hopper, skinny_matmul, tiles
 from moss_jax.ops.mosaic_gpu.skinny_matmul import (
+    BLOCKED,
     STRIDED,
     THREADS,
     TILE,
-    TOGETHER,
     C,
     multiprocessors,
     piece,
@@ -114,7 +114,7 @@ class Phase:
         return min(self.parts, pl.cdiv(most - 1, self.stripes) + 1)
 
     def units(self, block):
-        """(the first of a block's units, their number)"""
+        """First unit of a block, and the number of its units."""
         units, place = self.stripes * self.parts, block
         if self.blocks % self.parts == 0:
             # Neighbours take the parts of the same rows, so that together they read whole rows.
@@ -396,10 +396,10 @@ def _kernel(
     def visit(step, operand, sums):
         ring = lax.rem(step, stages)
         plgpu.barrier_wait(barrier.at[ring])
-        weights = skinny_matmul.load(ring_smem.at[ring], TOGETHER)
+        weights = skinny_matmul.load(ring_smem.at[ring], BLOCKED)
         plgpu.commit_smem()
         pl.when(step + stages < end)(functools.partial(fetch, step + stages))
-        return skinny_matmul.multiply(sums, weights, row_smem, operand * X, TOGETHER)
+        return skinny_matmul.multiply(sums, weights, row_smem, operand * X, BLOCKED)
 
     def parts(number):
         """Those that the block's units of a phase belong to, or more: all blocks do the same."""

@@ -1,16 +1,14 @@
 """The command line of the tabletop evaluation."""
 
 import json
-from pathlib import Path
 
-import moss_jax.text
 from moss_jax.convert import save
 from moss_jax.eval.tabletop.__main__ import main
+from moss_jax.shipped import shipped
 
 
 def test_the_command_with_a_random_model(model, tmp_path, capsys):
-    tokenizer = Path(moss_jax.text.__file__).parent / "moss_tiny" / "tokenizer.json"
-    save(tmp_path / "random", model, tokenizer=tokenizer)
+    save(tmp_path / "random", model, tokenizer=shipped("moss-tiny") / "tokenizer.json")
     out = tmp_path / "out" / "scores.json"
     settings = {"checkpoint": tmp_path / "random", "json": out, "seed": 4, "streams": 3, "blind-streams": 1}
     settings |= {"seconds": 10, "slots": 2, "tokens-per-second": 2}

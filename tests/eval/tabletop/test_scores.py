@@ -1,4 +1,4 @@
-"""The scores of the tabletop world: what an ideal watcher gets, and what each kind of failing costs."""
+"""Metrics of the tabletop evaluation: the ideal assistant's, and the effect of each kind of mistake."""
 
 import dataclasses
 import itertools
@@ -9,27 +9,28 @@ from engines import ScriptedEngine
 from moss_jax.config import EngineConfig
 from moss_jax.eval.harness import play
 from moss_jax.eval.tabletop import ideal_dialogue, scores
-from moss_jax.eval.tabletop.scores import Pace, Share, Statement, Transcript
+from moss_jax.eval.tabletop.scores import Ratio, SpeechRate, Statement, StreamTranscript
 from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text, Turn
 from moss_jax.text.labels import IGNORED
-from moss_jax.worlds.tabletop import Stream, evaluation_stream
+from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 from moss_jax.worlds.tabletop.dialogue import Dialogue, Request
 from moss_jax.worlds.tabletop.language import LIVE, PAST, sentence, understand
-from moss_jax.worlds.tabletop.world import CARD, Event, Table, Thing, World
+from moss_jax.worlds.tabletop.render import TABLES, Look
+from moss_jax.worlds.tabletop.world import CARD, Table, TableEvent, Thing, World
 
 SPEED = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A stream, what the ideal assistant says over it, and that as a session tells it."""
+    """A stream, the ideal dialogue over it, and its transcript from a session that says the same."""
 
-    stream: Stream
+    stream: TabletopStream
     ideal: Dialogue
-    said: Transcript
+    said: StreamTranscript
 
 
-def replay(stream: Stream, tokenizer, speed: int) -> Case:
+def replay(stream: TabletopStream, tokenizer, speed: int) -> Case:
     ideal = ideal_dialogue(stream, tokenizer, speed)
     drawn = [token for token in ideal.labels if token != IGNORED]
     engine = ScriptedEngine(tokenizer, drawn, EngineConfig(1, 4096, 64))
@@ -44,7 +45,7 @@ def cases(tokenizer) -> list[Case]:
 
 @pytest.fixture(scope="module")
 def summary_of(cases, tokenizer):
-    """The summary of the cases when `change` has been at the transcripts."""
+    """Computes the summary of the cases with transcripts that `change` has altered."""
 
     def judge(change=lambda case: case.said):
         return scores.summary(
@@ -63,7 +64,7 @@ def best(summary_of):
 
 
 def values(summary) -> dict:
-    """The headline values, flat."""
+    """Headline values of a summary, flat."""
     return {
         "accuracy": summary["accuracy"]["value"],
         "alert recall": summary["alerts"]["recall"]["value"],
@@ -82,8 +83,8 @@ def changed(before, after) -> set[str]:
     return {name for name in before if before[name] != after[name]}
 
 
-def rewrite(case: Case, change) -> Transcript:
-    """The transcript with each statement as `change(statement, request)` returns it; None drops it."""
+def rewrite(case: Case, change) -> StreamTranscript:
+    """Replaces each statement by what `change(statement, request)` returns; None drops it."""
     requests = case.stream.requests
     new = [change(s, requests[s.request] if s.request >= 0 else None) for s in case.said.statements]
     return dataclasses.replace(case.said, statements=tuple(s for s in new if s is not None))
@@ -93,7 +94,7 @@ def rewrite(case: Case, change) -> Transcript:
 
 
 @pytest.mark.parametrize("speed", [SPEED, 32])
-def test_the_ideal_assistant_does_everything_right(tokenizer, speed):
+def test_the_ideal_assistant_has_a_perfect_score(tokenizer, speed):
     found = []
     for index in range(30):
         case = replay(evaluation_stream(0, index, 32), tokenizer, speed)
@@ -105,7 +106,7 @@ def test_the_ideal_assistant_does_everything_right(tokenizer, speed):
     assert result["alerts"]["f1"] == result["revision"]["mid_sentence"]["value"] == 1
     assert result["revision"]["median_delay_s"] == 0
     assert result["streams_cut_short"] == 0
-    # There is enough to be judged by.
+    # There are enough cases of each.
     assert result["accuracy"]["n"] > 40
     assert result["alerts"]["recall"]["n"] > 3
     assert result["silence"]["n"] > 200
@@ -127,11 +128,11 @@ def test_the_transcript_of_the_ideal_assistant_is_what_it_said(cases):
         assert speaking == case.said.speaking - {-1}
 
 
-# --------------------------------------------------------------------------------- each failing
+# ------------------------------------------------------------------------------------- mistakes
 
 
-def test_who_says_nothing_answers_nothing(summary_of):
-    result = summary_of(lambda case: Transcript((), frozenset()))
+def test_constant_silence(summary_of):
+    result = summary_of(lambda case: StreamTranscript((), frozenset()))
     assert values(result) == {
         "accuracy": 0,
         "alert recall": 0,
@@ -146,18 +147,18 @@ def test_who_says_nothing_answers_nothing(summary_of):
     assert result["alerts"]["f1"] == 0
 
 
-def test_chatter_breaks_silence(best, summary_of):
+def test_chatter_costs_silence(best, summary_of):
     chatter = Statement("Lovely day.", 1.5, 1, 2.0, 1, -1)
 
     def talk(case):
-        return Transcript((*case.said.statements, chatter), frozenset(range(32)))
+        return StreamTranscript((*case.said.statements, chatter), frozenset(range(32)))
 
     result = summary_of(talk)
     assert changed(best, result) == {"silence", "understood"}
     assert result["silence"]["value"] == 0
 
 
-def test_one_answer_to_all_costs_accuracy_and_is_stale(best, summary_of):
+def test_a_constant_answer_costs_accuracy_and_is_stale(best, summary_of):
     three = sentence("digit", d="3")
 
     def answer(statement, request):
@@ -172,7 +173,7 @@ def test_one_answer_to_all_costs_accuracy_and_is_stale(best, summary_of):
     assert digits["value"] <= digits["constant_guess"]
 
 
-def test_who_never_revises_fails_later_probes(best, summary_of):
+def test_answers_without_revisions_fail_later_probes(best, summary_of):
     answered = set()
 
     def once(case):
@@ -195,8 +196,8 @@ def test_who_never_revises_fails_later_probes(best, summary_of):
     assert result["accuracy_first_probes"]["value"] > result["accuracy_all_probes"]["value"]
 
 
-def test_slow_revisions_count_until_three_seconds(best, summary_of):
-    """Not the answers themselves: only what comes with a later frame than the question."""
+def test_revisions_count_within_three_seconds(best, summary_of):
+    """Delays statements that begin at a later frame than the question, so not the first answers."""
 
     def later(seconds):
         def delay(statement, request):
@@ -210,7 +211,7 @@ def test_slow_revisions_count_until_three_seconds(best, summary_of):
                 end_frame=statement.end_frame + seconds,
             )
 
-        # A statement can't be made after the last frame.
+        # No statement is moved beyond the last frame.
         return lambda case: rewrite(case, lambda s, r: s if s.end_frame + seconds > 31 else delay(s, r))
 
     result = summary_of(later(2))
@@ -219,7 +220,7 @@ def test_slow_revisions_count_until_three_seconds(best, summary_of):
     assert summary_of(later(4))["revision"]["value"] < 0.2
 
 
-def test_late_calls_are_no_alerts(best, summary_of):
+def test_late_alerts_do_not_count(best, summary_of):
     def late(statement, request):
         if not statement.is_alert:
             return statement
@@ -230,7 +231,7 @@ def test_late_calls_are_no_alerts(best, summary_of):
     assert result["alerts"]["f1"] == 0
 
 
-def test_false_and_repeated_calls_cost_precision(best, summary_of):
+def test_repeated_alerts_cost_precision(best, summary_of):
     def twice(case):
         again = [s for s in case.said.statements if s.is_alert]
         return dataclasses.replace(case.said, statements=(*case.said.statements, *again))
@@ -241,8 +242,8 @@ def test_false_and_repeated_calls_cost_precision(best, summary_of):
     assert result["alerts"]["f1"] == pytest.approx(2 / 3)
 
 
-def test_an_early_call_is_false(best, summary_of):
-    """Whoever calls before the moment gains nothing by calling in time as well."""
+def test_early_alerts_are_wrong(best, summary_of):
+    """Even if they are repeated in time."""
 
     def early(case):
         calls = [
@@ -257,7 +258,7 @@ def test_an_early_call_is_false(best, summary_of):
     assert result["alerts"]["precision"]["value"] < 0.5
 
 
-def test_telling_what_does_not_happen_costs_precision(best, summary_of):
+def test_invented_events_cost_precision(best, summary_of):
     def invent(case):
         tales = [
             dataclasses.replace(s, sentence=sentence("appear", c="black", k="cross", p="left"))
@@ -270,7 +271,7 @@ def test_telling_what_does_not_happen_costs_precision(best, summary_of):
     assert changed(best, result) == {"narration precision", "stale"}
 
 
-def test_who_narrates_nothing_is_missed(best, summary_of):
+def test_missing_narration_costs_recall(best, summary_of):
     def quiet(statement, request):
         return None if request and request.kind == "narrate" and statement.facts else statement
 
@@ -279,20 +280,20 @@ def test_who_narrates_nothing_is_missed(best, summary_of):
     assert result["narration"]["recall"]["value"] == 0
 
 
-def test_senseless_facts_are_false():
+def test_facts_that_make_no_sense_are_false():
     assert not scores.is_true({"colour:card": "red"}, {"digit": "3"})
     assert not scores.is_true({"colour:": "red"}, {"digit": "3"})
 
 
-# ------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------ hand-made streams
 
 
-def colours(*seen: str, requests: tuple[Request, ...]) -> Stream:
-    """A stream of a star that has these colours, one after the other."""
+def colours(*seen: str, requests: tuple[Request, ...]) -> TabletopStream:
+    """A stream of a star with these colours, one a second."""
     tables = tuple(Table((Thing("star", (0, 0), colour=colour),)) for colour in seen)
     pairs = enumerate(itertools.pairwise(seen), start=1)
-    events = tuple(Event(f, "colour", "star", new) for f, (old, new) in pairs if old != new)
-    return Stream(World(tables, events), look=None, requests=requests, noise=0)
+    events = tuple(TableEvent(f, "colour", "star", new) for f, (old, new) in pairs if old != new)
+    return TabletopStream(World(tables, events), look=Look(0, TABLES[0]), requests=requests, noise=0)
 
 
 def spoken(text: str, time: float, *, request: int = 0, subject: str = "star") -> Statement:
@@ -301,45 +302,45 @@ def spoken(text: str, time: float, *, request: int = 0, subject: str = "star") -
     )
 
 
-def said(*statements: Statement) -> Transcript:
-    return Transcript(statements, frozenset(s.frame for s in statements))
+def said(*statements: Statement) -> StreamTranscript:
+    return StreamTranscript(statements, frozenset(s.frame for s in statements))
 
 
 ASKED = Request(0.5, "What colour is the star?", "colour", "star")
 
 
-def test_a_question_is_probed_when_its_answer_has_settled(tokenizer):
+def test_a_question_is_probed_once_its_answer_has_settled(tokenizer):
     stream = colours(*["red"] * 6, *["blue"] * 5, requests=(ASKED, Request(9.5, "Thanks.", "watch")))
     told = said(spoken("It is red.", 0.5), spoken("Now it is blue.", 7.0))
-    found = list(scores.probes(stream, told, Pace(tokenizer, SPEED)))
+    found = list(scores.probes(stream, told, SpeechRate(tokenizer, SPEED)))
     assert [(p.second, p.value, p.right) for p in found] == [
         (4, "red", True),
         (5, "red", True),
         (9, "blue", True),
     ]
     late = said(spoken("It is red.", 0.5), spoken("Now it is blue.", 8.8))
-    assert [p.right for p in scores.probes(stream, late, Pace(tokenizer, SPEED))] == [True, True, False]
+    assert [p.right for p in scores.probes(stream, late, SpeechRate(tokenizer, SPEED))] == [True, True, False]
 
 
-def test_a_question_that_the_next_request_overtakes_is_not_probed(tokenizer):
+def test_a_question_is_not_probed_if_the_next_request_comes_too_soon(tokenizer):
     stream = colours(*["red"] * 6, requests=(ASKED, Request(2.5, "Thanks.", "watch")))
-    assert not list(scores.probes(stream, said(), Pace(tokenizer, SPEED)))
+    assert not list(scores.probes(stream, said(), SpeechRate(tokenizer, SPEED)))
 
 
-def test_long_answers_get_the_time_that_they_take(tokenizer):
+def test_the_deadline_allows_for_long_answers(tokenizer):
     truth = colours("red", requests=()).world.truth[0]
     request = Request(0.5, "What is on the table?", "list")
-    assert Pace(tokenizer, 32).patience(request, truth) == 3
-    assert Pace(tokenizer, 1).patience(request, truth) > 6
+    assert SpeechRate(tokenizer, 32).seconds_to_answer(request, truth) == 3
+    assert SpeechRate(tokenizer, 1).seconds_to_answer(request, truth) > 6
 
 
 def test_a_past_question_is_judged_by_its_first_statement(tokenizer):
     asked = Request(2.5, "What happened last?", "event")
     stream = colours("red", "blue", "blue", "blue", "green", "green", requests=(asked,))
-    pace = Pace(tokenizer, SPEED)
+    rate = SpeechRate(tokenizer, SPEED)
 
     def right(*statements):
-        (probe,) = scores.probes(stream, said(*statements), pace)
+        (probe,) = scores.probes(stream, said(*statements), rate)
         return probe.right
 
     assert right(spoken("The star turns blue.", 2.5))
@@ -356,36 +357,36 @@ def test_a_past_question_is_judged_by_its_first_statement(tokenizer):
         (["red"] * 4 + ["blue"] * 6, ["Now it is blue.", 5.0], 1, 1),
         (["red"] * 4 + ["blue"] * 6, ["Now it is blue.", 7.5], 1, 0),
         (["red"] * 4 + ["blue"] * 6, ["Now it is green.", 5.0], 1, 0),
-        # Red again, before it had to be said.
+        # Red again within 3 seconds.
         (["red"] * 4 + ["blue"] * 2 + ["red"] * 4, ["Now it is red.", 6.0], 0, 0),
         # The end is near.
         (["red"] * 8 + ["blue"] * 2, ["Now it is blue.", 8.0], 0, 0),
-        # It was wrong from the beginning.
+        # Wrong from the beginning.
         (["green"] * 4 + ["blue"] * 6, ["Now it is blue.", 4.0], 0, 0),
     ],
 )
-def test_revisions_by_hand(seen, says, due, made):
+def test_revisions(seen, says, due, made):
     stream = colours(*seen, requests=(ASKED,))
     found, delays = scores.revisions(stream, said(spoken("It is red.", 0.5), spoken(*says)))
-    assert found == Share(made, due)
+    assert found == Ratio(made, due)
     assert list(delays) == [says[1] - 4] * made
 
 
-def test_before_the_first_frame_nothing_is_true():
+def test_statements_before_the_first_frame_are_false():
     stream = colours("red", "red", requests=(ASKED,))
     blind = dataclasses.replace(spoken("It is red.", 0.0), frame=-1, end_frame=-1)
-    assert scores.stale(stream, said(blind)) == Share(1, 1)
-    assert scores.stale(stream, said(spoken("It is red.", 0.0))) == Share(0, 1)
+    assert scores.stale(stream, said(blind)) == Ratio(1, 1)
+    assert scores.stale(stream, said(spoken("It is red.", 0.0))) == Ratio(0, 1)
 
 
-def test_a_statement_may_end_as_what_has_become_true():
+def test_a_statement_may_become_true_before_its_end():
     stream = colours("red", "blue", "blue", requests=(ASKED,))
-    assert scores.stale(stream, said(spoken("It is blue.", 0.7))) == Share(0, 1)
-    assert scores.stale(stream, said(spoken("It is red.", 0.7))) == Share(0, 1)
-    assert scores.stale(stream, said(spoken("It is red.", 1.0))) == Share(1, 1)
+    assert scores.stale(stream, said(spoken("It is blue.", 0.7))) == Ratio(0, 1)
+    assert scores.stale(stream, said(spoken("It is red.", 0.7))) == Ratio(0, 1)
+    assert scores.stale(stream, said(spoken("It is red.", 1.0))) == Ratio(1, 1)
 
 
-def test_the_constant_guess_is_the_commonest_answer_of_a_kind():
+def test_the_constant_guess_is_the_most_frequent_answer_of_a_kind():
     def probe(request, kind, value):
         return scores.Probe(request, kind, 5, value, right=False)
 
@@ -413,7 +414,7 @@ def frame(index: int) -> FrameSeen:
     return FrameSeen(**at(float(index)), index=index, time=float(index))
 
 
-def test_a_statement_that_is_taken_back_is_two():
+def test_a_correction_is_a_statement_of_its_own():
     pieces = [
         (2.5, "It is"),
         (2.75, " r"),
@@ -437,7 +438,7 @@ def test_a_statement_that_is_taken_back_is_two():
     assert found.speaking == {2, 3}
 
 
-def test_a_request_cuts_the_answer_to_the_one_before():
+def test_a_request_cuts_the_answer_in_progress():
     prompts = (ASKED, Request(1.5, "What number is on the card?", "digit", CARD))
     events = [Turn(**at(0), prompt=""), frame(0), Turn(**at(0.5), prompt="?"), Text(**at(0.5), text="It is")]
     events += [Interrupted(**at(1.5), said="It is"), Turn(**at(1.5), prompt="?")]

@@ -20,10 +20,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moss_jax.ops.attention.arguments import slices
 
 from moss_jax.ops import dispatch
 from moss_jax.ops.attention import RoundedProjection, Unsupported, api, attention, mosaic_gpu, self_attention
-from moss_jax.ops.attention.arguments import slices
 from moss_jax.ops.attention.mosaic_gpu.dense import DenseConfig
 from moss_jax.ops.mosaic_gpu import tiles
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moss_jax.ops.attention.arguments import QUANTIZED
+from moss_jax.ops.attention.mosaic_gpu.bank import DecodeConfig
 from ops.attention.test_contract import TOLERANCE, close, poisoned, quantized
 
 from moss_jax.config import moss_tiny, moss_video_11b
 from moss_jax.ops.attention import Arguments, KeyRange, attention, mosaic_gpu, reference, xla
-from moss_jax.ops.attention.arguments import QUANTIZED
-from moss_jax.ops.attention.mosaic_gpu.bank import DecodeConfig
 from moss_jax.ops.attention.mosaic_gpu.decode import decode
 from moss_jax.ops.attention.mosaic_gpu.staircase import StaircaseConfig, staircase
 

@@ -178,7 +178,6 @@ def call(**sizes) -> Arguments:
     return TestLinear().make(Draw(nan=False), **sizes)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit():
     a, few, many = call(inputs=(24,), outputs=(12,)), call(**FEW_8), call(**MANY_8)
     kernel, whole = a.weights.kernel, QArray(few.weights.kernel.values, jnp.float32(1))

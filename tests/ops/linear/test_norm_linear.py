@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from ops.contract import Case, Contract, Draw, refuses
 from ops.definitions import Rounded, exact, linear, norm
 
@@ -113,7 +112,6 @@ def test_plain_is_the_norm_and_the_map():
         np.testing.assert_array_equal(exact(x), exact(expected))
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit():
     a, other = call(), call(K=256)
     with refuses("x (1, 512) must end with the inputs of the kernel, (256,) of (96, 256)"):

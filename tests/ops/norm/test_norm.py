@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import pytest
 from ops.contract import Case, Contract, Draw, refuses
 from ops.definitions import Rounded, exact, norm
 
@@ -87,7 +86,6 @@ def call(*, out_scale=None, **changes):
     return add_norm(residual, Norm(arrays["weight"], arrays["bias"], eps=a.eps), out_scale=out_scale)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit():
     for changes, message in (
         ({"weight": (8,)}, "weight is one number a column, [D] = (256,); got (8,)"),

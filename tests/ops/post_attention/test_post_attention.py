@@ -141,7 +141,6 @@ def call(**sizes) -> Arguments:
     return TestPostAttention().make(Draw(), **sizes)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit():
     a, wide = call(), call(D=512, heads=(8, 64))
     for changes, message in (

@@ -1,5 +1,8 @@
-"""Attention in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU): few queries over a long bank, many queries, and
-all positions of a fused projection.
+"""Attention kernels in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
+
+Split-K decode attention (`decode`, `decode_quantized`; `append` is its fused RoPE and KV-cache append),
+FlashAttention with a range of keys per query (`staircase`), and dense self-attention straight from a fused
+projection (`dense`).
 
 B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head,
 P positions
@@ -9,23 +12,30 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from moss_jax.ops.attention import tuning
-from moss_jax.ops.attention.arguments import Arguments, KeyRange, Projection, no_gradients
+from moss_jax.ops.attention.base import (
+    AppendArguments,
+    Arguments,
+    KeyRange,
+    SelfAttentionArguments,
+    no_gradients,
+)
 from moss_jax.ops.attention.mosaic_gpu.append import WARP, rotate_and_append
-from moss_jax.ops.attention.mosaic_gpu.bank import ROWS, Blocks, DecodeConfig
-from moss_jax.ops.attention.mosaic_gpu.decode import decode, decode_blocks
-from moss_jax.ops.attention.mosaic_gpu.decode_quantized import decode_quantized
-from moss_jax.ops.attention.mosaic_gpu.dense import default_config, dense
+from moss_jax.ops.attention.mosaic_gpu.decode import decode_attention, decode_blocks
+from moss_jax.ops.attention.mosaic_gpu.decode_quantized import quantized_decode_attention
+from moss_jax.ops.attention.mosaic_gpu.dense import DenseConfig, default_config, dense_attention
 from moss_jax.ops.attention.mosaic_gpu.dense import unsupported as unsupported_by_dense
-from moss_jax.ops.attention.mosaic_gpu.staircase import StaircaseConfig, staircase
+from moss_jax.ops.attention.mosaic_gpu.split_k import WGMMA_ROWS, DecodeConfig, QueryBlocks
+from moss_jax.ops.attention.mosaic_gpu.staircase import StaircaseConfig, staircase_attention
+from moss_jax.ops.dispatch import Unsupported
 from moss_jax.ops.mosaic_gpu import hopper
-from moss_jax.ops.rotary import Rotation
+from moss_jax.ops.qarray import QArray
 
-# Queries that share a kv head, up to which the kernel for few queries is the faster: the other one walks the
-# keys without splitting them.
-BANK_ROWS = 4 * ROWS
+# Queries that share a kv head, up to which split-K decode attention is the faster: the staircase kernel does
+# not split the keys.
+MAX_DECODE_ROWS = 4 * WGMMA_ROWS
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
@@ -40,68 +50,83 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
         return f"q, k and v must have one dtype, or k and v be quantised alike, not {names}"
     unit = 64 if arguments.quantized else 16
     if q.shape[-1] % unit or q.shape[-1] > 128:
-        return f"head_dim {q.shape[-1]} is not a multiple of {unit} up to 128, the tensor core's tiles"
-    if arguments.quantized and _rows(arguments) > ROWS:
-        return f"it takes K and V in {k.dtype} for at most {ROWS} queries a kv head, not {_rows(arguments)}"
+        return f"head_dim {q.shape[-1]} is not a multiple of {unit} up to 128, as wgmma's tiles are"
+    if arguments.quantized and arguments.group_rows > WGMMA_ROWS:
+        return (
+            f"it takes K and V in {k.dtype} for at most {WGMMA_ROWS} queries a kv head, "
+            f"not {arguments.group_rows}"
+        )
     return None
 
 
-def attend(a: Arguments) -> Float[Array, "B T H D"]:
-    """Computes the op; differentiable in q, k, v and bias if K and V are not quantised."""
-    group = a.q.shape[2] // a.k.shape[1]
-    if _rows(a) > BANK_ROWS or group > ROWS:
-        return staircase(a, _config("staircase", StaircaseConfig(), a))
-    config = _config("decode", DecodeConfig(block_kv=128 if a.quantized else 64), a)
-    return _decode(config, a.scale, a.q, a.k, a.v, a.bias, *a.bounds, a.k_scale, a.v_scale)
-
-
-def unsupported_projection(projection: Projection, out_dtype: jnp.dtype, platform: str) -> str | None:
-    """Why no kernel here can take a fused projection as it lies; None if one can."""
-    return hopper.unsupported(platform, whole=False) or unsupported_by_dense(projection, out_dtype)
-
-
-def attend_projection(projection: Projection, out_dtype: jnp.dtype) -> Float[Array, "B P H D"]:
-    """Attention of every position to every position; forward only."""
-    return dense(projection, default_config(projection), out_dtype)
-
-
-def unsupported_append(a: Arguments, platform: str) -> str | None:
-    """Why no kernel here can append tokens before they attend; None if one can.
+def apply(a: Arguments, config: DecodeConfig | StaircaseConfig | None = None) -> Float[Array, "B T H D"]:
+    """Computes the op; differentiable in q, k, v and bias if K and V are not quantised.
 
     Args:
-      a: the attention that follows, whose q need have no more than a shape and a dtype.
+      config: the kernel, by its class, and how it is cut; None for the faster one as tuned.
+
+    Raises:
+      Unsupported: the config's kernel cannot take the arguments.
     """
-    if reason := unsupported(a, platform):
-        return reason
+    if config is None:
+        few = a.group_rows <= MAX_DECODE_ROWS and a.q.shape[2] // a.k.shape[1] <= WGMMA_ROWS
+        config = _decode_config(a) if few else _staircase_config(a)
+    if isinstance(config, DecodeConfig):
+        return _decode(config, a.scale, a.q, a.k, a.v, a.bias, *a.bounds)
     if a.quantized:
-        return f"it appends in q's dtype, not in {a.k.dtype}"
-    if _rows(a) > BANK_ROWS or a.q.shape[2] // a.k.shape[1] > ROWS:
-        return f"it takes at most {BANK_ROWS} queries a kv head, not {_rows(a)}"
-    if a.q.shape[-1] % (2 * WARP):
-        return f"head_dim {a.q.shape[-1]} is not a multiple of {2 * WARP}, a warp's pairs"
+        raise Unsupported(f"the staircase kernel takes K and V in q's dtype, not in {a.k.dtype}")
+    return staircase_attention(a, config)
+
+
+def unsupported_self_attention(a: SelfAttentionArguments, platform: str) -> str | None:
+    """Why the dense kernel cannot take a fused projection; None if it can."""
+    if reason := hopper.unsupported(platform, whole=False):
+        return reason
+    if a.attention not in (None, "mosaic_gpu"):
+        return f"{a.attention} is asked for"
+    return unsupported_by_dense(a.projection, a.out_dtype)
+
+
+def self_attention(a: SelfAttentionArguments, config: DenseConfig | None = None) -> Float[Array, "B P H D"]:
+    """Attention of every position to every position; forward only."""
+    return dense_attention(a.projection, config or default_config(a.projection), a.out_dtype)
+
+
+def unsupported_append(a: AppendArguments, platform: str) -> str | None:
+    """Why no kernel here can append tokens before they attend; None if one can."""
+    if reason := hopper.unsupported(platform):
+        return reason
+    if a.attention not in (None, "mosaic_gpu"):
+        return f"{a.attention} is asked for"
+    following = a.following
+    if reason := unsupported(following, platform):
+        return reason
+    (_, _, H, D), K = following.q.shape, a.keys.shape[1]
+    if following.group_rows > MAX_DECODE_ROWS or H // K > WGMMA_ROWS:
+        return f"it takes at most {MAX_DECODE_ROWS} queries a kv head, not {following.group_rows}"
+    if D % (2 * WARP):
+        return f"head_dim {D} is not a multiple of {2 * WARP}, a warp's pairs"
     return None
 
 
 def append_and_attend(
-    qkv: Float[Array, "B T K G+2 D"],
-    by: Rotation,
-    a: Arguments,
-    start: Int[Array, " B"],
-    count: Int[Array, " B"],
-    capacity: int,
+    a: AppendArguments, config: DecodeConfig | None = None
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
-    """Appends keys and values and attends to them; forward only. Of `a`, q need have only a shape."""
-    (B, T, H, _), K = a.q.shape, a.k.shape[1]
-    blocks = Blocks(B, T, K, H // K)
-    q, k, v = rotate_and_append(qkv, by, a.k, a.v, start, count, capacity=capacity, blocks=blocks)
-    config = _config("decode", DecodeConfig(), a)
-    return decode_blocks(q, k, v, a.bounds, None, a.scale, blocks, config), k, v
+    """Appends keys and values to the cache and attends to it; forward only."""
+    following = a.following
+    (B, T, H, _), K = following.q.shape, a.keys.shape[1]
+    blocks = QueryBlocks(B, T, K, H // K)
+    q, k, v = rotate_and_append(
+        a.qkv, a.rotation, a.keys, a.values, a.start, a.count, capacity=a.capacity, blocks=blocks
+    )
+    config = config or _decode_config(following)
+    return decode_blocks(q, k, v, a.key_range, None, following.scale, blocks, config), k, v
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _decode(config, scale, q, k, v, bias, start, end, k_scale, v_scale):
-    a = Arguments(q, k, v, KeyRange(start, end), bias, scale, causal=False, k_scale=k_scale, v_scale=v_scale)
-    return (decode_quantized if a.quantized else decode)(a, config)
+def _decode(config, scale, q, k, v, bias, start, end):
+    a = Arguments(q, k, v, KeyRange(start, end), bias, scale)
+    return (quantized_decode_attention if a.quantized else decode_attention)(a, config)
 
 
 def _decode_forward(config, scale, *arrays):
@@ -109,27 +134,30 @@ def _decode_forward(config, scale, *arrays):
 
 
 def _decode_backward(config, scale, arrays, d_out):
-    """Through the other kernel, which has a backward pass."""
+    """Through the staircase kernel, which has a backward pass."""
     del config
-    q, k, v, bias, start, end, k_scale, _ = arrays
-    if k_scale is not None:
+    q, k, v, bias, start, end = arrays
+    if isinstance(k, QArray):
         raise no_gradients(k.dtype)
 
     def many(q, k, v, bias):
-        a = Arguments(q, k, v, KeyRange(start, end), bias, scale, causal=False)
-        return staircase(a, _config("staircase", StaircaseConfig(), a))
+        a = Arguments(q, k, v, KeyRange(start, end), bias, scale)
+        return staircase_attention(a, _staircase_config(a))
 
-    return *jax.vjp(many, q, k, v, bias)[1](d_out), None, None, None, None
+    return *jax.vjp(many, q, k, v, bias)[1](d_out), None, None
 
 
 _decode.defvjp(_decode_forward, _decode_backward)
 
 
-def _config(kernel: str, default, a: Arguments):
+def _decode_config(a: Arguments) -> DecodeConfig:
+    return _tuned("decode", DecodeConfig(block_kv=128 if a.quantized else 64), a)
+
+
+def _staircase_config(a: Arguments) -> StaircaseConfig:
+    return _tuned("staircase", StaircaseConfig(), a)
+
+
+def _tuned(kernel: str, default, a: Arguments):
     kind = jax.devices()[0].device_kind
     return tuning.lookup(f"mosaic_gpu.{kernel}", default, kind, **tuning.shape_of(a))
-
-
-def _rows(a: Arguments) -> int:
-    """Queries that share a kv head."""
-    return a.q.shape[1] * a.q.shape[2] // a.k.shape[1]

@@ -1,6 +1,6 @@
-"""Rotates what was projected of new tokens and puts it where attention reads it, in one small kernel.
+"""Fused RoPE and KV-cache append: one small kernel in front of split-K decode attention.
 
-Queries go into the rows of `decode`'s blocks, keys and values into the cache, in place.
+Rotated queries are written to the rows of `decode`'s blocks, keys and values to the cache, in place.
 
 B slot, T new tokens, K kv heads, G query heads per kv head, D head, S rows of the cache, Q blocks of queries,
 R rows of a block
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moss_jax.ops.attention.mosaic_gpu.bank import Blocks
+from moss_jax.ops.attention.mosaic_gpu.split_k import QueryBlocks
 from moss_jax.ops.mosaic_gpu import tiles
 from moss_jax.ops.rotary import Rotation
 
@@ -24,19 +24,19 @@ WARP = 32
 
 @functools.partial(jax.jit, static_argnames=("capacity", "blocks"))
 def rotate_and_append(
-    qkv: Float[Array, "B T K G+2 D"],
-    by: Rotation,
+    qkv: Float[Array, "B T K group_and_kv D"],
+    rotation: Rotation,
     keys: Float[Array, "B K S D"],
     values: Float[Array, "B K S D"],
     start: Int[Array, " B"],
     count: Int[Array, " B"],
     *,
     capacity: int,
-    blocks: Blocks,
+    blocks: QueryBlocks,
 ) -> tuple[Float[Array, "Q K R D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
-    """Queries in blocks, and the cache with the first `count` tokens of each slot in it.
+    """Packed queries, and the cache with the first `count` tokens of each slot appended.
 
-    What has no room below `capacity` is left out. Rows of a block beyond its tokens' hold anything.
+    Tokens beyond `capacity` are dropped. Rows of a block behind its tokens' are undefined.
     """
     B, T, K, _, D = qkv.shape
     keys, values = jax.new_ref(keys), jax.new_ref(values)
@@ -46,14 +46,14 @@ def rotate_and_append(
         grid=(K, T, B),
         grid_names=("head", "token", "slot"),
         compiler_params=tiles.COMPILER_PARAMS,
-    )(qkv, *by, start, count, keys, values)
+    )(qkv, *rotation, start, count, keys, values)
     return q, jax.freeze(keys), jax.freeze(values)
 
 
 def _kernel(
     qkv_gmem, cos_gmem, sin_gmem, start_gmem, count_gmem, keys_gmem, values_gmem, q_gmem, *, blocks, capacity
 ):
-    """One kv head of one token; each of the four warps does it all, since there is so little of it."""
+    """One kv head of one token, computed redundantly by all four warps: it is too little to be shared."""
     head, token, slot = (lax.axis_index(name) for name in ("head", "token", "slot"))
     half = qkv_gmem.shape[-1] // 2
     halves = (pl.ds(0, half), pl.ds(half, half))
@@ -67,26 +67,26 @@ def _kernel(
     def load(ref):
         return plgpu.load(ref, layout=layout, optimized=False)
 
-    # All loads first, so that they are on their way together.
+    # All loads are issued before the first is awaited.
     projected = [
         [load(qkv_gmem.at[slot, token, head, i, part]) for part in halves] for i in range(blocks.group + 2)
     ]
     cos, sin = (load(gmem.at[slot, token]) for gmem in (cos_gmem, sin_gmem))
     at = start_gmem[slot] + token
-    wanted = (token < count_gmem[slot]) & (at < capacity)
+    appended = (token < count_gmem[slot]) & (at < capacity)
 
     def rotated(parts):
         a, b = (x.astype(jnp.float32) for x in parts)
         return [x.astype(qkv_gmem.dtype) for x in (a * cos - b * sin, b * cos + a * sin)]
 
     *queries, key, value = projected
-    block = slot * blocks.of_a_slot + lax.div(token, blocks.tokens)
+    block = slot * blocks.per_slot + lax.div(token, blocks.tokens)
     first = lax.rem(token, blocks.tokens) * blocks.group
     for i, parts in enumerate(queries):
         for part, x in zip(halves, rotated(parts), strict=True):
             q_gmem[block, head, first + i, part] = x
 
-    @pl.when(wanted)
+    @pl.when(appended)
     def _():
         for gmem, parts in ((keys_gmem, rotated(key)), (values_gmem, value)):
             for part, x in zip(halves, parts, strict=True):

@@ -1,8 +1,9 @@
-"""Few queries over a long bank of keys in 8 bits: as `decode`, with the operands of the products swapped.
+"""Split-K decode attention over K and V in 8 bits, with the operands of both products swapped.
 
-Keys are the rows of the scores and the queries their columns, because the tensor core takes 64 rows but as
-few as 8 columns. K goes from shared memory through registers straight into the tensor core; only V comes
-back to shared memory as 16 bits, because its product reads it transposed.
+Keys are the rows of the scores and queries their columns, because wgmma takes 64 rows but as few as 8
+columns. K goes from shared memory through registers, where it is upcast, straight into the tensor core; only
+V returns to shared memory in 16 bits, because its product reads it transposed. As in `decode`, a second pass
+combines the splits.
 
 B slot, T query tokens, R = T * G rows of queries, N = R rounded up to a multiple of 8, S keys, X keys of a
 tile, P splits, K kv heads, G query heads per kv head, D head
@@ -12,58 +13,64 @@ import dataclasses
 import functools
 
 import jax
-import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.arguments import Arguments
-from moss_jax.ops.attention.mosaic_gpu.bank import LANES, DecodeConfig, Split, in_a_row, join
-from moss_jax.ops.mosaic_gpu import tiles
-from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_COLUMN, PER_ROW
+from moss_jax.ops.attention.base import Arguments
+from moss_jax.ops.attention.mosaic_gpu.split_k import (
+    LANES,
+    DecodeConfig,
+    SplitTiles,
+    combine_splits,
+    flatten,
+)
+from moss_jax.ops.mosaic_gpu import tiles, upcast
+from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEG_INF, PER_COLUMN, PER_ROW
+from moss_jax.ops.mosaic_gpu.upcast import permute_columns
+from moss_jax.ops.qarray import QArray
 
-TINY = 1e-30  # Stands for the scale of a vector of zeros.
-FLIP_SIGNS = 0x80808080 - 2**32
-
-NARROW = plgpu.Layout.WGMMA_UPCAST_2X  # As MATRIX, but a thread has 4 neighbouring columns, 32 bits in all.
+MIN_SCALE = 1e-30  # In place of the scale 0 of a vector of zeros.
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def decode_quantized(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
+def quantized_decode_attention(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
     """Computes the op for T * G <= 64, K and V in 8 bits and D of 64 or 128; forward only."""
+    k, v = a.k, a.v
+    assert isinstance(k, QArray)
+    assert isinstance(v, QArray)
     B, T, H, D = a.q.shape
-    K, S = a.k.shape[1:3]
+    K, S = k.shape[1:3]
     rows = T * H // K
     N, X = pl.cdiv(rows, 8) * 8, config.block_kv
     splits = config.splits(B * K, S)
-    # float16 holds every number of either 8 bits; the scale goes into q, so that it holds that too.
+    # float16 represents every int8 and float8_e4m3fn; with the scale folded into q, scores fit it too.
     q = (a.q.astype(jnp.float32) * a.scale).astype(jnp.float16)
     q = q.reshape(B, T, K, H // K, D).swapaxes(1, 2).reshape(B, K, rows, D)
-    q = shuffle(jnp.pad(q, ((0, 0), (0, 0), (0, N - rows), (0, 0))))
-    vectors = [in_a_row(x.astype(jnp.float32), X) for x in (a.k_scale, a.v_scale)]
+    q = permute_columns(jnp.pad(q, ((0, 0), (0, 0), (0, N - rows), (0, 0))))
+    vectors = [flatten(x.astype(jnp.float32), X) for x in (k.scale, v.scale)]
     bias = None
     if a.bias is not None:
-        bias = in_a_row(jnp.broadcast_to(a.bias[:, None].astype(jnp.float32), (B, K, S)), X)
+        bias = flatten(jnp.broadcast_to(a.bias[:, None].astype(jnp.float32), (B, K, S)), X)
+    bounds = [x.astype(jnp.int32) for x in a.bounds]
     part = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    out, top, total = plgpu.kernel(
-        functools.partial(_kernel, group=H // K, cut={"keys": S, "heads": K, "splits": splits, "blocks": 1}),
+    sizes = {"keys": S, "heads": K, "splits": splits, "blocks": 1}
+    out, row_max, row_sum = plgpu.kernel(
+        functools.partial(_kernel, group=H // K, sizes=sizes),
         out_type=[part((B, K, splits, D, N)), part((B, K, splits, N)), part((B, K, splits, N))],
         scratch_types={
             "q_smem": tiles.tile((N, D), q.dtype),
-            "k_smem": tiles.tile((config.stages, X, D), a.k.dtype),
-            "v_smem": tiles.tile((config.stages, X, D), a.v.dtype),
+            "k_smem": tiles.tile((config.stages, X, D), k.dtype),
+            "v_smem": tiles.tile((config.stages, X, D), v.dtype),
             "wide_smem": tiles.tile((X, D), q.dtype),
             "weights_smem": tiles.tile((N, X), q.dtype),
-            # Of k_scale, v_scale and the bias.
+            # Scales of K, scales of V, bias.
             "vectors_smem": plgpu.SMEM((2 + (bias is not None), config.stages, X), jnp.float32),
             "barriers": (
                 plgpu.Barrier(),
-                # One arrival a copy.
+                # One arrival per TMA copy.
                 plgpu.Barrier(num_arrivals=2 + (bias is not None), num_barriers=config.stages),
                 plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             ),
@@ -72,16 +79,16 @@ def decode_quantized(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H 
         grid_names=("split", "head", "queries"),
         compiler_params=dataclasses.replace(
             tiles.COMPILER_PARAMS,
-            # Pallas would put two around every store and one before every copy; `_kernel` says why its own
-            # are enough.
+            # Automatic ones would be two around every store and one before every copy; `_kernel` explains why
+            # its own suffice.
             unsafe_no_auto_barriers=True,
-            # Of 8 columns, for the largest score of each; with more columns there are more rounds.
+            # For the column maxima, 8 columns a round.
             reduction_scratch_bytes=1024 if N == 8 else 2048,
         ),
-    )(q, in_a_row(a.k, X, 1), in_a_row(a.v, X, 1), *vectors, bias, *(x.astype(jnp.int32) for x in a.bounds))
-    # The second pass reads whole lines.
+    )(q, flatten(k.values, X, 1), flatten(v.values, X, 1), *vectors, bias, *bounds)
+    # The combine pass reads whole lines.
     out = jnp.pad(out.swapaxes(-1, -2), (*[(0, 0)] * 4, (0, -D % LANES)))
-    out = shuffle(join(out, top, total, T, H // K, jnp.float32)[..., :D])
+    out = permute_columns(combine_splits(out, row_max, row_sum, T, H // K, jnp.float32)[..., :D])
     return out.reshape(B, T, H, D).astype(a.q.dtype)
 
 
@@ -95,8 +102,8 @@ def _kernel(
     start_gmem,
     end_gmem,
     out_gmem,
-    top_gmem,
-    total_gmem,
+    max_gmem,
+    sum_gmem,
     *,
     q_smem,
     k_smem,
@@ -106,15 +113,15 @@ def _kernel(
     vectors_smem,
     barriers,
     group,
-    cut,
+    sizes,
 ):
     """One split of the keys of one slot and kv head.
 
-    No automatic barriers: `commit_smem` is a barrier of the warpgroup, and a visit to a tile has two.
-    Before the first, everyone has read the tile of K and has awaited the last visit's product. After it, K's
-    slot is filled again, and `wide_smem` and `weights_smem`, which that product read, are written. Before
-    the second, everyone has read the tile of V and written those two. After it, V's slot is filled again, and
-    the product reads them. No thread reads either of them but through the tensor core.
+    No automatic barriers: `commit_smem` is a barrier of the warpgroup, and there are two for each tile.
+    Before the first, all threads have read the tile of K and awaited the previous tile's second product.
+    After it, K's stage is refilled, and `wide_smem` and `weights_smem`, which that product read, are
+    written. Before the second, all threads have read the tile of V and written those two. After it, V's stage
+    is refilled, and the product reads them. They are read by the tensor core alone.
     """
     split, head, slot = (lax.axis_index(name) for name in ("split", "head", "queries"))
     q_barrier, k_barrier, v_barrier = barriers
@@ -122,14 +129,14 @@ def _kernel(
     N = q_smem.shape[0]
 
     plgpu.copy_gmem_to_smem(q_gmem.at[slot, head], q_smem, q_barrier)
-    walk = Split(start_gmem, end_gmem, block_kv=X, **cut)
+    split_tiles = SplitTiles(start_gmem, end_gmem, block_kv=X, **sizes)
 
     def fetch(copies, barrier, step):
-        ring = lax.rem(step, stages)
-        at, _ = walk.place(step)
+        stage = lax.rem(step, stages)
+        at, _ = split_tiles.offset(step)
         for gmem, smem in copies:
             if gmem is not None:
-                plgpu.copy_gmem_to_smem(gmem.at[pl.ds(at, X)], smem.at[ring], barrier.at[ring])
+                plgpu.copy_gmem_to_smem(gmem.at[pl.ds(at, X)], smem.at[stage], barrier.at[stage])
 
     bias_smem = None if bias_gmem is None else vectors_smem.at[2]
     k_copies = ((k_gmem, k_smem), (k_scale_gmem, vectors_smem.at[0]), (bias_gmem, bias_smem))
@@ -138,137 +145,81 @@ def _kernel(
     fetch_v = functools.partial(fetch, v_copies, v_barrier)
 
     for step in range(stages):
-        pl.when(step < walk.steps)(functools.partial(fetch_k, step))
-        pl.when(step < walk.steps)(functools.partial(fetch_v, step))
+        pl.when(step < split_tiles.steps)(functools.partial(fetch_k, step))
+        pl.when(step < split_tiles.steps)(functools.partial(fetch_v, step))
     plgpu.barrier_wait(q_barrier)
 
-    def visit(step, carry):
-        out, top, total = carry
-        ring = lax.rem(step, stages)
-        at, own = walk.place(step)
-        at -= walk.base
+    def attend_tile(step, carry):
+        out, row_max, row_sum = carry
+        stage = lax.rem(step, stages)
+        at, own = split_tiles.offset(step)
+        at -= split_tiles.base
 
-        plgpu.barrier_wait(k_barrier.at[ring])
-        k = widen(k_smem.at[ring])
-        factor = plgpu.load(vectors_smem.at[0, ring], layout=PER_ROW) * LOG2E
-        bias = None if bias_smem is None else plgpu.load(bias_smem.at[ring], layout=PER_ROW)
+        plgpu.barrier_wait(k_barrier.at[stage])
+        k = upcast.to_float16(k_smem.at[stage])
+        score_scale = plgpu.load(vectors_smem.at[0, stage], layout=PER_ROW) * LOG2E
+        bias = None if bias_smem is None else plgpu.load(bias_smem.at[stage], layout=PER_ROW)
         plgpu.commit_smem()
-        pl.when(step + stages < walk.steps)(functools.partial(fetch_k, step + stages))
+        pl.when(step + stages < split_tiles.steps)(functools.partial(fetch_k, step + stages))
 
-        scores = tiles.product(k, q_smem.transpose((1, 0)), functools.partial(widen_v, ring, at))
+        scores = tiles.product(k, q_smem.transpose((1, 0)), functools.partial(upcast_v, stage, at))
 
-        # The weights carry the scale of V; dividing by it again gives what the total is made of.
-        v_scale = plgpu.load(vectors_smem.at[1, ring], layout=PER_ROW)
-        v_scale = jnp.where(v_scale > TINY, v_scale, TINY)
-        summand = jnp.log2(v_scale) if bias is None else jnp.log2(v_scale) + bias * LOG2E
-        scores = scores * tiles.along_rows(factor, scores.shape) + tiles.along_rows(summand, scores.shape)
-        bounds = walk.bounds(tiles.index((X, N), 1), group)
-        scores = jnp.where(walk.seen(at + tiles.index((X, N), 0), own, *bounds), scores, NEVER)
+        # The weights include the scale of V; the row sum is that of the weights without it.
+        v_scale = plgpu.load(vectors_smem.at[1, stage], layout=PER_ROW)
+        v_scale = jnp.where(v_scale > MIN_SCALE, v_scale, MIN_SCALE)
+        score_bias = jnp.log2(v_scale) if bias is None else jnp.log2(v_scale) + bias * LOG2E
+        scores = scores * tiles.along_rows(score_scale, scores.shape) + tiles.along_rows(
+            score_bias, scores.shape
+        )
+        bounds = split_tiles.bounds(tiles.index((X, N), 1), group)
+        scores = jnp.where(split_tiles.mask(at + tiles.index((X, N), 0), own, *bounds), scores, NEG_INF)
 
-        new_top = jnp.maximum(top, scores.max(axis=0))
-        # A column that has seen no key yet has top -inf, and -inf - -inf would be NaN.
-        shift = jnp.where(new_top == NEVER, 0.0, new_top)
+        new_max = jnp.maximum(row_max, scores.max(axis=0))
+        # A column that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
+        shift = jnp.where(new_max == NEG_INF, 0.0, new_max)
         weights = jnp.exp2(scores - tiles.along_columns(shift, scores.shape))
-        decay = jnp.exp2(top - shift)
-        total *= tiles.along_columns(decay, total.shape)
-        total += weights * tiles.along_rows(1 / v_scale, total.shape)
+        rescale = jnp.exp2(row_max - shift)
+        row_sum *= tiles.along_columns(rescale, row_sum.shape)
+        row_sum += weights * tiles.along_rows(1 / v_scale, row_sum.shape)
 
         weights_smem.transpose((1, 0))[...] = weights.astype(weights_smem.dtype)
         plgpu.commit_smem()
-        pl.when(step + stages < walk.steps)(functools.partial(fetch_v, step + stages))
+        pl.when(step + stages < split_tiles.steps)(functools.partial(fetch_v, step + stages))
 
-        out *= tiles.along_columns(decay, out.shape)
+        out *= tiles.along_columns(rescale, out.shape)
         out += tiles.product(wide_smem.transpose((1, 0)), weights_smem.transpose((1, 0)))
-        return out, new_top, total
+        return out, new_max, row_sum
 
-    def widen_v(ring, at):
-        """V to 16 bits, while K is being multiplied; the values that no query sees are zeroed.
+    def upcast_v(stage, at):
+        """Upcasts V while K is being multiplied, and zeros the values that no query sees.
 
         They could be NaN, and 0 * NaN would spoil the sums.
         """
-        plgpu.barrier_wait(v_barrier.at[ring])
-        v = widen(v_smem.at[ring])
-        whole = walk.whole(at)
+        plgpu.barrier_wait(v_barrier.at[stage])
+        v = upcast.to_float16(v_smem.at[stage])
+        all_used = split_tiles.all_used(at)
 
-        @pl.when(whole)
+        @pl.when(all_used)
         def _():
             wide_smem[...] = v
 
-        @pl.when(jnp.logical_not(whole))
+        @pl.when(jnp.logical_not(all_used))
         def _():
-            used = walk.used(at + tiles.index((X, D), 0))
+            used = split_tiles.used(at + tiles.index((X, D), 0))
             wide_smem[...] = jnp.where(used, v, jnp.zeros_like(v))
 
-    nothing = (
+    initial = (
         tiles.full((D, N), 0, MATRIX),
-        tiles.full((N,), NEVER, PER_COLUMN),
+        tiles.full((N,), NEG_INF, PER_COLUMN),
         tiles.full((X, N), 0, MATRIX),
     )
-    out, top, total = lax.fori_loop(0, walk.steps, visit, nothing)
+    out, row_max, row_sum = lax.fori_loop(0, split_tiles.steps, attend_tile, initial)
     out_gmem[slot, head, split] = out
-    # Nobody reads this memory any more: the last visit's second barrier has been passed.
-    stats = ((top, top_gmem), (total.sum(axis=0), total_gmem))
+    # No thread reads this memory any more: all have passed the last tile's second barrier.
+    stats = ((row_max, max_gmem), (row_sum.sum(axis=0), sum_gmem))
     for i, (x, _) in enumerate(stats):
         vectors_smem[i, 0, pl.ds(0, N)] = x
     plgpu.commit_smem()
     for i, (_, gmem) in enumerate(stats):
         plgpu.copy_smem_to_gmem(vectors_smem.at[i, 0, pl.ds(0, N)], gmem.at[slot, head, split])
     plgpu.wait_smem_to_gmem(0)
-
-
-def widen(narrow):
-    """8 bits to float16, through registers, with the columns shuffled; scales come in with the scores.
-
-    The threads that have a tile as NARROW take what they have as MATRIX, which costs nothing but the order of
-    the columns.
-    """
-    x = plgpu.load(narrow, layout=NARROW, optimized=False)
-    of_int8 = x.dtype == jnp.int8
-    x = x if of_int8 else x.astype(jnp.float16)
-
-    @plgpu.inline_mgpu(
-        arg_types=(NARROW,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float16, layout=MATRIX)
-    )
-    def take(_, x):
-        layout = MATRIX.to_mgpu()
-        registers = np.empty(layout.registers_shape(x.shape), dtype=object)
-        for at, register in np.ndenumerate(x.registers):
-            # 4 columns of a block of 16; as a MATRIX, 2 in its left half and 2 in its right.
-            if of_int8:
-                left, right = _halves_of_int8(register)
-            else:
-                left, right = (mgpu.utils.vector_slice(register, slice(i, i + 2)) for i in (0, 2))
-            registers[at[0], at[1] * 2, *at[2:-1]] = left
-            registers[at[0], at[1] * 2 + 1, *at[2:-1]] = right
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return take(x)
-
-
-def _halves_of_int8(register):
-    """Four int8 as two pairs of float16.
-
-    With its sign bit flipped, an int8 x is the byte x + 128; below the byte 0x64 it makes the float16 of
-    1024 + x + 128.
-    """
-    i32 = ir.IntegerType.get_signless(32)
-    flipped = arith.xori(mgpu.utils.bitcast(register, i32), arith.constant(i32, FLIP_SIGNS))
-    pairs = [
-        llvm.inline_asm(
-            i32,
-            [flipped],
-            f"{{ .reg .b32 x, y; prmt.b32 x, $1, 0x64646464, {bytes_taken}; mov.b32 y, 0x64806480; "
-            "sub.f16x2 $0, x, y; }",
-            "=r,r",
-        )
-        for bytes_taken in ("0x4140", "0x4342")
-    ]
-    return [mgpu.utils.bitcast(pair, ir.VectorType.get((2,), ir.F16Type.get())) for pair in pairs]
-
-
-def shuffle(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """The columns in the order in which threads that load a tile as NARROW have them as MATRIX.
-
-    In each block of 16, bits 1 and 3 of the index change places; so done twice, it changes nothing.
-    """
-    return x.reshape(*x.shape[:-1], -1, 2, 2, 2, 2).swapaxes(-4, -2).reshape(x.shape)

@@ -1,31 +1,29 @@
-"""Every position to every position, straight from the fused projection: the vision encoder's attention.
+"""FlashAttention-3-style dense self-attention straight from the fused projection: the vision encoder's.
 
-The shape of FlashAttention 3 (Shah et al., arXiv 2407.08608). A thread block takes blocks of queries of one
-head one after another. One warpgroup fetches, and runs ahead into the next block; the others compute, each on
-64 queries. While a tile's scores go through the softmax, the tensor core multiplies the weights of the tile
-before with its values, and the other warpgroups' tiles. The warpgroups take turns in giving it work.
+A persistent, warp-specialised kernel (Shah et al., arXiv 2407.08608). Each thread block takes blocks of
+queries of one head one after another. A producer warpgroup issues the TMA copies and runs ahead into the next
+block; the consumer warpgroups compute, each on 64 queries. While a tile's scores go through the softmax, the
+tensor core computes the previous tile's product of weights and values, and the other warpgroups' tiles. The
+warpgroups take turns at issuing products (ping-pong scheduling).
 
-Whole tiles leave a rest of the keys, which comes first: a tile as small as the tensor core allows, moved back
-to end with the positions. The keys that it shares with its neighbour are masked, so that only the start of
-the walk has a mask. The last block of queries is moved back too: queries that two blocks share are written
-twice, alike.
+Whole tiles leave a remainder of the keys, which comes first: a tile as small as wgmma allows, moved back to
+end with the positions. The keys that it shares with its neighbour are masked, so that only the first tile has
+a mask. The last block of queries is moved back too: queries that two blocks share are written twice, alike.
 
-A weight is the power of 2 by which its score exceeds the maximum of its row in the first tile, and nobody
-looks for another maximum: float32 and bfloat16 have room for weights far above 1, so nothing has to be scaled
-again, and the softmax of a tile is short. Where the weights of a row become too large for that after all, its
-block is walked once more, with the maximum of all that has been seen, when the thread block has done all
-others. (If that is one of two blocks that share queries, either result of these may stay; they are rounded
-differently.)
+The softmax is not online: a weight is 2^(score - maximum of its row in the first tile), and the maximum is
+not updated. float32 and bfloat16 represent weights far above 1, so nothing has to be rescaled, and the
+softmax of a tile is short. Where the sum of the weights of a row becomes too large after all, its block is
+computed once more, with an online softmax, after all other blocks of the thread block. (If it is one of two
+blocks that share queries, either result may stay; they are rounded differently.)
 
-Lines of 80 numbers don't fill the 128 bytes that copies and tensor core like best. A head of 80 columns can
-lie in shared memory as 64 columns in lines of 128 bytes beside 16 in lines of 32, instead of 80 in lines of
-32: the copy engine then moves 2 pieces a vector, not 5.
+Lines of 80 numbers don't fill the 128 bytes by which TMA and wgmma are fastest. A head of 80 columns can be
+stored in shared memory as 64 columns with a 128-byte swizzle and 16 with a 32-byte swizzle, instead of 80
+with a 32-byte swizzle: the TMA then moves 2 pieces a vector, not 5.
 
-Queries and keys may come in float8_e4m3fn, of which the tensor core takes twice as many columns at once: 32.
-Heads of 80 then have 16 columns of zeros in shared memory, which the copy engine puts there: for it, they lie
-beyond the head.
+Queries and keys may be in float8_e4m3fn, of which wgmma takes twice as many columns at once: 32. Heads of 80
+then have 16 columns of zeros in shared memory, which the TMA writes, as to it they are out of bounds.
 
-B batch, P positions, H heads, D head, W warpgroups that compute, X keys of a tile, F keys of the first
+B batch, P positions, H heads, D head, W consumer warpgroups, X keys of a tile, F keys of the first tile
 """
 
 import dataclasses
@@ -41,40 +39,42 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, DTypeLike, Float
 
-from moss_jax.ops.attention.arguments import Projection, RoundedProjection, projection_sizes, values_dtype
+from moss_jax.ops.attention.base import Projection, QuantizedProjection, projection_shape, values_dtype
 from moss_jax.ops.mosaic_gpu import tiles
-from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEVER, PER_ROW
+from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEG_INF, PER_ROW
 
-ROWS = 64  # Queries of a warpgroup: the rows of the tensor core's tiles.
-SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.
-UNIT = 8  # Positions come in multiples of this, the rows of a piece that the copy engine moves.
-# Sums of weights are below this, or a row needs its own maximum: then they and their products with values are
-# far from the largest numbers of their dtypes.
-MOST = {"bfloat16": 2.0**96, "float16": 2.0**15}
-DEPTH = 16  # Keys that a product with values takes at once from lines of 32 bytes, but 64 from lines of 128.
+ROWS = 64  # Queries of a warpgroup: the rows of wgmma's left operand.
+SHARED_BYTES = 226 * 1024  # Shared memory of a thread block, without its barriers.
+SWIZZLE_ROWS = 8  # Rows of a swizzle atom; numbers of positions are multiples of it.
+# Limit of the sums of weights, by the dtype of the values: below it, weights and their products with values
+# are far from overflow.
+LARGEST_WEIGHT = {"bfloat16": 2.0**96, "float16": 2.0**15}
+WGMMA_K = 16  # Keys that a wgmma with values takes at once with a 32-byte swizzle; 64 with one of 128 bytes.
 
-# Any thread's $1, for all of a warpgroup, by its own barrier.
-VOTE = (
+# PTX: whether $1 is set in any thread of the warpgroup, by the named barrier $2.
+ANY_THREAD = (
     "{ .reg .pred mine, any; setp.ne.b32 mine, $1, 0; barrier.cta.red.or.pred.aligned any, $2, 128, mine; "
     "selp.b32 $0, 1, 0, any; }"
 )
 
-# Registers of a thread that computes, and of one that fetches, by the number of warpgroups that compute. All
-# together they are those that the thread block is started with; with more, it would wait for them for ever.
+# Registers of a consumer's and of the producer's thread, by the number of consumers. Their total is that with
+# which the thread block is launched; for more, it would wait for ever.
 REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
-    """How a call is cut.
+    """How a call is cut into blocks and tiles.
 
     Attributes:
-      warpgroups: that compute in a thread block, 2 or 3.
+      warpgroups: consumer warpgroups of a thread block, 2 or 3.
       block_kv: keys of a tile; a multiple of 64, or of 16 if values of 80 columns are not wide.
-      stages: tiles of K and of V that are on their way at once, as far as shared memory has room: of 128
-        keys, for 4 with heads of up to 80 columns, for 2 with 128.
-      wide_values: their columns lie in lines of 128 bytes as far as they fill them, as those of keys do.
+      stages: depth of the TMA pipeline: tiles of K and of V in flight, as far as shared memory allows. Of
+        tiles of 128 keys it allows 4 with heads of up to 80 columns, 2 with 128.
+      wide_values: values, like keys, have a 128-byte swizzle for as many columns as fill lines of 128 bytes.
       blocks: thread blocks at most; each takes several blocks of queries one after another.
+      largest_weight: a row whose weights sum to more than this is computed again with an online softmax; None
+        for the default of the values' dtype.
     """
 
     warpgroups: int = 2
@@ -82,6 +82,7 @@ class DenseConfig:
     stages: int = 4
     wide_values: bool = True
     blocks: int = 132
+    largest_weight: float | None = None
 
     def __post_init__(self):
         if self.warpgroups not in REGISTERS:
@@ -93,7 +94,7 @@ class DenseConfig:
             raise ValueError(f"there are 2 stages and 1 block at least, not {self.stages} and {self.blocks}")
 
     def fitted(self, positions: int, head_dim: int) -> "DenseConfig":
-        """No more queries and keys at once than there are, and no more stages than there is room for."""
+        """This, with no more queries and keys at once than there are, and as many stages as fit."""
         unit = 64 if self.wide_values else 16
         warpgroups = min(self.warpgroups, positions // ROWS)
         block_kv = min(self.block_kv, positions // unit * unit)
@@ -104,76 +105,84 @@ class DenseConfig:
         )
 
 
-# Heads of 80 columns take a tenth less time a query so, where there is work for all to the end.
-TALL = DenseConfig(warpgroups=3, block_kv=96, wide_values=False)
+# Takes heads of 80 columns a tenth less time a query, where there is work for all consumers to the end.
+THREE_CONSUMERS = DenseConfig(warpgroups=3, block_kv=96, wide_values=False)
 
 
 def default_config(projection: Projection) -> DenseConfig:
-    """The one that is done first."""
-    batch, positions, heads, head_dim = projection_sizes(projection)
+    """The configuration that is done first, by a count of blocks."""
+    batch, positions, heads, head_dim = projection_shape(projection)
 
     def time(config: DenseConfig) -> int:
         blocks = batch * heads * pl.cdiv(positions, config.warpgroups * ROWS)
         return pl.cdiv(blocks, config.blocks) * config.warpgroups
 
     wide = DenseConfig()
-    return TALL if head_dim == 80 and 0.9 * time(TALL) < time(wide) else wide
+    return THREE_CONSUMERS if head_dim == 80 and 0.9 * time(THREE_CONSUMERS) < time(wide) else wide
 
 
 def unsupported(projection: Projection, out_dtype: jnp.dtype) -> str | None:
     """Why this kernel cannot take the projection, on a GPU that has what it needs; None if it can."""
-    (_, positions, _, head_dim), dtype = projection_sizes(projection), values_dtype(projection)
+    (_, positions, _, head_dim), dtype = projection_shape(projection), values_dtype(projection)
     least = min(REGISTERS) * ROWS
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
-    if isinstance(projection, RoundedProjection) and projection.qk.dtype != jnp.float8_e4m3fn:
-        return f"it takes queries and keys apart in float8_e4m3fn, not {projection.qk.dtype}"
+    if isinstance(projection, QuantizedProjection) and projection.qk.dtype != jnp.float8_e4m3fn:
+        return f"it takes quantised queries and keys in float8_e4m3fn, not {projection.qk.dtype}"
     if out_dtype not in (dtype, jnp.float8_e4m3fn):
         return f"from {dtype} it makes {dtype} and float8_e4m3fn, not {out_dtype}"
     if head_dim not in (64, 80, 128):
         return f"it takes head_dim 64, 80 and 128, not {head_dim}"
-    if positions < least or positions % UNIT:
-        return f"it takes {least} positions or more, in multiples of {UNIT}, not {positions}"
+    if positions < least or positions % SWIZZLE_ROWS:
+        return f"it takes {least} positions or more, in multiples of {SWIZZLE_ROWS}, not {positions}"
     return None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype"))
-def dense(
+def dense_attention(
     projection: Projection, config: DenseConfig, out_dtype: DTypeLike | None = None
 ) -> Float[Array, "B P H D"]:
-    """Computes the op, in the values' dtype if `out_dtype` is None; forward only."""
-    (B, P, H, D), dtype = projection_sizes(projection), values_dtype(projection)
+    """Computes the op; forward only.
+
+    Args:
+      out_dtype: of the results; the values' dtype if None. Results in float8_e4m3fn are rounded, not divided
+        by a scale: the values have to be divided by it beforehand.
+    """
+    (B, P, H, D), dtype = projection_shape(projection), values_dtype(projection)
     out_dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
-    arrays, structure = jax.tree.flatten(projection)
-    qk_dtype = arrays[0].dtype
+    if isinstance(projection, QuantizedProjection):
+        # The kernel reads the scale as an array of one number.
+        inputs = projection.qk.values, projection.v, projection.qk.scale.reshape(1)
+    else:
+        inputs = (projection,)
+    qk_dtype = inputs[0].dtype
     config = config.fitted(P, D)
     W, X, stages = config.warpgroups, config.block_kv, config.stages
     blocks = min(B * H * pl.cdiv(P, W * ROWS), config.blocks)
     k_parts, v_parts = _parts(D, qk_dtype), _parts(D, dtype, config.wide_values)
-    first_room = _room if _first(P, X) % 64 == 0 else _narrow_room
-
-    # Lines of 80 bytes cannot be swizzled, but neither do stores to them meet in the same banks.
-    out_room = tiles.tile if D * out_dtype.itemsize % 32 == 0 else plgpu.SMEM
+    layouts = _buffer, _buffer if _first(P, X) % 64 == 0 else _swizzle32_buffer
+    # Lines of 80 bytes cannot be swizzled, nor do stores to them have bank conflicts.
+    out_buffer = tiles.tile if D * out_dtype.itemsize % 32 == 0 else plgpu.SMEM
 
     def barrier(arrivals, count):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
     def kernel(*refs, **scratch):
-        *refs, out_gmem = refs
-        _kernel(structure.unflatten(refs), out_gmem, config=config, stride=blocks, **scratch)
+        *inputs, out_gmem = refs
+        _kernel(inputs, out_gmem, config=config, stride=blocks, **scratch)
 
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((B, P, H, D), out_dtype),
         scratch_types={
-            "q_smem": [_room((W, ROWS), part, D, qk_dtype) for part in k_parts],
-            "k_smem": [_room((stages, X), part, D, qk_dtype) for part in k_parts],
-            # The same memory as most tiles lie in it, and as the first one does.
+            "q_smem": [_buffer((W, ROWS), part, D, qk_dtype) for part in k_parts],
+            "k_smem": [_buffer((stages, X), part, D, qk_dtype) for part in k_parts],
+            # The same memory in the layouts of all other tiles and of the first one.
             "v_smem": plgpu.RefUnion(
-                *([room((stages, X), part, D, dtype) for part in v_parts] for room in (_room, first_room))
+                *([buffer((stages, X), part, D, dtype) for part in v_parts] for buffer in layouts)
             ),
-            "out_smem": out_room((W, ROWS, D), out_dtype),
-            # One arrival a copy, or a warpgroup.
+            "out_smem": out_buffer((W, ROWS, D), out_dtype),
+            # One arrival per TMA copy, or per warpgroup.
             "q_ready": barrier(len(k_parts), W),
             "k_ready": barrier(len(k_parts), stages),
             "v_ready": barrier(len(v_parts), stages),
@@ -181,75 +190,75 @@ def dense(
             "k_free": barrier(W, stages),
             "v_free": barrier(W, stages),
             "turn": barrier(1, W),
-            # Of each block and warpgroup, whether it must be walked again, and that all of that is known.
-            "again": plgpu.SMEM((pl.cdiv(B * H * pl.cdiv(P, W * ROWS), blocks), W), jnp.int32),
-            "walked": barrier(W, 1),
+            # For each block and warpgroup whether it must be computed again, and when all flags are set.
+            "flags": plgpu.SMEM((pl.cdiv(B * H * pl.cdiv(P, W * ROWS), blocks), W), jnp.int32),
+            "written": barrier(W, 1),
         },
         grid=(blocks,),
         grid_names=("block",),
         num_threads=W + 1,
         thread_name="warpgroup",
-        # `_kernel` says why its own barriers are enough.
+        # `_kernel` explains why its own barriers suffice.
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
-    )(*arrays)
+    )(*inputs)
 
 
 def _parts(head_dim: int, dtype: jnp.dtype, wide: bool = True) -> list[tuple[int, int]]:
-    """(first column, columns) of the pieces in which vectors lie in shared memory."""
-    narrow = head_dim % 64
-    if not (wide and narrow):
+    """(first column, columns) of the pieces that vectors are stored in, in shared memory."""
+    weights16 = head_dim % 64
+    if not (wide and weights16):
         return [(0, head_dim)]
-    # In 8 bits the tensor core takes 32 columns at once: those behind the head are zeros.
-    return [(0, head_dim - narrow), (head_dim - narrow, 32 if dtype.itemsize == 1 else narrow)]
+    # In 8 bits wgmma takes 32 columns at once: those behind the head are zeros.
+    return [(0, head_dim - weights16), (head_dim - weights16, 32 if dtype.itemsize == 1 else weights16)]
 
 
 def _first(positions: int, block_kv: int) -> int:
-    """Keys of the first tile: what whole tiles leave, rounded up to a multiple of `DEPTH`; not 0."""
+    """Keys of the first tile: the remainder of whole tiles, rounded up to a multiple of `WGMMA_K`; not 0."""
     missing = -positions % block_kv
-    return block_kv - missing // DEPTH * DEPTH
+    return block_kv - missing // WGMMA_K * WGMMA_K
 
 
-def _room(shape, part, head_dim, dtype):
-    """Shared memory for `shape` = (slots, vectors) of a part's columns.
+def _buffer(shape, part, head_dim, dtype):
+    """Shared memory for `shape` = (stages, vectors) of a piece's columns.
 
-    A part of a vector must be one line, and lies there by rows: the copy engine cannot cut a head into lines
-    of 64 that has 80 columns. `_lines` is how it sees that memory, `_tile` how the tensor core does.
+    A piece of a head of 80 columns must be one line, row-major, since the TMA cannot tile the head by 64
+    columns. `_tma_view` is that memory as the TMA takes it, `_wgmma_view` as wgmma does.
     """
-    slots, vectors = shape
+    stages, vectors = shape
     width = part[1]
     if width == head_dim:
-        return tiles.tile((slots, vectors, width), dtype)
+        return tiles.tile((stages, vectors, width), dtype)
     swizzle = plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize)
-    return plgpu.SMEM((slots, vectors // 8, 1, 8, width), dtype, transforms=(swizzle,))
+    return plgpu.SMEM((stages, vectors // 8, 1, 8, width), dtype, transforms=(swizzle,))
 
 
-def _narrow_room(shape, part, head_dim, dtype):
-    """As much memory as `_room`, in lines of 32 bytes: there, tiles may have any multiple of `DEPTH` keys."""
+def _swizzle32_buffer(shape, part, head_dim, dtype):
+    """As much memory as `_buffer`, with a 32-byte swizzle: tiles may have any multiple of `WGMMA_K` keys."""
     columns = 32 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(32))
     return plgpu.SMEM((*shape, part[1]), dtype, transforms=transforms)
 
 
-def _slot(room, slot, vectors):
-    """The first `vectors` of a slot."""
-    return room.at[slot, : vectors // 8 if len(room.shape) == 5 else vectors]
+def _stage(buffer, stage, vectors):
+    """The first `vectors` of a stage."""
+    return buffer.at[stage, : vectors // 8 if len(buffer.shape) == 5 else vectors]
 
 
-def _lines(room):
-    """A slot of `_room` as [vectors, columns] for the copy engine."""
-    return room.reshape(room.shape[0] * 8, room.shape[-1]) if len(room.shape) == 4 else room
+def _tma_view(buffer):
+    """A stage of `_buffer` as [vectors, columns] for the TMA."""
+    return buffer.reshape(buffer.shape[0] * 8, buffer.shape[-1]) if len(buffer.shape) == 4 else buffer
 
 
-def _tile(room):
-    """A slot of `_room` as [vectors, columns] for the tensor core."""
-    if len(room.shape) == 2:
-        return room
-    tiling = plgpu.TilingTransform((8, room.shape[-1]))
-    return dataclasses.replace(room, transforms=(*room.transforms, tiling.undo(None)))
+def _wgmma_view(buffer):
+    """A stage of `_buffer` as [vectors, columns] for wgmma."""
+    if len(buffer.shape) == 2:
+        return buffer
+    tiling = plgpu.TilingTransform((8, buffer.shape[-1]))
+    return dataclasses.replace(buffer, transforms=(*buffer.transforms, tiling.undo(None)))
 
 
 def _kernel(
-    projection,
+    inputs,
     out_gmem,
     *,
     q_smem,
@@ -263,288 +272,302 @@ def _kernel(
     k_free,
     v_free,
     turn,
-    again,
-    walked,
+    flags,
+    written,
     config,
     stride,
 ):
-    """Blocks of queries `block`, `block + stride`, and so on.
+    """Computes the blocks of queries `block`, `block + stride`, and so on.
 
-    No automatic barriers: tiles of Q, K and V are written by copies alone, after every thread that computes
-    has arrived at the barrier that says they are free, and read by products alone. Only `out_smem` is written
-    by threads: after the wait for the last copy out of it, which is a barrier of the warpgroup, and before
+    No automatic barriers: tiles of Q, K and V are written by TMA copies alone, after every consumer has
+    arrived at the barrier that says they are free, and read by wgmma alone. Only `out_smem` is written by
+    threads: after the wait for the last copy out of it, which is a barrier of the warpgroup, and before
     `commit_smem`, which is another, and the next copy.
 
-    A turn goes round: to be passed on to a warpgroup a second time, it must have been awaited by all of its
-    threads the first time. Its holder waits for a tile of V at most, and that tile's room was freed before
-    anybody had the turn before: with 2 stages or more, nobody waits for one who waits for his turn.
+    The ping-pong barriers pass a turn round the consumers: it can be passed to a warpgroup a second time only
+    after all threads of it have awaited it the first time. Its holder waits for a tile of V at most, and the
+    stage of that tile was freed before any consumer had the previous turn: with 2 stages or more there is no
+    deadlock.
     """
     warpgroup = lax.axis_index("warpgroup")
-    (B, P, H, D), dtype = projection_sizes(projection), values_dtype(projection)
-    rounded = isinstance(projection, RoundedProjection)
+    quantized = len(inputs) > 1
+    (B, P, H, D), dtype = out_gmem.shape, inputs[1 if quantized else 0].dtype
     W, X, stages = config.warpgroups, config.block_kv, config.stages
     F = _first(P, X)
     v_smem, v_first = v_smem
-    # Blocks of queries lie next to one another, so that those of a head find its keys in L2.
+    largest_weight = LARGEST_WEIGHT[str(dtype)] if config.largest_weight is None else config.largest_weight
+    # Blocks of queries of a head are neighbours, so that they find its keys in L2.
     blocks, steps = pl.cdiv(P, W * ROWS), pl.cdiv(P, X)
     first = lax.axis_index("block")
     rounds = pl.cdiv(B * H * blocks - first, stride)
 
-    def place(number):
+    def block_origin(number):
         """Batch row, head, and the first query of a block."""
         number = first + number * stride
         pair, block = lax.div(number, blocks), lax.rem(number, blocks)
-        at = pl.multiple_of(jnp.minimum(block * (W * ROWS), P - W * ROWS), UNIT)
+        at = pl.multiple_of(jnp.minimum(block * (W * ROWS), P - W * ROWS), SWIZZLE_ROWS)
         return lax.div(pair, H), lax.rem(pair, H), at
 
-    def source(which, batch, positions, head, columns):
+    def vectors_of(which, batch, positions, head, columns):
         """Vectors of q (0), k (1) or v (2)."""
-        if not rounded:
-            return projection.at[batch, positions, which, head, columns]
-        if which < 2:
-            return projection.qk.at[batch, positions, which, head, columns]
-        return projection.v.at[batch, positions, head, columns]
+        if not quantized:
+            return inputs[0].at[batch, positions, which, head, columns]
+        qk, v, _ = inputs
+        return (
+            v.at[batch, positions, head, columns]
+            if which == 2
+            else qk.at[batch, positions, which, head, columns]
+        )
 
-    def fetch(which, batch, head, at, rooms, barrier):
-        """Copies the vectors from `at` on of q (0), k (1) or v (2)."""
+    def fetch(which, batch, head, at, buffers, barrier):
+        """Issues the copies of the vectors from `at` on of q (0), k (1) or v (2)."""
         column = 0
-        for room in map(_lines, rooms):
-            vectors, width = room.shape
-            # Beyond the head the copy engine finds zeros. Pallas refuses a slice that it knows to go there.
+        for buffer in map(_tma_view, buffers):
+            vectors, width = buffer.shape
+            # Out of bounds, the TMA writes zeros. Pallas rejects a slice that is statically out of bounds.
             first = column if column + width <= D else lax.optimization_barrier(jnp.int32(column))
             columns = pl.ds(first, width)
-            plgpu.copy_gmem_to_smem(source(which, batch, pl.ds(at, vectors), head, columns), room, barrier)
+            plgpu.copy_gmem_to_smem(
+                vectors_of(which, batch, pl.ds(at, vectors), head, columns), buffer, barrier
+            )
             column += width
 
-    def repeat(walk):
-        """Walks once more through the blocks of which a warpgroup says so."""
-        plgpu.barrier_wait(walked)
+    def for_each_flagged(process):
+        """Processes the blocks that a consumer has flagged once more, with an online softmax."""
+        plgpu.barrier_wait(written)
 
-        def look(number, before):
-            needed = sum(again[number, i] for i in range(W)) > 0
-            pl.when(needed)(lambda: walk(number, before))
+        def recompute_if_flagged(number, before):
+            needed = sum(flags[number, i] for i in range(W)) > 0
+            pl.when(needed)(lambda: process(number, before))
             return before + needed.astype(jnp.int32)
 
-        lax.fori_loop(0, rounds, look, rounds)
+        lax.fori_loop(0, rounds, recompute_if_flagged, rounds)
 
     @pl.when(warpgroup == W)
     def _():
         plgpu.set_max_registers(REGISTERS[W][1], action="decrease")
 
-        def walk(number, before):
-            """Fetches a block, after so many others."""
-            batch, head, at = place(number)
+        def process(number, before):
+            """The producer: fetches a block; `before` blocks have been processed."""
+            batch, head, at = block_origin(number)
 
             def queries(i):
                 pl.when(before > 0)(lambda: plgpu.barrier_wait(q_free.at[i]))
-                fetch(0, batch, head, at + i * ROWS, [room.at[i] for room in q_smem], q_ready.at[i])
+                fetch(0, batch, head, at + i * ROWS, [buffer.at[i] for buffer in q_smem], q_ready.at[i])
 
             def tile(step, at, vectors, v_smem):
-                every = before * steps + step
-                slot = lax.rem(every, stages)
-                for which, rooms, ready, free in ((1, k_smem, k_ready, k_free), (2, v_smem, v_ready, v_free)):
-                    pl.when(every >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                    rooms = [_slot(room, slot, vectors) for room in rooms]
-                    fetch(which, batch, head, at, rooms, ready.at[slot])
+                tiles_before = before * steps + step
+                stage = lax.rem(tiles_before, stages)
+                for which, buffers, ready, free in (
+                    (1, k_smem, k_ready, k_free),
+                    (2, v_smem, v_ready, v_free),
+                ):
+                    pl.when(tiles_before >= stages)(lambda free=free: plgpu.barrier_wait(free.at[stage]))
+                    buffers = [_stage(buffer, stage, vectors) for buffer in buffers]
+                    fetch(which, batch, head, at, buffers, ready.at[stage])
 
             for i in range(W):
                 queries(i)
             tile(0, P - F, F, v_first)
-            lax.fori_loop(1, steps, lambda i, _: tile(i, pl.multiple_of((i - 1) * X, UNIT), X, v_smem), None)
+            lax.fori_loop(
+                1, steps, lambda i, _: tile(i, pl.multiple_of((i - 1) * X, SWIZZLE_ROWS), X, v_smem), None
+            )
 
-        lax.fori_loop(0, rounds, lambda number, _: walk(number, number), None)
-        repeat(walk)
+        lax.fori_loop(0, rounds, lambda number, _: process(number, number), None)
+        for_each_flagged(process)
 
     @pl.when(warpgroup < W)
     def _():
         plgpu.set_max_registers(REGISTERS[W][0], action="increase")
         pl.when(warpgroup == W - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
-        q = [_tile(room.at[warpgroup]) for room in q_smem]
+        q = [_wgmma_view(buffer.at[warpgroup]) for buffer in q_smem]
         scale = D**-0.5 * LOG2E
-        if rounded:
-            scale *= projection.scale[0]
+        if quantized:
+            scale *= inputs[2][0]
 
-        def keys(slot, vectors=X):
-            return [_tile(_slot(room, slot, vectors)).transpose((1, 0)) for room in k_smem]
+        def keys(stage, vectors=X):
+            return [_wgmma_view(_stage(buffer, stage, vectors)).transpose((1, 0)) for buffer in k_smem]
 
-        def values(slot):
-            return [_tile(_slot(room, slot, X)) for room in v_smem]
+        def values(stage):
+            return [_wgmma_view(_stage(buffer, stage, X)) for buffer in v_smem]
 
-        def first_values(slot):
-            return [_tile(_slot(room, slot, F)) for room in v_first]
+        def first_values(stage):
+            return [_wgmma_view(_stage(buffer, stage, F)) for buffer in v_first]
 
-        def begin_turn():
+        def await_turn():
             plgpu.barrier_wait(turn.at[warpgroup])
 
-        def end_turn():
+        def pass_turn():
             plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, W)])
 
-        def weigh(scores, top):
-            """The weights and their sum."""
-            weights = jnp.exp2(scores * scale - tiles.along_rows(top, scores.shape))
+        def weights_of(scores, row_max):
+            """Weights and their sum."""
+            weights = jnp.exp2(scores * scale - tiles.along_rows(row_max, scores.shape))
             return weights, weights.sum(axis=1)
 
-        def softmax(scores, top):
-            """The weights, their sum, the new maximum, and how much less the old weights count."""
-            new_top = jnp.maximum(top, scores.max(axis=1) * scale)
-            return *weigh(scores, new_top), new_top, jnp.exp2(top - new_top)
+        def online_softmax(scores, row_max):
+            """Weights, their sum, the new maximum, and the factor that rescales the old weights."""
+            new_max = jnp.maximum(row_max, scores.max(axis=1) * scale)
+            return *weights_of(scores, new_max), new_max, jnp.exp2(row_max - new_max)
 
-        def block(number, before, running=False):
-            """Computes a block, after so many others, with a running maximum or that of the first tile."""
-            batch, head, at = place(number)
+        def block(number, before, online=False):
+            """A consumer: computes a block, with an online softmax or the maximum of the first tile."""
+            batch, head, at = block_origin(number)
             start = before * steps
 
-            # The moved tile: keys of the whole tiles are not its own.
-            slot = lax.rem(start, stages)
+            # The first tile, moved back: keys that it shares with whole tiles are masked.
+            stage = lax.rem(start, stages)
             plgpu.barrier_wait(q_ready.at[warpgroup])
-            plgpu.barrier_wait(k_ready.at[slot])
-            begin_turn()
-            scores = product(q, keys(slot, F), end_turn)
-            plgpu.barrier_arrive(k_free.at[slot])
-            if others := F + (steps - 1) * X - P:
+            plgpu.barrier_wait(k_ready.at[stage])
+            await_turn()
+            scores = product(q, keys(stage, F), pass_turn)
+            plgpu.barrier_arrive(k_free.at[stage])
+            if shared_keys := F + (steps - 1) * X - P:
                 # One number a key: to find the column of every score would take divisions by F.
                 column = plgpu.broadcasted_iota(jnp.int32, (F,), 0, layout=tiles.PER_COLUMN)
-                scores = jnp.where(tiles.along_columns(column, scores.shape) >= others, scores, NEVER)
-            weights, total, top, _ = softmax(scores, tiles.full((ROWS,), NEVER, PER_ROW))
-            out = tuple(tiles.full((ROWS, tile.shape[1]), 0, MATRIX) for tile in values(slot))
+                scores = jnp.where(tiles.along_columns(column, scores.shape) >= shared_keys, scores, NEG_INF)
+            weights, row_sum, row_max, _ = online_softmax(scores, tiles.full((ROWS,), NEG_INF, PER_ROW))
+            out = tuple(tiles.full((ROWS, tile.shape[1]), 0, MATRIX) for tile in values(stage))
 
-            def await_keys(step):
-                slot = lax.rem(start + step, stages)
-                pl.when(step < steps)(lambda: plgpu.barrier_wait(k_ready.at[slot]))
+            def wait_for_keys(step):
+                stage = lax.rem(start + step, stages)
+                pl.when(step < steps)(lambda: plgpu.barrier_wait(k_ready.at[stage]))
 
-            def visit(step, carry, values=values):
-                """Scores of a tile, and the products with the values of the one before."""
-                out, narrow, top, total = carry
-                slot, before = lax.rem(start + step, stages), lax.rem(start + step - 1, stages)
-                begin_turn()
+            def attend_tile(step, carry, values=values):
+                """Scores of a tile, and the previous tile's product of weights and values."""
+                out, weights16, row_max, row_sum = carry
+                stage, before = lax.rem(start + step, stages), lax.rem(start + step - 1, stages)
+                await_turn()
 
                 def between():
                     plgpu.barrier_wait(v_ready.at[before])
 
-                def taken(scores):
-                    plgpu.barrier_arrive(k_free.at[slot])
-                    found = softmax(scores, top) if running else weigh(scores, top)
-                    found = lax.optimization_barrier(found)
-                    # A branch, or the compiler would put the wait for the second product before the softmax.
-                    await_keys(step + 1)
-                    return found
+                def consume(scores):
+                    plgpu.barrier_arrive(k_free.at[stage])
+                    result = online_softmax(scores, row_max) if online else weights_of(scores, row_max)
+                    result = lax.optimization_barrier(result)
+                    # As a branch; else the compiler puts the wait for the second product before the softmax.
+                    wait_for_keys(step + 1)
+                    return result
 
-                out, (weights, summed, *moved) = products(
-                    (q, keys(slot)),
-                    (out, narrow, values(before)),
+                out, (weights, tile_sum, *rescaling) = products(
+                    (q, keys(stage)),
+                    (out, weights16, values(before)),
                     between,
-                    end_turn,
-                    taken,
-                    3 if running else 1,
+                    pass_turn,
+                    consume,
+                    3 if online else 1,
                 )
                 plgpu.barrier_arrive(v_free.at[before])
-                if moved:
-                    top, decay = moved
-                    out = tuple(x * tiles.along_rows(decay, x.shape) for x in out)
-                    total *= decay
-                return out, weights.astype(dtype), top, total + summed
+                if rescaling:
+                    row_max, rescale = rescaling
+                    out = tuple(x * tiles.along_rows(rescale, x.shape) for x in out)
+                    row_sum *= rescale
+                return out, weights.astype(dtype), row_max, row_sum + tile_sum
 
-            await_keys(1)
-            carry = out, weights.astype(dtype), top, total
+            wait_for_keys(1)
+            carry = out, weights.astype(dtype), row_max, row_sum
             if steps > 1:
-                carry = visit(1, carry, first_values)
-            out, narrow, _, total = lax.fori_loop(2, steps, visit, carry)
+                carry = attend_tile(1, carry, first_values)
+            out, weights16, _, row_sum = lax.fori_loop(2, steps, attend_tile, carry)
             plgpu.barrier_arrive(q_free.at[warpgroup])
 
-            slot = lax.rem(start + steps - 1, stages)
-            plgpu.barrier_wait(v_ready.at[slot])
+            stage = lax.rem(start + steps - 1, stages)
+            plgpu.barrier_wait(v_ready.at[stage])
             last_values = values if steps > 1 else first_values
-            out = add_products(out, narrow, last_values(slot))
-            plgpu.barrier_arrive(v_free.at[slot])
+            out = add_products(out, weights16, last_values(stage))
+            plgpu.barrier_arrive(v_free.at[stage])
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            share = 1 / total
+            inverse = 1 / row_sum
             column = 0
             for x in out:
-                mine = out_smem.at[warpgroup, :, pl.ds(column, x.shape[1])]
-                mine[...] = (x * tiles.along_rows(share, x.shape)).astype(out_smem.dtype)
+                columns_smem = out_smem.at[warpgroup, :, pl.ds(column, x.shape[1])]
+                columns_smem[...] = (x * tiles.along_rows(inverse, x.shape)).astype(out_smem.dtype)
                 column += x.shape[1]
             plgpu.commit_smem()
-            rows = pl.ds(pl.multiple_of(at + warpgroup * ROWS, UNIT), ROWS)
+            rows = pl.ds(pl.multiple_of(at + warpgroup * ROWS, SWIZZLE_ROWS), ROWS)
             plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[batch, rows, head])
-            if not running:
-                again[number, warpgroup] = anywhere(jnp.where(total < MOST[str(dtype)], 0, 1))
+            if not online:
+                flags[number, warpgroup] = any_thread(jnp.where(row_sum < largest_weight, 0, 1))
 
         lax.fori_loop(0, rounds, lambda number, _: block(number, number), None)
-        # What is computed again is written behind what it replaces.
+        # Results that are computed again overwrite the first ones.
         plgpu.wait_smem_to_gmem(0)
-        plgpu.barrier_arrive(walked)
-        repeat(functools.partial(block, running=True))
+        plgpu.barrier_arrive(written)
+        for_each_flagged(functools.partial(block, online=True))
         plgpu.wait_smem_to_gmem(0)
 
 
-def product(a, b, meanwhile):
-    """The sum of the parts' products a @ b; `meanwhile` is done when the tensor core has them."""
+def product(a, b, overlapped):
+    """Sum of the pieces' products a @ b; `overlapped` is called once they have been issued."""
 
     def multiply(acc):
         for x, y in zip(a, b, strict=True):
             plgpu.wgmma(acc, x, y)
-        meanwhile()
+        overlapped()
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
 
 
-def add_products(totals, a, b):
-    """total + a @ b for each total and b."""
+def add_products(accs_in, a, b):
+    """acc + a @ b for each acc and b."""
 
     def multiply(accs):
         for acc, y in zip(accs, b, strict=True):
             plgpu.wgmma(acc, a, y)
 
-    return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, totals)))
+    return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, accs_in)))
 
 
-def products(first, second, between, meanwhile, take, vectors):
-    """`product(*first)` through `take`, beside `add_products(*second)`.
+def products(first, second, between, overlapped, consume, vectors):
+    """`consume(product(*first))`, overlapped with `add_products(*second)`.
 
-    `take` gives a matrix and so many numbers a row. `between` is done after the first has been given to the
-    tensor core, `meanwhile` after both have; `take` doesn't wait for the second.
+    Args:
+      between: called after the first product has been issued.
+      overlapped: called after both have been issued.
+      consume: returns a matrix and `vectors` vectors of one number a row; does not wait for the second.
     """
-    (a, b), (totals, c, d) = first, second
+    (a, b), (accs_in, c, d) = first, second
     shape = a[0].shape[0], b[0].shape[1]
 
     def multiply(refs):
-        acc, accs, taken = refs
+        acc, accs, consumed = refs
         for x, y in zip(a, b, strict=True):
             plgpu.wgmma(acc, x, y)
         between()
-        for total, y in zip(accs, d, strict=True):
-            plgpu.wgmma(total, c, y)
-        meanwhile()
+        for ref, y in zip(accs, d, strict=True):
+            plgpu.wgmma(ref, c, y)
+        overlapped()
         scores = plgpu.wgmma_accumulator_load(acc, wait_n=len(d))
-        for ref, x in zip(taken, take(scores), strict=True):
+        for ref, x in zip(consumed, consume(scores), strict=True):
             ref[...] = x
 
-    nothing = tiles.full(shape, 0, MATRIX)
+    zeros = tiles.full(shape, 0, MATRIX)
     rows = (tiles.full(shape[:1], 0, PER_ROW),) * vectors
-    initial = plgpu.ACC.init(nothing), tuple(map(plgpu.ACC.init, totals)), (nothing, *rows)
-    _, totals, taken = pl.run_state(multiply)(initial)
-    return totals, taken
+    initial = plgpu.ACC.init(zeros), tuple(map(plgpu.ACC.init, accs_in)), (zeros, *rows)
+    _, accs_out, consumed = pl.run_state(multiply)(initial)
+    return accs_out, consumed
 
 
-def anywhere(flags):
-    """1 if any of the numbers that a warpgroup has one a row is 1, else 0."""
+def any_thread(flags):
+    """Whether any of a warpgroup's flags, one a row, is 1; as 1 or 0."""
 
     @plgpu.inline_mgpu(
         arg_types=(PER_ROW,),
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
     )
-    def vote(_, flags):
+    def any_flag(_, flags):
         i32 = ir.IntegerType.get_signless(32)
         mine = functools.reduce(arith.ori, (mgpu.utils.bitcast(x, i32) for x in flags.registers.flat))
         found = llvm.inline_asm(
             i32,
             [mine, mgpu.utils.warpgroup_barrier_idx(sync=False)],
-            VOTE,
+            ANY_THREAD,
             "=r,r,r,~{memory}",
             has_side_effects=True,
         )
         return mgpu.FragmentedArray.splat(found, shape=(), is_signed=True)
 
-    return vote(flags)
+    return any_flag(flags)

@@ -1,17 +1,16 @@
-"""Attention in Pallas for TPUs (Mosaic).
+"""FlashAttention in Pallas for TPUs (Mosaic).
 
-The query heads that share a kv head become rows beside each other, row n = t * G + g, so that every kernel
-sees plain attention of K heads over N = T * G rows, each with its own range of keys. A tile of R rows visits
-the tiles of X keys between the first and the last key that any of its rows sees (`tiles.py`), with a running
-maximum and sum (`forward.py`; Dao et al., arXiv 2205.14135). The backward pass recomputes the scores from the
-log-sum-exp, once by row for q and once by key for k, v and the bias, so memory grows with T + S
-(`backward.py`).
+The query heads that share a kv head are packed as rows, row n = t * G + g, so that every kernel sees plain
+attention of K heads over N = T * G rows, each with its own range of keys. A tile of R rows visits the tiles
+of X keys between the first and the last key that any of its rows sees (`tiles.py`), with an online softmax
+(`forward.py`; Dao et al., arXiv 2205.14135). The backward pass recomputes the scores from the log-sum-exp,
+once by row for q and once by key for k, v and the bias, so memory grows with T + S (`backward.py`).
 
-*Decode* and *staircase* are two shapes of this walk. Few queries are one tile of rows that streams over long
-tiles of keys; many are cut in square tiles, of which only those under the staircase are visited.
+`DecodeConfig` and `StaircaseConfig` are two shapes of this. Few queries are one tile of rows that streams
+over long tiles of keys; many are cut in square tiles, of which only those under the staircase are visited.
 
 No TPU has run these kernels. Tests run them in JAX's interpreter, lower them for a TPU and, where libtpu is
-installed, compile them for one; the sizes of tiles are reckoned, not measured.
+installed, compile them for one; the sizes of tiles are estimated, not measured.
 
 B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head, N = T * G rows
 """
@@ -22,22 +21,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.arguments import Arguments, no_gradients
+from moss_jax.ops.attention.base import Arguments, no_gradients
 from moss_jax.ops.attention.mosaic_tpu.backward import backward
 from moss_jax.ops.attention.mosaic_tpu.forward import forward
 from moss_jax.ops.attention.mosaic_tpu.tiles import DecodeConfig, Keys, Rows, StaircaseConfig
+from moss_jax.ops.qarray import QArray
 
-# T * G up to which one tile takes all rows.
+# Largest T * G for which one tile takes all rows.
 MAX_DECODE_ROWS = 64
 
-# The largest for which the compiler was asked whether tiles of the default sizes fit into vector memory.
+# The largest for which tiles of the default sizes are known to fit vector memory, by the compiler.
 MAX_HEAD_DIM = 256
+
+
+def unsupported_platform(platform: str) -> str | None:
+    """Why these kernels do not run on a platform; None if they do."""
+    return None if platform == "tpu" else f"it needs a TPU, and this is {platform}"
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
     """Why these kernels cannot take the arguments; None if they can."""
-    if platform != "tpu":
-        return f"it needs a TPU, and this is {platform}"
+    if reason := unsupported_platform(platform):
+        return reason
     dtype = arguments.q.dtype
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"TPUs compute in float32 and bfloat16, not {dtype}"
@@ -46,31 +51,19 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
         names = " and ".join(sorted(x.name for x in stored))
         return f"q, k and v must have one dtype, or k and v be quantised, not {dtype} and {names}"
     if (head_dim := arguments.q.shape[-1]) > MAX_HEAD_DIM:
-        return (
-            f"head_dim {head_dim} is more than {MAX_HEAD_DIM}, and its tiles may not fit into vector memory"
-        )
+        return f"head_dim {head_dim} is more than {MAX_HEAD_DIM}, and its tiles may not fit vector memory"
     return None
 
 
-def attend(a: Arguments) -> Float[Array, "B T H D"]:
-    """Computes the op; differentiable in q, k, v and bias."""
-    _, T, H, _ = a.q.shape
-    few = T * (H // a.k.shape[1]) <= MAX_DECODE_ROWS
-    return decode(a, DecodeConfig()) if few else staircase(a, StaircaseConfig())
+def apply(a: Arguments, config: DecodeConfig | StaircaseConfig | None = None) -> Float[Array, "B T H D"]:
+    """Computes the op; differentiable in q, k, v and bias if K and V are not quantised.
 
-
-def decode(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
-    """The op for few queries, all in one tile; its gradients are those of `staircase`."""
-    return _on_rows(a, config)
-
-
-def staircase(a: Arguments, config: StaircaseConfig) -> Float[Array, "B T H D"]:
-    """The op for many queries."""
-    return _on_rows(a, config)
-
-
-def _on_rows(a: Arguments, config: DecodeConfig | StaircaseConfig) -> Float[Array, "B T H D"]:
-    """Brings the arguments into the kernels' form, and the output back."""
+    Args:
+      config: sizes of the tiles; None for the default by the number of queries. The gradients of a
+        `DecodeConfig` are computed with a default `StaircaseConfig`.
+    """
+    if config is None:
+        config = DecodeConfig() if a.group_rows <= MAX_DECODE_ROWS else StaircaseConfig()
     B, T, H, D = a.q.shape
     K, S = a.k.shape[1:3]
     G = H // K
@@ -78,12 +71,13 @@ def _on_rows(a: Arguments, config: DecodeConfig | StaircaseConfig) -> Float[Arra
     start, end = (jnp.clip(bound, 0, S) for bound in a.bounds)
     empty = start >= end
     start, end = (jnp.repeat(jnp.where(empty, 0, bound), G, axis=1) for bound in (start, end))
+    (k, k_scale), (v, v_scale) = (_with_scale(x) for x in (a.k, a.v))
     keys = Keys(
-        k=a.k,
-        v=a.v,
+        k=k,
+        v=v,
         bias=None if a.bias is None else a.bias[:, None, None, :].astype(jnp.float32),
-        k_scale=None if a.k_scale is None else a.k_scale[:, :, None, :],
-        v_scale=None if a.v_scale is None else a.v_scale[:, :, None, :],
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     out = _attend(config, a.scale, Rows(q, start, end), keys)
     return out.reshape(B, K, T, G, D).swapaxes(1, 2).reshape(B, T, H, D)
@@ -95,19 +89,24 @@ def _attend(config, scale, rows: Rows, keys: Keys) -> Float[Array, "B K N D"]:
 
 
 def _attend_forward(config, scale, rows, keys):
-    out, log_total = forward(_differentiable(config), scale, rows, keys, save=True)
-    return out, (rows, keys, out, log_total)
+    out, log_sum = forward(_differentiable(config), scale, rows, keys, save=True)
+    return out, (rows, keys, out, log_sum)
 
 
 def _attend_backward(config, scale, residuals, d_out):
-    rows, keys, out, log_total = residuals
+    rows, keys, out, log_sum = residuals
     if keys.k_scale is not None:
         raise no_gradients(keys.k.dtype)
-    d_q, d_k, d_v, d_bias = backward(_differentiable(config), scale, rows, keys, out, log_total, d_out)
+    d_q, d_k, d_v, d_bias = backward(_differentiable(config), scale, rows, keys, out, log_sum, d_out)
     return Rows(d_q, None, None), Keys(d_k, d_v, d_bias, None, None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _with_scale(x: Array | QArray):
+    """Keys or values as they are stored, and their scales along the lanes, [B, K, 1, S]."""
+    return (x.values, x.scale[:, :, None, :]) if isinstance(x, QArray) else (x, None)
 
 
 def _differentiable(config: DecodeConfig | StaircaseConfig) -> StaircaseConfig:

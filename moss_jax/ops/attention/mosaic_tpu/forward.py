@@ -1,4 +1,4 @@
-"""The forward kernel: a tile of rows over its tiles of keys.
+"""FlashAttention's forward kernel for TPUs: a tile of rows over its tiles of keys, with an online softmax.
 
 B batch, K kv heads, N rows (a query of one head each), S keys, R rows of a tile, X keys of a tile, D head
 """
@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moss_jax.ops.attention.mosaic_tpu import tiles
-from moss_jax.ops.attention.mosaic_tpu.tiles import Keys, Rows, Walk
+from moss_jax.ops.attention.mosaic_tpu.tiles import Keys, Rows, TileRanges
 
 
 def forward(config, scale, rows: Rows, keys: Keys, save: bool):
@@ -20,38 +20,38 @@ def forward(config, scale, rows: Rows, keys: Keys, save: bool):
     R, X = config.sizes(rows, keys)
     q = tiles.pad(rows.q, R, 2)
     start, end = (tiles.pad(bound, R, 1, mode="edge") for bound in (rows.start, rows.end))
-    walk = Walk.of(start, end, R, X)
+    tile_ranges = TileRanges.of(start, end, R, X)
     start, end = (bound[:, None, :, None] for bound in (start, end))
-    log_total = jax.ShapeDtypeStruct((B, K, 1, q.shape[2]), jnp.float32) if save else None
+    log_sum = jax.ShapeDtypeStruct((B, K, 1, q.shape[2]), jnp.float32) if save else None
     row, key = tiles.specs_by_row(R, X)
-    out, log_total = pl.pallas_call(
+    out, log_sum = pl.pallas_call(
         functools.partial(_kernel, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B, K, q.shape[2] // R, tiles.num_steps(walk.first, walk.last)),
+            grid=(B, K, q.shape[2] // R, tiles.max_steps(tile_ranges.first, tile_ranges.last)),
             in_specs=[row(q, 2), row(start, 2), row(end, 2), keys.specs(key)],
-            out_specs=[row(q, 2), row(log_total, 3)],
+            out_specs=[row(q, 2), row(log_sum, 3)],
             scratch_shapes=[pltpu.VMEM((R, width), jnp.float32) for width in (1, 1, D)],
         ),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), log_total],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), log_sum],
         compiler_params=tiles.PARAMS,
         name="attention_forward",
-    )(walk, q, start, end, keys)
-    return out[:, :, :N], log_total
+    )(tile_ranges, q, start, end, keys)
+    return out[:, :, :N], log_sum
 
 
-def _kernel(walk, q, start, end, keys, out, log_total, top, total, acc, *, scale):
-    # Scores are [R, X]: the long axis of decoding lies along the lanes, and so do the keys' vectors.
+def _kernel(tile_ranges, q, start, end, keys, out, log_sum, row_max, row_sum, acc, *, scale):
+    # Scores are [R, X]: in decode the long axis is along the lanes, as are the vectors of the keys.
     b, i, step = (pl.program_id(axis) for axis in (0, 2, 3))
-    tile = walk.first[b, i] + step
+    tile = tile_ranges.first[b, i] + step
 
     @pl.when(step == 0)
     def _():
-        top[...] = jnp.full_like(top, -jnp.inf)
-        total[...] = jnp.zeros_like(total)
+        row_max[...] = jnp.full_like(row_max, -jnp.inf)
+        row_sum[...] = jnp.zeros_like(row_sum)
         acc[...] = jnp.zeros_like(acc)
 
-    def visit(masked):
+    def attend_tile(masked):
         k, v = (x[...].astype(q.dtype) for x in (keys.k, keys.v))
         scores = scale * tiles.matmul(q[...], k, (1, 1))
         if keys.k_scale is not None:
@@ -61,28 +61,28 @@ def _kernel(walk, q, start, end, keys, out, log_total, top, total, acc, *, scale
         v_scale = None if keys.v_scale is None else keys.v_scale[...]
         if masked:
             at = tile * k.shape[0] + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            seen = (start[...] <= at) & (at < end[...])
-            scores = jnp.where(seen, scores, -jnp.inf)
-            used = jnp.max(jnp.where(seen, 1.0, 0.0), axis=0, keepdims=True)  # [1, X]
+            visible = (start[...] <= at) & (at < end[...])
+            scores = jnp.where(visible, scores, -jnp.inf)
+            used = jnp.max(jnp.where(visible, 1.0, 0.0), axis=0, keepdims=True)  # [1, X]
             v = tiles.only(tiles.column(used), v)
             v_scale = None if v_scale is None else jnp.where(used > 0, v_scale, 0)
-        new_top = jnp.maximum(top[...], scores.max(axis=1, keepdims=True))
-        # A row that has seen no key yet has top -inf, and -inf - -inf would be NaN.
-        shift = jnp.where(new_top == -jnp.inf, 0, new_top)
+        new_max = jnp.maximum(row_max[...], scores.max(axis=1, keepdims=True))
+        # A row that has seen no key yet has maximum -inf, and -inf - -inf would be NaN.
+        shift = jnp.where(new_max == -jnp.inf, 0, new_max)
         weights = jnp.exp(scores - shift)
-        decay = jnp.exp(top[...] - shift)
-        top[...] = new_top
-        total[...] = total[...] * decay + weights.sum(axis=1, keepdims=True)
+        rescale = jnp.exp(row_max[...] - shift)
+        row_max[...] = new_max
+        row_sum[...] = row_sum[...] * rescale + weights.sum(axis=1, keepdims=True)
         if v_scale is not None:
             weights *= v_scale
-        acc[...] = acc[...] * decay + tiles.matmul(weights.astype(v.dtype), v, (1, 0))
+        acc[...] = acc[...] * rescale + tiles.matmul(weights.astype(v.dtype), v, (1, 0))
 
-    walk.when_visited((b, i), tile, keys.k.shape[0], visit)
+    tile_ranges.when_in_range((b, i), tile, keys.k.shape[0], attend_tile)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
-        some = total[...] > 0
-        sums = jnp.where(some, total[...], 1)
+        sees_any = row_sum[...] > 0
+        sums = jnp.where(sees_any, row_sum[...], 1)
         out[...] = (acc[...] / sums).astype(out.dtype)
-        if log_total is not None:
-            log_total[...] = tiles.row(jnp.where(some, top[...] + jnp.log(sums), jnp.inf))
+        if log_sum is not None:
+            log_sum[...] = tiles.row(jnp.where(sees_any, row_max[...] + jnp.log(sums), jnp.inf))

@@ -1,4 +1,4 @@
-"""What the kernels share: sizes of tiles, which tiles meet, and what is done inside one.
+"""Building blocks of the TPU kernels: sizes of tiles, ranges of tiles to visit, operations inside a tile.
 
 B batch, K kv heads, N rows (a query of one head each), S keys, R rows of a tile, X keys of a tile, D head
 """
@@ -16,16 +16,16 @@ from jaxtyping import Array, Float, Int
 # A register is 8 sublanes of 128 lanes.
 LANES = 128
 
-# The steps of one walk, the grid's last axis, share their sums; walks are independent.
+# The grid's last axis runs over the tiles of a range, which share accumulators; the others are independent.
 PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"))
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """Tiles for few queries: one tile of rows.
+    """Tiles for few queries: all rows are one tile.
 
     Attributes:
-      block_kv: keys of a tile; many, since reading them is all there is to do and every step costs some more.
+      block_kv: keys of a tile; many, since decode is bound by reading them, and each step has an overhead.
     """
 
     block_kv: int = 1024
@@ -35,8 +35,8 @@ class DecodeConfig:
 
     def sizes(self, rows: "Rows", keys: "Keys") -> tuple[int, int]:
         """R and X."""
-        sublanes = 32 // rows.q.dtype.itemsize  # 16-bit numbers lie two to a sublane.
-        return _whole(rows.q.shape[2], sublanes), min(self.block_kv, _whole(keys.k.shape[2]))
+        sublanes = 32 // rows.q.dtype.itemsize  # 16-bit numbers are packed two to a sublane.
+        return _round_up(rows.q.shape[2], sublanes), min(self.block_kv, _round_up(keys.k.shape[2]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StaircaseConfig:
     """Tiles for many queries.
 
     Attributes:
-      block_q: rows of a tile, of the T * G that there are. K and V are read once for each tile of rows.
+      block_q: rows of a tile, of T * G. K and V are read once for each tile of rows.
       block_kv: keys of a tile.
     """
 
@@ -57,7 +57,7 @@ class StaircaseConfig:
 
     def sizes(self, rows: "Rows", keys: "Keys") -> tuple[int, int]:
         """R and X."""
-        return min(self.block_q, _whole(rows.q.shape[2])), min(self.block_kv, _whole(keys.k.shape[2]))
+        return min(self.block_q, _round_up(rows.q.shape[2])), min(self.block_kv, _round_up(keys.k.shape[2]))
 
 
 def _check(name: str, size: int) -> None:
@@ -65,7 +65,7 @@ def _check(name: str, size: int) -> None:
         raise ValueError(f"{name} {size} must be a positive multiple of {LANES}")
 
 
-def _whole(size: int, of: int = LANES) -> int:
+def _round_up(size: int, of: int = LANES) -> int:
     return -(-size // of) * of
 
 
@@ -78,7 +78,7 @@ class Rows(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What belongs to the keys. Vectors lie along the lanes: a column would fill one lane of 128."""
+    """K, V and numbers by key. Vectors are along the lanes: a column would fill one lane of 128."""
 
     k: Float[Array, "B K S D"]
     v: Float[Array, "B K S D"]
@@ -87,29 +87,29 @@ class Keys(NamedTuple):
     v_scale: Float[Array, "B K 1 S"] | None
 
     def specs(self, spec) -> "Keys":
-        """`spec(array, axis that is cut in tiles)` of each."""
+        """`spec(array, tiled axis)` of each."""
         return Keys(*(spec(x, axis) for x, axis in zip(self, (2, 2, 3, 3, 3), strict=True)))
 
 
-# ------------------------------------------------------------------------------------- the walk
+# ------------------------------------------------------------------------------------- ranges of tiles
 
 
-class Walk(NamedTuple):
-    """Which tiles meet, as scalars that are there before the data, so that they can say what to fetch.
+class TileRanges(NamedTuple):
+    """Ranges of tiles to visit, as scalars prefetched before the data, so that block specs can use them.
 
     Attributes:
       first, last: a tile of rows visits the tiles of keys `first <= tile < last`.
       every_start, every_end: the keys that all of its rows see; a tile of keys among them needs no mask.
     """
 
-    first: Int[Array, "B N/R"]
-    last: Int[Array, "B N/R"]
-    every_start: Int[Array, "B N/R"]
-    every_end: Int[Array, "B N/R"]
+    first: Int[Array, "B row_tiles"]
+    last: Int[Array, "B row_tiles"]
+    every_start: Int[Array, "B row_tiles"]
+    every_end: Int[Array, "B row_tiles"]
 
     @classmethod
-    def of(cls, start: Int[Array, "B N"], end: Int[Array, "B N"], R: int, X: int) -> "Walk":
-        """The walk for these ranges."""
+    def of(cls, start: Int[Array, "B N"], end: Int[Array, "B N"], R: int, X: int) -> "TileRanges":
+        """The tiles for these ranges of keys."""
         start, end = (bound.reshape(len(bound), -1, R) for bound in (start, end))
         low = jnp.min(jnp.where(start < end, start, jnp.iinfo(jnp.int32).max), axis=-1)
         high = jnp.max(end, axis=-1)  # 0 if no row of the tile sees a key
@@ -120,30 +120,30 @@ class Walk(NamedTuple):
             every_end=end.min(axis=-1),
         )
 
-    def visitors(self, key_tiles: int) -> tuple[Int[Array, "B S/X"], Int[Array, "B S/X"]]:
-        """The walk from the other side: a tile of keys is visited by tiles of rows in [first, last)."""
+    def row_tiles_by_key(self, key_tiles: int) -> tuple[Int[Array, "B key_tiles"], Int[Array, "B key_tiles"]]:
+        """The same by key: a tile of keys is visited by tiles of rows in [first, last)."""
         tile = jnp.arange(key_tiles)
-        visits = (self.first[..., None] <= tile) & (tile < self.last[..., None])  # [B, N / R, S / X]
-        number = jnp.arange(visits.shape[1])[:, None]
-        last = jnp.max(jnp.where(visits, number + 1, 0), axis=1)
-        return jnp.min(jnp.where(visits, number, last[:, None]), axis=1), last
+        in_range = (self.first[..., None] <= tile) & (tile < self.last[..., None])  # [B, N / R, S / X]
+        number = jnp.arange(in_range.shape[1])[:, None]
+        last = jnp.max(jnp.where(in_range, number + 1, 0), axis=1)
+        return jnp.min(jnp.where(in_range, number, last[:, None]), axis=1), last
 
-    def when_visited(self, at, key_tile, X, visit, also=True):
-        """Calls `visit(masked)` if the tile of rows `at` = (b, tile) visits this tile of X keys."""
-        near = also & (self.first[at] <= key_tile) & (key_tile < self.last[at])
+    def when_in_range(self, at, key_tile, X, body, also=True):
+        """Calls `body(masked)` if the tile of rows `at` = (b, tile) visits this tile of X keys."""
+        needed = also & (self.first[at] <= key_tile) & (key_tile < self.last[at])
         first_key = key_tile * X
-        whole = (self.every_start[at] <= first_key) & (first_key + X <= self.every_end[at])
-        pl.when(near & whole)(functools.partial(visit, masked=False))
-        pl.when(near & ~whole)(functools.partial(visit, masked=True))
+        unmasked = (self.every_start[at] <= first_key) & (first_key + X <= self.every_end[at])
+        pl.when(needed & unmasked)(functools.partial(body, masked=False))
+        pl.when(needed & ~unmasked)(functools.partial(body, masked=True))
 
 
-def num_steps(first, last):
-    """Length of the longest walk. It is traced: the steps that nobody needs are not even taken."""
+def max_steps(first, last):
+    """Length of the longest range: a traced size of the grid."""
     return jnp.maximum(jnp.max(last - first), 1)
 
 
 def tile_of_step(first, last, step):
-    """Where a walk is. At its end it stays: a tile that is there already is not fetched again."""
+    """Tile of a step; behind the end of a range it stays, as the same tile is not fetched again."""
     return jnp.minimum(first + step, jnp.maximum(last - 1, 0))
 
 
@@ -163,16 +163,16 @@ def spec(size, tile, x, axis):
 
 
 def specs_by_row(R, X):
-    """`spec` for rows and for keys where the grid is (b, head, tile of rows, step of its walk)."""
+    """`spec` for rows and for keys where the grid is (b, head, tile of rows, step of its range)."""
 
-    def key_tile(b, i, step, walk):
-        return tile_of_step(walk.first[b, i], walk.last[b, i], step)
+    def key_tile(b, i, step, tile_ranges):
+        return tile_of_step(tile_ranges.first[b, i], tile_ranges.last[b, i], step)
 
-    return functools.partial(spec, R, lambda b, i, step, walk: i), functools.partial(spec, X, key_tile)
+    return functools.partial(spec, R, lambda b, i, step, tile_ranges: i), functools.partial(spec, X, key_tile)
 
 
 def pad(x, R, axis, **how):
-    """Rows up to whole tiles. Padded ones have q = 0 and d_out = 0, and the last row's range."""
+    """Pads rows to whole tiles. Padding has q = 0 and d_out = 0, and the last row's range."""
     widths = [(0, -x.shape[axis] % R if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, widths, **how)
 
@@ -181,15 +181,15 @@ def pad(x, R, axis, **how):
 
 
 def matmul(x, y, contract):
-    """x and y summed over the axes `contract`, in float32."""
-    # Said for 16-bit numbers too: the compiler refuses them at a default precision that a program has raised.
+    """x and y contracted over the axes `contract`, in float32."""
+    # Explicit for 16-bit numbers too: the compiler rejects them at a raised default precision.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     axes = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def column(row: Float[Array, "1 X"]) -> Float[Array, "X 1"]:
-    """From lanes to sublanes: whole registers are what the hardware transposes."""
+    """From lanes to sublanes: the hardware transposes whole registers."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
 
 

@@ -1,5 +1,4 @@
-"""GEMM of many rows with an epilogue, a warp-specialised persistent kernel in Pallas for NVIDIA's Hopper GPUs
-(Mosaic GPU).
+"""GEMM of many rows with an epilogue: a warp-specialised persistent kernel for Hopper GPUs (Mosaic GPU).
 
 FP8 (W8A8) or bfloat16; the epilogue takes scale, bias, GELU, rounding to FP8 and a residual. There is one
 thread block a multiprocessor, which takes tiles of the result one after another. Two warpgroups compute, each

@@ -21,20 +21,15 @@ import dataclasses
 import functools
 
 import jax
-import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, DTypeLike, Float, Shaped
 
 from moss_jax.ops.linear.base import Arguments
-from moss_jax.ops.mosaic_gpu import hopper, tiles
+from moss_jax.ops.mosaic_gpu import hopper, tiles, upcast
 from moss_jax.ops.mosaic_gpu.tiles import MATRIX
-from moss_jax.ops.mosaic_gpu.upcast import NARROW, shuffle
 
 ROWS = 64  # Of x, at most.
 OUTPUTS = 64  # Of a tile: the rows that the tensor core takes.
@@ -125,7 +120,7 @@ def few_rows(
     if inputs % X:
         raise ValueError(f"K = {inputs} is not a multiple of block_k, {X}")
     splits, each = config.splits(inputs), config.tiles_a_block(inputs, outputs)
-    x = shuffle(jnp.pad(x, ((0, C - rows), (0, 0))))
+    x = upcast.permute_columns(jnp.pad(x, ((0, C - rows), (0, 0))))
     sums = plgpu.kernel(
         functools.partial(_kernel, each=each),
         out_type=jax.ShapeDtypeStruct((splits, 1 if rows == 1 else C, outputs), jnp.float32),
@@ -185,7 +180,7 @@ def _kernel(x_gmem, kernel_gmem, sums_gmem, *, x_smem, kernel_smem, barriers, ea
         step = tile * parts + part
         ring = lax.rem(step, stages)
         plgpu.barrier_wait(kernel_barrier.at[ring])
-        kernel = widen(kernel_smem.at[ring])
+        kernel = upcast.to_bfloat16(kernel_smem.at[ring])
         plgpu.commit_smem()
         pl.when(step + stages < steps)(functools.partial(fetch, step + stages))
         return sums + tiles.product(kernel, x_smem.at[part].transpose((1, 0)))
@@ -202,30 +197,3 @@ def _kernel(x_gmem, kernel_gmem, sums_gmem, *, x_smem, kernel_smem, barriers, ea
             sums_gmem.at[split, :, place(tile)].transpose((1, 0))[...] = sums
 
     lax.fori_loop(0, count, compute, None)
-
-
-def widen(narrow):
-    """8 bits to bfloat16, through registers, with the columns shuffled.
-
-    The threads that have a tile as NARROW take what they have as MATRIX, which costs nothing but the order of
-    the columns.
-    """
-    x = plgpu.load(narrow, layout=NARROW, optimized=False)
-    selections, instructions = tiles.WIDEN[x.dtype.name]
-
-    @plgpu.inline_mgpu(
-        arg_types=(NARROW,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.bfloat16, layout=MATRIX)
-    )
-    def take(_, x):
-        i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
-        layout = MATRIX.to_mgpu()
-        registers = np.empty(layout.registers_shape(x.shape), dtype=object)
-        for at, register in np.ndenumerate(x.registers):
-            # 4 columns of a block of 16; as a MATRIX, 2 in its left half and 2 in its right.
-            for half, selection in enumerate(selections):
-                code = instructions.format(bytes=selection)
-                wide = llvm.inline_asm(i32, [mgpu.utils.bitcast(register, i32)], code, "=r,r")
-                registers[at[0], at[1] * 2 + half, *at[2:-1]] = mgpu.utils.bitcast(wide, pair)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return take(x)

@@ -1,10 +1,10 @@
-"""What the kernels for few queries share: how the keys are cut, the walk over a split, and the second pass.
+"""Parts shared by the split-K decode kernels: how keys are split, the tiles of a split, and the combine pass.
 
-The vectors of all slots and heads lie in one row in memory, and tiles may start at any multiple of 8 of them:
-that is what the copy engine can do with tiles that the tensor core reads.
+For TMA the vectors of all slots and heads are one array, [vectors, D], and a tile may start at any multiple
+of 8 of them: the rows of a swizzle atom, by which the tensor core reads tiles.
 
-B slot, T query tokens, R rows of queries, S keys, P splits, K kv heads, C the head's size in whole lines,
-Q blocks of queries over all slots
+B slot, T query tokens, R rows of queries, S keys, P splits, K kv heads, C head_dim padded to whole lines of
+128, Q blocks of queries over all slots
 """
 
 import dataclasses
@@ -16,24 +16,24 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Shaped
 
 from moss_jax.ops.mosaic_gpu import tiles
-from moss_jax.ops.mosaic_gpu.tiles import NEVER
+from moss_jax.ops.mosaic_gpu.tiles import NEG_INF
 
-ROWS = 64  # Queries that share a kv head, at most.
-LANES = 128  # Threads of a warpgroup, and numbers of a line that the second pass reads.
-AT_ONCE = 40  # Splits that the second pass loads before it waits.
+WGMMA_ROWS = 64  # Rows of the tensor core's left operand: queries that share a kv head, at most.
+LANES = 128  # Threads of a warpgroup, and numbers of a line that the combine pass reads.
+PREFETCHED_SPLITS = 40  # Splits that the combine pass loads before it waits.
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How the keys are cut.
+    """How the keys are split.
 
     Attributes:
       block_kv: keys of a tile.
-      stages: tiles of K and of V that are on their way at once.
-      blocks: splits that are running at once on the whole card, over all slots and heads.
+      stages: depth of the TMA pipeline: tiles of K and of V in flight.
+      blocks: thread blocks in flight on the whole card, one a split, over all slots and heads.
     """
 
     block_kv: int = 64
@@ -47,19 +47,19 @@ class DecodeConfig:
             raise ValueError(f"stages and blocks are at least 1, not {self.stages} and {self.blocks}")
 
     def splits(self, pairs: int, keys: int) -> int:
-        """Into how many pieces the keys of each (slot, kv head) pair are cut."""
+        """Splits of the keys of each (block of queries, kv head) pair."""
         return max(1, min(self.blocks // pairs, pl.cdiv(keys, self.block_kv)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How queries are cut: into blocks of equal numbers of tokens, at most `ROWS` rows for each kv head.
+class QueryBlocks:
+    """Blocks of equally many tokens, with at most `WGMMA_ROWS` rows for each kv head (GQA packing).
 
-    The last is filled up with queries that see nothing. Row `t * group + g` of a block is its token `t`.
+    The last block is padded with queries that see nothing. Row `t * group + g` of a block is its token `t`.
 
     Attributes:
       batch, queries: slots, and tokens of each.
-      kv_heads, group: and query heads that share one.
+      kv_heads, group: kv heads, and query heads that share one.
     """
 
     batch: int
@@ -68,50 +68,51 @@ class Blocks:
     group: int
 
     @property
-    def of_a_slot(self) -> int:
-        return pl.cdiv(self.queries, ROWS // self.group)
+    def per_slot(self) -> int:
+        """Blocks of a slot."""
+        return pl.cdiv(self.queries, WGMMA_ROWS // self.group)
 
     @property
     def tokens(self) -> int:
-        """Of a block."""
-        return pl.cdiv(self.queries, self.of_a_slot)
+        """Tokens of a block."""
+        return pl.cdiv(self.queries, self.per_slot)
 
     @property
     def count(self) -> int:
-        """Of all slots."""
-        return self.batch * self.of_a_slot
+        """Blocks of all slots."""
+        return self.batch * self.per_slot
 
     @property
     def rows(self) -> int:
-        """That a block takes in memory; a multiple of 8, so those beyond its tokens' hold anything."""
+        """Rows of a block in memory; a multiple of 8, so those behind its tokens' are undefined."""
         return pl.cdiv(self.tokens * self.group, 8) * 8
 
-    def cut(self, x: Array) -> Array:
-        """[batch, queries, ...] to [count, tokens, ...]."""
-        missing = self.of_a_slot * self.tokens - self.queries
+    def pack(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "Q tokens ..."]:
+        """Cuts the tokens of each slot into blocks."""
+        missing = self.per_slot * self.tokens - self.queries
         x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(self.count, self.tokens, *x.shape[2:])
 
-    def in_rows(self, q: Float[Array, "B T H D"]) -> Float[Array, "Q K R D"]:
-        """Queries as the kernel reads them."""
-        q = self.cut(q).reshape(self.count, self.tokens, self.kv_heads, self.group, -1).swapaxes(1, 2)
+    def pack_rows(self, q: Float[Array, "B T H D"]) -> Float[Array, "Q K R D"]:
+        """Cuts queries into blocks of rows, as the kernel reads them."""
+        q = self.pack(q).reshape(self.count, self.tokens, self.kv_heads, self.group, -1).swapaxes(1, 2)
         q = q.reshape(self.count, self.kv_heads, self.tokens * self.group, -1)
         return jnp.pad(q, ((0, 0), (0, 0), (0, self.rows - q.shape[2]), (0, 0)))
 
-    def in_tokens(self, out: Float[Array, "Q tokens K G D"]) -> Float[Array, "B T H D"]:
-        """What the queries found, in the order in which they came."""
+    def unpack(self, out: Float[Array, "Q tokens K G D"]) -> Float[Array, "B T H D"]:
+        """Undoes the cut for outputs."""
         heads = self.kv_heads * self.group
         return out.reshape(self.batch, -1, heads, out.shape[-1])[:, : self.queries]
 
 
-class Split:
-    """The walk of one thread block over its split of the keys of one slot and kv head.
+class SplitTiles:
+    """The tiles of a thread block: those of one split of the keys of one slot and kv head.
 
     Attributes:
-      queries: number of the block of queries, over all slots; `blocks` of them share a slot's keys.
+      queries: index of the block of queries, over all slots; `blocks` of them share a slot's keys.
       starts, ends: of each query's range, scalars.
-      base: number of this slot's and head's first key among all vectors.
-      steps: tiles to visit.
+      base: index of this slot's and head's first key among all vectors.
+      steps: number of tiles.
     """
 
     def __init__(self, start_gmem, end_gmem, *, keys, heads, splits, blocks, block_kv):
@@ -136,19 +137,19 @@ class Split:
         """(start, end) of each query."""
         return list(zip(self.starts, self.ends, strict=True))
 
-    def place(self, step):
-        """Where a tile lies among all vectors, and the first key that is its own.
+    def offset(self, step):
+        """Offset of a tile among all vectors, and the first key that it owns.
 
-        The last tile of all is moved back to end with the range, so that no more is read; the keys that it
-        then shares with its neighbour are not its own.
+        The very last tile is moved back to end with the range, so that nothing behind it is read; the keys
+        that it then shares with its neighbour belong to the neighbour.
         """
         own = self._first + step * self._block_kv
         end = pl.cdiv(self.base + self._high, 8) * 8
         at = jnp.maximum(jnp.minimum(self.base + own, end - self._block_kv), 0)
         return pl.multiple_of(at, 8), own
 
-    def whole(self, at):
-        """Whether one query sees all keys of the tile that starts at this key."""
+    def all_used(self, at):
+        """Whether some query sees the whole tile that starts at this key."""
         return _any([(first <= at) & (at + self._block_kv <= last) for first, last in self.ranges])
 
     def used(self, key):
@@ -169,8 +170,8 @@ class Split:
             last = jnp.where(mine, end, last)
         return first, last
 
-    def seen(self, key, own, first, last):
-        """Which keys, from the split's own on, lie in the range of their query."""
+    def mask(self, key, own, first, last):
+        """Which keys the tile owns and lie in the range of their query."""
         if jnp.ndim(first) == 0:
             return (key >= jnp.maximum(first, own)) & (key < last)
         return (key >= jnp.maximum(own, 0)) & (key >= first) & (key < last)
@@ -180,50 +181,51 @@ def _any(conditions):
     return functools.reduce(operator.or_, conditions)
 
 
-def in_a_row(x, block: int, trailing: int = 0):
-    """All vectors (`trailing` = 1), or all numbers, one after another; a multiple of 8, at least one tile."""
+def flatten(x, block: int, trailing: int = 0):
+    """All vectors (`trailing` = 1), or numbers, on one axis, padded to a multiple of 8 and to one tile."""
     x = x.reshape(-1, *x.shape[x.ndim - trailing :])
     size = max(block, pl.cdiv(x.shape[0], 8) * 8)
     return jnp.pad(x, ((0, size - x.shape[0]), *[(0, 0)] * trailing))
 
 
-def join(
+def combine_splits(
     out: Float[Array, "Q K P R C"],
-    top: Float[Array, "Q K P R"],
-    total: Float[Array, "Q K P R"],
+    row_max: Float[Array, "Q K P rows"],
+    row_sum: Float[Array, "Q K P rows"],
     tokens: int,
     group: int,
     dtype: DTypeLike,
 ) -> Float[Array, "Q tokens K group C"]:
-    """The splits' sums, each relative to its own largest score, as one attention."""
+    """Combines the splits' unnormalised outputs, each relative to its own row maximum, into attention's."""
     Q, K, _, _, C = out.shape
     return plgpu.kernel(
-        _join_kernel,
+        _combine_kernel,
         out_type=jax.ShapeDtypeStruct((Q, tokens, K, group, C), dtype),
         grid=(tokens * group, K, Q),
         grid_names=("row", "head", "queries"),
         compiler_params=tiles.COMPILER_PARAMS,
-    )(out, top, total)
+    )(out, row_max, row_sum)
 
 
-def _join_kernel(out_gmem, top_gmem, total_gmem, joined_gmem):
+def _combine_kernel(out_gmem, max_gmem, sum_gmem, combined_gmem):
     row, head, queries = (lax.axis_index(name) for name in ("row", "head", "queries"))
-    group = joined_gmem.shape[3]
-    out = jnp.zeros(joined_gmem.shape[-1:], jnp.float32)
-    top, total = jnp.float32(NEVER), jnp.float32(0)
-    for first in range(0, out_gmem.shape[2], AT_ONCE):
-        # All loads first, so that they are on their way together.
-        at = [(queries, head, split, row) for split in range(first, min(first + AT_ONCE, out_gmem.shape[2]))]
+    group = combined_gmem.shape[3]
+    out = jnp.zeros(combined_gmem.shape[-1:], jnp.float32)
+    row_max, row_sum = jnp.float32(NEG_INF), jnp.float32(0)
+    splits = out_gmem.shape[2]
+    for first in range(0, splits, PREFETCHED_SPLITS):
+        # All loads are issued before the first is awaited.
+        at = [(queries, head, split, row) for split in range(first, min(first + PREFETCHED_SPLITS, splits))]
         outs = [out_gmem[i] for i in at]
-        tops = [top_gmem[i] for i in at]
-        totals = [total_gmem[i] for i in at]
-        new_top = functools.reduce(jnp.maximum, tops, top)
-        shift = jnp.where(new_top == NEVER, 0.0, new_top)
-        decay = jnp.exp2(top - shift)
-        out, total, top = out * decay, total * decay, new_top
-        for part, part_top, part_total in zip(outs, tops, totals, strict=True):
-            weight = jnp.exp2(part_top - shift)
+        maxima = [max_gmem[i] for i in at]
+        sums = [sum_gmem[i] for i in at]
+        new_max = functools.reduce(jnp.maximum, maxima, row_max)
+        shift = jnp.where(new_max == NEG_INF, 0.0, new_max)
+        rescale = jnp.exp2(row_max - shift)
+        out, row_sum, row_max = out * rescale, row_sum * rescale, new_max
+        for part, part_max, part_sum in zip(outs, maxima, sums, strict=True):
+            weight = jnp.exp2(part_max - shift)
             # A split without keys has written zeros.
-            out, total = out + part * weight, total + part_total * weight
-    out /= jnp.where(total > 0, total, 1.0)
-    joined_gmem[queries, lax.div(row, group), head, lax.rem(row, group)] = out.astype(joined_gmem.dtype)
+            out, row_sum = out + part * weight, row_sum + part_sum * weight
+    out /= jnp.where(row_sum > 0, row_sum, 1.0)
+    combined_gmem[queries, lax.div(row, group), head, lax.rem(row, group)] = out.astype(combined_gmem.dtype)

@@ -1,4 +1,4 @@
-"""Feeding a session from a source of frames: real files, both clocks, and sources that break."""
+"""Feeding a session from a source of frames: real files, both clocks, and sources that fail."""
 
 import threading
 import time
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moss_jax.config import FrameSampling, SessionConfig
-from moss_jax.stream import End, FrameSeen, Session, Turn
+from moss_jax.stream import End, FrameSeen, Session, SessionError, Turn
+from moss_jax.terminal.feed import READ_AHEAD, open_session, run_session
 from moss_jax.video import Frame, VideoError, sample_file
-from moss_jax.watch.feed import READ_AHEAD, watch
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo.mp4"
 
@@ -38,11 +38,11 @@ def test_lockstep_sessions_on_real_files_are_deterministic(make_engine, request)
         clips = [DEMO]
     engine = make_engine(temperature=1.0, top_k=50)
     config = SessionConfig(tokens_per_second=6)
-    told = {}
+    spoken = {}
     for path in clips:
         runs = [
             without_wall(
-                watch(
+                run_session(
                     Session(engine, config, prompt="What is happening?"),
                     sample_file(path, FrameSampling(fps=1.0)),
                     [(2.5, "And now?")],
@@ -52,23 +52,23 @@ def test_lockstep_sessions_on_real_files_are_deterministic(make_engine, request)
         ]
         assert runs[0] == runs[1]
         assert [e["prompt"] for e in runs[0] if e["type"] == "turn"] == ["What is happening?", "And now?"]
-        told[path] = "".join(e["text"] for e in runs[0] if e["type"] == "text")
-    assert all(told.values())
-    # What is seen matters: no two clips are talked about alike.
-    assert len(set(told.values())) == len(clips)
+        spoken[path] = "".join(e["text"] for e in runs[0] if e["type"] == "text")
+    assert all(spoken.values())
+    # The frames matter: no two clips give the same text.
+    assert len(set(spoken.values())) == len(clips)
 
 
-def test_another_seed_says_something_else(make_engine):
+def test_another_seed_gives_other_text(make_engine):
     def talk(seed: int) -> list[dict]:
         engine = make_engine(temperature=1.0, top_k=50, seed=seed)
-        return without_wall(watch(Session(engine, SessionConfig(tokens_per_second=6)), clip(3), []))
+        return without_wall(run_session(Session(engine, SessionConfig(tokens_per_second=6)), clip(3), []))
 
     assert talk(0) != talk(1)
 
 
 def test_prompts_and_frames_enter_in_order_of_time(scripted):
     prompts = [(2.5, "third"), (0.0, "first"), (2.0, "second")]
-    events = list(watch(Session(scripted(), SessionConfig()), clip(4), prompts))
+    events = list(run_session(Session(scripted(), SessionConfig()), clip(4), prompts))
     order = [e.prompt if isinstance(e, Turn) else e.index for e in events if isinstance(e, FrameSeen | Turn)]
     assert order == ["", "first", 0, 1, "second", 2, "third", 3]
 
@@ -83,24 +83,24 @@ def test_a_long_lockstep_source_is_read_only_a_little_ahead(scripted):
             yield frame
 
     seen = 0
-    for event in watch(Session(scripted(), SessionConfig()), source(), []):
+    for event in run_session(Session(scripted(), SessionConfig()), source(), []):
         if isinstance(event, FrameSeen):
             seen += 1
             assert pulled <= seen + READ_AHEAD + 2
     assert seen == 200
 
 
-def test_realtime_keeps_the_pace_of_the_source(scripted):
+def test_realtime_follows_the_timestamps_of_the_source(scripted):
     started = time.monotonic()
     session = Session(scripted(), SessionConfig(clock="realtime"))
-    events = list(watch(session, clip(6, fps=10.0), [(0.25, "What?")]))
+    events = list(run_session(session, clip(6, fps=10.0), [(0.25, "What?")]))
     assert time.monotonic() - started >= 0.5
     frames = [e for e in events if isinstance(e, FrameSeen)]
     assert all(e.stream_time >= e.time for e in frames)
     assert [e.prompt for e in events if isinstance(e, Turn)] == ["", "What?"]
 
 
-def test_a_source_that_breaks_is_raised_after_the_frames_before_it(scripted):
+def test_an_error_of_the_source_is_raised_after_the_frames_before_it(scripted):
     closed = []
 
     def source():
@@ -110,11 +110,11 @@ def test_a_source_that_breaks_is_raised_after_the_frames_before_it(scripted):
         finally:
             closed.append(True)
 
-    told = []
+    events = []
     with pytest.raises(VideoError, match="damaged after 3 s"):
-        told.extend(watch(Session(scripted(), SessionConfig()), source(), []))
-    assert sum(isinstance(e, FrameSeen) for e in told) == 3
-    assert not any(isinstance(e, End) for e in told)
+        events.extend(run_session(Session(scripted(), SessionConfig()), source(), []))
+    assert sum(isinstance(e, FrameSeen) for e in events) == 3
+    assert not any(isinstance(e, End) for e in events)
     assert closed
     assert not feeders()
 
@@ -129,7 +129,7 @@ def test_leaving_early_ends_the_feeder_and_closes_the_source(scripted, clock):
         finally:
             closed.append(True)
 
-    events = watch(Session(scripted(), SessionConfig(clock=clock)), source(), [(500.0, "still there?")])
+    events = run_session(Session(scripted(), SessionConfig(clock=clock)), source(), [(500.0, "still there?")])
     for event in events:
         if isinstance(event, FrameSeen):
             break
@@ -139,6 +139,21 @@ def test_leaving_early_ends_the_feeder_and_closes_the_source(scripted, clock):
 
 
 def test_a_full_bank_ends_the_feeder_too(scripted):
-    events = list(watch(Session(scripted(bank_capacity=5), SessionConfig()), clip(1000), []))
+    events = list(run_session(Session(scripted(bank_capacity=5), SessionConfig()), clip(1000), []))
     assert events[-1].reason == "bank_capacity"
     assert not feeders()
+
+
+def test_a_prompt_at_time_0_is_the_first_user_turn(scripted):
+    session, later = open_session(scripted(), [(2.0, "second"), (0.0, "first"), (1.0, "third")])
+    assert later == [(1.0, "third"), (2.0, "second")]
+    events = list(run_session(session, clip(3), later))
+    assert [e.prompt for e in events if isinstance(e, Turn)] == ["first", "third", "second"]
+    session, later = open_session(scripted(), [(0.5, "later")])
+    assert later == [(0.5, "later")]
+    assert next(iter(session)).prompt == ""
+
+
+def test_a_prompt_that_does_not_fit_is_refused_when_the_session_is_opened(scripted):
+    with pytest.raises(SessionError, match="the text capacity is 200"):
+        open_session(scripted(text_capacity=200), [(1.0, "what " * 300)], system=None)

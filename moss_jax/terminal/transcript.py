@@ -1,4 +1,4 @@
-"""How a stream looks on a terminal: a transcript for people, or one JSON object for each event."""
+"""Output of a stream on a terminal: a transcript for people, or one JSON object per event."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from rich.text import Text as Styled
 
 from moss_jax.stream import End, Event, FrameSeen, Interrupted, Silence, Text, Turn
 
-# Columns before the text: a stream time such as " 12:34  " and the speaker's.
+# Columns before the text, for a stream time such as " 12:34  ".
 MARGIN = 8
 PROMPT = "›"
 SILENCE = "·"
@@ -22,35 +22,35 @@ ENDINGS = {
     "stopped": "stopped",
     "text_capacity": "the text capacity is used up; engine.text_capacity sets it",
     "bank_capacity": "the memory bank is full; engine.bank_capacity sets it",
-    "token_limit": "cut at the limit of tokens",
+    "token_limit": "cut at the token limit",
 }
 
 
 def print_json(events: Iterable[Event], out: IO[str]) -> None:
-    """Writes one JSON object a line, each as soon as it happens."""
+    """Writes one JSON object per line and flushes it."""
     for event in events:
         out.write(json.dumps(event.to_dict(), ensure_ascii=False) + "\n")
         out.flush()
 
 
 def print_transcript(events: Iterable[Event], console: Console) -> None:
-    """Writes a transcript as it comes about.
+    """Writes a transcript, event by event.
 
-    A line of it is what one speaker says from one stream time on. A silent second is a dot, and a frame that
-    arrives while the model is talking a small square inside the text.
+    Each line begins with the stream time and belongs to one speaker. A silence is a dot, and a frame that
+    arrives while the model is talking a small square in the text.
     """
-    transcript = Transcript(console)
+    printer = TranscriptPrinter(console)
     for event in events:
-        transcript.add(event)
+        printer.add(event)
 
 
-class Transcript:
-    """A transcript in the making: where the cursor stands, and whose line it is."""
+class TranscriptPrinter:
+    """Writes a transcript and keeps track of the cursor."""
 
     def __init__(self, console: Console):
         self._console = console
         self._column = 0
-        # Whose line is open: "text", "silence" or nobody's.
+        # The kind of line that is open: "text", "silence", "turn" or none.
         self._line = ""
 
     def add(self, event: Event) -> None:
@@ -86,7 +86,7 @@ class Transcript:
         self._column = MARGIN
 
     def _write(self, text: str, style: str = "") -> None:
-        """Writes text word by word and wraps it behind the margin."""
+        """Writes text word by word and wraps it, indented by the margin."""
         for word in re.findall(r"\n|[^\S\n]+|\S+", text):
             width = Styled(word).cell_len
             if word == "\n" or (self._column + width > self._console.width and self._column > MARGIN):
@@ -108,12 +108,12 @@ class Transcript:
 
 
 def clock(seconds: float) -> str:
-    """Stream time as minutes and seconds."""
+    """Formats stream time as minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def summary(end: End) -> str:
-    """How a stream ended and what was in it."""
+    """The reason and the counters of an end, in one line."""
     c = end.counters
     counts = [
         (c.frames, "frame", "frames"),
@@ -127,5 +127,5 @@ def summary(end: End) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without the control characters with which a model could steer the terminal."""
+    """Text without control characters, with which a model could send escape codes to the terminal."""
     return "".join(c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf"))

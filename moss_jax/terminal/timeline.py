@@ -1,6 +1,6 @@
-"""A session as one picture: its frames along the time axis, and under them what was said when.
+"""Timeline of a session as one PNG: frames along the time axis, prompts and answers below.
 
-Everything is laid out in pixels, x to the right and y downwards.
+The layout is in pixels, x to the right and y downwards.
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ from PIL import Image
 
 from moss_jax.config import ConfigError
 from moss_jax.stream import End, Event, FrameSeen, Interrupted, Silence, Text, Turn
-from moss_jax.watch.terminal import PROMPT, clock, printable, summary
+from moss_jax.terminal.transcript import PROMPT, clock, printable, summary
 
 WIDTH = 1600
 LEFT, RIGHT = 32, WIDTH - 32
 SECONDS_PER_ROW = 20
-# A longer session gets longer rows instead of more of them, so that its picture stays one.
-MOST_ROWS = 40
+# Limit on the rows; a longer session gets longer rows.
+MAX_ROWS = 40
 THUMBNAIL = (160, 120)
 
-# Chinese is drawn where the machine has a font for it; what no font has becomes a box.
+# Chinese is drawn if the machine has a font for it; characters that no font has become boxes.
 CHINESE = (
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
@@ -49,18 +49,20 @@ FONTS = ["DejaVu Sans", *(name for name in CHINESE if name in font_manager.get_f
 FONT, LINE = 17, 23
 SMALL = 14
 
-# Around a text in its box, and between boxes.
+# Padding of a text in its box, and the gap between boxes.
 PAD, GAP = 8, 6
-# Width of a box, however little room or however much text there is.
-NARROWEST, WIDEST = 180, 760
-# Characters of a prompt; whoever wrote it knows the rest.
-LONGEST_PROMPT = 300
-# Where a frame arrived in mid-sentence.
+# Bounds on the width of a box.
+MIN_WIDTH, MAX_WIDTH = 180, 760
+# Characters of a prompt before it is cut.
+MAX_PROMPT = 300
+# Stands in a text where a frame arrived in mid-sentence.
 MARK = "▪"
 
 PAPER, INK, FAINT, LINES = "#fcfcfa", "#22262b", "#7b828a", "#d5d8db"
 
 Style = Literal["answer", "update", "correction", "frame", "cut", "more", "prompt"]
+# A piece of a line.
+type Part = tuple[str, Style]
 COLOURS: dict[Style, str] = {
     "answer": "#59636e",
     "update": "#2468b0",
@@ -72,7 +74,7 @@ COLOURS: dict[Style, str] = {
 }
 FILLS: dict[Style, str] = {"answer": "#eef0f2", "update": "#e4eef9", "prompt": "#f7ecc6"}
 
-# After a frame, such a word at once or after a punctuation mark.
+# A word of correction after a frame, at once or after a punctuation mark.
 CORRECTION = re.compile(
     rf"{MARK}[^{MARK}]*?"
     rf"((?:(?<={MARK})\s*|[-–—,.;:!?…]\s*)(?:(?:wait|actually|sorry|correction)\b|no,))",
@@ -94,17 +96,17 @@ class Timeline:
         self._thumbnails: dict[float, Image.Image] = {}
 
     def add_frame(self, rgb: UInt8[np.ndarray, "H W 3"], time: float) -> None:
-        """Keeps a small copy of a frame taken at `time` seconds; it is drawn if an event says it was seen."""
+        """Keeps a thumbnail of a frame taken at `time` seconds; it is drawn if an event says it was seen."""
         thumbnail = Image.fromarray(rgb)
         thumbnail.thumbnail(THUMBNAIL)
         self._thumbnails[float(time)] = thumbnail
 
     def add(self, event: Event) -> None:
-        """Keeps an event."""
+        """Adds an event."""
         self.events.append(event)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the picture as PNG, 1600 pixels wide; it appears whole or not at all.
+        """Writes the picture as PNG, 1600 pixels wide, atomically.
 
         Raises:
           ValueError: there were no events.
@@ -124,10 +126,10 @@ class Timeline:
 
 
 def check_path(path: str | os.PathLike) -> None:
-    """Tries whether a picture can be written.
+    """Checks that a picture can be written to a path.
 
     Raises:
-      ConfigError: it is no .png, or its folder takes no file; the message says which.
+      ConfigError: it is no .png, or its folder is missing or read-only.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -141,12 +143,12 @@ def check_path(path: str | os.PathLike) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
 
-# ---------------------------------------------------------------------------- what was said
+# ---------------------------------------------------------------------------- utterances
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Some text of one style, from one instant."""
+    """A text of one style, said at one instant."""
 
     time: float
     text: str
@@ -155,12 +157,12 @@ class Run:
 
 @dataclasses.dataclass
 class Utterance:
-    """What the model said without a pause.
+    """A text of the model between two silences or prompts.
 
     Attributes:
       kind: "answer" for the first of a user turn, "update" for each later one.
-      runs: the text in the style of its kind, with a mark wherever a frame arrived; from where it corrects
-        itself on, in the style "correction".
+      runs: the text in the style of its kind, with a mark wherever a frame arrived; in the style
+        "correction" from a correction on.
       end: stream time of its last token, or of the prompt that cut it.
       cut: whether a prompt cut it.
     """
@@ -174,8 +176,7 @@ class Utterance:
 def utterances(events: Iterable[Event]) -> list[Utterance]:
     """Groups the pieces of text between silences, prompts and the end.
 
-    What the words mean is not understood: a correction is a word such as "wait" in what is said from a frame
-    to the next.
+    A correction is found by its words: one such as "wait" between a frame and the next.
     """
     said: list[Utterance] = []
     speaking = False
@@ -184,7 +185,7 @@ def utterances(events: Iterable[Event]) -> list[Utterance]:
     for event in events:
         match event:
             case Text() if speaking:
-                # Frames after the last token arrived in silence, so a mark waits for the text behind it.
+                # A frame after the last token arrived in silence, so a mark waits for text to follow it.
                 said[-1].runs += [*frames, Run(event.stream_time, _clean(event.text), said[-1].kind)]
                 said[-1].end = event.stream_time
                 frames = []
@@ -207,7 +208,7 @@ def utterances(events: Iterable[Event]) -> list[Utterance]:
 
 
 def _clean(text: str) -> str:
-    """Text that can be drawn in a line."""
+    """Text without line breaks and control characters."""
     return printable(re.sub(r"\s", " ", text))
 
 
@@ -224,12 +225,12 @@ def _mark_correction(runs: list[Run]) -> list[Run]:
     return [run for run in marked if run.text]
 
 
-# ---------------------------------------------------------------------------- where it stands
+# ---------------------------------------------------------------------------- layout
 
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """A place on the picture, in pixels."""
+    """A rectangle of the picture, in pixels."""
 
     left: float
     top: float
@@ -246,10 +247,11 @@ class Box:
 
 
 def stack(sizes: Sequence[tuple[float, float, float]], *, left: float, right: float, gap: float) -> list[Box]:
-    """Places boxes of (wanted left edge, width, height), one after the other, without any overlap.
+    """Places boxes without overlap, one after the other, each as high as those before it leave room.
 
-    Each goes as high as those before it leave room, from 0 downwards. It keeps its left edge unless it would
-    stick out on the right; a box must not be wider than from `left` to `right`.
+    Args:
+      sizes: (wanted left edge, width, height) of each box, no wider than from `left` to `right`. A box moves
+        to the left if it would stick out on the right.
     """
     placed: list[Box] = []
     for wanted, width, height in sizes:
@@ -263,30 +265,30 @@ def stack(sizes: Sequence[tuple[float, float, float]], *, left: float, right: fl
     return placed
 
 
-def wrap(
-    runs: Iterable[tuple[str, Style]], width: float, measure: Callable[[str], float]
-) -> list[list[tuple[str, Style]]]:
-    """Breaks text into lines of at most `width`: between words, and inside of those that fill a line.
+def wrap(runs: Iterable[Part], width: float, measure: Callable[[str], float]) -> list[list[Part]]:
+    """Breaks text into lines of at most `width`: between words, and inside words that are longer than a line.
 
     Args:
-      runs: (text, style) pairs; a word may go through several.
+      runs: (text, style) pairs; a word may span several.
       measure: width of a text.
 
     Returns:
       Lines of such pairs, without spaces at their ends.
     """
-    words: list[list[tuple[str, Style]]] = [[]]
+    words: list[list[Part]] = [[]]
     for text, style in runs:
         for part in re.findall(r" +|[^ ]+", text):
             if part[0] == " ":
                 words.append([])
             else:
                 words[-1].append((part, style))
-    lines: list[list[tuple[str, Style]]] = []
+    lines: list[list[Part]] = []
     used = math.inf
     for word in filter(None, words):
         fits = sum(measure(text) for text, _ in word) <= width
-        pieces = [word] if fits else [[(character, style)] for text, style in word for character in text]
+        pieces: list[list[Part]] = [word]
+        if not fits:
+            pieces = [[(character, style)] for text, style in word for character in text]
         for index, piece in enumerate(pieces):
             space = "" if index else " "
             needed = sum(measure(text) for text, _ in piece)
@@ -299,18 +301,23 @@ def wrap(
     return [_joined(line) for line in lines]
 
 
-def _joined(line: list[tuple[str, Style]]) -> list[tuple[str, Style]]:
-    """The line with neighbours of one style made one."""
-    groups = itertools.groupby(line, key=lambda part: part[1])
-    return [("".join(text for text, _ in group), style) for style, group in groups]
+def _joined(line: list[Part]) -> list[Part]:
+    """The line with neighbours of one style joined."""
+    joined: list[Part] = []
+    for text, style in line:
+        if joined and joined[-1][1] == style:
+            joined[-1] = joined[-1][0] + text, style
+        else:
+            joined.append((text, style))
+    return joined
 
 
-# ---------------------------------------------------------------------------- how it looks
+# ---------------------------------------------------------------------------- drawing
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
-    """A stretch of the session that fills one row, `start` to `end` in seconds."""
+class RowSpan:
+    """The part of the session in one row, `start` to `end` in seconds."""
 
     start: int
     end: int
@@ -328,17 +335,17 @@ class Span:
         return LEFT + (min(time, self.end) - self.start) * self.scale
 
 
-def spans(length: float) -> list[Span]:
-    """Cuts a session of so many seconds into rows of equal length, a whole number of seconds."""
-    count = min(max(math.ceil(length / SECONDS_PER_ROW), 1), MOST_ROWS)
+def row_spans(length: float) -> list[RowSpan]:
+    """Cuts a session of `length` seconds into rows of equal length, a whole number of seconds."""
+    count = min(max(math.ceil(length / SECONDS_PER_ROW), 1), MAX_ROWS)
     seconds = max(math.ceil(length / count), 5)
     count = max(math.ceil(length / seconds), 1)
-    return [Span(i * seconds, (i + 1) * seconds, i == count - 1) for i in range(count)]
+    return [RowSpan(i * seconds, (i + 1) * seconds, i == count - 1) for i in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """A text of one row, and where its time begins and ends, in pixels."""
+    """A text in one row; `begin` and `end` are those of its time, in pixels."""
 
     kind: Style
     begin: float
@@ -347,16 +354,16 @@ class Label:
     cut: bool = False
 
 
-def _prompt(turn: Turn, span: Span) -> Label:
+def _prompt(turn: Turn, span: RowSpan) -> Label:
     text = _clean(turn.prompt)
-    if len(text) > LONGEST_PROMPT:
-        text = f"{text[:LONGEST_PROMPT]}…"
+    if len(text) > MAX_PROMPT:
+        text = f"{text[:MAX_PROMPT]}…"
     x = span.x(turn.stream_time)
     return Label("prompt", x, x, [Run(turn.stream_time, f"{PROMPT} {text}", "prompt")])
 
 
-def _part(utterance: Utterance, span: Span) -> Label | None:
-    """What of an utterance was said in a row; ellipses say that it goes on or has begun elsewhere."""
+def _part(utterance: Utterance, span: RowSpan) -> Label | None:
+    """The part of an utterance that falls in a row, with ellipses where it is cut; None if there is none."""
     runs = [run for run in utterance.runs if span.holds(run.time)]
     if not runs:
         return None
@@ -373,7 +380,7 @@ def _part(utterance: Utterance, span: Span) -> Label | None:
 
 
 def draw(events: Sequence[Event], thumbnails: Mapping[float, Image.Image]) -> Figure:
-    """The picture of a session.
+    """Draws a session.
 
     Args:
       events: of one slot, from the first on.
@@ -383,17 +390,17 @@ def draw(events: Sequence[Event], thumbnails: Mapping[float, Image.Image]) -> Fi
       ValueError: there are no events.
     """
     if not events:
-        raise ValueError("there is nothing to draw: the session has told nothing yet")
+        raise ValueError("there is nothing to draw: the session has had no events")
     page = _Page(events, thumbnails)
     page.legend()
-    for span in spans(page.length):
+    for span in row_spans(page.length):
         page.row(span)
     page.footer()
     return page.figure
 
 
 class _Page:
-    """A picture that is drawn from top to bottom."""
+    """A picture in the making, drawn from top to bottom; `y` is where the next part begins."""
 
     def __init__(self, events: Sequence[Event], thumbnails: Mapping[float, Image.Image]):
         def of[T](kind: type[T]) -> list[T]:
@@ -413,7 +420,7 @@ class _Page:
         if times:
             self.length = max(self.length, times[-1] + self.spacing)
 
-        # One point is one pixel. How high the picture is shows at the end, and with it where y = 0 lies.
+        # One point is one pixel. The height is known at the end, and with it the transform of y.
         self.figure = Figure(dpi=72, facecolor=PAPER)
         self.pixels = Affine2D()
         self.images: list[tuple[FigureImage, int]] = []
@@ -429,7 +436,7 @@ class _Page:
             self._widths[key] = self._renderer.get_text_width_height_descent(text, font, ismath=False)[0]
         return self._widths[key]
 
-    def row(self, span: Span) -> None:
+    def row(self, span: RowSpan) -> None:
         """The strip of frames, the time axis, the prompts, and what was said."""
         self.strip(span)
         self.axis(span)
@@ -437,8 +444,8 @@ class _Page:
         self.speech(span)
         self.y += 34
 
-    def strip(self, span: Span) -> None:
-        """As many frames as fit, evenly chosen, each beginning at its time."""
+    def strip(self, span: RowSpan) -> None:
+        """The frames that fit, evenly chosen, each with its left edge at its time."""
         shown = [(span.x(time), picture) for time, picture in self.frames if span.holds(time)]
         if not shown:
             return
@@ -461,8 +468,8 @@ class _Page:
             self.images.append((image, y + size[1]))
         self.y = round(self.y) + height + 6
 
-    def axis(self, span: Span) -> None:
-        """Seconds as ticks, with a clock at as many as there is room for."""
+    def axis(self, span: RowSpan) -> None:
+        """Ticks at the seconds, labelled where there is room."""
         end = span.x(self.length)
         self.box(LEFT, self.y, end - LEFT, 1.5, FAINT)
         step = next(s for s in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, math.inf) if s * span.scale >= 70)
@@ -477,13 +484,13 @@ class _Page:
                 self.text(x + 4, self.y + 16, clock(second), FAINT, SMALL)
         self.y += 28
 
-    def prompts(self, span: Span) -> None:
+    def prompts(self, span: RowSpan) -> None:
         labels = [_prompt(turn, span) for turn in self.turns if span.holds(turn.stream_time)]
         if labels:
             self.y = self.labels(labels, self.y) + 8
 
-    def speech(self, span: Span) -> None:
-        """A line with bars while the model talked and dots where it was silent, and the texts below."""
+    def speech(self, span: RowSpan) -> None:
+        """A line with bars where the model talks and dots where it is silent, and the texts below."""
         y = self.y + 5
         self.box(LEFT, y - 0.5, span.x(self.length) - LEFT, 1, LINES)
         free = 0.0
@@ -496,8 +503,8 @@ class _Page:
             self.bar(label, y, span)
         self.y = self.labels(labels, y + 5)
 
-    def bar(self, label: Label, y: float, span: Span) -> None:
-        """How long an utterance took, with its correction, the frames that arrived and its cut."""
+    def bar(self, label: Label, y: float, span: RowSpan) -> None:
+        """The duration of an utterance, with its correction, the frames that arrived and its cut."""
         end = max(label.end, label.begin + 5)
         self.box(label.begin, y - 5, end - label.begin, 10, COLOURS[label.kind], layer=3)
         if corrected := [run.time for run in label.runs if run.style == "correction"]:
@@ -510,7 +517,7 @@ class _Page:
             self.box(end - 2, y - 10, 4, 20, COLOURS["cut"], layer=4)
 
     def labels(self, labels: list[Label], top: float) -> float:
-        """Texts in boxes, each from the time on at which it begins; returns where they end."""
+        """Draws texts in boxes, each with its left edge at its time; returns their bottom."""
         texts = [
             self.wrapped(label, follower.begin - GAP if follower else RIGHT)
             for label, follower in itertools.zip_longest(labels, labels[1:])
@@ -525,12 +532,12 @@ class _Page:
             self.label(label, lines, dataclasses.replace(box, top=top + box.top), top)
         return top + max((box.bottom for box in boxes), default=0.0)
 
-    def label(self, label: Label, lines: list[list[tuple[str, Style]]], box: Box, top: float) -> None:
+    def label(self, label: Label, lines: list[list[Part]], box: Box, top: float) -> None:
         colour = COLOURS[label.kind]
         self.box(box.left, box.top, box.width, box.height, FILLS[label.kind], layer=2)
         self.box(label.begin, top - 6, 2, box.top - top + 6, colour)
         if box.top > top:
-            # Far from the line above, it shows once more how long it took.
+            # Far from the line above, so the box shows the duration once more.
             self.box(label.begin, box.top, label.end - label.begin, 3, colour, layer=3)
         for i, line in enumerate(lines):
             x = box.left + PAD
@@ -539,18 +546,18 @@ class _Page:
                 self.text(x, y, text, INK if style in FILLS else COLOURS[style])
                 x += self.measure(text)
 
-    def wrapped(self, label: Label, limit: float) -> list[list[tuple[str, Style]]]:
-        """The lines of a label: in its room up to `limit`, or wider where that would make a column of it."""
+    def wrapped(self, label: Label, limit: float) -> list[list[Part]]:
+        """Wraps a label to its room up to `limit`, or wider if that would make a narrow column of it."""
         total = sum(self.measure(run.text) for run in label.runs)
         lasted, room, edge = (x - label.begin for x in (label.end, limit, RIGHT))
         tall, flat = math.sqrt(3 * LINE * total), math.sqrt(12 * LINE * total)
-        if room < max(tall, NARROWEST):
-            # It must go below its neighbour, where there is more room, but not beyond the edge.
-            room = max(tall, min(flat, edge), NARROWEST)
-        room = min(room, max(WIDEST, lasted))
-        runs = [(run.text, run.style) for run in label.runs]
+        if room < max(tall, MIN_WIDTH):
+            # It goes below its neighbour, where there is more room, but not beyond the edge.
+            room = max(tall, min(flat, edge), MIN_WIDTH)
+        room = min(room, max(MAX_WIDTH, lasted))
+        runs: list[Part] = [(run.text, run.style) for run in label.runs]
         lines = wrap(runs, room - 2 * PAD, self.measure)
-        # Then as narrow as so many lines allow, so that no word stands alone in the last of them.
+        # Then as narrow as this number of lines allows, so that no word stands alone in the last.
         for factor in (0.6, 0.7, 0.8, 0.9):
             narrower = wrap(runs, max(factor * room, lasted - GAP) - 2 * PAD, self.measure)
             if len(narrower) == len(lines):
@@ -558,9 +565,9 @@ class _Page:
         return lines
 
     def legend(self) -> None:
-        """The marks that occur, with their meaning."""
+        """The marks that occur, with their meanings."""
         styles = {run.style for utterance in self.said for run in utterance.runs}
-        entries = [
+        entries: list[tuple[bool, Style | Literal["silence"], str]] = [
             (bool(self.turns), "prompt", "prompt"),
             ("answer" in styles, "answer", "answer"),
             ("update" in styles, "update", "update"),
@@ -595,7 +602,7 @@ class _Page:
         self.y += 26
 
     def footer(self) -> None:
-        """How the session ended; with it the size of the picture is known."""
+        """The end of the session; then sets the size of the picture."""
         for end in self.ends:
             for line in wrap([(summary(end), "more")], RIGHT - LEFT, lambda text: self.measure(text, SMALL)):
                 self.text(LEFT, self.y, line[0][0], FAINT, SMALL)
@@ -614,7 +621,7 @@ class _Page:
         self.figure.add_artist(Circle((x, y), 3, color=FAINT, linewidth=0, transform=self.pixels))
 
     def text(self, x: float, y: float, text: str, colour: str, size: float = FONT) -> None:
-        """Text in one line, from x on, around y."""
+        """Draws one line of text from x, centred on y."""
         font = {"color": colour, "fontsize": size, "family": FONTS}
-        # The dollar signs of a model are no formulas.
+        # Dollar signs do not start a formula.
         self.figure.text(x, y + 0.35 * size, text, transform=self.pixels, parse_math=False, zorder=5, **font)

@@ -1,4 +1,4 @@
-"""The picture of a session: what is grouped how, and that nothing in it overlaps or is cut."""
+"""The timeline: how events are grouped, and that no text overlaps or is cut off."""
 
 import itertools
 import random
@@ -15,19 +15,19 @@ from PIL import Image
 
 from moss_jax.config import ConfigError
 from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text, Turn
-from moss_jax.watch.timeline import (
+from moss_jax.terminal.timeline import (
     COLOURS,
     FILLS,
     FONT,
     LEFT,
-    MOST_ROWS,
+    MAX_ROWS,
     RIGHT,
     THUMBNAIL,
     WIDTH,
     Timeline,
     check_path,
     draw,
-    spans,
+    row_spans,
     stack,
     utterances,
     wrap,
@@ -88,15 +88,15 @@ def recorded(events, size=(24, 32)) -> Timeline:
     return timeline
 
 
-# ------------------------------------------------------------------------------ what was said
+# ------------------------------------------------------------------------------ utterances
 
 
-def test_utterances_are_answers_updates_and_what_a_prompt_cut():
-    told = [
+def test_utterances_are_answers_updates_and_cut_answers():
+    found = [
         (u.kind, "".join(run.text for run in u.runs), u.runs[0].time, u.end, u.cut)
         for u in utterances(TABLETOP)
     ]
-    assert told == [
+    assert found == [
         ("answer", "It is a 7.", 0.5, 1.0, False),
         ("update", "Now it is 5.", 2, 2.5, False),
         ("answer", "There is a red▪ - wait, now a blue▪ ball", 3.5, 5.1, True),
@@ -139,12 +139,12 @@ def test_only_what_follows_a_frame_can_be_a_correction(before, after, corrected)
     assert "".join(run.text for run in said.runs if run.style == "correction") == corrected
 
 
-def test_a_model_cannot_steer_the_picture():
+def test_control_characters_are_not_drawn():
     (said,) = utterances(say(0, "a\x1b[2J\n", "b\u202e\tc"))
     assert [run.text for run in said.runs] == ["a[2J ", "b c"]
 
 
-# ----------------------------------------------------------------------------- where it stands
+# ----------------------------------------------------------------------------- layout
 
 
 def overlap(a, b, slack=0.0):
@@ -198,15 +198,15 @@ def test_words_stay_whole_where_they_fit():
 
 @pytest.mark.parametrize("length", [0, 0.1, 5, 12.06, 20, 20.5, 41, 300, 801, 36000])
 def test_rows_cover_the_session(length):
-    rows = spans(length)
-    assert len(rows) <= MOST_ROWS
+    rows = row_spans(length)
+    assert len(rows) <= MAX_ROWS
     assert rows[0].start == 0
     assert all(a.end == b.start for a, b in itertools.pairwise(rows))
     assert rows[-1].start <= length <= rows[-1].end
     assert sum(row.holds(length) for row in rows) == 1
 
 
-# --------------------------------------------------------------------------------- how it looks
+# --------------------------------------------------------------------------------- drawing
 
 
 def long_session():
@@ -327,7 +327,7 @@ def test_durations_corrections_and_cuts_are_drawn_at_their_time():
     assert cut.get_x() + cut.get_width() / 2 == pytest.approx(LEFT + 5.1 * scale)
 
 
-def test_an_answer_stands_beside_the_one_that_its_prompt_cut():
+def test_an_answer_is_beside_the_one_that_its_prompt_cut():
     cut = say(0, *["word "] * 40)
     events = [
         *cut,
@@ -341,14 +341,14 @@ def test_an_answer_stands_beside_the_one_that_its_prompt_cut():
     assert second.get_x() == LEFT + (RIGHT - LEFT) / 2
 
 
-def test_what_goes_on_in_the_next_row_says_so():
+def test_an_utterance_over_two_rows_has_ellipses():
     talk = [event for k in range(25) for event in say(k, f" word{k}")]
     texts = [text.get_text() for text in draw([*talk, end(25)], {}).texts]
     assert "".join(t for t in texts if "word" in t).split() == [f"word{k}" for k in range(25)]
     assert sum("…" in text for text in texts) == 2
 
 
-def test_frames_that_were_seen_are_shown_evenly_at_their_time():
+def test_seen_frames_are_drawn_evenly_at_their_times():
     events = [*(frame(second, second) for second in range(40)), end(40)]
     timeline = recorded(events, size=(1080, 1920))
     timeline.add_frame(picture(), 99.0)
@@ -376,7 +376,7 @@ def test_a_session_becomes_a_png(name, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["session.png"]
 
 
-def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_picture_is_written_atomically(tmp_path, monkeypatch):
     path = tmp_path / "session.png"
     path.write_bytes(b"the one before")
     write = Path.write_bytes
@@ -392,7 +392,7 @@ def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nothing_seen_is_nothing_to_draw(tmp_path):
+def test_a_session_without_events_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         Timeline().save(tmp_path / "session.png")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The transcript: what a person reads, and what a program does."""
+"""Output on a terminal: the transcript and JSON."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text, Turn
-from moss_jax.watch.terminal import print_json, print_transcript, printable
+from moss_jax.terminal.transcript import print_json, print_transcript, printable
 
 
 def at(kind, when, **fields):
@@ -39,7 +39,7 @@ def transcript(events, width=100, **options) -> str:
     return out.getvalue()
 
 
-def test_a_transcript_reads_like_one():
+def test_a_transcript_line_by_line():
     assert transcript(STORY).splitlines() == [
         "  0:00  · · · ",
         "  1:01  › What is there?",
@@ -52,7 +52,7 @@ def test_a_transcript_reads_like_one():
     ]
 
 
-def test_long_text_wraps_between_words_behind_the_margin():
+def test_long_text_wraps_between_words_with_the_margin():
     pieces = [at(Text, 0, text=f"{word} ") for word in ["several"] * 30]
     lines = transcript([*pieces, STORY[-1]], width=40).partition("\n\n")[0].splitlines()
     assert len(lines) > 5
@@ -61,25 +61,25 @@ def test_long_text_wraps_between_words_behind_the_margin():
     assert " ".join(" ".join(lines).split()[1:]) == " ".join(["several"] * 30)
 
 
-def test_wide_characters_count_as_they_show():
+def test_wide_characters_count_two_columns():
     shown = transcript([at(Text, 0, text="桌上有卡片 " * 8), STORY[-1]], width=40).partition("\n\n")[0]
     assert [line.count("桌上有卡片") for line in shown.splitlines()] == [3, 3, 2]
 
 
-def test_a_model_cannot_steer_the_terminal():
+def test_control_characters_are_not_printed():
     assert printable("a\x1b[2Jb\x07c\nd\u202ee") == "a[2Jbc\nde"
     assert "\x1b" not in transcript([at(Text, 0, text="\x1b]0;title\x07x"), STORY[-1]])
     assert "[bold]" in transcript([at(Turn, 0, prompt="[bold]what[/bold]"), STORY[-1]])
 
 
 @pytest.mark.parametrize("reason", ["text_capacity", "bank_capacity"])
-def test_a_full_capacity_is_said_with_the_setting_that_gives_more(reason):
+def test_an_end_by_capacity_names_the_setting(reason):
     end = at(End, 1, reason=reason, counters=Counters(frames_dropped=2))
     assert f"engine.{reason}" in transcript([end])
     assert "2 frames dropped" in transcript([end])
 
 
-def test_json_is_one_object_for_each_event():
+def test_json_is_one_object_per_event():
     out = io.StringIO()
     print_json(STORY, out)
     lines = [json.loads(line) for line in out.getvalue().splitlines()]

@@ -1,0 +1,252 @@
+"""Arguments of the attention ops, and the definition of attention in plain JAX.
+
+B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head, P positions
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moss_jax.ops.dispatch import Unsupported, in_float32
+from moss_jax.ops.qarray import QUANTIZED, QArray, dequantize
+from moss_jax.ops.rotary import Rotation
+
+# Arrays, or only their shapes and dtypes where no more is needed.
+ArrayLike = Array | jax.ShapeDtypeStruct
+
+
+class KeyRange(NamedTuple):
+    """Query `t` of row `b` sees the keys `start[b, t] <= s < end[b, t]`; an empty range sees none."""
+
+    start: Int[ArrayLike, "B T"]
+    end: Int[ArrayLike, "B T"]
+
+
+def no_gradients(stored: jnp.dtype) -> Unsupported:
+    """Error of a backward pass over quantised K and V."""
+    return Unsupported(f"attention over K and V in {stored} has no gradients; give them in q's dtype")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """One checked call of `attention`, as implementations take it.
+
+    Attributes:
+      q: queries.
+      k, v: keys and values; QArrays have one scale per vector, [B, K, S].
+      kv_range: None lets every query see every key.
+      bias: added to the scores of a key for all heads and queries, before the softmax.
+      scale: of the scores.
+      causal: query `t` sees the keys `s <= t` (T == S).
+    """
+
+    q: Float[ArrayLike, "B T H D"]
+    k: Float[ArrayLike, "B K S D"] | QArray
+    v: Float[ArrayLike, "B K S D"] | QArray
+    kv_range: KeyRange | None
+    bias: Float[ArrayLike, "B S"] | None
+    scale: float = dataclasses.field(metadata={"static": True})
+    causal: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __post_init__(self):
+        if not hasattr(self.q, "ndim"):  # JAX rebuilds pytrees around placeholders.
+            return
+        if self.q.ndim != 4 or self.k.ndim != 4 or self.v.shape != self.k.shape:
+            raise ValueError(
+                f"attention takes q [B, T, H, D] and k, v [B, K, S, D]; "
+                f"got q {self.q.shape}, k {self.k.shape}, v {self.v.shape}"
+            )
+        (b, t, h, d), (kb, kv_heads, s, kd) = self.q.shape, self.k.shape
+        if (b, d) != (kb, kd) or h % kv_heads:
+            raise ValueError(
+                f"q {self.q.shape} and k {self.k.shape} must share B and D, and H must be a multiple of K"
+            )
+        if self.causal and (self.kv_range is not None or t != s):
+            raise ValueError(f"causal attention needs T == S and no kv_range; got T={t}, S={s}")
+        for bound in self.kv_range or ():
+            if bound.shape != (b, t):
+                raise ValueError(f"kv_range holds int32 [B, T] = {(b, t)} bounds; got {bound.shape}")
+        if self.bias is not None and self.bias.shape != (b, s):
+            raise ValueError(f"bias is one number a key, [B, S] = {(b, s)}; got {self.bias.shape}")
+        for name, x in (("k", self.k), ("v", self.v)):
+            if isinstance(x, QArray):
+                if x.scale.shape != (b, kv_heads, s):
+                    raise ValueError(
+                        f"{name} has one scale per vector, {(b, kv_heads, s)}; got {x.scale.shape}"
+                    )
+            elif x.dtype.name in QUANTIZED:
+                raise ValueError(f"{name} in {x.dtype} must be a QArray, with its scales")
+        if isinstance(self.k, QArray) != isinstance(self.v, QArray):
+            raise ValueError(f"both of k and v are QArrays or neither; got {self.k.dtype} and {self.v.dtype}")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether K and V are stored in 8 bits."""
+        return isinstance(self.k, QArray)
+
+    @property
+    def group_rows(self) -> int:
+        """Queries that share a kv head, T * G."""
+        return self.q.shape[1] * self.q.shape[2] // self.k.shape[1]
+
+    @property
+    def bounds(self) -> KeyRange:
+        """The range of every query, spelt out."""
+        if self.kv_range is not None:
+            return self.kv_range
+        b, t = self.q.shape[:2]
+        end = jnp.arange(1, t + 1) if self.causal else jnp.full(t, self.k.shape[2])
+        return KeyRange(jnp.zeros((b, t), jnp.int32), jnp.broadcast_to(end.astype(jnp.int32), (b, t)))
+
+
+def define(a: Arguments) -> Float[Array, "B T H D"]:
+    """Softmax attention with every score in memory, accumulated in float32."""
+    B, T, H, D = a.q.shape
+    K, S = a.k.shape[1:3]
+    start, end = a.bounds
+    keys = jnp.arange(S)
+    visible = (start[..., None] <= keys) & (keys < end[..., None])  # [B, T, S]
+    used = visible.any(axis=1)[:, None, :, None]  # [B, 1, S, 1]
+    # Keys that no query sees may be NaN, and 0 * NaN would spoil the sums.
+    k, v = (jnp.where(used, dequantize(x, a.q.dtype), 0) for x in (a.k, a.v))
+    q = a.q.reshape(B, T, K, H // K, D)
+    scores = jnp.einsum("BTKGD,BKSD->BKGTS", q, k, preferred_element_type=jnp.float32) * a.scale
+    if a.bias is not None:
+        scores += jnp.where(used[:, 0, :, 0], a.bias, 0)[:, None, None, None, :]
+    # This is not -inf because a row without keys would then be -inf - -inf = NaN.
+    scores = jnp.where(visible[:, None, None], scores, -1e30)
+    weights = jnp.where(visible[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
+    out = jnp.einsum("BKGTS,BKSD->BTKGD", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, H, D).astype(a.q.dtype)
+
+
+reference = in_float32(define, lambda a: a.q.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedProjection:
+    """A fused projection to queries, keys and values whose queries and keys are in float8_e4m3fn.
+
+    Attributes:
+      qk: queries and keys, values [B, P, 2, H, D]. The scale, [], is a power of two and that of the scores:
+        the product of those by which queries and keys were divided. It multiplies the queries alone.
+      v: values.
+    """
+
+    qk: QArray
+    v: Float[ArrayLike, "B P H D"]
+
+    def __post_init__(self):
+        if not hasattr(self.v, "ndim"):  # JAX rebuilds pytrees around placeholders.
+            return
+        B, P, *heads = self.v.shape
+        if self.qk.shape != (B, P, 2, *heads) or self.v.ndim != 4 or self.qk.scale.ndim:
+            raise ValueError(
+                f"a quantised projection is qk [B, P, 2, H, D] with a scale [], and v [B, P, H, D]; "
+                f"got {self.qk.shape}, {self.qk.scale.shape} and {self.v.shape}"
+            )
+
+
+Projection = Float[ArrayLike, "B P 3 H D"] | QuantizedProjection
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SelfAttentionArguments:
+    """One checked call of `self_attention`.
+
+    Attributes:
+      projection: fused queries, keys and values.
+      out_dtype: of the results: the values' dtype or float8_e4m3fn.
+      attention: name of the implementation of `attention` that is to be used; None for any.
+    """
+
+    projection: Projection
+    out_dtype: jnp.dtype = dataclasses.field(kw_only=True, metadata={"static": True})
+    attention: str | None = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
+
+    def __post_init__(self):
+        if isinstance(self.projection, QuantizedProjection) or not hasattr(self.projection, "ndim"):
+            return
+        if self.projection.ndim != 5 or self.projection.shape[2] != 3:
+            raise ValueError(
+                f"self_attention takes a projection [B, P, 3, H, D], not {self.projection.shape}"
+            )
+
+
+def projection_shape(projection: Projection) -> tuple[int, int, int, int]:
+    """(B, P, H, D)."""
+    if isinstance(projection, QuantizedProjection):
+        B, P, H, D = projection.v.shape
+    else:
+        B, P, _, H, D = projection.shape
+    return B, P, H, D
+
+
+def values_dtype(projection: Projection) -> jnp.dtype:
+    """Dtype of the values, in which attention is computed."""
+    return (projection.v if isinstance(projection, QuantizedProjection) else projection).dtype
+
+
+def slices(projection: Projection) -> tuple[Float[Array, "B P H D"], ...]:
+    """Queries, keys and values, in the dtype of the values."""
+    if isinstance(projection, QuantizedProjection):
+        q, k = (projection.qk.values[:, :, i].astype(projection.v.dtype) for i in range(2))
+        return q * projection.qk.scale.astype(q.dtype), k, projection.v
+    return tuple(projection[:, :, i] for i in range(3))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AppendArguments:
+    """One checked call of `append_and_attend`.
+
+    Attributes:
+      qkv: projections of the new tokens: for each kv head its queries, key and value.
+      rotation: RoPE of the new tokens' positions.
+      keys, values: the KV cache; its keys are rotated.
+      start: tokens in the cache.
+      count: new tokens to append.
+      capacity: tokens that the cache can hold.
+      attention: name of the implementation of `attention` that is to be used; None for any.
+    """
+
+    qkv: Float[ArrayLike, "B T K group_and_kv D"]
+    rotation: Rotation
+    keys: Float[ArrayLike, "B K S D"]
+    values: Float[ArrayLike, "B K S D"]
+    start: Int[ArrayLike, " B"]
+    count: Int[ArrayLike, " B"]
+    capacity: int = dataclasses.field(kw_only=True, metadata={"static": True})
+    attention: str | None = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
+
+    def __post_init__(self):
+        if not hasattr(self.qkv, "ndim"):  # JAX rebuilds pytrees around placeholders.
+            return
+        if self.keys.shape[2] <= self.capacity:
+            raise ValueError(
+                f"a cache for {self.capacity} tokens has at least {self.capacity + 1} rows, "
+                f"not {self.keys.shape[2]}"
+            )
+
+    @property
+    def following(self) -> Arguments:
+        """The attention that follows the append; of queries and their ranges only the shapes."""
+        B, T, kv_heads, group_and_kv, D = self.qkv.shape
+        q = jax.ShapeDtypeStruct((B, T, kv_heads * (group_and_kv - 2), D), self.qkv.dtype)
+        bound = jax.ShapeDtypeStruct((B, T), jnp.int32)
+        return Arguments(q, self.keys, self.values, KeyRange(bound, bound), None, 1 / math.sqrt(D))
+
+    @property
+    def key_range(self) -> KeyRange:
+        """The range of each new token: the cache up to itself; nothing for those that are not appended."""
+        token = jnp.arange(self.qkv.shape[1], dtype=jnp.int32)
+        position = self.start[:, None] + token
+        end = jnp.where(token < self.count[:, None], jnp.minimum(position + 1, self.capacity), 0)
+        return KeyRange(jnp.zeros_like(end), end)
