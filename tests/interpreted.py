@@ -135,17 +135,6 @@ def arrive(counters, counter, expected):
 
 
 @contextlib.contextmanager
-def kernel_on_gpu(module, **replaced):
-    """`on_gpu` for a kernel with instructions of its own.
-
-    Args:
-      replaced: equivalents of functions of its module that the interpreter has no instructions for.
-    """
-    with on_gpu(), mock.patch.multiple(module, **replaced):
-        yield
-
-
-@contextlib.contextmanager
 def on_tpu():
     """Mosaic TPU kernels; memory starts as NaN, and so does what is beyond an array."""
     params = pltpu.InterpretParams(out_of_bounds_reads="uninitialized")

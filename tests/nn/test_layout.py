@@ -1,9 +1,7 @@
 """Kernels in the layout that decodes fastest: the same maps, and the same model."""
 
-import interpreted
 import jax
 import numpy as np
-import pytest
 from flax import nnx
 
 from moss_jax.nn import for_decoding
@@ -14,17 +12,6 @@ from moss_jax.ops.linear import decode_layout
 TOLERANCE = 1e-4  # As the law's: of logits of order 1, for sums in another order.
 
 
-@pytest.fixture
-def arrange():
-    """`for_decoding` as on a GPU."""
-
-    def arranged(decoder):
-        with interpreted.lowering_for("gpu"):
-            return for_decoding(decoder)
-
-    return arranged
-
-
 def linears(module) -> dict[str, Linear]:
     return {".".join(map(str, path)): m for path, m in nnx.iter_modules(module) if isinstance(m, Linear)}
 
@@ -32,16 +19,13 @@ def linears(module) -> dict[str, Linear]:
 def test_elsewhere_the_decoder_stays_as_it_is(small_config, random_model):
     decoder = random_model(small_config()).decoder
     assert for_decoding(decoder) is decoder
-    assert [decode_layout(platform) for platform in ("cpu", "gpu", "tpu")] == [
-        "inputs_first",
-        "outputs_first",
-        "inputs_first",
-    ]
+    layouts = {platform: decode_layout(platform) for platform in ("cpu", "gpu", "tpu")}
+    assert layouts == {"cpu": "inputs_first", "gpu": "outputs_first", "tpu": "inputs_first"}
 
 
-def test_projections_are_copied_and_all_else_is_shared(small_config, random_model, arrange):
+def test_projections_are_copied_and_all_else_is_shared(small_config, random_model):
     decoder = random_model(small_config()).decoder
-    before, after = linears(decoder), linears(arrange(decoder))
+    before, after = linears(decoder), linears(for_decoding(decoder, "outputs_first"))
     changed = set()
     for name, linear in before.items():
         old, new = linear.weights, after[name].weights
@@ -57,9 +41,9 @@ def test_projections_are_copied_and_all_else_is_shared(small_config, random_mode
     assert changed == {name for names in PROJECTIONS.values() for name in names}
 
 
-def test_it_is_the_same_model(small_config, random_model, arrange):
+def test_it_is_the_same_model(small_config, random_model):
     model = random_model(small_config())
-    arranged = arrange(model.decoder)
+    arranged = for_decoding(model.decoder, "outputs_first")
     tokens = np.random.default_rng(0).integers(0, 64, (2, 5), np.int32)
     state, count = model.init_state(2, text_capacity=8, bank_capacity=2), np.array([5, 3], np.int32)
     logits = []

@@ -15,7 +15,7 @@ from moss_jax.config import PRESETS, ConfigError, EngineConfig, OptimizerConfig,
 from moss_jax.convert import open_model
 from moss_jax.nn import MossVideo, is_quantized, quantize
 from moss_jax.nn.layers import Linear
-from moss_jax.ops.attention import RoundedQKV
+from moss_jax.ops.attention import QuantizedQKV
 from moss_jax.ops.linear import norm_linear, residual_add
 from moss_jax.ops.norm import Residual
 from moss_jax.ops.qarray import DTYPES, QArray, dequantize
@@ -69,7 +69,7 @@ def test_queries_and_keys_are_a_part_of_the_projection(small_config, random_mode
     """And so are values; scales of their results have been divided out."""
     model = random_model(small_config())
     kernel = quantize(copy(model), encoder="fp8").vision.layers[0].attention.qkv.kernel.get_value()
-    assert isinstance(kernel, RoundedQKV)
+    assert isinstance(kernel, QuantizedQKV)
     exact = np.asarray(model.vision.layers[0].attention.qkv.kernel[...])
     assert (kernel.shape, kernel.ndim) == ((*exact.shape[1:], exact.shape[0]), exact.ndim)
     qk, v = (inputs_first(part, 1) for part in (kernel.qk, kernel.v))
