@@ -13,7 +13,7 @@ import jax
 import jaxtyping
 
 # Every function and dataclass in these packages.
-CHECKED = ["moss_jax.memory", "moss_jax.nn"]
+CHECKED = ["moss_jax.memory", "moss_jax.nn", "moss_jax.ops"]
 
 
 def check(function):

@@ -58,9 +58,13 @@ def norm_self_attention(
     kernel = qkv.kernel
     if not isinstance(kernel, QuantizedQKV):
         normed, x = add_norm(residual, norm)
-        return self_attention(linear(normed, qkv), implementation=implementation), x
+        projection = linear(normed, qkv)
+        assert isinstance(projection, Array)
+        return self_attention(projection, implementation=implementation), x
     normed, x = add_norm(residual, norm, out_scale=kernel.qk.input_scale)
     qk = linear(normed, Weights(kernel.qk, layout="outputs_first"), out_dtype=kernel.qk.dtype)
-    v = linear(normed, Weights(kernel.v, layout="outputs_first"), out_dtype=x.dtype)[:, :, 0]
-    projection = QuantizedProjection(QArray(qk, kernel.qk_scale), v)
+    v = linear(normed, Weights(kernel.v, layout="outputs_first"), out_dtype=x.dtype)
+    assert isinstance(qk, Array)
+    assert isinstance(v, Array)
+    projection = QuantizedProjection(QArray(qk, kernel.qk_scale), v[:, :, 0])
     return self_attention(projection, out_scale=kernel.v_scale, implementation=implementation), x
