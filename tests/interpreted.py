@@ -26,6 +26,11 @@ callback.api = types.SimpleNamespace(device_put=lambda arrays, device: [np.array
 shared_memory._to_int = lambda x: x if isinstance(x, jax.core.Tracer) else int(x)
 
 
+def lowering_for(platform: str):
+    """Ops choose what they would there, so that programs can be lowered for it without its devices."""
+    return mock.patch.object(jax, "default_backend", return_value=platform)
+
+
 @contextlib.contextmanager
 def on_gpu():
     """Mosaic GPU kernels: copies, barriers, warpgroups and shared memory are simulated.
@@ -127,17 +132,6 @@ def arrive(counters, counter, expected):
         return last.at[thread].set(there & (old + 1 == expected))
 
     return jax.lax.fori_loop(0, 8, one, jnp.zeros(counter.shape, jnp.int32))
-
-
-@contextlib.contextmanager
-def kernel_on_gpu(module, **replaced):
-    """`on_gpu` for a kernel with instructions of its own.
-
-    Args:
-      replaced: equivalents of functions of its module that the interpreter has no instructions for.
-    """
-    with on_gpu(), mock.patch.multiple(module, **replaced):
-        yield
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ class Trainer:
         Raises:
           ValueError: the model's parameters are not those of the trainer's model.
         """
-        params = {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+        params = {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
         shapes = {name: variable.shape for name, (_, variable) in self._variables.items()}
         if {name: param.shape for name, param in params.items()} != shapes:
             raise ValueError("the parameters of this model are not those of the trainer's model_config")
