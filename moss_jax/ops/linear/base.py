@@ -109,7 +109,7 @@ class Arguments:
         scale = kernel.scale.reshape(-1)
         return scale * self.x.scale if isinstance(self.x, QArray) else scale
 
-    def unflatten(self, y: Float[Array, "M N"]) -> Float[Array, "..."]:
+    def unflatten(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
         """Results on the axes of the inputs' rows and of the outputs."""
         return y.reshape(*self.rows, *self.weights.outputs)
 
