@@ -154,10 +154,14 @@ class Contract:
             out = jax.eval_shape(lambda a: self.arrays(self.op(a)), a)[-1]
             if out.dtype != jnp.float32 or any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(a)):
                 continue
-            rows = {name: getattr(a, name) for name in self.rows}
-            axes = jax.tree.map(lambda x: 0 if x.ndim else None, rows)
-            each = jax.vmap(lambda rows, a=a: self.op(dataclasses.replace(a, **rows)), in_axes=(axes,))
-            self.check(a, self.arrays(jax.jit(each)(rows)), "xla")
+            leaves, structure = jax.tree.flatten({name: getattr(a, name) for name in self.rows})
+            axes = [0 if x.ndim else None for x in leaves]
+
+            def each(*leaves, a=a, structure=structure):
+                return self.arrays(self.op(dataclasses.replace(a, **structure.unflatten(leaves))))
+
+            twice = [jnp.stack([x, x]) if x.ndim else x for x in leaves]
+            self.check(a, [y[1] for y in jax.jit(jax.vmap(each, axes))(*twice)], "xla")
             pulls = (jax.jit(functools.partial(self.pull, implementation=name)) for name in PLAIN)
             for x, expected in zip(*(pull(a)[1] for pull in pulls), strict=True):
                 # For some float32 sums after each other, of some hundred products each.

@@ -22,7 +22,8 @@ def exact(x) -> np.ndarray:
     """The numbers of an array or a QArray in float64."""
     if isinstance(x, QArray):
         return exact(x.values) * exact(x.scale).reshape(*x.scale.shape, *(1,) * (x.ndim - x.scale.ndim))
-    return np.asarray(x).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # Of signalling NaNs.
+        return np.asarray(x).astype(np.float64)
 
 
 def half_step(x: np.ndarray, dtype) -> np.ndarray:

@@ -44,4 +44,4 @@ def test_a_pytree_of_arrays():
     q = QArray(jnp.ones((2, 3), jnp.int8), jnp.ones(2), jnp.float32(2))
     assert [x.shape for x in jax.tree.leaves(q)] == [(2, 3), (2,), ()]
     np.testing.assert_array_equal(jax.jit(jax.vmap(dequantize))(QArray(q.values, q.scale)), jnp.ones((2, 3)))
-    assert jax.tree.map(lambda x: None, q) is not None
+    jax.tree.map(id, q)  # JAX rebuilds it around placeholders.

@@ -194,7 +194,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """One call of the kernel, all of it in matrices; `up` has the gate's outputs in front."""
+    """One call of the kernel, all of it in matrices; `up` has F2 = 2 F outputs, the gate's in front."""
 
     x: Float[Array, "M D"]
     heads: Float[Array, "M K"]
@@ -202,8 +202,8 @@ class Operands:
     gates: Float[Array, "2 M"] | None
     out: Shaped[Array, "D K"]
     out_scale: Float[Array, " D"]
-    up: Shaped[Array, "2*F D"]
-    up_scale: Float[Array, " 2*F"]
+    up: Shaped[Array, "F2 D"]
+    up_scale: Float[Array, " F2"]
     down: Shaped[Array, "D F"]
     down_scale: Float[Array, " D"]
     eps: float = dataclasses.field(kw_only=True, metadata={"static": True})

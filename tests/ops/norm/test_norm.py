@@ -88,8 +88,7 @@ def call(*, out_scale=None, **changes):
 
 def test_what_does_not_fit():
     for changes, message in (
-        ({"weight": (8,)}, "weight is one number a column, [D] = (256,); got (8,)"),
-        ({"bias": (1, 256)}, "bias is one number a column, [D] = (256,); got (1, 256)"),
+        ({"weight": (8,), "bias": (8,)}, "weight is one number a column, [D] = (256,); got (8,)"),
         ({"branch": (1, 3, 256)}, "the branch is like the stream, bfloat16 (2, 3, 256); got bfloat16 (1, 3"),
         ({"scale": (2, 3, 256)}, "scale broadcasts to [..., 1] = (2, 3, 1); got (2, 3, 256)"),
         ({"scale": (1, 2, 3, 1)}, "scale broadcasts to [..., 1]"),
