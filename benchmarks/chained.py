@@ -13,6 +13,10 @@ import jax.numpy as jnp
 from report import first_line, make_parser, publish, say
 from timing import begin, line, named, timed
 
+from moss_jax.ops.dispatch import Op
+from moss_jax.ops.linear import Weights
+from moss_jax.ops.qarray import QArray
+
 REPEATS = 30  # Runs of one call that must agree bit for bit.
 
 
@@ -27,6 +31,7 @@ class Case:
       following: makes the arguments of a call depend on the result of the one before.
       weights: size in bytes.
       contenders: name and function of each implementation; the kernel's default first.
+      result: the array of a result that is compared.
     """
 
     name: str
@@ -35,7 +40,8 @@ class Case:
     added_to: jax.Array | float
     following: Callable[[Any, jax.Array], Any]
     weights: int
-    contenders: Sequence[tuple[str, Callable[[Any], jax.Array]]]
+    contenders: Sequence[tuple[str, Callable[[Any], Any]]]
+    result: Callable[[Any], jax.Array]
 
 
 def compare_chained(
@@ -66,35 +72,43 @@ def compare_chained(
     publish(script, args, {"ceilings": ceilings, "rows": results})
 
 
-def kernels(module, a, configs: Iterable[dict]) -> Iterator[tuple[str, Callable]]:
-    """The kernel of an op's module, if it supports the call: its default, then changed configurations."""
-    if module.unsupported(a, jax.default_backend()) is None:
+def implementations(
+    op: Op, kernel: str, a, default: Any, configs: Iterable[dict]
+) -> Iterator[tuple[str, Callable]]:
+    """The kernel of an op, if it supports the call: its default, then changed configurations; and XLA."""
+    if op.implementations[kernel].unsupported(a, jax.default_backend()) is None:
         for changes in ({}, *configs):
-            config = dataclasses.replace(module.default_config(a), **changes)
-            yield named(changes) or "mosaic_gpu", functools.partial(module.few_rows, config=config)
+            config = dataclasses.replace(default, **changes)
+            yield named(changes) or "mosaic_gpu", functools.partial(op, implementation=kernel, config=config)
+    yield "xla", functools.partial(op, implementation="xla")
 
 
-def make_weights(key, stored: str, outputs: int, inputs: int) -> tuple[jax.Array, jax.Array]:
-    """Random weights [N, K] in 8 bits, scaled so that outputs are about as large as inputs."""
+def make_weights(key, stored: str, outputs: tuple[int, ...], inputs: int) -> Weights:
+    """Random weights in 8 bits, scaled so that outputs are about as large as inputs."""
     codes_key, scale_key = jax.random.split(key)
-    codes = jax.random.bits(codes_key, (outputs, inputs), jnp.uint8)
+    codes = jax.random.bits(codes_key, (*outputs, inputs), jnp.uint8)
     if stored != "int8":
         codes = jnp.where(codes & 127 == 127, 0, codes)  # No NaN.
     size = 74 if stored == "int8" else 120  # Approximate standard deviation of uniformly drawn codes.
-    scale = jax.random.uniform(scale_key, (outputs,), minval=0.5, maxval=1.5)
-    return jax.lax.bitcast_convert_type(codes, jnp.dtype(stored)), scale / (size * math.sqrt(inputs))
+    scale = jax.random.uniform(scale_key, outputs, minval=0.5, maxval=1.5) / (size * math.sqrt(inputs))
+    values = jax.lax.bitcast_convert_type(codes, jnp.dtype(stored))
+    return Weights(QArray(values, scale), layout="outputs_first")
 
 
 def _measure(apply, case: Case, calls: int, repeats: int, copy: float) -> dict:
     """Relative error and time of a call; fails if repeats differ."""
-    one = jax.jit(apply)
+
+    def call(a):
+        return case.result(apply(a))
+
+    one = jax.jit(call)
     try:
         y = one(case.copies[0])
         exact = case.exact.astype(jnp.float32)
         off, size = (jnp.linalg.norm(exact - x) for x in (y, case.added_to))
         if not all(bool((one(case.copies[0]) == y).all()) for _ in range(REPEATS)):
             return {"failed": "repeats differ"}
-        program = jax.jit(functools.partial(_chain, apply, case.following, calls))
+        program = jax.jit(functools.partial(_chain, call, case.following, calls))
         row = {"error": [float(off / size)]} | timed(program, (case.copies,), calls, repeats)
     except Exception as error:
         return {"failed": first_line(error)}

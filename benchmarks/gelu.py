@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from moss_jax.ops.gelu import Arguments, gelu, mosaic_gpu
 from report import add_out, device, first_line, make_parser, publish, say
 from timing import line, measure_ceilings, side_by_side, timed
+
+from moss_jax.ops.linear import GELU, gelu
+from moss_jax.ops.linear.gelu_base import Arguments
+from moss_jax.ops.linear.mosaic_gpu.bias_gelu import Config
 
 FRAMES, POSITIONS = (1, 8, 16), 1608
 HIDDEN = 5120
@@ -61,14 +64,11 @@ def make_inputs(M: int) -> list[jax.Array]:
 def contenders(M: int) -> Iterator[tuple[str, Callable]]:
     """(name, function of x and bias): ours, where it can be used, and XLA's, for M rows."""
     x, bias = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((M, HIDDEN), (HIDDEN,)))
-    if mosaic_gpu.unsupported(Arguments(x, bias), jax.default_backend()) is None:
+    if GELU.implementations["bias_gelu"].unsupported(Arguments(x, bias), jax.default_backend()) is None:
         for rows in ROWS_OF_A_BLOCK:
-            yield f"mosaic_gpu, rows {rows}", functools.partial(ours, config=mosaic_gpu.GeluConfig(rows))
+            ours = functools.partial(gelu, implementation="bias_gelu", config=Config(rows))
+            yield f"mosaic_gpu, rows {rows}", ours
     yield "xla", functools.partial(gelu, implementation="xla")
-
-
-def ours(x, bias, *, config):
-    return mosaic_gpu.biased_gelu(Arguments(x, bias), config)
 
 
 def build(call: Callable, inputs):

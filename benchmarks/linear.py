@@ -8,6 +8,7 @@ outputs of the call before. Rates are shares of a large copy timed first, and co
 alone. Errors are ||out - exact|| / ||exact|| against float64, over some of the outputs.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,12 +17,15 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from moss_jax.ops.linear.arguments import QUANTIZED
 from report import device, first_line, make_parser, publish, say
 from timing import SHARED_BYTES, add_flags, checked, line, measure_ceilings, named, timed
 
-from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, linear
-from moss_jax.ops.linear.mosaic_gpu import LinearConfig, default_config, few_rows
+from moss_jax.ops.linear import LINEAR, Weights, linear
+from moss_jax.ops.linear.base import Arguments
+from moss_jax.ops.linear.mosaic_gpu.weight_only import Config, default_config
+from moss_jax.ops.qarray import DTYPES, QArray
+
+QUANTIZED = [dtype.name for dtype in DTYPES.values()]
 
 # (K, N) of the 11B's decoder: MLP gate and up, MLP down, QKV, attention output, logits.
 SHAPES = ((4096, 28672), (14336, 4096), (4096, 6144), (4096, 4096), (4096, 128256))
@@ -130,11 +134,8 @@ def contenders(M: int, K: int, N: int, stored: str, configs):
         yield "xla", lambda x, kernel, _: x @ kernel
         return
 
-    def ours(x, kernel, scale, *, config):
-        return few_rows(Arguments(x, kernel, scale, out_dtype=x.dtype), config)
-
-    def xla(x, kernel, scale):
-        return linear(x, kernel, scale, implementation="xla")
+    def run(x, kernel, scale, **options):
+        return linear(x, Weights(QArray(kernel, scale), layout="outputs_first"), **options)
 
     def summed(x, kernel, scale):
         """As a sum over the inputs, which XLA does without the tensor core."""
@@ -142,20 +143,21 @@ def contenders(M: int, K: int, N: int, stored: str, configs):
         return (products.sum(axis=1) * scale)[None].astype(x.dtype)
 
     abstract = [((M, K), jnp.bfloat16), ((N, K), stored), ((N,), jnp.float32)]
-    call = Arguments(*(jax.ShapeDtypeStruct(*x) for x in abstract), out_dtype=jnp.dtype(jnp.bfloat16))
-    if IMPLEMENTATIONS["mosaic_gpu"].unsupported(call, jax.default_backend()) is None:
+    x, kernel, scale = (jax.ShapeDtypeStruct(*x) for x in abstract)
+    call = Arguments(x, Weights(QArray(kernel, scale), layout="outputs_first"), out_dtype=x.dtype)
+    if LINEAR.implementations["weight_only"].unsupported(call, jax.default_backend()) is None:
         for changes in configs:
-            config = LinearConfig(**vars(default_config(call)) | changes)
-            if shared_bytes(call, config) <= SHARED_BYTES:
-                yield named(changes) or "mosaic_gpu", functools.partial(ours, config=config)
-    yield "xla", xla
+            config = dataclasses.replace(default_config(M), **changes)
+            if shared_bytes(M, K, config) <= SHARED_BYTES:
+                forced = functools.partial(run, implementation="weight_only", config=config)
+                yield named(changes) or "mosaic_gpu", forced
+    yield "xla", functools.partial(run, implementation="xla")
     if M == 1:
         yield "xla, summed", summed
 
 
-def shared_bytes(a: Arguments, config: LinearConfig) -> int:
+def shared_bytes(rows: int, inputs: int, config: Config) -> int:
     """Of one thread block, without its barriers."""
-    rows, inputs = a.x.shape
     ring = config.stages * config.block_k * 64
     return ring + 2 * math.ceil(rows / 8) * 8 * inputs // config.splits(inputs) + 1024
 

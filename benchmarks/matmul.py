@@ -19,17 +19,14 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from moss_jax.ops.fused_linear import IMPLEMENTATIONS, Arguments
-from moss_jax.ops.fused_linear.mosaic_gpu import (
-    Config,
-    default_config,
-    many_rows,
-    misfit,
-)
 from report import first_line, make_parser, publish, say
 from timing import Watch, begin, line, named, side_by_side, timed
 
-from moss_jax.ops.norm import layer_norm
+from moss_jax.ops.linear import LINEAR, Weights
+from moss_jax.ops.linear.base import Arguments
+from moss_jax.ops.linear.mosaic_gpu.matmul_epilogue import Config, default_config, misfit
+from moss_jax.ops.norm import Norm, Residual, add_norm
+from moss_jax.ops.qarray import QArray
 
 WIDTH, HIDDEN = 1280, 5120
 LAYERS = {
@@ -46,6 +43,7 @@ ROUNDED = ("qk", "fc1")  # Results in float8, in FP8.
 BIASED = ("fc1", "fc2")
 ADDED = ("out", "fc2")  # Residual in the epilogue, in FP8.
 SCALE = 32  # Inverse scale of float8 inputs and of the results of fc1.
+KERNEL = "matmul_epilogue"
 FLOPS = 1e12  # Approximate work of a program.
 MAX_CALLS = 24
 REPEATS = 10  # Runs of one call that must agree bit for bit.
@@ -128,16 +126,16 @@ def contenders(M: int, layer: str, shape: tuple[int, int], tune: bool):
     for in_8_bits in IN_8_BITS.get(layer, (False, True)):
         dtype = "fp8" if in_8_bits else "bfloat16"
         operands = functools.partial(arguments, layer, in_8_bits)
-        yield f"{dtype}, xla", functools.partial(by_xla, operands)
+        yield f"{dtype}, xla", functools.partial(run, operands, implementation="xla")
         a = jax.eval_shape(lambda operands=operands: operands(make_operands(0, M, *shape)))
-        if IMPLEMENTATIONS["mosaic_gpu"].unsupported(a, jax.default_backend()) is not None:
+        if LINEAR.implementations[KERNEL].unsupported(a, jax.default_backend()) is not None:
             continue
         default = default_config(a)
         others = [x for x in CONFIGS if x != default and misfit(a, x) is None] if tune else ()
         for config in (default, *others):
             changes = {k: v for k, v in vars(config).items() if v != getattr(Config(), k)}
             name = "mosaic_gpu" if config == default else named(changes) or "Config()"
-            yield f"{dtype}, {name}", functools.partial(by_kernel, operands, config)
+            yield f"{dtype}, {name}", functools.partial(run, operands, implementation=KERNEL, config=config)
     if layer == "qkv":  # Before `fc1` it is the same.
         yield "norm", norm
         yield "norm, in 8 bits", norm_in_8_bits
@@ -146,30 +144,28 @@ def contenders(M: int, layer: str, shape: tuple[int, int], tune: bool):
 def arguments(layer: str, in_8_bits: bool, o) -> Arguments:
     bias, gelu = o["bias"] if layer in BIASED else None, layer == "fc1"
     if not in_8_bits:
-        return Arguments(o["x"], o["kernel"], None, bias, gelu=gelu, out_dtype=o["x"].dtype)
-    x, kernel, scale = o["rounded"]
-    out_scale = jnp.full(1, SCALE, jnp.float32) if gelu else None
+        return Arguments(o["x"], Weights(o["kernel"], bias), gelu=gelu, out_dtype=o["x"].dtype)
+    x, kernel = o["rounded"]
+    out_scale = jnp.float32(1 / SCALE) if gelu else None
     out_dtype = jnp.dtype("float8_e4m3fn" if layer in ROUNDED else "bfloat16")
     residual = o["residual"] if layer in ADDED else None
-    return Arguments(x, kernel, scale, bias, out_scale, residual, gelu=gelu, out_dtype=out_dtype)
+    weights = Weights(kernel, bias, layout="outputs_first")
+    return Arguments(x, weights, out_scale, residual, gelu=gelu, out_dtype=out_dtype)
 
 
-def by_xla(operands, o):
-    return IMPLEMENTATIONS["xla"].apply(operands(o))
-
-
-def by_kernel(operands, config: Config, o):
-    return many_rows(operands(o), config)
+def run(operands, o, **options):
+    return LINEAR(operands(o), **options)
 
 
 def norm(o):
     """Of a sum, as in the encoder."""
-    return layer_norm(o["x"], o["weight"], o["weight"], eps=1e-5, add=o["branch"])
+    return add_norm(Residual(o["x"], o["branch"]), Norm(o["weight"], o["weight"], eps=1e-5))
 
 
 def norm_in_8_bits(o):
-    """Of the stream, to which the maps have added all."""
-    return layer_norm(o["x"], o["weight"], o["weight"], eps=1e-5, out_dtype=jnp.float8_e4m3fn)[0]
+    """Of the stream, to which the GEMMs have added all."""
+    scale = jnp.float32(1)
+    return add_norm(Residual(o["x"]), Norm(o["weight"], o["weight"], eps=1e-5), out_scale=scale)[0].values
 
 
 def errors(layer: str, in_8_bits: bool, call, o) -> list[float]:
@@ -183,10 +179,11 @@ def errors(layer: str, in_8_bits: bool, call, o) -> list[float]:
         return [off(y, exact)]
     a = arguments(layer, in_8_bits, o)
     if a.residual is not None:
-        a = dataclasses.replace(a, out_dtype=jnp.dtype("float32"), residual=a.residual.astype(jnp.float32))
+        a = dataclasses.replace(a, residual=a.residual.astype(jnp.float32))
         exact += a.residual
-    own = jax.jit(IMPLEMENTATIONS["reference"].apply)(dataclasses.replace(a, out_dtype=jnp.dtype("float32")))
-    return [off(y, own), off(y, exact if a.out_scale is None else exact * a.out_scale)]
+    a = dataclasses.replace(a, out_dtype=jnp.dtype("float32"))
+    own = jax.jit(functools.partial(LINEAR, implementation="reference"))(a)
+    return [off(y, own), off(y, exact if a.out_scale is None else exact / a.out_scale)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -219,8 +216,9 @@ def make_operands(seed: int, M: int, K: int, N: int):
     drawn["kernel"] = (drawn["kernel"] / math.sqrt(K)).astype(jnp.bfloat16)
     scale = jnp.abs(drawn["kernel"]).max(axis=0).astype(jnp.float32) / 448
     x, kernel = drawn["x"] * SCALE, (drawn["kernel"] / scale).T
-    rounded = (*(y.astype(jnp.float8_e4m3fn) for y in (x, kernel)), scale / SCALE)
-    return drawn | {"rounded": rounded}
+    x, kernel = (y.astype(jnp.float8_e4m3fn) for y in (x, kernel))
+    input_scale = jnp.float32(1 / SCALE)
+    return drawn | {"rounded": (QArray(x, input_scale), QArray(kernel, scale, input_scale))}
 
 
 def calls(M: int, K: int, N: int) -> int:
