@@ -1,11 +1,12 @@
-# make demo   set up and watch a video: stream 759 of seed 7, from python -m moss_jax.worlds.tabletop --seconds 30
-# make test   set up and run the tests
-# make lint   formatting, linting, layering
+# make demo        set up and watch a video: stream 759 of seed 7, from python -m moss_jax.worlds.tabletop --seconds 30
+# make test        set up and run the tests, without the slow ones
+# make test-slow   run the slow tests: the wheel in an environment of its own, the notebooks
+# make lint        check style, formatting, layers and types
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test test-slow lint
 
 demo: .venv/installed
 	$(BIN)/python serve.py --video assets/demo.mp4 --gin_file configs/demo.gin \
@@ -16,20 +17,24 @@ demo: .venv/installed
 		--prompt "Tell me when the ring is taken away." --prompt-at 23.6
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/pyright
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: requirements.txt pyproject.toml | .venv/bin/python
+.venv/installed: requirements.txt pyproject.toml setup.py | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-.venv/installed-dev: requirements.txt pyproject.toml | .venv/bin/python
+.venv/installed-dev: requirements.txt pyproject.toml setup.py | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed

@@ -1,15 +1,15 @@
-"""Times the implementations of the attention op side by side, with other libraries' beside them.
+"""Times implementations of the attention op, and of peers, on decode and prefill shapes.
 
     python benchmarks/attention.py --cases decode --out benchmarks/results/attention_decode_h200.json
     python benchmarks/attention.py --tune --budget 300
 
-Decode calls, which take microseconds, run several to a program: each has K and V of its own, so that no cache
-holds them, and the output of the one before as its queries. The others run one to a program, enqueued
-together. Rates are shares of a copy and a matmul measured first: the bytes are those that a call cannot do
-without, the operations those of the (query, key) pairs that are seen. Peers get K and V in the layout that
-they take. A peer marked "bound" ignores the ranges, so it computes something else.
+Decode calls take microseconds, so a program has several, each with K and V of its own, which no cache holds,
+and with the output of the call before as queries. Other cases run one call a program, enqueued back to back.
+Rates are shares of a large copy and a large GEMM that are timed first; bytes are the least that a call must
+read, FLOPs those of the visible (query, key) pairs. Peers get K and V in the layout that they take. A peer
+marked "bound" ignores the key ranges, so it computes something else.
 
-`--tune` times configurations of our own kernels instead, and keeps the fastest in
+`--tune` times configurations of our kernels instead, and records the fastest in
 moss_jax/ops/attention/tuning.json.
 """
 
@@ -34,9 +34,9 @@ from timing import SHARED_BYTES, line, measure_ceilings, named, timed
 from moss_jax.ops.attention import IMPLEMENTATIONS, tuning
 
 MAX_SCORE_BYTES = 4e9
-MAX_ERROR = 0.03  # Of a configuration that counts as right.
+MAX_ERROR = 0.03  # Relative; a configuration beyond it counts as wrong.
 
-# Share by which times of the same program differ.
+# Relative spread of the times of one program.
 NOISE = 0.02
 DECODE_GRID = {"block_kv": (64, 128), "stages": (1, 2, 3), "blocks": (256, 264, 528)}
 STAIRCASE_GRID = {"block_q": (64, 128), "block_kv": (64, 128), "stages": (2, 3)}
@@ -56,11 +56,11 @@ BACKWARD = [
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """Something that computes a case.
+    """One implementation that is timed.
 
     Attributes:
-      ours: takes K and V as [B, K, S, D]; others as [B, S, K, D].
-      bound: computes attention over all keys instead.
+      ours: whether K and V come as [B, K, S, D]; [B, S, K, D] for the others.
+      bound: whether it attends to all keys instead.
     """
 
     name: str
@@ -72,12 +72,14 @@ class Contender:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--cases", default="all", help="all, decode, staircase, or names, comma-separated")
-    parser.add_argument("--implementations", help="names, comma-separated; all if not given")
+    parser.add_argument(
+        "--cases", default="all", help="all, decode, staircase, or case names, comma-separated"
+    )
+    parser.add_argument("--implementations", help="comma-separated names; all by default")
     parser.add_argument("--repeats", type=int, default=15, help="samples of each time")
-    parser.add_argument("--tune", action="store_true", help="our kernels' configurations instead")
-    parser.add_argument("--budget", type=float, help="seconds after which --tune tries nothing more")
-    parser.add_argument("--tiny", action="store_true", help="small cases, to try this script out on a CPU")
+    parser.add_argument("--tune", action="store_true", help="time configurations of our kernels instead")
+    parser.add_argument("--budget", type=float, help="seconds after which --tune starts nothing new")
+    parser.add_argument("--tiny", action="store_true", help="small cases, to test this script on a CPU")
     add_out(parser)
     args = parser.parse_args()
     # tokamax warns of each shape that its own table lacks.
@@ -150,13 +152,13 @@ def measure(case: Case, contender: Contender, inputs, check: Checker, repeats: i
 
 
 def build(case: Case, attend: Callable):
-    """A program of one call for each bank; it returns the last output and what `Checker` compares."""
+    """Compiles a chain of one call for each bank; returns the last output and what `Checker` compares."""
     step = jax.jit(functools.partial(attend, case))  # Lowered once for all banks.
 
     def chain(q, banks, rest):
         outputs = []
         for bank in banks:
-            # One call's output is the next one's queries: none can be left out or moved.
+            # One call's output is the next one's queries, so XLA can neither drop nor reorder calls.
             outputs.append(step(outputs[-1] if outputs else q, bank, rest))
         return outputs[-1], outputs[:1]
 
@@ -240,9 +242,9 @@ def tokamax_or_none() -> list[Contender]:
 
 
 def tokamax_contenders() -> list[Contender]:
-    """tokamax's Mosaic GPU kernel: with its own choice of configuration, and in the ways meant for decoding.
+    """tokamax's Mosaic GPU kernel, by its own heuristics and in its two variants for decoding.
 
-    Its public function takes one length a row; a range for each query goes to the op below it.
+    Its public function takes one length a row; per-query ranges need the op below it.
     """
     if importlib.util.find_spec("xprof") is None:
         # A large package that only tokamax's own benchmarks use.
@@ -254,7 +256,7 @@ def tokamax_contenders() -> list[Contender]:
     def call(case, q, bank, rest, *, folded=False, split=False):
         op = THEIRS["mosaic_gpu"]
         if folded:
-            # It splits only what has no mask, and masks the last tile if tiles of all splits don't fill S.
+            # Split-K takes no mask, and masks the last tile if the tiles of all splits don't fill S.
             parts = next(n for n in (16, 8, 4, 2, 1) if case.keys % (64 * n) == 0 or n == 1)
             config = ConfigSM90(
                 block_kv=64, num_stages=3, fold_q_sequence_heads=True, split_k=parts if split else 1
@@ -276,7 +278,7 @@ def tokamax_contenders() -> list[Contender]:
 
 
 def tune(cases: list[Case], args: argparse.Namespace) -> list[dict]:
-    """Records the fastest configuration of our kernel for each shape; a row for each that it tries."""
+    """Records the fastest configuration of our kernel for each shape; returns a row for each one tried."""
     deadline = time.monotonic() + (args.budget or float("inf"))
     rows, shapes = [], {}
     for case in cases:
@@ -284,25 +286,25 @@ def tune(cases: list[Case], args: argparse.Namespace) -> list[dict]:
             shapes.setdefault((case.kind, case.rows, case.queries, case.keys, case.stored), []).append(case)
     for alike in shapes.values():
         best, microseconds = {}, {}
-        # The blocks of the backward pass are sought with the best ones of the forward pass.
+        # The backward pass is tuned with the best configuration of the forward pass.
         name = alike[0].name.removesuffix("_gradients")
         forward = dataclasses.replace(alike[0], name=name, gradients=False)
         for case in [forward, *[case for case in alike if case.gradients][:1]]:
             if time.monotonic() > deadline:
-                say(f"time is up: {case.name} and what follows stay as they are")
+                say(f"out of time: {case.name} and the cases after it keep their entries")
                 return rows
             q, banks, rest = make_inputs(case)
             tried = try_configs(case, best, (q, banks, rest), args.repeats, deadline)
             rows += tried
             if time.monotonic() > deadline:
-                say(f"time is up: of {case.name} not all was tried, so it stays as it is")
+                say(f"out of time: {case.name} was not tried to the end and keeps its entry")
                 return rows
             working = [row for row in tried if "us" in row]
             if not working:
                 break
             least = min(row["us"] for row in working)
-            # Of those that are as fast, as far as can be told, the one that cuts the keys least: where few of
-            # them are in range, it is the splits that take the time.
+            # Of configurations that are equally fast within the noise, the one with the fewest splits: with
+            # few keys in range, splits and their reduction dominate.
             alike = [row for row in working if row["us"] <= (1 + NOISE) * least]
             fastest = min(alike, key=lambda row: (row["config"].get("blocks", 0), row["us"]))
             best, fastest["best"] = fastest["config"], True
@@ -315,7 +317,7 @@ def tune(cases: list[Case], args: argparse.Namespace) -> list[dict]:
 
 
 def try_configs(case: Case, best: dict, inputs, repeats: int, deadline: float) -> list[dict]:
-    """A row for each configuration that there is time for."""
+    """Times configurations until the deadline; a row each."""
     kernel, config_class = our_kernel(case.kind)
     check = Checker(case, inputs[0], inputs[1][0], inputs[2])
     rows = []
@@ -330,7 +332,7 @@ def try_configs(case: Case, best: dict, inputs, repeats: int, deadline: float) -
             program = build(case, lambda case, *x, config=config: kernel(arguments(case, *x), config))
             row["error"] = check(program(*inputs)[1])
             if not max(row["error"]) < MAX_ERROR:  # NaN too.
-                raise ValueError(f"its results are off by {row['error']}")
+                raise ValueError(f"relative errors {row['error']} exceed {MAX_ERROR}")
             row |= timed(program, inputs, len(inputs[1]), repeats)
         except Exception as error:
             row["failed"] = first_line(error)
@@ -340,7 +342,7 @@ def try_configs(case: Case, best: dict, inputs, repeats: int, deadline: float) -
 
 
 def our_kernel(kind: str):
-    """(the kernel, its config class)"""
+    """The kernel of a kind of case, and its config class."""
     if kind == "decode":
         from moss_jax.ops.attention.mosaic_gpu import decode, decode_quantized
         from moss_jax.ops.attention.mosaic_gpu.bank import DecodeConfig
@@ -352,7 +354,7 @@ def our_kernel(kind: str):
 
 
 def candidates(case: Case, best: dict) -> list[dict]:
-    """Configurations worth a try."""
+    """The grid of configurations of a case that fit in shared memory."""
     if case.gradients:
         return [best | sizes for sizes in BACKWARD]
     grid = DECODE_GRID if case.kind == "decode" else STAIRCASE_GRID

@@ -1,4 +1,4 @@
-"""What benchmarks/attention.py measures: the shapes, their inputs, their work, and how far off a result is.
+"""Cases of benchmarks/attention.py: shapes, inputs, bytes, FLOPs, and the error of a result.
 
 B row, T query tokens, S keys, K kv heads, H query heads, D head
 """
@@ -25,10 +25,10 @@ class Case:
     """One call of the op, or of the op and its gradients.
 
     Attributes:
-      kind: "decode": a few queries that see every key. "staircase": the keys that a query sees grow evenly
-        from query to query, by whole frames; with `causal`, by one.
+      kind: "decode": few queries that see every key. "staircase": the range grows evenly from query to query,
+        by whole frames; with `causal`, by one key.
       stored: dtype of K and V.
-      gradients: forward and backward.
+      gradients: whether the backward pass is timed too.
     """
 
     name: str
@@ -50,16 +50,16 @@ class Case:
 
     @property
     def scale(self) -> float:
-        """Of the scores.
+        """Factor of the scores.
 
         A decode case feeds the output, about 1 / sqrt(S) in size, back as the next query. This factor keeps
-        the scores at a standard deviation of about 0.6 all along.
+        the standard deviation of the scores at about 0.6.
         """
         return 0.5 * math.sqrt(self.keys / self.head_dim) if self.kind == "decode" else self.head_dim**-0.5
 
     @property
     def end(self) -> np.ndarray:
-        """The first key that each query doesn't see; int32 [T]. Every query starts at key 0."""
+        """End of each query's key range, int32 [T]; all ranges start at 0."""
         query = np.arange(1, self.queries + 1)
         if self.kind == "decode":
             return np.full(self.queries, self.keys, np.int32)
@@ -69,37 +69,37 @@ class Case:
 
     @property
     def score_bytes(self) -> int:
-        """Of all scores in float32."""
+        """Size of the score matrix in float32."""
         return 4 * self.rows * self.heads * self.queries * self.keys
 
     @property
     def bank_bytes(self) -> int:
-        """Of K, V and their scales."""
+        """Size of K, V and their scales."""
         vectors = self.rows * self.kv_heads * self.keys * 2
         return vectors * (self.head_dim * jnp.dtype(self.stored).itemsize + 4 * self.quantized)
 
     @property
     def bytes_read(self) -> int:
-        """What the op cannot do without: the queries, and what belongs to the keys that some query sees."""
+        """The least that the op must read: queries, and K, V and bias of the keys that some query sees."""
         seen = int(self.end.max()) / self.keys
         q = 2 * self.rows * self.queries * self.heads * self.head_dim
         return int(q + seen * (self.bank_bytes + 4 * self.rows * self.keys * self.bias))
 
     @property
     def flops(self) -> float:
-        """Of the two matmuls over the (query, key) pairs that are seen; five more in the backward pass."""
+        """FLOPs of the two GEMMs over visible (query, key) pairs, and of five more in the backward pass."""
         forward = 4.0 * self.head_dim * self.heads * self.rows * int(self.end.sum(dtype=np.int64))
         return forward * (3.5 if self.gradients else 1)
 
     @property
     def banks(self) -> int:
-        """How many K and V are read in turn: too much for a cache, and 8 for 256 frames, as in the model."""
+        """Number of K and V that calls rotate over: more than L2 holds; 8 for 256 frames, as in the model."""
         if self.kind != "decode":
             return 1
         return min(max(math.ceil(800e6 / self.bank_bytes), 2), 40)
 
     def tiny(self) -> "Case":
-        """A case of the same sort for a machine without an accelerator."""
+        """A small version of the case, for a CPU."""
         queries = 64 if self.queries > 64 else self.queries
         sizes = {"heads": 4, "kv_heads": 2, "head_dim": 32, "rows": min(self.rows, 2), "queries": queries}
         return dataclasses.replace(self, keys=queries if self.causal else 4 * FRAME, **sizes)
@@ -132,7 +132,7 @@ CASES = {case.name: case for case in _cases()}
 
 
 class Bank(NamedTuple):
-    """K and V, [B, K, S, D] unless said otherwise, and the scales of their vectors."""
+    """K and V, [B, K, S, D] unless stated otherwise, and the scales of their vectors."""
 
     k: jax.Array
     v: jax.Array
@@ -141,7 +141,7 @@ class Bank(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """The arguments beside q, K and V."""
+    """Arguments other than q, K and V."""
 
     start: jax.Array
     end: jax.Array
@@ -150,7 +150,7 @@ class Rest(NamedTuple):
 
 
 def make_inputs(case: Case) -> tuple[jax.Array, list[Bank], Rest]:
-    """Random queries, banks and the rest."""
+    """Draws queries, banks and the other arguments."""
     size = (case.rows, case.queries, case.heads, case.head_dim)
     keys = jax.random.split(jax.random.key(0), case.banks + 3)
     q = jax.random.normal(keys[-1], size)
@@ -179,7 +179,7 @@ def _make_bank(case: Case, key: jax.Array) -> Bank:
 
 
 def arguments(case: Case, q, bank: Bank, rest: Rest) -> Arguments:
-    """The call as implementations take it."""
+    """The call in the form that implementations take."""
     return Arguments(
         q=q,
         k=bank.k,
@@ -194,10 +194,10 @@ def arguments(case: Case, q, bank: Bank, rest: Rest) -> Arguments:
 
 
 class Checker:
-    """Compares results with float32 ones.
+    """Relative errors of results against float32.
 
-    Outputs and gradients of the queries are compared with the reference, on a sample of the queries if there
-    are many; gradients of K and V, which need all queries, with the blockwise implementation.
+    Outputs and gradients of q are compared with the reference, on a sample of the queries if there are many;
+    gradients of K and V, which need all queries, with the blockwise XLA implementation.
     """
 
     def __init__(self, case: Case, q: jax.Array, bank: Bank, rest: Rest):
@@ -241,7 +241,7 @@ class Checker:
             return run(q, bank.k, bank.v, start, end, d_out.astype(jnp.float32))
 
     def __call__(self, result: tuple[jax.Array, ...]) -> list[float]:
-        """||x - expected|| / ||expected|| of an output, or of the gradients of q, K and V."""
+        """||x - expected|| / ||expected|| of the output, or of the gradients of q, K and V."""
         first, *others = result
         found = (first[:, self.sample], *others)
         return [float(_relative(x, y)) for x, y in zip(found, self.expected, strict=True)]

@@ -1,4 +1,4 @@
-"""A benchmark of chained calls, for kernels of few rows with weights in 8 bits."""
+"""Shared by the benchmarks of few-row W8A16 kernels: chains of dependent calls."""
 
 import argparse
 import dataclasses
@@ -13,20 +13,25 @@ import jax.numpy as jnp
 from report import first_line, make_parser, publish, say
 from timing import begin, line, named, timed
 
-REPEATS = 30  # That must be equal bit for bit.
+from moss_jax.ops.dispatch import Op
+from moss_jax.ops.linear import Weights
+from moss_jax.ops.qarray import QArray
+
+REPEATS = 30  # Runs of one call that must agree bit for bit.
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call, computed in several ways.
+    """One call and the implementations that compute it.
 
     Attributes:
-      copies: of the arguments, with weights of their own; the first are those of the call.
+      copies: arguments with different weights, which calls rotate over; the first are those of the call.
       exact: its result.
-      added_to: what of the result was there before.
-      following: the arguments of a call that depends on the result of the one before.
-      weights: bytes.
-      contenders: name and function of the arguments of each way; the kernel's default first.
+      added_to: part of the result that the op only adds to, left out of the relative error.
+      following: makes the arguments of a call depend on the result of the one before.
+      weights: size in bytes.
+      contenders: name and function of each implementation; the kernel's default first.
+      result: the array of a result that is compared.
     """
 
     name: str
@@ -35,21 +40,24 @@ class Case:
     added_to: jax.Array | float
     following: Callable[[Any, jax.Array], Any]
     weights: int
-    contenders: Sequence[tuple[str, Callable[[Any], jax.Array]]]
+    contenders: Sequence[tuple[str, Callable[[Any], Any]]]
+    result: Callable[[Any], jax.Array]
 
 
 def compare_chained(
     script: str, doc: str, cases: Callable[[argparse.Namespace], Iterator[Case]], calls: int
 ) -> None:
-    """Parses the command line, times all cases, publishes the result.
+    """Parses the command line, times all cases and publishes the result.
 
     Args:
-      calls: of a program, each of which depends on the one before.
+      calls: number of calls of a program, each of which depends on the one before.
     """
     parser = make_parser(doc)
-    parser.add_argument("--rows", default="1,2", help="numbers of rows, comma-separated")
-    parser.add_argument("--stored", default="int8,float8_e4m3fn", help="dtypes, comma-separated")
-    parser.add_argument("--tune", action="store_true", help="other configurations of the kernel too")
+    parser.add_argument("--rows", default="1,2", help="comma-separated numbers of rows")
+    parser.add_argument(
+        "--stored", default="int8,float8_e4m3fn", help="comma-separated dtypes of the weights"
+    )
+    parser.add_argument("--tune", action="store_true", help="time other configurations of the kernel too")
     args, ceilings, deadline, watch = begin(parser)
     results = []
     for case in cases(args):
@@ -60,39 +68,47 @@ def compare_chained(
                 results.append(row | _measure(apply, case, calls, args.repeats, ceilings["copy_tb_s"]))
                 say(line(results[-1]))
     if time.monotonic() > deadline:
-        say("time is up: the rest was left out")
+        say("out of time: the remaining cases were left out")
     publish(script, args, {"ceilings": ceilings, "rows": results})
 
 
-def kernels(module, a, configs: Iterable[dict]) -> Iterator[tuple[str, Callable]]:
-    """The kernel of an op's module, if it takes the call: by default, and with configurations changed."""
-    if module.unsupported(a, jax.default_backend()) is None:
+def implementations(
+    op: Op, kernel: str, a, default: Any, configs: Iterable[dict]
+) -> Iterator[tuple[str, Callable]]:
+    """The kernel of an op, if it supports the call: its default, then changed configurations; and XLA."""
+    if op.implementations[kernel].unsupported(a, jax.default_backend()) is None:
         for changes in ({}, *configs):
-            config = dataclasses.replace(module.default_config(a), **changes)
-            yield named(changes) or "mosaic_gpu", functools.partial(module.few_rows, config=config)
+            config = dataclasses.replace(default, **changes)
+            yield named(changes) or "mosaic_gpu", functools.partial(op, implementation=kernel, config=config)
+    yield "xla", functools.partial(op, implementation="xla")
 
 
-def make_weights(key, stored: str, outputs: int, inputs: int) -> tuple[jax.Array, jax.Array]:
-    """[N, K] in 8 bits, and scales by which they keep the size of what they map."""
+def make_weights(key, stored: str, outputs: tuple[int, ...], inputs: int) -> Weights:
+    """Random weights in 8 bits, scaled so that outputs are about as large as inputs."""
     codes_key, scale_key = jax.random.split(key)
-    codes = jax.random.bits(codes_key, (outputs, inputs), jnp.uint8)
+    codes = jax.random.bits(codes_key, (*outputs, inputs), jnp.uint8)
     if stored != "int8":
         codes = jnp.where(codes & 127 == 127, 0, codes)  # No NaN.
-    size = 74 if stored == "int8" else 120  # About the standard deviation of all codes.
-    scale = jax.random.uniform(scale_key, (outputs,), minval=0.5, maxval=1.5)
-    return jax.lax.bitcast_convert_type(codes, jnp.dtype(stored)), scale / (size * math.sqrt(inputs))
+    size = 74 if stored == "int8" else 120  # Approximate standard deviation of uniformly drawn codes.
+    scale = jax.random.uniform(scale_key, outputs, minval=0.5, maxval=1.5) / (size * math.sqrt(inputs))
+    values = jax.lax.bitcast_convert_type(codes, jnp.dtype(stored))
+    return Weights(QArray(values, scale), layout="outputs_first")
 
 
 def _measure(apply, case: Case, calls: int, repeats: int, copy: float) -> dict:
-    """Error, whether repeats agree, and the time of a call."""
-    one = jax.jit(apply)
+    """Relative error and time of a call; fails if repeats differ."""
+
+    def call(a):
+        return case.result(apply(a))
+
+    one = jax.jit(call)
     try:
         y = one(case.copies[0])
         exact = case.exact.astype(jnp.float32)
         off, size = (jnp.linalg.norm(exact - x) for x in (y, case.added_to))
         if not all(bool((one(case.copies[0]) == y).all()) for _ in range(REPEATS)):
             return {"failed": "repeats differ"}
-        program = jax.jit(functools.partial(_chain, apply, case.following, calls))
+        program = jax.jit(functools.partial(_chain, call, case.following, calls))
         row = {"error": [float(off / size)]} | timed(program, (case.copies,), calls, repeats)
     except Exception as error:
         return {"failed": first_line(error)}
@@ -101,7 +117,7 @@ def _measure(apply, case: Case, calls: int, repeats: int, copy: float) -> dict:
 
 
 def _chain(apply, following, calls: int, copies):
-    """One call after the other."""
+    """Runs calls one after the other, each on the result of the one before."""
     step, y = jax.jit(apply), None
     for i in range(calls):
         a = copies[i % len(copies)]

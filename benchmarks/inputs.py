@@ -1,4 +1,4 @@
-"""What the benchmarks of whole models feed them: frames, and a tokenizer to go with random weights."""
+"""Shared by the benchmarks of whole models: random frames, and a tokenizer for random weights."""
 
 import itertools
 import json
@@ -12,12 +12,13 @@ FRAME = (1080, 1920, 3)
 
 
 def random_frames(count: int, shape: tuple[int, int, int] = FRAME) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """Frames of noise."""
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(count)]
 
 
 def padded_tokenizer(vocab_size: int) -> Tokenizer:
-    """moss_tiny's tokenizer, its vocabulary filled up with tokens that never occur."""
+    """moss_tiny's tokenizer, its vocabulary padded with tokens that never occur in text."""
     tiny = Tokenizer.moss_tiny()
     if tiny.vocab_size == vocab_size:
         return tiny

@@ -1,13 +1,14 @@
-"""Times linear maps of few rows: with weights in 8 bits our kernels and XLA's, with bfloat16 XLA's.
+"""Times GEMMs of few rows: W8A16 by our kernel and by XLA, bfloat16 by XLA.
 
     python benchmarks/linear.py --out benchmarks/results/linear_h200.json
     python benchmarks/linear.py --quick --budget 80
 
-A program makes several calls; each has weights of its own, so that no cache holds them, and its inputs are
-made of the outputs of the one before. Rates are shares of a copy measured first, and count the bytes of the
-weights alone. Errors are ||out - exact|| / ||exact|| against float64, over some of the outputs.
+A program has several calls, each with weights of its own, which no cache holds, and with inputs made of the
+outputs of the call before. Rates are shares of a large copy timed first, and count the bytes of the weights
+alone. Errors are ||out - exact|| / ||exact|| against float64, over some of the outputs.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -19,17 +20,20 @@ import numpy as np
 from report import device, first_line, make_parser, publish, say
 from timing import SHARED_BYTES, add_flags, checked, line, measure_ceilings, named, timed
 
-from moss_jax.ops.linear import IMPLEMENTATIONS, Arguments, linear
-from moss_jax.ops.linear.arguments import QUANTIZED
-from moss_jax.ops.linear.mosaic_gpu import LinearConfig, default_config, few_rows
+from moss_jax.ops.linear import LINEAR, Weights, linear
+from moss_jax.ops.linear.base import Arguments
+from moss_jax.ops.linear.mosaic_gpu.weight_only import Config, default_config
+from moss_jax.ops.qarray import DTYPES, QArray
 
-# (K, N) of the 11B's decoder: the MLP's first, its last, queries with keys and values, output, logits.
+QUANTIZED = [dtype.name for dtype in DTYPES.values()]
+
+# (K, N) of the 11B's decoder: MLP gate and up, MLP down, QKV, attention output, logits.
 SHAPES = ((4096, 28672), (14336, 4096), (4096, 6144), (4096, 4096), (4096, 128256))
 ROWS = (1, 8, 64)
-BYTES = 3e8  # Weights of a program, so that starting it doesn't tell.
+BYTES = 3e8  # Weights of a program, so that launching it is negligible.
 MAX_CALLS = 16
 
-# What is changed in the default configuration.
+# Changes of the default configuration.
 CONFIGS = (
     {},
     {"part": 512, "blocks": 396},
@@ -48,8 +52,12 @@ QUICK_SHAPES, QUICK_ROWS, QUICK_CONFIGS = 3, 1, 3
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--stored", default="int8,float8_e4m3fn,bfloat16", help="dtypes, comma-separated")
-    parser.add_argument("--quick", action="store_true", help="one row, the first shapes and configurations")
+    parser.add_argument(
+        "--stored", default="int8,float8_e4m3fn,bfloat16", help="comma-separated dtypes of the weights"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one row, the first shapes and configurations only"
+    )
     add_flags(parser)
     args = parser.parse_args()
     deadline = time.monotonic() + args.budget
@@ -66,7 +74,7 @@ def main() -> None:
         if time.monotonic() < deadline:
             results += compare(*shape, stored, rows, configs, args.repeats, ceilings["copy_tb_s"], deadline)
     if time.monotonic() > deadline:
-        say("time is up: the rest was left out")
+        say("out of time: the remaining cases were left out")
     publish("linear.py", args, {"ceilings": ceilings, "rows": results})
 
 
@@ -110,7 +118,7 @@ def make_inputs(K: int, N: int, stored: str):
 
 
 def chain(apply, x, kernels, scale):
-    """A call for each kernel; all outputs are returned, so that each is computed as a whole."""
+    """Runs a call for each kernel; returns all outputs, so that XLA computes each in full."""
     step, outputs = jax.jit(apply), []
     for kernel in kernels:
         outputs.append(step(x, kernel, scale))
@@ -126,11 +134,8 @@ def contenders(M: int, K: int, N: int, stored: str, configs):
         yield "xla", lambda x, kernel, _: x @ kernel
         return
 
-    def ours(x, kernel, scale, *, config):
-        return few_rows(Arguments(x, kernel, scale, out_dtype=x.dtype), config)
-
-    def xla(x, kernel, scale):
-        return linear(x, kernel, scale, implementation="xla")
+    def run(x, kernel, scale, **options):
+        return linear(x, Weights(QArray(kernel, scale), layout="outputs_first"), **options)
 
     def summed(x, kernel, scale):
         """As a sum over the inputs, which XLA does without the tensor core."""
@@ -138,20 +143,21 @@ def contenders(M: int, K: int, N: int, stored: str, configs):
         return (products.sum(axis=1) * scale)[None].astype(x.dtype)
 
     abstract = [((M, K), jnp.bfloat16), ((N, K), stored), ((N,), jnp.float32)]
-    call = Arguments(*(jax.ShapeDtypeStruct(*x) for x in abstract), out_dtype=jnp.dtype(jnp.bfloat16))
-    if IMPLEMENTATIONS["mosaic_gpu"].unsupported(call, jax.default_backend()) is None:
+    x, kernel, scale = (jax.ShapeDtypeStruct(*x) for x in abstract)
+    call = Arguments(x, Weights(QArray(kernel, scale), layout="outputs_first"), out_dtype=x.dtype)
+    if LINEAR.implementations["weight_only"].unsupported(call, jax.default_backend()) is None:
         for changes in configs:
-            config = LinearConfig(**vars(default_config(call)) | changes)
-            if shared_bytes(call, config) <= SHARED_BYTES:
-                yield named(changes) or "mosaic_gpu", functools.partial(ours, config=config)
-    yield "xla", xla
+            config = dataclasses.replace(default_config(M), **changes)
+            if shared_bytes(M, K, config) <= SHARED_BYTES:
+                forced = functools.partial(run, implementation="weight_only", config=config)
+                yield named(changes) or "mosaic_gpu", forced
+    yield "xla", functools.partial(run, implementation="xla")
     if M == 1:
         yield "xla, summed", summed
 
 
-def shared_bytes(a: Arguments, config: LinearConfig) -> int:
+def shared_bytes(rows: int, inputs: int, config: Config) -> int:
     """Of one thread block, without its barriers."""
-    rows, inputs = a.x.shape
     ring = config.stages * config.block_k * 64
     return ring + 2 * math.ceil(rows / 8) * 8 * inputs // config.splits(inputs) + 1024
 

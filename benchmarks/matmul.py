@@ -1,15 +1,14 @@
-"""Times the matmuls of the vision encoder's layers with what follows them, and what makes their inputs: in
-bfloat16, and in 8 bits by XLA and by our kernel.
+"""Times the GEMMs of the vision encoder with their epilogues, in bfloat16 and FP8: our kernel, and XLA.
 
     python benchmarks/matmul.py --out benchmarks/results/matmul_h200.json
     python benchmarks/matmul.py --tune --rows 51456 --budget 80
 
-A program makes several calls on operands of their own, so that starting it doesn't tell. All programs of as
-many rows are compiled side by side before the first is timed. In 8 bits the inputs come rounded, `qkv` is
-two maps, of which `qk` gives 8 bits, as `fc1` does, and `out` and `fc2` add their results to the residual
-stream; beside them stands the norm, which rounds what `qk`, `v` and `fc1` take, and in bfloat16 adds what
-`out` and `fc2` give. Rates are shares of a large matmul in bfloat16. Errors are ||y - exact|| / ||exact||
-against float32: first of the operands that are given, then of what they were rounded from.
+A program has several calls on operands of their own, so that launching it is negligible. All programs of one
+number of rows are compiled in parallel before the first is timed. In FP8 the inputs come rounded; `qkv` is
+two GEMMs, of which `qk` gives float8, as `fc1` does; `out` and `fc2` add the residual in their epilogue. The
+norm is timed beside them: in FP8 it rounds the inputs of `qk`, `v` and `fc1`, in bfloat16 it adds the results
+of `out` and `fc2`. Rates are shares of a large bfloat16 GEMM. Errors are ||y - exact|| / ||exact|| against
+float32: first of the operands as given, then of the operands before rounding.
 """
 
 import dataclasses
@@ -23,14 +22,11 @@ import jax.numpy as jnp
 from report import first_line, make_parser, publish, say
 from timing import Watch, begin, line, named, side_by_side, timed
 
-from moss_jax.ops.fused_linear import IMPLEMENTATIONS, Arguments
-from moss_jax.ops.fused_linear.mosaic_gpu import (
-    Config,
-    default_config,
-    many_rows,
-    misfit,
-)
-from moss_jax.ops.norm import layer_norm
+from moss_jax.ops.linear import LINEAR, Weights
+from moss_jax.ops.linear.base import Arguments
+from moss_jax.ops.linear.mosaic_gpu.matmul_epilogue import Config, default_config, misfit
+from moss_jax.ops.norm import Norm, Residual, add_norm
+from moss_jax.ops.qarray import QArray
 
 WIDTH, HIDDEN = 1280, 5120
 LAYERS = {
@@ -42,18 +38,19 @@ LAYERS = {
     "fc2": (HIDDEN, WIDTH),
 }
 TINY = {"qkv": (256, 768), "qk": (256, 512), "fc1": (256, 512), "fc2": (512, 256)}
-IN_8_BITS = {"qkv": (False,), "qk": (True,), "v": (True,)}  # The others are in either.
-ROUNDED = ("qk", "fc1")  # Of which the results are, in 8 bits.
+IN_8_BITS = {"qkv": (False,), "qk": (True,), "v": (True,)}  # The others come in both.
+ROUNDED = ("qk", "fc1")  # Results in float8, in FP8.
 BIASED = ("fc1", "fc2")
-ADDED = ("out", "fc2")  # To the residual stream, in 8 bits.
-SCALE = 32  # What numbers are multiplied with before they are rounded to 8 bits, inputs and results of fc1.
-FLOPS = 1e12  # That a program takes, about.
+ADDED = ("out", "fc2")  # Residual in the epilogue, in FP8.
+SCALE = 32  # Inverse scale of float8 inputs and of the results of fc1.
+KERNEL = "matmul_epilogue"
+FLOPS = 1e12  # Approximate work of a program.
 MAX_CALLS = 24
-REPEATS = 10  # That must be equal bit for bit.
+REPEATS = 10  # Runs of one call that must agree bit for bit.
 
 SMALL = {"columns": 128, "stages": 6}
 FINE = {"chunk": 32, "slots": 4}
-# The configurations that are tried; where the default is another one, it is measured as well.
+# Configurations that --tune tries beside the default.
 CONFIGS = (
     Config(),
     Config(cluster=None),
@@ -74,8 +71,12 @@ CONFIGS = (
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--rows", default="1608,12864,51456", help="of 1, 8 and 32 frames, comma-separated")
-    parser.add_argument("--tune", action="store_true", help="other configurations of the kernel too")
+    parser.add_argument(
+        "--rows",
+        default="1608,12864,51456",
+        help="comma-separated numbers of rows; by default those of 1, 8 and 32 frames",
+    )
+    parser.add_argument("--tune", action="store_true", help="time other configurations of the kernel too")
     args, ceilings, deadline, watch = begin(parser)
     layers, results = TINY if args.tiny else LAYERS, []
     for M in [136] if args.tiny else map(int, args.rows.split(",")):
@@ -85,7 +86,7 @@ def main() -> None:
             results.append(row)
             say(line(row))
     if time.monotonic() > deadline:
-        say("time is up: the rest was left out")
+        say("out of time: the remaining cases were left out")
     publish("matmul.py", args, {"ceilings": ceilings, "rows": results})
 
 
@@ -125,16 +126,16 @@ def contenders(M: int, layer: str, shape: tuple[int, int], tune: bool):
     for in_8_bits in IN_8_BITS.get(layer, (False, True)):
         dtype = "fp8" if in_8_bits else "bfloat16"
         operands = functools.partial(arguments, layer, in_8_bits)
-        yield f"{dtype}, xla", functools.partial(by_xla, operands)
+        yield f"{dtype}, xla", functools.partial(run, operands, implementation="xla")
         a = jax.eval_shape(lambda operands=operands: operands(make_operands(0, M, *shape)))
-        if IMPLEMENTATIONS["mosaic_gpu"].unsupported(a, jax.default_backend()) is not None:
+        if LINEAR.implementations[KERNEL].unsupported(a, jax.default_backend()) is not None:
             continue
         default = default_config(a)
         others = [x for x in CONFIGS if x != default and misfit(a, x) is None] if tune else ()
         for config in (default, *others):
             changes = {k: v for k, v in vars(config).items() if v != getattr(Config(), k)}
             name = "mosaic_gpu" if config == default else named(changes) or "Config()"
-            yield f"{dtype}, {name}", functools.partial(by_kernel, operands, config)
+            yield f"{dtype}, {name}", functools.partial(run, operands, implementation=KERNEL, config=config)
     if layer == "qkv":  # Before `fc1` it is the same.
         yield "norm", norm
         yield "norm, in 8 bits", norm_in_8_bits
@@ -143,30 +144,28 @@ def contenders(M: int, layer: str, shape: tuple[int, int], tune: bool):
 def arguments(layer: str, in_8_bits: bool, o) -> Arguments:
     bias, gelu = o["bias"] if layer in BIASED else None, layer == "fc1"
     if not in_8_bits:
-        return Arguments(o["x"], o["kernel"], None, bias, gelu=gelu, out_dtype=o["x"].dtype)
-    x, kernel, scale = o["rounded"]
-    out_scale = jnp.full(1, SCALE, jnp.float32) if gelu else None
+        return Arguments(o["x"], Weights(o["kernel"], bias), gelu=gelu, out_dtype=o["x"].dtype)
+    x, kernel = o["rounded"]
+    out_scale = jnp.float32(1 / SCALE) if gelu else None
     out_dtype = jnp.dtype("float8_e4m3fn" if layer in ROUNDED else "bfloat16")
     residual = o["residual"] if layer in ADDED else None
-    return Arguments(x, kernel, scale, bias, out_scale, residual, gelu=gelu, out_dtype=out_dtype)
+    weights = Weights(kernel, bias, layout="outputs_first")
+    return Arguments(x, weights, out_scale, residual, gelu=gelu, out_dtype=out_dtype)
 
 
-def by_xla(operands, o):
-    return IMPLEMENTATIONS["xla"].apply(operands(o))
-
-
-def by_kernel(operands, config: Config, o):
-    return many_rows(operands(o), config)
+def run(operands, o, **options):
+    return LINEAR(operands(o), **options)
 
 
 def norm(o):
     """Of a sum, as in the encoder."""
-    return layer_norm(o["x"], o["weight"], o["weight"], eps=1e-5, add=o["branch"])
+    return add_norm(Residual(o["x"], o["branch"]), Norm(o["weight"], o["weight"], eps=1e-5))
 
 
 def norm_in_8_bits(o):
-    """Of the stream, to which the maps have added all."""
-    return layer_norm(o["x"], o["weight"], o["weight"], eps=1e-5, out_dtype=jnp.float8_e4m3fn)[0]
+    """Of the stream, to which the GEMMs have added all."""
+    scale = jnp.float32(1)
+    return add_norm(Residual(o["x"]), Norm(o["weight"], o["weight"], eps=1e-5), out_scale=scale)[0].values
 
 
 def errors(layer: str, in_8_bits: bool, call, o) -> list[float]:
@@ -180,10 +179,11 @@ def errors(layer: str, in_8_bits: bool, call, o) -> list[float]:
         return [off(y, exact)]
     a = arguments(layer, in_8_bits, o)
     if a.residual is not None:
-        a = dataclasses.replace(a, out_dtype=jnp.dtype("float32"), residual=a.residual.astype(jnp.float32))
+        a = dataclasses.replace(a, residual=a.residual.astype(jnp.float32))
         exact += a.residual
-    own = jax.jit(IMPLEMENTATIONS["reference"].apply)(dataclasses.replace(a, out_dtype=jnp.dtype("float32")))
-    return [off(y, own), off(y, exact if a.out_scale is None else exact * a.out_scale)]
+    a = dataclasses.replace(a, out_dtype=jnp.dtype("float32"))
+    own = jax.jit(functools.partial(LINEAR, implementation="reference"))(a)
+    return [off(y, own), off(y, exact if a.out_scale is None else exact / a.out_scale)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -216,8 +216,9 @@ def make_operands(seed: int, M: int, K: int, N: int):
     drawn["kernel"] = (drawn["kernel"] / math.sqrt(K)).astype(jnp.bfloat16)
     scale = jnp.abs(drawn["kernel"]).max(axis=0).astype(jnp.float32) / 448
     x, kernel = drawn["x"] * SCALE, (drawn["kernel"] / scale).T
-    rounded = (*(y.astype(jnp.float8_e4m3fn) for y in (x, kernel)), scale / SCALE)
-    return drawn | {"rounded": rounded}
+    x, kernel = (y.astype(jnp.float8_e4m3fn) for y in (x, kernel))
+    input_scale = jnp.float32(1 / SCALE)
+    return drawn | {"rounded": (QArray(x, input_scale), QArray(kernel, scale, input_scale))}
 
 
 def calls(M: int, K: int, N: int) -> int:

@@ -1,11 +1,11 @@
-"""Times a residual sum with the norm behind it: our kernel, and what XLA makes of plain JAX.
+"""Times a residual add with the RMSNorm or LayerNorm behind it: our kernel, and XLA.
 
     python benchmarks/norm.py --out benchmarks/results/norm_h200.json
 
-A program makes several calls, each with the results of the one before as its residual stream and branch, and
-weights of its own. Rates count the branch and the stream, read and written; their shares are those of a copy
-measured first. Errors are ||out - exact|| / ||exact|| against float64, of some normed rows and of their sums.
-All programs are compiled side by side before the first is timed.
+A program has several calls, each with the results of the one before as residual stream and branch, and
+weights of its own. Rates count branch and stream, read and written, as shares of a large copy timed first.
+Errors are ||out - exact|| / ||exact|| against float64, of some normed rows and of their sums. All programs
+are compiled in parallel before the first is timed.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ import numpy as np
 from report import add_out, device, first_line, make_parser, publish, say
 from timing import checked, measure_ceilings, side_by_side, timed
 
-from moss_jax.ops.norm import IMPLEMENTATIONS, Arguments
-from moss_jax.ops.norm.mosaic_gpu import default_warps, one_pass
+from moss_jax.ops.norm import ADD_NORM
+from moss_jax.ops.norm.base import Arguments
+from moss_jax.ops.norm.mosaic_gpu import Config, default_config
 
 # Rows and width, and whether it is a layer norm: a decoded token of one and of eight streams, a prompt, a
 # long sequence; the vision encoder's positions of one frame and of sixteen.
@@ -67,13 +68,14 @@ def contenders(rows: int, width: int, layer: bool):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
     x, vector = array(rows, width), array(width)
-    a = Arguments(x, x, None, vector, vector if layer else None, eps=EPS)
-    if IMPLEMENTATIONS["mosaic_gpu"].unsupported(a, jax.default_backend()) is None:
-        first = default_warps(a)
+    a = Arguments(x, x, None, vector, vector if layer else None, eps=EPS, out_dtype=x.dtype)
+    if ADD_NORM.implementations["mosaic_gpu"].unsupported(a, jax.default_backend()) is None:
+        first = default_config(a).warps
         for warps in (first, 5 - first):  # 1 and 4.
             if rows >= 4 or warps == 4:
-                yield a, f"mosaic_gpu, warps a row: {warps}", functools.partial(one_pass, warps=warps)
-    yield a, "xla", IMPLEMENTATIONS["xla"].apply
+                ours = functools.partial(ADD_NORM, implementation="mosaic_gpu", config=Config(warps))
+                yield a, f"mosaic_gpu, warps a row: {warps}", ours
+    yield a, "xla", functools.partial(ADD_NORM, implementation="xla")
 
 
 def compile_both(a: Arguments, apply):
@@ -96,7 +98,7 @@ def chain(apply, calls: list[Arguments]):
     """All calls; of all but the first only the vectors are used."""
     step, normed, y = jax.jit(apply), calls[0].add, calls[0].x
     for a in calls:
-        normed, y = step(Arguments(y, normed, None, a.weight, a.bias, eps=EPS))
+        normed, y = step(dataclasses.replace(a, x=y, add=normed))
     return normed, y
 
 

@@ -1,12 +1,11 @@
-"""Times an RMS norm with the linear map behind it, of few rows, with weights in 8 bits: as one kernel, and as
-those of the norm and of `linear`.
+"""Times the RMSNorm-prologue GEMM (W8A16, few rows) against norm and GEMM as separate ops.
 
     python benchmarks/norm_linear.py --out benchmarks/results/norm_linear_h200.json
     python benchmarks/norm_linear.py --tune --rows 1 --stored int8
 
-A program makes 48 calls, each of which has the first outputs of the one before as x; if there are more
-outputs than inputs, they are copied first, which counts for all alike. Weights take turns, so that no cache
-holds them. Rates are shares of a copy measured first, and count the bytes of the weights alone. Errors are
+A program has 48 calls, each on the first outputs of the one before; if there are more outputs than inputs,
+they are copied first, which counts for all alike. Calls rotate over weights, so that no cache holds them.
+Rates are shares of a large copy timed first, and count the bytes of the weights alone. Errors are
 ||y - exact|| / ||exact|| against the reference in float32.
 """
 
@@ -18,15 +17,18 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from chained import Case, compare_chained, kernels, make_weights
+from chained import Case, compare_chained, implementations, make_weights
 
-from moss_jax.ops.norm_linear import IMPLEMENTATIONS, Arguments, mosaic_gpu
+from moss_jax.ops.linear import NORM_LINEAR
+from moss_jax.ops.linear.base import NormArguments
+from moss_jax.ops.linear.mosaic_gpu.norm_matmul import default_config
+from moss_jax.ops.norm import Norm, Residual
 
 K = 4096  # Of the 11B's decoder.
-OUTPUTS = (6144, 4096)  # Its queries, keys and values; its queries alone.
-BYTES = 3e8  # Of all copies of the weights, more than a cache holds.
+OUTPUTS = (6144, 4096)  # QKV of self-attention; Q of cross-attention.
+BYTES = 3e8  # Size of all copies of the weights, more than L2 holds.
 
-# What is changed in the default configuration.
+# Changes of the default configuration.
 CONFIGS = (
     {"block_k": 128, "stages": 8},
     {"each": 2, "stages": 6},
@@ -42,7 +44,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     all_rows = [int(x) for x in args.rows.split(",")]
 
     def following(a, y):
-        return dataclasses.replace(a, x=y[:, : a.x.shape[1]])
+        return dataclasses.replace(a, residual=Residual(y[:, : a.weights.inputs[0]]))
 
     inputs, all_outputs = (512, (1024,)) if args.tiny else (K, OUTPUTS)
     for stored in args.stored.split(","):
@@ -51,30 +53,33 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             keys = jax.random.split(jax.random.key(0), count)
             copies = [make_inputs(key, stored, max(all_rows), inputs, outputs) for key in keys]
             for rows in all_rows:
-                cut = [dataclasses.replace(a, x=a.x[:rows]) for a in copies]
+                cut = [dataclasses.replace(a, residual=Residual(a.residual.x[:rows])) for a in copies]
+                configs = CONFIGS if args.tune else ()
                 yield Case(
                     f"{rows} x {inputs} x {outputs} {stored}",
                     cut,
-                    jax.jit(IMPLEMENTATIONS["reference"].apply)(cut[0]),
+                    jax.jit(functools.partial(NORM_LINEAR, implementation="reference"))(cut[0])[0],
                     0.0,
                     following,
-                    cut[0].weights.nbytes,
-                    [
-                        *kernels(mosaic_gpu, cut[0], CONFIGS if args.tune else ()),
-                        ("xla", IMPLEMENTATIONS["xla"].apply),
-                    ],
+                    inputs * outputs,
+                    list(
+                        implementations(
+                            NORM_LINEAR, "norm_matmul", cut[0], default_config(rows, inputs), configs
+                        )
+                    ),
+                    lambda result: result[0],
                 )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def make_inputs(key, stored: str, rows: int, inputs: int, outputs: int) -> Arguments:
+def make_inputs(key, stored: str, rows: int, inputs: int, outputs: int) -> NormArguments:
     """Outputs are about as large as x."""
     keys = jax.random.split(key, 3)
-    return Arguments(
-        jax.random.normal(keys[0], (rows, inputs), jnp.bfloat16),
-        jax.random.uniform(keys[1], (inputs,), jnp.bfloat16, 0.5, 1.5),
-        *make_weights(keys[2], stored, outputs, inputs),
-        eps=1e-5,
+    return NormArguments(
+        Residual(jax.random.normal(keys[0], (rows, inputs), jnp.bfloat16)),
+        Norm(jax.random.uniform(keys[1], (inputs,), jnp.bfloat16, 0.5, 1.5), eps=1e-5),
+        make_weights(keys[2], stored, (outputs,), inputs),
+        out_dtype=jnp.dtype(jnp.bfloat16),
     )
 
 

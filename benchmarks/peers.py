@@ -1,29 +1,29 @@
-"""Compares perception by cross-attention with visual tokens in the sequence, by what a user waits for.
+"""Compares moss, its decoder-only twin, Qwen2.5-VL and Llama 3.2 Vision by TTFT, tokens per second and stall.
 
     python benchmarks/peers.py --out benchmarks/results/peers.json --figure benchmarks/results/peers.png
 
-Peers, all with random weights, bfloat16 unless it says otherwise, one stream, greedy:
+Peers, all with random weights, bfloat16 unless stated otherwise, one stream, greedy:
   moss    the 11B through `Engine`: 101 vectors a frame, seen by 8 cross-attention layers
-  moss8   the same with weights in 8 bits: int8 for the decoder, fp8 for the vision encoder
+  moss8   the same in 8 bits: int8 decoder (W8A16), fp8 vision encoder (W8A8)
   twin    benchmarks/twin.py through the same engine: the 101 vectors inside the sequence, 32 layers
   qwen    Qwen2.5-VL-7B in transformers: 96 tokens a frame, which is one temporal patch of 224x336
   mllama  Llama-3.2-11B-Vision in transformers, one tile a frame, its 1601 vectors pooled to 101
 
-For each number of frames F, medians, on the clock of the host:
-  ttft_s           a clip of F frames that lie decoded on the host, and 32 tokens of prompt -> the first token
-  tokens_per_s     decoding with the F frames in context: ours as a session does, which dispatches a step
-                   before it reads the token of the last; in transformers that token is the next input
-  prompt_ttft_ms   32 tokens of prompt, the frames being in the cache already -> the first token
-  frame_stall_ms   how much later the next token comes if one more frame is encoded and taken in before it,
-                   each token read by the host before the next (token_ms)
-  peak_gb          of device memory; the cache of ours has room for the most frames from the beginning
-  generate_*       qwen: the same two figures by `generate`, which also works out positions; the figure has
-                   the better of the two ways
+For each number of frames F, medians, on the host's clock:
+  ttft_s           prefill of a clip of F decoded frames in host memory and a prompt of 32 tokens: first token
+  tokens_per_s     decoding with the F frames in context; ours dispatches a step before it reads the token of
+                   the last, as a session does; in transformers that token is the next input
+  prompt_ttft_ms   prefill of a prompt of 32 tokens with the frames in the cache: first token
+  frame_stall_ms   how much later the next token comes if one more frame is encoded and appended before it,
+                   the host reading each token before the next step (token_ms)
+  peak_gb          device memory; our cache has capacity for the most frames from the beginning
+  generate_*       qwen: the same two figures by `generate`, which also computes positions; the plot shows the
+                   better of the two ways
 
 The transformers peers run with sdpa and the dynamic cache that `generate` makes by default, called directly.
 They are spared the preprocessing: theirs are normalised pixels in pinned memory, while ours take 1920x1080
-frames as a video decoder leaves them. Each peer has a process of its own, one after the other, so none
-holds memory that another needs; its rows are printed as they come.
+frames as a video decoder leaves them. Each peer runs in a process of its own, one after the other, so none
+holds memory that another needs; rows are printed as they come.
 """
 
 import argparse
@@ -54,10 +54,10 @@ from twin import TILE, Twin, room, twin_of
 from moss_jax.config import PRESETS, EngineConfig
 from moss_jax.nn import MossVideo, quantize
 from moss_jax.stream import PENDING, Engine, Row
-from moss_jax.stream.engine import FRAME_BUCKETS
+from moss_jax.stream.rows import FRAME_BUCKETS
 
 PROMPT, PROMPTS, STALLS = 32, 5, 8
-TEXT = 1024  # Tokens that a run takes beside its frames, at most.
+TEXT = 1024  # Text tokens of a run, at most.
 PEERS = {
     "moss": "moss_jax 11B: cross-attention",
     "moss8": "the same in 8 bits",
@@ -69,14 +69,20 @@ PEERS = {
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--frames", default="", help="numbers of frames; 16,64,256,1024 (tiny: 8,32)")
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"some of {','.join(PEERS)}")
-    parser.add_argument("--tiny", action="store_true", help="small models, to try the program out")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens that are timed")
-    parser.add_argument("--repeats", type=int, default=3, help="clips that are timed")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds that all may take together")
-    parser.add_argument("--figure", type=Path, help="PNG file to draw")
-    parser.add_argument("--add", type=Path, help="a result of the same machine whose rows are taken over")
+    parser.add_argument(
+        "--frames",
+        default="",
+        help="comma-separated numbers of frames; 16,64,256,1024 by default (tiny: 8,32)",
+    )
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"comma-separated, of {','.join(PEERS)}")
+    parser.add_argument("--tiny", action="store_true", help="small models, to test this script")
+    parser.add_argument("--tokens", type=int, default=64, help="number of timed tokens")
+    parser.add_argument("--repeats", type=int, default=3, help="number of timed clips")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for all peers together")
+    parser.add_argument("--figure", type=Path, help="PNG file of the plot")
+    parser.add_argument(
+        "--add", type=Path, help="an earlier result of the same machine, whose rows are included"
+    )
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     add_out(parser)
     args = parser.parse_args()
@@ -104,7 +110,7 @@ def main() -> None:
 
 
 def lines_of(peer: str, limit: float, environment: dict[str, str]) -> Iterator[dict]:
-    """What a peer's process prints, line by line; a last one that says so if it failed."""
+    """Yields the rows that a peer's process prints, and a last one if it failed."""
     command = [sys.executable, __file__, *sys.argv[1:], "--peer", peer]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     clock = threading.Timer(limit, process.kill)
@@ -115,13 +121,13 @@ def lines_of(peer: str, limit: float, environment: dict[str, str]) -> Iterator[d
         if text.startswith('{"peer"'):
             yield json.loads(text)
     if status := process.wait():
-        reason = "its time was up" if not clock.is_alive() else f"its process ended with status {status}"
+        reason = "out of time" if not clock.is_alive() else f"its process exited with status {status}"
         yield {"peer": peer, "frames": None, "failed": reason}
     clock.cancel()
 
 
 def run_peer(name: str, args: argparse.Namespace) -> None:
-    """Measures one peer in this process; a failure is a row, and what can still be measured is."""
+    """Measures one peer in this process; a failure becomes a row, and the other sizes are still measured."""
 
     def say(**line):
         print(json.dumps({"peer": name} | line), flush=True)
@@ -144,11 +150,11 @@ def run_peer(name: str, args: argparse.Namespace) -> None:
 
 
 def measure(peer: "Peer", frames: int, tokens: int, repeats: int) -> dict:
-    """The figures of a peer for a number of frames."""
+    """Measures a peer at one number of frames."""
     prompt = np.random.default_rng(0).integers(10, 250, PROMPT).tolist()
 
     def live() -> dict:
-        """All that comes after the first token."""
+        """Measures everything after the first token."""
         peer.next()
         rate = tokens / seconds(lambda: peer.talk(tokens))
         token_s = statistics.median([seconds(peer.next) for _ in range(tokens)])
@@ -161,7 +167,7 @@ def measure(peer: "Peer", frames: int, tokens: int, repeats: int) -> dict:
             "frame_stall_ms": 1e3 * (statistics.median(gaps) - token_s),
         }
 
-    # All of it once before: programs are compiled, and cuDNN plans its attention for each length of a cache.
+    # A first pass compiles programs, and cuDNN plans its attention for each cache length.
     answers = []
     for _ in range(1 + repeats):
         peer.reset()
@@ -179,10 +185,10 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 class Peer:
-    """A model with one stream. Each call below returns when the host has the next token."""
+    """A model with one stream. Each call returns when the host has the next token."""
 
-    last: int  # The token that the next call begins with.
-    opening = 1  # In the place of `<|begin_of_text|>`.
+    last: int  # First token of the next call.
+    opening = 1  # Stands for `<|begin_of_text|>`.
 
     def make_room(self, frames: int) -> None: ...
 
@@ -207,10 +213,10 @@ class Peer:
 
 
 class Ours(Peer):
-    """moss, by the calls that a session makes."""
+    """moss, through the engine as a session calls it."""
 
     last = PENDING
-    chunk = FRAME_BUCKETS[-1]  # Frames that one step takes in.
+    chunk = FRAME_BUCKETS[-1]  # Frames appended by one step.
 
     def __init__(self, tiny: bool):
         self.model = self.make(
@@ -266,16 +272,16 @@ class Ours(Peer):
 
 
 class OursIn8Bits(Ours):
-    """moss with weights in 8 bits."""
+    """moss with an int8 decoder and an fp8 vision encoder."""
 
     def make(self, config, dtype):
         return quantize(super().make(config, dtype), decoder="int8", encoder="fp8")
 
 
 class OurTwin(Ours):
-    """The decoder-only twin, by the same calls."""
+    """The decoder-only twin, through the same engine."""
 
-    chunk = FRAME_BUCKETS[-2]  # Of which each is `vectors_per_frame` rows of a step.
+    chunk = FRAME_BUCKETS[-2]  # Each frame is `vectors_per_frame` rows of a step.
 
     def make(self, config, dtype):
         return Twin(twin_of(config), rngs=nnx.Rngs(0), dtype=dtype)
@@ -304,7 +310,7 @@ class Transformers(Peer):
         return {"parameters": sum(p.numel() for p in self.model.parameters()), "versions": versions}
 
     def make_room(self, frames: int) -> None:
-        # Pixels are the same for all frames: what they hold takes no time.
+        # All frames have the same pixels: no time depends on their values.
         one = self.torch.randn(1, *self.frame_shape, dtype=self.torch.bfloat16)
         self.pixels = one.repeat(frames, *[1] * len(self.frame_shape))
         if self.device == "cuda":
@@ -391,7 +397,7 @@ class Qwen(Transformers):
             inputs["mm_token_type_ids"] = 2 * (ids == config.video_token_id).int()
 
         class Clock(self.StoppingCriteria):
-            """When each token was there; stops nothing."""
+            """Records the time of each token; never stops."""
 
             def __call__(self, input_ids, scores, **kwargs):
                 times.append(time.monotonic())
@@ -403,7 +409,7 @@ class Qwen(Transformers):
             self.model.generate(**inputs, **pixels, **lengths, stopping_criteria=[Clock()]).tolist()
 
         try:
-            for _ in range(2):  # Plans for all lengths are made in the first.
+            for _ in range(2):  # cuDNN plans for all lengths in the first.
                 self.reset()
                 times = []
                 generate(1 + tokens)
@@ -423,7 +429,7 @@ class Mllama(Transformers):
     def config(self, transformers, tiny: bool):
         rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        # All that is not named is the 11B's by default.
+        # The defaults of transformers are the 11B's.
         text, vision = {"rope_parameters": rope}, {"image_size": 560}
         # The 11B's encoder computes four tiles even where three are empty.
         vision |= {"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]}
@@ -462,7 +468,7 @@ class Mllama(Transformers):
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    """Three panels over the number of frames, a line a peer."""
+    """Plots three panels over the number of frames, one line a peer."""
     panels = {
         "ttft_s": "time to first token, clip and prompt (s)",
         "tokens_per_s": "tokens per second",
@@ -472,7 +478,7 @@ def figure(rows: list[dict], path: Path) -> None:
     for axes, (key, title) in zip(drawing.subplots(1, len(panels)), panels.items(), strict=True):
         for peer, label in PEERS.items():
             mine = [row for row in rows if row["peer"] == peer and key in row]
-            # Of two ways, the faster.
+            # The faster of a direct call and `generate`.
             best = max if key == "tokens_per_s" else min
             points = sorted(
                 (row["frames"], best(row[key], row.get(f"generate_{key}", row[key]))) for row in mine

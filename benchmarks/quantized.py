@@ -1,20 +1,21 @@
-"""What 8 bits cost in quality: the logits of real sequences, and the scores of the tabletop world.
+"""Measures the quality lost to 8 bits: logits of held-out sequences, and scores of the tabletop world.
 
     python benchmarks/quantized.py --out benchmarks/results/quantized_moss_tiny.json
 
-Logits: those that each token of the ideal assistant would be drawn from, in one pass over a held-out stream.
-The error is the norm of the difference to the float32 model over the norm of its logits, the mean of each
-token's taken away from both; `greedy_agree` is the share of tokens for which the likeliest is the same.
-`bfloat16` sets the measure: that much a model loses by being loaded for an accelerator.
+Logits: those from which each token of the ideal assistant would be sampled, in one pass over a held-out
+stream. The error is the norm of the difference to the float32 model over the norm of its logits, both centred
+for each token; `greedy_agree` is the share of tokens with the same argmax. `bfloat16` is the baseline: the
+loss of loading a model for an accelerator.
 
-Scores: `python -m moss_jax.eval.tabletop` with and without `--weights` and `--encoder-weights`, over the same
-streams, in the dtype that a model is loaded in on this machine.
+Scores: `python -m moss_jax.eval.tabletop` with and without `--weights` and `--encoder-weights`, on the same
+streams, in the dtype in which this machine loads a model.
 """
 
 import argparse
 import functools
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,23 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 from report import add_out, make_parser, publish
-from rich.console import Console
 
+from moss_jax.config import DecoderWeights, EncoderWeights
 from moss_jax.convert import OpenModel, open_model
-from moss_jax.eval import tabletop
+from moss_jax.eval.tabletop import EvaluationConfig, evaluate, ideal_dialogue
 from moss_jax.text.labels import IGNORED
 from moss_jax.video import preprocess
-from moss_jax.worlds.tabletop import Stream, evaluation_stream
+from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 
-# Settings of `open_model`.
-MODES: dict[str, dict[str, str]] = {
+
+class Mode(TypedDict, total=False):
+    """Settings of `open_model`."""
+
+    weights: DecoderWeights
+    encoder_weights: EncoderWeights
+
+
+MODES: dict[str, Mode] = {
     "as loaded": {},
     "int8": {"weights": "int8"},
     "fp8": {"weights": "fp8"},
@@ -39,16 +47,19 @@ MODES: dict[str, dict[str, str]] = {
     "int8, encoder fp8": {"weights": "int8", "encoder_weights": "fp8"},
 }
 SECONDS = 32
-# So that one program serves all sequences of a model.
+# Sequences are padded to this, so that one program serves all.
 MAX_TOKENS = 512
 
 
 def main() -> None:
+    """Runs the benchmark."""
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/moss-tiny"))
-    parser.add_argument("--streams", type=int, default=50, help="that are scored")
-    parser.add_argument("--sequences", type=int, default=16, help="whose logits are compared")
-    parser.add_argument("--seed", type=int, default=1, help="which held-out streams")
+    parser.add_argument("--streams", type=int, default=50, help="number of scored streams")
+    parser.add_argument(
+        "--sequences", type=int, default=16, help="number of sequences whose logits are compared"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of the held-out streams")
     add_out(parser)
     args = parser.parse_args()
     result = {"logits": compare_logits(args), "scores": {name: score(args, name) for name in MODES}}
@@ -56,7 +67,7 @@ def main() -> None:
 
 
 def compare_logits(args: argparse.Namespace) -> dict[str, Any]:
-    """For each dtype and mode, how far the logits are from those in float32."""
+    """Relative errors of the logits against float32, by dtype and mode."""
     streams = [evaluation_stream(args.seed, index, SECONDS) for index in range(args.sequences)]
     exact = logits_of(open_model(args.checkpoint, dtype=jnp.float32), streams)
     found: dict[str, Any] = {"sequences": len(streams), "tokens": sum(map(len, exact))}
@@ -74,23 +85,24 @@ def compare_logits(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def squares(logits: Float[np.ndarray, "T V"]) -> float:
+    """Sum of squares of centred logits."""
     return float(np.sum((logits - logits.mean(axis=-1, keepdims=True)) ** 2))
 
 
-def logits_of(opened: OpenModel, streams: list[Stream]) -> list[Float[np.ndarray, "T V"]]:
-    """The logits that each token of the ideal assistant would be drawn from, for each stream."""
+def logits_of(opened: OpenModel, streams: list[TabletopStream]) -> list[Float[np.ndarray, "T V"]]:
+    """The logits from which each token of the ideal assistant would be sampled, for each stream."""
     graph, params = nnx.split(opened.model)
     vision = opened.model.config.vision
     found = []
     for stream in streams:
-        dialogue = tabletop.ideal(stream, opened.tokenizer, tokens_per_second=8)
+        dialogue = ideal_dialogue(stream, opened.tokenizer, tokens_per_second=8)
         length = min(len(dialogue.tokens), MAX_TOKENS)
         tokens = np.zeros((1, MAX_TOKENS), np.int32)
         tokens[0, :length] = dialogue.tokens[:length]
         positions = np.full((1, SECONDS), MAX_TOKENS, np.int32)
         positions[0, : len(dialogue.frame_positions)] = dialogue.frame_positions
         pixels = preprocess(
-            np.stack(stream.frames(vision.image_size)),
+            jnp.asarray(stream.frames(vision.image_size)),
             image_size=vision.image_size,
             mean=vision.image_mean,
             std=vision.image_std,
@@ -102,17 +114,22 @@ def logits_of(opened: OpenModel, streams: list[Stream]) -> list[Float[np.ndarray
 
 @functools.partial(jax.jit, static_argnums=0)
 def one_pass(graph: nnx.GraphDef, params: nnx.State, *inputs: Array) -> Float[Array, "B S V"]:
+    """Runs the model's one-pass call, compiled."""
     return nnx.merge(graph, params)(*inputs)
 
 
 def score(args: argparse.Namespace, name: str) -> dict[str, float]:
-    """The headline scores of a mode."""
-    settings = {"checkpoint": args.checkpoint, "streams": args.streams, "seed": args.seed, "seconds": SECONDS}
-    settings |= {key.replace("_", "-"): value for key, value in MODES[name].items()}
-    flags = [f"--{key}={value}" for key, value in settings.items()]
-    found = tabletop.evaluate(
-        tabletop.parse_arguments([*flags, "--skip-offline", "--skip-blind"]), Console(stderr=True)
+    """The main scores of a mode."""
+    config = EvaluationConfig(
+        checkpoint=args.checkpoint,
+        streams=args.streams,
+        seed=args.seed,
+        seconds=SECONDS,
+        offline=False,
+        blind_streams=0,
+        **MODES[name],
     )
+    found = evaluate(config, functools.partial(print, file=sys.stderr))
     return {
         "dtype": found["dtype"],
         "accuracy": found["accuracy"]["value"],

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the command line, what is printed, and what is written beside the figures."""
+"""Shared by all benchmarks: the command line, and the JSON of a result."""
 
 import argparse
 import json
@@ -11,23 +11,23 @@ from pathlib import Path
 import jax
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is a script's docstring as it stands."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
-    """The flag that `publish` reads."""
+    """Adds the flag that `publish` reads."""
     parser.add_argument("--out", type=Path, help="JSON file to write")
 
 
 def known(parser: argparse.ArgumentParser, table: dict, name: str):
-    """What `table` has under a name that the command line gives."""
+    """Looks a name of the command line up; exits with the known names if there is none."""
     return table[name] if name in table else parser.error(f"no {name}; there are {', '.join(table)}")
 
 
 def publish(script: str, args: argparse.Namespace, result: dict) -> None:
-    """Prints a result as JSON with command, device and versions; writes it to `args.out` too, if given."""
+    """Prints a result as JSON with command, device and versions, and writes it to `args.out` if given."""
     command = " ".join([f"python benchmarks/{script}", *settings(args)])
     text = json.dumps({"command": command, "device": device(), "versions": versions()} | result, indent=2)
     print(text)
@@ -37,7 +37,7 @@ def publish(script: str, args: argparse.Namespace, result: dict) -> None:
 
 
 def settings(args: argparse.Namespace) -> list[str]:
-    """The flags that make the same run again; those that were left off have None, False or no limit."""
+    """The flags that reproduce a run; None, False and infinity are flags that were left off."""
     return [
         f"--{name.replace('_', '-')} {'' if value is True else value}"
         for name, value in vars(args).items()
@@ -46,7 +46,7 @@ def settings(args: argparse.Namespace) -> list[str]:
 
 
 def device() -> str:
-    """The devices of this machine, one a line."""
+    """Names of the devices of this machine, one a line."""
     if jax.default_backend() == "cpu":
         return f"CPU, {platform.machine()}"
     name = subprocess.run(
@@ -59,17 +59,17 @@ def device() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
+    """Versions of the packages that figures depend on."""
     return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")} | {
         "python": platform.python_version()
     }
 
 
 def say(text: str) -> None:
-    """Prints at once, so that a run that is cut off has said what it found."""
+    """Prints and flushes, so that an interrupted run has shown its rows."""
     print(text, flush=True)
 
 
 def first_line(error: Exception) -> str:
-    """An error as a row has it."""
+    """Type and first line of an error, for a row."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:160]

@@ -1,30 +1,30 @@
-"""Measures what a user of a live session waits for, over a memory bank that holds more and more frames.
+"""Measures a live session's latencies and rates, over the number of frames in its memory bank.
 
     python benchmarks/streaming.py --out benchmarks/results/streaming_11b_h200.json
     python benchmarks/streaming.py --preset moss_tiny --quick
 
 Random bfloat16 weights, one stream, in the code path of a live session: a realtime `Session` over an
-`Engine`, 1920x1080 frames and prompts pushed from a thread of their own, events timed as they come out. What
-a session needs is compiled before; a row says so if a program was not.
+`Engine`, 1920x1080 frames and prompts pushed from a thread of their own, events timed as they come out. All
+programs are compiled beforehand; a row says if one was not.
 
-start      an engine is made of weights on the device, warmed up, and says its first token. It says what of
-           that was in JAX's cache on disk: set JAX_COMPILATION_CACHE_DIR and run twice for a warm one
+start      cold start: weights on the device to first token, with compilation. It says how many programs were
+           in JAX's cache on disk: set JAX_COMPILATION_CACHE_DIR and run twice for a warm one
 ttft       a prompt of 32 tokens while the model talks and sees a frame a second: `push_prompt` to first text
-extend     a frame while nothing is said: `push_frame` to the draw of the step that appended it
-decode     tokens a second, nothing else going on
+extend     a frame while nothing is said: `push_frame` to the sample of the step that appended it
+decode     tokens a second, without frames or prompts
 arrivals   tokens a second while 1, 4 and 10 frames a second arrive; and the stall, from the first of these:
            the largest gap among the 20 tokens around a frame, less their median gap
-sustained  frames a second with nothing said; as many wait as the inbox takes, so they go in batches
-offline    a clip of 256 frames in host memory, asked about: `answer` to first text; at one size of bank
+sustained  frames a second with nothing said; the inbox is kept full, so they are encoded in batches
+offline    a clip of 256 frames in host memory: `answer_offline` to first text; at one size of bank
 
 Two things are done to the engine. Its streams begin with the bank filled, with noise (`FilledEngine.start`);
-and the mask of tokens that may be drawn, which every engine has, leaves only silence, or only tokens that are
+and the mask of tokens that may be sampled, `Engine.allowed`, leaves only silence, or only tokens that are
 whole characters, so that each is an event. Both are data: the programs are those of any session.
 
-Beside a figure stands its floor. A step reads the decoder's parameters and the keys and values in range, at
-the rate of a large copy; a frame takes the encoder's operations, at the rate of a large matmul. What a floor
-knows nothing of: transfers from the host. The share is the floor over the figure, for rates the reverse.
-Memory is the peak of the process, beside parameters and one state.
+Each figure has its floor. A step reads the decoder's parameters and the keys and values in range, at the rate
+of a large copy; a frame takes the encoder's FLOPs, at the rate of a large GEMM. Transfers from the host are
+not in it. The share is floor / figure, for rates the reverse. The memory is the peak of the process; its
+floor is the parameters and one state.
 """
 
 import bisect
@@ -51,18 +51,28 @@ from timing import measure_ceilings
 from moss_jax.config import PRESETS, DecoderWeights, EncoderWeights, EngineConfig, SessionConfig
 from moss_jax.memory import StreamState
 from moss_jax.nn import MossVideo, quantize
-from moss_jax.stream import Engine, EngineState, Event, Frame, Session, Silence, Text, Turn, answer
-from moss_jax.stream.engine import FRAME_BUCKETS
+from moss_jax.stream import (
+    Engine,
+    EngineState,
+    Event,
+    FrameSeen,
+    Session,
+    Silence,
+    Text,
+    Turn,
+    answer_offline,
+)
+from moss_jax.stream.rows import FRAME_BUCKETS
 from moss_jax.text import Tokenizer
 from moss_jax.train.flops import forward_work
-from moss_jax.video import Frame as VideoFrame
+from moss_jax.video import Frame
 
 GB = 1e9
 LIVE = SessionConfig(clock="realtime")
 PROMPT_TOKENS = 32
-# Beyond what a stream begins with: more than any measure takes.
+# Capacity beyond the initial frames: more than any measure takes.
 FRAMES_ROOM, TEXT_ROOM = 192, 6144
-# Roughly what programs need beside parameters and state.
+# Rough size of the programs' temporaries.
 SCRATCH_BYTES = 4 * GB
 WARM_TOKENS, WARM_FRAMES = 16, 16
 AROUND = 10
@@ -74,26 +84,25 @@ QUICK = Sizes(5, 5, 32, {1: 2, 4: 1, 10: 1}, sustained=16, clip=16, clips=1)
 
 
 class FilledEngine(Engine):
-    """An engine whose streams can begin as if they had watched for a while: with `held` frames."""
+    """An engine whose streams begin with `held` frames in the bank."""
 
     held = 0
 
     @functools.cached_property
     def masks(self) -> dict[str, jax.Array]:
-        """Tokens that may be drawn: silence, or those that are whole characters by themselves."""
+        """Tokens that may be sampled: silence, or those that are whole characters by themselves."""
         texts = [self.tokenizer.decode([i]) for i in range(self.tokenizer.vocab_size)]
         is_text = jnp.array([bool(text) and "\ufffd" not in text for text in texts])
         return {"text": is_text, "silence": jnp.arange(len(texts)) == self.tokenizer.special.silence}
 
     def begin_with(self, frames: int, allowed: str) -> None:
-        rules = dataclasses.replace(self._rules, allowed=self.masks[allowed])
-        self.held, self._rules = frames, jax.device_put(rules, self._place)
+        self.held, self.allowed = frames, self.masks[allowed]
 
     def start(self) -> EngineState:
-        """A state with frames and their `<|image|>` tokens in it, one after the other.
+        """A state that holds frames and their `<|image|>` tokens.
 
-        Keys and values are drawn, not computed, since no time depends on them. But zeros would not do: a
-        device that multiplies them draws less power and may clock higher.
+        Keys and values are noise, since no time depends on their values. Zeros would not do: a device that
+        multiplies them draws less power and may clock higher.
         """
         state, held = super().start(), self.held
 
@@ -106,10 +115,10 @@ class FilledEngine(Engine):
             places = jnp.arange(bank.capacity)[None]
             bank = fill(bank, positions=jnp.where(places < held, places, bank.positions))
             text = fill(text)
-        return jax.device_put(dataclasses.replace(state, stream=StreamState(text, bank)), self._place)
+        return jax.device_put(dataclasses.replace(state, stream=StreamState(text, bank)), self.placement)
 
-    def programs(self) -> int:
-        return sum(program._cache_size() for program in (self._step, self._pixels, self._encode))
+    def num_programs(self) -> int:
+        return sum(program._cache_size() for program in self.programs.values())
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -118,12 +127,12 @@ def add_noise(x: jax.Array) -> jax.Array:
 
 
 class Floors:
-    """The least seconds that things can take on this device."""
+    """Lower bounds of steps and encoding on this device, in seconds."""
 
     def __init__(self, model: MossVideo, ceilings: dict[str, float]):
         config, decoder = model.config, model.config.decoder
         copy, matmul = 1e12 * ceilings["copy_tb_s"], 1e12 * ceilings["matmul_tflop_s"]
-        # Of the embedding, one row is read.
+        # A step reads one row of the embedding.
         embedding = (
             (decoder.vocab_size + decoder.extra_embeddings) * decoder.hidden_size * model.dtype.itemsize
         )
@@ -135,13 +144,13 @@ class Floors:
         self.encode = sum(w.matmul + w.attention for w in work) / matmul
 
     def step(self, frames: float, tokens: float) -> float:
-        """Of one step over so many frames and tokens."""
+        """Lower bound of a step that attends to this many frames and tokens."""
         return self._weights + frames * self._frame + tokens * self._token
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What the measures share; `frames` are those that the bank holds at first."""
+    """Shared by the measures; `frames` is the number of frames in the bank at first."""
 
     engine: FilledEngine
     frames: int
@@ -155,21 +164,21 @@ class Stream:
     """A realtime session, run in the calling thread while `feed` feeds it from another.
 
     Attributes:
-      times: when the host had each event, by the event's type.
-      pushed, answered: when each frame and prompt was pushed, and when the draw came that followed.
-      begin: when the schedule began.
-      compiled: programs that were compiled meanwhile, which spoils a figure.
+      times: arrival of each event on the host, by its type.
+      pushed, answered: times at which frames and prompts were pushed, and of the samples that followed.
+      begin: start of the schedule.
+      compiled: programs compiled during the session, which spoil a figure.
     """
 
     def __init__(self, bench: Bench, allowed: str, feed: "Callable[[Stream], Any]"):
         self.times = collections.defaultdict(list)
-        self.pushed, self.answered = {Frame: [], Turn: []}, {Frame: [], Turn: []}
+        self.pushed, self.answered = {FrameSeen: [], Turn: []}, {FrameSeen: [], Turn: []}
         self.begin = 0.0
         self._bench, engine = bench, bench.engine
         engine.begin_with(bench.frames, allowed)
         self.session = Session(engine, LIVE, system=None, prompt=bench.prompt)
         self.prompt_length = len(self.session.check_prompt(bench.prompt))
-        self._over, programs = False, engine.programs()
+        self._over, programs = False, engine.num_programs()
         with futures.ThreadPoolExecutor(1) as threads:
             fed = threads.submit(self._feed, feed)
             try:
@@ -178,7 +187,7 @@ class Stream:
             finally:
                 self._over = True
         fed.result()
-        c, self.compiled = event.counters, engine.programs() - programs
+        c, self.compiled = event.counters, engine.num_programs() - programs
         added = c.frames + c.tokens + c.silences + self.prompt_length * (c.prompts - 1)
         # The session doesn't know of what was there before, so it cannot see to this.
         if added + self.session.opening_length > TEXT_ROOM or c.frames > FRAMES_ROOM:
@@ -203,20 +212,20 @@ class Stream:
     def push(self, kind: type[Event]) -> None:
         pictures = self._bench.pictures
         self.pushed[kind].append(time.monotonic())
-        if kind is Frame:
-            self.session.push_frame(pictures[len(self.pushed[Frame]) % len(pictures)])
+        if kind is FrameSeen:
+            self.session.push_frame(pictures[len(self.pushed[FrameSeen]) % len(pictures)])
         else:
             self.session.push_prompt(self._bench.prompt)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Waits; looks seldom enough not to disturb the thread that makes tokens."""
+        """Polls, seldom enough not to disturb the thread that runs the session."""
         while not condition():
             if self._over:
                 raise RuntimeError("the session has ended")
             time.sleep(0.002)
 
     def schedule(self, plan: list[tuple[float, type[Event]]], seconds: float) -> None:
-        """Pushes what `plan` says, at so many seconds from when the model is well under way."""
+        """Pushes what `plan` says, at its seconds after the model has begun to talk."""
         self.until(lambda: len(self.times[Text]) >= WARM_TOKENS)
         self.begin = time.monotonic()
         for at, kind in sorted(plan, key=lambda entry: entry[0]):
@@ -227,24 +236,24 @@ class Stream:
         self.until(lambda: len(self.answered[Turn]) > len(self.pushed[Turn]))
 
     def in_turn(self, frames: int, ready: Callable[[int], bool]) -> None:
-        """Pushes frame `i` as soon as it is ready to be."""
+        """Pushes each frame i as soon as `ready(i)`."""
         self.until(lambda: bool(self.answered[Turn]))
         for i in range(frames):
             self.until(lambda i=i: ready(i))
-            self.push(Frame)
-        self.until(lambda: len(self.answered[Frame]) == frames)
+            self.push(FrameSeen)
+        self.until(lambda: len(self.answered[FrameSeen]) == frames)
 
     def waits(self, kind: type[Event]) -> list[float]:
-        """Milliseconds from each push to the draw of the step that took it in."""
+        """Milliseconds from each push to the sample of the step that appended it."""
         answered = self.answered[kind][-len(self.pushed[kind]) :]
         return [1e3 * (at - push) for at, push in zip(answered, self.pushed[kind], strict=True)]
 
 
 def ttft(bench: Bench) -> Iterator[dict]:
-    # At any moment of a step that is under way, as people ask.
+    # At random moments within a step, as people ask.
     rng = random.Random(0)
     prompts = list(itertools.accumulate(rng.uniform(0.1, 0.3) for _ in range(bench.sizes.prompts)))
-    plan = [(at, Turn) for at in prompts] + [(0.5 + i, Frame) for i in range(int(prompts[-1]) + 1)]
+    plan = [(at, Turn) for at in prompts] + [(0.5 + i, FrameSeen) for i in range(int(prompts[-1]) + 1)]
     stream = Stream(bench, "text", lambda s: s.schedule(plan, prompts[-1] + 0.5))
     figures = spread(stream.waits(Turn)) | {"row_tokens": stream.prompt_length}
     yield row("ttft", "ms", figures, 1e3 * stream.step_floor, stream)
@@ -252,9 +261,9 @@ def ttft(bench: Bench) -> Iterator[dict]:
 
 def extend(bench: Bench) -> Iterator[dict]:
     count = bench.sizes.extends + 2
-    stream = Stream(bench, "silence", lambda s: s.in_turn(count, lambda i: len(s.answered[Frame]) == i))
+    stream = Stream(bench, "silence", lambda s: s.in_turn(count, lambda i: len(s.answered[FrameSeen]) == i))
     floor = bench.floors.encode + stream.step_floor
-    yield row("extend", "ms", spread(stream.waits(Frame)[2:]), 1e3 * floor, stream)
+    yield row("extend", "ms", spread(stream.waits(FrameSeen)[2:]), 1e3 * floor, stream)
 
 
 def decode(bench: Bench) -> Iterator[dict]:
@@ -269,23 +278,23 @@ def decode(bench: Bench) -> Iterator[dict]:
 def arrivals(bench: Bench) -> Iterator[dict]:
     encode = bench.floors.encode
     for rate, seconds in bench.sizes.arrivals.items():
-        plan = [((i + 0.5) / rate, Frame) for i in range(round(rate * seconds))]
+        plan = [((i + 0.5) / rate, FrameSeen) for i in range(round(rate * seconds))]
         stream = Stream(bench, "text", functools.partial(Stream.schedule, plan=plan, seconds=seconds))
         times = [at for at in stream.times[Text] if 0 <= at - stream.begin <= seconds]
-        figures = {"rate": rate_of(times), "seen": len(stream.times[Frame]), "dropped": stream.dropped}
-        # The step that appends a frame draws a token like any other, so encoding is all that a frame adds.
+        figures = {"rate": rate_of(times), "seen": len(stream.times[FrameSeen]), "dropped": stream.dropped}
+        # The step that appends a frame samples a token like any other, so a frame adds its encoding alone.
         floor = max(0, 1 - rate * encode) / stream.step_floor
         yield row(f"decode at {rate}/s", "tok/s", figures, floor, stream)
         if rate == min(bench.sizes.arrivals):
-            # With a device of its own, perception leaves the text the appending alone.
+            # With perception on another device, a frame costs the text only the append.
             apart = bench.engine.perception_device is not None
             yield row("stall", "ms", spread(stalls(stream)), None if apart else 1e3 * encode, stream)
 
 
 def stalls(stream: Stream) -> list[float]:
-    """Milliseconds that each frame put into the stream of tokens."""
+    """Stall of the token stream by each frame, in milliseconds."""
     times, found = stream.times[Text], []
-    for at in stream.times[Frame]:
+    for at in stream.times[FrameSeen]:
         i = bisect.bisect(times, at)
         gaps = 1e3 * np.diff(times[max(0, i - AROUND) : i + AROUND])
         found.append(float(gaps.max() - np.median(gaps)))
@@ -293,10 +302,12 @@ def stalls(stream: Stream) -> list[float]:
 
 
 def sustained(bench: Bench) -> Iterator[dict]:
-    # No more wait than fit, so none is dropped.
+    # No more are pushed than the inbox takes, so none is dropped.
     count, most = WARM_FRAMES + bench.sizes.sustained, LIVE.inbox_frames
-    stream = Stream(bench, "silence", lambda s: s.in_turn(count, lambda i: i - len(s.times[Frame]) < most))
-    times = [at for at in stream.answered[Frame] if at >= stream.answered[Frame][WARM_FRAMES - 1]]
+    stream = Stream(
+        bench, "silence", lambda s: s.in_turn(count, lambda i: i - len(s.times[FrameSeen]) < most)
+    )
+    times = [at for at in stream.answered[FrameSeen] if at >= stream.answered[FrameSeen][WARM_FRAMES - 1]]
     frames, batches = sum(at > times[0] for at in times), len(set(times)) - 1
     figures = {"rate": frames / (times[-1] - times[0]), "frames_a_batch": frames / batches}
     floor = frames / (frames * bench.floors.encode + batches * stream.step_floor)
@@ -304,13 +315,13 @@ def sustained(bench: Bench) -> Iterator[dict]:
 
 
 def offline(bench: Bench) -> Iterator[dict]:
-    clip = [VideoFrame(bench.pictures[i % len(bench.pictures)], float(i)) for i in range(bench.sizes.clip)]
+    clip = [Frame(bench.pictures[i % len(bench.pictures)], float(i)) for i in range(bench.sizes.clip)]
     bench.engine.begin_with(0, "text")
     milliseconds = []
-    # The first compiles; the second still waits for memory that frames are sent through, which is kept.
+    # The first compiles; the second still allocates pinned memory for the frames, which is then reused.
     for _ in range(2 + bench.sizes.clips):
         started = time.monotonic()
-        next(e for e in answer(bench.engine, clip, bench.prompt, max_tokens=1) if isinstance(e, Text))
+        next(e for e in answer_offline(bench.engine, clip, bench.prompt, max_tokens=1) if isinstance(e, Text))
         milliseconds.append(1e3 * (time.monotonic() - started))
     steps = math.ceil(len(clip) / FRAME_BUCKETS[-1])
     floor = len(clip) * bench.floors.encode + steps * bench.floors.step(len(clip) / 2, len(clip) / 2)
@@ -326,16 +337,20 @@ def main() -> None:
     parser.add_argument(
         "--frames",
         default="16,64,256,1024,4096",
-        help="in the bank, comma-separated; it has room for the most",
+        help="comma-separated numbers of frames in the bank; its capacity follows the largest",
     )
-    parser.add_argument("--quick", action="store_true", help="few samples, and the fewest frames alone")
-    parser.add_argument("--only", help=f"names, comma-separated, of start, {', '.join(MEASURES)}")
-    parser.add_argument("--weights", choices=get_args(DecoderWeights), help="of the decoder, in 8 bits")
     parser.add_argument(
-        "--encoder-weights", choices=get_args(EncoderWeights), help="of the vision encoder, in 8 bits"
+        "--quick", action="store_true", help="few samples, at the smallest number of frames only"
     )
-    parser.add_argument("--perception-device", type=int, help="number of the device that encodes frames")
-    parser.add_argument("--budget", type=float, help="seconds after which nothing new is begun")
+    parser.add_argument("--only", help=f"comma-separated measures, of start, {', '.join(MEASURES)}")
+    parser.add_argument(
+        "--weights", choices=get_args(DecoderWeights), help="8-bit format of the decoder's weights"
+    )
+    parser.add_argument(
+        "--encoder-weights", choices=get_args(EncoderWeights), help="8-bit format of the vision encoder"
+    )
+    parser.add_argument("--perception-device", type=int, help="index of the device that encodes frames")
+    parser.add_argument("--budget", type=float, help="seconds after which nothing new starts")
     add_out(parser)
     args = parser.parse_args()
     every = {name: name for name in ("start", *MEASURES)}
@@ -357,7 +372,7 @@ def main() -> None:
 
 
 def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
-    """A row for each figure, from few frames to many."""
+    """Yields a row for each figure, from few frames to many."""
     cache = collections.Counter()
     jax.monitoring.register_event_listener(lambda event, **_: cache.update([event.rpartition("/")[-1]]))
     config = PRESETS[args.preset]()
@@ -371,25 +386,27 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     engine = FilledEngine(model, tokenizer, perception_device=None if apart is None else jax.devices()[apart])
     del model
     engine_s = time.monotonic() - started
-    # One bank, with room for the most: a session's is as large from its first frame to its last.
+    # One capacity for all, since that of a session is static.
     most = counts[-1]
     engine.config = EngineConfig(text_capacity=most + TEXT_ROOM, bank_capacity=most + FRAMES_ROOM)
     engine.begin_with(0, "text")
     state = tree_bytes(jax.eval_shape(engine.start))
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    # Streams follow one another: a state is made while the one before may still be held.
+    # A stream's state may be allocated before the one before is freed.
     if (needed := parameters + 2 * state + SCRATCH_BYTES) > limit:
         raise SystemExit(
             f"{most} frames need about {needed / GB:.1f} GB of the device, which has {limit / GB:.1f} GB"
         )
-    # That of "start" is one as serve.py makes it, with its system prompt.
+    # "start" runs a session as serve.py makes it, with its system prompt.
     usual = Session(engine, LIVE, prompt=prompt)
     cache.clear()
     started = time.monotonic()
     engine.warm_up(FRAME)
     seconds = time.monotonic() - started
     cached = {"from_disk": cache["cache_hits"], "to_disk": cache["cache_misses"]}
-    yield {"frames": most} | row("compile", "s", {"seconds": seconds, "programs": engine.programs()} | cached)
+    yield {"frames": most} | row(
+        "compile", "s", {"seconds": seconds, "programs": engine.num_programs()} | cached
+    )
     if "start" in names:
         started = time.monotonic()
         next(event for event in usual if isinstance(event, Text))
@@ -414,11 +431,11 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
         figures = {"peak": stats["peak_bytes_in_use"] / GB, "state": state / GB}
         yield {"frames": most} | row("memory", "GB", figures, (parameters + state) / GB)
     if time.monotonic() > deadline:
-        say("time was up: what is not above was left out")
+        say("out of time: the remaining measures were left out")
 
 
 def prompt_text(tokenizer: Tokenizer) -> str:
-    """A prompt of `PROMPT_TOKENS` tokens."""
+    """A prompt text of `PROMPT_TOKENS` tokens."""
     text, letters = "", itertools.cycle("what has changed since I asked last? ")
     while len(tokenizer.encode(text.strip())) < PROMPT_TOKENS:
         text += next(letters)
@@ -426,7 +443,7 @@ def prompt_text(tokenizer: Tokenizer) -> str:
 
 
 def row(measure: str, unit: str, figures: dict, floor: float | None = None, stream: Stream | None = None):
-    """A measure's figures, the first of which stands against the floor."""
+    """A row of a measure's figures, the first of which is compared with the floor."""
     found = {"measure": measure, "unit": unit} | figures
     if floor is not None:
         figure = next(iter(figures.values()))

@@ -1,4 +1,4 @@
-"""What the benchmarks of kernels share: flags, compiling, timing, the ceilings of times, rows."""
+"""Shared by the benchmarks of kernels: flags, compilation, timing, ceilings, and rows as text."""
 
 import argparse
 import math
@@ -15,22 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from report import add_out, device, say
 
-ENOUGH_SECONDS = 0.02  # Of one sample, so that starting and awaiting it doesn't tell.
-SILENCE = 60  # Seconds, after which a kernel is taken to hang.
-CHECKED = 256  # Rows or outputs, of as many as there are.
-SHARED_BYTES = 227 * 1024  # Of a Hopper multiprocessor.
+ENOUGH_SECONDS = 0.02  # Length of a sample, so that launching and awaiting it is negligible.
+SILENCE = 60  # Seconds without progress after which a kernel is taken to hang.
+CHECKED = 256  # Rows or outputs that are compared at most.
+SHARED_BYTES = 227 * 1024  # Shared memory of a thread block on Hopper.
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """How much is timed and where it is written, for scripts that have a budget."""
+    """Adds the flags of scripts with a budget."""
     parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing is begun")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to try this script out on a CPU")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="seconds after which nothing new starts"
+    )
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to test this script on a CPU")
     add_out(parser)
 
 
 def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, float], float, "Watch"]:
-    """For scripts whose kernels may hang: arguments, ceilings, when the budget is spent, and a watch."""
+    """Starts a script whose kernels may hang: arguments, ceilings, deadline, and a watchdog."""
     add_flags(parser)
     args = parser.parse_args()
     deadline, watch = time.monotonic() + args.budget, Watch()
@@ -41,7 +43,7 @@ def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str
 
 
 def timed(program, inputs, calls: int, repeats: int) -> dict[str, float]:
-    """Microseconds of one of the program's calls: median, least, most."""
+    """Times a call of a program in microseconds: median, minimum and maximum of the samples."""
     jax.block_until_ready(program(*inputs))
     started = time.perf_counter()
     jax.block_until_ready(program(*inputs))
@@ -57,7 +59,7 @@ def timed(program, inputs, calls: int, repeats: int) -> dict[str, float]:
 
 
 def measure_ceilings(tiny: bool) -> dict[str, float]:
-    """The best of several large copies, counting bytes read and written, and of several large matmuls."""
+    """Rates of a large copy (bytes read and written) and a large bf16 GEMM, the best of several."""
     numbers, side = (2**18, 256) if tiny else (2**29, 8192)
     x = jax.random.bits(jax.random.key(0), (numbers,), jnp.uint32)
     copy = timed(jax.jit(lambda x: x + 1), (x,), 1, 10)["us_min"]
@@ -67,7 +69,7 @@ def measure_ceilings(tiny: bool) -> dict[str, float]:
 
 
 class Watch:
-    """Ends the process if nobody says for long that it is alive: a kernel that hangs hangs the caller too."""
+    """Watchdog: ends the process if `alive` is not called for long, since a hung kernel blocks its caller."""
 
     def __init__(self):
         self.alive()
@@ -79,12 +81,12 @@ class Watch:
     def _look(self):
         while time.monotonic() < self.seen + SILENCE:
             time.sleep(1)
-        say(f"nothing happened for {SILENCE} seconds: a kernel hangs")
+        say(f"no progress for {SILENCE} seconds: a kernel hangs")
         os._exit(3)
 
 
 def side_by_side(compilations: Iterable[Callable[[], Any]], watch: Watch | None = None) -> list[Future]:
-    """Compiles programs in threads. Returns when all are done: nothing is timed while others are compiled."""
+    """Compiles programs in parallel; returns when all are done, so that nothing is timed meanwhile."""
     with ThreadPoolExecutor() as pool:
         compiled = [pool.submit(compilation) for compilation in compilations]
         while wait(compiled, timeout=5).not_done:
@@ -94,17 +96,17 @@ def side_by_side(compilations: Iterable[Callable[[], Any]], watch: Watch | None 
 
 
 def checked(count: int) -> np.ndarray:
-    """Which of so many rows or outputs are looked at, the first and the last among them."""
+    """Indices of the rows or outputs that are compared, the first and the last among them."""
     return np.linspace(0, count - 1, min(count, CHECKED)).astype(int)
 
 
 def named(changes: dict) -> str:
-    """What is changed in a configuration, as text; empty for nothing."""
+    """Changes of a configuration as text; empty for none."""
     return ", ".join(f"{name} {value}" for name, value in changes.items())
 
 
 def line(row: dict) -> str:
-    """A row as text: microseconds (median, least, most), rate, share of the ceiling, errors, extra memory."""
+    """A row as text: microseconds (median, min, max), rate, share of the ceiling, errors, extra memory."""
     text = f"{row['case']:<30} {row['implementation']:<26}"
     if "failed" in row:
         return f"{text} failed: {row['failed']}"

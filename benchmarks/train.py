@@ -1,22 +1,23 @@
-"""Trains a model with random weights on random sequences for a few steps, and says what a step takes.
+"""Measures time and memory of the training step, with random weights and random sequences.
 
     python benchmarks/train.py --out benchmarks/results/train_11b_h200x4.json
 
-All parameters learn, in the training step that train.py runs: float32 master weights and AdamW moments,
-bfloat16 forward and backward pass, over all devices of the machine. `mfu` counts what the model calls for,
-not what remat computes again (moss_jax/train/flops.py).
+All parameters are trained, by the same step as in train.py: float32 master weights and AdamW moments,
+bfloat16 forward and backward pass, sharded over all devices of the machine. `mfu` counts model FLOPs, without
+the recomputation by remat (moss_jax/train/flops.py).
 """
 
 import argparse
 import dataclasses
 import statistics
 import time
+from typing import get_args
 
 import jax
 import numpy as np
 from report import add_out, make_parser, publish
 
-from moss_jax.config import PRESETS, OptimizerConfig, TrainConfig
+from moss_jax.config import PRESETS, OptimizerConfig, Remat, TrainConfig
 from moss_jax.data.batch import Batch
 from moss_jax.sharding import make_mesh
 from moss_jax.text.labels import IGNORED
@@ -27,22 +28,25 @@ GB = 1e9
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__ or "")
     parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS)
-    parser.add_argument("--tokens", type=int, default=4096, help="of a sequence, frames among them")
-    parser.add_argument("--frames", type=int, default=64, help="of a sequence")
-    parser.add_argument("--batch", type=int, default=0, help="sequences; 0 for one a device")
     parser.add_argument(
-        "--tensor", type=int, default=1, help="devices that split the heads; the others are fsdp"
+        "--tokens", type=int, default=4096, help="tokens per sequence, including those of frames"
     )
-    parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
-    parser.add_argument("--steps", type=int, default=5, help="that are timed, after the first")
+    parser.add_argument("--frames", type=int, default=64, help="frames per sequence")
+    parser.add_argument("--batch", type=int, default=0, help="sequences; 0 for one per device")
+    parser.add_argument(
+        "--tensor", type=int, default=1, help="size of the tensor-parallel mesh axis; the rest is fsdp"
+    )
+    parser.add_argument("--remat", default="full", choices=get_args(Remat))
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after the first")
     add_out(parser)
     args = parser.parse_args()
     publish("train.py", args, run(args))
 
 
 def run(args: argparse.Namespace) -> dict:
+    """Runs the benchmark and returns its figures."""
     config = dataclasses.replace(PRESETS[args.preset](), remat=args.remat)
     devices = jax.device_count()
     rows = args.batch or devices
@@ -69,6 +73,7 @@ def run(args: argparse.Namespace) -> dict:
     step = trainer.step.lower(state, batch).compile()
     result["compile_s"] = time.monotonic() - started
     memory = step.memory_analysis()
+    assert memory is not None
     result["temporary_gb_per_device"] = memory.temp_size_in_bytes / GB
     print(result, flush=True)
 
@@ -97,16 +102,16 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def random_batch(config, rows: int, tokens: int, frames: int) -> Batch:
-    """Sequences of random tokens with their frames evenly among them; half of the tokens are learnt."""
+    """Makes sequences of random tokens with evenly spaced frames; half of the tokens are targets."""
     rng = np.random.default_rng(0)
     size, image = config.vision.image_size, config.decoder.image_token_id
     ids = rng.integers(1, config.decoder.vocab_size, (rows, tokens), dtype=np.int32)
     positions = np.linspace(8, tokens - tokens // frames, frames).astype(np.int32)
     ids[:, positions] = image
-    learnt = (rng.random((rows, tokens)) < 0.5) & (ids != image)
+    is_target = (rng.random((rows, tokens)) < 0.5) & (ids != image)
     return Batch(
         tokens=ids,
-        labels=np.where(learnt, ids, IGNORED).astype(np.int32),
+        labels=np.where(is_target, ids, IGNORED).astype(np.int32),
         frames=rng.integers(0, 256, (rows, frames, size, size, 3), dtype=np.uint8),
         frame_positions=np.broadcast_to(positions, (rows, frames)).copy(),
     )

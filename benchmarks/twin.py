@@ -1,15 +1,15 @@
-"""The decoder-only twin of a model: the same parts, but its frames stand inside the one sequence.
+"""The decoder-only twin of a model: the same parts, with its frames inside the token sequence.
 
     twin = Twin(twin_of(moss_video_11b()), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     engine = Engine(twin, tokenizer, room(twin.config, tokens=4096, frames=256))
 
-Vision encoder, compressor, projector, vocabulary and self-attention layers are the model's, the
-cross-attention layers are left out: what remains of the 11B's decoder has the shape of Llama 3.1 8B. The N
-projected vectors of a frame take the place of its `<|image|>` token, each with a position of its own, and go
-through every layer into the text cache. So a decoded token attends to one sequence of text and vectors.
+Vision encoder, compressor, projector, vocabulary and self-attention layers are the model's; cross-attention
+layers are left out, so the 11B's decoder becomes one of the shape of Llama 3.1 8B. The N projected vectors of
+a frame take the place of its `<|image|>` token, each with a position of its own, and go through every layer
+into the KV cache of the text. So a token attends to one sequence of text and vectors.
 
-`Engine` and `Session` run the twin as they are. They count an `<|image|>` as one token, so `room` makes the
-cache larger by the vectors that it stands for.
+`Engine` and `Session` run the twin as they are. They count an `<|image|>` as one token, so `room` enlarges
+the cache by the vectors that it stands for.
 
 B slots, T tokens and F frames of a row, N vectors a frame, E = T + F * (N - 1) places, S sequence, D width
 """
@@ -25,17 +25,18 @@ from moss_jax.config import ConfigError, DecoderConfig, EngineConfig, ModelConfi
 from moss_jax.memory import MemoryBank, StreamState, TextCache
 from moss_jax.nn.compressor import Compressor
 from moss_jax.nn.decoder import Append, KeysValues, SelfLayer
-from moss_jax.nn.layers import Linear, Residual, RMSNorm, normal
+from moss_jax.nn.layers import Linear, RMSNorm, normal
 from moss_jax.nn.rope import rotation
 from moss_jax.nn.vision import VisionEncoder
+from moss_jax.ops.norm import Residual, add_norm
 
-# Kernels for many queries copy a cache that is no multiple of their tiles.
+# Prefill kernels copy a cache whose capacity is no multiple of their tiles.
 TILE = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class TwinDecoderConfig(DecoderConfig):
-    """A decoder of self-attention layers alone, which `DecoderConfig` refuses."""
+    """A decoder without cross-attention layers, which `DecoderConfig` refuses."""
 
     def __post_init__(self):
         if self.cross_attention_layers:
@@ -43,20 +44,20 @@ class TwinDecoderConfig(DecoderConfig):
 
 
 def twin_of(config: ModelConfig) -> ModelConfig:
-    """The config of a model's twin: its layers over the text, and none over frames."""
+    """The config of a model's twin: its self-attention layers alone."""
     decoder = {f.name: getattr(config.decoder, f.name) for f in dataclasses.fields(config.decoder)}
     decoder |= {"num_layers": config.decoder.num_self_attention_layers, "cross_attention_layers": ()}
     return dataclasses.replace(config, decoder=TwinDecoderConfig(**decoder))
 
 
 def room(config: ModelConfig, *, tokens: int, frames: int, slots: int = 1) -> EngineConfig:
-    """Room in a twin's cache for so many tokens and the vectors of so many frames."""
+    """Capacities of a twin for this many tokens and frames."""
     places = tokens + frames * config.vectors_per_frame
     return EngineConfig(slots=slots, text_capacity=-(-places // TILE) * TILE, bank_capacity=frames)
 
 
 class Arrivals(NamedTuple):
-    """What `remember` leaves in the place of the bank: frames for the tokens that are decoded next."""
+    """Stands in for the bank between `remember` and `decode`: the frames of the tokens decoded next."""
 
     bank: MemoryBank
     features: Float[Array, "B F N D"]
@@ -64,7 +65,7 @@ class Arrivals(NamedTuple):
 
 
 class TwinDecoder(nnx.Module):
-    """Tokens and vectors to hidden states. If frames have come, a step calls `remember`; then `decode`."""
+    """Decoder over tokens and vectors. A step with frames calls `remember` before `decode`."""
 
     def __init__(
         self, config: DecoderConfig, *, implementation: str | None, rngs: nnx.Rngs, dtype: DTypeLike
@@ -81,7 +82,7 @@ class TwinDecoder(nnx.Module):
         )
 
     def __call__(self, vectors: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """The whole sequence in one pass, given as embedded tokens with the vectors of frames among them."""
+        """Computes a whole sequence of embedded tokens and frame vectors in one pass."""
         positions = jnp.broadcast_to(jnp.arange(vectors.shape[1], dtype=jnp.int32), vectors.shape[:2])
         return self._run(vectors, positions, [None] * self.config.num_layers, None)[0]
 
@@ -92,7 +93,7 @@ class TwinDecoder(nnx.Module):
         positions: Int[Array, "B F"],
         count: Int[Array, " B"],
     ) -> Arrivals:
-        """Keeps the first `count` frames for `decode`, which finds their places by the tokens."""
+        """Keeps the first `count` frames for `decode`, which places them by the `<|image|>` tokens."""
         del positions
         bank = dataclasses.replace(bank, length=jnp.minimum(bank.length + count, bank.capacity))
         return Arrivals(bank, features, count)
@@ -100,10 +101,10 @@ class TwinDecoder(nnx.Module):
     def decode(
         self, state: StreamState, tokens: Int[Array, "B T"], count: Int[Array, " B"]
     ) -> tuple[Float[Array, "B T D"], StreamState]:
-        """Appends the first `count` tokens of each slot, with the vectors of the frames that just came.
+        """Appends the first `count` tokens of each slot, with the vectors of the remembered frames.
 
         Returns:
-          The hidden state of each token - of an `<|image|>`, that of its frame's last vector - and the state.
+          The hidden state of each token, for an `<|image|>` that of its frame's last vector; and the state.
         """
         text, bank, frames = state.text, state.bank, None
         if isinstance(bank, Arrivals):
@@ -120,14 +121,14 @@ class TwinDecoder(nnx.Module):
         return hidden, StreamState(text=TextCache(keys, values, length, text.capacity), bank=bank)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores of the next token, float32."""
+        """Logits of the next token, float32."""
         return self.lm_head(hidden, out_dtype=jnp.float32)
 
     def _spread(self, tokens, count, frames):
-        """Embeds a row, each frame spread over N places.
+        """Embeds a row, each frame as N vectors.
 
         Returns:
-          Vectors [B, E, D], the last place of each token [B, T], and how many places each slot fills.
+          Vectors [B, E, D], the last place of each token [B, T], and the number of places of each slot [B].
         """
         B, T = tokens.shape
         row = jnp.arange(T, dtype=jnp.int32)
@@ -156,17 +157,17 @@ class TwinDecoder(nnx.Module):
         return vectors, end - 1, places
 
     def _run(self, x, positions, past, append):
-        """Through all layers; returns the final hidden states and each layer's keys and values."""
+        """Runs all layers; returns the final hidden states and each layer's keys and values."""
         rope = rotation(positions, self.config.rope, self.config.head_dim)
         residual, now = Residual(x), []
         for layer, before in zip(self.layers, past, strict=True):
             residual, kv = layer(residual, rope, before, append)
             now.append(kv)
-        return self.norm.of_sum(residual)[0], now
+        return add_norm(residual, self.norm.params)[0], now
 
 
 class Twin(nnx.Module):
-    """A decoder-only video model of the parts of `MossVideo`, as far as `Engine` needs one."""
+    """A decoder-only video model from the parts of `MossVideo`, with the interface that `Engine` needs."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
@@ -187,4 +188,4 @@ class Twin(nnx.Module):
 
     def encode(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
         """The vectors of normalised frames, each on its own."""
-        return self.projector(self.compressor.of_frames(self.vision, pixels.astype(self.dtype)))
+        return self.projector(self.compressor(self.vision(pixels.astype(self.dtype))))

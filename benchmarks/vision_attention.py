@@ -1,12 +1,12 @@
-"""Times the vision encoder's attention: our kernel in several configurations, and cuDNN behind its slices.
+"""Times the vision encoder's attention: our kernel on the fused projection, and cuDNN on its slices.
 
     python benchmarks/vision_attention.py --out benchmarks/results/vision_attention_h200.json
 
-Every configuration is tried with one number of frames, the fastest of them with the others too; and the
-default with queries and keys in 8 bits, whose errors are those against the rounded ones. A program is several
-calls on projections of their own, so that starting it doesn't tell. TFLOP/s count the products of 1608
-positions and 80 columns, without what a kernel computes beyond them. A line starts with what is being tried,
-so that one which never ends is known by its name.
+Every configuration is timed with one number of frames, the fastest of them with the others too; and the
+default with q and k in float8, whose errors are against the rounded ones. A program has several calls on
+projections of their own, so that launching it is negligible. TFLOP/s count 1608 positions and 80 columns,
+without the padding that a kernel computes. Each line starts with its configuration, so that one which hangs
+can be identified.
 """
 
 import functools

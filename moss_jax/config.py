@@ -1,9 +1,9 @@
-"""Every setting of the project as frozen dataclasses that refuse nonsense, and the model presets."""
+"""All settings as frozen dataclasses that validate themselves, and the model presets."""
 
 import dataclasses
 import itertools
 import math
-from typing import Literal
+from typing import Any, Literal, get_args
 
 PoolMode = Literal["average", "max", "bilinear", "channelFusion"]
 RowsBeforeFirstFrame = Literal["skip", "attend"]
@@ -11,12 +11,15 @@ Clock = Literal["lockstep", "realtime"]
 Remat = Literal["none", "dots", "full"]
 DecoderWeights = Literal["int8", "fp8"]
 EncoderWeights = Literal["fp8"]
-Part = Literal["vision", "compressor", "projector", "decoder"]
-PARTS: tuple[Part, ...] = ("vision", "compressor", "projector", "decoder")
+ModelPart = Literal["vision", "compressor", "projector", "decoder"]
+ComputeDtype = Literal["bfloat16", "float32"]
+DataKind = Literal["tabletop", "conversations"]
+
+MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work; the message says what would."""
+    """An invalid setting; the message says what would be valid."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -24,18 +27,25 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_choice(name: str, value: str, choices: Any) -> None:
+    """Requires one of the values of a `Literal`."""
+    valid = get_args(choices)
+    _require(value in valid, f"{name} must be one of {', '.join(map(repr, valid))}; got {value!r}")
+
+
 # ---------------------------------------------------------------------------------------- model
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision encoder: pre-norm ViT layers, then global layers behind tanh gates.
+    """The vision encoder: pre-norm ViT layers, then global layers with tanh-gated residual branches.
 
     Attributes:
-      image_size: side of the one square tile that a frame is fitted into, in pixels.
-      intermediate_layers: the layers whose *inputs* are stacked behind the final hidden state.
+      image_size: side in pixels of the single square tile that a frame is resized and padded to.
+      intermediate_layers: layers whose *inputs* are stacked and concatenated to the final hidden state.
       max_num_tiles: tiles per image in the checkpoint's embedding tables. A frame uses one.
-      image_mean, image_std: normalisation per RGB channel, for pixels scaled to [0, 1].
+      image_mean: per RGB channel, for pixels scaled to [0, 1].
+      image_std: per RGB channel, for pixels scaled to [0, 1].
     """
 
     image_size: int
@@ -62,7 +72,7 @@ class VisionConfig:
         )
         _require(
             all(0 <= i < self.num_layers for i in self.intermediate_layers),
-            f"intermediate_layers {self.intermediate_layers} must lie in [0, {self.num_layers})",
+            f"intermediate_layers {self.intermediate_layers} must be in [0, {self.num_layers})",
         )
         _require(
             len(self.image_mean) == len(self.image_std) == 3,
@@ -77,50 +87,55 @@ class VisionConfig:
 
     @property
     def num_positions(self) -> int:
-        """Patches of a tile and the class token."""
+        """Sequence length of a tile: its patches and the class token."""
         return self.grid**2 + 1
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def output_size(self) -> int:
-        """Width of a feature: the final hidden state and the stacked intermediate ones."""
+        """Width of a feature vector: the final hidden state and the stacked intermediate ones."""
         return self.hidden_size * (1 + len(self.intermediate_layers))
 
     @property
     def supported_aspect_ratios(self) -> tuple[tuple[int, int], ...]:
-        """(width, height) in tiles of every arrangement of at most `max_num_tiles` tiles, in id order."""
+        """Tile arrangements (width, height) of at most `max_num_tiles` tiles, in the order of their ids."""
         tiles = range(1, self.max_num_tiles + 1)
         return tuple((w, h) for w in tiles for h in tiles if w * h <= self.max_num_tiles)
 
     @property
     def num_aspect_ratio_ids(self) -> int:
-        """Rows of the aspect-ratio tables; id 0 stands for a padded image."""
+        """Rows of the aspect-ratio embedding tables; id 0 is padding."""
         return len(self.supported_aspect_ratios) + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressorConfig:
-    """How the patch grid of a frame is pooled; the class token is kept beside it."""
+    """Pooling of a frame's patch grid; the class token is kept.
+
+    Attributes:
+      mode: how the patches of a window become one vector.
+      stride: side of the window, in patches.
+    """
 
     mode: PoolMode = "average"
     stride: int = 4
 
     def __post_init__(self):
-        modes = ("average", "max", "bilinear", "channelFusion")
-        _require(self.mode in modes, f"unknown pool mode {self.mode!r}; it is one of {', '.join(modes)}")
+        _require_choice("pool mode", self.mode, PoolMode)
         _require(self.stride >= 1, f"pool stride {self.stride} must be at least 1")
 
     def output_grid(self, grid: int) -> int:
-        """Side of the pooled grid."""
+        """Returns the side of the pooled grid."""
         return math.ceil(grid / self.stride) if self.mode == "bilinear" else grid // self.stride
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding with the llama3 frequency scaling; `factor=1` scales nothing."""
+    """Rotary position embedding with llama3 frequency scaling; `factor=1` disables the scaling."""
 
     theta: float = 500_000.0
     factor: float = 8.0
@@ -140,7 +155,8 @@ class DecoderConfig:
     """The language decoder; layers in `cross_attention_layers` attend to the memory bank *instead of* text.
 
     Attributes:
-      vocab_size: tokens that can be predicted. `<|image|>` has this id, and `extra_embeddings` rows follow.
+      vocab_size: tokens that can be predicted. `<|image|>` has this id, the first of the extra embeddings.
+      extra_embeddings: rows of the embedding table after the vocabulary.
     """
 
     vocab_size: int
@@ -166,32 +182,35 @@ class DecoderConfig:
         )
         _require(
             self.head_dim % 2 == 0,
-            f"head_dim {self.head_dim} (hidden_size / num_heads) must be even: channels rotate in pairs",
+            f"head_dim {self.head_dim} (hidden_size / num_heads) must be even: RoPE rotates channel pairs",
         )
         _require(
             all(0 <= i < self.num_layers for i in self.cross_attention_layers),
-            f"cross_attention_layers {self.cross_attention_layers} must lie in [0, {self.num_layers})",
+            f"cross_attention_layers {self.cross_attention_layers} must be in [0, {self.num_layers})",
         )
         _require(
             all(a < b for a, b in itertools.pairwise(self.cross_attention_layers)),
-            f"cross_attention_layers {self.cross_attention_layers} must ascend",
+            f"cross_attention_layers {self.cross_attention_layers} must be ascending",
         )
         _require(
             0 < len(self.cross_attention_layers) < self.num_layers,
-            f"cross_attention_layers {self.cross_attention_layers} must name some of the {self.num_layers} "
-            "layers and leave some to the text",
+            f"cross_attention_layers {self.cross_attention_layers} must name some, but not all, of the "
+            f"{self.num_layers} layers",
         )
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def image_token_id(self) -> int:
+        """Id of `<|image|>`, the token that stands for a frame."""
         return self.vocab_size
 
     @property
     def num_self_attention_layers(self) -> int:
+        """Layers with self-attention over the text."""
         return self.num_layers - len(self.cross_attention_layers)
 
 
@@ -200,12 +219,12 @@ class ModelConfig:
     """The whole model.
 
     Attributes:
-      rows_before_first_frame: what a cross-attention layer does for tokens that see no frame yet. "skip"
-        leaves them as they are, which is causal; "attend" lets them attend to every frame of the sequence
-        without the MLP branch, which is what the original's training forward does.
-      attention: name of an attention implementation to force everywhere; None picks by platform.
-      remat: what the layers of the one-pass call keep for its backward pass. "none" keeps everything,
-        "dots" the results of matmuls, "full" only what goes into each layer.
+      rows_before_first_frame: cross-attention of tokens before the first frame. "skip" leaves out the whole
+        layer, which is causal; "attend" attends to every frame of the sequence without the MLP branch, as
+        the original's training forward pass does.
+      attention: name of an attention implementation to force everywhere; None chooses by platform.
+      remat: rematerialisation in the backward pass of the one-pass call. "none" saves all activations,
+        "dots" the outputs of matmuls, "full" only the inputs of each layer.
     """
 
     vision: VisionConfig
@@ -216,14 +235,8 @@ class ModelConfig:
     remat: Remat = "none"
 
     def __post_init__(self):
-        _require(
-            self.remat in ("none", "dots", "full"),
-            f"remat is 'none', 'dots' or 'full', not {self.remat!r}",
-        )
-        _require(
-            self.rows_before_first_frame in ("skip", "attend"),
-            f"rows_before_first_frame is 'skip' or 'attend', not {self.rows_before_first_frame!r}",
-        )
+        _require_choice("remat", self.remat, Remat)
+        _require_choice("rows_before_first_frame", self.rows_before_first_frame, RowsBeforeFirstFrame)
         _require(
             self.compressor.stride <= self.vision.grid,
             f"pool stride {self.compressor.stride} exceeds the patch grid of {self.vision.grid}",
@@ -231,12 +244,12 @@ class ModelConfig:
 
     @property
     def vectors_per_frame(self) -> int:
-        """N: the class token and the pooled grid."""
+        """N, the feature vectors of a frame: the class token and the pooled grid."""
         return 1 + self.compressor.output_grid(self.vision.grid) ** 2
 
 
 def moss_video_11b() -> ModelConfig:
-    """The released MOSS-Video-Preview: 10.67 B parameters, 101 vectors a frame."""
+    """The released MOSS-Video-Preview: 10.67 B parameters, 101 vectors per frame."""
     return ModelConfig(
         vision=VisionConfig(
             image_size=560,
@@ -262,7 +275,7 @@ def moss_video_11b() -> ModelConfig:
 
 
 def moss_tiny() -> ModelConfig:
-    """A model of the same anatomy that streams in real time on two CPU cores: 17 vectors a frame."""
+    """The same architecture at a size that streams in real time on two CPU cores: 17 vectors per frame."""
     return ModelConfig(
         vision=VisionConfig(
             image_size=112,
@@ -296,12 +309,12 @@ PRESETS = {"moss_video_11b": moss_video_11b, "moss_tiny": moss_tiny}
 
 @dataclasses.dataclass(frozen=True)
 class FrameSampling:
-    """Which frames of a video are looked at.
+    """Which frames of a video are sampled.
 
     Attributes:
-      fps: frames a second of video, taken by timestamp.
-      min_frames, max_frames: bounds on their number. A clip read as a whole is spread over its length to
-        meet them; a live one just ends after `max_frames`.
+      fps: frames per second of video, by timestamp.
+      min_frames: lower bound, met by an offline clip by sampling it more densely.
+      max_frames: upper bound. An offline clip is sampled more sparsely to meet it; a live one ends after it.
     """
 
     fps: float = 1.0
@@ -311,7 +324,7 @@ class FrameSampling:
     def __post_init__(self):
         _require(
             math.isfinite(self.fps) and self.fps > 0,
-            f"fps must be a positive number of frames a second, not {self.fps:g}",
+            f"fps must be a positive number of frames per second, not {self.fps:g}",
         )
         _require(
             1 <= self.min_frames <= self.max_frames,
@@ -321,15 +334,15 @@ class FrameSampling:
 
 @dataclasses.dataclass(frozen=True)
 class TokenSampling:
-    """How the next token is drawn.
+    """How the next token is sampled.
 
     Attributes:
-      temperature: 0 takes the likeliest token.
-      top_k: draw among the k likeliest; 0 for all.
-      top_p: draw among the likeliest that hold this share of the probability.
-      repetition_penalty: above 1, divides the score of what the current turn has said already. Silence,
-        control and punctuation tokens are exempt: repeating them is how a stream goes on.
-      seed: a draw depends on it and on the position in the stream alone, so slots don't disturb each other.
+      temperature: 0 for greedy decoding.
+      top_k: sample among the k likeliest tokens; 0 for all.
+      top_p: nucleus sampling, among the likeliest tokens that hold this share of the probability.
+      repetition_penalty: above 1, lowers the scores of tokens that the current turn already contains.
+        Silence, control and punctuation tokens are exempt, since a stream repeats them all the time.
+      seed: a sample depends on the seed and the position in the stream alone, not on other slots.
     """
 
     temperature: float = 0.0
@@ -340,8 +353,8 @@ class TokenSampling:
 
     def __post_init__(self):
         _require(self.temperature >= 0, f"temperature {self.temperature} must not be negative")
-        _require(self.top_k >= 0, f"top_k {self.top_k} must not be negative; 0 turns it off")
-        _require(0 < self.top_p <= 1, f"top_p {self.top_p} must lie in (0, 1]")
+        _require(self.top_k >= 0, f"top_k {self.top_k} must not be negative; 0 disables it")
+        _require(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
         _require(
             self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty} must be positive"
         )
@@ -352,12 +365,12 @@ class TokenSampling:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Room that is set aside for a stream.
+    """Capacities of the engine's state.
 
     Attributes:
-      slots: streams side by side.
-      text_capacity: tokens that a stream can hold, its frames' `<|image|>` tokens among them.
-      bank_capacity: frames that a stream can hold.
+      slots: concurrent streams.
+      text_capacity: tokens in the text cache of a slot, including the `<|image|>` token of each frame.
+      bank_capacity: frames in the memory bank of a slot.
     """
 
     slots: int = 1
@@ -371,15 +384,15 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SessionConfig:
-    """How a live session runs.
+    """The clock and the queue of a live session.
 
     Attributes:
-      clock: "realtime" runs by the wall clock. "lockstep" runs by the stream's own: a token takes
-        1 / tokens_per_second of it, so the outcome depends on the input alone.
-      tokens_per_second: speed of speech on the lockstep clock.
-      tail_seconds: how long an answer may still go on after the end of the stream.
-      inbox_frames: frames that may wait in a realtime session; the oldest is dropped for one more. Prompts
-        are never dropped, and a lockstep session drops nothing.
+      clock: "realtime" is the wall clock. "lockstep" is the stream's own, on which a token takes
+        1 / tokens_per_second, so that the outcome depends on the input alone.
+      tokens_per_second: decoding speed on the lockstep clock.
+      tail_seconds: how long an answer may continue after the end of the stream.
+      inbox_frames: frames that may be queued in a realtime session before the oldest is dropped. Prompts are
+        never dropped, and a lockstep session drops nothing.
     """
 
     clock: Clock = "lockstep"
@@ -388,8 +401,7 @@ class SessionConfig:
     inbox_frames: int = 8
 
     def __post_init__(self):
-        clocks = ("lockstep", "realtime")
-        _require(self.clock in clocks, f"unknown clock {self.clock!r}; it is one of {', '.join(clocks)}")
+        _require_choice("clock", self.clock, Clock)
         _require(
             self.tokens_per_second >= 1,
             f"tokens_per_second must be at least 1, not {self.tokens_per_second}",
@@ -402,14 +414,16 @@ class SessionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelChoice:
-    """Which model is trained, and from where it starts.
+class InitialModelConfig:
+    """The model that training starts from.
 
     Attributes:
-      preset: a name in `PRESETS`, for a model with random parameters.
-      checkpoint: instead, a folder in Hugging Face layout to start from.
-      pool, stride: the frame compressor's, where they shall differ.
-      attention, remat: see `ModelConfig`.
+      preset: a name in `PRESETS`, initialised at random.
+      checkpoint: a folder in Hugging Face layout, used instead of the preset.
+      pool: overrides the frame compressor's mode.
+      stride: overrides the frame compressor's stride.
+      attention: see `ModelConfig`.
+      remat: see `ModelConfig`.
     """
 
     preset: str | None = "moss_tiny"
@@ -422,13 +436,19 @@ class ModelChoice:
     def __post_init__(self):
         _require(
             self.checkpoint is not None or self.preset in PRESETS,
-            f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}",
+            f"preset must be one of {', '.join(map(repr, PRESETS))}; got {self.preset!r}",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; 0 for as many as the other axes leave."""
+    """Devices along each axis of the mesh; one axis may be 0 to take all devices that the others leave.
+
+    Attributes:
+      data: data parallelism; parameters are replicated.
+      fsdp: data parallelism with sharded parameters and optimizer state.
+      tensor: tensor parallelism, over heads, MLP width and vocabulary.
+    """
 
     data: int = 1
     fsdp: int = 0
@@ -436,20 +456,25 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
-        _require(min(sizes) >= 0, f"a mesh axis has at least 1 device, or 0 for the rest; got {sizes}")
-        _require(sizes.count(0) <= 1, f"only one mesh axis can take the rest of the devices; got {sizes}")
+        _require(
+            min(sizes) >= 0, f"a mesh axis must have at least 1 device, or 0 for all the rest; got {sizes}"
+        )
+        _require(sizes.count(0) <= 1, f"only one mesh axis can be 0, which takes all the rest; got {sizes}")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW behind clipping, with a linear warm-up and a cosine decay.
+    """AdamW with gradient clipping, linear warm-up and cosine decay.
 
     Attributes:
       learning_rate: at its peak.
-      warmup_share: share of the steps in which it rises from 0.
-      final_share: share of the peak that is left after the last step.
-      clip_norm: of the gradient of all trained parameters together.
-      weight_decay: of matrices; norms, biases, gates and embeddings never decay.
+      warmup_share: share of the steps over which the learning rate rises from 0.
+      final_share: learning rate after the last step, as a share of the peak.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: of matrices; norms, biases, gates and embeddings are not decayed.
+      clip_norm: maximum global norm of the gradient.
     """
 
     learning_rate: float = 2e-5
@@ -465,10 +490,10 @@ class OptimizerConfig:
         _require(self.learning_rate > 0, f"learning_rate {self.learning_rate} must be positive")
         for name in ("warmup_share", "final_share"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name} must lie in [0, 1], not {value}")
+            _require(0 <= value <= 1, f"{name} must be in [0, 1], not {value}")
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} must lie in [0, 1), not {value}")
+            _require(0 <= value < 1, f"{name} must be in [0, 1), not {value}")
         _require(self.weight_decay >= 0, f"weight_decay {self.weight_decay} must not be negative")
         _require(self.clip_norm > 0, f"clip_norm {self.clip_norm} must be positive")
 
@@ -479,22 +504,26 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer steps.
-      batch_size: sequences of a step, over all devices and processes.
-      accumulate: parts that a batch is taken in, one after the other, to save memory.
-      trainable: parts of the model that learn; the others stay bit for bit as they are.
+      batch_size: sequences per step, over all devices and processes.
+      accumulate: micro-batches per step, whose gradients are accumulated to save memory.
+      trainable: parts of the model that are trained; the others are frozen.
       compute_dtype: of the forward and backward pass. Master weights, optimizer and loss are float32.
-      silence_weight: weight of `<|silence|>` among the targets (0.1 in arXiv 2606.07639).
-      seed: of the parameters and of the data.
-      log_every, checkpoint_every: in steps.
-      keep_checkpoints: the newest so many stay.
+      silence_weight: loss weight of `<|silence|>` targets (0.1 in arXiv 2606.07639).
+      loss_terms: names and weights of terms added to the cross-entropy, of those in
+        `moss_jax.train.losses.LOSS_TERMS`; a dict in gin files: `{'z_loss': 1e-4}`.
+      seed: of the initial parameters and of the data.
+      log_every: steps between two log lines.
+      checkpoint_every: steps between two checkpoints.
+      keep_checkpoints: number of recent checkpoints to keep.
     """
 
     steps: int = 1000
     batch_size: int = 8
     accumulate: int = 1
-    trainable: tuple[Part, ...] = PARTS
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    trainable: tuple[ModelPart, ...] = MODEL_PARTS
+    compute_dtype: ComputeDtype = "bfloat16"
     silence_weight: float = 0.1
+    loss_terms: tuple[tuple[str, float], ...] = ()
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
@@ -508,42 +537,36 @@ class TrainConfig:
             self.batch_size % self.accumulate == 0,
             f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}",
         )
-        unknown = [part for part in self.trainable if part not in PARTS]
-        _require(
-            bool(self.trainable) and not unknown,
-            f"trainable names some of {', '.join(PARTS)}; got {list(self.trainable)}",
-        )
-        _require(
-            self.compute_dtype in ("bfloat16", "float32"),
-            f"compute_dtype is 'bfloat16' or 'float32', not {self.compute_dtype!r}",
-        )
+        _require(bool(self.trainable), f"trainable must name at least one of {', '.join(MODEL_PARTS)}")
+        for part in self.trainable:
+            _require_choice("trainable", part, ModelPart)
+        _require_choice("compute_dtype", self.compute_dtype, ComputeDtype)
         _require(self.silence_weight >= 0, f"silence_weight {self.silence_weight} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where batches come from.
+    """The source of training batches.
 
     Attributes:
-      kind: "tabletop", the world that is generated here, or "conversations", rows in JSON files.
+      kind: "tabletop", streams of the generated world, or "conversations", rows in JSON files.
       workers: processes that make batches; 0 makes them in the training process. The batches are the same.
-      read_ahead: batches that each worker keeps ready.
-      max_dropped_share: share of the rows that may be dropped before a run is refused.
+      read_ahead: batches that each worker prefetches.
+      max_dropped_share: share of the rows that may be dropped before the run is aborted.
     """
 
-    kind: Literal["tabletop", "conversations"] = "tabletop"
+    kind: DataKind = "tabletop"
     workers: int = 0
     read_ahead: int = 4
     max_dropped_share: float = 0.1
 
     def __post_init__(self):
-        kinds = ("tabletop", "conversations")
-        _require(self.kind in kinds, f"unknown kind of data {self.kind!r}; it is one of {', '.join(kinds)}")
+        _require_choice("data.kind", self.kind, DataKind)
         _require(self.workers >= 0, f"workers {self.workers} must not be negative")
         _require(self.read_ahead >= 1, f"read_ahead must be at least 1, not {self.read_ahead}")
         _require(
             0 <= self.max_dropped_share <= 1,
-            f"max_dropped_share must lie in [0, 1], not {self.max_dropped_share}",
+            f"max_dropped_share must be in [0, 1], not {self.max_dropped_share}",
         )
 
 
@@ -553,12 +576,13 @@ class ConversationConfig:
 
     Attributes:
       files: JSON files, each a list of rows.
-      media_root: folder that the rows' paths are relative to.
+      media_root: folder that media paths in the rows are relative to.
       max_tokens: longer rows are dropped.
-      token_buckets, frame_buckets: sizes that sequences and frames are padded to, ascending; a batch has one
-        size of each. The largest of the former is at least `max_tokens`.
-      swap_probability: that a frame inside running text changes places with the token before it, so that
-        frames land at any boundary.
+      token_buckets: sequence lengths to pad to, ascending; the largest is at least `max_tokens`. A batch has
+        one length.
+      frame_buckets: numbers of frames to pad to, ascending. A batch has one.
+      swap_probability: probability of swapping a frame inside running text with the token before it, so that
+        frames are seen at every token boundary.
     """
 
     files: tuple[str, ...] = ()
@@ -573,7 +597,7 @@ class ConversationConfig:
             sizes = getattr(self, name)
             _require(
                 bool(sizes) and sizes[0] >= 1 and all(a < b for a, b in itertools.pairwise(sizes)),
-                f"{name} {sizes} must ascend",
+                f"{name} {sizes} must be positive and ascending",
             )
         _require(
             self.token_buckets[-1] >= self.max_tokens,
@@ -581,7 +605,7 @@ class ConversationConfig:
         )
         _require(
             0 <= self.swap_probability <= 1,
-            f"swap_probability must lie in [0, 1], not {self.swap_probability}",
+            f"swap_probability must be in [0, 1], not {self.swap_probability}",
         )
 
 
@@ -591,13 +615,14 @@ class TabletopConfig:
 
     Attributes:
       image_size: side of the square frames, in pixels.
-      min_seconds, max_seconds: length of a stream; it has a frame a second, from second 0 on.
-      max_tokens: tokens that a sequence is padded to; a stream that is longer is cut there.
-      warmup_batches: the first so many batches hold clips of `warmup_seconds` with dense questions, from
-        which seeing is learnt.
-      warmup_seconds, warmup_tokens: their size.
-      warmup_factor: how many times more of the short clips a batch holds.
-      offline_share: share of the streams that are seen whole before they are asked about.
+      min_seconds: minimum length of a stream; it has one frame per second, from second 0 on.
+      max_seconds: maximum length of a stream.
+      max_tokens: tokens that a sequence is padded or truncated to.
+      warmup_batches: number of initial batches with short clips and dense questions, a curriculum for seeing.
+      warmup_seconds: length of a short clip.
+      warmup_tokens: tokens that the sequence of a short clip is padded or truncated to.
+      warmup_factor: short clips per sequence of a normal batch.
+      offline_share: share of the streams that are seen whole before the question is asked.
     """
 
     image_size: int = 112
@@ -616,4 +641,4 @@ class TabletopConfig:
             1 <= self.min_seconds <= self.max_seconds,
             f"min_seconds {self.min_seconds} must be at least 1 and at most max_seconds {self.max_seconds}",
         )
-        _require(0 <= self.offline_share <= 1, f"offline_share {self.offline_share} must lie in [0, 1]")
+        _require(0 <= self.offline_share <= 1, f"offline_share {self.offline_share} must be in [0, 1]")

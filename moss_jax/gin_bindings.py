@@ -1,9 +1,11 @@
-"""The only file that knows gin: it binds the settings' dataclasses to names in `.gin` files."""
+"""Binds the config dataclasses to names in `.gin` files; the only module that imports gin."""
 
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
 
 import gin
 from gin import config as gin_config
@@ -14,28 +16,30 @@ from moss_jax.config import (
     DataConfig,
     EngineConfig,
     FrameSampling,
+    InitialModelConfig,
     MeshConfig,
-    ModelChoice,
     OptimizerConfig,
     SessionConfig,
     TabletopConfig,
     TokenSampling,
     TrainConfig,
 )
+from moss_jax.shipped import shipped
 
 _NAMES = {
-    EngineConfig: "EngineConfig",
-    FrameSampling: "FrameSampling",
-    SessionConfig: "SessionConfig",
-    TokenSampling: "TokenSampling",
+    EngineConfig: "engine",
+    FrameSampling: "frames",
+    SessionConfig: "session",
+    TokenSampling: "sampling",
     TrainConfig: "train",
     OptimizerConfig: "optimizer",
     MeshConfig: "mesh",
-    ModelChoice: "model",
+    InitialModelConfig: "model",
     DataConfig: "data",
     ConversationConfig: "conversations",
     TabletopConfig: "tabletop",
 }
+_CLASS_NAMES = {kind.__name__: name for kind, name in _NAMES.items()}
 _BOUND = {
     kind: gin.external_configurable(kind, name=name, module="moss_jax") for kind, name in _NAMES.items()
 }
@@ -43,71 +47,93 @@ _FIELDS = {name: [field.name for field in dataclasses.fields(kind)] for kind, na
 
 
 def parse(files: Sequence[str] = (), parameters: Sequence[str] = ()) -> None:
-    """Reads gin files, then single bindings such as `train.steps = 100`.
+    """Parses gin files, then single bindings such as `train.steps = 100`; later bindings win.
+
+    An `include` is looked up beside the file that was given, then in the working directory, then among the
+    shipped files.
+
+    Args:
+      files: paths of gin files, or names of shipped ones.
+      parameters: bindings.
 
     Raises:
       ConfigError: an unreadable file, a syntax error, or an unknown name, with the nearest valid one.
     """
     gin.clear_config()
     try:
-        gin.parse_config_files_and_bindings(list(files), list(parameters))
+        for path in map(_locate, files):
+            gin_config._LOCATION_PREFIXES[:] = [str(path.parent), "", str(shipped("configs"))]
+            gin.parse_config_file(str(path))
+        gin.parse_config_files_and_bindings([], list(parameters))
     except (OSError, SyntaxError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(_explain(error)) from error
-    _refuse_what_binds_nothing()
+    _refuse_unused_bindings()
 
 
 def settings[Setting](kind: type[Setting]) -> Setting:
-    """The settings of one kind, with what the parsed gin files say of them.
+    """Instantiates a config dataclass with the values from the parsed gin files.
 
     Raises:
-      ConfigError: a value that the settings refuse.
+      ConfigError: a value that the dataclass refuses.
     """
     try:
-        made = _BOUND[kind]()
+        made: Any = _BOUND[kind]()
     except (TypeError, ValueError) as error:
         raise ConfigError(_explain(error)) from error
-    # A list in a gin file means a tuple: settings can be hashed.
+    # A list in a gin file becomes a tuple, and a dict one of pairs, so that configs are hashable.
     values = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return dataclasses.replace(made, **lists)
+    dicts = {name: tuple(value.items()) for name, value in values.items() if isinstance(value, dict)}
+    return dataclasses.replace(made, **lists, **dicts)
 
 
 def operative() -> str:
-    """What all `settings` asked for since the last `parse` hold, defaults among them, as a gin file."""
+    """Returns the operative config: all values, with defaults, of the `settings` made since `parse`."""
     return gin.operative_config_str()
 
 
-def _refuse_what_binds_nothing() -> None:
-    """Refuses what gin takes without a word: a bare `steps = 100`, and a scope, which nothing here opens."""
+def _locate(file: str) -> Path:
+    """Finds a gin file by its path, or a shipped one by its name."""
+    configs = shipped("configs")
+    for path in (Path(file), configs / file):
+        if path.exists():
+            return path.absolute()
+    names = sorted(path.name for path in configs.glob("*.gin"))
+    raise ConfigError(f"{file} does not exist, nor does a shipped config of this name: {', '.join(names)}")
+
+
+def _refuse_unused_bindings() -> None:
+    """Refuses what gin accepts silently: a bare `steps = 100`, and scopes, which nothing here enters."""
     bindings = gin_config._CONFIG
     used = {reference.scoped_selector for reference in gin_config.iterate_references(bindings)}
     for scope, selector in bindings:
         if selector == "gin.macro" and f"{scope}/gin.macro" not in used:
-            meant = _homes(scope) or _near(
-                scope, [f"{n}.{f}" for n, fields in _FIELDS.items() for f in fields]
+            meant = _full_names(scope) or _nearest(
+                scope, [f"{name}.{field}" for name, fields in _FIELDS.items() for field in fields]
             )
             raise ConfigError(f"{scope!r} is set but never used; the nearest valid name is {meant[0]}")
         if selector != "gin.macro" and scope:
             name = selector.rsplit(".", 1)[-1]
-            raise ConfigError(f"'{scope}/{name}' has a scope, but nothing here opens one; say '{name}'")
+            raise ConfigError(f"'{scope}/{name}' has a scope, but nothing here enters one; say '{name}'")
 
 
 def _explain(error: Exception) -> str:
-    """gin's message on one line, with the name that was probably meant."""
+    """Returns gin's message on one line, with the name that was probably meant."""
     message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    near = []
-    if unknown := re.search(r"No configurable matching '([^']*)'", message):
-        names = {name: name for name in _FIELDS} | {kind.__name__: name for kind, name in _NAMES.items()}
-        near = [names[match] for match in _near(unknown[1], names)]
+    nearest = []
+    if unknown := re.search(r"No configurable matching '(?:moss_jax\.)?([^']*)'", message):
+        if name := _CLASS_NAMES.get(unknown[1]):
+            return f"{message} ({unknown[1]} is called {name} in gin files)"
+        nearest = _nearest(unknown[1], _FIELDS)
     elif unknown := re.search(r"Configurable '([^']*)' doesn't have a parameter named '([^']*)'", message):
-        near = _homes(unknown[2]) or _near(unknown[2], _FIELDS[unknown[1].rsplit(".", 1)[-1]])
-    return message + (f" (the nearest valid name is {near[0]})" if near else "")
+        nearest = _full_names(unknown[2]) or _nearest(unknown[2], _FIELDS[unknown[1].rsplit(".", 1)[-1]])
+    return message + (f" (the nearest valid name is {nearest[0]})" if nearest else "")
 
 
-def _homes(field: str) -> list[str]:
-    """The full names of the settings that are called so."""
+def _full_names(field: str) -> list[str]:
+    """Returns `config.field` for every config that has this field."""
     return [f"{name}.{field}" for name, fields in _FIELDS.items() if field in fields]
 
 
-def _near(name: str, valid: Sequence[str]) -> list[str]:
-    return difflib.get_close_matches(name, valid, n=1, cutoff=0)
+def _nearest(name: str, valid: Collection[str]) -> list[str]:
+    return difflib.get_close_matches(name, list(valid), n=1, cutoff=0)

@@ -1,14 +1,14 @@
-"""The device mesh, and where each logical axis of a parameter or a batch lies on it."""
+"""The device mesh, and the sharding rules from logical axes to mesh axes."""
 
 import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Axes that are not named here are on every device.
+# Logical axis -> mesh axes. Other axes are replicated.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
@@ -20,10 +20,10 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor`.
+    """Returns a mesh with the axes `data`, `fsdp` and `tensor`.
 
     Raises:
-      ValueError: their product is not the number of devices.
+      ValueError: the product of their sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = (data, fsdp, tensor)
@@ -31,12 +31,17 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence |
         raise ValueError(
             f"a mesh of {data} x {fsdp} x {tensor} needs {math.prod(shape)} devices, not {len(devices)}"
         )
-    # Automatic axes: the compiler lays out what lies between the parameters and the batch.
+    # Automatic axes: the compiler chooses the shardings of intermediate values.
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
-def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Where an array with these logical axes lies; what its mesh axes don't divide evenly stays whole."""
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """Returns the sharding of an array with these logical axes.
+
+    Axes whose size the mesh doesn't divide evenly are replicated, and each mesh axis is used at most once.
+    """
     taken: set[str] = set()
     spec = []
     for axis, size in zip(axes, shape, strict=True):
@@ -50,11 +55,11 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
 
 
 def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """`partition_spec` on a mesh."""
+    """Returns `partition_spec` on a mesh."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Lays an array with these logical axes on the mesh that is in use; without one, leaves it as it is."""
+    """Constrains the sharding of an array with these logical axes on the current mesh, if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

@@ -11,6 +11,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+import shapes  # noqa: F401  Before moss_jax, whose import it hooks into.
 from engines import frames, make_engine, model, one_pass, scripted, tokenizer
 from flax import nnx
 

@@ -1,8 +1,8 @@
-"""Fixtures of the streams' tests: a small engine, and one that says what a test has written down for it."""
+"""Engines for the tests of streams: one over a small model, and a scripted stand-in without a model."""
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from flax import nnx
 
 from moss_jax.config import EngineConfig, TokenSampling
 from moss_jax.nn import MossVideo
-from moss_jax.stream import PENDING, Drawn, Engine
+from moss_jax.stream import PENDING, Engine, Row, Sampled
 from moss_jax.text import Tokenizer
 from moss_jax.video import preprocess
 
@@ -24,7 +24,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def model(small_config, random_model, tokenizer) -> MossVideo:
-    """Random weights, large enough that frames and tokens matter to what is said."""
+    """Random weights, large enough that frames and tokens change the output."""
     config = small_config()
     decoder = dataclasses.replace(config.decoder, vocab_size=tokenizer.vocab_size, max_positions=4096)
     return random_model(dataclasses.replace(config, decoder=decoder))
@@ -32,7 +32,7 @@ def model(small_config, random_model, tokenizer) -> MossVideo:
 
 @pytest.fixture(scope="session")
 def make_engine(model, tokenizer) -> Callable[..., Engine]:
-    """Engines over the one small model; those of equal settings are shared, and so their programs."""
+    """Engines over the one small model, cached by their settings, so that programs compile once."""
     made: dict = {}
 
     def make(*, slots=1, text_capacity=512, bank_capacity=32, perception_device=None, **sampling) -> Engine:
@@ -47,7 +47,7 @@ def make_engine(model, tokenizer) -> Callable[..., Engine]:
 
 @pytest.fixture(scope="session")
 def one_pass(model):
-    """Logits of a whole sequence, one frame for each `<|image|>`; padded, so that one program serves."""
+    """Logits of a whole sequence, one frame for each `<|image|>`; padded, so that it compiles once."""
     graph, params = nnx.split(model)
     vision = model.config.vision
     size, most = 512, 16
@@ -79,58 +79,66 @@ def frames() -> list[np.ndarray]:
 
 @dataclasses.dataclass
 class ScriptedState:
-    """Every token of each slot so far, and the one that is pending."""
+    """The context of each slot, and its pending token."""
 
     context: list[list[int]]
-    pending: list[int | None]
+    pending: list[int]
 
 
 class ScriptedEngine:
-    """Stands in for an engine where a test is about the dialogue and not about the model.
+    """An `EngineLike` that samples from a script, for tests of the dialogue.
 
-    `says` maps a slot to the tokens that it draws, one after the other; then it is silent.
+    Args:
+      script: the tokens that slot 0 samples, one after the other, or those of each slot; then it is silent.
     """
 
-    def __init__(self, tokenizer: Tokenizer, says: dict[int, list[int]] | list[int], config: EngineConfig):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        script: Sequence[int] | Mapping[int, Sequence[int]],
+        config: EngineConfig,
+    ):
         self.tokenizer, self.config = tokenizer, config
         self.perception_device = None
-        says = {0: says} if isinstance(says, list) else says
-        self.script = {slot: collections.deque(tokens) for slot, tokens in says.items()}
+        script = script if isinstance(script, Mapping) else {0: script}
+        self.script = {slot: collections.deque(tokens) for slot, tokens in script.items()}
         self.seen: list[int] = []
-        self.state: ScriptedState | None = None
+        self.state = ScriptedState([], [])
         self.before_step: Callable[[], None] = lambda: None
 
     def start(self) -> ScriptedState:
         slots = self.config.slots
-        self.state = ScriptedState([[] for _ in range(slots)], [None] * slots)
+        self.state = ScriptedState([[] for _ in range(slots)], [PENDING] * slots)
         return self.state
 
-    def encode(self, frames):
-        # What a frame is known by: its first pixel.
+    def encode(self, frames: Sequence[np.ndarray]) -> list[int]:
+        # A frame is identified by its first pixel.
         return [int(frame[0, 0, 0]) for frame in frames]
 
-    def step(self, state, rows, pool=None):
+    def step(
+        self, state: ScriptedState, rows: Sequence[Row | None], features: Sequence[int] = ()
+    ) -> tuple[ScriptedState, Sampled]:
         self.before_step()
-        drawn = np.zeros(len(rows), np.int32)
+        special = self.tokenizer.special
+        sampled = np.zeros(len(rows), np.int32)
         for slot, row in enumerate(rows):
             if row is None:
                 continue
             tokens = [state.pending[slot] if t == PENDING else t for t in row.tokens]
-            assert sum(t == self.tokenizer.special.image for t in tokens) == len(row.frames)
-            self.seen += [pool[i] for i in row.frames]
+            assert sum(t == special.image for t in tokens) == len(row.frames)
+            self.seen += [features[i] for i in row.frames]
             state.context[slot] += tokens
-            special, script = self.tokenizer.special, self.script.get(slot)
-            # What is drawn after a silence alone is of no use, and not from the script.
+            script = self.script.get(slot)
+            # The sample after a speculative silence is dropped, so it does not come from the script.
             after_silence = row.tokens == [PENDING] and tokens == [special.silence]
             token = script.popleft() if script and not after_silence else special.silence
-            state.pending[slot] = drawn[slot] = special.silence if token == special.eot else token
-        return state, Drawn(jnp.asarray(drawn), jnp.zeros((len(rows), 1)))
+            state.pending[slot] = sampled[slot] = special.silence if token == special.eot else token
+        return state, Sampled(jnp.asarray(sampled), jnp.zeros((len(rows), 1)))
 
 
 @pytest.fixture
 def scripted(tokenizer) -> Callable[..., ScriptedEngine]:
-    def make(says=(), *, slots=1, text_capacity=4096, bank_capacity=256) -> ScriptedEngine:
-        says = says if isinstance(says, dict) else list(says)
-        return ScriptedEngine(tokenizer, says, EngineConfig(slots, text_capacity, bank_capacity))
+    def make(script=(), *, slots=1, text_capacity=4096, bank_capacity=256) -> ScriptedEngine:
+        return ScriptedEngine(tokenizer, script, EngineConfig(slots, text_capacity, bank_capacity))
 
     return make

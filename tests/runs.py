@@ -1,4 +1,4 @@
-"""Small training runs for tests: a model that compiles in seconds, and the command that trains it."""
+"""Small training runs for tests, in this process or by the command."""
 
 import dataclasses
 import os
@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import train
 from moss_jax import convert
 from moss_jax.text import Tokenizer
+from moss_jax.train.__main__ import read_config
 from moss_jax.train.log import read_metrics
 from moss_jax.train.loop import RunConfig
 
@@ -25,7 +25,7 @@ BINDINGS = (
     "tabletop.max_seconds = 3",
     "tabletop.max_tokens = 128",
 )
-# For processes that compile more than they compute.
+# For processes that spend more time compiling than computing.
 FAST_COMPILING = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -33,7 +33,7 @@ FAST_COMPILING = {
 
 
 def make_checkpoint(folder: Path, small_config, random_model) -> Path:
-    """Writes a random model of few layers that tabletop frames of 56 pixels fit, to train from."""
+    """Writes a random model of few layers and image_size 56, to start training from."""
     config, tokenizer = small_config(), Tokenizer.moss_tiny()
     layers = {"num_layers": 1, "intermediate_layers": (0,)}
     config = dataclasses.replace(
@@ -49,16 +49,16 @@ def make_checkpoint(folder: Path, small_config, random_model) -> Path:
 
 
 def bindings(checkpoint: Path, *more: str) -> list[str]:
-    """The settings of a run from a checkpoint; `more` win."""
+    """Returns the gin bindings of a run from a checkpoint; `more` override them."""
     return [f"model.checkpoint = '{checkpoint}'", *BINDINGS, *more]
 
 
 def make_config(checkpoint: Path, *more: str) -> RunConfig:
-    return train.read_config([], bindings(checkpoint, *more))
+    return read_config([], bindings(checkpoint, *more))
 
 
 def start(workdir: Path, checkpoint: Path, *more: str, flags=(), cache: Path) -> subprocess.Popen:
-    """Starts train.py in a process of its own; those with the same `cache` compile once."""
+    """Starts train.py as a subprocess; runs with the same `cache` share compiled programs."""
     params = [word for binding in bindings(checkpoint, *more) for word in ("--gin_param", binding)]
     environment = os.environ | FAST_COMPILING | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     return subprocess.Popen(
@@ -71,5 +71,5 @@ def start(workdir: Path, checkpoint: Path, *more: str, flags=(), cache: Path) ->
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
-    """Step and loss of all that was recorded."""
+    """Returns the step and loss of every record."""
     return [(row["step"], row["loss"]) for row in read_metrics(workdir)]

@@ -1,4 +1,4 @@
-"""What the settings refuse, and what follows from them."""
+"""Validation of the settings, and the properties derived from them."""
 
 import dataclasses
 import re
@@ -9,12 +9,17 @@ from moss_jax.config import (
     PRESETS,
     CompressorConfig,
     ConfigError,
+    ConversationConfig,
+    DataConfig,
     EngineConfig,
     FrameSampling,
+    InitialModelConfig,
+    MeshConfig,
     ModelConfig,
     RopeConfig,
     SessionConfig,
     TokenSampling,
+    TrainConfig,
     moss_tiny,
     moss_video_11b,
 )
@@ -22,7 +27,7 @@ from moss_jax.config import (
 VISION, DECODER = moss_video_11b().vision, moss_video_11b().decoder
 
 
-def refused(config, changes, message):
+def assert_refused(config, changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         dataclasses.replace(config, **changes)
 
@@ -32,14 +37,14 @@ def refused(config, changes, message):
     [
         ({"image_size": 561}, "image_size 561 must be a multiple of patch_size 14"),
         ({"num_heads": 7}, "vision hidden_size 1280 must be a multiple of num_heads 7"),
-        ({"intermediate_layers": (3, 32)}, "intermediate_layers (3, 32) must lie in [0, 32)"),
-        ({"intermediate_layers": (-1,)}, "intermediate_layers (-1,) must lie in [0, 32)"),
+        ({"intermediate_layers": (3, 32)}, "intermediate_layers (3, 32) must be in [0, 32)"),
+        ({"intermediate_layers": (-1,)}, "intermediate_layers (-1,) must be in [0, 32)"),
         ({"image_std": (0.5, 0.0, 0.5)}, "image_std (0.5, 0.0, 0.5) must be positive"),
         ({"image_mean": (0.5,)}, "image_mean and image_std hold three numbers"),
     ],
 )
 def test_vision(changes, message):
-    refused(VISION, changes, message)
+    assert_refused(VISION, changes, message)
 
 
 @pytest.mark.parametrize(
@@ -48,15 +53,15 @@ def test_vision(changes, message):
         ({"num_heads": 33}, "decoder hidden_size 4096 must be a multiple of num_heads 33"),
         ({"num_kv_heads": 5}, "num_heads 32 must be a multiple of num_kv_heads 5"),
         ({"hidden_size": 96}, "head_dim 3 (hidden_size / num_heads) must be even"),
-        ({"cross_attention_layers": (3, 40)}, "cross_attention_layers (3, 40) must lie in [0, 40)"),
-        ({"cross_attention_layers": (8, 3)}, "cross_attention_layers (8, 3) must ascend"),
-        ({"cross_attention_layers": (3, 3)}, "cross_attention_layers (3, 3) must ascend"),
-        ({"cross_attention_layers": ()}, "must name some of the 40 layers and leave some to the text"),
-        ({"cross_attention_layers": tuple(range(40))}, "leave some to the text"),
+        ({"cross_attention_layers": (3, 40)}, "cross_attention_layers (3, 40) must be in [0, 40)"),
+        ({"cross_attention_layers": (8, 3)}, "cross_attention_layers (8, 3) must be ascending"),
+        ({"cross_attention_layers": (3, 3)}, "cross_attention_layers (3, 3) must be ascending"),
+        ({"cross_attention_layers": ()}, "must name some, but not all, of the 40 layers"),
+        ({"cross_attention_layers": tuple(range(40))}, "but not all"),
     ],
 )
 def test_decoder(changes, message):
-    refused(DECODER, changes, message)
+    assert_refused(DECODER, changes, message)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +70,7 @@ def test_decoder(changes, message):
         (
             CompressorConfig(),
             {"mode": "mean"},
-            "unknown pool mode 'mean'; it is one of average, max, bilinear",
+            "pool mode must be one of 'average', 'max', 'bilinear', 'channelFusion'; got 'mean'",
         ),
         (CompressorConfig(), {"stride": 0}, "pool stride 0 must be at least 1"),
         (
@@ -73,19 +78,23 @@ def test_decoder(changes, message):
             {"compressor": CompressorConfig(stride=9)},
             "pool stride 9 exceeds the patch grid of 8",
         ),
-        (moss_tiny(), {"rows_before_first_frame": "drop"}, "is 'skip' or 'attend', not 'drop'"),
+        (moss_tiny(), {"rows_before_first_frame": "drop"}, "must be one of 'skip', 'attend'; got 'drop'"),
         (RopeConfig(), {"low_freq_factor": 4.0}, "high_freq_factor 4.0 must exceed low_freq_factor 4.0"),
     ],
 )
 def test_model(config, changes, message):
-    refused(config, changes, message)
+    assert_refused(config, changes, message)
 
 
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (FrameSampling(), {"fps": 0.0}, "fps must be a positive number of frames a second, not 0"),
-        (FrameSampling(), {"fps": float("nan")}, "fps must be a positive number of frames a second, not nan"),
+        (FrameSampling(), {"fps": 0.0}, "fps must be a positive number of frames per second, not 0"),
+        (
+            FrameSampling(),
+            {"fps": float("nan")},
+            "fps must be a positive number of frames per second, not nan",
+        ),
         (FrameSampling(), {"fps": float("inf")}, "not inf"),
         (FrameSampling(), {"min_frames": 0}, "min_frames 0 must be at least 1"),
         (
@@ -94,21 +103,38 @@ def test_model(config, changes, message):
             "min_frames 300 must be at least 1 and at most max_frames 256",
         ),
         (TokenSampling(), {"temperature": -1.0}, "temperature -1.0 must not be negative"),
-        (TokenSampling(), {"top_k": -1}, "top_k -1 must not be negative; 0 turns it off"),
-        (TokenSampling(), {"top_p": 0.0}, "top_p 0.0 must lie in (0, 1]"),
-        (TokenSampling(), {"top_p": 1.5}, "top_p 1.5 must lie in (0, 1]"),
+        (TokenSampling(), {"top_k": -1}, "top_k -1 must not be negative; 0 disables it"),
+        (TokenSampling(), {"top_p": 0.0}, "top_p 0.0 must be in (0, 1]"),
+        (TokenSampling(), {"top_p": 1.5}, "top_p 1.5 must be in (0, 1]"),
         (TokenSampling(), {"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be positive"),
         (EngineConfig(), {"slots": 0}, "slots must be at least 1, not 0"),
         (EngineConfig(), {"text_capacity": 0}, "text_capacity must be at least 1, not 0"),
         (EngineConfig(), {"bank_capacity": -2}, "bank_capacity must be at least 1, not -2"),
-        (SessionConfig(), {"clock": "wall"}, "unknown clock 'wall'; it is one of lockstep, realtime"),
+        (SessionConfig(), {"clock": "wall"}, "clock must be one of 'lockstep', 'realtime'; got 'wall'"),
         (SessionConfig(), {"tokens_per_second": 0}, "tokens_per_second must be at least 1, not 0"),
         (SessionConfig(), {"tail_seconds": -0.5}, "tail_seconds -0.5 must not be negative"),
         (SessionConfig(), {"inbox_frames": 0}, "inbox_frames must be at least 1, not 0"),
     ],
 )
 def test_stream(config, changes, message):
-    refused(config, changes, message)
+    assert_refused(config, changes, message)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (InitialModelConfig(), {"preset": "tiny"}, "preset must be one of 'moss_video_11b', 'moss_tiny'"),
+        (MeshConfig(), {"data": 0}, "only one mesh axis can be 0"),
+        (TrainConfig(), {"steps": 0}, "steps must be at least 1, not 0"),
+        (TrainConfig(), {"trainable": ()}, "trainable must name at least one of vision, compressor"),
+        (TrainConfig(), {"trainable": ("head",)}, "trainable must be one of 'vision', 'compressor'"),
+        (TrainConfig(), {"compute_dtype": "int8"}, "compute_dtype must be one of 'bfloat16', 'float32'"),
+        (DataConfig(), {"kind": "videos"}, "data.kind must be one of 'tabletop', 'conversations'"),
+        (ConversationConfig(), {"frame_buckets": (4, 4)}, "frame_buckets (4, 4) must be positive and asc"),
+    ],
+)
+def test_training(config, changes, message):
+    assert_refused(config, changes, message)
 
 
 def test_settings_are_frozen_values():
@@ -118,7 +144,7 @@ def test_settings_are_frozen_values():
         moss_tiny().attention = "xla"
 
 
-def test_what_follows_for_the_released_model():
+def test_derived_sizes_of_the_released_model():
     config = moss_video_11b()
     assert (config.vision.grid, config.vision.num_positions) == (40, 1601)
     assert (config.vision.head_dim, config.vision.output_size) == (80, 7680)
@@ -134,14 +160,14 @@ def test_tile_arrangements_are_in_the_order_of_their_ids():
 
 
 @pytest.mark.parametrize(("mode", "vectors"), [("average", 1 + 4), ("max", 1 + 4), ("bilinear", 1 + 9)])
-def test_grids_that_the_stride_does_not_divide(mode, vectors):
+def test_vectors_per_frame_of_grids_that_the_stride_does_not_divide(mode, vectors):
     vision = dataclasses.replace(moss_tiny().vision, image_size=5 * 14)
     config = ModelConfig(vision=vision, compressor=CompressorConfig(mode, 2), decoder=moss_tiny().decoder)
     assert config.vectors_per_frame == vectors
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_the_models_anatomy(name):
+def test_presets_follow_the_released_model(name):
     config = PRESETS[name]()
     assert config.rows_before_first_frame == "skip"
     assert config.compressor.mode == "average"

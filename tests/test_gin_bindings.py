@@ -1,5 +1,6 @@
-"""gin files: values reach the settings, and what is wrong is said with what would be right."""
+"""gin files: bindings reach the config dataclasses, and errors name the nearest valid name."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from moss_jax.config import (
     ConfigError,
     ConversationConfig,
     FrameSampling,
+    InitialModelConfig,
     MeshConfig,
-    ModelChoice,
     OptimizerConfig,
     SessionConfig,
     TabletopConfig,
@@ -22,15 +23,15 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture(autouse=True)
-def nothing_bound():
+def clear_bindings():
     yield
     gin_bindings.parse()
 
 
-def test_bindings_reach_the_settings_and_parameters_win_over_files(tmp_path):
+def test_parameters_win_over_files(tmp_path):
     file = tmp_path / "a.gin"
-    file.write_text("SessionConfig.tokens_per_second = 8\nSessionConfig.clock = 'realtime'\n")
-    gin_bindings.parse([str(file)], ["SessionConfig.tokens_per_second = 9"])
+    file.write_text("session.tokens_per_second = 8\nsession.clock = 'realtime'\n")
+    gin_bindings.parse([str(file)], ["session.tokens_per_second = 9"])
     assert gin_bindings.settings(SessionConfig) == SessionConfig(clock="realtime", tokens_per_second=9)
     assert type(gin_bindings.settings(SessionConfig)) is SessionConfig
     assert gin_bindings.settings(TokenSampling) == TokenSampling()
@@ -38,23 +39,25 @@ def test_bindings_reach_the_settings_and_parameters_win_over_files(tmp_path):
     assert gin_bindings.settings(SessionConfig) == SessionConfig()
 
 
-def test_settings_of_training_have_short_names():
+def test_training_configs_are_bound_to_short_names():
     gin_bindings.parse(
         [], ["train.steps = 7", "mesh.tensor = 2", "model.remat = 'full'", "tabletop.max_seconds = 9"]
     )
     assert gin_bindings.settings(TrainConfig) == TrainConfig(steps=7)
     assert gin_bindings.settings(MeshConfig) == MeshConfig(tensor=2)
-    assert gin_bindings.settings(ModelChoice) == ModelChoice(remat="full")
+    assert gin_bindings.settings(InitialModelConfig) == InitialModelConfig(remat="full")
     assert gin_bindings.settings(TabletopConfig) == TabletopConfig(max_seconds=9)
 
 
-def test_a_list_becomes_a_tuple():
+def test_lists_and_dicts_become_tuples():
+    gin_bindings.parse([], ["train.loss_terms = {'z_loss': 1e-4}"])
+    assert gin_bindings.settings(TrainConfig).loss_terms == (("z_loss", 1e-4),)
     gin_bindings.parse([], ["train.trainable = ['projector']", "conversations.files = ['a.json', 'b.json']"])
     assert gin_bindings.settings(TrainConfig).trainable == ("projector",)
     assert gin_bindings.settings(ConversationConfig).files == ("a.json", "b.json")
 
 
-def test_macros_serve_several_settings():
+def test_macros_are_resolved():
     gin_bindings.parse([], ["size = 56", "tabletop.image_size = %size"])
     assert gin_bindings.settings(TabletopConfig).image_size == 56
 
@@ -62,20 +65,24 @@ def test_macros_serve_several_settings():
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("SessionConfg.clock = 'realtime'", "nearest valid name is SessionConfig"),
-        ("SessionConfig.token_per_second = 8", "nearest valid name is tokens_per_second"),
-        ("SessionConfig.clock =", "parse"),
+        ("sesion.clock = 'realtime'", "nearest valid name is session"),
+        ("session.token_per_second = 8", "nearest valid name is tokens_per_second"),
+        ("session.clock =", "parse"),
         ("train.stpes = 100", r"nearest valid name is steps\)"),
         ("moss_jax.train.stpes = 100", r"nearest valid name is steps\)"),
         ("trian.steps = 100", r"nearest valid name is train\)"),
-        ("TrainConfig.steps = 100", r"nearest valid name is train\)"),
-        # What is misspelt for one kind of settings may be the name of another's.
+        ("TrainConfig.steps = 100", r"TrainConfig is called train in gin files"),
+        ("moss_jax.EngineConfig.slots = 1", r"EngineConfig is called engine in gin files"),
+        ("FrameSampling.fps = 1.0", r"FrameSampling is called frames in gin files"),
+        ("SessionConfig.clock = 'realtime'", r"SessionConfig is called session in gin files"),
+        ("TokenSampling.top_k = 1", r"TokenSampling is called sampling in gin files"),
+        # A field that another config has is suggested with the name of that config.
         ("train.learning_rate = 1e-3", r"nearest valid name is optimizer.learning_rate\)"),
         ("optimizer.clip = 1.0", r"nearest valid name is clip_norm\)"),
-        # gin would take these for macros and scopes, and say nothing.
+        # gin would silently take these for macros and scopes.
         ("steps = 100", "'steps' is set but never used; the nearest valid name is train.steps"),
         ("learning_rat = 1", "the nearest valid name is optimizer.learning_rate"),
-        ("fast/train.steps = 100", "'fast/train' has a scope, but nothing here opens one; say 'train'"),
+        ("fast/train.steps = 100", "'fast/train' has a scope, but nothing here enters one; say 'train'"),
         ("train.steps = %nowhere", "nowhere"),
     ],
 )
@@ -85,18 +92,45 @@ def test_bad_bindings_are_refused_in_one_line(binding, message):
     assert "\n" not in str(error.value)
 
 
-def test_values_that_the_settings_refuse():
-    gin_bindings.parse([], ["SessionConfig.tokens_per_second = 0"])
+def test_invalid_values_are_refused():
+    gin_bindings.parse([], ["session.tokens_per_second = 0"])
     with pytest.raises(ConfigError, match="tokens_per_second must be at least 1, not 0"):
         gin_bindings.settings(SessionConfig)
 
 
-def test_a_missing_file_is_named():
-    with pytest.raises(ConfigError, match=r"nowhere\.gin"):
+def test_a_missing_file_is_named_with_the_shipped_ones():
+    with pytest.raises(ConfigError, match=r"nowhere\.gin does not exist, .* realtime_sft\.gin, serve\.gin"):
         gin_bindings.parse(["nowhere.gin"])
 
 
-def test_the_operative_config_holds_what_was_asked_for_and_makes_the_same_settings(tmp_path):
+def test_a_missing_include_is_named(tmp_path):
+    (tmp_path / "a.gin").write_text("include 'nowhere.gin'")
+    with pytest.raises(ConfigError, match=r"nowhere\.gin"):
+        gin_bindings.parse([str(tmp_path / "a.gin")])
+
+
+def test_a_shipped_file_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gin_bindings.parse(["realtime_sft.gin"])
+    assert gin_bindings.settings(InitialModelConfig).preset == "moss_video_11b"
+
+
+def test_an_include_is_looked_up_beside_its_file_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(CONFIGS / "stage2_temporal.gin", tmp_path / "mine.gin")
+    gin_bindings.parse(["mine.gin"])
+    assert gin_bindings.settings(InitialModelConfig).preset == "moss_video_11b"
+    (tmp_path / "base_11b.gin").write_text("model.preset = 'moss_tiny'")
+    gin_bindings.parse(["mine.gin"])
+    assert gin_bindings.settings(InitialModelConfig).preset == "moss_tiny"
+    # The files of another folder don't include it.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    gin_bindings.parse([str(tmp_path / "mine.gin"), "realtime_sft.gin"])
+    assert gin_bindings.settings(InitialModelConfig).preset == "moss_video_11b"
+
+
+def test_the_operative_config_is_complete_and_can_be_parsed(tmp_path):
     gin_bindings.parse([], ["train.steps = 7", "mesh.tensor = 2"])
     settings = gin_bindings.settings(TrainConfig)
     text = gin_bindings.operative()
@@ -108,7 +142,7 @@ def test_the_operative_config_holds_what_was_asked_for_and_makes_the_same_settin
     assert gin_bindings.settings(TrainConfig) == settings
 
 
-# Published: fps, frames, tokens, learning rate (arXiv 2606.07639).
+# Published: fps, min_frames, max_frames, max_tokens, learning rate (arXiv 2606.07639).
 STAGES = {
     "stage1_alignment": (2.0, 8, 64, 4096, 2e-5),
     "stage2_temporal": (2.0, 8, 64, 4096, 2e-5),
@@ -118,7 +152,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_stages_of_the_11b(stage):
+def test_stages_of_the_11b(stage):
     gin_bindings.parse([str(CONFIGS / f"{stage}.gin")])
     frames = gin_bindings.settings(FrameSampling)
     conversations = gin_bindings.settings(ConversationConfig)
@@ -131,10 +165,10 @@ def test_the_stages_of_the_11b(stage):
     assert optimizer.warmup_share == 0.1
     assert optimizer.final_share == 0
     assert ("decoder" in train.trainable) == (stage != "stage1_alignment")
-    model = gin_bindings.settings(ModelChoice)
+    model = gin_bindings.settings(InitialModelConfig)
     assert (model.preset, model.pool, model.stride, model.remat) == ("moss_video_11b", "average", 4, "full")
 
 
-def test_silence_weighs_a_tenth_in_real_time():
+def test_silence_weight_of_the_realtime_stage():
     gin_bindings.parse([str(CONFIGS / "realtime_sft.gin")])
     assert gin_bindings.settings(TrainConfig).silence_weight == 0.1

@@ -55,6 +55,15 @@ def unchanged(path: Path, now: NotebookNode) -> None:
         assert texts(now)[cell] == text, f"{path.name} shows old output: run python tests/test_notebooks.py"
 
 
+@pytest.mark.slow
+def test_ask_and_watch():
+    path = FOLDER / "ask_and_watch.ipynb"
+    notebook = run(path, 'assert "card" in moss_jax.ask(video, "What do you see?", engine=engine)')
+    assert "wait, now there is a blue circle" in texts(notebook)["watch"].replace("▫", "")
+    unchanged(path, notebook)
+
+
+@pytest.mark.slow
 def test_watch_a_stream():
     path = FOLDER / "watch_a_stream.ipynb"
     check = """
@@ -79,6 +88,7 @@ for (i, _), frame in zip(digits, newest):
     unchanged(path, notebook)
 
 
+@pytest.mark.slow
 def test_train_a_little(monkeypatch):
     # It computes more than it compiles, which the other tests do not.
     monkeypatch.delenv("XLA_FLAGS")

@@ -1,4 +1,4 @@
-"""serve.py as a user runs it: on real files, in a process of its own, with all that can be wrong."""
+"""The serve command: on real files in a process of its own, and with bad input."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import moss_jax
-import serve
+from moss_jax import serve
 from moss_jax.stream import Counters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,18 +39,18 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
     )
 
 
-def events(result: subprocess.CompletedProcess) -> list[dict]:
+def events_of(result: subprocess.CompletedProcess) -> list[dict]:
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_a_real_file_becomes_events_and_the_same_ones_again(checkpoint, tmp_path):
+def test_a_lockstep_session_on_a_real_file_is_deterministic(checkpoint, tmp_path):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--json", "--seed", 3]
     arguments += ["--prompt", "What is there?", "--prompt", "And now?", "--prompt-at", "5.5"]
     arguments += ["--gin_file", ROOT / "configs" / "demo.gin", "--fps", "0.5"]
-    arguments += ["--gin_param", "TokenSampling.temperature = 0.8"]
-    first = events(run(*arguments, cwd=tmp_path))
-    second = events(run(*arguments, "--timeline", "session.png", cwd=tmp_path))
+    arguments += ["--gin_param", "sampling.temperature = 0.8"]
+    first = events_of(run(*arguments, cwd=tmp_path))
+    second = events_of(run(*arguments, "--timeline", "session.png", cwd=tmp_path))
     assert [e | {"wall_time": 0} for e in first] == [e | {"wall_time": 0} for e in second]
     assert [e["prompt"] for e in first if e["type"] == "turn"] == ["What is there?", "And now?"]
     assert [e["time"] for e in first if e["type"] == "frame"] == list(map(float, range(0, 30, 2)))
@@ -64,31 +64,31 @@ def assert_is_picture(path: Path):
     with Image.open(path) as image:
         image.load()
         assert image.format == "PNG"
-        # With frames: the clip shows a wooden table, and nothing else in a picture is brown.
+        # It has frames: the clip shows a wooden table, and nothing else in a timeline is brown.
         red, _, blue = np.moveaxis(np.asarray(image.convert("RGB"), int), -1, 0)
         assert (red - blue > 60).mean() > 0.02
 
 
 def test_the_system_prompt_can_be_set(checkpoint, fails):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint]
-    arguments += ["--gin_param", "EngineConfig.text_capacity = 60"]
+    arguments += ["--gin_param", "engine.text_capacity = 60"]
     assert "text capacity is 60" in fails(*arguments)
     assert "text capacity is 60" in fails(*arguments, "--system", "watch " * 100)
-    told = events(run(*arguments, "--system", "", "--json", "--fps", "0.25"))
-    assert told[-1]["type"] == "end"
+    events = events_of(run(*arguments, "--system", "", "--json", "--fps", "0.25"))
+    assert events[-1]["type"] == "end"
 
 
-def test_offline_reads_the_clip_and_then_answers(checkpoint, tmp_path):
+def test_offline_prefills_the_clip_and_then_answers(checkpoint, tmp_path):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--json", "--offline", "--prompt", "What?"]
     arguments += ["--weights", "int8", "--encoder-weights", "fp8"]
-    told = events(run(*arguments, "--timeline", tmp_path / "session.png"))
-    types = [e["type"] for e in told]
+    events = events_of(run(*arguments, "--timeline", tmp_path / "session.png"))
+    types = [e["type"] for e in events]
     assert types[:31] == ["frame"] * 30 + ["turn"]
     assert types[-1] == "end"
     assert_is_picture(tmp_path / "session.png")
 
 
-def test_the_transcript_says_what_it_is(checkpoint):
+def test_the_transcript_has_a_heading_and_a_summary(checkpoint):
     result = run("--video", DEMO, "--checkpoint", checkpoint, "--prompt", "What?", "--fps", "0.2")
     assert result.returncode == 0, result.stderr
     assert "demo.mp4 · 448×448 · 30.0 s · 0.2 fps · lockstep" in result.stdout
@@ -96,19 +96,19 @@ def test_the_transcript_says_what_it_is(checkpoint):
     assert "6 frames" in result.stdout
 
 
-def test_the_demo_corrects_itself_calls_out_and_is_silent():
+def test_the_demo_corrects_itself_alerts_and_is_silent():
     result = subprocess.run(
         ["make", "--silent", "--always-make", "--dry-run", "demo"], capture_output=True, text=True, cwd=ROOT
     )
     command = next(part for part in result.stdout.split(".venv/bin/python ") if part.startswith("serve.py"))
     _, *arguments = shlex.split(command.replace("\\\n", " "))
-    told = events(run(*arguments, "--json"))
-    said = "".join({"turn": "\n", "silence": "\n"}.get(e["type"], e.get("text", "")) for e in told)
+    events = events_of(run(*arguments, "--json"))
+    said = "".join({"turn": "\n", "silence": "\n"}.get(e["type"], e.get("text", "")) for e in events)
     assert "I see a yellow ring and a card with - wait, now there is a blue circle" in said
     assert said.endswith("Now! The ring is gone.\n")
-    called = [e["stream_time"] for e in told if e["type"] == "text" and e["stream_time"] > 25]
-    assert 29 <= called[0] < 30
-    spoken = {int(e["stream_time"]) for e in told if e["type"] == "text"}
+    alerts = [e["stream_time"] for e in events if e["type"] == "text" and e["stream_time"] > 25]
+    assert 29 <= alerts[0] < 30
+    spoken = {int(e["stream_time"]) for e in events if e["type"] == "text"}
     assert sum(second not in spoken for second in range(30)) >= 10
 
 
@@ -135,14 +135,14 @@ def test_ctrl_c_ends_a_realtime_stream_cleanly(checkpoint, tmp_path):
     lines = [process.stdout.readline() for _ in range(3)]
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=60)
-    told = [json.loads(line) for line in [*lines, *rest.splitlines()]]
+    events = [json.loads(line) for line in [*lines, *rest.splitlines()]]
     assert process.returncode == 0, errors
-    assert told[-1]["reason"] == "stopped"
+    assert events[-1]["reason"] == "stopped"
     assert "Traceback" not in errors
     assert_is_picture(tmp_path / "session.png")
 
 
-def test_a_reader_that_goes_away_is_no_error(checkpoint):
+def test_a_closed_pipe_is_no_error(checkpoint):
     command = f"{sys.executable} serve.py --video {DEMO} --checkpoint {checkpoint} --json | head -n 2"
     result = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],
@@ -162,7 +162,7 @@ def test_a_reader_that_goes_away_is_no_error(checkpoint):
 
 @pytest.fixture
 def fails(monkeypatch, capfd):
-    """Runs serve.py in this process; returns the one sentence on stderr."""
+    """Runs the command in this process; returns its message on stderr."""
 
     def call(*arguments) -> str:
         monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, arguments)])
@@ -243,5 +243,5 @@ def test_pictures_that_cannot_be_written(fails, tmp_path):
 
 
 def test_bad_gin(fails):
-    assert "nearest valid name" in fails("--video", DEMO, "--gin_param", "SessionConfig.clok = 'realtime'")
+    assert "nearest valid name" in fails("--video", DEMO, "--gin_param", "session.clok = 'realtime'")
     assert "nowhere.gin" in fails("--video", DEMO, "--gin_file", "nowhere.gin")

@@ -1,4 +1,4 @@
-"""Where logical axes lie on a mesh."""
+"""Sharding rules from logical axes to mesh axes."""
 
 import jax
 import pytest
@@ -32,11 +32,11 @@ def test_specs(axes, shape, expected):
     [
         (("embed", "mlp"), (6, 8), P(None, "tensor")),
         (("embed", "mlp"), (16, 7), P("fsdp", None)),
-        # Data times fsdp are 8 devices: what 4 of them would divide stays whole all the same.
+        # Data x fsdp are 8 devices; an axis of 4 is replicated, not sharded over a part of them.
         (("batch",), (4,), P(None)),
     ],
 )
-def test_what_a_mesh_does_not_divide_stays_whole(axes, shape, expected):
+def test_indivisible_axes_are_replicated(axes, shape, expected):
     assert partition_spec(axes, shape, MESH) == expected
 
 
@@ -44,7 +44,7 @@ def test_a_mesh_axis_is_used_once():
     assert partition_spec(("embed", "embed"), (16, 16), MESH) == P("fsdp", None)
     assert partition_spec(("heads", "mlp"), (4, 4), MESH) == P("tensor", None)
     assert partition_spec(("batch", "embed"), (16, 16), MESH) == P(("data", "fsdp"), None)
-    # The first axis that can take it, takes it.
+    # The first axis that it divides gets it.
     assert partition_spec(("heads", "mlp"), (3, 4), MESH) == P(None, "tensor")
 
 
@@ -60,7 +60,7 @@ def test_rules_name_axes_of_the_mesh():
 def test_a_mesh_of_one_device():
     mesh = make_mesh(devices=jax.devices()[:1])
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
-    # With explicit axes every operation between sharded arrays would have to name its result's sharding.
+    # With explicit axes, operations on sharded arrays would have to name the sharding of their results.
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert named_sharding(("embed",), (4,), mesh) == NamedSharding(mesh, P("fsdp"))
 
@@ -70,7 +70,7 @@ def test_a_mesh_needs_its_number_of_devices():
         make_mesh(data=2, fsdp=3, devices=[None] * 5)
 
 
-def test_what_is_made_under_a_mesh_lies_on_it():
+def test_constrain_uses_the_current_mesh():
     x = jax.numpy.ones((4, 8))
     assert constrain(x, ("embed", "mlp")) is x
     mesh = make_mesh(devices=jax.devices()[:1])

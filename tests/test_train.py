@@ -1,8 +1,10 @@
-"""train.py as a user runs it: what is wrong is said in words, and dialogues about videos are learnt."""
+"""The training command: error messages for bad input, and training on conversations about videos."""
 
 import json
 import logging
 import math
+import os
+import subprocess
 import sys
 
 import av
@@ -10,8 +12,8 @@ import numpy as np
 import pytest
 import runs
 
-import train
 from moss_jax.config import ConversationConfig, TabletopConfig
+from moss_jax.train import __main__ as command
 from moss_jax.train import loop
 from moss_jax.train.log import read_metrics
 
@@ -29,7 +31,7 @@ def main(monkeypatch):
 
     def main(*words) -> int:
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
-        return train.main()
+        return command.main()
 
     logger = logging.getLogger("moss_jax")
     before = logger.level
@@ -41,18 +43,18 @@ def params(*bindings: str) -> list[str]:
     return [word for binding in bindings for word in ("--gin_param", binding)]
 
 
-def test_settings_of_the_data_that_are_not_used_are_not_in_the_config():
-    tabletop = train.read_config([], ["data.kind = 'tabletop'"])
-    conversations = train.read_config([], ["data.kind = 'conversations'"])
+def test_the_operative_config_has_only_settings_that_apply():
+    tabletop = command.read_config([], ["data.kind = 'tabletop'"])
+    conversations = command.read_config([], ["data.kind = 'conversations'"])
     assert isinstance(tabletop.source, TabletopConfig)
     assert isinstance(conversations.source, ConversationConfig)
     assert "conversations." not in tabletop.text
-    assert "FrameSampling." not in tabletop.text
+    assert "frames." not in tabletop.text
     assert "tabletop." not in conversations.text
 
 
-def test_the_tabletop_config_can_be_read():
-    config = train.read_config([str(CONFIGS / "tabletop_tiny.gin")], ["train.steps = 5"])
+def test_the_shipped_tabletop_config():
+    config = command.read_config([str(CONFIGS / "tabletop_tiny.gin")], ["train.steps = 5"])
     assert config.train.steps == 5
     assert config.train.silence_weight == 1.0
     assert isinstance(config.source, TabletopConfig)
@@ -66,7 +68,7 @@ def test_the_tabletop_config_can_be_read():
         ("model.checkpoint = 'nowhere'", "there is no such folder"),
     ],
 )
-def test_bad_settings_end_it_with_a_sentence(main, tmp_path, capsys, binding, message):
+def test_bad_settings_exit_with_a_message(main, tmp_path, capsys, binding, message):
     assert main("--workdir", tmp_path / "run", *params(binding)) == 2
     error = capsys.readouterr().err
     assert error.startswith("train.py: ")
@@ -74,18 +76,40 @@ def test_bad_settings_end_it_with_a_sentence(main, tmp_path, capsys, binding, me
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cluster_that_is_not_there(main, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("words", [["-m", "moss_jax.train"], [runs.ROOT / "train.py"]])
+def test_the_command_from_another_folder(tmp_path, words):
+    done = subprocess.run(
+        [
+            sys.executable,
+            *words,
+            "--gin_file",
+            "tabletop_tiny.gin",
+            "--workdir",
+            "run",
+            *params("mesh.data = -1"),
+        ],
+        env=os.environ | {"PYTHONPATH": str(runs.ROOT)},
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
+    name = "train.py" if words[0] != "-m" else "python -m moss_jax.train"
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"{name}: a mesh axis must have at least 1 device")
+
+
+def test_a_missing_cluster(main, tmp_path, capsys, monkeypatch):
     def initialize():
         raise ValueError("coordinator_address should be defined.")
 
-    monkeypatch.setattr(train.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(command.jax.distributed, "initialize", initialize)
     assert main("--workdir", tmp_path, "--distributed") == 2
     assert "--distributed found no cluster to join: coordinator_address" in capsys.readouterr().err
 
 
-def test_rows_without_their_videos_end_it_before_a_model_is_built(main, tmp_path, capsys, monkeypatch):
+def test_missing_videos_abort_before_a_model_is_built(main, tmp_path, capsys, monkeypatch):
     def build(*_, **__):
-        raise AssertionError("it was built")
+        raise AssertionError("a model was built")
 
     monkeypatch.setattr(loop, "Trainer", build)
     rows = [sharegpt(f"clip{i}.mp4") for i in range(3)]
@@ -94,13 +118,13 @@ def test_rows_without_their_videos_end_it_before_a_model_is_built(main, tmp_path
     words = ["--gin_file", CONFIGS / "realtime_sft.gin", "--workdir", tmp_path / "run", *params(files)]
     assert main(*words) == 2
     error = capsys.readouterr().err
-    assert "0 of 3 rows can be used" in error
+    assert "0 of 3 rows are usable" in error
     assert all(f"clip{i}.mp4" in error for i in range(3))
-    assert "More than 10% of the rows cannot be used" in error
+    assert "More than 10% of the rows are unusable" in error
     assert not (tmp_path / "run").exists()
 
 
-def test_some_rows_may_be_dropped_and_are_named(main, tmp_path, checkpoint, capsys, caplog):
+def test_dropped_rows_within_the_limit_are_named(main, tmp_path, checkpoint, capsys, caplog):
     make_clip(tmp_path / "clip.mp4")
     rows = [sharegpt("clip.mp4"), sharegpt("clip.mp4"), sharegpt("gone.mp4")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -115,7 +139,7 @@ def test_some_rows_may_be_dropped_and_are_named(main, tmp_path, checkpoint, caps
             f"conversations.files = ('{tmp_path / 'rows.json'}',)",
             f"conversations.media_root = '{tmp_path}'",
             "conversations.token_buckets = (128, 8192)",
-            "FrameSampling.min_frames = 1",
+            "frames.min_frames = 1",
             "conversations.frame_buckets = (4, 256)",
             "data.workers = 0",
             "train.steps = 3",
@@ -126,7 +150,7 @@ def test_some_rows_may_be_dropped_and_are_named(main, tmp_path, checkpoint, caps
         ),
     ]
     assert main(*words) == 2
-    assert "2 of 3 rows can be used" in capsys.readouterr().err
+    assert "2 of 3 rows are usable" in capsys.readouterr().err
     assert main(*words, *params("data.max_dropped_share = 0.5")) == 0
     assert "gone.mp4" in caplog.text
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))

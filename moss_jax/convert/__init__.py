@@ -1,6 +1,7 @@
-"""Checkpoints in Hugging Face layout, to and from the model."""
+"""Conversion between the model and checkpoints in Hugging Face layout."""
 
-from moss_jax.convert.checkpoint import CheckpointError, load, load_config, save
+from moss_jax.convert.checkpoint import load, load_config, save
+from moss_jax.convert.hub import CheckpointError
 from moss_jax.convert.loading import OpenModel, open_model
 from moss_jax.convert.names import to_hugging_face
 

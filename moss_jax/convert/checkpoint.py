@@ -19,29 +19,27 @@ from safetensors.numpy import save_file
 
 from moss_jax import sharding
 from moss_jax.config import ConfigError, ModelConfig, RowsBeforeFirstFrame
-from moss_jax.convert import configs, names
+from moss_jax.convert import configs, hub, names
+from moss_jax.convert.hub import CheckpointError
 from moss_jax.nn import MossVideo, is_quantized
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-# Problems that an error names one by one.
-LISTED = 20
+# Maximum number of problems listed in an error.
+MAX_LISTED = 20
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message lists everything that is wrong with it."""
+def load_config(path: str | os.PathLike, *, revision: str | None = None) -> ModelConfig:
+    """Reads the model's config from a checkpoint.
 
-
-def load_config(path: str | os.PathLike) -> ModelConfig:
-    """Settings of a checkpoint folder.
+    Args:
+      path, revision: a folder or a Hugging Face repo id; see `hub.resolve`.
 
     Raises:
-      CheckpointError: no folder, no or broken config.json, an unknown model type.
+      CheckpointError: no such checkpoint, a missing or malformed config.json, or an unknown model type.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a checkpoint folder: there is no such folder")
+    folder = hub.resolve(path, revision)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a checkpoint folder: it has no config.json")
     preprocessor = folder / "preprocessor_config.json"
@@ -56,26 +54,30 @@ def load_config(path: str | os.PathLike) -> ModelConfig:
 def load(
     path: str | os.PathLike,
     *,
+    revision: str | None = None,
     dtype: DTypeLike = "float32",
     mesh: Mesh | None = None,
     rows_before_first_frame: RowsBeforeFirstFrame = "skip",
     attention: str | None = None,
 ) -> MossVideo:
-    """The model of a checkpoint folder in Hugging Face layout.
+    """Loads the model of a checkpoint in Hugging Face layout.
 
-    Parameters are read one by one, straight into their dtype and place, so that the host never holds more
-    than a few copies of the largest one beside what stays there.
+    Parameters are read one at a time, converted to `dtype` and placed on their devices, so the host never
+    holds more than a few copies of the largest one beside the parameters that stay on it.
 
     Args:
-      path: folder with config.json and model.safetensors, or shards with their index.
+      path: folder with config.json and model.safetensors, or shards with their index; or a Hugging Face repo
+        id such as `OpenMOSS-Team/moss-video-preview-realtime-sft`, which is downloaded to a cache.
+      revision: branch, tag or commit of a repo id, which can also be written `repo@revision`.
       dtype: of the parameters.
       mesh: lays the parameters on its devices by `sharding.RULES`; None puts them on the default one.
       rows_before_first_frame, attention: see `ModelConfig`.
 
     Raises:
-      CheckpointError: listing all tensors that are missing, surplus or of the wrong shape, and broken files.
+      CheckpointError: no such checkpoint, or one that is damaged or does not match its config; the message
+        lists all files or tensors that are wrong.
     """
-    folder = Path(path)
+    folder = hub.resolve(path, revision)
     base = load_config(folder)
     config = ModelConfig(
         vision=base.vision,
@@ -107,19 +109,22 @@ def save(
     tokenizer: str | os.PathLike | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a checkpoint folder in Hugging Face layout; it appears whole or not at all.
+    """Writes a checkpoint folder in Hugging Face layout, atomically.
 
     Args:
       path: the folder, which must not exist yet or be empty.
       model: written in its own dtype.
-      tokenizer: a tokenizer.json to copy into it.
-      shard_bytes: size of a safetensors file at which the next one begins.
+      tokenizer: a tokenizer.json to copy into the folder.
+      shard_bytes: maximum size of a safetensors file, unless a single tensor is larger.
+
+    Returns:
+      The folder.
 
     Raises:
-      CheckpointError: the folder has something in it, or the model is quantized.
+      CheckpointError: the folder is not empty, or the model is quantized.
     """
     if is_quantized(model):
-        raise CheckpointError("a quantized model cannot be saved; save it before it is quantized")
+        raise CheckpointError("a quantized model cannot be saved; save it before quantizing")
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; save to a new folder")
@@ -142,7 +147,7 @@ def save(
 
 
 class _Tensor:
-    """A tensor in an open file, read when asked for."""
+    """A tensor in an open file, read lazily."""
 
     def __init__(self, file: Any, name: str):
         self._file, self._name = file, name
@@ -153,11 +158,11 @@ class _Tensor:
 
 
 def _open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """All tensors of a folder by canonical name."""
+    """Opens all tensors of a folder; returns them by canonical name."""
     if (folder / INDEX).is_file():
         index = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict):
-            raise CheckpointError(f"{folder / INDEX} has no weight_map from tensors to shards")
+            raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor names to shards")
         shards = sorted(set(index.values()))
     elif (folder / SINGLE).is_file():
         shards = [SINGLE]
@@ -181,23 +186,23 @@ def _check_tensors(folder: Path, entries: list[names.Entry], tensors: dict[str, 
         name: shape for entry in entries for name, shape in zip(entry.names, entry.shapes, strict=True)
     }
     problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"surplus {name}" for name in tensors if name not in expected]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
     problems += [
         f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        rest = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        rest = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise CheckpointError(
-            f"{folder} does not hold the tensors that its config.json calls for:\n  "
-            + "\n  ".join(problems[:LISTED])
+            f"the tensors in {folder} do not match its config.json:\n  "
+            + "\n  ".join(problems[:MAX_LISTED])
             + rest
         )
 
 
 def _put(value: np.ndarray, variable: nnx.Variable, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
-    # A copy of its own: the file that `value` may be a view of is closed afterwards.
+    # A copy, because `value` may be a view of the mapped file, which is closed afterwards.
     value = np.array(value, dtype=dtype, order="C")
     if mesh is None:
         return jax.device_put(value)
@@ -205,7 +210,7 @@ def _put(value: np.ndarray, variable: nnx.Variable, dtype: np.dtype, mesh: Mesh 
 
 
 def _save_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
-    """Writes shards as they fill, then names them, since only the end tells how many there are."""
+    """Writes shards as they fill up, and renames them once their number is known."""
     parts: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     total = 0

@@ -1,4 +1,4 @@
-"""`config.json` and `preprocessor_config.json` to and from the model's settings."""
+"""Conversion between `ModelConfig` and `config.json` with `preprocessor_config.json`."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ MODEL_TYPES = ("mllama", "video_mllama")
 
 
 def from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any] | None = None) -> ModelConfig:
-    """Settings of a checkpoint.
+    """Converts the config of a checkpoint.
 
     Args:
-      config: `config.json`.
-      preprocessor: `preprocessor_config.json`, whose `image_mean` and `image_std` are used.
+      config: content of `config.json`.
+      preprocessor: content of `preprocessor_config.json`; only `image_mean` and `image_std` are read.
 
     Raises:
-      ConfigError: an unknown model type, a missing key or a setting that the model doesn't have.
+      ConfigError: an unknown model type, a missing key or an unsupported value.
     """
     if (kind := config.get("model_type")) not in MODEL_TYPES:
-        raise ConfigError(f"config.json has model_type {kind!r}; this loads {' and '.join(MODEL_TYPES)}")
+        raise ConfigError(f"config.json has model_type {kind!r}; supported are {' and '.join(MODEL_TYPES)}")
     preprocessor = preprocessor or {}
     try:
         model = ModelConfig(
@@ -43,14 +43,14 @@ def from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any] | Non
     ratios = config["vision_config"].get("supported_aspect_ratios")
     if ratios is not None and len(ratios) + 1 != model.vision.num_aspect_ratio_ids:
         raise ConfigError(
-            f"config.json names {len(ratios)} aspect ratios; {model.vision.max_num_tiles} tiles have "
+            f"config.json lists {len(ratios)} aspect ratios, but {model.vision.max_num_tiles} tiles have "
             f"{len(model.vision.supported_aspect_ratios)}"
         )
     return model
 
 
 def to_hugging_face(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`config.json` and `preprocessor_config.json` of a model."""
+    """Returns `config.json` and `preprocessor_config.json` of a model."""
     v, c, d = model.vision, model.compressor, model.decoder
     config = {
         "architectures": ["MllamaForConditionalGeneration"],
@@ -131,7 +131,7 @@ def _vision(c: dict[str, Any], preprocessor: dict[str, Any]) -> VisionConfig:
 
 def _decoder(c: dict[str, Any]) -> DecoderConfig:
     _expect(c, "text_config", hidden_act="silu", tie_word_embeddings=False)
-    # transformers 5 moved theta in among the scaling parameters.
+    # transformers 5 moved theta into the scaling parameters.
     scaling = c.get("rope_parameters") or c.get("rope_scaling") or {}
     kind = scaling.get("rope_type", "default")
     if kind not in ("llama3", "default"):
@@ -161,7 +161,7 @@ def _decoder(c: dict[str, Any]) -> DecoderConfig:
 
 
 def _expect(section: dict[str, Any], name: str, **values: Any) -> None:
-    """Refuses a setting that the model has only one way of."""
+    """Raises ConfigError if the section has another value than the only one that the model supports."""
     for key, value in values.items():
         if section.get(key, value) != value:
-            raise ConfigError(f"{name}.{key} is {section[key]!r}; this model has {value!r}")
+            raise ConfigError(f"{name}.{key} is {section[key]!r}; only {value!r} is supported")

@@ -1,24 +1,23 @@
-"""The model that a command runs: a checkpoint, or the one that ships here."""
+"""Opens the model that a command runs: a checkpoint, or the small model that ships with the repository."""
 
 import dataclasses
-from pathlib import Path
+import os
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from moss_jax.config import DecoderWeights, EncoderWeights
+from moss_jax.convert import hub
 from moss_jax.convert.checkpoint import load
 from moss_jax.nn import MossVideo, quantize
+from moss_jax.shipped import shipped
 from moss_jax.text import Tokenizer
-
-# Beside the package, so in a clone of the repository.
-SHIPPED = Path(__file__).parents[2] / "checkpoints" / "moss-tiny"
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenModel:
-    """A model with its tokenizer, and what it is called."""
+    """A model with its tokenizer and the name of its checkpoint."""
 
     model: MossVideo
     tokenizer: Tokenizer
@@ -26,25 +25,31 @@ class OpenModel:
 
 
 def open_model(
-    checkpoint: Path | None = None,
+    checkpoint: str | os.PathLike | None = None,
     *,
+    revision: str | None = None,
     dtype: DTypeLike | None = None,
     weights: DecoderWeights | None = None,
     encoder_weights: EncoderWeights | None = None,
 ) -> OpenModel:
-    """Loads a checkpoint folder, or without one the small model that ships here.
+    """Loads model and tokenizer of a checkpoint.
 
     Args:
+      checkpoint: a folder or a Hugging Face repo id, see `hub.resolve`; the shipped model if None.
+      revision: of a repo id.
       dtype: bfloat16 on accelerators and float32 on CPU if None.
-      weights, encoder_weights: what to keep of the decoder and of the vision encoder in 8 bits; see
+      weights, encoder_weights: 8-bit formats to quantize the decoder and the vision encoder to; see
         `nn.quantize`.
 
     Raises:
-      CheckpointError, TokenizerError: the folder cannot be used.
-      ConfigError: there are no such weights.
+      CheckpointError, TokenizerError: the checkpoint cannot be used.
+      ConfigError: there is no such 8-bit format.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    folder = checkpoint or SHIPPED
+    checkpoint = shipped("moss-tiny") if checkpoint is None else checkpoint
+    folder = hub.resolve(checkpoint, revision)
     model = quantize(load(folder, dtype=dtype), decoder=weights, encoder=encoder_weights)
-    return OpenModel(model, Tokenizer.load(folder), folder.resolve().name)
+    # A downloaded snapshot lies in a folder named by its commit.
+    name = folder.resolve().name if os.path.isdir(checkpoint) else os.fspath(checkpoint)
+    return OpenModel(model, Tokenizer.load(folder), name)

@@ -1,6 +1,6 @@
-"""Which Hugging Face tensors make up which parameter, and how.
+"""Mapping between Hugging Face tensors and the model's parameters.
 
-Fused parameters hold several tensors side by side. D in, K kv heads, G query heads per kv head, R head
+Fused parameters hold several tensors side by side. Axes: D input, F MLP hidden, H heads, R head.
 """
 
 import dataclasses
@@ -8,25 +8,25 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from flax import nnx
+from flax.typing import PathParts
 
 from moss_jax.config import ModelConfig
 
-Path = tuple[str | int, ...]
 Tensors = list[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter and the tensors that it is stored as.
+    """A parameter and the tensors that store it.
 
     Attributes:
       path: of the parameter in the model.
       names, shapes: of the tensors in a checkpoint.
-      join: tensors to parameter.
-      split: parameter to tensors.
+      join: converts the tensors to the parameter.
+      split: converts the parameter to the tensors.
     """
 
-    path: Path
+    path: PathParts
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     join: Callable[[Tensors], np.ndarray]
@@ -34,7 +34,7 @@ class Entry:
 
 
 def canonical(name: str) -> str:
-    """A tensor's name in the spelling of transformers 4.46, from that or from the one of transformers 5."""
+    """Converts a tensor's name in transformers 4.46 or 5 to that in transformers 4.46."""
     if name.startswith("lm_head."):
         return f"language_model.{name}"
     name = name.removeprefix("model.")
@@ -45,7 +45,7 @@ def canonical(name: str) -> str:
 
 
 def entries(config: ModelConfig) -> Iterator[Entry]:
-    """Every parameter of the model."""
+    """Yields an entry for every parameter of the model."""
     yield from _vision(config)
     yield from _compressor(config)
     yield from _linear(
@@ -163,18 +163,20 @@ def _decoder(config: ModelConfig) -> Iterator[Entry]:
     yield _kernel((*root, "lm_head"), "language_model.lm_head", width, c.vocab_size)
 
 
-def _same(path: Path, name: str, shape: tuple[int, ...]) -> Entry:
+def _same(path: PathParts, name: str, shape: tuple[int, ...]) -> Entry:
     return Entry(path, (name,), (shape,), lambda t: t[0], lambda x: [x])
 
 
-def _reshaped(path: Path, name: str, rows: int, inner: tuple[int, ...]) -> Entry:
-    """A table whose rows hold an array laid flat."""
+def _reshaped(path: PathParts, name: str, rows: int, inner: tuple[int, ...]) -> Entry:
+    """An embedding table whose rows are flattened arrays."""
     shape = (rows, int(np.prod(inner)))
     return Entry(path, (name,), (shape,), lambda t: t[0].reshape(rows, *inner), lambda x: [x.reshape(shape)])
 
 
-def _kernel(path: Path, name: str, inputs: int | tuple[int, ...], outputs: int | tuple[int, ...]) -> Entry:
-    """A linear map, which the checkpoint stores as [out, in]."""
+def _kernel(
+    path: PathParts, name: str, inputs: int | tuple[int, ...], outputs: int | tuple[int, ...]
+) -> Entry:
+    """The kernel of a linear layer, stored transposed as [out, in]."""
     inputs, outputs = (size if isinstance(size, tuple) else (size,) for size in (inputs, outputs))
     shape = (int(np.prod(outputs)), int(np.prod(inputs)))
     return Entry(
@@ -186,18 +188,18 @@ def _kernel(path: Path, name: str, inputs: int | tuple[int, ...], outputs: int |
     )
 
 
-def _linear(path: Path, name: str, inputs: int, outputs: int, *, bias: bool) -> Iterator[Entry]:
+def _linear(path: PathParts, name: str, inputs: int, outputs: int, *, bias: bool) -> Iterator[Entry]:
     yield _kernel(path, name, inputs, outputs)
     if bias:
         yield _same((*path, "bias"), f"{name}.bias", (outputs,))
 
 
-def _layer_norm(path: Path, name: str, size: int) -> Iterator[Entry]:
+def _layer_norm(path: PathParts, name: str, size: int) -> Iterator[Entry]:
     for part in ("weight", "bias"):
         yield _same((*path, part), f"{name}.{part}", (size,))
 
 
-def _vision_qkv(path: Path, name: str, width: int, heads: int, head: int) -> Entry:
+def _vision_qkv(path: PathParts, name: str, width: int, heads: int, head: int) -> Entry:
     return Entry(
         path=(*path, "attention", "qkv", "kernel"),
         names=tuple(f"{name}.self_attn.{part}_proj.weight" for part in "qkv"),
@@ -208,9 +210,9 @@ def _vision_qkv(path: Path, name: str, width: int, heads: int, head: int) -> Ent
 
 
 def _decoder_heads(
-    path: Path, name: str, parts: str, width: int, heads: int, kv_heads: int, head: int
+    path: PathParts, name: str, parts: str, width: int, heads: int, kv_heads: int, head: int
 ) -> Entry:
-    """Projections laid side by side for each kv head: its query heads (if any), its key, its value."""
+    """Fused projections, for each KV head side by side: its query heads (if any), its key, its value."""
     per_kv_head = [heads // kv_heads if part == "q" else 1 for part in parts]
     ends = np.cumsum(per_kv_head)
 

@@ -1,17 +1,18 @@
-"""Where things lie in a training checkpoint, and the model of one.
+"""Layout of training checkpoints, and export of their model to Hugging Face layout.
 
     WORKDIR/tokenizer.json
     WORKDIR/checkpoints/STEP/params     {"trained": float32 master weights, "frozen": the other parameters},
                                         each a dict from names such as decoder/layers/0/attention/qkv/kernel
-                            /optimizer  the optimizer's state and the step
-                            /position   JSON: where the run stands in its data
-                            /config     JSON: the gin text of the run; the model as Hugging Face has it
+                            /optimizer  optimizer state and step
+                            /position   JSON: position in the data
+                            /config     JSON: the run's gin text; the model's config in Hugging Face layout
 
-A checkpoint appears under its step number when it is whole. It holds all that it takes to go on.
+A checkpoint is complete once it is renamed to its step number, and holds everything needed to resume.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from flax import nnx
 from jaxtyping import DTypeLike
 
 from moss_jax.config import ModelConfig
 from moss_jax.convert import checkpoint, configs
-from moss_jax.convert.checkpoint import CheckpointError
+from moss_jax.convert.hub import CheckpointError
 from moss_jax.nn import MossVideo
+from moss_jax.text.tokenizer import TOKENIZER_FILE
 
-TOKENIZER = "tokenizer.json"
-FOLDER = "checkpoints"
-ARRAYS = ("params", "optimizer")
-TEXTS = ("position", "config")
+CHECKPOINTS = "checkpoints"
+ARRAY_ITEMS = ("params", "optimizer")
+JSON_ITEMS = ("position", "config")
 
 
 def export(
@@ -41,125 +41,131 @@ def export(
     step: int | None = None,
     dtype: DTypeLike = "bfloat16",
 ) -> int:
-    """Writes the model of a training run as a folder in Hugging Face layout, whole or not at all.
+    """Writes the model of a training run as a checkpoint folder in Hugging Face layout, atomically.
 
     Args:
       workdir: of the run.
       out: the folder, which must not exist yet or be empty.
-      step: of the checkpoint; None for the newest.
+      step: of the checkpoint; the latest if None.
       dtype: of the parameters that are written.
 
     Returns:
-      The step.
+      The step of the exported checkpoint.
 
     Raises:
-      CheckpointError: there is no such checkpoint, or `out` has something in it.
+      CheckpointError: there is no such checkpoint, it is damaged, or `out` is not empty.
     """
-    folder = find(workdir, step)
-    tokenizer = Path(workdir) / TOKENIZER
+    folder = find_checkpoint(workdir, step)
+    tokenizer = Path(workdir) / TOKENIZER_FILE
     if not tokenizer.is_file():
-        raise CheckpointError(f"{tokenizer} is gone; put the tokenizer.json of the run there")
-    checkpoint.save(out, load(folder, dtype=dtype), tokenizer=tokenizer)
+        raise CheckpointError(f"{tokenizer} is missing; copy the run's {TOKENIZER_FILE} there")
+    checkpoint.save(out, load_model(folder, dtype=dtype), tokenizer=tokenizer)
     return int(folder.name)
 
 
-def find(workdir: str | os.PathLike, step: int | None = None) -> Path:
-    """The folder of a whole checkpoint: that of `step`, or the newest.
+def find_checkpoint(workdir: str | os.PathLike, step: int | None = None) -> Path:
+    """Returns the folder of the complete checkpoint of `step`, or of the latest one if None.
 
     Raises:
-      CheckpointError: there is none, or it is not whole.
+      CheckpointError: there is none, or it is incomplete.
     """
-    whole, broken = survey(workdir)
-    if step is None and whole:
-        return whole[-1]
-    for folder in whole:
+    complete, incomplete = list_checkpoints(workdir)
+    if step is None and complete:
+        return complete[-1]
+    for folder in complete:
         if int(folder.name) == step:
             return folder
-    if not whole:
-        raise CheckpointError(f"{workdir} holds no checkpoint of a training run")
-    steps = ", ".join(folder.name for folder in whole)
-    state = "is not whole" if step in [int(folder.name) for folder in broken] else "does not exist"
+    if not complete:
+        raise CheckpointError(f"{workdir} holds no complete checkpoint of a training run")
+    steps = ", ".join(folder.name for folder in complete)
+    state = "is incomplete" if step in [int(folder.name) for folder in incomplete] else "does not exist"
     raise CheckpointError(f"the checkpoint of step {step} in {workdir} {state}; there are those of {steps}")
 
 
-def survey(workdir: str | os.PathLike) -> tuple[list[Path], list[Path]]:
-    """The checkpoints that are whole and those that are not, each in the order of their steps.
+def list_checkpoints(workdir: str | os.PathLike) -> tuple[list[Path], list[Path]]:
+    """Lists the folders of complete and of incomplete checkpoints, each in order of their steps.
 
-    What a run that was killed had begun to write has another name, and is neither.
+    Temporary folders, which a killed run may leave behind, are in neither list.
     """
     # orbax reads from absolute paths only.
-    folder = Path(workdir).absolute() / FOLDER
+    folder = Path(workdir).absolute() / CHECKPOINTS
     steps = [path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()]
     steps.sort(key=lambda path: int(path.name))
-    whole = [path for path in steps if _is_whole(path)]
-    return whole, [path for path in steps if path not in whole]
+    complete = [path for path in steps if _is_complete(path)]
+    return complete, [path for path in steps if path not in complete]
 
 
-def load(folder: Path, *, dtype: DTypeLike) -> MossVideo:
-    """The model of a training checkpoint.
-
-    Parameters are read in `dtype`, on the default device.
+def load_model(folder: Path, *, dtype: DTypeLike) -> MossVideo:
+    """Loads the model of a training checkpoint in `dtype`, on the default device.
 
     Raises:
-      CheckpointError: what it holds is not the model that it says.
+      CheckpointError: the checkpoint is damaged, or its parameters do not match its config.
     """
-    params = read_arrays(folder, "params", dtype)
+    params = _read_arrays(folder, "params", dtype)
     params = params["trained"] | params["frozen"]
     config = read_json(folder, "config")
     try:
         model_config = model_from_json(config["model"])
     except KeyError as error:
-        raise CheckpointError(f"{folder} does not say which model it is of: no {error}") from None
+        raise CheckpointError(f"{folder}: its config lacks the key {error}") from None
     graph, abstract = nnx.split(
         nnx.eval_shape(lambda: MossVideo(model_config, rngs=nnx.Rngs(0), dtype=dtype))
     )
     variables = {"/".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(abstract)}
     if {name: x.shape for name, x in params.items()} != {name: v.shape for name, (_, v) in variables.items()}:
-        raise CheckpointError(f"{folder} holds other parameters than the model that it says it is of")
+        raise CheckpointError(f"{folder}: its parameters do not match the model of its config")
     loaded = [
         (path, variable.replace(jnp.asarray(params[name]))) for name, (path, variable) in variables.items()
     ]
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
-def read_arrays(folder: Path, item: str, dtype: DTypeLike) -> Any:
-    """The arrays of an item in host memory, converted to `dtype`."""
-    handler, path = ocp.PyTreeCheckpointHandler(), epath.Path(folder / item)
-    as_numpy = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=jnp.dtype(dtype)), read_shapes(folder, item)
-    )
-    try:
-        return handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / item} is damaged: {error}") from error
+def read_array_metadata(folder: Path, item: str) -> Any:
+    """Reads the tree of an item's array metadata, such as shapes.
 
-
-def read_shapes(folder: Path, item: str) -> Any:
-    """What is said of the arrays of an item, shapes among it."""
-    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder / item)).tree
+    Raises:
+      OSError, ValueError: it is missing or damaged.
+    """
+    # Declared as etils' Path, which pathlib's stands in for on a local file system.
+    path: Any = folder / item
+    return ocp.PyTreeCheckpointHandler().metadata(path).tree
 
 
 def read_json(folder: Path, item: str) -> dict[str, Any]:
-    return ocp.JsonCheckpointHandler().restore(epath.Path(folder / item))
+    """Reads a JSON item of a checkpoint."""
+    return json.loads((folder / item / "metadata").read_text(encoding="utf-8"))
 
 
 def model_to_json(config: ModelConfig) -> dict[str, Any]:
-    """A model's settings, as they are kept in a checkpoint."""
-    config, preprocessor = configs.to_hugging_face(config)
-    return {"config": config, "preprocessor": preprocessor}
+    """Returns a model's config as stored in a checkpoint."""
+    config_json, preprocessor = configs.to_hugging_face(config)
+    return {"config": config_json, "preprocessor": preprocessor}
 
 
-def model_from_json(value: dict[str, Any]) -> ModelConfig:
-    """The settings that `model_to_json` made."""
+def model_from_json(value: Mapping[str, Any]) -> ModelConfig:
+    """Inverts `model_to_json`."""
     return configs.from_hugging_face(value["config"], value["preprocessor"])
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a checkpoint was committed and has all its items; not what the files hold."""
+def _is_complete(folder: Path) -> bool:
+    """Whether a checkpoint was committed and has all its items; the arrays' content is not checked."""
     try:
         committed = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["commit_timestamp_nsecs"]
-        texts = [json.loads((folder / item / "metadata").read_text()) for item in TEXTS]
+        texts = [read_json(folder, item) for item in JSON_ITEMS]
     except (OSError, ValueError, KeyError):
         return False
-    files = [folder / item / name for item in ARRAYS for name in ("_METADATA", "manifest.ocdbt")]
+    files = [folder / item / name for item in ARRAY_ITEMS for name in ("_METADATA", "manifest.ocdbt")]
     return bool(committed and all(texts) and all(file.is_file() for file in files))
+
+
+def _read_arrays(folder: Path, item: str, dtype: DTypeLike) -> dict[str, dict[str, np.ndarray]]:
+    """Reads the arrays of an item into host memory, converted to `dtype`."""
+    try:
+        restore_args = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=jnp.dtype(dtype)),
+            read_array_metadata(folder, item),
+        )
+        args = ocp.args.PyTreeRestore(restore_args=restore_args)
+        return ocp.PyTreeCheckpointer().restore(folder / item, args=args)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / item} is damaged: {error}") from error

@@ -1,1 +1,1 @@
-"""Training data: conversations about videos, the tabletop world, and the batches made of them."""
+"""Training data: batches of conversations about videos and of the tabletop world."""

@@ -1,4 +1,4 @@
-"""What a training step takes.
+"""The input of a training step.
 
 B sequences, S tokens, F frames, H W pixels
 """
@@ -16,10 +16,10 @@ class Batch:
     """Padded sequences with their frames.
 
     Attributes:
-      tokens: what is read; padding is id 0.
-      labels: the tokens themselves where they are to be learnt, IGNORED elsewhere and in the padding.
-      frames: fitted into the square tile, 8 bit; normalised on the device.
-      frame_positions: index of each frame's `<|image|>` among the tokens, ascending; S where there is none.
+      tokens: input ids; padding is id 0.
+      labels: the token ids where they are targets; IGNORED elsewhere and in the padding.
+      frames: resized and padded to the square tile, 8 bit; normalised on the device.
+      frame_positions: index of each frame's `<|image|>` among the tokens, ascending; S for absent frames.
     """
 
     tokens: Int[np.ndarray, "B S"]

@@ -1,4 +1,4 @@
-"""Batches of conversations about videos.
+"""Batches of conversations about videos, bucketed by length.
 
 B sequences, S tokens, F frames
 """
@@ -11,21 +11,20 @@ import numpy as np
 from moss_jax.config import ConfigError, ConversationConfig, FrameSampling
 from moss_jax.data.batch import Batch
 from moss_jax.data.pipeline import LoadedBatch
-from moss_jax.data.rows import DropReport, Medium, Row, read_rows
+from moss_jax.data.rows import DropReport, Medium, TrainingRow, read_rows
 from moss_jax.text import Tokenizer
 from moss_jax.text.labels import IGNORED
 from moss_jax.video import VideoError, clip_times, fit_frame, sample_at
 
 
 class ConversationBatches:
-    """The batches of all epochs, in order; see `ConversationConfig` for what they are made of.
+    """The batches of all epochs: a `BatchSource` over the rows of a `ConversationConfig`.
 
-    In an epoch every row comes once, in a new order. Rows of a batch have about the same length, so that
-    there are few shapes; what is left of several lengths shares batches at the end, and the last one is
-    filled up with rows that come again.
+    Each epoch visits every row once, in a new order. Rows are batched by length bucket, so that there are few
+    shapes; the remainders of the buckets share batches, and the last one is filled up with repeated rows.
 
     Attributes:
-      report: which rows can be used and why the others can't. Without any there are no batches.
+      report: numbers of usable and dropped rows. Without usable rows there are no batches.
       batches_per_epoch: the same in every epoch.
     """
 
@@ -44,17 +43,25 @@ class ConversationBatches:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Reads all rows and the headers of their media, but decodes nothing.
+        """Reads all rows and the headers of their media, but decodes no frames.
 
         Args:
-          image_size: side of the tile that frames are fitted into.
+          config: files and sizes.
+          sampling: frame sampling of offline clips.
+          tokenizer: of the model.
+          image_size: side of the tile that frames are resized and padded to.
           batch_size: rows of a batch over all processes; each loads its share.
+          seed: of the order of rows and of the swapped frames.
+          process_index: of this process.
+          process_count: number of processes.
 
         Raises:
-          ConfigError: a file is not there or is no list of rows in JSON, or the settings cannot work.
+          ConfigError: a file is missing or is not a JSON list of rows, or the settings are invalid.
         """
         if not config.files:
-            raise ConfigError("there are no rows to train on; set conversations.files to their JSON files")
+            raise ConfigError(
+                "there are no rows to train on; set conversations.files to JSON files with rows"
+            )
         if batch_size % process_count:
             raise ConfigError(f"batch_size {batch_size} must be a multiple of the {process_count} processes")
         rows, self.report = read_rows(config, sampling, tokenizer)
@@ -67,7 +74,7 @@ class ConversationBatches:
         self._seed = seed
         share = batch_size // process_count
         self._share = slice(process_index * share, (process_index + 1) * share)
-        # The bucket of each row: index of its number of tokens, and of frames.
+        # Bucket indices of each row, for its tokens and its frames: [rows, 2].
         self._buckets = np.stack(
             [
                 np.searchsorted(config.token_buckets, [row.max_tokens for row in rows]),
@@ -76,34 +83,34 @@ class ConversationBatches:
             axis=1,
         )
         self.batches_per_epoch = -(-len(rows) // batch_size)
-        self._planned: tuple[int, list[np.ndarray]] = (-1, [])
+        self._epoch_plan: tuple[int, list[np.ndarray]] = (-1, [])
 
     def __len__(self) -> int:
-        """As good as endless: epoch follows epoch."""
+        """Practically unlimited: epochs repeat."""
         return sys.maxsize if self._rows else 0
 
     def __getitem__(self, step: int) -> LoadedBatch:
         epoch, index = divmod(step, self.batches_per_epoch)
-        if self._planned[0] != epoch:
-            self._planned = (epoch, self._plan(epoch))
-        members = self._planned[1][index]
+        if self._epoch_plan[0] != epoch:
+            self._epoch_plan = (epoch, self._plan(epoch))
+        members = self._epoch_plan[1][index]
         token_bucket, frame_bucket = self._buckets[members].max(axis=0)
         length = self._config.token_buckets[token_bucket]
         capacity = self._config.frame_buckets[frame_bucket]
         return self._load(epoch, members[self._share], length, capacity)
 
     def _plan(self, epoch: int) -> list[np.ndarray]:
-        """The rows of each batch of an epoch."""
+        """Returns the row indices of each batch of an epoch."""
         rng = np.random.default_rng([self._seed, epoch, 0])
         order = rng.permutation(len(self._rows))
-        full, left = [], []
+        full, remainders = [], []
         for bucket in np.unique(self._buckets, axis=0):
             members = order[(self._buckets[order] == bucket).all(axis=1)]
             whole = len(members) // self._batch_size * self._batch_size
             full += np.split(members[:whole], whole // self._batch_size) if whole else []
-            left.append(members[whole:])
-        # Buckets ascend, so that what is left of one goes up with the next.
-        left = np.concatenate(left)
+            remainders.append(members[whole:])
+        # Buckets ascend, so that the remainder of one is padded to the next larger ones.
+        left = np.concatenate(remainders)
         rest = [left[i : i + self._batch_size] for i in range(0, len(left), self._batch_size)]
         if rest:
             rest[-1] = self._fill(rest[-1], order)
@@ -111,7 +118,7 @@ class ConversationBatches:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _fill(self, members: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """Fills a batch up with rows from the epoch's beginning that fit its shape."""
+        """Fills a batch up with the first rows of the epoch that fit its shape."""
         fitting = (self._buckets[order] <= self._buckets[members].max(axis=0)).all(axis=1)
         others = order[fitting & ~np.isin(order, members)]
         again = np.resize(np.concatenate([others, members]), self._batch_size - len(members))
@@ -126,7 +133,7 @@ class ConversationBatches:
         dropped = []
         for b, member in enumerate(members.tolist()):
             row = self._rows[member]
-            # The plan of the epoch has 0.
+            # The third number is 0 in the epoch's plan.
             rng = np.random.default_rng([self._seed, epoch, 1 + member])
             try:
                 sequence = self._load_row(row, rng)
@@ -135,18 +142,18 @@ class ConversationBatches:
                 continue
             used = len(sequence.tokens)
             tokens[b, :used] = sequence.tokens
-            labels[b, :used] = np.where(sequence.learnt, sequence.tokens, IGNORED)
+            labels[b, :used] = np.where(sequence.is_target, sequence.tokens, IGNORED)
             (at,) = np.nonzero(sequence.tokens == self._image_id)
             positions[b, : len(at)] = at
             for f, frame in enumerate(sequence.frames):
                 frames[b, f] = frame
         return LoadedBatch(Batch(tokens, labels, frames, positions), tuple(dropped))
 
-    def _load_row(self, row: Row, rng: np.random.Generator) -> "_Sequence":
-        """A row with its frames.
+    def _load_row(self, row: TrainingRow, rng: np.random.Generator) -> "_Sequence":
+        """Decodes the frames of a row and places their tokens.
 
         Raises:
-          VideoError: a medium cannot be read, or has more frames than its header lets expect.
+          VideoError: a medium cannot be read, or has more frames than its header announces.
         """
         frames, counts = [], []
         for medium in row.media:
@@ -154,33 +161,33 @@ class ConversationBatches:
             frames += fitted
             counts.append(len(fitted))
         if len(frames) > row.max_frames:
-            raise VideoError(f"it has {len(frames)} frames, but its headers let expect {row.max_frames}")
+            raise VideoError(f"it has {len(frames)} frames, but its headers announce {row.max_frames}")
 
-        tokens, learnt = row.tokens, row.learnt
+        tokens, is_target = row.tokens, row.is_target
         if row.realtime:
-            tokens, learnt = tokens.copy(), learnt.copy()
-            moved = row.movable[rng.random(len(row.movable)) < self._config.swap_probability]
-            for values in (tokens, learnt):
-                values[moved - 1], values[moved] = values[moved], values[moved - 1]
+            tokens, is_target = tokens.copy(), is_target.copy()
+            swapped = row.swappable[rng.random(len(row.swappable)) < self._config.swap_probability]
+            for values in (tokens, is_target):
+                values[swapped - 1], values[swapped] = values[swapped], values[swapped - 1]
         else:
             repeats = np.ones(len(tokens), int)
             repeats[tokens == self._image_id] = counts
-            tokens, learnt = np.repeat(tokens, repeats), np.repeat(learnt, repeats)
-        return _Sequence(tokens, learnt, frames)
+            tokens, is_target = np.repeat(tokens, repeats), np.repeat(is_target, repeats)
+        return _Sequence(tokens, is_target, frames)
 
     def _fitted_frames(self, medium: Medium) -> list[np.ndarray]:
         times = clip_times(medium.path, self._sampling) if medium.times is None else medium.times
         fitted, rgb = [], None
         for frame in sample_at(medium.path, times):
-            # A frame that stands for several times is one array.
+            # A frame sampled at several times is resized once.
             fitted.append(fitted[-1] if frame.rgb is rgb else fit_frame(frame.rgb, self._image_size))
             rgb = frame.rgb
         return fitted
 
 
 class _Sequence(NamedTuple):
-    """Tokens of a row with an `<|image|>` for each frame, which of them are learnt, and the frames."""
+    """Tokens of a row with an `<|image|>` per frame, the mask of targets, and the frames."""
 
     tokens: np.ndarray
-    learnt: np.ndarray
+    is_target: np.ndarray
     frames: list[np.ndarray]

@@ -1,7 +1,7 @@
-"""Runs a batch source ahead of the training loop, in worker processes if asked to.
+"""Prefetches batches, optionally in worker processes.
 
-A batch source makes the batch of any step on its own, so the position in the data is the step number: a run
-that resumes at a step, with any number of workers, goes on with the batches that it would have had.
+A batch source has random access by step, so the position in the data is the step number: a run that resumes
+at a step, with any number of workers, sees the same batches as an uninterrupted one.
 """
 
 import atexit
@@ -11,7 +11,7 @@ import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent import futures
 from multiprocessing import parent_process
 from typing import NamedTuple, Protocol
@@ -25,16 +25,17 @@ from grain.multiprocessing import SharedMemoryArray
 from moss_jax.data.batch import Batch
 
 _HINT = (
-    "Exit code -9 may mean that memory has run out, and -7 that /dev/shm is full: fewer workers take less of "
-    "both, and so does a smaller read_ahead."
+    "Exit code -9 may mean that memory has run out, and -7 that /dev/shm is full: fewer workers or a smaller "
+    "read_ahead need less of both."
 )
 
 
 class LoadedBatch(NamedTuple):
-    """A batch in host memory, and what could not be loaded into it.
+    """A batch in host memory, and the rows that could not be loaded.
 
     Attributes:
-      dropped: one sentence for each row that broke while it was loaded. Such a row is all padding.
+      batch: with all padding in place of dropped rows.
+      dropped: one sentence for each dropped row.
     """
 
     batch: Batch
@@ -42,36 +43,39 @@ class LoadedBatch(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """Makes the batch of any step, always the same one. It can be pickled, and is small then."""
+    """Deterministic random access to batches by step. It can be pickled, and is small then."""
 
     def __len__(self) -> int:
         """Number of batches."""
+        ...
 
-    def __getitem__(self, step: int) -> LoadedBatch:
-        """The rows of this process in the batch of `step`."""
+    def __getitem__(self, step: int, /) -> LoadedBatch:
+        """This process's rows of the batch of `step`."""
+        ...
 
 
 class BatchError(RuntimeError):
-    """A batch source failed; the message names the step and the error, whichever process it came from."""
+    """A batch source failed, in whichever process; the message names the step and the error."""
 
 
-def iterate(source: BatchSource, *, start: int, workers: int, read_ahead: int) -> Iterator[LoadedBatch]:
+def iterate(source: BatchSource, *, start: int, workers: int, read_ahead: int) -> Generator[LoadedBatch]:
     """Yields the batches of a source in order of their steps, from `start` on.
 
-    Args:
-      workers: processes that make batches; 0 makes each in the calling thread when it is asked for. The
-        batches are the same.
-      read_ahead: batches that each worker keeps ready, at least 4 and else an even number.
+    The workers start with the first batch and end when the iterator is closed, or with this process, however
+    it ends. A script that uses them needs the usual `if __name__ == "__main__":`.
 
-    The workers start with the first batch that is asked for and end when the iterator is closed, or else with
-    this process, however that ends. A script that uses them needs the usual `if __name__ == "__main__":`.
+    Args:
+      source: of the batches.
+      start: first step.
+      workers: worker processes; 0 makes each batch on demand in the calling thread. The batches are the same.
+      read_ahead: batches that each worker prefetches, rounded down to an even number and at least 4.
 
     Raises:
       BatchError: the source raised, or a worker was killed.
     """
     dataset = grain.MapDataset.source(_Guarded(source))[start:]
     batches = _make_in_workers(dataset, workers, read_ahead) if workers else _make_here(dataset)
-    # A program that ends by an error still holds the iterator when grain is half gone already.
+    # A program that ends with an exception still holds the iterator while the interpreter tears grain down.
     atexit.register(_close, weakref.ref(batches))
     return batches
 
@@ -81,22 +85,23 @@ def _close(alive: weakref.ref) -> None:
         batches.close()
 
 
-def _make_here(dataset: grain.MapDataset) -> Iterator[LoadedBatch]:
+def _make_here(dataset: grain.MapDataset) -> Generator[LoadedBatch]:
     for step in range(len(dataset)):
         yield _checked(dataset[step])
 
 
-def _make_in_workers(dataset: grain.MapDataset, workers: int, read_ahead: int) -> Iterator[LoadedBatch]:
-    # grain reads absl flags of its own, which raise in a program that parses none.
+def _make_in_workers(dataset: grain.MapDataset, workers: int, read_ahead: int) -> Generator[LoadedBatch]:
+    # grain reads absl flags, which raise in a program that doesn't parse them.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    # Workers share the cores as it is. The numpy of this process has read the variable long ago.
+    # For the workers, which share the cores already; numpy in this process has read the variable long ago.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Batches wait in the worker's queue and in a buffer here, one on its way between, and one copied.
+    # The buffer size counts twice, for the worker's queue and for a buffer here; one more batch is in transit
+    # between them, and one is being copied.
     options = grain.MultiprocessingOptions(1, per_worker_buffer_size=max(1, read_ahead // 2 - 1))
-    # One dataset per worker, because grain ends the workers of one dataset one after the other.
+    # One dataset per worker, because grain shuts the workers of one dataset down one after the other.
     shards = [
-        # By default, grain would make 500 batches ahead in 16 threads of the worker.
+        # By default, grain would prefetch 500 batches in 16 threads of each worker.
         iter(
             dataset[i::workers]
             .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -105,48 +110,49 @@ def _make_in_workers(dataset: grain.MapDataset, workers: int, read_ahead: int) -
         for i in range(workers)
     ]
     with futures.ThreadPoolExecutor(workers) as threads:
-        coming = deque((shard, threads.submit(_take, shard)) for shard in shards)
+        pending = deque((shard, threads.submit(_take, shard)) for shard in shards)
         try:
             while True:
-                shard, batch = coming.popleft()
+                shard, batch = pending.popleft()
                 try:
                     loaded = batch.result()
                 except RuntimeError as error:
                     raise BatchError(f"{error} {_HINT}") from error
                 if loaded is None:
                     return
-                coming.append((shard, threads.submit(_take, shard)))
+                pending.append((shard, threads.submit(_take, shard)))
                 yield _checked(loaded)
         finally:
-            futures.wait([batch for _, batch in coming])
+            futures.wait([batch for _, batch in pending])
             try:
                 list(threads.map(lambda shard: shard.close(), shards))
-            except RuntimeError:  # the program ends, and nothing can be submitted any more
+            except RuntimeError:  # at interpreter shutdown, when threads take no more work
                 for shard in shards:
                     shard.close()
             _await_release()
 
 
 def _take(shard: grain.DatasetIterator) -> "LoadedBatch | BatchError | None":
-    """Copies the next batch out of shared memory, which grain's arrays keep for as long as they are used."""
+    """Copies the next batch out of shared memory, which stays allocated as long as grain's arrays live."""
     loaded = next(shard, None)
     return jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, loaded)
 
 
 def _await_release() -> None:
-    # grain frees shared memory in a thread; at the end of a program the rest would be told of as leaked.
+    # grain frees shared memory in a thread; what is left at exit would be reported as leaked.
     if thread := getattr(SharedMemoryArray, "_del_thread_pool", None):
         thread.apply(int)
 
 
-def _checked(loaded: "LoadedBatch | BatchError") -> LoadedBatch:
+def _checked(loaded: "LoadedBatch | BatchError | None") -> LoadedBatch:
     if isinstance(loaded, BatchError):
         raise loaded
+    assert loaded is not None  # only filtered datasets of grain have gaps
     return loaded
 
 
 class _Guarded:
-    """A source that returns its errors, because not every exception would find its way to the parent."""
+    """A source that returns its errors, because not every exception can be pickled to the parent."""
 
     def __init__(self, source: BatchSource):
         self._source = source
@@ -154,24 +160,26 @@ class _Guarded:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, step: int) -> "LoadedBatch | BatchError":
+    def __getitem__(self, index: int) -> "LoadedBatch | BatchError":
         try:
-            return self._source[step]
+            return self._source[index]
         except Exception as error:
-            failed = BatchError(f"the batch of step {step} cannot be made: {type(error).__name__}: {error}")
+            failed = BatchError(f"the batch of step {index} cannot be made: {type(error).__name__}: {error}")
             failed.add_note(traceback.format_exc())
             return failed
 
 
 def _start_worker(index: int, count: int) -> None:
-    # Batches are numpy. Should anything reach for a device all the same, the accelerator is the parent's.
+    # Batches are numpy arrays. If anything uses JAX nevertheless, it must not take the parent's accelerator.
     jax.config.update("jax_platforms", "cpu")
-    # Ctrl-C and a job's SIGTERM reach the whole process group; the parent decides what they mean.
+    # Ctrl-C and a job's SIGTERM reach the whole process group; the parent handles them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    parent_process().join()
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)

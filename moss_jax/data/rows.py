@@ -1,8 +1,8 @@
-"""Reads conversations about videos from JSON files, checks them, and turns them into tokens.
+"""Reads, validates and tokenizes conversations about videos from JSON files.
 
 A row has turns in `messages` (role, content) or `conversations` (from, value), and its media in `videos` and
-`images`. An offline row has a marker for each medium. A real-time row has a marker for each frame of its one
-video, whose path and times stand in `videos[0]`, behind `[RealTime QA][INFO]`.
+`images`. An offline row has a marker for each medium. A real-time row has a marker for each frame of its only
+video, whose path and frame times are JSON in `videos[0]`, after `[RealTime QA][INFO]`.
 """
 
 import collections
@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int
 
 from moss_jax.config import ConfigError, ConversationConfig, FrameSampling
 from moss_jax.text import Tokenizer, TokenizerError, header
+from moss_jax.text.chat import Role
 from moss_jax.video import VideoError, VideoInfo, probe
 
 MALFORMED = "malformed row"
@@ -29,17 +30,23 @@ MISSING = "missing video"
 UNREADABLE = "unreadable video"
 TOO_MANY = "too many frames"
 TOO_LONG = "too long"
-NOTHING = "nothing to learn"
+NOTHING = "no targets"
 
 _REALTIME = "[RealTime QA][INFO]"
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-_MARKERS_IN_FRONT = re.compile(r"(?:\s*(?:<\|video\|>|<\|image\|>))*\s*")
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+_LEADING_MARKERS = re.compile(r"(?:\s*(?:<\|video\|>|<\|image\|>))*\s*")
 _TIME = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 _PROBING_THREADS = 16
-# Seconds that a frame may be taken after the end of a video, where its last picture stands.
-_PAST_THE_END = 1.0
-# A report names all dropped rows up to so many, beyond that a few for each reason.
-_NAMED_AT_ALL, _NAMED_OF_MANY = 20, 3
+# Seconds after the end of a video at which its last picture may still be sampled.
+_MAX_OVERRUN = 1.0
+# A report names every dropped row up to _MAX_NAMED in total, else the first few of each reason.
+_MAX_NAMED, _NAMED_PER_REASON = 20, 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,7 +54,8 @@ class Medium:
     """A video or image of a row.
 
     Attributes:
-      times: at which frames are taken, in seconds; None if the clip is sampled as a whole.
+      path: of the file.
+      times: at which frames are sampled, in seconds; None for a clip that is sampled as a whole.
     """
 
     path: str
@@ -55,22 +63,24 @@ class Medium:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """A conversation as tokens, without its frames.
+class TrainingRow:
+    """A tokenized conversation, without its frames.
 
     Attributes:
       name: file and index.
       tokens: with one `<|image|>` for each medium of an offline row, and for each frame of a real-time one.
-      learnt: tokens that are targets.
-      movable: indices of the frames inside running text.
-      media: in the order of their markers; of a real-time row, the one video that all frames are of.
-      max_tokens, max_frames: how many there are at most when every medium has its frames.
+      is_target: mask of the tokens that are targets.
+      swappable: indices of the frames inside running text.
+      media: in the order of their markers; a real-time row has one video.
+      realtime: whether it is a real-time row.
+      max_tokens: upper bound of the number of tokens when every medium is expanded to its frames.
+      max_frames: upper bound of the number of frames.
     """
 
     name: str
     tokens: Int[np.ndarray, " T"]
-    learnt: Bool[np.ndarray, " T"]
-    movable: Int[np.ndarray, " M"]
+    is_target: Bool[np.ndarray, " T"]
+    swappable: Int[np.ndarray, " M"]
     media: tuple[Medium, ...]
     realtime: bool
     max_tokens: int
@@ -79,11 +89,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class DropReport:
-    """How many rows can be used, and why the others cannot.
+    """Numbers of usable and dropped rows.
 
     Attributes:
-      dropped: number of rows by reason.
-      examples: the first rows of each reason, a sentence for each that names it.
+      kept: number of usable rows.
+      dropped: number of dropped rows by reason.
+      examples: for each reason, one sentence for each of the first rows.
     """
 
     kept: int
@@ -92,14 +103,14 @@ class DropReport:
 
     @property
     def dropped_share(self) -> float:
-        """Share of all rows; 0 if there are none."""
+        """Dropped rows as a share of all; 0 if there are no rows."""
         dropped = sum(self.dropped.values())
         return dropped / max(1, self.kept + dropped)
 
     def __str__(self) -> str:
         total = sum(self.dropped.values())
-        lines = [f"{self.kept} of {self.kept + total} rows can be used"]
-        shown = _NAMED_AT_ALL if total <= _NAMED_AT_ALL else _NAMED_OF_MANY
+        lines = [f"{self.kept} of {self.kept + total} rows are usable"]
+        shown = _MAX_NAMED if total <= _MAX_NAMED else _NAMED_PER_REASON
         for reason, count in self.dropped.items():
             lines.append(f"{count} dropped, {reason}:")
             lines += [f"  {example}" for example in self.examples[reason][:shown]]
@@ -109,7 +120,7 @@ class DropReport:
 
 
 class _Dropped(Exception):
-    """A row cannot be used."""
+    """A row is unusable."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -118,11 +129,11 @@ class _Dropped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Draft:
-    """A row before its media are looked at."""
+    """A row before its media are probed."""
 
     tokens: np.ndarray
-    learnt: np.ndarray
-    movable: np.ndarray
+    is_target: np.ndarray
+    swappable: np.ndarray
     media: tuple[Medium, ...]
     num_markers: int
     realtime: bool
@@ -130,22 +141,22 @@ class _Draft:
 
 def read_rows(
     config: ConversationConfig, sampling: FrameSampling, tokenizer: Tokenizer
-) -> tuple[list[Row], DropReport]:
-    """Reads the rows of all files and the headers of their media, and drops what cannot be used.
+) -> tuple[list[TrainingRow], DropReport]:
+    """Reads the rows of all files and the headers of their media, and drops unusable rows.
 
     Raises:
-      ConfigError: a file is not there or is no list of rows in JSON.
+      ConfigError: a file is missing or is not a JSON list of rows.
     """
     drafts: list[tuple[str, _Draft | _Dropped]] = []
     for name, data in _read_files(config.files):
         try:
             drafts.append((name, _parse(data, config.media_root, tokenizer)))
-        except _Dropped as dropped:
-            drafts.append((name, dropped))
+        except _Dropped as error:
+            drafts.append((name, error))
     infos = _probe_all(
         medium.path for _, draft in drafts if isinstance(draft, _Draft) for medium in draft.media
     )
-    rows: list[Row] = []
+    rows: list[TrainingRow] = []
     examples: dict[str, list[str]] = collections.defaultdict(list)
     dropped: collections.Counter[str] = collections.Counter()
     for name, draft in drafts:
@@ -155,7 +166,7 @@ def read_rows(
             rows.append(_finish(name, draft, infos, config, sampling))
         except _Dropped as error:
             dropped[error.reason] += 1
-            if len(examples[error.reason]) < _NAMED_AT_ALL:
+            if len(examples[error.reason]) < _MAX_NAMED:
                 examples[error.reason].append(f"{name}: {error}")
     return rows, DropReport(len(rows), dict(dropped.most_common()), dict(examples))
 
@@ -168,7 +179,7 @@ def _read_files(files: Iterable[str]) -> Iterator[tuple[str, Any]]:
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
         except ValueError as error:
-            raise ConfigError(f"{file} is no JSON: {error}") from error
+            raise ConfigError(f"{file} is not valid JSON: {error}") from error
         if not isinstance(rows, list):
             raise ConfigError(f"{file} must hold a list of rows, not {type(rows).__name__}")
         yield from ((f"{file}[{i}]", row) for i, row in enumerate(rows))
@@ -182,37 +193,37 @@ def _parse(data: Any, media_root: str, tokenizer: Tokenizer) -> _Draft:
     videos, images = _paths(data, "videos"), _paths(data, "images")
     realtime = bool(videos) and videos[0].startswith(_REALTIME)
     try:
-        tokens, learnt, movable = _tokenize(turns, tokenizer, realtime=realtime)
+        tokens, is_target, swappable = _tokenize(turns, tokenizer, realtime=realtime)
     except TokenizerError as error:
         raise _Dropped(MALFORMED, str(error)) from error
 
     special = tokenizer.special
     markers = tokens[(tokens == special.video) | (tokens == special.image)].tolist()
-    tokens[tokens == special.video] = special.image  # as a live session has it
+    tokens[tokens == special.video] = special.image  # as in a live session
     num_videos, num_images = markers.count(special.video), markers.count(special.image)
     if num_images != len(images):
         raise _Dropped(MISMATCH, f"it has {num_images} <|image|> for {len(images)} images")
     if realtime:
         if images:
             raise _Dropped(
-                MALFORMED, "it is a real-time row, whose frames all come from its video, with images"
+                MALFORMED, "it is a real-time row, whose frames must all be of its video, but has images"
             )
-        medium = _realtime_medium(videos[0].removeprefix(_REALTIME), media_root)
-        if num_videos != len(medium.times):
-            raise _Dropped(MISMATCH, f"it has {num_videos} <|video|> for {len(medium.times)} times of frames")
-        return _Draft(tokens, learnt, movable, (medium,), num_videos, realtime)
+        path, times = _realtime_video(videos[0].removeprefix(_REALTIME), media_root)
+        if num_videos != len(times):
+            raise _Dropped(MISMATCH, f"it has {num_videos} <|video|> for {len(times)} frame times")
+        return _Draft(tokens, is_target, swappable, (Medium(path, times),), num_videos, realtime)
     if num_videos != len(videos):
         raise _Dropped(MISMATCH, f"it has {num_videos} <|video|> for {len(videos)} videos")
     clips = (Medium(os.path.join(media_root, path)) for path in videos)
     stills = (Medium(os.path.join(media_root, path), times=(0.0,)) for path in images)
     media = tuple(next(clips if marker == special.video else stills) for marker in markers)
-    return _Draft(tokens, learnt, movable[:0], media, len(markers), realtime)
+    return _Draft(tokens, is_target, swappable[:0], media, len(markers), realtime)
 
 
-def _turns(data: Any) -> Iterator[tuple[str, str]]:
-    """Role and content of each turn."""
+def _turns(data: Any) -> Iterator[tuple[Role, str]]:
+    """Yields role and content of each turn."""
     if not isinstance(data, dict):
-        raise _Dropped(MALFORMED, f"it is no object with messages, but {type(data).__name__}")
+        raise _Dropped(MALFORMED, f"it must be an object with messages, not {type(data).__name__}")
     messages = data.get("messages", data.get("conversations"))
     if not isinstance(messages, list) or not messages:
         raise _Dropped(MALFORMED, "it has no messages")
@@ -220,76 +231,76 @@ def _turns(data: Any) -> Iterator[tuple[str, str]]:
         messages = [{"role": "system", "content": data["system"]}, *messages]
     for message in messages:
         if not isinstance(message, dict):
-            raise _Dropped(MALFORMED, f"a message is no object, but {type(message).__name__}")
+            raise _Dropped(MALFORMED, f"a message must be an object, not {type(message).__name__}")
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in _ROLES:
             raise _Dropped(MALFORMED, f"a message has the unknown role {role!r}")
         if not isinstance(content, str):
-            raise _Dropped(MALFORMED, f"the content of a message is no text, but {type(content).__name__}")
+            raise _Dropped(MALFORMED, f"the content of a message must be text, not {type(content).__name__}")
         yield _ROLES[role], content
 
 
 def _paths(data: dict, key: str) -> list[str]:
     paths = data.get(key) or []
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise _Dropped(MALFORMED, f"its {key} are no list of paths")
+        raise _Dropped(MALFORMED, f"its {key} must be a list of paths")
     return paths
 
 
 def _tokenize(
-    turns: list[tuple[str, str]], tokenizer: Tokenizer, *, realtime: bool
+    turns: list[tuple[Role, str]], tokenizer: Tokenizer, *, realtime: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, which of them are learnt, and the frames inside running text."""
+    """Returns tokens, the mask of targets, and the indices of frames inside running text."""
     special = tokenizer.special
-    tokens, learnt, movable = [special.begin_of_text], [False], []
+    tokens, is_target, swappable = [special.begin_of_text], [False], []
     for role, content in turns:
-        opening, body = header(tokenizer, role), tokenizer.encode_marked(_tidy(role, content))
+        opening, body = header(tokenizer, role), tokenizer.encode_marked(_strip(role, content))
         start, speaks = len(tokens) + len(opening), role == "assistant"
         tokens += [*opening, *body, special.eot]
-        learnt += [False] * len(opening)
-        learnt += [speaks and token not in (special.video, special.image) for token in body]
+        is_target += [False] * len(opening)
+        is_target += [speaks and token not in (special.video, special.image) for token in body]
         # In a stream the turn stays open; only a user's prompt ends it.
-        learnt += [speaks and not realtime]
+        is_target += [speaks and not realtime]
         if speaks:
             is_text = [token not in tokenizer.control_ids for token in body]
-            movable += [
+            swappable += [
                 start + i
                 for i, token in enumerate(body[1:-1], start=1)
                 if token == special.video and is_text[i - 1] and is_text[i + 1]
             ]
-    tokens, learnt = np.array(tokens, np.int32), np.array(learnt, bool)
-    if not learnt[tokens != special.eot].any():
+    tokens, is_target = np.array(tokens, np.int32), np.array(is_target, bool)
+    if not is_target[tokens != special.eot].any():
         raise _Dropped(NOTHING, "its assistant says nothing")
-    return tokens, learnt, np.array(movable, np.int32)
+    return tokens, is_target, np.array(swappable, np.int32)
 
 
-def _tidy(role: str, content: str) -> str:
-    """Strips the text, a prompt's also between the frames in front of it, as a live session does."""
+def _strip(role: Role, content: str) -> str:
+    """Strips whitespace as a live session does: in a prompt also around the leading frame markers."""
     content = content.strip()
-    if role == "user":
-        in_front = _MARKERS_IN_FRONT.match(content).group()
-        content = "".join(in_front.split()) + content[len(in_front) :]
+    if role == "user" and (leading := _LEADING_MARKERS.match(content)):
+        content = "".join(leading.group().split()) + content[leading.end() :]
     return content
 
 
-def _realtime_medium(text: str, media_root: str) -> Medium:
+def _realtime_video(text: str, media_root: str) -> tuple[str, tuple[float, ...]]:
+    """Parses the path and the frame times of a real-time row's video."""
     try:
         info = json.loads(text)
         path, stamps = info["video_path"], info["time_info"]
         times = tuple(_seconds(stamp) for stamp in stamps)
         path = os.path.join(media_root, path)
     except (ValueError, TypeError, KeyError) as error:
-        raise _Dropped(MALFORMED, f"what follows {_REALTIME} cannot be read: {error!r}") from error
+        raise _Dropped(MALFORMED, f"the JSON after {_REALTIME} is invalid: {error!r}") from error
     if any(a > b for a, b in itertools.pairwise(times)):
-        raise _Dropped(MALFORMED, "the times of its frames go back")
-    return Medium(path, times)
+        raise _Dropped(MALFORMED, "its frame times do not ascend")
+    return path, times
 
 
 def _seconds(stamp: str) -> float:
     match = _TIME.fullmatch(stamp)
     if not match:
-        raise ValueError(f"{stamp!r} is no time such as 01:30")
+        raise ValueError(f"{stamp!r} is not a time such as 01:30")
     hours, minutes, seconds = match.groups(default="0")
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
@@ -316,20 +327,28 @@ def _finish(
     infos: dict[str, VideoInfo | _Dropped],
     config: ConversationConfig,
     sampling: FrameSampling,
-) -> Row:
-    num_frames = sum(_frames_at_most(medium, infos[medium.path], sampling) for medium in draft.media)
+) -> TrainingRow:
+    num_frames = sum(_max_frames(medium, infos[medium.path], sampling) for medium in draft.media)
     limit = config.frame_buckets[-1]
     if num_frames > limit:
         raise _Dropped(TOO_MANY, f"it has up to {num_frames} frames; the largest of frame_buckets is {limit}")
     num_tokens = len(draft.tokens) - draft.num_markers + num_frames
     if num_tokens > config.max_tokens:
         raise _Dropped(TOO_LONG, f"it has up to {num_tokens} tokens; max_tokens is {config.max_tokens}")
-    return Row(
-        name, draft.tokens, draft.learnt, draft.movable, draft.media, draft.realtime, num_tokens, num_frames
+    return TrainingRow(
+        name,
+        draft.tokens,
+        draft.is_target,
+        draft.swappable,
+        draft.media,
+        draft.realtime,
+        max_tokens=num_tokens,
+        max_frames=num_frames,
     )
 
 
-def _frames_at_most(medium: Medium, info: VideoInfo | _Dropped, sampling: FrameSampling) -> int:
+def _max_frames(medium: Medium, info: VideoInfo | _Dropped, sampling: FrameSampling) -> int:
+    """Returns an upper bound of the number of frames, by the header of the file."""
     if isinstance(info, _Dropped):
         raise info
     if medium.times is None:
@@ -337,12 +356,12 @@ def _frames_at_most(medium: Medium, info: VideoInfo | _Dropped, sampling: FrameS
             return 1
         if info.duration is None:
             return sampling.max_frames
-        # One more, because the header's duration is not to be trusted to the last frame.
+        # One more, because the duration in the header may be off by a frame.
         count = math.ceil(info.duration * sampling.fps) + 1
         return min(max(count, sampling.min_frames), sampling.max_frames)
     if len(medium.times) > sampling.max_frames:
         raise _Dropped(TOO_MANY, f"it has {len(medium.times)} frames; max_frames is {sampling.max_frames}")
-    if medium.times and info.duration is not None and medium.times[-1] > info.duration + _PAST_THE_END:
+    if medium.times and info.duration is not None and medium.times[-1] > info.duration + _MAX_OVERRUN:
         raise _Dropped(
             MISMATCH,
             f"it has a frame at {medium.times[-1]:g} s, but {medium.path} ends at {info.duration:.1f} s",

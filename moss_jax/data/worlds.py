@@ -1,4 +1,4 @@
-"""Batches of tabletop streams, drawn as they are needed.
+"""Batches of tabletop streams, generated on the fly.
 
 B sequences, S tokens, F frames, H W pixels
 """
@@ -11,21 +11,27 @@ from moss_jax.data.pipeline import LoadedBatch
 from moss_jax.text import Tokenizer, chat
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offline, draw_question
-from moss_jax.worlds.tabletop.stream import TRAINING, Stream, draw_stream
+from moss_jax.worlds.tabletop.stream import TRAINING, TabletopStream, draw_stream
 
-# Speeds of speech, in tokens a second of the stream.
+# Speeds of speech, in tokens per second of the stream.
 SPEEDS = (3, 4, 5, 6, 8, 8, 12, 16, 32)
 # Share of the streams without a system prompt.
 NO_SYSTEM = 0.1
 
 
 class TabletopBatches:
-    """Random access to the batches of a training run; see `pipeline.iterate`.
+    """Random access to the batches of a training run, by step; see `pipeline.iterate`.
 
     Args:
+      config: of the streams.
+      tokenizer: of the model.
       batch_size: sequences over all processes.
-      seed: with the number of a batch, decides everything in it.
-      process_index, process_count: which share of the rows this process loads.
+      seed: determines the batches, each together with its step.
+      process_index: of this process, which loads its share of the rows.
+      process_count: number of processes.
+
+    Raises:
+      ValueError: the processes can't share a batch evenly.
     """
 
     def __init__(
@@ -50,7 +56,7 @@ class TabletopBatches:
         return 2**31 - 1
 
     def __getstate__(self):
-        # A tokenizer is read anew in each process.
+        # Each process reads its own tokenizer.
         return self.__dict__ | {"_tokenizer": None}
 
     def __getitem__(self, step: int) -> LoadedBatch:
@@ -70,7 +76,7 @@ class TabletopBatches:
         )
         for row in range(rows):
             rng = np.random.default_rng([TRAINING, self.seed, step, self._process * rows + row])
-            stream, dialogue = self._draw(rng, short)
+            stream, dialogue = self._sample(rng, short, self._tokenizer)
             length = min(len(dialogue.tokens), tokens)
             batch.tokens[row, :length] = dialogue.tokens[:length]
             batch.labels[row, :length] = dialogue.labels[:length]
@@ -79,7 +85,9 @@ class TabletopBatches:
             batch.frames[row, : len(positions)] = stream.frames(size)[: len(positions)]
         return LoadedBatch(batch)
 
-    def _draw(self, rng: np.random.Generator, short: bool) -> tuple[Stream, Dialogue]:
+    def _sample(
+        self, rng: np.random.Generator, short: bool, tokenizer: Tokenizer
+    ) -> tuple[TabletopStream, Dialogue]:
         config = self.config
         if short:
             stream = draw_stream(rng, config.warmup_seconds, dense=True)
@@ -88,9 +96,9 @@ class TabletopBatches:
             stream = draw_stream(rng, seconds)
         if not short and rng.random() < config.offline_share:
             question = draw_question(rng, stream.world)
-            return stream, converse_offline(stream.world, question, self._tokenizer, rng=rng)
+            return stream, converse_offline(stream.world, question, tokenizer, rng=rng)
         speed = 32 if short else int(rng.choice(SPEEDS))
         system = None if short or rng.random() < NO_SYSTEM else chat.SYSTEM_PROMPT
         return stream, converse(
-            stream.world, stream.requests, self._tokenizer, tokens_per_second=speed, rng=rng, system=system
+            stream.world, stream.requests, tokenizer, tokens_per_second=speed, rng=rng, system=system
         )

@@ -1,7 +1,7 @@
-"""Where a model looks: the weights of its cross-attention over the frames of a stream.
+"""Attention maps: the weights of cross-attention over the frames of a stream.
 
-A `Recorder` stands between a session and its engine and keeps what the model reads. `frame_attention` runs
-such a sequence in one pass and returns the weights that a live step has no use for.
+A `Recorder` between a session and its engine keeps the sequence that the model reads. `frame_attention` runs
+such a sequence in one pass and returns the attention weights, which a live step never materializes.
 
 B sequences, T tokens, F frames, N vectors a frame, S = F * N keys, L cross-attention layers, K kv heads,
 G query heads per kv head, H = K * G, D head
@@ -10,6 +10,7 @@ G query heads per kv head, H = K * G, D head
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from moss_jax.nn import MossVideo
 from moss_jax.nn.decoder import CrossAttention, CrossLayer, KeysValues
 from moss_jax.ops.attention import KeyRange
-from moss_jax.ops.rotary import Rotation, rotate
-from moss_jax.stream import PENDING, Drawn, Engine, EngineState, Row
+from moss_jax.ops.norm import Norm, Residual
+from moss_jax.ops.rotary import Rotation
+from moss_jax.stream import PENDING, Engine, EngineState, Row, Sampled
 from moss_jax.video import preprocess
 
 
@@ -33,17 +35,21 @@ def frame_attention(
     *,
     per_vector: bool = False,
 ) -> Float[np.ndarray, "B L H T F"] | Float[np.ndarray, "B L H T F N"]:
-    """How much of its attention each token gives to each frame, by cross-attention layer and head.
+    """Attention weights of each token over the frames, by cross-attention layer and head.
 
-    Takes what the model's one-pass call takes, and holds all scores of a layer in memory. The weights of a
-    token add up to 1 over the frames that it sees; before the first frame they are all 0, or in a model with
-    `rows_before_first_frame="attend"` go to all frames.
+    All scores of a layer are in memory at once. The weights of a token add up to 1 over the frames that it
+    sees. Before the first frame they are all 0, or with `rows_before_first_frame="attend"` cover all frames.
 
     Args:
-      per_vector: keep the vectors of a frame apart: the class token, then the pooled grid row by row.
+      model: whose weights are wanted.
+      tokens: as in the model's one-pass call.
+      pixels: as in the model's one-pass call.
+      frame_positions: as in the model's one-pass call.
+      per_vector: whether to keep the vectors of a frame apart: the class token, then the pooled grid row by
+        row.
 
     Returns:
-      float32 [B, L, H, T, F], with `per_vector` [B, L, H, T, F, N].
+      float32 [B, L, H, T, F], or with `per_vector` [B, L, H, T, F, N].
     """
     graph, params = nnx.split(model)
     return np.asarray(_frame_attention(graph, per_vector, params, tokens, pixels, frame_positions))
@@ -52,17 +58,18 @@ def frame_attention(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _frame_attention(graph, per_vector, params, tokens, pixels, frame_positions):
     model = nnx.merge(graph, params)
-    # What a layer computes again in a backward pass could not be kept; there is none here.
+    # The recorded weights could not leave a rematerialized layer; without a backward pass none is needed.
     model.config = dataclasses.replace(model.config, remat="none")
     layers = [layer for layer in model.decoder.layers if isinstance(layer, CrossLayer)]
-    for layer in layers:
-        layer.attention = _Watched(layer.attention, frame_positions.shape[1], per_vector)
+    recorded = [_RecordedAttention(layer.attention, frame_positions.shape[1], per_vector) for layer in layers]
+    for layer, attention in zip(layers, recorded, strict=True):
+        layer.attention = cast(CrossAttention, attention)
     model.hidden(tokens, pixels, frame_positions)
-    return jnp.stack([layer.attention.weights[...] for layer in layers], axis=1)
+    return jnp.stack([attention.weights[...] for attention in recorded], axis=1)
 
 
-class _Watched(nnx.Module):
-    """A cross-attention that leaves its weights in `weights` when it is called."""
+class _RecordedAttention(nnx.Module):
+    """Stands in for a cross-attention and keeps its attention weights of the last call in `weights`."""
 
     def __init__(self, attention: CrossAttention, num_frames: int, per_vector: bool):
         self.attention, self.q, self.out = attention, attention.q, attention.out
@@ -71,18 +78,20 @@ class _Watched(nnx.Module):
     def project(self, features: Float[Array, "B F N D"], rope: Rotation) -> KeysValues:
         return self.attention.project(features, rope)
 
-    def __call__(self, q, rope: Rotation, frames: KeysValues, kv_range: KeyRange):
-        queries = rotate(self.attention.q_norm(q), rope)
+    def __call__(
+        self, residual: Residual, norm: Norm, rope: Rotation, frames: KeysValues, kv_range: KeyRange
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T E"]]:
+        queries, _ = self.attention.queries(residual, norm, rope)
         weights = _softmax_over_range(queries, frames.keys, kv_range)
         weights = weights.reshape(*weights.shape[:-1], self.num_frames, -1)  # [B, H, T, F, N]
         self.weights = nnx.Intermediate(weights if self.per_vector else weights.sum(axis=-1))
-        return self.attention(q, rope, frames, kv_range)
+        return self.attention(residual, norm, rope, frames, kv_range)
 
 
 def _softmax_over_range(
     q: Float[Array, "B T H D"], k: Float[Array, "B K S D"], kv_range: KeyRange
 ) -> Float[Array, "B H T S"]:
-    """The weights that the attention op gives to the keys of each query; all 0 if its range is empty."""
+    """The softmax weights of the attention op; all 0 for a query with an empty range."""
     (B, T, H, D), (K, S) = q.shape, k.shape[1:3]
     q, k = q.astype(jnp.float32).reshape(B, T, K, H // K, D), k.astype(jnp.float32)
     scores = jnp.einsum("BTKGD,BKSD->BKGTS", q, k).reshape(B, H, T, S) / D**0.5
@@ -93,17 +102,23 @@ def _softmax_over_range(
 
 
 class Recorder:
-    """An engine of one slot that keeps what it is fed; a session takes it in the engine's place.
+    """A wrapper of an engine of one slot that keeps the sequence which the model reads.
+
+    Args:
+      engine: to be wrapped; a session takes the recorder in its place.
 
     Attributes:
-      tokens: what the model has read, in order. What it draws it reads with the next row.
-      said: index of each token of text that it drew itself; it drew token `i` when it had read those before.
-      frames: those that it has seen, one for each `<|image|>` among the tokens.
+      tokens: read by the model, in order. It reads a token that it has sampled with the next row.
+      said: index of each token of its own text; it sampled token `i` after reading those before it.
+      frames: seen by the model, one for each `<|image|>` among the tokens.
+
+    Raises:
+      ValueError: the engine has more than one slot.
     """
 
     def __init__(self, engine: Engine):
         if engine.config.slots != 1:
-            raise ValueError(f"a recorder follows one stream, but the engine has {engine.config.slots} slots")
+            raise ValueError(f"a recorder needs an engine of 1 slot, not of {engine.config.slots}")
         self._engine = engine
         self.config, self.tokenizer = engine.config, engine.tokenizer
         self.perception_device = engine.perception_device
@@ -111,40 +126,44 @@ class Recorder:
         self.said: list[int] = []
         self.frames: list[UInt8[np.ndarray, "H W 3"]] = []
         self._encoded: Sequence[UInt8[np.ndarray, "H W 3"]] = ()
-        self._drawn = PENDING
+        self._sampled = PENDING
 
     def start(self) -> EngineState:
+        """Starts the engine and a new recording."""
         self.tokens, self.said, self.frames = [], [], []
         return self._engine.start()
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
+        """Encodes frames and keeps them for the rows that refer to them."""
         self._encoded = frames
         return self._engine.encode(frames)
 
     def step(
-        self, state: EngineState, rows: Sequence[Row | None], pool: Float[Array, "P N D"] | None = None
-    ) -> tuple[EngineState, Drawn]:
+        self, state: EngineState, rows: Sequence[Row | None], features: Float[Array, "P N D"] | None = None
+    ) -> tuple[EngineState, Sampled]:
+        """Steps the engine and records its row."""
         (row,) = rows
-        state, drawn = self._engine.step(state, rows, pool)
+        assert row
+        state, sampled = self._engine.step(state, rows, features)
         for token in row.tokens:
             if token == PENDING:
                 self.said.append(len(self.tokens))
-                token = self._drawn
+                token = self._sampled
             self.tokens.append(token)
         self.frames += [self._encoded[index] for index in row.frames]
-        self._drawn = int(drawn.tokens[0])
-        return state, drawn
+        self._sampled = int(sampled.tokens[0])
+        return state, sampled
 
     def sequence(
         self,
     ) -> tuple[Int[np.ndarray, "1 T"], Float[Array, "1 F H W 3"], Int[np.ndarray, "1 F"]]:
-        """Tokens, pixels and frame positions, as the model's one-pass call takes them."""
+        """The recorded tokens, pixels and frame positions, as the model's one-pass call takes them."""
         tokens = np.asarray([self.tokens], np.int32)
         positions = np.flatnonzero(tokens[0] == self.tokenizer.special.image).astype(np.int32)
         vision = self._engine.model_config.vision
         size = vision.image_size
         fitted = [
-            preprocess(frame, image_size=size, mean=vision.image_mean, std=vision.image_std)
+            preprocess(jnp.asarray(frame), image_size=size, mean=vision.image_mean, std=vision.image_std)
             for frame in self.frames
         ]
         return tokens, jnp.stack(fitted)[None], positions[None]

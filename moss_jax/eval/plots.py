@@ -1,4 +1,4 @@
-"""Pictures for notebooks: frames, weights over frames and inside of them, curves.
+"""Plots for notebooks: frames, attention over frames and within them, curves.
 
 F frames, H W pixels, N vectors a frame, R rows, C columns
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moss_jax.video import fit_frame
 
@@ -19,10 +20,14 @@ COLOURS = "magma"
 
 
 class Picture:
-    """A drawn figure. It is what a notebook cell shows when it ends with one.
+    """A rendered figure, which a notebook shows as the result of a cell.
+
+    Args:
+      figure: to be rendered.
+      dpi: pixels per inch.
 
     Attributes:
-      jpeg: the file's content. Camera frames take a fraction of what they would as PNG.
+      jpeg: content of the file. Camera frames take a fraction of their size in PNG.
     """
 
     def __init__(self, figure: Figure, dpi: int = DPI):
@@ -41,7 +46,7 @@ class Picture:
 def film(
     frames: Sequence[UInt8[np.ndarray, "H W 3"]], labels: Sequence[str] = (), *, columns: int = 8
 ) -> Picture:
-    """Frames side by side, each under its label."""
+    """Plots frames side by side, each under its label."""
     figure, panels = _panels(len(frames), columns)
     for panel, frame in zip(panels, frames, strict=True):
         panel.imshow(frame)
@@ -57,15 +62,19 @@ def over_frames(
     *,
     columns: int = 4,
 ) -> Picture:
-    """Frames in the tile that the model sees, lit where the weights of their grid of vectors are.
+    """Plots frames, padded to the model's square tile, with their brightness by attention weight.
 
-    The first of the N vectors, the class token, has no place; its weight stands below.
+    Args:
+      frames: to be plotted.
+      weights: of each frame's vectors: the class token, whose weight is printed below, then a square grid.
+      labels: of the frames.
+      columns: frames side by side.
     """
     figure, panels = _panels(len(frames), columns, captions=2)
     for panel, frame, (whole, *grid) in zip(panels, frames, weights, strict=True):
         side = math.isqrt(len(grid))
         light = np.reshape(grid, (side, side))
-        # Dimmed where nothing looks, but never so far that nothing is to be seen.
+        # Never so dark that nothing can be seen.
         light = 0.25 + 0.75 * light / max(light.max(), 1e-9)
         tile = fit_frame(frame, max(frame.shape[:2]))
         size = len(tile)
@@ -85,9 +94,16 @@ def heat_maps(
     columns: Sequence[str],
     row_label: str = "",
 ) -> Picture:
-    """Maps of weights one above the other, all on one scale from 0 to 1.
+    """Plots maps of weights one above the other, on a common scale from 0 to 1.
 
-    What lies below the last weight of a column, in every map, is left blank: frames that come later.
+    Cells below the last nonzero weight of a column in any map are left blank: frames that are still to come.
+
+    Args:
+      maps: of weights.
+      titles: of the maps.
+      rows: labels of the rows.
+      columns: labels of the columns.
+      row_label: of the vertical axes.
     """
     count, height, width = np.shape(maps)
     below = np.flip(np.cumsum(np.flip(np.max(maps, axis=0), 0), axis=0), 0) == 0
@@ -107,18 +123,18 @@ def heat_maps(
 
 
 def curve(values: Sequence[float], *, xlabel: str, ylabel: str) -> Picture:
-    """One number after the other, counted from 1."""
+    """Plots a sequence of values against their number, from 1."""
     figure = Figure(figsize=(WIDTH * 0.6, WIDTH * 0.3), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(alpha=0.3)
     return Picture(figure)
 
 
 def _panels(count: int, columns: int, captions: int = 1):
-    """A figure of square panels without ticks, as many as asked for."""
+    """Makes a figure of `count` square panels without ticks."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     side = min(WIDTH / columns, 2.0)

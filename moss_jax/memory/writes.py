@@ -6,6 +6,7 @@ B slots, K kv heads, T tokens, C capacity, D head
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 
@@ -50,13 +51,13 @@ def check_room(what: str, length: Int[Array, " B"], count: Int[Array, " B"], cap
     Raises:
       CapacityError: naming the slots and what they hold.
     """
-    if isinstance(length, jax.core.Tracer) or isinstance(count, jax.core.Tracer):
+    if isinstance(length, Tracer) or isinstance(count, Tracer):
         return
-    length, count = np.asarray(length), np.asarray(count)
-    full = np.flatnonzero((count > 0) & (length + count > capacity))
+    held, more = np.asarray(length), np.asarray(count)
+    full = np.flatnonzero((more > 0) & (held + more > capacity))
     if full.size:
-        held = ", ".join(f"slot {b} holds {length[b]} and would get {count[b]} more" for b in full)
-        raise CapacityError(f"the {what} has room for {capacity}: {held}; make the state with a larger one")
+        slots = ", ".join(f"slot {b} holds {held[b]} and would get {more[b]} more" for b in full)
+        raise CapacityError(f"the {what} has room for {capacity}: {slots}; make the state with a larger one")
 
 
 def targets(start, count, rows, capacity):

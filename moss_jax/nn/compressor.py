@@ -3,14 +3,15 @@
 B frames, P positions, H W patch grid, S stride, C channels, N vectors a frame
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from moss_jax.config import CompressorConfig, Remat, VisionConfig
+from moss_jax.config import CompressorConfig, VisionConfig
 from moss_jax.nn.layers import Linear
-from moss_jax.nn.vision import VisionEncoder
 
 
 class Compressor(nnx.Module):
@@ -20,15 +21,23 @@ class Compressor(nnx.Module):
         self.config = config
         self.grid = vision.grid
         width = vision.output_size
-        # Assigned once: NNX takes an attribute that was None for a static one.
+        # Assigned once: NNX treats an attribute that was None as static.
         self.merger = (
             Linear({"window": config.stride**2, "channels": width}, {"embed": width}, rngs=rngs, dtype=dtype)
             if config.mode == "channelFusion"
             else None
         )
 
-    def __call__(self, x: Float[Array, "B P C"]) -> Float[Array, "B N C"]:
-        """Compresses [B, 1 + grid², C] to [B, N, C]."""
+    def __call__(self, states: Sequence[Float[Array, "B P D"]]) -> Float[Array, "B N C"]:
+        """Compresses the encoder's states, [B, 1 + grid², D] each, and stacks their channels."""
+        if self.merger is not None:
+            return self._pool(stack(states))
+        # Modes that treat channels alike take the states one by one, so that small ones are stacked. Without
+        # the barrier, XLA would pool one channel of the stack after the other.
+        return stack(jax.lax.optimization_barrier([self._pool(state) for state in states]))
+
+    def _pool(self, x):
+        """Pools the patch grid of [B, 1 + grid², C] to [B, N, C]; the class token is kept."""
         grid, size = self.grid, self.config.output_grid(self.grid)
         frames, _, channels = x.shape
         patches = x[:, 1:].reshape(frames, grid, grid, channels)
@@ -38,21 +47,9 @@ class Compressor(nnx.Module):
             pooled = self._pool_windows(patches, size)
         return jnp.concatenate([x[:, :1], pooled.reshape(frames, size * size, channels)], axis=1)
 
-    def of_frames(
-        self, encoder: VisionEncoder, pixels: Float[Array, "B H W 3"], keep: Remat = "none"
-    ) -> Float[Array, "B N C"]:
-        """What the encoder gives, compressed.
-
-        Where a channel's result is of that channel alone, the encoder's states are compressed one by one, so
-        that it is small ones that are put side by side.
-        """
-        if self.merger is not None:
-            return self(encoder(pixels, keep))
-        return encoder(pixels, keep, each=self)
-
     def _pool_windows(self, patches, size):
         stride = self.config.stride
-        # Patches that fill no whole window are left out, as strided pooling does.
+        # Patches beyond the last whole window are left out, as strided pooling does.
         windows = patches[:, : size * stride, : size * stride]
         frames, _, _, channels = patches.shape
         windows = windows.reshape(frames, size, stride, size, stride, channels).swapaxes(2, 3)
@@ -63,4 +60,13 @@ class Compressor(nnx.Module):
             case "max":
                 return windows.max(axis=3)
             case "channelFusion":
+                assert self.merger is not None
                 return self.merger(windows)
+            case mode:
+                raise ValueError(f"no pooling mode {mode!r}")
+
+
+def stack(states: Sequence[Float[Array, "B P D"]]) -> Float[Array, "B P C"]:
+    """The final state, then the others interleaved: channel `c` of state `i` is at `D + c * count + i`."""
+    last, *others = states
+    return jnp.concatenate([last, jax.lax.collapse(jnp.stack(others, axis=-1), 2)], axis=-1)

@@ -17,10 +17,11 @@ from moss_jax.memory import (
     frames_visible,
     remember_frames,
 )
-from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, Residual, RMSNorm, gate, normal, remat
+from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, RMSNorm, gate, normal, remat
 from moss_jax.nn.rope import rotation
 from moss_jax.ops.attention import KeyRange, append_and_attend, attention
-from moss_jax.ops.norm_linear import norm_linear
+from moss_jax.ops.linear import norm_linear
+from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.post_attention import post_attention
 from moss_jax.ops.rotary import Rotation, rotate
 from moss_jax.sharding import constrain
@@ -34,15 +35,21 @@ class KeysValues(NamedTuple):
 
 
 class Append(NamedTuple):
-    """How many tokens of a call each slot appends to the `start` that it has."""
+    """Append position and token count of each slot in a call with a KV cache.
+
+    Attributes:
+      start: tokens that the cache holds.
+      tokens: tokens of the call that are appended.
+      capacity: tokens that the cache has room for.
+    """
 
     start: Int[Array, " B"]
-    count: Int[Array, " B"]
+    tokens: Int[Array, " B"]
     capacity: int
 
 
 class SelfAttention(nnx.Module):
-    """Causal attention over the text."""
+    """Causal GQA over the text, with its norm prologue; `out` is applied by the layer."""
 
     def __init__(
         self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike
@@ -57,30 +64,40 @@ class SelfAttention(nnx.Module):
 
     def __call__(
         self,
-        qkv: Float[Array, "B T K group_and_kv D"],
+        residual: Residual,
+        norm: Norm,
         rope: Rotation,
         past: KeysValues | None,
         append: Append | None,
-    ):
-        """Attends among tokens, or, given a cache, appends them to it and attends to that.
+    ) -> tuple[Float[Array, "B T H head"], Float[Array, "B T D"], KeysValues]:
+        """Attends among the tokens, or, given a KV cache, appends them to it and attends to that.
 
-        Takes what `qkv` made of them; returns what all heads found, before `out`, and the keys and values.
+        Returns:
+          Results of all heads, the residual sum, and the keys and values.
         """
-        B, T = qkv.shape[:2]
+        qkv, x = norm_linear(residual, norm, self.qkv.weights)  # [B, T, K, G + 2, head]
+        assert isinstance(qkv, Array)
         if past is not None:
-            start, count, capacity = append
-            found, *now = append_and_attend(
-                qkv, rope, *past, start, count, capacity=capacity, implementation=self.implementation
+            assert append is not None
+            heads, *now = append_and_attend(
+                qkv,
+                rope,
+                *past,
+                append.start,
+                append.tokens,
+                capacity=append.capacity,
+                implementation=self.implementation,
             )
-            return found, KeysValues(*now)
+            return heads, x, KeysValues(*now)
+        B, T = x.shape[:2]
         q = rotate(qkv[..., :-2, :].reshape(B, T, -1, self.config.head_dim), rope)
-        k = rotate(qkv[..., -2, :], rope).swapaxes(1, 2)  # [B, K, T, D]
+        k = rotate(qkv[..., -2, :], rope).swapaxes(1, 2)  # [B, K, T, head]
         v = qkv[..., -1, :].swapaxes(1, 2)
-        return attention(q, k, v, causal=True, implementation=self.implementation), KeysValues(k, v)
+        return attention(q, k, v, causal=True, implementation=self.implementation), x, KeysValues(k, v)
 
 
 class CrossAttention(nnx.Module):
-    """Attention over the frames, with a norm per head on queries and keys."""
+    """GQA over the frames, with a norm per head on queries and keys; `out` is applied by the layer."""
 
     def __init__(
         self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike
@@ -107,10 +124,20 @@ class CrossAttention(nnx.Module):
 
         return KeysValues(flat(keys), flat(kv[..., 1, :]))
 
-    def __call__(self, q: Float[Array, "B T H D"], rope: Rotation, frames: KeysValues, kv_range: KeyRange):
-        """What all heads find in the frames, given what `q` made of the tokens; before `out`."""
-        q = rotate(self.q_norm(q), rope)
-        return attention(q, *frames, kv_range, implementation=self.implementation)
+    def queries(
+        self, residual: Residual, norm: Norm, rope: Rotation
+    ) -> tuple[Float[Array, "B T H head"], Float[Array, "B T D"]]:
+        """Queries of the tokens, and the residual sum."""
+        q, x = norm_linear(residual, norm, self.q.weights)
+        assert isinstance(q, Array)
+        return rotate(self.q_norm(q), rope), x
+
+    def __call__(
+        self, residual: Residual, norm: Norm, rope: Rotation, frames: KeysValues, kv_range: KeyRange
+    ) -> tuple[Float[Array, "B T H head"], Float[Array, "B T D"]]:
+        """Attends to the frames in range; results of all heads, and the residual sum."""
+        q, x = self.queries(residual, norm, rope)
+        return attention(q, *frames, kv_range, implementation=self.implementation), x
 
 
 class SelfLayer(nnx.Module):
@@ -127,9 +154,16 @@ class SelfLayer(nnx.Module):
     def __call__(
         self, residual: Residual, rope: Rotation, past: KeysValues | None, append: Append | None
     ) -> tuple[Residual, KeysValues]:
-        qkv, x = _before_attention(self, residual, self.attention.qkv)
-        heads, now = self.attention(qkv, rope, past, append)
-        return _post_attention(self, x, heads), now
+        heads, x, now = self.attention(residual, self.attention_norm.params, rope, past, append)
+        residual = post_attention(
+            x,
+            heads,
+            out=self.attention.out.weights,
+            norm=self.mlp_norm.params,
+            up=self.mlp.gate_up.weights,
+            down=self.mlp.down.weights,
+        )
+        return residual, now
 
 
 class CrossLayer(nnx.Module):
@@ -154,46 +188,21 @@ class CrossLayer(nnx.Module):
         sees: Bool[Array, "B T"],
     ) -> Residual:
         """Rows that see no frame get no MLP branch, and from an empty range no attention either."""
-        q, x = _before_attention(self, residual, self.attention.q)
-        heads = self.attention(q, rope, frames, kv_range)
-        mlp_gate = jnp.where(sees[..., None], jnp.tanh(self.mlp_gate[...]), 0)  # [B, T, 1]
-        return _post_attention(self, x, heads, jnp.tanh(self.attention_gate[...]), mlp_gate)
-
-
-def _before_attention(layer: SelfLayer | CrossLayer, residual: Residual, projection):
-    """What a layer attends with, by a projection of its normed input; and that input, the residual sum."""
-    if isinstance(projection, Linear):
-        normed, x = layer.attention_norm.of_sum(residual)
-        return projection(normed), x
-    # In 8 bits, as below.
-    norm, scale, x = layer.attention_norm, projection.scale[...], residual.sum()
-    y = norm_linear(x, norm.weight[...], projection.matrix, scale.reshape(-1), eps=norm.eps)
-    return y.reshape(*x.shape[:-1], *scale.shape), x
-
-
-def _post_attention(layer: SelfLayer | CrossLayer, x, heads, attention_gate=None, mlp_gate=None) -> Residual:
-    """The rest of a layer: the output projection of what the heads found, and the MLP."""
-    out, mlp = layer.attention.out, layer.mlp
-    if isinstance(out, Linear):
-        normed, x = layer.mlp_norm.of_sum(Residual(x, out(heads), attention_gate))
-        return Residual(x, mlp(normed), mlp_gate)
-    # In 8 bits, where so little is read that what lies between the readings tells.
-    weights = {"out": out, "gate_up": mlp.gate_up, "down": mlp.down}
-    y = post_attention(
-        x,
-        heads.reshape(*x.shape[:-1], -1),
-        **{name: linear.matrix for name, linear in weights.items()},
-        **{f"{name}_scale": linear.scale[...].reshape(-1) for name, linear in weights.items()},
-        norm=layer.mlp_norm.weight[...],
-        eps=layer.mlp_norm.eps,
-        attention_gate=attention_gate,
-        mlp_gate=None if mlp_gate is None else mlp_gate[..., 0],
-    )
-    return Residual(y)
+        heads, x = self.attention(residual, self.attention_norm.params, rope, frames, kv_range)
+        return post_attention(
+            x,
+            heads,
+            out=self.attention.out.weights,
+            norm=self.mlp_norm.params,
+            up=self.mlp.gate_up.weights,
+            down=self.mlp.down.weights,
+            attention_gate=jnp.tanh(self.attention_gate[...]),
+            mlp_gate=jnp.where(sees[..., None], jnp.tanh(self.mlp_gate[...]), 0),  # [B, T, 1]
+        )
 
 
 class Decoder(nnx.Module):
-    """Tokens and frames to hidden states; three calls share the same layers."""
+    """The decoder, from tokens and frames to hidden states; its three calls share the layers."""
 
     def __init__(
         self,
@@ -207,7 +216,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.rows_before_first_frame = rows_before_first_frame
         rows = config.vocab_size + config.extra_embeddings
-        # Not split over "vocab": a lookup that is would gather from every device.
+        # Not split over "vocab": such a lookup would gather from every device.
         self.embedding = normal(rngs, (rows, config.hidden_size), (None, "embed"), dtype)
         self.layers = nnx.List(
             (CrossLayer if i in config.cross_attention_layers else SelfLayer)(
@@ -276,14 +285,14 @@ class Decoder(nnx.Module):
         """Scores of the next token, float32."""
         return self.lm_head(hidden, out_dtype=jnp.float32)
 
-    def _run(self, tokens, positions, frames, frame_keys, sees, past, append, keep="none"):
-        """Through all layers; returns the final hidden states and each text layer's keys and values."""
+    def _run(self, tokens, positions, frames, frame_keys, sees, past, append, keep: Remat = "none"):
+        """Runs all layers; returns the final hidden states and each text layer's keys and values."""
         rope = self._rotation(positions)
         frame_range = KeyRange(jnp.zeros_like(frame_keys), frame_keys)
         past = iter(past or [None] * self.config.num_self_attention_layers)
         frames = iter(frames)
         now = []
-        # Without this a mesh may go on to split the width, as the embedding's is, instead of the batch.
+        # Without this the compiler may keep splitting the width, as the embedding's is, instead of the batch.
         residual = Residual(constrain(self.embedding[tokens], ("batch", None, None)))
         for layer in self.layers:
             if isinstance(layer, CrossLayer):
@@ -291,10 +300,10 @@ class Decoder(nnx.Module):
             else:
                 residual, kv = remat(layer, keep)(residual, rope, next(past), append)
                 now.append(kv)
-        return self.norm.of_sum(residual)[0], now
+        return add_norm(residual, self.norm.params)[0], now
 
     def _cross_layers(self):
-        return [self.layers[i] for i in self.config.cross_attention_layers]
+        return [layer for layer in self.layers if isinstance(layer, CrossLayer)]
 
     def _rotation(self, positions):
         return rotation(positions, self.config.rope, self.config.head_dim)

@@ -1,12 +1,12 @@
 """The layers that both pathways are built of: parameters, linear maps, norms.
 
-A parameter carries the logical names of its axes (`axes`), which `sharding.py` lays on a mesh. Everything
+A parameter carries the logical names of its axes (`axes`), which `sharding.py` maps to a mesh. Everything
 is computed in the dtype of the parameters, norms and softmax in float32.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.config import Remat
-from moss_jax.ops.fused_linear import fused_linear
-from moss_jax.ops.norm import layer_norm, rms_norm
+from moss_jax.ops.linear import Layout, Weights, linear
+from moss_jax.ops.norm import Norm, Residual, add_norm
+from moss_jax.ops.qarray import QArray
 from moss_jax.sharding import constrain
 
 INIT_STDDEV = 0.02
@@ -30,14 +31,15 @@ def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], dty
 
 
 def full(fill: float, shape: Sequence[int], axes: Sequence[str | None], dtype: DTypeLike) -> nnx.Param:
-    """A parameter of one value."""
+    """A parameter filled with one value."""
     return parameter(jnp.full(tuple(shape), fill, dtype), axes)
 
 
-def parameter(value: jax.Array, axes: Sequence[str | None]) -> nnx.Param:
-    """A parameter of these values."""
-    # Laid on the mesh one by one, so that a large model never lies whole on one device.
-    return nnx.Param(constrain(value, axes), axes=tuple(axes))
+def parameter(value: Any, axes: Sequence[str | None]) -> nnx.Param:
+    """A parameter with these values, an array or a QArray, placed on the mesh by the names of its axes."""
+    # One parameter at a time, so that a large model never lies whole on one device.
+    placed = jax.tree.map(lambda x: constrain(x, tuple(axes)[: x.ndim]), value)
+    return nnx.Param(placed, axes=tuple(axes))
 
 
 def gate(fill: float, dtype: DTypeLike) -> nnx.Param:
@@ -45,25 +47,8 @@ def gate(fill: float, dtype: DTypeLike) -> nnx.Param:
     return full(fill, (1,), (None,), dtype)
 
 
-class Residual(NamedTuple):
-    """The residual stream `x + scale * branch`, of which the branch is still to be added.
-
-    The norm that comes next adds it on its way, which a GPU does in one pass over memory.
-    """
-
-    x: Float[Array, "... D"]
-    branch: Float[Array, "... D"] | None = None
-    scale: Float[Array, "..."] | None = None
-
-    def sum(self) -> Float[Array, "... D"]:
-        """For where no norm comes next."""
-        if self.branch is None:
-            return self.x
-        return self.x + (self.branch if self.scale is None else self.scale * self.branch)
-
-
 def remat(layer: Callable, keep: Remat) -> Callable:
-    """The layer, such that its backward pass computes again what `ModelConfig.remat` doesn't keep."""
+    """The layer, rematerialised: its backward pass recomputes what `ModelConfig.remat` doesn't keep."""
     match keep:
         case "none":
             return layer
@@ -72,7 +57,7 @@ def remat(layer: Callable, keep: Remat) -> Callable:
         case "full":
             policy = jax.checkpoint_policies.nothing_saveable
     again = jax.checkpoint(layer, policy=policy)
-    # What a layer is called with is kept, and so a residual stream comes as one array, not as two.
+    # A layer's inputs are kept, so a residual stream is passed as one array instead of two.
     return lambda *args: again(*(Residual(x.sum()) if isinstance(x, Residual) else x for x in args))
 
 
@@ -81,9 +66,12 @@ class Linear(nnx.Module):
 
     Fused projections keep their parts on an axis of their own, `[embed, kv_heads, parts, head_dim]`, so that
     one matmul serves them all and tensor parallelism still splits by head.
-    """
 
-    input_dtype: DTypeLike | None = None  # What inputs have to come in; None takes them as they are.
+    Attributes:
+      kernel: [inputs..., outputs...], or as `layout` says; an array or, in a quantised model, a QArray.
+      bias: [outputs...], or None.
+      layout: order of the kernel's axes.
+    """
 
     def __init__(
         self,
@@ -95,31 +83,21 @@ class Linear(nnx.Module):
         dtype: DTypeLike,
     ):
         self.num_inputs = len(inputs)
+        self.layout: Layout = "inputs_first"
         axes = (*inputs, *outputs)
         self.kernel = normal(rngs, (*inputs.values(), *outputs.values()), axes, dtype)
-        self.bias = full(0, outputs.values(), tuple(outputs), dtype) if bias else None
+        self.bias = full(0, tuple(outputs.values()), tuple(outputs), dtype) if bias else None
 
     def __call__(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        x = self.without_bias(x, out_dtype)
-        return x if self.bias is None else x + self.bias[...]
+        y = linear(x, self.weights, out_dtype=out_dtype)
+        assert not isinstance(y, QArray)
+        return y
 
-    def add_to(
-        self, stream: Float[Array, "... D"], x: Float[Array, "..."], scale: Float[Array, " 1"] | None
-    ) -> Residual:
-        """The stream with what becomes of x, times `scale`: as a branch, which the next norm adds."""
-        return Residual(stream, self(x), scale)
-
-    def without_bias(self, x: Float[Array, "..."], out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        """The product alone."""
-        kernel = self.kernel[...]
-        contract = (range(x.ndim - self.num_inputs, x.ndim), range(self.num_inputs))
-        return jax.lax.dot_general(
-            x, kernel, (contract, ((), ())), preferred_element_type=out_dtype or kernel.dtype
-        )
-
-    def gelu(self, x: Float[Array, "... K"], out_dtype: DTypeLike | None = None) -> Float[Array, "... N"]:
-        """The exact gelu of a map from one axis to another, which it computes along with the map."""
-        return fused_linear(x, self.kernel[...], bias=self.bias[...], gelu=True, out_dtype=out_dtype)
+    @property
+    def weights(self) -> Weights:
+        """The weights as ops take them."""
+        bias = None if self.bias is None else self.bias[...]
+        return Weights(self.kernel.get_value(), bias, num_inputs=self.num_inputs, layout=self.layout)
 
 
 class RMSNorm(nnx.Module):
@@ -130,12 +108,12 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return self.of_sum(Residual(x))[0]
+        return add_norm(Residual(x), self.params)[0]
 
-    def of_sum(self, residual: Residual) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
-        """The norm of the residual stream, and the stream with its branch added."""
-        x, branch, scale = residual
-        return rms_norm(x, self.weight[...], eps=self.eps, add=branch, scale=scale)
+    @property
+    def params(self) -> Norm:
+        """The parameters as ops take them."""
+        return Norm(self.weight[...], eps=self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -147,41 +125,29 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return self.of_sum(Residual(x))[0]
+        return add_norm(Residual(x), self.params)[0]
 
-    def of_sum(
-        self, residual: Residual, out_dtype: DTypeLike | None = None
-    ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
-        """The norm of the residual stream, and the stream with its branch added."""
-        x, branch, scale = residual
-        weight, bias = self.weight[...], self.bias[...]
-        return layer_norm(x, weight, bias, eps=self.eps, add=branch, scale=scale, out_dtype=out_dtype)
+    @property
+    def params(self) -> Norm:
+        """The parameters as ops take them."""
+        return Norm(self.weight[...], self.bias[...], eps=self.eps)
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)), with gate and up fused."""
+    """Weights of `down(silu(gate(x)) * up(x))`, with gate and up fused; `post_attention` computes it."""
 
     def __init__(self, size: int, hidden: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.gate_up = Linear({"embed": size}, {"gate_up": 2, "mlp": hidden}, rngs=rngs, dtype=dtype)
         self.down = Linear({"mlp": hidden}, {"embed": size}, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x = self.gate_up(x)  # [B, T, 2, F]
-        return self.down(jax.nn.silu(x[..., 0, :]) * x[..., 1, :])
-
 
 class GeluMLP(nnx.Module):
-    """fc2(gelu(fc1(x))) with biases and the exact gelu."""
+    """Weights of `fc2(gelu(fc1(x)))` with biases and the exact GELU; `post_attention` computes it."""
 
     def __init__(self, size: int, hidden: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.fc1 = Linear({"embed": size}, {"mlp": hidden}, bias=True, rngs=rngs, dtype=dtype)
         self.fc2 = Linear({"mlp": hidden}, {"embed": size}, bias=True, rngs=rngs, dtype=dtype)
 
-    def add_to(
-        self, stream: Float[Array, "B T D"], x: Float[Array, "B T D"], scale: Float[Array, " 1"] | None
-    ) -> Residual:
-        """The stream with what becomes of x, times `scale`."""
-        return self.fc2.add_to(stream, self.fc1.gelu(x, out_dtype=self.fc2.input_dtype), scale)
 
-
+# tanh of it is about 0.66: branches of a new model take part.
 INITIAL_GATE = math.pi / 4

@@ -5,10 +5,10 @@ B batch/slot, S T tokens, F frames, H W pixels, N vectors a frame, D width, V vo
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from moss_jax.config import ModelConfig
@@ -97,7 +97,7 @@ class MossVideo(nnx.Module):
         size = self.config.vision.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
             raise ValueError(f"encode takes normalised pixels [B, {size}, {size}, 3]; got {pixels.shape}")
-        return self.projector(self.compressor.of_frames(self.vision, pixels.astype(self.dtype), keep))
+        return self.projector(self.compressor(self.vision(pixels.astype(self.dtype), keep)))
 
     def init_state(self, slots: int, *, text_capacity: int, bank_capacity: int) -> StreamState:
         """An empty state for `slots` streams of at most so many tokens and frames."""
@@ -181,14 +181,14 @@ class MossVideo(nnx.Module):
         mask = jnp.ones(B, bool) if mask is None else jnp.asarray(mask)
         if lengths.shape != (B,) or mask.shape != (B,):
             raise ValueError(f"lengths and mask are [B] = {[B]}; got {lengths.shape} and {mask.shape}")
-        if not isinstance(lengths, jax.core.Tracer) and not all(0 <= n <= T for n in np.asarray(lengths)):
+        if not isinstance(lengths, Tracer) and not all(0 <= n <= T for n in np.asarray(lengths)):
             raise ValueError(f"lengths must lie in [0, {T}], the tokens given; got {lengths.tolist()}")
         return jnp.where(mask, lengths, 0).astype(jnp.int32)
 
     def _check_tokens(self, tokens):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens are integers [B, T]; got {tokens.dtype} {tokens.shape}")
-        if isinstance(tokens, jax.core.Tracer):
+        if isinstance(tokens, Tracer):
             return
         ids, rows = np.asarray(tokens), self.decoder.embedding.shape[0]
         if ids.size and not (ids.min() >= 0 and ids.max() < rows):

@@ -3,16 +3,15 @@
 B frames, P positions (class token, patches, padding), H heads, D head or hidden width
 """
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.config import Remat, VisionConfig
-from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, Residual, gate, normal, remat
-from moss_jax.ops.attention import self_attention
+from moss_jax.nn.layers import INITIAL_GATE, GeluMLP, LayerNorm, Linear, gate, normal, remat
+from moss_jax.ops.attention import norm_self_attention
+from moss_jax.ops.norm import Norm, Residual, add_norm
+from moss_jax.ops.post_attention import post_attention
 from moss_jax.ops.qarray import QArray
 
 # The original pads the positions to a multiple of this and lets the padding take part in attention.
@@ -22,7 +21,7 @@ ONE_TILE = 1
 
 
 class VisionAttention(nnx.Module):
-    """Attention of every position to every position, without biases."""
+    """Attention among all positions, with its norm prologue; `out` is applied by the layer."""
 
     def __init__(self, config: VisionConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
@@ -30,15 +29,13 @@ class VisionAttention(nnx.Module):
         self.out = Linear(heads, {"embed": config.hidden_size}, rngs=rngs, dtype=dtype)
         self.implementation = implementation
 
-    def add_to(
-        self, stream: Float[Array, "B P D"], x: Float[Array, "B P D"], scale: Float[Array, " 1"] | None
-    ) -> Residual:
-        """The stream with what becomes of x, times `scale`."""
-        # The map behind takes the values alone; their scale is part of its own.
-        out_scale = None if self.out.input_dtype is None else jnp.ones(())
-        x = self_attention(self.qkv(x), out_scale=out_scale, implementation=self.implementation)
-        x = x.values if isinstance(x, QArray) else x
-        return self.out.add_to(stream, x, scale)
+    def __call__(
+        self, residual: Residual, norm: Norm
+    ) -> tuple[Float[Array, "B P H head"] | QArray, Float[Array, "B P D"]]:
+        """Results of all heads, before `out`, and the residual sum."""
+        return norm_self_attention(
+            residual, norm, self.qkv.kernel.get_value(), implementation=self.implementation
+        )
 
 
 class VisionLayer(nnx.Module):
@@ -61,11 +58,19 @@ class VisionLayer(nnx.Module):
         self.mlp_gate = gate(INITIAL_GATE, dtype) if gated else None
 
     def __call__(self, residual: Residual) -> tuple[Residual, Float[Array, "B P D"]]:
-        """The stream behind the layer, and its input with all branches added."""
-        normed, inputs = self.attention_norm.of_sum(residual, out_dtype=self.attention.qkv.input_dtype)
-        residual = self.attention.add_to(inputs, normed, _tanh(self.attention_gate))
-        normed, x = self.mlp_norm.of_sum(residual, out_dtype=self.mlp.fc1.input_dtype)
-        return self.mlp.add_to(x, normed, _tanh(self.mlp_gate)), inputs
+        """The stream behind the layer, and the layer's input, the residual sum."""
+        heads, inputs = self.attention(residual, self.attention_norm.params)
+        residual = post_attention(
+            inputs,
+            heads,
+            out=self.attention.out.weights,
+            norm=self.mlp_norm.params,
+            up=self.mlp.fc1.weights,
+            down=self.mlp.fc2.weights,
+            attention_gate=_tanh(self.attention_gate),
+            mlp_gate=_tanh(self.mlp_gate),
+        )
+        return residual, inputs
 
 
 def _tanh(branch_gate):
@@ -73,7 +78,7 @@ def _tanh(branch_gate):
 
 
 def _run(layers, residual, keep):
-    """Through the layers; the stream behind the last, and the input of each."""
+    """Runs the layers; the stream behind the last, and the input of each."""
     inputs = []
     for layer in layers:
         residual, x = remat(layer, keep)(residual)
@@ -82,7 +87,7 @@ def _run(layers, residual, keep):
 
 
 class VisionEncoder(nnx.Module):
-    """One frame to its feature vectors: final hidden state, then the stacked inputs of some layers."""
+    """The encoder, from a frame's pixels to hidden states: the final one, and the inputs of some layers."""
 
     def __init__(self, config: VisionConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
@@ -110,31 +115,22 @@ class VisionEncoder(nnx.Module):
         self.layers = layers(config.num_layers, gated=False)
         self.global_layers = layers(config.num_global_layers, gated=True)
 
-    def __call__(
-        self,
-        pixels: Float[Array, "B H W 3"],
-        keep: Remat = "none",
-        each: Callable[[Float[Array, "B P D"]], Float[Array, "B N D"]] = lambda state: state,
-    ) -> Float[Array, "B N C"]:
+    def __call__(self, pixels: Float[Array, "B H W 3"], keep: Remat = "none") -> list[Float[Array, "B P D"]]:
         """Encodes normalised frames.
 
         Args:
           keep: `ModelConfig.remat`.
-          each: is done with every state before they are put side by side.
 
         Returns:
-          [B, num_positions, output_size], the class token first, if `each` leaves the states as they are.
+          [B, num_positions, hidden_size] each, the class token first: the final hidden state, then the inputs
+          of `intermediate_layers`.
         """
         residual, inputs = _run(self.layers, Residual(self._embed(pixels)), keep)
         kept = [x for i, x in enumerate(inputs) if i in self.config.intermediate_layers]
-        x, _ = self.post_norm.of_sum(residual)
+        x, _ = add_norm(residual, self.post_norm.params)
         x += jnp.tanh(self.post_tile_gate[...]) * self.post_tile_embedding[ONE_TILE, 0]
         residual, _ = _run(self.global_layers, Residual(x), keep)
-        states = [each(x[:, : self.config.num_positions]) for x in (residual.sum(), *kept)]
-        # Or XLA would do what `each` does for one number of the stack after the other.
-        last, *kept = jax.lax.optimization_barrier(states)
-        # The stack is on the last axis, so the states of one channel lie side by side.
-        return jnp.concatenate([last, jax.lax.collapse(jnp.stack(kept, axis=-1), 2)], axis=-1)
+        return [x[:, : self.config.num_positions] for x in (residual.sum(), *kept)]
 
     def _embed(self, pixels):
         """Patches with their embeddings, normalised, then padded with zeros."""
@@ -142,14 +138,14 @@ class VisionEncoder(nnx.Module):
         frames = pixels.shape[0]
         x = pixels.reshape(frames, grid, patch, grid, patch, 3).swapaxes(2, 3)
         kernel = self.patch_embedding.kernel[...]
-        # Rows are made of 16 bytes each, or XLA's product takes a GPU three times as long.
+        # Rows are padded to a multiple of 16 bytes; without, XLA's matmul takes a GPU three times as long.
         missing = -len(kernel) % 8
         x = jnp.pad(x.reshape(frames, grid * grid, len(kernel)), ((0, 0), (0, 0), (0, missing)))
         kernel = jnp.pad(kernel, ((0, missing), (0, 0)))
         x = jnp.matmul(x, kernel, preferred_element_type=kernel.dtype)
         x += jnp.tanh(self.pre_tile_gate[...]) * self.pre_tile_embedding[ONE_TILE, 0]
-        # The place of the class token and the padding are made at once: sums go into the same pass, but what
-        # is put side by side doesn't.
+        # One pad makes room for the class token and the padding: XLA fuses the sums with it, but not with a
+        # concatenation.
         positions = self.config.num_positions
         padding = -positions % POSITION_MULTIPLE
         x = jnp.pad(x, ((0, 0), (1, padding), (0, 0)))

@@ -105,7 +105,7 @@ def log_once(*lines: str) -> None:
 
 
 def in_float32[Arguments, Result](
-    define: Callable[[Arguments], Result], out_dtypes: Callable[[Arguments], Result]
+    define: Callable[[Arguments], Result], out_dtypes: Callable[[Arguments], Any]
 ) -> Callable[[Arguments], Result]:
     """The reference implementation of an op: its definition on float32 arrays at the highest precision.
 
@@ -121,7 +121,7 @@ def in_float32[Arguments, Result](
         return x
 
     def reference(arguments: Arguments) -> Result:
-        widened = jax.tree.map(wide, arguments, is_leaf=lambda x: isinstance(x, QArray))
+        widened: Any = jax.tree.map(wide, arguments, is_leaf=lambda x: isinstance(x, QArray))
         if hasattr(widened, "out_dtype"):
             widened = dataclasses.replace(widened, out_dtype=jnp.dtype(jnp.float32))
         with jax.default_matmul_precision("highest"):
@@ -129,9 +129,3 @@ def in_float32[Arguments, Result](
         return jax.tree.map(lambda x, dtype: x.astype(dtype), results, out_dtypes(arguments))
 
     return reference
-
-
-def choose(op, implementations, orders, arguments, named, platform):
-    """As `Op.choose`, for modules as implementations."""
-    table = {name: Implementation(module, module.unsupported) for name, module in implementations.items()}
-    return Op(op, table, orders).choose(arguments, named, platform)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-# What values are stored in.
-QUANTIZED = ("int8", "float8_e4m3fn")
+# Storage dtypes by the names that settings have for them.
+DTYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
+QUANTIZED = tuple(dtype.name for dtype in DTYPES.values())
 
 
 @jax.tree_util.register_dataclass
@@ -22,14 +23,14 @@ class QArray:
         [outputs...] for weights, [B, K, S] for keys and values [B, K, S, D], [] for activations.
       input_scale: of weights whose GEMM multiplies in 8 bits (W8A8): float32 [], inputs are divided by it
         and rounded. None leaves the inputs in 16 bits or more (W8A16).
-      output_scale: of weights whose outputs are rounded to 8 bits as well: float32, what they are divided by
-        before, with leading axes of the outputs. None leaves them in 16 bits or more.
+      output_scale: of weights whose outputs are rounded to 8 bits as well: float32 [], outputs are divided by
+        it before. None leaves them in 16 bits or more.
     """
 
     values: Array
     scale: Float[Array, "..."]
     input_scale: Float[Array, ""] | None = None
-    output_scale: Float[Array, "..."] | None = None
+    output_scale: Float[Array, ""] | None = None
 
     def __post_init__(self):
         if not hasattr(self.values, "ndim") or not hasattr(self.scale, "ndim"):

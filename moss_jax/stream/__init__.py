@@ -1,25 +1,28 @@
-"""Live streams: the jitted steps, the session around them, and what it tells."""
+"""Live streams: the engine, the session that runs its steps, and the events of a session."""
 
-from moss_jax.stream.engine import PENDING, Drawn, Engine, EngineState, Row
-from moss_jax.stream.events import Counters, End, Event, Frame, Interrupted, Silence, Text, Turn
-from moss_jax.stream.offline import answer
+from moss_jax.stream.engine import Engine, EngineLike
+from moss_jax.stream.events import Counters, End, Event, FrameSeen, Interrupted, Silence, Text, Turn
+from moss_jax.stream.offline import answer_offline
+from moss_jax.stream.rows import PENDING, Row
 from moss_jax.stream.session import Session, SessionError
+from moss_jax.stream.step import EngineState, Sampled
 
 __all__ = [
     "PENDING",
     "Counters",
-    "Drawn",
     "End",
     "Engine",
+    "EngineLike",
     "EngineState",
     "Event",
-    "Frame",
+    "FrameSeen",
     "Interrupted",
     "Row",
+    "Sampled",
     "Session",
     "SessionError",
     "Silence",
     "Text",
     "Turn",
-    "answer",
+    "answer_offline",
 ]

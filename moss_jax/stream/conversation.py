@@ -1,124 +1,166 @@
-"""One stream of a session: what comes in, what is appended next, what is told of it."""
+"""The dialogue of one slot: its inbox, its clock, the rows to append, the events to report."""
 
 import dataclasses
 import heapq
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
-from moss_jax.config import SessionConfig
-from moss_jax.stream.engine import PENDING, Engine
-from moss_jax.stream.events import Counters, End, EndReason, Event, Frame, Interrupted, Silence, Text, Turn
-from moss_jax.text import Detokenizer
+from moss_jax.config import EngineConfig, SessionConfig
+from moss_jax.stream.events import (
+    Counters,
+    End,
+    EndReason,
+    Event,
+    FrameSeen,
+    Interrupted,
+    Silence,
+    Text,
+    Turn,
+)
+from moss_jax.stream.rows import PENDING
+from moss_jax.text import Detokenizer, Tokenizer
 
-# Stream times that lie closer than this are one instant.
+# Stream times that are closer than this are one instant.
 INSTANT = 1e-6
 
 
-class Encoded(NamedTuple):
-    """Where a frame's features are."""
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A frame's features: an index into those of its batch."""
 
-    pool: Float[Array, "P N D"]
+    features: Float[Array, "P N D"]
     index: int
 
 
 @dataclasses.dataclass(order=True)
 class Inbound:
-    """A frame or a prompt on its way in; sorts by time, prompts before frames of the same instant.
+    """A frame or a prompt in the inbox; sorts by time, prompts before frames of the same instant.
 
     Attributes:
-      taken: a thread of its own sees to the encoding.
-      encoded: a frame's features.
+      kind: 0 for a prompt, 1 for a frame.
+      order: of pushing, among those of one time and kind.
+      rgb: None for a prompt.
+      tokens: that a prompt appends.
+      claimed: whether the perception thread encodes the frame.
+      encoded: a frame's features, once the perception thread has them.
     """
 
     time: float
     kind: int
     order: int
-    rgb: np.ndarray | None = dataclasses.field(default=None, compare=False)
-    prompt: str | None = dataclasses.field(default=None, compare=False)
+    rgb: UInt8[np.ndarray, "H W 3"] | None = dataclasses.field(default=None, compare=False)
+    prompt: str = dataclasses.field(default="", compare=False)
     tokens: list[int] = dataclasses.field(default_factory=list, compare=False)
-    taken: bool = dataclasses.field(default=False, compare=False)
+    claimed: bool = dataclasses.field(default=False, compare=False)
     encoded: Encoded | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a frame."""
+        return () if self.rgb is None else self.rgb.shape
 
 
 @dataclasses.dataclass
 class Plan:
-    """What a slot does next: the row to append (none if the stream just ended), and what to tell of it.
+    """The next move of a slot: the row to append (empty if the stream just ended) and the events of it.
 
     Attributes:
-      ahead: nothing has happened; the row is a token that isn't known yet, and may turn out to be a silence.
+      speculative: the row is only the token of the step in flight, which may turn out to be a silence.
       end: why the stream ends here.
     """
 
-    events: list[Event]
+    events: list[Event] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     frames: list[Inbound] = dataclasses.field(default_factory=list)
     new_turn: bool = False
-    ahead: bool = False
+    speculative: bool = False
     end: EndReason | None = None
 
 
-class Slot:
-    """One stream of a session: its inbox, its clock, and where its dialogue stands.
+class Conversation:
+    """The state of the dialogue in one slot; knows no engine.
 
-    `receive` and `plan` run under the session's lock; `hear` and `tell` in the thread that iterates, like
-    `plan`.
+    `receive` and `plan` run under the session's lock; `plan`, `events` and `on_token` in the thread that
+    iterates the session.
+
+    Args:
+      capacity: room of the slot.
+      opening: tokens of the system prompt, the first user turn and the assistant's header.
+      prompt: of the first user turn.
+
+    Attributes:
+      finished: nothing more will be pushed.
+      stopped: the stream ends at the next token.
+      ended: the stream is over.
+      latest: the latest time of anything pushed.
+      speaking: whether the model is in the middle of an answer.
     """
 
-    def __init__(self, engine: Engine, config: SessionConfig, slot: int, opening: list[int], prompt: str):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        capacity: EngineConfig,
+        config: SessionConfig,
+        slot: int,
+        *,
+        opening: list[int],
+        prompt: str,
+    ):
         self.slot = slot
         self.finished = self.stopped = self.ended = False
         self.latest = 0.0
+        self.speaking = False
         self._config = config
-        self._capacity = engine.config
-        self._special = engine.tokenizer.special
-        self._detokenizer = Detokenizer(engine.tokenizer)
+        self._capacity = capacity
+        self._special = tokenizer.special
+        self._detokenizer = Detokenizer(tokenizer)
         self._opening: list[int] | None = opening
         self._prompt = prompt
         self._inbox: list[Inbound] = []
         self._counts = dict.fromkeys((f.name for f in dataclasses.fields(Counters)), 0)
-        # What the next row begins with: the token that was drawn, unless it has been appended already.
+        # The begin of the next row: the pending token, unless it has been appended already.
         self._pending = [PENDING]
-        self.speaking = False
         self._said = ""
         self._text_length = 0
         # The lockstep clock: the instant of the last thing that happened, and the tokens since.
         self._instant, self._ticks = 0.0, 0
         self._finished_at = 0.0
-        # Why the stream ends when what fitted has been taken in.
+        # Why the stream ends once what fitted has been appended.
         self._full: EndReason | None = None
         self._wall = 0.0
 
     def finish(self, wall: float) -> None:
+        """Notes that nothing more will be pushed."""
         self.finished, self._finished_at = True, wall
 
     def receive(self, inbound: Inbound) -> None:
+        """Puts a frame or a prompt into the inbox; a full realtime inbox drops its oldest frame."""
         self.latest = max(self.latest, inbound.time)
         if inbound.rgb is not None and self._config.clock == "realtime":
-            self._make_room()
+            waiting = [i for i in self._inbox if i.rgb is not None]
+            if len(waiting) >= self._config.inbox_frames:
+                self._inbox.remove(min(waiting))
+                heapq.heapify(self._inbox)
+                self._counts["frames_dropped"] += 1
         heapq.heappush(self._inbox, inbound)
 
-    def _make_room(self) -> None:
-        """Drops the oldest waiting frame of a full inbox."""
-        waiting = [i for i in self._inbox if i.rgb is not None]
-        if len(waiting) >= self._config.inbox_frames:
-            self._inbox.remove(min(waiting))
-            heapq.heapify(self._inbox)
-            self._counts["frames_dropped"] += 1
+    def unclaimed_frames(self) -> list[Inbound]:
+        """Frames in the inbox that the perception thread has not claimed."""
+        return [i for i in self._inbox if i.rgb is not None and not i.claimed]
 
-    def not_encoded(self) -> list[Inbound]:
-        """Frames that wait to be encoded."""
-        return [i for i in self._inbox if i.rgb is not None and not i.taken]
-
-    def plan(self, wall: float, flying: Plan | None, on: bool, apart: bool) -> Plan | None:
-        """What to do now; None if there is nothing to do.
+    def plan(
+        self, wall: float, in_flight: Plan | None, *, may_continue: bool, perception_async: bool
+    ) -> Plan | None:
+        """The next move; None if there is none yet.
 
         Args:
-          flying: of this slot, what the step under way appends; its token isn't known yet.
-          on: whether it is time to go on with an answer.
-          apart: whether frames wait until they are encoded.
+          wall: seconds since the session began.
+          in_flight: this slot's plan of the step in flight, whose token isn't known yet.
+          may_continue: whether it is time for the next token of an answer.
+          perception_async: whether frames wait in the inbox until the perception thread has encoded them.
         """
         self._wall = wall
         if self.stopped:
@@ -129,16 +171,16 @@ class Slot:
             tokens, self._opening = self._opening, None
             self._text_length = len(tokens)
             return Plan([self._turn(self._prompt)], tokens, new_turn=True)
-        if due := self._take_due(apart):
-            return self._take_in(due, flying)
-        if self.speaking and on and self._may_speak():
-            return self._take_in([], flying)
-        if self.finished and not self._inbox and not flying:
+        if due := self._pop_due(perception_async):
+            return self._append(due, in_flight)
+        if self.speaking and may_continue and self._may_sample():
+            return self._append([], in_flight)
+        if self.finished and not self._inbox and not in_flight:
             return self._end("finished")
         return None
 
-    def tell(self, plan: Plan) -> Iterator[Event]:
-        """What a plan means to the listener, once everything before it has been heard."""
+    def events(self, plan: Plan) -> Iterator[Event]:
+        """The events of a plan, to be read after those of the tokens before it."""
         for event in plan.events:
             if isinstance(event, Turn):
                 yield from self._interrupt()
@@ -146,10 +188,10 @@ class Slot:
         if plan.end:
             yield End(**self._stamp(), reason=plan.end, counters=Counters(**self._counts))
 
-    def hear(self, plan: Plan, token: int, wall: float) -> Iterator[Event]:
-        """Takes the token that was drawn after a plan's row."""
-        if plan.ahead and not self.speaking:
-            # The row was a silence, as turned out meanwhile: it has been appended, and nothing comes of it.
+    def on_token(self, plan: Plan, token: int, wall: float) -> Iterator[Event]:
+        """Takes the token that was sampled after a plan's row; the events of it."""
+        if plan.speculative and not self.speaking:
+            # The row turned out to be a silence: it has been appended, and the token after it is dropped.
             self._pending = []
             return
         self._wall = wall
@@ -168,7 +210,7 @@ class Slot:
             self._said += text
             yield Text(slot=self.slot, stream_time=at, wall_time=wall, text=text)
 
-    def _take_due(self, apart: bool) -> list[Inbound]:
+    def _pop_due(self, perception_async: bool) -> list[Inbound]:
         """Removes from the inbox what has happened by now."""
         if not self._inbox:
             return []
@@ -177,23 +219,27 @@ class Slot:
             first, now = self._inbox[0].time, self._now()
             if self.speaking and first > now + INSTANT:
                 return []
-            # A silent stream has nothing to do before the next event, so its clock goes there.
+            # A silent stream has nothing to do before the next event, so its clock jumps there.
             limit = max(first, now) + INSTANT
             # Until something later is known, more may yet be pushed for this instant.
             if not self.finished and max(self._inbox).time <= limit:
                 return []
         due = []
-        while self._inbox and self._inbox[0].time <= limit and _goes_with(due, self._inbox[0], apart):
+        while (
+            self._inbox
+            and self._inbox[0].time <= limit
+            and _fits_step(due, self._inbox[0], perception_async=perception_async)
+        ):
             due.append(heapq.heappop(self._inbox))
         return due
 
-    def _take_in(self, due: list[Inbound], flying: Plan | None) -> Plan | None:
-        """The row and the events of what happened, as far as there is room; the end if there is none."""
+    def _append(self, due: list[Inbound], in_flight: Plan | None) -> Plan | None:
+        """Plans the row and the events of what is due, as far as there is room; the end if there is none."""
         begin = list(self._pending)
-        if flying:
-            # What it draws is pending, unless it is of no use; see `hear`.
-            begin = [] if flying.ahead and not self.speaking else [PENDING]
-        plan = Plan([], begin, ahead=bool(flying) and not due)
+        if in_flight:
+            # Its token will be pending, unless it is to be dropped; see `on_token`.
+            begin = [] if in_flight.speculative and not self.speaking else [PENDING]
+        plan = Plan(tokens=begin, speculative=bool(in_flight) and not due)
         for inbound in due:
             is_frame = inbound.rgb is not None
             if is_frame and self._counts["frames"] == self._capacity.bank_capacity:
@@ -208,13 +254,14 @@ class Slot:
                 self._instant, self._ticks = inbound.time, 0
             if is_frame:
                 plan.frames.append(inbound)
-                plan.events.append(Frame(**self._stamp(), index=self._counts["frames"], time=inbound.time))
+                index = self._counts["frames"]
+                plan.events.append(FrameSeen(**self._stamp(), index=index, time=inbound.time))
                 self._counts["frames"] += 1
             else:
                 plan.new_turn = True
                 plan.events.append(self._turn(inbound.prompt))
-        if plan.ahead and self._text_length + len(plan.tokens) > self._capacity.text_capacity:
-            return None  # If it is a silence, there is nothing that needs room.
+        if plan.speculative and self._text_length + len(plan.tokens) > self._capacity.text_capacity:
+            return None  # If it is a silence, nothing needs the room.
         if self._text_length + len(plan.tokens) > self._capacity.text_capacity:
             self._full = "text_capacity"
         if self._full and not plan.events:
@@ -230,7 +277,7 @@ class Slot:
         self.speaking, self._said = False, ""
         self._detokenizer.flush()
 
-    def _may_speak(self) -> bool:
+    def _may_sample(self) -> bool:
         """Whether an answer in progress gets another token now."""
         if self.finished and not self._inbox:
             end_of_input = self._instant if self._config.clock == "lockstep" else self._finished_at
@@ -246,22 +293,23 @@ class Slot:
 
     def _end(self, reason: EndReason) -> Plan:
         self.ended = True
-        return Plan([], end=reason)
+        return Plan(end=reason)
 
-    def _stamp(self) -> dict[str, float | int]:
+    def _stamp(self) -> dict[str, Any]:
         return {"slot": self.slot, "stream_time": self._now(), "wall_time": self._wall}
 
     def _now(self) -> float:
-        """The time of the stream."""
+        """Seconds on the stream's clock."""
         if self._config.clock == "realtime":
             return self._wall
         return self._instant + self._ticks / self._config.tokens_per_second
 
 
-def _goes_with(due: list[Inbound], inbound: Inbound, apart: bool) -> bool:
-    """Whether it can be taken in with those before it; of frames encoded apart, one batch a step."""
+def _fits_step(due: Sequence[Inbound], inbound: Inbound, *, perception_async: bool) -> bool:
+    """Whether one step can append it with those before it: the frames of a step are of one encoded batch."""
     if inbound.rgb is None:
         return True
-    if inbound.encoded is None and (apart or inbound.taken):
+    if inbound.encoded is None and (perception_async or inbound.claimed):
         return False
-    return len({i.encoded and id(i.encoded.pool) for i in (*due, inbound) if i.rgb is not None}) == 1
+    batches = {i.encoded and id(i.encoded.features) for i in (*due, inbound) if i.rgb is not None}
+    return len(batches) == 1

@@ -1,4 +1,4 @@
-"""What a session tells: typed events, each with the time of the stream and of the wall."""
+"""Events of a session, each with its time on the stream's clock and on the wall's."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal
@@ -8,7 +8,7 @@ EndReason = Literal["finished", "stopped", "text_capacity", "bank_capacity", "to
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """What became of a stream.
+    """Totals of a stream.
 
     Attributes:
       frames, frames_dropped: seen by the model, and pushed out of a full inbox.
@@ -28,7 +28,7 @@ class Counters:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened in a stream.
+    """Base of all events.
 
     Attributes:
       slot: of the session.
@@ -47,7 +47,7 @@ class Event:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Frame(Event):
+class FrameSeen(Event):
     """The model has seen frame number `index` of the stream, which was taken at `time`."""
 
     type: ClassVar[str] = "frame"
@@ -65,7 +65,7 @@ class Turn(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text(Event):
-    """The model has said a piece of text: whole characters, not whole words."""
+    """A piece of the model's text: whole characters, not whole words."""
 
     type: ClassVar[str] = "text"
     text: str
@@ -80,7 +80,7 @@ class Silence(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interrupted(Event):
-    """A prompt has cut an answer; `said` is what it had said, which stays in the context."""
+    """A prompt has cut an answer; `said` is its text so far, which stays in the context."""
 
     type: ClassVar[str] = "interrupted"
     said: str

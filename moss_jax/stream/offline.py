@@ -1,35 +1,36 @@
-"""The offline use of a stream: the whole clip first, then the answer."""
+"""Offline use of an engine: the whole clip first, then the answer."""
 
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from moss_jax.stream.engine import FRAME_BUCKETS, PENDING, Engine, Row
-from moss_jax.stream.events import Counters, End, EndReason, Event, Frame, Text, Turn
+from moss_jax.stream.engine import EngineLike
+from moss_jax.stream.events import Counters, End, EndReason, Event, FrameSeen, Text, Turn
+from moss_jax.stream.rows import FRAME_BUCKETS, PENDING, Row
 from moss_jax.stream.session import SessionError
 from moss_jax.text import Detokenizer, chat
-from moss_jax.video import Frame as VideoFrame
+from moss_jax.video import Frame
 
 
-def answer(
-    engine: Engine,
-    frames: Sequence[VideoFrame],
+def answer_offline(
+    engine: EngineLike,
+    frames: Sequence[Frame],
     prompt: str,
     *,
     system: str | None = None,
     max_tokens: int = 512,
 ) -> Iterator[Event]:
-    """Shows a clip to slot 0 of an engine, then tells the answer to a prompt about it.
+    """Prefills slot 0 with a clip and a prompt about it, then decodes the answer.
 
     Args:
       frames: of the clip, in order of time.
       system: system prompt; None for none, as offline dialogues are trained.
-      max_tokens: at which the answer ends if the model doesn't end it.
+      max_tokens: limit on the answer.
 
     Raises:
       SessionError: the clip and the prompt don't fit the engine's capacities, or there is no frame.
     """
-    special = engine.tokenizer.special
     tokens = chat.offline_opening(engine.tokenizer, system=system, num_frames=len(frames), prompt=prompt)
     config = engine.config
     if not frames:
@@ -41,51 +42,52 @@ def answer(
             f"clip and prompt take {len(tokens)} tokens, more than the text capacity of "
             f"{config.text_capacity} leaves room for"
         )
-    return _answer(
-        engine, frames, prompt, tokens, min(max_tokens, config.text_capacity - len(tokens)), special
-    )
+    return _answer(engine, frames, prompt, tokens, min(max_tokens, config.text_capacity - len(tokens)))
 
 
-def _answer(engine, frames, prompt, tokens, room, special) -> Iterator[Event]:
+def _answer(
+    engine: EngineLike, frames: Sequence[Frame], prompt: str, tokens: list[int], max_tokens: int
+) -> Iterator[Event]:
+    """The events of an answer whose input fits."""
     started = time.monotonic()
 
-    def stamp(stream_time: float) -> dict[str, float]:
+    def stamp(stream_time: float) -> dict[str, Any]:
         return {"stream_time": stream_time, "wall_time": time.monotonic() - started}
 
-    others = [None] * (engine.config.slots - 1)
-    state = engine.start()
-    appended, begin = 0, tokens.index(special.image)
+    special = engine.tokenizer.special
+    other_slots = [None] * (engine.config.slots - 1)
+    state, sampled = engine.start(), None
+    appended, first_frame = 0, tokens.index(special.image)
     chunk = FRAME_BUCKETS[-1]
     for i in range(0, len(frames), chunk):
         part = frames[i : i + chunk]
-        pool = engine.encode([frame.rgb for frame in part])
-        # What leads up to the frames goes with the first of them, the prompt with the last.
+        features = engine.encode([frame.rgb for frame in part])
+        # The tokens before the frames go with the first chunk, the prompt with the last.
         is_last = i + len(part) == len(frames)
-        end = len(tokens) if is_last else begin + i + len(part)
+        end = len(tokens) if is_last else first_frame + i + len(part)
         row = Row(tokens[appended:end], range(len(part)), new_turn=is_last)
-        state, drawn = engine.step(state, [row, *others], pool)
+        state, sampled = engine.step(state, [row, *other_slots], features)
         appended = end
         for index, frame in enumerate(part, start=i):
-            yield Frame(**stamp(frame.time), index=index, time=frame.time)
+            yield FrameSeen(**stamp(frame.time), index=index, time=frame.time)
+    assert sampled is not None
     end_time = frames[-1].time
     yield Turn(**stamp(end_time), prompt=prompt)
     detokenizer = Detokenizer(engine.tokenizer)
     reason: EndReason = "token_limit"
+    count = 0
     for count in itertools.count():
-        # Dispatched before it is known what was drawn, so that the device doesn't wait for the host.
-        drawn.tokens.copy_to_host_async()
-        state, after = engine.step(state, [Row([PENDING]), *others])
-        token, drawn = int(drawn.tokens[0]), after
+        # The next step is dispatched before this token is on the host, so that the device never waits.
+        sampled.tokens.copy_to_host_async()
+        state, following = engine.step(state, [Row([PENDING]), *other_slots])
+        token, sampled = int(sampled.tokens[0]), following
         if token == special.silence:
             reason = "finished"
             break
         if text := detokenizer.push(token):
             yield Text(**stamp(end_time), text=text)
-        if count + 1 >= room:
+        if count + 1 >= max_tokens:
             count += 1
             break
-    yield End(
-        **stamp(end_time),
-        reason=reason,
-        counters=Counters(frames=len(frames), prompts=bool(prompt), tokens=count),
-    )
+    counters = Counters(frames=len(frames), prompts=bool(prompt), tokens=count)
+    yield End(**stamp(end_time), reason=reason, counters=counters)

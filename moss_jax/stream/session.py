@@ -1,18 +1,19 @@
-"""A live session: frames and prompts go in from any thread, typed events come out.
+"""A live session: frames and prompts are pushed from any thread, typed events come out.
 
-The loop of a stream: what has happened since the last token - prompts, frames - is appended in order of
-time, then one token is drawn. `<|silence|>` parks the stream until something happens. A frame or a prompt
-that arrives while the model is talking enters at the next token.
+The loop of a stream: prompts and frames that arrived since the last token are appended in order of time, then
+one token is sampled. `<|silence|>` parks the stream until something arrives. A frame or a prompt that arrives
+while the model is talking enters at the next token.
 
-So that the device never waits for the host, a realtime session dispatches a step of a talking model shortly
-before the one under way ends, without knowing what that one draws. Should it be a silence, that step has
-appended it, which is right, and what it drew itself is not used.
+The device must never wait for the host, so a realtime session dispatches the next step of a talking model
+speculatively, shortly before the step in flight ends and without knowing its token. If that token is a
+silence, the speculative step has appended it, which is right, and its own sample is dropped.
 """
 
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +21,18 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from moss_jax.config import SessionConfig
-from moss_jax.stream.conversation import Encoded, Inbound, Plan, Slot
-from moss_jax.stream.engine import ENCODE_BUCKETS, Drawn, Engine, EngineState, Row
+from moss_jax.stream.conversation import Conversation, Encoded, Inbound, Plan
+from moss_jax.stream.dispatch_timer import DispatchTimer, StepInFlight
+from moss_jax.stream.engine import EngineLike
 from moss_jax.stream.events import Event
-from moss_jax.stream.pace import Pace
+from moss_jax.stream.perception import ENCODE_BUCKETS
+from moss_jax.stream.rows import Row
+from moss_jax.stream.step import Sampled
 from moss_jax.text import chat
 
 
 class SessionError(ValueError):
-    """A push that the session cannot take; the session goes on."""
+    """A push that the session refuses; the session goes on."""
 
 
 class Session:
@@ -43,7 +47,7 @@ class Session:
       engine: of one or more slots.
       config: clock and bounds.
       system: system prompt; None for none.
-      prompt: content of the first user turn. Empty, the model watches unasked.
+      prompt: content of the first user turn. If it is empty, the model watches unasked.
 
     Attributes:
       opening_length: tokens of system prompt, first turn and header.
@@ -51,7 +55,7 @@ class Session:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineLike,
         config: SessionConfig | None = None,
         *,
         system: str | None = chat.SYSTEM_PROMPT,
@@ -67,8 +71,9 @@ class Session:
         opening = chat.opening(engine.tokenizer, system=system, prompt=prompt)
         self._check_length(opening)
         self.opening_length = len(opening)
-        self._slots = [
-            Slot(engine, self.config, slot, opening, prompt) for slot in range(engine.config.slots)
+        self._conversations = [
+            Conversation(engine.tokenizer, engine.config, self.config, slot, opening=opening, prompt=prompt)
+            for slot in range(engine.config.slots)
         ]
 
     def push_frame(
@@ -88,7 +93,7 @@ class Session:
         return self._push(Inbound(self._time(time), 1, next(self._order), rgb=rgb), slot)
 
     def push_prompt(self, text: str, time: float | None = None, *, slot: int = 0) -> bool:
-        """Asks the model something at `time` seconds of the stream (now, if None); cuts what it is saying.
+        """Asks the model something at `time` seconds of the stream (now, if None); cuts its answer, if any.
 
         Returns:
           False if the slot's stream is over.
@@ -115,17 +120,25 @@ class Session:
         return 0.0 if self._started is None else time.monotonic() - self._started
 
     def finish(self, slot: int | None = None) -> None:
-        """Nothing more will be pushed: what waits is still seen, the answer is finished, then comes `end`."""
+        """Declares the input complete: what waits is still seen, the answer is finished, then comes `End`.
+
+        Args:
+          slot: None for all.
+        """
         with self._changed:
-            for s in self._select(slot):
-                s.finish(self.now())
+            for conversation in self._select(slot):
+                conversation.finish(self.now())
             self._changed.notify_all()
 
     def stop(self, slot: int | None = None) -> None:
-        """Ends the stream at the next token."""
+        """Ends the stream at the next token.
+
+        Args:
+          slot: None for all.
+        """
         with self._changed:
-            for s in self._select(slot):
-                s.stopped = True
+            for conversation in self._select(slot):
+                conversation.stopped = True
             self._changed.notify_all()
 
     def __iter__(self) -> Iterator[Event]:
@@ -140,125 +153,135 @@ class Session:
         try:
             yield from self._live()
         finally:
-            # Whoever still pushes learns that nobody listens any more.
+            # From now on, pushes return False.
             with self._changed:
-                for s in self._slots:
-                    s.ended = True
+                for conversation in self._conversations:
+                    conversation.ended = True
                 self._changed.notify_all()
             if perception is not None:
                 perception.join()
 
     def _live(self) -> Iterator[Event]:
-        state, pace, flight = self._engine.start(), Pace(), None
-        while plans := self._next_plans(flight):
+        state, timer, in_flight = self._engine.start(), DispatchTimer(), None
+        while plans := self._next_plans(in_flight):
             rows = {slot: plan for slot, plan in plans.items() if plan.tokens}
-            before, flight = flight, None
+            before, in_flight = in_flight, None
             if rows:
                 started = time.monotonic()
-                state, drawn = self._run(state, rows)
-                flight = _Flight(rows, drawn.tokens, pace, started)
+                state, sampled = self._dispatch(state, rows)
+                in_flight = StepInFlight(rows, sampled.tokens, timer, started)
             if before:
-                tokens = before.land()
-                if flight:
-                    flight.begun = max(flight.begun, time.monotonic())
-                yield from self._hear(before, tokens)
+                tokens = before.wait()
+                if in_flight:
+                    in_flight.begun = max(in_flight.begun, time.monotonic())
+                yield from self._on_tokens(before, tokens)
                 with self._changed:
-                    # Whether the model is talking decides who encodes what waits.
+                    # Whether the model is talking decides which thread encodes the waiting frames.
                     self._changed.notify_all()
             for slot, plan in plans.items():
-                yield from self._slots[slot].tell(plan)
-            if flight and self.config.clock == "lockstep":
-                yield from self._hear(flight, flight.land())
-                flight = None
+                yield from self._conversations[slot].events(plan)
+            if in_flight and self.config.clock == "lockstep":
+                yield from self._on_tokens(in_flight, in_flight.wait())
+                in_flight = None
 
-    def _hear(self, flight: "_Flight", tokens: np.ndarray) -> Iterator[Event]:
-        for slot, plan in flight.plans.items():
-            yield from self._slots[slot].hear(plan, int(tokens[slot]), self.now())
+    def _on_tokens(self, step: StepInFlight, tokens: np.ndarray) -> Iterator[Event]:
+        for slot, plan in step.plans.items():
+            yield from self._conversations[slot].on_token(plan, int(tokens[slot]), self.now())
 
-    def _next_plans(self, flight: "_Flight | None") -> dict[int, Plan]:
-        """What each slot does next, once there is anything to do; empty when all streams are over.
+    def _next_plans(self, step: StepInFlight | None) -> Mapping[int, Plan]:
+        """Waits until a slot has something to do; the plans by slot, none when all streams are over.
 
-        With a step under way, also once it is time for the next one; if there is nothing to do then, its
-        slots get empty plans.
+        With a step in flight, waits until the time to dispatch the next one at most; if there is nothing to
+        do then, its slots get empty plans.
         """
         with self._changed:
             # One pass under the lock decides for every slot, so a push is either in it or wakes the wait.
             while True:
                 if self._failure:
                     raise self._failure
-                if not flight and all(s.ended for s in self._slots):
+                if not step and all(c.ended for c in self._conversations):
                     return {}
-                wall, left = self.now(), flight and flight.left()
-                on = not flight or left <= 0
-                flying = flight.plans if flight else {}
-                apart = self._perceives_apart()
+                wall, time_left = self.now(), step.time_left() if step else None
+                may_continue = time_left is None or time_left <= 0
+                in_flight = step.plans if step else {}
+                perception_async = self._perception_async()
                 plans = {
-                    s.slot: s.plan(wall, flying.get(s.slot), on, apart) for s in self._slots if not s.ended
+                    c.slot: c.plan(
+                        wall,
+                        in_flight.get(c.slot),
+                        may_continue=may_continue,
+                        perception_async=perception_async,
+                    )
+                    for c in self._conversations
+                    if not c.ended
                 }
                 plans = {slot: plan for slot, plan in plans.items() if plan is not None}
-                if plans or (flight and on):
-                    return plans or dict.fromkeys(flying, Plan([]))
-                self._changed.wait(left)
+                if plans or (step and may_continue):
+                    return plans or dict.fromkeys(in_flight, Plan())
+                self._changed.wait(time_left)
 
-    def _run(self, state: EngineState, plans: dict[int, Plan]) -> tuple[EngineState, Drawn]:
+    def _dispatch(self, state: Any, plans: Mapping[int, Plan]) -> tuple[Any, Sampled]:
         """Dispatches one step for the slots that have a plan."""
         inbound = [frame for plan in plans.values() for frame in plan.frames]
-        pool, index = self._pool(inbound) if inbound else (None, iter(()))
-        rows: list[Row | None] = [None] * len(self._slots)
+        features, index = self._features(inbound) if inbound else (None, iter(()))
+        rows: list[Row | None] = [None] * len(self._conversations)
         for slot, plan in plans.items():
             rows[slot] = Row(plan.tokens, [next(index) for _ in plan.frames], plan.new_turn)
-        return self._engine.step(state, rows, pool)
+        return self._engine.step(state, rows, features)
 
-    def _pool(self, frames: list[Inbound]) -> tuple[Float[Array, "P N D"], Iterator[int]]:
-        """Features of frames, and where each one's are."""
+    def _features(self, frames: list[Inbound]) -> tuple[Float[Array, "P N D"], Iterator[int]]:
+        """Features of frames, encoded here unless they are already, and the index of each."""
         fresh = [frame for frame in frames if frame.encoded is None]
-        pool = self._engine.encode([frame.rgb for frame in fresh]) if fresh else None
-        if len(fresh) == len(frames):
-            return pool, itertools.count()
-        for index, frame in enumerate(fresh):
-            frame.encoded = Encoded(pool, index)
-        pools = list({id(frame.encoded.pool): frame.encoded.pool for frame in frames}.values())
-        begin = dict(zip(map(id, pools), itertools.accumulate([0, *map(len, pools)]), strict=False))
-        index = [begin[id(frame.encoded.pool)] + frame.encoded.index for frame in frames]
-        return pools[0] if len(pools) == 1 else jnp.concatenate(pools), iter(index)
+        if fresh:
+            features = self._engine.encode([frame.rgb for frame in fresh if frame.rgb is not None])
+            if len(fresh) == len(frames):
+                return features, itertools.count()
+            for index, frame in enumerate(fresh):
+                frame.encoded = Encoded(features, index)
+        encoded = [frame.encoded for frame in frames if frame.encoded is not None]
+        batches = list({id(e.features): e.features for e in encoded}.values())
+        begin = dict(zip(map(id, batches), itertools.accumulate([0, *map(len, batches)]), strict=False))
+        index = [begin[id(e.features)] + e.index for e in encoded]
+        return batches[0] if len(batches) == 1 else jnp.concatenate(batches), iter(index)
 
-    def _perceives_apart(self) -> bool:
-        """Whether frames wait until another thread has had them encoded by another device.
+    def _perception_async(self) -> bool:
+        """Whether frames wait in the inbox while the perception thread has them encoded on another device.
 
-        That is for the sake of the text: a step that waits for features would hold it up. While nobody talks,
-        the step is better dispatched at once.
+        A step that waits for features would stall the text. While no slot is talking, the step is better
+        dispatched at once.
         """
         return (
             self.config.clock == "realtime"
             and self._engine.perception_device is not None
-            and any(s.speaking for s in self._slots if not s.ended)
+            and any(c.speaking for c in self._conversations if not c.ended)
         )
 
     def _perceive(self) -> None:
-        """Encodes frames as they come, in a thread of its own, while the model talks."""
+        """Encodes frames as they arrive while the model talks; the body of the perception thread."""
         try:
-            while frames := self._next_frames():
-                pool = jax.block_until_ready(self._engine.encode([frame.rgb for frame in frames]))
+            while frames := self._claim_frames():
+                rgb = [frame.rgb for frame in frames if frame.rgb is not None]
+                features = jax.block_until_ready(self._engine.encode(rgb))
                 with self._changed:
                     for index, frame in enumerate(frames):
-                        frame.encoded = Encoded(pool, index)
+                        frame.encoded = Encoded(features, index)
                     self._changed.notify_all()
         except BaseException as error:
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
 
-    def _next_frames(self) -> list[Inbound]:
-        """Frames of one size that wait to be encoded, the oldest first; empty when all streams are over."""
+    def _claim_frames(self) -> list[Inbound]:
+        """Waits for frames to encode; the oldest and others of its size, none when all streams are over."""
         with self._changed:
-            while any(not s.ended for s in self._slots):
-                waiting = sorted(frame for s in self._slots for frame in s.not_encoded())
-                if waiting and self._perceives_apart():
-                    alike = [frame for frame in waiting if frame.rgb.shape == waiting[0].rgb.shape]
-                    alike = alike[: ENCODE_BUCKETS[1]]
-                    for frame in alike:
-                        frame.taken = True
-                    return alike
+            while any(not c.ended for c in self._conversations):
+                waiting = sorted(frame for c in self._conversations for frame in c.unclaimed_frames())
+                if waiting and self._perception_async():
+                    batch = [frame for frame in waiting if frame.shape == waiting[0].shape]
+                    batch = batch[: ENCODE_BUCKETS[1]]
+                    for frame in batch:
+                        frame.claimed = True
+                    return batch
                 self._changed.wait()
             return []
 
@@ -276,12 +299,12 @@ class Session:
             self._changed.notify_all()
             return True
 
-    def _select(self, slot: int | None) -> list[Slot]:
+    def _select(self, slot: int | None) -> list[Conversation]:
         if slot is None:
-            return self._slots
-        if not 0 <= slot < len(self._slots):
-            raise SessionError(f"there is no slot {slot}; the session has {len(self._slots)}")
-        return [self._slots[slot]]
+            return self._conversations
+        if not 0 <= slot < len(self._conversations):
+            raise SessionError(f"there is no slot {slot}; the session has {len(self._conversations)}")
+        return [self._conversations[slot]]
 
     def _time(self, time: float | None) -> float:
         if time is None:
@@ -300,35 +323,3 @@ class Session:
                 f"the prompt takes {len(tokens)} tokens and its answer at least 1, but the text capacity "
                 f"is {capacity}"
             )
-
-
-# Tokens and frames of a step that appends what was drawn last.
-GOING_ON = (1, 0)
-
-
-class _Flight:
-    """A step under way.
-
-    Attributes:
-      plans: of the slots that take part.
-      begun: when the device began with it, as far as the host knows.
-    """
-
-    def __init__(self, plans: dict[int, Plan], tokens: jax.Array, pace: Pace, started: float):
-        self.plans, self.begun = plans, time.monotonic()
-        self._tokens, self._pace = tokens, pace
-        tokens.copy_to_host_async()
-        self._kind = (max(len(p.tokens) for p in plans.values()), sum(len(p.frames) for p in plans.values()))
-        if self._kind == GOING_ON:
-            # The others are dispatched as soon as there is reason to, whatever the pace.
-            pace.dispatched(self.begun - started)
-
-    def land(self) -> np.ndarray:
-        """Waits for its tokens."""
-        tokens = np.asarray(self._tokens)
-        self._pace.landed(self._kind, time.monotonic() - self.begun)
-        return tokens
-
-    def left(self) -> float:
-        """Seconds until the next step should be dispatched."""
-        return self.begun + self._pace.lead(self._kind) - time.monotonic()

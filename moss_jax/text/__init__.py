@@ -1,4 +1,4 @@
-"""Text: the tokenizer, streaming detokenization and the dialogue's token sequences."""
+"""Text: tokenizer, streaming detokenizer, and the chat template."""
 
 from moss_jax.text.chat import SYSTEM_PROMPT, header, interjection, offline_opening, opening
 from moss_jax.text.detokenizer import Detokenizer

@@ -1,7 +1,7 @@
-"""Token sequences of the dialogue.
+r"""Chat template: token sequences of prompts.
 
-A turn is `<|start_header_id|>ROLE<|end_header_id|>\\n\\nCONTENT<|eot_id|>`, and `<|begin_of_text|>` opens the
-sequence. The assistant's turn is left open: frames and the model's own tokens go on from its header.
+A turn is `<|start_header_id|>ROLE<|end_header_id|>\n\nCONTENT<|eot_id|>`, and `<|begin_of_text|>` opens the
+sequence. The assistant's turn is left open: frames and generated tokens follow its header.
 """
 
 from typing import Literal
@@ -20,32 +20,37 @@ You watch all the time, also when nobody asks anything.
 
 
 def header(tokenizer: Tokenizer, role: Role) -> list[int]:
-    """Opens a turn of `role`; its content follows."""
+    """Returns the tokens that open a turn of `role`."""
     special = tokenizer.special
     return [special.start_header, *tokenizer.encode(role), special.end_header, *tokenizer.encode("\n\n")]
 
 
 def opening(tokenizer: Tokenizer, *, system: str | None, prompt: str = "") -> list[int]:
-    """Starts a live session: system turn unless None or empty, user turn, assistant header.
+    """Returns the prompt of a live session: system turn unless None or empty, user turn, assistant header.
 
-    `<|silence|>` in the system prompt is the token itself, as in the training data; all else is plain text.
-    Raises TokenizerError if a text is not valid Unicode.
+    `<|silence|>` in the system prompt is the control token, as in the training data; all else is plain text.
+
+    Raises:
+      TokenizerError: a text is not valid Unicode.
     """
     return offline_opening(tokenizer, system=system, num_frames=0, prompt=prompt)
 
 
 def interjection(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ends the assistant's open turn with a user's prompt and opens the next one.
+    """Returns the tokens that end the assistant's open turn, add a user turn and open the next reply.
 
-    Raises TokenizerError if the prompt is not valid Unicode.
+    Raises:
+      TokenizerError: the prompt is not valid Unicode.
     """
     return [tokenizer.special.eot, *_user_turn(tokenizer, prompt), *header(tokenizer, "assistant")]
 
 
 def offline_opening(tokenizer: Tokenizer, *, system: str | None, num_frames: int, prompt: str) -> list[int]:
-    """Like `opening`, with all the frames of a clip in front of the user's text.
+    """Returns the prompt about a whole clip: that of `opening`, with all frames before the user's text.
 
-    Raises ValueError if `num_frames` is negative and TokenizerError if a text is not valid Unicode.
+    Raises:
+      ValueError: `num_frames` is negative.
+      TokenizerError: a text is not valid Unicode.
     """
     if num_frames < 0:
         raise ValueError(f"num_frames must not be negative, but is {num_frames}")

@@ -1,4 +1,4 @@
-"""Text of a token stream as it arrives."""
+"""Streaming detokenizer."""
 
 import codecs
 
@@ -6,11 +6,11 @@ from moss_jax.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Turns the tokens of one reply into text, whole characters at a time.
+    """Decodes the tokens of one reply incrementally, in whole characters.
 
-    A character may be spread over several tokens, even with a control token between them. What has been
-    pushed comes out as `Tokenizer.decode` would give it, and U+FFFD only where no further token could have
-    completed a character.
+    A character may span several tokens, even with control tokens between them. The concatenated output equals
+    `Tokenizer.decode` of all tokens, except for an incomplete character at the end; U+FFFD is emitted only
+    where no further token could complete a character.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -18,14 +18,15 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """Takes a token and returns the text that it completes, which may be empty.
+        """Adds a token and returns the text that it completes, which may be empty.
 
-        Raises TokenizerError if the id is not in the vocabulary.
+        Raises:
+          TokenizerError: the id is not in the vocabulary.
         """
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """Ends the run, drops a character that is still incomplete and returns the remaining text."""
-        # Complete characters never wait, so an incomplete one is all that can be left.
+        """Resets the decoder, dropping an incomplete character, and returns the remaining text: none."""
+        # Complete characters are emitted at once, so only an incomplete one can be left.
         self._decoder.reset()
         return ""

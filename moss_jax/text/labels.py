@@ -1,4 +1,4 @@
 """Labels of training tokens."""
 
-# Label of a token that carries no loss.
+# Ignore index: the label of a token that carries no loss.
 IGNORED = -100

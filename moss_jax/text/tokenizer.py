@@ -1,7 +1,6 @@
-"""The tokenizer of a checkpoint: byte-level BPE and the markers of the stream's language."""
+"""Tokenizer: byte-level BPE with the special tokens of the stream."""
 
 import dataclasses
-import importlib.resources
 import json
 import re
 import string
@@ -12,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-FILE_NAME = "tokenizer.json"
+from moss_jax.shipped import shipped
+
+TOKENIZER_FILE = "tokenizer.json"
 
 _MARKERS = {
     "begin_of_text": "<|begin_of_text|>",
@@ -25,18 +26,18 @@ _MARKERS = {
     "ellipsis": "<|...|>",
 }
 
-# A tokenizer.json of Llama 3 has these under reserved names, which differ between its releases.
+# In a Llama 3 tokenizer.json these have reserved names, which differ between its releases.
 _LLAMA3_BEGIN_OF_TEXT = 128_000
 _LLAMA3_RESERVED = {"silence": 128_011, "ellipsis": 128_012, "video": 128_255}
 
 
 class TokenizerError(ValueError):
-    """A tokenizer, text or token id that cannot be used; the message says why."""
+    """An invalid tokenizer, text or token id; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the markers of the stream's language."""
+    """Ids of the special tokens that the stream uses."""
 
     begin_of_text: int
     start_header: int
@@ -48,18 +49,18 @@ class SpecialTokens:
     ellipsis: int
 
     def by_text(self) -> dict[str, int]:
-        """Id of every marker by its text, such as `<|silence|>`."""
+        """Returns the ids by text, such as `<|silence|>`."""
         return {text: getattr(self, name) for name, text in _MARKERS.items()}
 
 
 class Tokenizer:
-    """Byte-level BPE with control tokens. Nothing in it changes, so threads may share one.
+    """Byte-level BPE with control tokens. Immutable, so threads may share it.
 
     Attributes:
-      special: ids of the stream's markers.
-      vocab_size: number of tokens that can be predicted, which is the id of `<|image|>`.
-      content: the tokenizer.json that it was made from.
-      control_ids: every special or added token. Only silence and `<|eot_id|>` of them are ever sampled.
+      special: ids of the stream's special tokens.
+      vocab_size: number of tokens that can be predicted; the id of `<|image|>`.
+      content: the tokenizer.json that it was loaded from.
+      control_ids: ids of all special or added tokens. Only silence and `<|eot_id|>` are ever sampled.
     """
 
     content: bytes
@@ -67,15 +68,20 @@ class Tokenizer:
     vocab_size: int
     control_ids: frozenset[int]
 
-    def __init__(self, content: bytes, name: str = FILE_NAME):
-        """Reads the content of a tokenizer.json.
+    def __init__(self, content: bytes, name: str = TOKENIZER_FILE):
+        """Parses the content of a tokenizer.json.
 
-        Raises TokenizerError, which calls it `name`, if it is no byte-level BPE or lacks a marker.
+        Args:
+          content: of the file.
+          name: of the file, for error messages.
+
+        Raises:
+          TokenizerError: it is not a byte-level BPE tokenizer, or lacks a special token.
         """
         try:
             data = json.loads(content)
             control = {token["content"]: token["id"] for token in data["added_tokens"]}
-            # An encoder that knows no added token cannot turn text into one, whatever a user types.
+            # Without added tokens, the encoder cannot turn a user's text into a control token.
             plain = data | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
             self._encoder = tokenizers.Tokenizer.from_str(json.dumps(plain))
             vocab = data["model"]["vocab"]
@@ -101,35 +107,36 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Loads a tokenizer.json, or the one of a checkpoint folder.
+        """Loads a tokenizer.json, or the one in a checkpoint folder.
 
-        Raises TokenizerError if there is none or if it cannot be used.
+        Raises:
+          TokenizerError: it does not exist or is invalid.
         """
         path = Path(path)
-        file = path / FILE_NAME if path.is_dir() else path
+        file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
             raise TokenizerError(
-                f"no tokenizer at {file}; give a {FILE_NAME} or a checkpoint folder that holds one"
+                f"no tokenizer at {file}; give a {TOKENIZER_FILE} or a checkpoint folder that holds one"
             )
         return cls(file.read_bytes(), str(file))
 
     @classmethod
     def moss_tiny(cls) -> "Tokenizer":
         """Loads the small tokenizer of the moss_tiny preset."""
-        file = importlib.resources.files("moss_jax.text") / "moss_tiny" / FILE_NAME
-        return cls(file.read_bytes(), f"moss_tiny/{FILE_NAME}")
+        return cls.load(shipped("moss-tiny"))
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the tokenizer.json that this was loaded from into a checkpoint folder; returns its path."""
-        file = Path(folder) / FILE_NAME
+        """Writes the tokenizer.json into a checkpoint folder, unchanged, and returns its path."""
+        file = Path(folder) / TOKENIZER_FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(self.content)
         return file
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: nothing in it becomes a control token, and none is added.
+        """Encodes plain text: nothing in it becomes a control token, and none is added.
 
-        Raises TokenizerError if the text is not valid Unicode.
+        Raises:
+          TokenizerError: the text is not valid Unicode.
         """
         try:
             text.encode("utf-8")
@@ -141,9 +148,10 @@ class Tokenizer:
         return self._encoder.encode(text, add_special_tokens=False).ids
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of training text, in which the markers of `SpecialTokens` are control tokens.
+        """Encodes training text, in which the texts of `SpecialTokens` become control tokens.
 
-        Raises TokenizerError if the text is not valid Unicode.
+        Raises:
+          TokenizerError: the text is not valid Unicode.
         """
         ids = []
         for piece in self._marker.split(text):
@@ -151,16 +159,18 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of tokens without the control tokens; bytes that are no UTF-8 become U+FFFD.
+        """Decodes tokens, leaving out control tokens; invalid UTF-8 becomes U+FFFD.
 
-        Raises TokenizerError if an id is not in the vocabulary.
+        Raises:
+          TokenizerError: an id is not in the vocabulary.
         """
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Bytes that a token stands for, which may end inside a character; none for a control token.
+        """Returns the bytes of a token, which may end inside a character; empty for a control token.
 
-        Raises TokenizerError if the id is not in the vocabulary.
+        Raises:
+          TokenizerError: the id is not in the vocabulary.
         """
         try:
             return self._bytes[int(token_id)]
@@ -170,7 +180,7 @@ class Tokenizer:
             ) from None
 
     def penalty_exempt(self) -> np.ndarray:
-        """bool[vocab_size]: the tokens that may be repeated freely: control, punctuation and white space."""
+        """Returns bool[vocab_size], true for tokens without repetition penalty: control, punctuation."""
         exempt = np.zeros(self.vocab_size, bool)
         for token_id, token in self._bytes.items():
             if token_id < self.vocab_size:
@@ -179,9 +189,10 @@ class Tokenizer:
 
 
 def _find_special(control: dict[str, int], name: str) -> SpecialTokens:
-    """Finds the markers by their text, in a Llama 3 vocabulary also by id.
+    """Finds the special tokens by text, and in a Llama 3 vocabulary also by id.
 
-    Raises TokenizerError that names every marker that is missing or lies beyond the predictable ids.
+    Raises:
+      TokenizerError: listing all that are missing or beyond the predictable ids.
     """
     ids = {field: control[text] for field, text in _MARKERS.items() if text in control}
     if ids.get("begin_of_text") == _LLAMA3_BEGIN_OF_TEXT:
@@ -193,21 +204,21 @@ def _find_special(control: dict[str, int], name: str) -> SpecialTokens:
     beyond = [_MARKERS[field] for field, i in ids.items() if i > ids["image"]]
     if beyond:
         raise TokenizerError(
-            f"{name} must give no marker a higher id than the {ids['image']} of <|image|>, but it does so to "
-            f"{', '.join(beyond)}"
+            f"{name} must give no special token a higher id than the {ids['image']} of <|image|>, but does "
+            f"so to {', '.join(beyond)}"
         )
     return SpecialTokens(**ids)
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level BPE vocabulary stands for."""
+    """Maps the characters of a byte-level BPE vocabulary to bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def _is_punctuation(token: bytes) -> bool:
-    """Whether a token is a run of whole characters, all of them punctuation or white space."""
+    """Whether a token consists of whole characters that are all punctuation or white space."""
     try:
         text = token.decode("utf-8")
     except UnicodeDecodeError:

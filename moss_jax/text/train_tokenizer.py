@@ -1,20 +1,20 @@
 """Trains the tokenizer of the moss_tiny preset: `python -m moss_jax.text.train_tokenizer`.
 
-Everything that it learns from is in this file, and every run writes the same bytes.
+The corpus is generated from this file, and every run writes the same bytes.
 """
 
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moss_jax.config import moss_tiny
+from moss_jax.shipped import shipped
 from moss_jax.text.chat import SYSTEM_PROMPT
-from moss_jax.text.tokenizer import FILE_NAME
+from moss_jax.text.tokenizer import TOKENIZER_FILE
 
-OUTPUT = Path(__file__).parent / "moss_tiny" / FILE_NAME
+OUTPUT = shipped("moss-tiny") / TOKENIZER_FILE
 
 PREDICTABLE_SPECIAL_TOKENS = [
     "<|begin_of_text|>",
@@ -28,17 +28,17 @@ PREDICTABLE_SPECIAL_TOKENS = [
     "<|video|>",
 ]
 
-# Llama 3's.
+# As in Llama 3.
 PRE_TOKENIZATION = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 NUM_TURNS = 12_000
-# Against thousands of turns about one table, a single copy of the prose would not count.
+# Among thousands of turns about a table, a single copy of the prose would have no weight.
 PROSE_COPIES = 150
 
-# A name in braces stands for any of its alternatives.
+# Context-free grammar: a name in braces expands to a random one of its alternatives.
 GRAMMAR = {
     "turn": (
         "{question}", "{request}", "{answer}", "{correction}", "{acknowledgement}", "{alert}",
@@ -186,18 +186,18 @@ they'll see it too."
 
 
 def corpus() -> Iterator[str]:
-    """The text that the tokenizer learns from, the same in every run."""
+    """Yields the training text, the same in every run."""
     rng = random.Random(0)
     for _ in range(NUM_TURNS):
         yield from ("user", "assistant", "\n\n", _expand("turn", rng))
     for _ in range(PROSE_COPIES):
         yield from PROSE.splitlines()
-        # The marker in it is a token of its own and must not be learned as ordinary text.
+        # The silence in it is a special token and must not be learned as ordinary text.
         yield from ("system", *SYSTEM_PROMPT.split("<|silence|>"))
 
 
 def train() -> Tokenizer:
-    """Learns a byte-level BPE whose predictable tokens fill the vocabulary of moss_tiny exactly."""
+    """Trains a byte-level BPE with exactly the vocabulary size of moss_tiny."""
     vocab_size = moss_tiny().decoder.vocab_size
     num_ordinary = vocab_size - len(PREDICTABLE_SPECIAL_TOKENS)
     tokenizer = Tokenizer(models.BPE())
@@ -215,7 +215,9 @@ def train() -> Tokenizer:
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     if tokenizer.get_vocab_size() != num_ordinary:
-        raise RuntimeError(f"the corpus gives {tokenizer.get_vocab_size()} of {num_ordinary} ordinary tokens")
+        raise RuntimeError(
+            f"the corpus yields {tokenizer.get_vocab_size()} ordinary tokens, not {num_ordinary}"
+        )
     # Their ids follow the ordinary ones; <|image|> comes last and so gets the id vocab_size.
     tokenizer.add_special_tokens([*PREDICTABLE_SPECIAL_TOKENS, "<|image|>"])
     return tokenizer
@@ -229,5 +231,4 @@ def _expand(name: str, rng: random.Random) -> str:
 
 
 if __name__ == "__main__":
-    OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(train().to_str(pretty=True) + "\n", encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Training."""
+"""Training: the jitted step, the loop, checkpoints and metrics."""

@@ -1,6 +1,6 @@
-"""Checkpoints of a training run: written in the background, whole or not at all, and taken up again.
+"""Checkpoints of a training run: asynchronous, atomic, and restorable on any mesh.
 
-`moss_jax.convert.run_checkpoint` says where things lie in one.
+`moss_jax.convert.run_checkpoint` documents their layout.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
-      state: laid out as it was asked for, whatever mesh it was saved from.
-      position: where the run stands in its data.
-      config: what the run was started with.
+      state: with the requested shardings, whatever mesh it was saved from.
+      position: of the run in its data.
+      config: settings of the run.
     """
 
     state: TrainState
@@ -35,26 +35,25 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of a run. A context manager: leaving it waits until everything is written.
+    """The checkpoints of a run. A context manager, whose exit waits for pending writes.
 
-    Checkpoints that are not whole are renamed to `STEP.damaged`, and what a killed run left half-written is
-    removed.
+    Incomplete checkpoints are renamed to `STEP.damaged`, and temporary files of a killed run are removed.
 
     Args:
       workdir: of the run.
-      keep: the newest so many stay.
+      keep: number of recent checkpoints to keep.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int):
         self._workdir = Path(workdir)
         if jax.process_index() == 0:
-            _, broken = run_checkpoint.survey(self._workdir)
+            _, broken = run_checkpoint.list_checkpoints(self._workdir)
             for folder in broken:
-                _set_aside(folder, "it is not whole")
+                _rename_damaged(folder, "it is incomplete")
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("broken checkpoints are set aside")
+            multihost_utils.sync_global_devices("damaged checkpoints are renamed")
         self._manager = ocp.CheckpointManager(
-            self._workdir.absolute() / run_checkpoint.FOLDER,
+            self._workdir.absolute() / run_checkpoint.CHECKPOINTS,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
@@ -65,9 +64,15 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: TrainState, *, position: dict[str, Any], config: dict[str, Any]) -> None:
-        """Begins to save; `state` may be donated as soon as this returns.
+        """Starts to write a checkpoint; `state` may be donated as soon as this returns.
 
-        Waits for the save before, and raises what went wrong in it.
+        Waits for the previous write and raises its error, if any.
+
+        Args:
+          step: number of steps done.
+          state: after these steps.
+          position: of the run in its data, as JSON.
+          config: settings of the run, as JSON.
         """
         self._manager.save(
             step,
@@ -80,15 +85,15 @@ class Checkpoints:
         )
 
     def restore(self, abstract: TrainState) -> Restored | None:
-        """The newest checkpoint that can be read; None where there is no checkpoint.
+        """Reads the latest readable checkpoint; returns None if there is no checkpoint.
 
         Args:
           abstract: shapes, dtypes and shardings of the state (`Trainer.abstract`).
 
         Raises:
-          CheckpointError: the newest is of another model, or none can be read.
+          CheckpointError: the latest checkpoint is of another model, or none can be read.
         """
-        whole, _ = run_checkpoint.survey(self._workdir)
+        whole, _ = run_checkpoint.list_checkpoints(self._workdir)
         for folder in reversed(whole):
             try:
                 _check_parameters(folder, abstract)
@@ -96,19 +101,19 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except (OSError, ValueError) as error:
-                # Every process must take the same one, and here only this one knows of the damage.
+                # All processes must restore the same checkpoint, and only this one knows of the damage.
                 if jax.process_count() > 1:
                     raise CheckpointError(f"{folder} cannot be read: {error}") from error
-                _set_aside(folder, str(error).partition(" [tensorstore_spec")[0])
+                _rename_damaged(folder, str(error).partition(" [tensorstore_spec")[0])
                 self._manager.reload()
         if whole:
             raise CheckpointError(
-                f"no checkpoint in {self._workdir} can be read; they are renamed to *.damaged"
+                f"no checkpoint in {self._workdir} can be read; all were renamed to *.damaged"
             )
         return None
 
     def _read(self, step: int, abstract: TrainState) -> Restored:
-        read = self._manager.restore(
+        read: Any = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore({"trained": abstract.trained, "frozen": abstract.frozen}),
@@ -127,8 +132,8 @@ class Checkpoints:
 
 
 def _check_parameters(folder: Path, abstract: TrainState) -> None:
-    """Refuses a checkpoint of another model, or of one that other parts are trained of."""
-    saved = run_checkpoint.read_shapes(folder, "params")
+    """Raises CheckpointError for a checkpoint of another model, or with other trained parts."""
+    saved = run_checkpoint.read_array_metadata(folder, "params")
     for kind, here in (("trained", abstract.trained), ("frozen", abstract.frozen)):
         there = {name: tuple(array.shape) for name, array in saved.get(kind, {}).items()}
         if there == (expected := {name: array.shape for name, array in here.items()}):
@@ -136,15 +141,15 @@ def _check_parameters(folder: Path, abstract: TrainState) -> None:
         differ = sorted(name for name in there | expected if there.get(name) != expected.get(name))
         more = f" and {len(differ) - 1} more" if differ[1:] else ""
         raise CheckpointError(
-            f"{folder} is of another model, or other parts of it were trained: its {kind} parameters differ "
-            f"in {differ[0]}{more}. To train its model otherwise, export it and start a new run from that"
+            f"{folder} is of another model, or other parts were trained: its {kind} parameters differ in "
+            f"{differ[0]}{more}. To train other parts of its model, export it and start a new run from that"
         )
 
 
-def _set_aside(folder: Path, reason: str) -> None:
-    """Renames a checkpoint, so that it is neither read nor in the way."""
+def _rename_damaged(folder: Path, reason: str) -> None:
+    """Renames a damaged checkpoint, so that it is neither read nor overwritten."""
     target = folder.with_name(f"{folder.name}.damaged")
     while target.exists():
         target = target.with_name(f"{target.name}.again")
-    _logger.warning("%s is set aside as %s: %s", folder, target.name, reason)
+    _logger.warning("%s is damaged and renamed to %s: %s", folder, target.name, reason)
     folder.rename(target)

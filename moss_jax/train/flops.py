@@ -1,17 +1,17 @@
-"""How many floating-point operations a training step calls for, and how many a device can do.
+"""Model FLOPs of a training step and peak FLOPS of devices, whose ratio is the MFU.
 
-Their ratio is the model FLOPs utilisation, MFU (Chowdhery et al., arXiv 2204.02311, appendix B): what the
-model calls for, however it is computed. So remat, which computes twice, doesn't count, and in attention every
-pair of a query and a key does, masked or not.
+Model FLOPs utilisation (Chowdhery et al., arXiv 2204.02311, appendix B) counts the operations of the model,
+not of its implementation: recomputation by remat doesn't count, and in attention every pair of a query and a
+key does, masked or not.
 """
 
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from moss_jax.config import DecoderConfig, ModelConfig, Part, VisionConfig
+from moss_jax.config import DecoderConfig, ModelConfig, ModelPart, VisionConfig
 from moss_jax.nn.vision import POSITION_MULTIPLE
 
-# Dense bfloat16 operations a second, from the makers' data sheets, by the beginning of JAX's `device_kind`.
+# Dense bfloat16 FLOPS from the vendors' data sheets, by prefix of `jax.Device.device_kind`.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
@@ -28,39 +28,50 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 operations a second of a device, by its `jax.Device.device_kind`; None if unknown."""
+    """Returns the dense bfloat16 FLOPS of a device by its `jax.Device.device_kind`; None if unknown."""
     known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 class Work(NamedTuple):
-    """Operations of a part of the model, forward, in matmuls with weights and in attention."""
+    """Forward FLOPs of a part of the model.
 
-    part: Part
+    Attributes:
+      part: of the model.
+      matmul: FLOPs of matmuls with weights.
+      attention: FLOPs of the products of attention.
+    """
+
+    part: ModelPart
     matmul: float
     attention: float = 0
 
 
 def train_flops(
-    config: ModelConfig, *, batch: int, tokens: int, frames: int, trained: Collection[Part]
+    config: ModelConfig, *, batch: int, tokens: int, frames: int, trained: Collection[ModelPart]
 ) -> float:
-    """Operations of one training step, forward and backward.
+    """Returns the model FLOPs of one training step, forward and backward.
 
-    What a matmul takes forward, the gradient of its input takes once more where anything up to there is
-    trained, and that of its weights where they are. Attention has two inputs to each of its products.
+    The gradient of a matmul's input costs as much as its forward pass, if anything before it is trained, and
+    so does that of its weights, if they are trained. Both inputs of attention's products have gradients.
 
     Args:
-      batch: sequences.
-      tokens, frames: of each sequence, padding included.
-      trained: parts of the model that learn.
+      config: of the model.
+      batch: number of sequences.
+      tokens: tokens per sequence, including padding.
+      frames: frames per sequence, including padding.
+      trained: parts of the model that are trained.
     """
     before, *path = forward_work(config, tokens=tokens, frames=frames)
-    # Text has no gradient before it meets the frames, unless the decoder itself is trained.
+    # Before the first cross-attention layer text has no gradient, unless the decoder itself is trained.
     return batch * (_with_backward([before], trained) + _with_backward(path, trained))
 
 
 def forward_work(config: ModelConfig, *, tokens: int, frames: int) -> list[Work]:
-    """Work on one sequence: on text alone first, then from the frames upwards."""
+    """Returns the forward FLOPs of a sequence, in the order of the data flow.
+
+    First the decoder's layers before the first cross-attention layer, then the path from frames to logits.
+    """
     before, after = _decoder_work(config.decoder, tokens, frames * config.vectors_per_frame)
     compressor, vision, width = config.compressor, config.vision, config.vision.output_size
     pooled = 0
@@ -85,7 +96,7 @@ def _vision_work(config: VisionConfig, frames: int) -> Work:
 
 
 def _decoder_work(config: DecoderConfig, tokens: int, vectors: int) -> tuple[Work, Work]:
-    """Of the layers before the first cross-attention layer, and of the rest."""
+    """Returns the FLOPs of the layers before the first cross-attention layer, and of the rest."""
     width, kv_width = config.hidden_size, config.num_kv_heads * config.head_dim
     mlp = 3 * width * config.intermediate_size
     text_layer = Work(
@@ -109,11 +120,11 @@ def _decoder_work(config: DecoderConfig, tokens: int, vectors: int) -> tuple[Wor
     )
 
 
-def _with_backward(path: Iterable[Work], trained: Collection[Part]) -> float:
-    """Forward and backward along parts that follow each other."""
+def _with_backward(path: Iterable[Work], trained: Collection[ModelPart]) -> float:
+    """Returns the forward and backward FLOPs of consecutive parts."""
     total, reached = 0.0, False
     for part, matmul, attention in path:
-        learns = part in trained and matmul > 0  # Pooling has nothing that could learn.
+        learns = part in trained and matmul > 0  # most pooling modes have no parameters
         reached = reached or learns
         total += matmul * (1 + reached + learns) + attention * (1 + 2 * reached)
     return total

@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl, TensorBoard, a progress line, and at the end a curve."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, a progress line, and the loss curve."""
 
 import json
 import math
@@ -16,22 +16,22 @@ from tensorboardX import SummaryWriter
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
-# Steps that a point of the smooth curve is the mean of, as a share of the run.
+# Window of the moving average in the loss curve, as a share of the run.
 SMOOTHING = 0.02
 
 
 class Log:
-    """Records every step of a run in WORKDIR/metrics.jsonl, and what they come to every so often.
+    """Records every step of a run in WORKDIR/metrics.jsonl, and reports means at intervals.
 
-    A context manager. What an earlier run recorded stays up to the step that this one starts after.
+    A context manager. Records of an earlier run are kept up to step `start`.
 
     Args:
       workdir: of the run.
       config: shown in TensorBoard.
-      start: steps that were done before.
+      start: number of steps done before.
       steps: of the whole run.
       every: steps between two reports.
-      peak_flops: floating-point operations a second of all devices together at their best; None if unknown.
+      peak_flops: peak FLOPS of all devices together; None if unknown.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Log:
         self._task = self._progress.add_task("", total=steps, completed=start, numbers="compiling")
         self._window: list[Mapping[str, float]] = []
         self._dropped = 0
-        # The clock starts when the first step is done, so that compiling it doesn't count.
+        # The clock starts after the first step, so that compilation doesn't count.
         self._clock: float | None = None
 
     def __enter__(self) -> "Log":
@@ -68,11 +68,13 @@ class Log:
     def record(
         self, step: int, metrics: Mapping[str, SupportsFloat], *, flops: float = 0.0, dropped: int = 0
     ) -> None:
-        """Takes the metrics of a step; steps come in their order.
+        """Records the metrics of a step; steps must be in order.
 
         Args:
-          flops: floating-point operations of the step.
-          dropped: rows that could not be used so far.
+          step: counted from 1.
+          metrics: scalars by name.
+          flops: model FLOPs of the step.
+          dropped: number of rows dropped so far.
         """
         metrics = {name: float(value) for name, value in metrics.items()}
         self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -85,7 +87,7 @@ class Log:
             self._report(step, seconds=time.perf_counter() - self._clock)
 
     def _report(self, step: int, *, seconds: float | None) -> None:
-        """Tells the means of the steps since the last report, which took so long."""
+        """Reports the means since the last report, and rates if the time is known."""
         window, self._window = self._window, []
         self._clock = time.perf_counter()
         total = {name: sum(metrics[name] for metrics in window) for name in window[0]}
@@ -109,7 +111,7 @@ class Log:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """What `Log` recorded of each step. A line that was cut short by a kill is left out."""
+    """Reads the records of a run, without a last line that was truncated by a kill."""
     rows = []
     file = workdir / METRICS
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -121,7 +123,7 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
 
 
 def draw_curve(workdir: Path) -> Path | None:
-    """Draws the loss over the steps into WORKDIR/loss.png; nothing if no step was recorded."""
+    """Draws the loss over the steps into WORKDIR/loss.png; returns None if no step was recorded."""
     rows = [row for row in read_metrics(workdir) if math.isfinite(row["loss"])]
     if not rows:
         return None
@@ -145,7 +147,7 @@ def draw_curve(workdir: Path) -> Path | None:
 
 
 def _open_metrics(file: Path, start: int):
-    """Opens it to append to the records of the first `start` steps, which stay."""
+    """Opens the file for appending after the records of the first `start` steps; others are removed."""
     kept = [json.dumps(row) + "\n" for row in read_metrics(file.parent) if row["step"] <= start]
     draft = file.with_suffix(".draft")
     draft.write_text("".join(kept))
@@ -154,7 +156,7 @@ def _open_metrics(file: Path, start: int):
 
 
 def _numbers(scalars: Mapping[str, float]) -> str:
-    """The scalars that matter, on one line."""
+    """Formats the most important scalars on one line."""
     parts = [
         f"loss {scalars['train/loss']:.4f}",
         f"grad {scalars['train/grad_norm']:.3g}",

@@ -19,18 +19,19 @@ from jax.sharding import Mesh
 from moss_jax import convert
 from moss_jax.config import (
     PRESETS,
+    CompressorConfig,
     ConfigError,
     ConversationConfig,
     DataConfig,
     FrameSampling,
+    InitialModelConfig,
     MeshConfig,
-    ModelChoice,
     ModelConfig,
     OptimizerConfig,
     TabletopConfig,
     TrainConfig,
 )
-from moss_jax.convert import run_checkpoint
+from moss_jax.convert import hub, run_checkpoint
 from moss_jax.data.batch import Batch
 from moss_jax.data.conversations import ConversationBatches
 from moss_jax.data.pipeline import BatchSource, iterate
@@ -43,19 +44,18 @@ from moss_jax.train.flops import peak_flops, train_flops
 from moss_jax.train.log import Log, draw_curve
 from moss_jax.train.step import Trainer, TrainState
 
-# Steps that the device may be ahead of the host. Metrics are read so many steps late, when they are there
-# already, so that the device never waits for the host.
-AHEAD = 2
-# Rows that are seen before the share of broken ones among them says something.
-ENOUGH_ROWS = 20
-# Reasons that are counted one by one.
+# The metrics of a step are read this many steps later, so that the device never waits for the host.
+STEPS_IN_FLIGHT = 2
+# Rows that must have been loaded before the share of dropped ones can abort a run.
+MIN_ROWS = 20
+# Reasons for dropped rows that are counted separately.
 MAX_REASONS = 50
 
 _logger = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on; the message says what is wrong with how much of it."""
+    """Data that cannot be trained on; the message says how much of it is unusable and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +63,20 @@ class RunConfig:
     """All settings of a run.
 
     Attributes:
-      source: of the kind of data that `data` names.
-      sampling: of the frames of conversations; the tabletop has its own.
-      text: the same in words, to be kept beside every checkpoint.
+      train: steps, batch size, trained parts.
+      optimizer: learning rate and AdamW.
+      mesh: devices along each axis.
+      model: the model that training starts from.
+      data: the kind of data, and its workers.
+      source: settings of that kind of data.
+      sampling: frame sampling of conversations; None for the tabletop world, which has its own.
+      text: the operative gin config, saved with every checkpoint.
     """
 
     train: TrainConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig
-    model: ModelChoice
+    model: InitialModelConfig
     data: DataConfig
     source: TabletopConfig | ConversationConfig
     sampling: FrameSampling | None
@@ -79,34 +84,36 @@ class RunConfig:
 
 
 def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
-    """Trains until the last step, or until SIGTERM or Ctrl-C; either way a checkpoint holds what was done.
+    """Trains until the last step, or until SIGTERM or Ctrl-C; saves a checkpoint in both cases.
 
     Args:
+      config: all settings.
       workdir: for checkpoints, tokenizer.json, config.gin, metrics.jsonl, TensorBoard files and the curve.
-      resume: go on from the newest checkpoint there, if there is one.
+      resume: resume from the latest checkpoint in `workdir`, if there is one.
 
     Raises:
-      ConfigError, CheckpointError, TokenizerError: the settings cannot work.
-      DataError: too many rows cannot be used.
-      BatchError: a batch cannot be made.
+      ConfigError: the settings are invalid.
+      CheckpointError: a checkpoint cannot be used.
+      TokenizerError: the tokenizer cannot be used.
+      DataError: too many rows are unusable.
+      BatchError: a batch could not be made.
     """
     train = config.train
-    whole, broken = run_checkpoint.survey(workdir)
+    whole, broken = run_checkpoint.list_checkpoints(workdir)
     if (whole or broken) and not resume:
         raise ConfigError(
-            f"{workdir} holds checkpoints of an earlier run; go on with it by --resume, or choose another "
-            "folder"
+            f"{workdir} has checkpoints of an earlier run; resume it with --resume, or choose another folder"
         )
 
-    # Build. Data comes first: what is wrong with it shows in seconds, and a large model takes minutes.
-    tokenizer, model_config = _choose_model(config.model)
+    # Build. Data comes first: errors in it show within seconds, and a large model takes minutes.
+    tokenizer, model_config = _load_model_config(config.model)
     source = _open_source(config, tokenizer, model_config)
     if tokenizer.vocab_size != model_config.decoder.vocab_size:
         raise ConfigError(
             f"the model predicts {model_config.decoder.vocab_size} tokens, but its tokenizer has "
             f"{tokenizer.vocab_size}; set model.checkpoint to a folder with a model and its tokenizer.json"
         )
-    mesh = _mesh(config.mesh)
+    mesh = _make_mesh(config.mesh)
     trainer = Trainer(model_config, train, config.optimizer, mesh, silence_id=tokenizer.special.silence)
 
     with contextlib.ExitStack() as stack:
@@ -115,11 +122,11 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
         restored = checkpoints.restore(trainer.abstract()) if resume else None
         if restored:
             state, start = restored.state, int(restored.state.step)
-            drops = Drops(**restored.position["drops"])
-            _tell_changes(restored.config["gin"], config.text)
-            _logger.info("goes on after step %d of %d", start, train.steps)
+            drops = DropCounts(**restored.position["drops"])
+            _warn_of_changes(restored.config["gin"], config.text)
+            _logger.info("resuming after step %d of %d", start, train.steps)
         else:
-            state, start, drops = _begin(trainer, config, model_config), 0, Drops()
+            state, start, drops = _initial_state(trainer, config, model_config), 0, DropCounts()
         checkpoint_config = {"gin": config.text, "model": run_checkpoint.model_to_json(model_config)}
         log = None
         if jax.process_index() == 0:
@@ -127,12 +134,12 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
             tokenizer.save(workdir)
             log = stack.enter_context(_open_log(config, workdir, start))
 
-        # Iterate. `running` holds the steps that the device may not have done yet.
-        running: deque[Dispatched] = deque()
+        # Iterate. `in_flight` has the steps whose metrics are not read yet.
+        in_flight: deque[DispatchedStep] = deque()
 
-        def finish(*, all_but: int) -> None:
-            while len(running) > all_but:
-                step = running.popleft()
+        def read_metrics(*, all_but: int) -> None:
+            while len(in_flight) > all_but:
+                step = in_flight.popleft()
                 metrics = jax.device_get(step.metrics)
                 drops.count(step.rows, step.dropped)
                 if step.number % train.log_every == 0:
@@ -149,19 +156,18 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
             batch = trainer.put(loaded.batch)
             state, metrics = trainer.step(state, batch)
             rows = len(loaded.batch.tokens)
-            running.append(
-                Dispatched(step, metrics, _flops(model_config, train, batch), rows, loaded.dropped)
-            )
-            finish(all_but=AHEAD)
+            flops = _step_flops(model_config, train, batch)
+            in_flight.append(DispatchedStep(step, metrics, flops, rows, loaded.dropped))
+            read_metrics(all_but=STEPS_IN_FLIGHT)
 
             # Save.
-            stop = _stops(stopping, step)
+            stop = _must_stop(stopping, step)
             if stop or step % train.checkpoint_every == 0 or step == train.steps:
-                finish(all_but=0)
+                read_metrics(all_but=0)
                 position = {"batch": step, "drops": dataclasses.asdict(drops)}
                 checkpoints.save(step, state, position=position, config=checkpoint_config)
             if stop:
-                _logger.warning("told to stop: saved after step %d of %d", step, train.steps)
+                _logger.warning("stopped by a signal: saved after step %d of %d", step, train.steps)
                 break
     _logger.info("%s", drops)
     if log:
@@ -169,12 +175,15 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dispatched:
-    """A step that the device has been given.
+class DispatchedStep:
+    """A step that was dispatched to the device.
 
     Attributes:
-      flops: operations that it calls for.
-      rows, dropped: rows of its batch that this process loaded, and those of them that broke.
+      number: counted from 1.
+      metrics: on the device.
+      flops: model FLOPs of the step.
+      rows: number of rows that this process loaded.
+      dropped: for each of these rows that could not be loaded, the reason.
     """
 
     number: int
@@ -185,11 +194,13 @@ class Dispatched:
 
 
 @dataclasses.dataclass
-class Drops:
-    """Rows that this process has loaded, and those of them that broke.
+class DropCounts:
+    """Counts the rows that this process has loaded or failed to load.
 
     Attributes:
-      reasons: how many broke for each of the first reasons that there were.
+      rows: number of all rows.
+      dropped: number of rows that could not be loaded.
+      reasons: number of dropped rows by reason, for the first MAX_REASONS reasons.
     """
 
     rows: int = 0
@@ -197,6 +208,7 @@ class Drops:
     reasons: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def count(self, rows: int, dropped: tuple[str, ...]) -> None:
+        """Adds the rows of a batch, and the reasons for those that were dropped."""
         self.rows += rows
         self.dropped += len(dropped)
         for reason in dropped:
@@ -204,14 +216,18 @@ class Drops:
                 self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
     def check(self, max_share: float) -> None:
-        """Raises DataError if too many of enough rows broke."""
-        if self.rows >= ENOUGH_ROWS and self.dropped > max_share * self.rows:
+        """Checks the share of dropped rows, once there are MIN_ROWS.
+
+        Raises:
+          DataError: it exceeds `max_share`.
+        """
+        if self.rows >= MIN_ROWS and self.dropped > max_share * self.rows:
             raise DataError(f"{self}\n{_too_many(max_share)}")
 
     def __str__(self) -> str:
         if not self.dropped:
-            return f"all {self.rows} rows could be loaded"
-        lines = [f"{self.dropped} of {self.rows} rows broke while they were loaded:"]
+            return f"all {self.rows} rows were loaded"
+        lines = [f"{self.dropped} of {self.rows} rows could not be loaded:"]
         lines += [f"  {count} x {reason}" for reason, count in self.reasons.items()]
         if rest := self.dropped - sum(self.reasons.values()):
             lines.append(f"  and {rest} more")
@@ -219,36 +235,43 @@ class Drops:
 
 
 def _too_many(max_share: float) -> str:
-    return (
-        f"More than {max_share:.0%} of the rows cannot be used: mend the data or raise data.max_dropped_share"
-    )
+    return f"More than {max_share:.0%} of the rows are unusable: fix the data or raise data.max_dropped_share"
 
 
-def _choose_model(choice: ModelChoice) -> tuple[Tokenizer, ModelConfig]:
-    """The tokenizer and the shape of the model, before anything of it is loaded."""
-    if choice.checkpoint:
-        config, tokenizer = convert.load_config(choice.checkpoint), Tokenizer.load(choice.checkpoint)
+def _load_model_config(initial: InitialModelConfig) -> tuple[Tokenizer, ModelConfig]:
+    """Loads the tokenizer and the config of the model, but no parameters."""
+    if initial.checkpoint:
+        folder = hub.resolve(initial.checkpoint)
+        config, tokenizer = convert.load_config(folder), Tokenizer.load(folder)
     else:
-        config, tokenizer = PRESETS[choice.preset](), Tokenizer.moss_tiny()
-    changes = {"mode": choice.pool, "stride": choice.stride}
-    compressor = dataclasses.replace(config.compressor, **{k: v for k, v in changes.items() if v is not None})
+        assert initial.preset is not None  # InitialModelConfig requires one of the two
+        config, tokenizer = PRESETS[initial.preset](), Tokenizer.moss_tiny()
+    compressor = CompressorConfig(
+        mode=initial.pool or config.compressor.mode,
+        stride=config.compressor.stride if initial.stride is None else initial.stride,
+    )
     return tokenizer, dataclasses.replace(
-        config, compressor=compressor, attention=choice.attention, remat=choice.remat
+        config, compressor=compressor, attention=initial.attention, remat=initial.remat
     )
 
 
 def _open_source(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> BatchSource:
-    """The batches of the run."""
+    """Opens the source of batches.
+
+    Raises:
+      ConfigError: the settings do not fit the model.
+      DataError: too many rows are unusable.
+    """
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     size = model.vision.image_size
     batch_size, seed = config.train.batch_size, config.train.seed
     if isinstance(config.source, TabletopConfig):
         if config.source.image_size != size:
             raise ConfigError(
-                f"the model sees frames of {size} pixels: set tabletop.image_size to that, "
-                f"not {config.source.image_size}"
+                f"tabletop.image_size {config.source.image_size} must be the model's image_size {size}"
             )
         return TabletopBatches(config.source, tokenizer, batch_size=batch_size, seed=seed, **share)
+    assert config.sampling is not None
     source = ConversationBatches(
         config.source, config.sampling, tokenizer, image_size=size, batch_size=batch_size, seed=seed, **share
     )
@@ -256,21 +279,18 @@ def _open_source(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) ->
     if report.dropped_share > limit:
         raise DataError(f"{report}\n{_too_many(limit)}")
     if not report.kept:
-        raise DataError(f"{report}: there is nothing to train on")
+        raise DataError(f"{report}: there is no data to train on")
     _logger.info("%s", report)
     return source
 
 
-def _mesh(config: MeshConfig) -> Mesh:
-    sizes = [config.data, config.fsdp, config.tensor]
-    devices = jax.device_count()
-    if 0 in sizes:
-        sizes[sizes.index(0)] = devices // math.prod(size for size in sizes if size)
+def _make_mesh(config: MeshConfig) -> Mesh:
+    rest = jax.device_count() // math.prod(size for size in dataclasses.astuple(config) if size)
     try:
-        return make_mesh(*sizes)
+        return make_mesh(config.data or rest, config.fsdp or rest, config.tensor or rest)
     except ValueError as error:
         raise ConfigError(
-            f"{error}; set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to that"
+            f"{error}; the product of mesh.data, mesh.fsdp and mesh.tensor must be the number of devices"
         ) from error
 
 
@@ -286,20 +306,20 @@ def _open_log(config: RunConfig, workdir: Path, start: int) -> Log:
     )
 
 
-def _flops(model: ModelConfig, train: TrainConfig, batch: Batch) -> float:
-    """Operations that a step over this batch calls for."""
+def _step_flops(model: ModelConfig, train: TrainConfig, batch: Batch) -> float:
+    """Returns the model FLOPs of a step with this batch."""
     rows, tokens = batch.tokens.shape
     frames = batch.frame_positions.shape[1]
     return train_flops(model, batch=rows, tokens=tokens, frames=frames, trained=train.trainable)
 
 
-def _begin(trainer: Trainer, config: RunConfig, model_config: ModelConfig) -> TrainState:
-    """The state before the first step."""
+def _initial_state(trainer: Trainer, config: RunConfig, model_config: ModelConfig) -> TrainState:
+    """Returns the state before the first step."""
     if not config.model.checkpoint:
         return trainer.init(config.train.seed)
     model = convert.load(config.model.checkpoint, mesh=trainer.mesh)
     if model_config.compressor != model.config.compressor:
-        # Pooling has no parameters to load; channelFusion's begin at random where the checkpoint has none.
+        # Most modes have no parameters; those of channelFusion are random if the checkpoint has none.
         rngs = nnx.Rngs(config.train.seed)
         model.compressor = Compressor(
             model_config.compressor, model_config.vision, rngs=rngs, dtype=model.dtype
@@ -307,31 +327,29 @@ def _begin(trainer: Trainer, config: RunConfig, model_config: ModelConfig) -> Tr
     return trainer.adopt(model)
 
 
-def _tell_changes(before: str, after: str) -> None:
-    """Warns of settings that are not those of the checkpoint."""
+def _warn_of_changes(before: str, after: str) -> None:
+    """Warns of settings that differ from those of the checkpoint."""
     changes = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
     lines = [line for line in changes if line[0] in "+-" and line[:3] not in ("+++", "---")]
     if lines:
-        _logger.warning(
-            "goes on with other settings than the checkpoint was made with:\n  %s", "\n  ".join(lines)
-        )
+        _logger.warning("the settings differ from those of the checkpoint:\n  %s", "\n  ".join(lines))
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Sets the event at SIGTERM or Ctrl-C, so that a step is finished; a second Ctrl-C interrupts."""
+    """Sets the event at SIGTERM or Ctrl-C, so that a step can finish; a second Ctrl-C interrupts."""
     event = threading.Event()
     if jax.process_count() > 1:
-        # JAX watches for SIGTERM itself then, since all processes must stop after the same step.
+        # JAX handles SIGTERM itself, since all processes must stop after the same step.
         yield event
         return
 
-    def ask(number, _):
+    def request_stop(number, _):
         event.set()
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, ask) for number in signals}
+    before = {number: signal.signal(number, request_stop) for number in signals}
     try:
         yield event
     finally:
@@ -339,8 +357,8 @@ def _stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, before[number])
 
 
-def _stops(event: threading.Event, step: int) -> bool:
-    """Whether to stop after this step; all processes agree."""
+def _must_stop(event: threading.Event, step: int) -> bool:
+    """Returns whether to stop after this step, the same in all processes."""
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(step)
     return event.is_set()

@@ -1,9 +1,9 @@
-"""The training loss.
+"""The training loss: cross-entropy and the terms that a config adds to it.
 
-B batch, S tokens, D width, V vocabulary
+B batch, S tokens, T tokens of a chunk, D width, V vocabulary
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -12,16 +12,36 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moss_jax.text.labels import IGNORED
 
+# A loss term maps float32 logits and the target ids to a loss per token. Losses of tokens without a target
+# (whose id is 0) are discarded.
+type LossTerm = Callable[[Float[Array, "B T V"], Int[Array, "B T"]], Float[Array, "B T"]]
+
+
+def cross_entropy(logits: Float[Array, "B T V"], ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Negative log-likelihood of the targets."""
+    # Not a gather: with a sharded vocabulary it would all-gather the logits, and its gradient is a scatter.
+    target = jnp.arange(logits.shape[-1]) == ids[..., None]
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(target, logits, 0).sum(axis=-1)
+
+
+def z_loss(logits: Float[Array, "B T V"], ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Squared log-partition function, which keeps logits from drifting (arXiv 2204.02311, section 5)."""
+    return jax.nn.logsumexp(logits, axis=-1) ** 2
+
+
+# Terms that `train.loss_terms` can add to the cross-entropy, by their names there and in the metrics.
+LOSS_TERMS: dict[str, LossTerm] = {"z_loss": z_loss}
+
 
 class Targets(NamedTuple):
-    """What each token is to predict; the last one of a sequence has nothing after it.
+    """The target of each token; the last token of a sequence has none.
 
     Attributes:
       ids: the next token; 0 where there is no target.
-      weights: in the loss, which is the sum of the weighted losses of all tokens; 0 where there is no target.
-      text: targets that are not silence.
-      silence: targets that are.
-      after_silence: text targets before which the stream was silent: where it begins to speak.
+      weights: of the token losses, whose weighted sum is the loss; 0 where there is no target.
+      text: mask of targets other than silence.
+      silence: mask of silence targets.
+      after_silence: mask of text targets that follow a silence: the onsets of speech.
     """
 
     ids: Int[Array, "B S"]
@@ -39,18 +59,21 @@ def find_targets(
     image_id: int,
     silence_weight: float = 1.0,
 ) -> Targets:
-    """The targets of a batch, and how much each counts.
+    """Returns the targets of a batch and their weights in the loss.
 
     Args:
-      labels: the tokens themselves; IGNORED where none is to be learnt.
-      silence_weight: of targets that are silence. The sum of the losses is divided by the number of targets,
-        not by their weight: so the original trains (arXiv 2606.07639).
+      tokens: the input.
+      labels: the tokens where they are targets; IGNORED elsewhere.
+      silence_id: of `<|silence|>`.
+      image_id: of `<|image|>`.
+      silence_weight: weight of silence targets. The sum of the weighted losses is divided by the number of
+        targets, not by the sum of their weights, as in the original (arXiv 2606.07639).
     """
     following = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     counted = following != IGNORED
     silence = following == silence_id
     weights = jnp.where(silence, silence_weight, 1.0) * counted / jnp.maximum(counted.sum(), 1)
-    # The last token up to here that is no frame's.
+    # Index of the latest token that is not a frame, at each token.
     said = jax.lax.cummax(jnp.where(tokens == image_id, -1, jnp.arange(tokens.shape[1])), axis=1)
     silent = (said >= 0) & (jnp.take_along_axis(tokens, jnp.maximum(said, 0), axis=1) == silence_id)
     text = counted & ~silence
@@ -62,23 +85,24 @@ def token_losses(
     ids: Int[Array, "B S"],
     logits_of: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
     *,
+    terms: Mapping[str, LossTerm],
     chunks: int = 1,
-) -> Float[Array, "B S"]:
-    """Cross-entropy of each token in float32.
+) -> dict[str, Float[Array, "B S"]]:
+    """Evaluates loss terms at each token, in float32.
 
     Args:
-      logits_of: hidden states to logits.
-      chunks: parts of the sequence that are taken one after the other, so that the logits of only one are
-        held at a time; the backward pass computes them again.
+      hidden: final hidden states.
+      ids: targets.
+      logits_of: the output projection.
+      terms: loss terms by name.
+      chunks: number of chunks that the sequence is processed in, so that the logits of only one are in memory
+        at a time; the backward pass recomputes them.
     """
 
     def losses(part):
         hidden, ids = part
         logits = logits_of(hidden).astype(jnp.float32)
-        # Not a gather: a mesh that splits the vocabulary would collect the logits for it, and its gradient
-        # is a scatter.
-        target = jnp.arange(logits.shape[-1]) == ids[..., None]
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.where(target, logits, 0).sum(axis=-1)
+        return {name: term(logits, ids) for name, term in terms.items()}
 
     if chunks == 1:
         return losses((hidden, ids))
@@ -89,10 +113,12 @@ def token_losses(
         x = jnp.pad(x, ((0, 0), (0, chunks * size - S), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(B, chunks, size, *x.shape[2:]).swapaxes(0, 1)
 
-    parts = jax.lax.map(jax.checkpoint(losses), (split(hidden), split(ids)))
-    return parts.swapaxes(0, 1).reshape(B, -1)[:, :S]
+    def join(x):
+        return x.swapaxes(0, 1).reshape(B, -1)[:, :S]
+
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(losses), (split(hidden), split(ids))))
 
 
 def mean_over(losses: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
-    """Mean of the losses where the mask is set; 0 where it is nowhere."""
+    """Mean of the masked losses; 0 if the mask is empty."""
     return jnp.where(mask, losses, 0).sum() / jnp.maximum(mask.sum(), 1)

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW behind clipping, with a linear warm-up and a cosine decay."""
+"""The optimizer: AdamW with gradient clipping, linear warm-up and cosine decay."""
 
 import optax
 
@@ -6,10 +6,10 @@ from moss_jax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of each of `steps` steps, counted from 0.
+    """Returns the learning-rate schedule of `steps` steps, counted from 0.
 
-    It rises from 0 to its peak in equal parts, the first of which the first step already has; from there a
-    cosine takes it to its final share.
+    It rises linearly to its peak, with a positive rate at the first step already, and decays with a cosine to
+    its final share.
     """
     warmup = min(round(config.warmup_share * steps), steps - 1)
     peak = config.learning_rate
@@ -23,7 +23,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run, for parameters as a dict from their names."""
+    """Returns the optimizer of a run, for a dict of parameters by name."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -38,8 +38,5 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def decays(params: dict) -> dict[str, bool]:
-    """Which parameters weight decay applies to: the matrices, whatever the number of their axes.
-
-    Not by that number: the bias of a fused map has several axes too.
-    """
+    """Returns the weight-decay mask: matrices by name, since fused biases have several axes too."""
     return {name: name.endswith("kernel") for name in params}

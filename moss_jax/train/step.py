@@ -1,14 +1,14 @@
 """The training step: one jitted program over a mesh of devices.
 
-Parameters are dicts from their names, `decoder/layers/0/attention/qkv/kernel`, so that the parts that learn
-and those that are frozen are two dicts, and the optimizer sees only the first.
+Parameters are flat dicts by name (`decoder/layers/0/attention/qkv/kernel`), one of the trained and one of the
+frozen parameters. The optimizer sees only the first.
 
-B sequences, S tokens, F frames, A parts that a batch is taken in
+B sequences, S tokens, F frames, A micro-batches
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +21,24 @@ from moss_jax.config import ConfigError, ModelConfig, OptimizerConfig, TrainConf
 from moss_jax.data.batch import Batch
 from moss_jax.nn import MossVideo
 from moss_jax.sharding import RULES, named_sharding
-from moss_jax.train.losses import find_targets, mean_over, token_losses
+from moss_jax.train.losses import LOSS_TERMS, Targets, cross_entropy, find_targets, mean_over, token_losses
 from moss_jax.train.optimizer import learning_rate, make_optimizer
 from moss_jax.video import preprocess
 
-# Logits that a device holds at once, in numbers: 1 GiB of float32. More are taken in chunks.
+# Logits that a device holds at once: 1 GiB of float32. More are computed in chunks.
 MAX_LOGITS = 2**28
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step takes and gives back.
+    """The input and output of a step.
 
     Attributes:
-      step: steps that were done.
-      trained: master weights of the parts that learn, float32.
-      frozen: parameters of the others, in the dtype that is computed in; they never change.
-      optimizer: the optimizer's state, for `trained` alone.
+      step: number of steps done.
+      trained: float32 master weights of the trained parameters.
+      frozen: the other parameters, in the compute dtype.
+      optimizer: optimizer state of the trained parameters.
     """
 
     step: Int[Array, ""]
@@ -50,24 +50,25 @@ class TrainState:
 class Trainer:
     """Trains a model on a mesh.
 
-    Holds no parameters: `init` or `adopt` makes a state, `step` takes one and returns the next.
+    Holds no parameters: `init` or `adopt` makes a state, `step` maps one to the next.
 
     Args:
       model_config: its `remat` bounds the memory of the step.
-      train: what is trained, and in how many steps.
+      train: settings of the run.
       optimizer: settings of the optimizer.
-      mesh: of `sharding.make_mesh`.
-      silence_id: of the tokenizer's `<|silence|>`.
+      mesh: from `sharding.make_mesh`.
+      silence_id: id of the tokenizer's `<|silence|>`.
 
     Attributes:
-      step: `step(state, batch) -> (state, metrics)`, one optimizer step as one program, which uses up the
-        state that it takes. Metrics are float32 scalars on the device: `loss`, with its weights; the plain
-        means `loss_text`, `loss_silence` and `loss_after_silence`; `grad_norm` before clipping;
-        `learning_rate`; and the numbers of `targets`, `tokens` and `frames`.
-      shardings: where each array of a state lies, as a `TrainState`.
+      step: `step(state, batch) -> (state, metrics)`, one optimizer step, jitted, which donates its state.
+        Metrics are float32 scalars on the device: `loss`, the weighted loss that is minimised; the mean
+        cross-entropies `loss_text`, `loss_silence` and `loss_after_silence`; the mean of each additional loss
+        term over all targets, by its name; `grad_norm` before clipping; `learning_rate`; and the numbers of
+        `targets`, `tokens` and `frames`.
+      shardings: sharding of each array of a state, as a `TrainState`.
 
     Raises:
-      ConfigError: batches that the mesh doesn't divide, or nothing to train.
+      ConfigError: the mesh does not divide the batch, there is nothing to train, or a loss term is unknown.
     """
 
     def __init__(
@@ -84,6 +85,11 @@ class Trainer:
         self.mesh = mesh
         self.silence_id = silence_id
         self._check_rows(train.batch_size)
+        if unknown := [name for name, _ in train.loss_terms if name not in LOSS_TERMS]:
+            raise ConfigError(f"loss_terms must be some of {', '.join(LOSS_TERMS)}; got {', '.join(unknown)}")
+        self._terms = {"cross_entropy": cross_entropy} | {
+            name: LOSS_TERMS[name] for name, _ in train.loss_terms
+        }
         self._dtype = jnp.dtype(train.compute_dtype)
         self._optimizer = make_optimizer(optimizer, train.steps)
         self._learning_rate = learning_rate(optimizer, train.steps)
@@ -92,31 +98,31 @@ class Trainer:
         self._variables = {_name(path): (path, variable) for path, variable in nnx.to_flat_state(params)}
         abstract = self.abstract()
         if not abstract.trained:
-            raise ConfigError(f"of this model {' and '.join(train.trainable)} has no parameters to train")
+            raise ConfigError(f"trainable names only parts without parameters: {', '.join(train.trainable)}")
         self.shardings = jax.tree.map(lambda array: array.sharding, abstract)
-        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, self._whole()))
+        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, self._replicated()))
 
     def init(self, seed: int) -> TrainState:
-        """The state at the beginning of a training from random parameters."""
-        # One parameter after the other: a single program for all of them takes minutes to compile.
+        """Returns the initial state with random parameters."""
+        # Parameter by parameter: a single program for all of them takes minutes to compile.
         with jax.set_mesh(self.mesh):
             model = MossVideo(self.model_config, rngs=nnx.Rngs(seed), dtype=jnp.float32)
         return self.adopt(model)
 
     def adopt(self, model: MossVideo) -> TrainState:
-        """The state at the beginning of a training from this model's parameters, which are copied.
+        """Returns the initial state with copies of a model's parameters.
 
         Raises:
-          ValueError: the model has other parameters than the trainer's.
+          ValueError: the model's parameters are not those of the trainer's model.
         """
-        params = {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+        params = {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
         shapes = {name: variable.shape for name, (_, variable) in self._variables.items()}
         if {name: param.shape for name, param in params.items()} != shapes:
-            raise ValueError("this model has other parameters than the one that the trainer was made for")
+            raise ValueError("the parameters of this model are not those of the trainer's model_config")
 
         def place(like):
             return {
-                # A copy: the step uses up its state, but not the model.
+                # A copy, since the step donates its state.
                 name: jnp.array(jax.device_put(params[name], array.sharding), dtype=array.dtype, copy=True)
                 for name, array in like.items()
             }
@@ -124,16 +130,16 @@ class Trainer:
         abstract = self.abstract()
         trained = place(abstract.trained)
         return TrainState(
-            step=jax.device_put(jnp.int32(0), self._whole()),
+            step=jax.device_put(jnp.int32(0), self._replicated()),
             trained=trained,
             frozen=place(abstract.frozen),
             optimizer=jax.jit(self._optimizer.init, out_shardings=self.shardings.optimizer)(trained),
         )
 
     def abstract(self) -> TrainState:
-        """The shapes, dtypes and places of a state's arrays, to restore one into."""
+        """Returns the shapes, dtypes and shardings of a state, as needed to restore one."""
 
-        def array(shape, dtype, sharding):
+        def array(shape, dtype, sharding) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         trained, frozen = {}, {}
@@ -143,36 +149,39 @@ class Trainer:
                 trained[name] = array(variable.shape, jnp.float32, sharding)
             else:
                 frozen[name] = array(variable.shape, self._dtype, sharding)
-        # Moments lie as their parameters do.
+        # Moments are sharded like their parameters.
         optimizer = optax.tree_map_params(
             self._optimizer,
             lambda _, param: param,
             jax.eval_shape(self._optimizer.init, trained),
             trained,
-            transform_non_params=lambda x: array(x.shape, x.dtype, self._whole()),
+            transform_non_params=lambda x: array(x.shape, x.dtype, self._replicated()),
         )
-        return TrainState(array((), jnp.int32, self._whole()), trained, frozen, optimizer)
+        return TrainState(array((), jnp.int32, self._replicated()), trained, frozen, optimizer)
 
     def model(self, state: TrainState, dtype: DTypeLike) -> MossVideo:
-        """The model as it stands, with copies of the parameters: it outlives the state."""
+        """Returns the model with copies of a state's parameters, which survive the donation of the state."""
         return self._merge(
             {name: jnp.array(x, dtype=dtype, copy=True) for name, x in (state.trained | state.frozen).items()}
         )
 
     def put(self, batch: Batch) -> Batch:
-        """Lays this process's rows of a batch on the mesh.
+        """Assembles the global batch from the rows of each process, sharded over the mesh.
 
         Raises:
-          ConfigError: the mesh doesn't divide the rows of all processes.
+          ConfigError: the mesh does not divide the number of rows of all processes.
         """
         self._check_rows(len(batch.tokens) * jax.process_count())
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._batch(), x), batch)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self._batch_sharding(), x), batch
+        )
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        """One optimizer step."""
+        """Takes one optimizer step."""
+        tokens = jnp.asarray(batch.tokens)
         targets = find_targets(
-            batch.tokens,
-            batch.labels,
+            tokens,
+            jnp.asarray(batch.labels),
             silence_id=self.silence_id,
             image_id=self.model_config.decoder.image_token_id,
             silence_weight=self.config.silence_weight,
@@ -180,26 +189,37 @@ class Trainer:
         gradient, losses = self._gradient_and_losses(state, batch, targets)
         updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
         metrics = {
-            "loss": (losses * targets.weights).sum(),
-            "loss_text": mean_over(losses, targets.text),
-            "loss_silence": mean_over(losses, targets.silence),
-            "loss_after_silence": mean_over(losses, targets.after_silence),
+            "loss": self._weighted_sum(losses, targets),
+            "loss_text": mean_over(losses["cross_entropy"], targets.text),
+            "loss_silence": mean_over(losses["cross_entropy"], targets.silence),
+            "loss_after_silence": mean_over(losses["cross_entropy"], targets.after_silence),
             "grad_norm": optax.tree.norm(gradient),
             "learning_rate": self._learning_rate(state.step),
             "targets": (targets.text | targets.silence).sum(),
-            "tokens": _lengths(batch.tokens).sum(),
-            "frames": (batch.frame_positions < batch.tokens.shape[1]).sum(),
+            "tokens": _lengths(tokens).sum(),
+            "frames": (batch.frame_positions < tokens.shape[1]).sum(),
         }
+        for name, _ in self.config.loss_terms:
+            metrics[name] = mean_over(losses[name], targets.text | targets.silence)
         state = TrainState(
             step=state.step + 1,
-            trained=optax.apply_updates(state.trained, updates),
+            trained=cast(dict, optax.apply_updates(state.trained, updates)),
             frozen=state.frozen,
             optimizer=optimizer,
         )
         return state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
-    def _gradient_and_losses(self, state, batch, targets):
-        """The loss of each token, and before it the gradient of their weighted sum."""
+    def _weighted_sum(self, losses: dict[str, Float[Array, "B S"]], targets: Targets) -> Float[Array, ""]:
+        """Returns the loss that is minimised."""
+        total = losses["cross_entropy"]
+        for name, weight in self.config.loss_terms:
+            total = total + weight * losses[name]
+        return (total * targets.weights).sum()
+
+    def _gradient_and_losses(
+        self, state: TrainState, batch: Batch, targets: Targets
+    ) -> tuple[dict[str, Float[Array, "..."]], dict[str, Float[Array, "B S"]]]:
+        """Returns the gradient of the loss, and each loss term at each token."""
 
         def loss(trained, batch, targets):
             model = self._merge({name: x.astype(self._dtype) for name, x in trained.items()} | state.frozen)
@@ -210,11 +230,11 @@ class Trainer:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 hidden = model.hidden(batch.tokens, pixels, batch.frame_positions)
             chunks = self._chunks(*batch.tokens.shape)
-            losses = token_losses(hidden, targets.ids, model.decoder.logits, chunks=chunks)
-            return (losses * targets.weights).sum(), losses
+            losses = token_losses(hidden, targets.ids, model.decoder.logits, terms=self._terms, chunks=chunks)
+            return self._weighted_sum(losses, targets), losses
 
         def add_gradient(total, part):
-            # The weights are those in the loss of the whole batch, so the gradients of parts simply add up.
+            # The weights are normalised over the whole batch, so gradients of micro-batches simply add up.
             gradient, losses = jax.grad(loss, has_aux=True)(state.trained, *part)
             total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
             return jax.lax.with_sharding_constraint(total, self.shardings.trained), losses
@@ -223,34 +243,33 @@ class Trainer:
         if count == 1:
             return add_gradient(None, (batch, targets))
 
-        def split(x):  # [B, ...] to [A, B/A, ...]; each device takes its parts from its own rows
+        def split(x):  # [B, ...] to [A, B/A, ...]; the rows of a device stay on it
             x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(x, self._batch(None))
+            return jax.lax.with_sharding_constraint(x, self._batch_sharding(None))
 
         def join(x):
             return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
         zero = jax.tree.map(jnp.zeros_like, state.trained)
         gradient, losses = jax.lax.scan(add_gradient, zero, jax.tree.map(split, (batch, targets)))
-        return gradient, join(losses)
+        return gradient, jax.tree.map(join, losses)
 
     def _merge(self, params: dict[str, Array]) -> MossVideo:
-        """The model with these parameters."""
+        """Returns the model with these parameters."""
         state = [(path, variable.replace(params[name])) for name, (path, variable) in self._variables.items()]
         return nnx.merge(self._graph, nnx.from_flat_state(state))
 
     def _chunks(self, rows: int, tokens: int) -> int:
-        """Chunks to take the logits of so many sequences in."""
+        """Returns the number of chunks in which to compute logits of [rows, tokens, vocab]."""
         vocab = self.model_config.decoder.vocab_size
         logits = named_sharding(("batch", None, "vocab"), (rows, tokens, vocab), self.mesh)
         return math.ceil(math.prod(logits.shard_shape((rows, tokens, vocab))) / MAX_LOGITS)
 
-    def _whole(self) -> NamedSharding:
-        """Of arrays that are on every device."""
+    def _replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def _batch(self, *before: None) -> NamedSharding:
-        """Of arrays with an axis of sequences, after others that are whole."""
+    def _batch_sharding(self, *before: None) -> NamedSharding:
+        """Returns the sharding of arrays whose batch axis follows the replicated axes `before`."""
         return NamedSharding(self.mesh, PartitionSpec(*before, RULES["batch"]))
 
     def _check_rows(self, rows: int) -> None:
@@ -258,7 +277,7 @@ class Trainer:
         if rows % parts:
             raise ConfigError(
                 f"a batch of {rows} sequences cannot be split evenly over data x fsdp = "
-                f"{parts // self.config.accumulate} devices in {self.config.accumulate} accumulated parts; "
+                f"{parts // self.config.accumulate} devices in {self.config.accumulate} micro-batches; "
                 f"make batch_size a multiple of {parts}"
             )
 
@@ -268,5 +287,5 @@ def _name(path: tuple) -> str:
 
 
 def _lengths(tokens: Int[Array, "B S"]) -> Int[Array, " B"]:
-    """Tokens of each sequence up to its padding, which is id 0."""
+    """Returns the length of each sequence without its padding, which has id 0."""
     return jnp.where(tokens != 0, jnp.arange(1, tokens.shape[1] + 1), 0).max(axis=1)

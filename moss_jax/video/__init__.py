@@ -1,7 +1,7 @@
-"""From a video file or a live source to the pixels that the model sees: reading, sampling, preprocessing."""
+"""Video input: reading files, sampling frames, and preprocessing them for the vision encoder."""
 
 from moss_jax.video.preprocess import fit_frame, fitted_size, preprocess
-from moss_jax.video.reader import DecodedFrame, Frame, Span, VideoError, VideoInfo, probe, read, timeline
+from moss_jax.video.reader import DecodedFrame, Frame, Span, VideoError, VideoInfo, frame_spans, probe, read
 from moss_jax.video.sampling import clip_times, sample_at, sample_clip, sample_file, sample_live
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "clip_times",
     "fit_frame",
     "fitted_size",
+    "frame_spans",
     "preprocess",
     "probe",
     "read",
@@ -20,5 +21,4 @@ __all__ = [
     "sample_clip",
     "sample_file",
     "sample_live",
-    "timeline",
 ]

@@ -1,4 +1,4 @@
-"""Fits frames into the square tile of the vision encoder and normalises them.
+"""Preprocessing: resizes frames to the square tile of the vision encoder, pads and normalises them.
 
 Axes: H, W height and width of the frame, S side of the tile, `...` any leading axes.
 """
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-# Outputs of one matrix product of `fit_frame`.
+# Outputs per matmul in `fit_frame`.
 _BAND = 32
-# Terms of one sum of `preprocess`. XLA compiles 64 in a second, and takes minutes for thousands.
+# Maximum number of taps that `preprocess` unrolls. XLA compiles 64 in a second, thousands in minutes.
 _MAX_TAPS = 64
 
 
 def fitted_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """Height and width, in whole pixels, of a frame scaled to fit a tile of `image_size`; never 0."""
-    # In floats and in this order, because the original's processor rounds so: 640 x 360 becomes 112 x 62.
+    """Returns height and width, in pixels, of a frame scaled to fit a tile of `image_size`; at least 1."""
+    # In floats and in this order, to round as the original's processor: 640 x 360 becomes 112 x 62.
     scale_height, scale_width = image_size / height, image_size / width
     if scale_width < scale_height:
         return max(1, math.floor(height * scale_width)), image_size
@@ -28,19 +28,24 @@ def fitted_size(height: int, width: int, image_size: int) -> tuple[int, int]:
 
 
 def preprocess(
-    rgb: UInt8[Array, "... H W 3"], *, image_size: int, mean: Sequence[float], std: Sequence[float]
+    rgb: UInt8[Array | np.ndarray, "... H W 3"],
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> Float[Array, "... S S 3"]:
-    """Resizes frames to fit a tile, pads them right and below with black, scales to [0, 1] and normalises.
+    """Resizes frames to fit a tile (bilinear, antialiased), zero-pads right and below, and normalises.
 
     Args:
       rgb: uint8 [..., H, W, 3].
-      image_size: S, static under jit, as H and W are.
-      mean, std: per channel, for values in [0, 1].
+      image_size: S; static under jit, like H and W.
+      mean, std: per channel, for values scaled to [0, 1].
 
-    Returns float32 [..., S, S, 3]; the padding is (0 - mean) / std.
+    Returns:
+      float32 [..., S, S, 3]; the padding is (0 - mean) / std.
 
     Raises:
-      ValueError: if `rgb` is not uint8 [..., H, W, 3] with at least one pixel.
+      ValueError: `rgb` is not uint8 [..., H, W, 3] with at least one pixel.
     """
     _check(rgb)
     *batch, height, width, channels = rgb.shape
@@ -48,7 +53,7 @@ def preprocess(
     x = jnp.asarray(rgb)
     if (new_height, new_width) != (height, width):
         x = _resize(x.reshape(*batch, height, width * channels), new_height)
-        # One loop for both passes would compute a value of the first again for every tap of the second.
+        # Fused with the second pass, the first would be recomputed for every tap of the second.
         x = jax.lax.optimization_barrier(x)
         x = _resize(x.reshape(*batch, new_height, width, channels), new_width)
         x = jnp.round(x)  # the model was trained on resized 8-bit images
@@ -58,13 +63,13 @@ def preprocess(
 
 
 def fit_frame(rgb: UInt8[np.ndarray, "H W 3"], image_size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """Does on the host, in 8 bit, what `preprocess` does before it normalises.
+    """Resizes and pads a frame on the host, in 8 bits, as `preprocess` does before it normalises.
 
-    `preprocess` of the result, which has the size of the tile, is `preprocess` of the frame, but for values
-    that lie halfway between two levels.
+    `preprocess` of the result, which has the size of the tile, equals `preprocess` of the frame, except for
+    values halfway between two levels, which may be rounded either way.
 
     Raises:
-      ValueError: if `rgb` is not uint8 [H, W, 3] with at least one pixel.
+      ValueError: `rgb` is not uint8 [H, W, 3] with at least one pixel.
     """
     _check(rgb)
     height, width, channels = rgb.shape
@@ -74,26 +79,26 @@ def fit_frame(rgb: UInt8[np.ndarray, "H W 3"], image_size: int) -> UInt8[np.ndar
         tile[:height, :width] = rgb
         return tile
     rows = rgb.reshape(height, width * channels)
-    shrunk = np.empty((new_height, width * channels), np.float32)
+    vertical = np.empty((new_height, width * channels), np.float32)
     for new, old, weights in _bands(height, new_height, 1):
-        np.matmul(weights, rows[old].astype(np.float32), out=shrunk[new])
-    fitted = np.empty((new_height, new_width * channels), np.float32)
+        np.matmul(weights, rows[old].astype(np.float32), out=vertical[new])
+    resized = np.empty((new_height, new_width * channels), np.float32)
     for new, old, weights in _bands(width, new_width, channels):
-        np.matmul(shrunk[:, old], weights.T, out=fitted[:, new])
-    tile[:new_height, :new_width] = np.rint(fitted).reshape(new_height, new_width, channels)
+        np.matmul(vertical[:, old], weights.T, out=resized[:, new])
+    tile[:new_height, :new_width] = np.rint(resized).reshape(new_height, new_width, channels)
     return tile
 
 
 def _resize(x: Array, new_size: int) -> Float[Array, "..."]:
-    """Resizes the axis before the last linearly, with antialiasing; in float32."""
+    """Resizes the second-to-last axis linearly, with antialiasing, in float32."""
     size = x.shape[-2]
     weights = _weights(size, new_size)
     taps = np.count_nonzero(weights, axis=1).max()
     if taps > _MAX_TAPS:
         return jnp.matmul(weights.astype(np.float32), x.astype(jnp.float32), precision="highest")
-    # XLA makes one loop of the sum, which reads the input once and writes nothing in between.
-    first = np.minimum((weights > 0).argmax(axis=1), size - taps)  # [new_size], of the inputs of each output
-    resized = 0.0
+    # XLA fuses the sum over taps into one loop, which reads the input once.
+    first = np.minimum((weights > 0).argmax(axis=1), size - taps)  # [new_size], first input of each output
+    resized = jnp.float32(0)
     for inputs in (first + tap for tap in range(taps)):
         weight = weights[np.arange(new_size), inputs].astype(np.float32)
         resized += weight[:, None] * jnp.take(x, inputs, axis=-2, mode="clip").astype(jnp.float32)
@@ -101,7 +106,7 @@ def _resize(x: Array, new_size: int) -> Float[Array, "..."]:
 
 
 def _weights(size: int, new_size: int) -> Float[np.ndarray, "new_size size"]:
-    """What each input weighs in each output of a resized axis: a triangle, two of the larger pixels wide."""
+    """Weights of a linear resize with antialiasing: a triangle filter, two of the larger pixels wide."""
     scale = size / new_size
     centres = (np.arange(new_size) + 0.5) * scale - 0.5
     distances = np.abs(centres[:, None] - np.arange(size)) / max(scale, 1.0)
@@ -111,9 +116,9 @@ def _weights(size: int, new_size: int) -> Float[np.ndarray, "new_size size"]:
 
 @functools.lru_cache(maxsize=32)
 def _bands(size: int, new_size: int, channels: int) -> list[tuple[slice, slice, np.ndarray]]:
-    """Resizing of one axis, with channels behind it, as matrices for a few outputs each: (to, from, matrix).
+    """Banded resize matrix of an axis with channels behind it, as dense blocks: (outputs, inputs, block).
 
-    One matrix for all outputs would be nearly all zeros, as each depends on a few neighbouring inputs.
+    Each output depends on a few neighbouring inputs, so the whole matrix would be nearly all zeros.
     """
     weights = _weights(size, new_size)
     bands = []

@@ -1,4 +1,4 @@
-"""Picks the frames of a stream that are looked at, by the times at which they are shown."""
+"""Frame sampling: picks frames of a stream at a fixed rate, by presentation time."""
 
 import itertools
 import math
@@ -8,65 +8,69 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from moss_jax.config import FrameSampling
-from moss_jax.video.reader import DecodedFrame, Frame, Span, probe, read, timeline
+from moss_jax.video.reader import DecodedFrame, Frame, Span, frame_spans, probe, read
 
-# Seconds. Matroska rounds timestamps to milliseconds, so that 2/30 s is stored as 0.067.
+# Seconds. Matroska rounds timestamps to milliseconds: 2/30 s is stored as 0.067.
 _TOLERANCE = 1e-3
 
 
 def sample_live(frames: Iterable[Frame | DecodedFrame], sampling: FrameSampling) -> Iterator[Frame]:
-    """Yields at the times k/fps the frame that a viewer sees then: the last that began (give or take 1 ms).
+    """Samples a stream at times k/fps: yields the frame shown then, the latest that has begun (within 1 ms).
+
+    A sample is yielded as soon as a frame at or after its time arrives, and nothing is read beyond the last
+    sample. Times before the first frame are skipped.
 
     Args:
-      frames: in time order, at any rate, even a changing one. A frame stands until the next; the last one for
-        its `duration` if that is known, else only for its own instant.
-      sampling: `fps` and `max_frames` count; `min_frames` does not, as a live stream cannot be stretched.
+      frames: in time order, at any rate, which may vary. A frame is shown until the next; the last one for
+        its `duration` if that is known, else only at its own time.
+      sampling: `fps` and `max_frames` apply; `min_frames` does not, since a live stream cannot be stretched.
 
-    Yields each frame, with `time` = k/fps, as soon as one at or after that time arrives, and reads no further
-    after `max_frames`. Instants before the first frame are left out. A frame that stands for several instants
-    gives them one array.
+    Yields:
+      Frames with `time` = k/fps. A frame that is sampled several times is not copied.
 
     Raises:
-      ValueError: if the times go back or are not finite, or a picture is not uint8 [H, W, 3].
+      ValueError: times go back or are not finite, or a frame is not uint8 [H, W, 3].
     """
     picked = _pick(frames, (k / sampling.fps for k in itertools.count()))
-    for instant, frame in itertools.islice(picked, sampling.max_frames):
-        yield Frame(_checked(frame.rgb), instant)
+    for time, frame in itertools.islice(picked, sampling.max_frames):
+        yield Frame(_checked(frame.rgb), time)
 
 
 def sample_file(path: str | os.PathLike, sampling: FrameSampling) -> Iterator[Frame]:
-    """Checks a file at once, then yields its frames as `sample_live` does; an image yields one.
+    """Checks a file at once, and returns an iterator over its frames sampled as by `sample_live`.
+
+    An image gives one frame.
 
     Raises:
-      VideoError: if the file cannot be watched; see `probe` and `read`.
+      VideoError: the file cannot be read; see `probe` and `read`.
     """
     probe(path)
     return sample_live(read(path), sampling)
 
 
 def sample_clip(path: str | os.PathLike, sampling: FrameSampling) -> list[Frame]:
-    """Reads a whole clip: the frames of `sample_live` if their number lies in [min_frames, max_frames].
+    """Samples a whole clip at `fps`, with the number of frames clamped to [min_frames, max_frames].
 
-    Otherwise as many as the bound that it breaks, spread evenly over the clip; frames repeat where a clip has
-    too few. An image gives one frame.
+    Within the bounds, the frames are those of `sample_live`. Otherwise their number is the bound, spread
+    evenly over the clip; frames repeat if the clip has too few. An image gives one frame.
 
     Raises:
-      VideoError: if the file cannot be watched; see `probe` and `read`.
+      VideoError: the file cannot be read; see `probe` and `read`.
     """
     return list(sample_at(path, clip_times(path, sampling)))
 
 
 def clip_times(path: str | os.PathLike, sampling: FrameSampling) -> list[float]:
-    """The times of the frames of `sample_clip`, found without decoding more than the first frame.
+    """Returns the times of the frames of `sample_clip`; decodes only the first frame.
 
     Raises:
-      VideoError: if the file cannot be watched; see `probe`.
+      VideoError: the file cannot be read; see `probe`.
     """
     if probe(path).is_image:
         return [0.0]
-    spans = timeline(path)
-    instants = (k / sampling.fps for k in range(sampling.max_frames + 1))
-    times = [instant for instant, _ in _pick(spans, instants)]
+    spans = frame_spans(path)
+    grid = (k / sampling.fps for k in range(sampling.max_frames + 1))
+    times = [time for time, _ in _pick(spans, grid)]
     if sampling.min_frames <= len(times) <= sampling.max_frames:
         return times
     count = min(max(len(times), sampling.min_frames), sampling.max_frames)
@@ -75,53 +79,55 @@ def clip_times(path: str | os.PathLike, sampling: FrameSampling) -> list[float]:
 
 
 def sample_at(path: str | os.PathLike, times: Sequence[float]) -> Iterator[Frame]:
-    """Yields the frame of a file that a viewer sees at each of some times, after its end the last one.
+    """Yields the frame of a file that is shown at each of the given times; after its end, the last frame.
 
     Args:
-      times: seconds from 0 on, ascending. Nothing is read beyond the last.
+      path: of the file.
+      times: in seconds, nonnegative and ascending. Nothing is read beyond the last.
 
     Raises:
-      VideoError: if the file cannot be watched; see `read`.
+      VideoError: the file cannot be read; see `read`.
     """
-    count, last = 0, None
+    count, newest = 0, None
 
     def note(frame: DecodedFrame) -> DecodedFrame:
-        nonlocal last
-        last = frame
+        nonlocal newest
+        newest = frame
         return frame
 
-    for instant, frame in _pick(map(note, read(path)), times):
-        yield Frame(_checked(frame.rgb), instant)
+    for time, frame in _pick(map(note, read(path)), times):
+        yield Frame(_checked(frame.rgb), time)
         count += 1
-    for instant in times[count:]:
-        yield Frame(_checked(last.rgb), instant)
+    for time in times[count:]:
+        assert newest is not None, "read raises VideoError if there is no frame"
+        yield Frame(_checked(newest.rgb), time)
 
 
 def _pick[T: Frame | DecodedFrame | Span](
-    frames: Iterable[T], instants: Iterable[float]
+    frames: Iterable[T], times: Iterable[float]
 ) -> Iterator[tuple[float, T]]:
-    """Pairs each instant with the frame that stands at it, reading no more frames than that takes."""
-    instants = iter(instants)
-    instant = next(instants, None)
-    standing = None
+    """Pairs each time with the frame shown then, reading no more frames than needed."""
+    times = iter(times)
+    time = next(times, None)
+    shown = None
     for frame in frames:
         if not math.isfinite(frame.time):
             raise ValueError(f"the time of a frame must be a finite number of seconds, not {frame.time}")
-        if standing is not None and frame.time < standing.time:
-            raise ValueError(f"frames must come in time order, but {frame.time} s follows {standing.time} s")
-        while instant is not None and instant <= frame.time + _TOLERANCE:
-            shown = frame if frame.time <= instant + _TOLERANCE else standing
-            if shown is not None:
-                yield instant, shown
-            instant = next(instants, None)
-        if instant is None:
+        if shown is not None and frame.time < shown.time:
+            raise ValueError(f"frames must come in time order, but {frame.time} s follows {shown.time} s")
+        while time is not None and time <= frame.time + _TOLERANCE:
+            picked = frame if frame.time <= time + _TOLERANCE else shown
+            if picked is not None:
+                yield time, picked
+            time = next(times, None)
+        if time is None:
             return
-        standing = frame
-    if standing is not None:
-        end = standing.time + (standing.duration or 0.0)
-        while instant is not None and instant < end - _TOLERANCE:
-            yield instant, standing
-            instant = next(instants, None)
+        shown = frame
+    if shown is not None:
+        end = shown.time + (shown.duration or 0.0)
+        while time is not None and time < end - _TOLERANCE:
+            yield time, shown
+            time = next(times, None)
 
 
 def _checked(rgb: np.ndarray) -> np.ndarray:

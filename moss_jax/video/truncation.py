@@ -1,7 +1,7 @@
-"""Tells a cut-off file by the sizes its container declares, without decoding anything.
+"""Detects truncated files by the sizes that their containers declare, without decoding.
 
-MP4 and QuickTime, AVI and WebP, Matroska and WebM say how long they are. Other formats (MPEG-TS, FLV, GIF,
-raw streams) do not. Nor do Matroska recordings of live streams, which are read up to wherever they end.
+MP4 and QuickTime, AVI and WebP, Matroska and WebM declare their sizes. Other formats (MPEG-TS, FLV, GIF, raw
+streams) do not, nor do Matroska recordings of live streams; those are read to wherever they end.
 """
 
 import os
@@ -13,9 +13,12 @@ _SEGMENT = b"\x18\x53\x80\x67"
 
 
 def missing_part(path: str | os.PathLike) -> str | None:
-    """What a file lacks, as the end of a sentence that starts with its name; None where nothing is known to.
+    """Describes the missing part of a truncated file, as a predicate to its name; None if it looks complete.
 
-    Reads a few bytes per top-level part of the file. Raises OSError if it cannot be read.
+    Reads a few bytes of each top-level element of the container.
+
+    Raises:
+      OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -45,7 +48,7 @@ def _missing_of_iso(file: BinaryIO, size: int) -> str | None:
             length = size - offset
         elif length == 1:
             length = int.from_bytes(header[8:16])
-        if length < 8:  # cameras append notes of their own that are no boxes
+        if length < 8:  # cameras append data of their own that are not boxes
             break
         offset += length
         kinds.add(kind)
@@ -57,7 +60,7 @@ def _missing_of_iso(file: BinaryIO, size: int) -> str | None:
 
 
 def _riff_end(file: BinaryIO, size: int) -> int | None:
-    # A file beyond 1 GB is several RIFF chunks in a row. 0 and -1 are what a recorder writes before it knows.
+    # A file beyond 1 GB is several RIFF chunks in a row. 0 and -1 are placeholders for an unknown length.
     end = 0
     while end + 8 <= size:
         file.seek(end)
@@ -66,7 +69,7 @@ def _riff_end(file: BinaryIO, size: int) -> int | None:
         if header[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):
             break
         end += 8 + length
-    # Some writers count the chunk's header of 8 bytes as well.
+    # Some writers include the chunk's header of 8 bytes.
     return end if end > size + 8 else None
 
 

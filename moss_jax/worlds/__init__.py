@@ -1,1 +1,1 @@
-"""Synthetic worlds with ground truth, which models can be trained and measured on."""
+"""Synthetic worlds with ground truth, for training and evaluation."""

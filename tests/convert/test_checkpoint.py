@@ -1,4 +1,4 @@
-"""Checkpoint folders: both spellings, one file or shards, what comes back, and all that can be wrong."""
+"""Loading and saving checkpoint folders: tensor names, shards, round trips, and errors."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def same(a, b):
-    """Two models have the same parameters, bit for bit."""
+    """Asserts that two models have the same config and bitwise equal parameters."""
     assert a.config == b.config
     pairs = zip(nnx.to_flat_state(nnx.state(a)), nnx.to_flat_state(nnx.state(b)), strict=True)
     for (path, x), (other, y) in pairs:
@@ -32,8 +32,7 @@ def same(a, b):
         assert np.asarray(x[...]).tobytes() == np.asarray(y[...]).tobytes(), path
 
 
-def respelt(name):
-    """The name that transformers 5 gives a tensor."""
+def transformers_5_name(name):
     if name == "language_model.lm_head.weight":
         return "lm_head.weight"
     return "model." + name.replace("language_model.model.", "language_model.")
@@ -52,11 +51,11 @@ def rewrite(folder, change):
     save_file(change(load_file(folder / SINGLE)), folder / SINGLE)
 
 
-# ------------------------------------------------------------------------------------------- there and back
+# --------------------------------------------------------------------------------------------- round trips
 
 
-def test_both_spellings_load_alike(golden, folder):
-    rewrite(folder, lambda tensors: {respelt(name): tensor for name, tensor in tensors.items()})
+def test_loads_both_generations_of_tensor_names(golden, folder):
+    rewrite(folder, lambda tensors: {transformers_5_name(name): tensor for name, tensor in tensors.items()})
     held = set(load_file(folder / SINGLE))
     assert {
         "lm_head.weight",
@@ -68,7 +67,7 @@ def test_both_spellings_load_alike(golden, folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shard_bytes", [10**9, 200_000])
-def test_what_is_saved_comes_back_bit_for_bit(golden, tmp_path, dtype, shard_bytes):
+def test_saving_and_loading_round_trips(golden, tmp_path, dtype, shard_bytes):
     model = moss_jax.load(golden.folder, dtype=dtype)
     saved = moss_jax.save(tmp_path / "new" / "saved", model, shard_bytes=shard_bytes)
     same(moss_jax.load(saved, dtype=dtype), model)
@@ -102,7 +101,7 @@ def test_the_saved_tensors_are_the_originals(golden, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["max", "bilinear", "channelFusion"])
-def test_every_compressor_comes_back(small_config, random_model, tmp_path, mode):
+def test_every_compressor_round_trips(small_config, random_model, tmp_path, mode):
     model = random_model(small_config(mode))
     same(moss_jax.load(moss_jax.save(tmp_path / "saved", model)), model)
 
@@ -121,7 +120,7 @@ def test_options_of_load_are_part_of_the_config(golden):
     assert load_config(golden.folder) == golden.model.config
 
 
-def test_the_normalisation_comes_back(golden, tmp_path):
+def test_the_normalisation_round_trips(golden, tmp_path):
     saved = moss_jax.save(tmp_path / "saved", golden.model)
     preprocessor = json.loads((saved / "preprocessor_config.json").read_text())
     preprocessor |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
@@ -139,7 +138,7 @@ def test_a_tokenizer_is_copied_along(golden, tmp_path):
     assert (saved / "tokenizer.json").read_text() == "{}"
 
 
-# ------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------------- errors
 
 
 def refuses(folder, *messages):
@@ -149,7 +148,7 @@ def refuses(folder, *messages):
         assert message in str(error.value)
 
 
-def test_all_wrong_tensors_are_in_one_error(folder):
+def test_one_error_lists_all_wrong_tensors(folder):
     def spoil(tensors):
         del tensors["vision_model.class_embedding"]
         tensors["language_model.model.layers.9.mlp.up_proj.weight"] = np.zeros(3, np.float32)
@@ -160,14 +159,14 @@ def test_all_wrong_tensors_are_in_one_error(folder):
     refuses(
         folder,
         "missing vision_model.class_embedding",
-        "surplus language_model.model.layers.9.mlp.up_proj.weight",
+        "unexpected language_model.model.layers.9.mlp.up_proj.weight",
         "multi_modal_projector.bias has shape [63], not [64]",
     )
 
 
-def test_a_long_list_is_cut_and_counted(folder):
+def test_a_long_list_of_problems_is_cut(folder):
     rewrite(folder, lambda tensors: {"lm_head.weight": tensors["language_model.lm_head.weight"]})
-    refuses(folder, "missing vision_model.class_embedding", f"and {142 - checkpoint.LISTED} more")
+    refuses(folder, "missing vision_model.class_embedding", f"and {142 - checkpoint.MAX_LISTED} more")
 
 
 def test_a_truncated_file(folder):
@@ -177,7 +176,7 @@ def test_a_truncated_file(folder):
         refuses(folder, f"{SINGLE} is missing, truncated or damaged")
 
 
-def test_a_missing_and_a_broken_shard_are_in_one_error(golden, tmp_path):
+def test_one_error_lists_missing_and_damaged_shards(golden, tmp_path):
     saved = moss_jax.save(tmp_path / "saved", golden.model, shard_bytes=200_000)
     first, second, *_ = sorted(saved.glob("model-*"))
     first.unlink()
@@ -213,16 +212,16 @@ def test_broken_json(folder, name, text):
 def test_an_unknown_model_type(folder):
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "qwen2_vl"}
     (folder / "config.json").write_text(json.dumps(config))
-    refuses(folder, "model_type 'qwen2_vl'; this loads mllama and video_mllama")
+    refuses(folder, "model_type 'qwen2_vl'; supported are mllama and video_mllama")
 
 
-def test_a_setting_that_cannot_work(folder):
+def test_an_invalid_config(folder):
     config = json.loads((folder / "config.json").read_text()) | {"mllama_pool_stride": 9}
     (folder / "config.json").write_text(json.dumps(config))
     refuses(folder, "pool stride 9 exceeds the patch grid of 4")
 
 
-def test_saves_into_new_and_empty_folders_only(golden, tmp_path):
+def test_saves_only_into_new_or_empty_folders(golden, tmp_path):
     (tmp_path / "empty").mkdir()
     moss_jax.save(tmp_path / "empty", golden.model)
     before = sorted(path.name for path in tmp_path.rglob("*"))
@@ -233,7 +232,7 @@ def test_saves_into_new_and_empty_folders_only(golden, tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_save_that_fails_leaves_nothing_behind(golden, tmp_path, monkeypatch, error):
+def test_a_failed_save_leaves_nothing_behind(golden, tmp_path, monkeypatch, error):
     calls = []
 
     def fails_midway(*args, **kwargs):
@@ -249,11 +248,11 @@ def test_a_save_that_fails_leaves_nothing_behind(golden, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------- processes of their own
+# --------------------------------------------------------------------------------------------- subprocesses
 
 
 def run_python(code, *arguments, **environment):
-    """Runs a program on the CPU in a process of its own; returns the JSON that it prints last."""
+    """Runs a program on the CPU in a subprocess; returns the JSON on its last line of output."""
     root = os.path.dirname(os.path.dirname(moss_jax.__file__))
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -334,9 +333,9 @@ def test_loading_holds_one_parameter_at_a_time(small_config, tmp_path):
         largest = max(largest, sum(part.nbytes for part in parts))
     size = sum(tensor.nbytes for tensor in tensors.values())
     save_file(tensors, tmp_path / SINGLE)
-    # With the threshold, glibc gives memory back as soon as it is freed.
+    # With this threshold, glibc returns memory to the system as soon as it is freed.
     peak = run_python(PEAK_OF_LOADING, tmp_path, MALLOC_MMAP_THRESHOLD_="65536")
     (tmp_path / SINGLE).unlink()
-    # The parameters, the mapped file (whose pages count), and copies of one parameter on its way.
+    # The parameters, the mapped file (whose pages count as resident), and copies of one parameter.
     assert peak > size
     assert peak < 2 * size + 3 * largest + 0.1 * size

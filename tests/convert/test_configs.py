@@ -1,4 +1,4 @@
-"""config.json and preprocessor_config.json to settings and back."""
+"""Conversion of config.json and preprocessor_config.json to `ModelConfig` and back."""
 
 import dataclasses
 import json
@@ -11,13 +11,13 @@ from moss_jax.convert.configs import from_hugging_face, to_hugging_face
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_come_back(name):
+def test_presets_round_trip(name):
     config = PRESETS[name]()
     assert from_hugging_face(*json.loads(json.dumps(to_hugging_face(config)))) == config
 
 
 @pytest.mark.parametrize("mode", ["max", "bilinear", "channelFusion"])
-def test_other_settings_come_back(small_config, mode):
+def test_other_settings_round_trip(small_config, mode):
     config = small_config(mode)
     vision = dataclasses.replace(
         config.vision, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.7), max_num_tiles=2, norm_eps=1e-6
@@ -59,7 +59,7 @@ def test_no_scaling_is_a_factor_of_one(raw):
     assert from_hugging_face(raw).decoder.rope.factor == 1
 
 
-def test_the_originals_keys_of_the_compressor(raw):
+def test_compressor_keys_of_the_original(raw):
     raw.pop("mllama_pool_mode")
     raw.pop("mllama_pool_stride")
     raw |= {"model_type": "video_mllama", "pool_mode": "max", "stride": 1}
@@ -70,20 +70,29 @@ def test_the_originals_keys_of_the_compressor(raw):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'; this loads mllama and video_mllama"),
+        ({"model_type": "llama"}, "model_type 'llama'; supported are mllama and video_mllama"),
         ({"model_type": None}, "model_type None"),
-        ({"mllama_pool_mode": "median"}, "unknown pool mode 'median'; it is one of average, max"),
-        ({"text_config": {"hidden_act": "gelu"}}, "text_config.hidden_act is 'gelu'; this model has 'silu'"),
+        (
+            {"mllama_pool_mode": "median"},
+            "pool mode must be one of 'average', 'max', 'bilinear', 'channelFusion'; got 'median'",
+        ),
+        (
+            {"text_config": {"hidden_act": "gelu"}},
+            "text_config.hidden_act is 'gelu'; only 'silu' is",
+        ),
         ({"text_config": {"tie_word_embeddings": True}}, "text_config.tie_word_embeddings is True"),
         ({"text_config": {"num_key_value_heads": 3}}, "num_heads 4 must be a multiple of num_kv_heads 3"),
         ({"text_config": {"rope_scaling": {"rope_type": "yarn"}}}, "rope_type 'yarn' is not supported"),
         ({"text_config": {"rope_scaling": {"rope_type": "llama3"}}}, "lacks the key 'factor'"),
         ({"vision_config": {"hidden_act": "relu"}}, "vision_config.hidden_act is 'relu'"),
         ({"vision_config": {"num_channels": 1}}, "vision_config.num_channels is 1"),
-        ({"vision_config": {"supported_aspect_ratios": [[1, 1]]}}, "names 1 aspect ratios; 4 tiles have 8"),
+        (
+            {"vision_config": {"supported_aspect_ratios": [[1, 1]]}},
+            "lists 1 aspect ratios, but 4 tiles have 8",
+        ),
     ],
 )
-def test_refuses_what_the_model_does_not_have(raw, change, message):
+def test_unsupported_values_are_refused(raw, change, message):
     for key, value in change.items():
         raw[key] = raw[key] | value if isinstance(value, dict) else value
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -91,7 +100,7 @@ def test_refuses_what_the_model_does_not_have(raw, change, message):
 
 
 @pytest.mark.parametrize("key", ["vision_config", "text_config"])
-def test_names_a_missing_key(raw, key):
+def test_a_missing_key_is_named(raw, key):
     raw[key].pop("hidden_size")
     with pytest.raises(ConfigError, match="lacks the key 'hidden_size'"):
         from_hugging_face(raw)

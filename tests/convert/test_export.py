@@ -1,4 +1,6 @@
-"""The model of a training run in Hugging Face layout: what was trained is what is served."""
+"""Export of a training run to Hugging Face layout: the exported model is the trained one."""
+
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,7 @@ from flax import nnx
 
 import moss_jax
 from moss_jax.config import OptimizerConfig, TrainConfig
-from moss_jax.convert import CheckpointError, __main__
-from moss_jax.convert import run_checkpoint as training
+from moss_jax.convert import CheckpointError, __main__, run_checkpoint
 from moss_jax.nn import MossVideo
 from moss_jax.sharding import make_mesh
 from moss_jax.text import Tokenizer
@@ -19,7 +20,7 @@ from moss_jax.train.step import Trainer
 
 @pytest.fixture(scope="module")
 def trainer(model) -> Trainer:
-    """Of the projector alone, so that there are both kinds of parameters."""
+    """Trains the projector only, so that there are trained and frozen parameters."""
     config = TrainConfig(trainable=("projector",))
     mesh = make_mesh(devices=jax.devices()[:1])
     return Trainer(model.config, config, OptimizerConfig(), mesh, silence_id=0)
@@ -27,11 +28,11 @@ def trainer(model) -> Trainer:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, trainer, model, tokenizer):
-    """Checkpoints after one and after two steps; in the second all that learns is doubled."""
+    """Checkpoints of two steps; in the second one all trained parameters are doubled."""
     workdir = tmp_path_factory.mktemp("run")
     tokenizer.save(workdir)
     state = trainer.adopt(model)
-    config = {"gin": "", "model": training.model_to_json(model.config)}
+    config = {"gin": "", "model": run_checkpoint.model_to_json(model.config)}
     with Checkpoints(workdir, keep=2) as checkpoints:
         checkpoints.save(1, state, position={"batch": 1}, config=config)
         checkpoints.save(2, double(state), position={"batch": 2}, config=config)
@@ -54,7 +55,7 @@ def logits(compiled, model: MossVideo) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_model_is_the_one_that_was_trained(tmp_path, workdir, trainer, model, dtype):
-    assert training.export(workdir, tmp_path / "out", dtype=dtype) == 2
+    assert run_checkpoint.export(workdir, tmp_path / "out", dtype=dtype) == 2
     exported = moss_jax.load(tmp_path / "out", dtype=dtype)
     trained = trainer.model(double(trainer.adopt(model)), dtype)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(exported), nnx.state(trained))
@@ -65,15 +66,15 @@ def test_the_model_is_the_one_that_was_trained(tmp_path, workdir, trainer, model
 
 def test_a_relative_workdir(tmp_path, workdir, monkeypatch):
     monkeypatch.chdir(workdir.parent)
-    assert [folder.name for folder in training.survey(workdir.name)[0]] == ["1", "2"]
-    assert training.export(workdir.name, tmp_path / "out") == 2
-    # A run that goes on finds them whole, too, and sets none aside.
+    assert [folder.name for folder in run_checkpoint.list_checkpoints(workdir.name)[0]] == ["1", "2"]
+    assert run_checkpoint.export(workdir.name, tmp_path / "out") == 2
+    # A run that is resumed finds them complete, too, and sets none aside.
     with Checkpoints(workdir.name, keep=2):
-        assert [folder.name for folder in training.survey(workdir)[0]] == ["1", "2"]
+        assert [folder.name for folder in run_checkpoint.list_checkpoints(workdir)[0]] == ["1", "2"]
 
 
 def test_its_logits_are_the_same(tmp_path, workdir, trainer, model, compiled):
-    training.export(workdir, tmp_path / "out", dtype="float32")
+    run_checkpoint.export(workdir, tmp_path / "out", dtype="float32")
     exported = moss_jax.load(tmp_path / "out")
     trained = trainer.model(double(trainer.adopt(model)), "float32")
     np.testing.assert_array_equal(logits(compiled, exported), logits(compiled, trained))
@@ -81,7 +82,7 @@ def test_its_logits_are_the_same(tmp_path, workdir, trainer, model, compiled):
 
 
 def test_an_earlier_step(tmp_path, workdir, model):
-    assert training.export(workdir, tmp_path / "out", step=1, dtype="float32") == 1
+    assert run_checkpoint.export(workdir, tmp_path / "out", step=1, dtype="float32") == 1
     exported = moss_jax.load(tmp_path / "out")
     kernel = nnx.state(exported)["projector"]["kernel"][...]
     np.testing.assert_array_equal(kernel, model.projector.kernel[...])
@@ -89,21 +90,30 @@ def test_an_earlier_step(tmp_path, workdir, model):
 
 def test_what_cannot_be_exported(tmp_path, workdir):
     with pytest.raises(CheckpointError, match=r"step 7 in .* does not exist; there are those of 1, 2"):
-        training.export(workdir, tmp_path / "out", step=7)
-    with pytest.raises(CheckpointError, match="holds no checkpoint of a training run"):
-        training.export(tmp_path, tmp_path / "out")
+        run_checkpoint.export(workdir, tmp_path / "out", step=7)
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint of a training run"):
+        run_checkpoint.export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(CheckpointError, match="exists and is not empty"):
-        training.export(workdir, tmp_path / "out")
+        run_checkpoint.export(workdir, tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, workdir):
+    damaged = shutil.copytree(workdir, tmp_path / "damaged")
+    params = damaged / run_checkpoint.CHECKPOINTS / "2" / "params"
+    (params / "_METADATA").write_bytes(b"{")
+    with pytest.raises(CheckpointError, match=f"{params} is damaged"):
+        run_checkpoint.export(damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(tmp_path, workdir, monkeypatch, capsys):
     command = ["convert", "export", "--workdir", str(workdir), "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", command)
     assert __main__.main() == 0
-    assert "after 2 steps, bfloat16" in capsys.readouterr().out
+    assert "after 2 steps, in bfloat16" in capsys.readouterr().out
     assert moss_jax.load(tmp_path / "out", dtype="bfloat16").dtype == jnp.bfloat16
     assert __main__.main() == 2
     assert "exists and is not empty" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Tensor names of both generations of transformers, and the mapping between tensors and parameters."""
+"""Tensor names of transformers 4 and 5, and the mapping between tensors and parameters."""
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ def test_entries_cover_every_parameter_once(small_config, random_model):
 
 
 def test_split_undoes_join(small_config):
-    """With the tensors of a checkpoint numbered through, so that no two elements are alike."""
+    """On tensors whose elements are all different."""
     rng = np.random.default_rng(0)
     for entry in entries(small_config("channelFusion")):
         tensors = [rng.permutation(int(np.prod(shape))).reshape(shape) for shape in entry.shapes]
@@ -61,7 +61,7 @@ def test_export_is_the_original_tensor_for_tensor(golden):
         assert tensor.tobytes() == original[name].tobytes(), name
 
 
-def test_a_tree_of_gradients_has_the_same_names(small_config, random_model):
+def test_gradients_are_exported_under_the_same_names(small_config, random_model):
     model = random_model(small_config())
     doubled = jax.tree.map(lambda x: 2 * x, nnx.state(model))
     plain = dict(to_hugging_face(model.config, nnx.state(model)))

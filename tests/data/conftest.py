@@ -1,4 +1,4 @@
-"""Videos with a number in each frame, as in the tests of reading."""
+"""Fixtures: videos with a number in each frame, as in the tests of video reading."""
 
 from video.conftest import draw, encode, number_of
 

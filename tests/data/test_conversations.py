@@ -1,4 +1,4 @@
-"""Conversations: the exact tokens, labels and frames of a row, what is dropped, and the order of batches."""
+"""Conversations: exact tokens, labels and frames of a row, dropped rows, and the order of batches."""
 
 import json
 import pickle
@@ -23,21 +23,21 @@ SIZE = 96
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory, encode) -> Path:
-    """film.mp4 has the frames 0 to 19, five a second; slow.mp4 has three, one a second."""
+    """Media files: film.mp4 has the frames 0 to 19 at 5 fps, slow.mp4 three frames at 1 fps."""
     folder = tmp_path_factory.mktemp("media")
     encode(folder / "film.mp4", 20, fps=5)
     encode(folder / "slow.mp4", 3, times_ms=[0, 1000, 2000])
     encode(folder / "still.png", 1, codec="png", pix_fmt="rgb24", muxer="image2")
     whole = encode(folder / "cut.mp4", 20, fps=5, muxer_options={"movflags": "faststart"}).read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    # Whole by its sizes, but with nothing but zeros where the second half of the frames was.
+    # Complete by its sizes, but the second half of the frames is zeros.
     (folder / "broken.mp4").write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
     return folder
 
 
 @pytest.fixture
 def batches(media, tmp_path):
-    """`batches(rows)` is a source of their batches."""
+    """`batches(rows)` makes a `ConversationBatches` of these rows."""
 
     def make(rows, *, sampling: FrameSampling | None = None, batch_size: int = 1, seed: int = 0, **settings):
         process = {key: settings.pop(key) for key in ("process_index", "process_count") if key in settings}
@@ -75,7 +75,7 @@ def offline(question: str, answer: str, **media: list[str]) -> dict:
 
 
 def only(source, step: int = 0):
-    """Tokens, labels, frames and positions of a batch of one row, without the padding."""
+    """Returns tokens, labels, frames and positions of a batch of one row, without padding."""
     (batch, dropped) = source[step]
     assert dropped == ()
     (tokens,), (labels,), (frames,), (positions,) = jax.tree.leaves(batch)
@@ -88,7 +88,7 @@ def only(source, step: int = 0):
 
 
 def ids(text: str) -> list[int]:
-    """Tokens of text in which `<|image|>` and the other markers stand for themselves."""
+    """Tokenizes text with special tokens such as `<|image|>`."""
     return TINY.encode_marked(text)
 
 
@@ -109,7 +109,7 @@ INTERRUPTED = [
 TIMES = ["00:00", "00:01", "00:02", "00:03"]
 
 
-def test_a_realtime_row_is_what_a_live_session_would_hold(batches):
+def test_a_realtime_row_is_tokenized_like_a_live_session(batches):
     source = batches([live(INTERRUPTED, TIMES)], swap_probability=0.0)
     tokens, labels, _, positions = only(source)
     parts = [
@@ -128,7 +128,7 @@ def test_a_realtime_row_is_what_a_live_session_would_hold(batches):
         ([TINY.special.eot], False),
     ]
     assert tokens == [i for part, _ in parts for i in part]
-    assert labels == [i if learnt else IGNORED for part, learnt in parts for i in part]
+    assert labels == [i if is_target else IGNORED for part, is_target in parts for i in part]
     assert positions == [at for at, i in enumerate(tokens) if i == IMAGE]
     assert len(positions) == 4
 
@@ -155,10 +155,10 @@ def test_every_token_of_a_short_row(batches):
         ("<|eot_id|>", False),
     ]
     assert texts(tokens) == [text for text, _ in expected]
-    assert [label != IGNORED for label in labels] == [learnt for _, learnt in expected]
+    assert [label != IGNORED for label in labels] == [is_target for _, is_target in expected]
 
 
-def test_frames_are_those_that_a_viewer_sees_at_the_times(batches, media, number_of):
+def test_frames_are_sampled_at_the_times_of_the_row(batches, media, number_of):
     times = ["00:00", "00:00.6", "00:01", "0:00:02", "00:03", "00:04.5"]
     row = live([("user", ""), ("assistant", "<|silence|><|video|>" * 6)], times)
     _, _, frames, _ = only(batches([row]))
@@ -171,7 +171,7 @@ def test_frames_are_those_that_a_viewer_sees_at_the_times(batches, media, number
     np.testing.assert_array_equal(frames[[0, 2, 3, 4]], seconds)
 
 
-def test_frames_move_inside_running_text_only(batches):
+def test_frames_are_swapped_inside_running_text_only(batches):
     answer = "<|video|>One two<|video|> three<|silence|><|video|>four<|video|><|silence|>five<|video|>"
     row = live([("user", ""), ("assistant", answer)], ["00:00"] * 5)
     start = len(chat.opening(TINY, system=None))
@@ -187,7 +187,7 @@ def test_frames_move_inside_running_text_only(batches):
         assert [label for label in labels if label != IGNORED] == said
 
 
-def test_moves_are_drawn_anew_each_epoch(batches):
+def test_swaps_differ_between_epochs(batches):
     text = "".join(f"word{n}<|video|>" for n in range(11))
     row = live([("user", ""), ("assistant", text + "end")], ["00:00"] * 11)
     source = batches([row])
@@ -210,7 +210,7 @@ def test_moves_are_drawn_anew_each_epoch(batches):
 # ------------------------------------------------------------------------------------------ offline rows
 
 
-def test_an_offline_row_has_its_frames_in_front_as_when_it_is_asked_live(batches, media):
+def test_an_offline_row_is_tokenized_like_an_offline_session(batches, media):
     sampling = FrameSampling(fps=2, max_frames=16)
     row = offline("<|video|>\nWhat is it? ", "A film.", videos=["film.mp4"])
     tokens, labels, frames, positions = only(batches([row], sampling=sampling))
@@ -232,7 +232,7 @@ def test_the_number_of_frames_is_bounded_as_in_sample_clip(batches, media, bound
     np.testing.assert_array_equal(frames, [fit_frame(frame.rgb, SIZE) for frame in clip])
 
 
-def test_images_and_several_videos_take_their_places(batches, media):
+def test_images_and_several_videos_are_placed_at_their_markers(batches, media):
     row = offline(
         "<|video|> then <|image|>?",
         "<|image|>Yes.<|video|>",
@@ -283,9 +283,9 @@ BAD = {
         "too many frames",
     ),
     "too many tokens": (offline("<|video|>", "A cup. " * 200, **VIDEO), "too long"),
-    "an answer that is empty": (offline("<|video|>", " ", **VIDEO), "nothing to learn"),
-    "no answer": ({"messages": [{"role": "user", "content": "Hi"}]}, "nothing to learn"),
-    "frames alone": (live([("user", ""), ("assistant", "<|video|>")], ["00:00"]), "nothing to learn"),
+    "an answer that is empty": (offline("<|video|>", " ", **VIDEO), "no targets"),
+    "no answer": ({"messages": [{"role": "user", "content": "Hi"}]}, "no targets"),
+    "frames alone": (live([("user", ""), ("assistant", "<|video|>")], ["00:00"]), "no targets"),
     "no messages": ({"videos": ["film.mp4"]}, "malformed row"),
     "no object": ("Hi", "malformed row"),
     "a message that is no object": ({"messages": ["Hi"]}, "malformed row"),
@@ -304,7 +304,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_row_that_cannot_be_used_is_dropped(batches, case):
+def test_unusable_rows_are_dropped(batches, case):
     row, reason = BAD[case]
     source = batches([offline("Hi", "Hello"), row])
     assert (source.report.kept, source.report.dropped) == (1, {reason: 1})
@@ -313,7 +313,7 @@ def test_a_row_that_cannot_be_used_is_dropped(batches, case):
     assert source[0].dropped == ()
 
 
-def test_the_report_names_every_row_of_a_few_and_some_of_many(batches):
+def test_the_report_names_up_to_twenty_rows_or_examples(batches):
     good = [offline("Hi", "Hello")] * 20
     few = batches(
         [*good, *[offline("<|image|>", "A", images=[f"no{n}.png"]) for n in range(18)], {}, 3]
@@ -321,21 +321,21 @@ def test_the_report_names_every_row_of_a_few_and_some_of_many(batches):
     assert few.dropped == {"missing video": 18, "malformed row": 2}
     assert few.dropped_share == 0.5
     lines = str(few).splitlines()
-    assert lines[0] == "20 of 40 rows can be used"
+    assert lines[0] == "20 of 40 rows are usable"
     assert sum("does not exist" in line for line in lines) == 18
-    assert any("rows.json[39]: it is no object with messages, but int" in line for line in lines)
+    assert any("rows.json[39]: it must be an object with messages, not int" in line for line in lines)
     many = str(batches([*good, *[offline("<|image|>", "A", images=["no.png"])] * 30]).report)
     assert many.count("does not exist") == 3
     assert "and 27 more" in many
 
 
-def test_without_a_row_there_is_no_batch(batches):
+def test_without_usable_rows_there_are_no_batches(batches):
     source = batches([{}])
     assert (source.report.kept, len(source)) == (0, 0)
     assert list(iterate(source, start=0, workers=0, read_ahead=1)) == []
 
 
-def test_a_file_that_is_named_twice_counts_twice(tmp_path):
+def test_a_file_given_twice_counts_twice(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([offline("Hi", "Hello"), {}]))
     config = ConversationConfig(files=(str(file),) * 2)
@@ -347,7 +347,7 @@ def test_a_file_that_is_named_twice_counts_twice(tmp_path):
     ("content", "says"),
     [
         (None, "cannot be read: No such file"),
-        ("[{", "is no JSON"),
+        ("[{", "is not valid JSON"),
         ('{"rows": []}', "must hold a list of rows, not dict"),
     ],
 )
@@ -361,7 +361,7 @@ def test_a_file_without_rows_is_refused(tmp_path, content, says):
     assert str(file) in str(caught.value)
 
 
-def test_settings_that_cannot_work_are_refused(batches):
+def test_invalid_settings_are_refused(batches):
     with pytest.raises(ConfigError, match="batch_size 3 must be a multiple of the 2 processes"):
         batches([offline("Hi", "Hello")], batch_size=3, process_count=2)
     with pytest.raises(ConfigError, match="no rows to train on"):
@@ -370,7 +370,7 @@ def test_settings_that_cannot_work_are_refused(batches):
         )
 
 
-def test_a_video_that_breaks_while_it_is_decoded_leaves_padding(batches):
+def test_a_decoding_error_leaves_padding(batches):
     broken = live([("user", ""), ("assistant", "<|video|>A<|video|>B")], ["00:00", "00:03"], "broken.mp4")
     source = batches([offline("<|video|>?", "Yes", **VIDEO), broken], batch_size=2)
     assert source.report.kept == 2
@@ -390,7 +390,7 @@ def test_a_video_that_breaks_while_it_is_decoded_leaves_padding(batches):
 
 
 def numbered(count: int) -> list[dict]:
-    """Rows that are asked their number, short and long, with 0, 1 or 5 frames."""
+    """Makes rows with a number in the prompt, short and long, with 0, 1 or 5 frames."""
     rows = []
     for n in range(count):
         frames = (0, 1, 1, 5)[n % 4]
@@ -400,13 +400,13 @@ def numbered(count: int) -> list[dict]:
 
 
 def number(tokens: np.ndarray) -> int:
-    """The number of a row, from its prompt."""
+    """Reads the number of a row from its prompt."""
     text = "".join(t for t in texts(tokens[tokens > 0].tolist()) if t != "<|image|>")
     return int(text.split("<|eot_id|>")[0].split("\n\n")[-1])
 
 
 @pytest.mark.parametrize(("count", "size"), [(23, 4), (3, 8), (8, 8), (1, 3)])
-def test_every_row_comes_once_an_epoch_in_few_shapes(batches, count, size):
+def test_an_epoch_visits_every_row_once_in_few_shapes(batches, count, size):
     source = batches(numbered(count), batch_size=size)
     assert source.report.kept == count
     per_epoch = source.batches_per_epoch
@@ -431,7 +431,7 @@ def test_every_row_comes_once_an_epoch_in_few_shapes(batches, count, size):
         assert len({tuple(rows) for rows in orders}) == 3
 
 
-def test_the_shares_of_processes_join_to_the_whole(batches):
+def test_shares_of_processes_concatenate_to_the_batch(batches):
     rows = numbered(11)
     whole = batches(rows, batch_size=4)
     shares = [batches(rows, batch_size=4, process_index=i, process_count=2) for i in range(2)]
@@ -459,7 +459,7 @@ def test_workers_make_the_same_batches(batches):
 
 @pytest.fixture
 def original(real_data, tmp_path):
-    """`original(name)` is a source of the rows of a file of the original's, with what it has of the media."""
+    """`original(name)` makes batches of a data file of the original, with the media that it comes with."""
     (tmp_path / "mllm_demo_data").symlink_to(real_data)
 
     def make(name: str) -> ConversationBatches:
@@ -475,7 +475,7 @@ def test_realtime_rows_without_their_videos_are_dropped(original):
     assert "-dEllRIVWUY.mp4 does not exist" in str(report)
 
 
-def test_realtime_rows_with_stand_ins_for_their_videos(real_data, tmp_path, encode):
+def test_realtime_rows_with_generated_videos(real_data, tmp_path, encode):
     rows = json.loads((real_data / "realtime_rows.json").read_text())
     (tmp_path / "data" / "mllm_realtime_data").mkdir(parents=True)
     for row in rows:

@@ -1,4 +1,4 @@
-"""Reading ahead: the same batches with any number of workers, and workers that never outlive their use."""
+"""Prefetching: the same batches with any number of workers, errors, signals and the end of workers."""
 
 import multiprocessing
 import os
@@ -25,7 +25,7 @@ class Unpicklable(Exception):
 
 
 class Source:
-    """Twelve batches that know their step."""
+    """Twelve batches whose contents depend on their step."""
 
     def __init__(self, *, broken: int | None = None):
         self.broken = broken
@@ -44,7 +44,7 @@ class Source:
 
 
 class Inside:
-    """Batches that tell what their process is like."""
+    """Batches that report the process they were made in."""
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -71,7 +71,7 @@ def test_batches_are_the_same_with_any_number_of_workers(workers, start):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_arrives_in_its_turn(workers):
+def test_an_error_is_raised_at_its_step(workers):
     batches = iterate(Source(broken=3), start=1, workers=workers, read_ahead=2)
     assert [next(batches).batch.tokens[0, 0] for _ in range(2)] == [
         Source()[step].batch.tokens[0, 0] for step in (1, 2)
@@ -82,7 +82,7 @@ def test_an_error_arrives_in_its_turn(workers):
     assert not multiprocessing.active_children()
 
 
-def test_workers_keep_off_the_accelerator_and_leave_signals_to_the_parent():
+def test_workers_run_on_cpu_and_ignore_signals():
     batches = iterate(Inside(), start=0, workers=2, read_ahead=1)
     inside = [next(batches).dropped for _ in range(4)]
     pids = {int(pid) for pid, _ in inside}
@@ -119,7 +119,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs a program that has got a batch from each of two workers, and then does something."""
+    """Starts a program that takes a batch from each of two workers, then runs a statement."""
 
     def run(then: str) -> subprocess.Popen:
         file = tmp_path / "script.py"
@@ -135,27 +135,27 @@ def test_no_worker_outlives_a_killed_program(script):
     program = script("time.sleep(600)")
     pids = [int(pid) for pid in program.stdout.readline().split()]
     assert len(pids) == 2
-    assert all(map(_lives, pids))
+    assert all(map(_is_alive, pids))
     program.kill()
     deadline = time.monotonic() + 20
-    while any(map(_lives, pids)):
+    while any(map(_is_alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     program.communicate()
 
 
-def test_a_program_that_fails_tells_only_why(script):
+def test_a_failing_program_prints_only_its_own_error(script):
     program = script("raise SystemError('the end')")
     _, errors = program.communicate(timeout=120)
     assert errors.endswith("SystemError: the end\n")
     assert errors.count("Traceback") == 1
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     state = Path(f"/proc/{pid}/stat")
-    # A zombie is dead; nobody may have asked about it yet.
+    # A zombie is dead, but not reaped yet.
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"

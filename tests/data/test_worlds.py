@@ -1,5 +1,6 @@
-"""Batches: their shapes, what is in them, and that each is decided by its number alone."""
+"""Tabletop batches: shapes, contents, and that step and seed alone determine a batch."""
 
+import contextlib
 import dataclasses
 import itertools
 import pickle
@@ -15,7 +16,7 @@ from moss_jax.text import Tokenizer, chat
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop.language import WAIT, understand
 
-# Batches 0 and 1 are short and dense.
+# Batches 0 and 1 are warm-up: short clips with dense questions.
 CONFIG = TabletopConfig(
     image_size=32,
     min_seconds=3,
@@ -48,12 +49,11 @@ def arrays(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    a, b = arrays(a), arrays(b)
-    return all(np.array_equal(a[name], b[name]) for name in a)
+    return all(map(np.array_equal, arrays(a).values(), arrays(b).values()))
 
 
 def lengths(batch: Batch) -> np.ndarray:
-    """The number of tokens of each row; id 0 is that of padding."""
+    """Number of tokens of each row; id 0 is padding."""
     return np.array([len(np.trim_zeros(row, "b")) for row in batch.tokens])
 
 
@@ -75,22 +75,22 @@ def test_shapes(make, step, rows, tokens, seconds):
     }
 
 
-def test_there_is_no_end_of_batches(make):
+def test_batches_are_endless(make):
     assert len(make()) > 10**9
     assert make()[10**6].batch.tokens.any()
 
 
-def test_a_batch_is_shared_evenly_or_not_at_all(make):
+def test_processes_must_share_a_batch_evenly(make):
     with pytest.raises(ValueError, match="a batch of 5 can't be shared evenly by 2 processes"):
         make(batch_size=5, process_count=2)
 
 
-# --------------------------------------------------------------------------------- what is in them
+# ------------------------------------------------------------------------------------- contents
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_tokens": 60, "warmup_tokens": 20}])
-def test_rows_fit_together(make, tokenizer, changes):
-    """Tokens, labels, frames and their positions, also where a sequence is cut."""
+def test_rows_are_consistent(make, tokenizer, changes):
+    """Tokens, labels, frames and frame positions, also where a sequence is truncated."""
     source = make(batch_size=8, **changes)
     full = 0
     for step in range(4):
@@ -123,7 +123,7 @@ def test_streams_have_all_lengths(make):
 
 
 def test_frames_of_a_row_are_of_one_stream(make):
-    """The table of one row looks like itself, and not like those of the others."""
+    """Frames of one row resemble each other more than those of other rows."""
     frames = make()[2].batch.frames[:, :3].astype(float)
     within = np.abs(frames[:, 0] - frames[:, 1]).mean(axis=(1, 2, 3))
     between = [np.abs(a[0] - b[0]).mean() for i, a in enumerate(frames) for b in frames[:i]]
@@ -137,7 +137,7 @@ def turns(tokenizer: Tokenizer, row: np.ndarray) -> list[str]:
     return [tokenizer.decode(row[i + 1 : i + 1 + list(row[i + 1 :]).index(special.end_header)]) for i in at]
 
 
-def test_what_is_learnt_is_said_in_the_language(make, tokenizer):
+def test_labels_are_sentences_of_the_language(make, tokenizer):
     batch = make(batch_size=12, offline_share=0.0)[5].batch
     sentences = 0
     for row in batch.labels:
@@ -174,17 +174,17 @@ def test_most_streams_have_a_system_prompt(make, tokenizer):
     assert not any("system" in turns(tokenizer, row) for row in source[0].batch.tokens)
 
 
-def test_short_clips_are_dense(make, tokenizer):
+def test_warm_up_clips_are_dense(make, tokenizer):
     source = make(batch_size=8)
     users = [turns(tokenizer, row).count("user") for row in source[0].batch.tokens]
     assert np.mean(users) >= 2.5
-    # Speech is fast enough that nearly every answer ends, which a silence tells.
+    # Speech is fast enough that nearly every answer ends, in a silence.
     silences = (source[0].batch.labels == tokenizer.special.silence).sum(axis=1)
     assert (silences > users).mean() > 0.5
 
 
-def test_speakers_differ_in_speed(make, tokenizer):
-    """Who speaks from one frame through to the next says about as many tokens as a second has."""
+def test_speeds_of_speech_vary(make, tokenizer):
+    """Speech that lasts from one frame to the next has about the tokens of one second between them."""
     speeds = set()
     source = make(batch_size=40, offline_share=0.0, min_seconds=6)
     for batch in (source[2].batch, source[3].batch):
@@ -196,10 +196,10 @@ def test_speakers_differ_in_speed(make, tokenizer):
     assert {3, 4, 5, 6, 8} <= speeds
 
 
-# --------------------------------------------------------------------------------- always the same
+# ---------------------------------------------------------------------------------- determinism
 
 
-def test_a_batch_depends_on_its_number_and_the_seed_alone(make):
+def test_step_and_seed_determine_a_batch(make):
     source = make()
     ahead = {step: source[step].batch for step in (5, 0, 3)}
     for step, batch in ahead.items():
@@ -208,7 +208,7 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone(make):
     assert not equal(make(seed=1)[5].batch, ahead[5])
 
 
-def test_no_two_rows_are_the_same(make):
+def test_all_rows_differ(make):
     source = make()
     rows = [row.tobytes() for step in range(5) for row in source[step].batch.frames[:, :2]]
     assert len(set(rows)) == len(rows) == 2 * 12 + 3 * 4
@@ -222,24 +222,23 @@ def test_processes_share_a_batch(make, step):
         np.testing.assert_array_equal(np.concatenate([share[name] for share in shares]), values)
 
 
-def test_a_source_travels_to_other_processes(make):
+def test_a_source_can_be_pickled(make):
     source = make()
     fresh = pickle.dumps(source)
     batch = source[3].batch
     content = pickle.dumps(source)
-    # Nothing that it has made goes along.
+    # Without the tokenizer that it has loaded.
     assert content == fresh
     assert len(content) < 2**20
     assert equal(pickle.loads(content)[3].batch, batch)
 
 
-def test_workers_make_the_same_batches(make):
+def test_workers_give_the_same_batches(make):
     source = make(batch_size=2, warmup_factor=1)
     drawn = {}
     for workers in (0, 2):
-        batches = iterate(source, start=1, workers=workers, read_ahead=4)
-        drawn[workers] = [next(batches).batch for _ in range(4)]
-        batches.close()
+        with contextlib.closing(iterate(source, start=1, workers=workers, read_ahead=4)) as batches:
+            drawn[workers] = [next(batches).batch for _ in range(4)]
     assert all(map(equal, *drawn.values()))
     assert drawn[0][0].tokens.shape == (2, 128)
     assert drawn[0][1].tokens.shape == (2, 320)

@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from moss_jax.config import PRESETS, CompressorConfig
-from moss_jax.nn.compressor import Compressor
+from moss_jax.nn.compressor import Compressor, stack
+
+WIDTH, COUNT = 16, 3  # Of the encoder's states.
 
 
 def windows(patches, stride):
@@ -57,53 +59,53 @@ DEFINITIONS = {"average": average, "max": maximum, "bilinear": bilinear, "channe
 @pytest.fixture
 def compressor(small_config):
     def make(mode, grid, stride, dtype="float32"):
-        vision = dataclasses.replace(small_config().vision, image_size=14 * grid)
+        vision = small_config().vision
+        vision = dataclasses.replace(vision, image_size=14 * grid, intermediate_layers=(0, 1))
         return Compressor(CompressorConfig(mode, stride), vision, rngs=nnx.Rngs(0), dtype=dtype)
 
     return make
 
 
+def random_states(grid, dtype="float32"):
+    """The encoder's states: the final one and the inputs of two layers."""
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal((2, 1 + grid**2, WIDTH)), dtype) for _ in range(COUNT)]
+
+
+def test_the_states_of_layers_are_interleaved_behind_the_final_one():
+    last, first, second = states = random_states(3)
+    stacked = stack(states)
+    np.testing.assert_array_equal(stacked[..., :WIDTH], last)
+    np.testing.assert_array_equal(stacked[..., WIDTH::2], first)
+    np.testing.assert_array_equal(stacked[..., WIDTH + 1 :: 2], second)
+
+
 @pytest.mark.parametrize("mode", DEFINITIONS)
-@pytest.mark.parametrize(("grid", "stride"), [(4, 2), (5, 2), (7, 3), (3, 1), (5, 5)])
-def test_pools_as_defined(compressor, mode, grid, stride):
-    module = compressor(mode, grid, stride)
-    width = 32
-    x = np.random.default_rng(0).standard_normal((2, 1 + grid**2, width)).astype(np.float32)
-    kernel = None
+@pytest.mark.parametrize(("grid", "stride"), [(4, 2), (5, 2), (7, 3), (3, 1)])
+def test_pools_the_stacked_states_as_defined(compressor, mode, grid, stride):
+    module, states = compressor(mode, grid, stride), random_states(grid)
+    channels, kernel = COUNT * WIDTH, None
     if mode == "channelFusion":
-        kernel = (
-            np.asarray(module.merger.kernel[...]).reshape(stride, stride, width, width).transpose(3, 2, 0, 1)
-        )
-    out = module(jnp.asarray(x))
-    pooled = DEFINITIONS[mode](x[:, 1:].reshape(2, grid, grid, width).astype(np.float64), stride, kernel)
-    np.testing.assert_array_equal(out[:, 0], x[:, 0])
-    np.testing.assert_allclose(out[:, 1:], pooled.reshape(2, -1, width), atol=1e-5)
+        kernel = np.asarray(module.merger.kernel[...]).reshape(stride, stride, channels, channels)
+        kernel = kernel.transpose(3, 2, 0, 1)
+    out, x = module(states), np.float64(stack(states))
+    pooled = DEFINITIONS[mode](x[:, 1:].reshape(2, grid, grid, channels), stride, kernel)
+    np.testing.assert_array_equal(out[:, 0], stack(states)[:, 0])
+    # Of K = stride² channels products, a sum is off by K units of float32 times the length of their vector:
+    # 432 * 2^-24 * 0.02 sqrt(432), of which numbers are up to 4 times as large.
+    np.testing.assert_allclose(out[:, 1:], pooled.reshape(2, -1, channels), rtol=0, atol=5e-5)
     assert out.shape[1] == 1 + CompressorConfig(mode, stride).output_grid(grid) ** 2
 
 
 @pytest.mark.parametrize("mode", DEFINITIONS)
-def test_of_frames_it_is_what_the_encoder_gives_compressed(compressor, mode):
-    """Whichever is done first, compressing states or putting them side by side."""
-    module = compressor(mode, 4, 2)
-    states = jax.random.normal(jax.random.key(0), (2, 17, 2, 16))
-
-    def encoder(pixels, keep, each=lambda state: state):
-        assert (pixels, keep) == ("pixels", "full")
-        return jnp.concatenate([each(states[:, :, i]) for i in range(2)], axis=-1)
-
-    found = module.of_frames(encoder, "pixels", "full")
-    np.testing.assert_allclose(found, module(states.reshape(2, 17, 32)), atol=1e-6)
-
-
-@pytest.mark.parametrize("mode", DEFINITIONS)
 def test_keeps_the_dtype(compressor, mode):
-    assert compressor(mode, 4, 2, "bfloat16")(jnp.ones((1, 17, 32), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert compressor(mode, 4, 2, "bfloat16")(random_states(4, "bfloat16")).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("mode", DEFINITIONS)
 def test_only_channel_fusion_has_parameters(compressor, mode):
     sizes = [x.size for x in jax.tree.leaves(nnx.state(compressor(mode, 4, 2)))]
-    assert sizes == ([4 * 32 * 32] if mode == "channelFusion" else [])
+    assert sizes == ([4 * (COUNT * WIDTH) ** 2] if mode == "channelFusion" else [])
 
 
 def test_vectors_of_the_released_model():
@@ -111,6 +113,6 @@ def test_vectors_of_the_released_model():
     assert config.vectors_per_frame == 101
     abstract = nnx.eval_shape(
         lambda x: Compressor(config.compressor, config.vision, rngs=nnx.Rngs(0), dtype="float32")(x),
-        jax.ShapeDtypeStruct((1, 1601, 7680), jnp.float32),
+        [jax.ShapeDtypeStruct((1, 1601, 1280), jnp.float32)] * 6,
     )
     assert abstract.shape == (1, 101, 7680)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 import moss_jax
+from moss_jax.nn.compressor import stack
 
 TOLERANCE = 1e-4
 
@@ -23,9 +24,9 @@ def close(actual, expected):
 def test_features_after_each_stage(golden, platform):
     @jax.jit
     def stages(pixels):
-        vision = golden.model.vision(pixels)
-        pooled = golden.model.compressor(vision)
-        return vision, pooled, golden.model.projector(pooled)
+        states = golden.model.vision(pixels)
+        pooled = golden.model.compressor(states)
+        return stack(states), pooled, golden.model.projector(pooled)
 
     vision, pooled, projected = stages(golden.pixels.reshape(-1, *golden.pixels.shape[2:]))
     close(vision, frames(golden, "vision_features"))

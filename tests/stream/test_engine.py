@@ -1,4 +1,4 @@
-"""The jitted steps: they are the model, whatever the rows; slots are alone; few programs serve all."""
+"""The engine: steps give the logits of one pass, slots are independent, and programs are few."""
 
 import itertools
 from unittest import mock
@@ -7,15 +7,17 @@ import jax
 import numpy as np
 import pytest
 
+from moss_jax.config import EngineConfig
 from moss_jax.stream import PENDING, Engine, Row
-from moss_jax.stream import engine as engine_module
-from moss_jax.stream.engine import ENCODE_BUCKETS, FRAME_BUCKETS, TOKEN_BUCKETS
+from moss_jax.stream.engine import gather
+from moss_jax.stream.perception import ENCODE_BUCKETS
+from moss_jax.stream.rows import FRAME_BUCKETS, TOKEN_BUCKETS
 from moss_jax.text import Tokenizer
 
 IMAGE = 1024
 
 
-def test_a_row_of_any_make_up_gives_the_logits_of_one_pass(make_engine, one_pass, frames):
+def test_rows_of_any_mix_give_the_logits_of_one_pass(make_engine, one_pass, frames):
     engine = make_engine()
     rng = np.random.default_rng(0)
     text = lambda n: rng.integers(0, 1000, n).tolist()  # noqa: E731
@@ -27,58 +29,58 @@ def test_a_row_of_any_make_up_gives_the_logits_of_one_pass(make_engine, one_pass
         Row([IMAGE] * 10, range(4, 14)),
         Row([PENDING, *text(300)]),
     ]
-    pool = engine.encode(frames)
+    features = engine.encode(frames)
     state, context, pending, seen = engine.start(), [], None, []
     for row in rows:
-        state, drawn = engine.step(state, [row], pool if row.frames else None)
+        state, sampled = engine.step(state, [row], features if row.frames else None)
         context += [pending if token == PENDING else token for token in row.tokens]
         seen += [frames[i] for i in row.frames]
-        pending = int(drawn.tokens[0])
-        assert pending == int(
-            np.argmax(np.where(np.asarray(engine._rules.allowed), drawn.logits[0], -np.inf))
-        )
+        pending = int(sampled.tokens[0])
+        assert pending == likeliest(engine, sampled.logits[0])
         if seen:
             expected = one_pass(context, seen)[-1]
-            np.testing.assert_allclose(drawn.logits[0], expected, atol=1e-3)
+            np.testing.assert_allclose(sampled.logits[0], expected, atol=1e-3)
 
 
-def test_arranged_for_decoding_it_says_the_same(make_engine, one_pass, frames):
-    """As on a GPU, where some weights are laid otherwise."""
-    text, pool_of = [1015, 5, 6, 7], frames[:1]
-    with (
-        mock.patch("moss_jax.ops.contiguous.pays", return_value=True),
-        mock.patch("moss_jax.nn.contiguous.pays", return_value=True),
-    ):
-        engine = make_engine()
-        state, drawn = engine.step(engine.start(), [Row([*text, IMAGE], [0])], engine.encode(pool_of))
+def test_the_weight_layout_for_decoding_gives_the_same_logits(model, tokenizer, one_pass, frames):
+    """As on a GPU, where attention projections are laid out output-major."""
+    text, shown = [1015, 5, 6, 7], frames[:1]
+    with mock.patch("moss_jax.nn.quantize.decode_layout", return_value="outputs_first"):
+        engine = Engine(model, tokenizer, EngineConfig(text_capacity=64, bank_capacity=4))
+        state, sampled = engine.step(engine.start(), [Row([*text, IMAGE], [0])], engine.encode(shown))
         context = [*text, IMAGE]
         for _ in range(3):
-            context.append(int(drawn.tokens[0]))
-            state, drawn = engine.step(state, [Row([PENDING])])
-            np.testing.assert_allclose(drawn.logits[0], one_pass(context, pool_of)[-1], atol=1e-3)
+            context.append(int(sampled.tokens[0]))
+            state, sampled = engine.step(state, [Row([PENDING])])
+            np.testing.assert_allclose(sampled.logits[0], one_pass(context, shown)[-1], atol=1e-3)
+
+
+def likeliest(engine, logits) -> int:
+    """The token that greedy sampling takes."""
+    return int(np.argmax(np.where(np.asarray(engine.allowed), logits, -np.inf)))
 
 
 def test_a_frame_changes_the_next_token_and_nothing_before_it(make_engine, one_pass, frames):
     engine = make_engine()
-    pool = engine.encode(frames[:2])
+    features = engine.encode(frames[:2])
     prompt = [1015, 5, 6, 7, IMAGE]
 
-    def talk(arrival: int | None) -> list[np.ndarray]:
-        """Logits of six tokens in mid-answer; a second frame may arrive before one of them."""
-        state, drawn = engine.step(engine.start(), [Row(prompt, [0])], pool)
-        logits = [np.asarray(drawn.logits[0])]
+    def decode(arrival: int | None) -> list[np.ndarray]:
+        """Logits of six tokens of an answer; a second frame may arrive before one of them."""
+        state, sampled = engine.step(engine.start(), [Row(prompt, [0])], features)
+        logits = [np.asarray(sampled.logits[0])]
         for i in range(5):
             row = Row([PENDING, IMAGE], [1]) if i == arrival else Row([PENDING])
-            state, drawn = engine.step(state, [row], pool if i == arrival else None)
-            logits.append(np.asarray(drawn.logits[0]))
+            state, sampled = engine.step(state, [row], features if i == arrival else None)
+            logits.append(np.asarray(sampled.logits[0]))
         return logits
 
-    without, with_frame = talk(None), talk(2)
+    without, with_frame = decode(None), decode(2)
     for i in range(3):
         np.testing.assert_array_equal(without[i], with_frame[i])
     assert np.abs(without[3] - with_frame[3]).max() > 0.1
-    # And what it sees is that frame: another picture gives other logits, this one those of one pass.
-    said = [int(np.argmax(np.where(np.asarray(engine._rules.allowed), x, -np.inf))) for x in with_frame]
+    # The frame itself matters: this one gives the logits of one pass, another picture gives others.
+    said = [likeliest(engine, x) for x in with_frame]
     sequence = [*prompt, *said[:3], IMAGE]
     np.testing.assert_allclose(with_frame[3], one_pass(sequence, frames[:2])[-1], atol=1e-3)
     other = one_pass(sequence, [frames[0], frames[5]])[-1]
@@ -86,7 +88,7 @@ def test_a_frame_changes_the_next_token_and_nothing_before_it(make_engine, one_p
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_k": 50, "repetition_penalty": 1.3}])
-def test_a_slot_gets_what_it_gets_alone(make_engine, frames, sampling):
+def test_slots_are_independent(make_engine, frames, sampling):
     rows = {
         0: [Row([1015, *range(40)]), None, Row([PENDING, IMAGE], [0]), Row([PENDING]), Row([PENDING]), None],
         1: [
@@ -99,131 +101,53 @@ def test_a_slot_gets_what_it_gets_alone(make_engine, frames, sampling):
         ],
     }
     pair = make_engine(slots=2, **sampling)
-    pool = pair.encode(frames[:3])
+    features = pair.encode(frames[:3])
     state = pair.start()
     together: dict[int, list] = {0: [], 1: []}
     for step in zip(rows[0], rows[1], strict=True):
-        state, drawn = pair.step(state, step, pool if any(row and row.frames for row in step) else None)
+        state, sampled = pair.step(state, step, features if any(row and row.frames for row in step) else None)
         for slot, row in enumerate(step):
             if row is not None:
-                together[slot].append((int(drawn.tokens[slot]), np.asarray(drawn.logits[slot])))
+                together[slot].append((int(sampled.tokens[slot]), np.asarray(sampled.logits[slot])))
     single = make_engine(**sampling)
     for slot, script in rows.items():
         state = single.start()
         for row, (token, logits) in zip(filter(None, script), together[slot], strict=True):
-            state, drawn = single.step(state, [row], pool if row.frames else None)
-            np.testing.assert_allclose(drawn.logits[0], logits, atol=1e-3)
-            assert int(drawn.tokens[0]) == token
+            state, sampled = single.step(state, [row], features if row.frames else None)
+            np.testing.assert_allclose(sampled.logits[0], logits, atol=1e-3)
+            assert int(sampled.tokens[0]) == token
 
 
-def test_slots_of_unequal_pieces_all_draw_from_their_last_token(make_engine):
+def test_rows_cut_into_unequal_pieces_all_sample_from_their_last_token(make_engine):
     pair, single = make_engine(slots=2), make_engine()
     long, short = Row([1015, *range(300)]), Row([1015, 7, 8])
-    _, drawn = pair.step(pair.start(), [short, long])
+    _, sampled = pair.step(pair.start(), [short, long])
     for slot, row in enumerate([short, long]):
         _, alone = single.step(single.start(), [row])
-        np.testing.assert_allclose(drawn.logits[slot], alone.logits[0], atol=1e-3)
+        np.testing.assert_allclose(sampled.logits[slot], alone.logits[0], atol=1e-3)
 
 
-def test_few_programs_serve_every_row(model, tokenizer, frames):
+def test_rows_and_batches_of_all_sizes_share_few_programs(model, tokenizer, frames):
     engine = Engine(model, tokenizer)
     state = engine.start()
-    pool = engine.encode(frames[:8])
+    features = engine.encode(frames[:8])
     for length in itertools.chain(range(1, 40), (100, 319, 320, 321, 700)):
         state, _ = engine.step(state, [Row([1015] * length)])
     for count in (1, 2, 5, 8, 11, 16, 17, 30):
-        pool = engine.encode((frames * 2)[:count])
-        state, _ = engine.step(state, [Row([PENDING] + [IMAGE] * count, range(count))], pool)
-        state, _ = engine.step(state, [Row([1015] * 9 + [IMAGE] * count, range(count))], pool)
+        features = engine.encode((frames * 2)[:count])
+        state, _ = engine.step(state, [Row([PENDING] + [IMAGE] * count, range(count))], features)
+        state, _ = engine.step(state, [Row([1015] * 9 + [IMAGE] * count, range(count))], features)
     engine.encode(frames * 5)
-    # A row of one token comes in two forms: the pending one, and others.
-    assert engine._step._cache_size() <= len(TOKEN_BUCKETS) + 1 + len(FRAME_BUCKETS)
-    assert engine._pixels._cache_size() == engine._encode._cache_size() == len(ENCODE_BUCKETS)
+    # A row of one token comes in two forms: pending tokens, whose arguments stay on the device, and others.
+    compiled = {name: program._cache_size() for name, program in engine.programs.items()}
+    assert compiled["step"] <= len(TOKEN_BUCKETS) + 1 + len(FRAME_BUCKETS)
+    assert compiled["pixels"] == compiled["encode"] == len(ENCODE_BUCKETS)
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (5, [5]), (20, [8, 8, 4]), (75, [8, 32, 32, 3])])
-def test_batches_are_sent_before_the_one_ahead_of_them_is_encoded(make_engine, frames, count, sizes):
-    engine, seen = make_engine(), []
-    send, encode = engine._send, engine._encode_sent
-
-    def watched_send(batch):
-        seen.append(("send", len(batch)))
-        return send(batch)
-
-    def watched_encode(sent):
-        seen.append(("encode", None))
-        return encode(sent)
-
-    frames = (frames * 5)[:count]
-    with mock.patch.multiple(engine, _send=watched_send, _encode_sent=watched_encode):
-        pool = engine.encode(frames)
-    assert [size for what, size in seen if what == "send"] == sizes
-    what = [what for what, _ in seen]
-    for i in range(1, len(sizes)):
-        encodings = [k for k, x in enumerate(what) if x == "encode"]
-        assert what[: encodings[i]].count("send") == min(i + 2, len(sizes))
-    assert what[:2] == ["send", "encode"]
-    for i in (0, count // 2, count - 1):
-        np.testing.assert_allclose(pool[i], engine.encode(frames[i : i + 1])[0], atol=1e-5)
-
-
-def test_the_batches_of_a_clip():
-    """All frames in order, the small batches first, and one of these at least before a large one."""
-    for count in (1, 2, 8, 9, 32, 39, 40, 41, 72, 130, 256):
-        batches = list(engine_module._batches(list(range(count))))
-        assert [frame for batch in batches for frame in batch] == list(range(count))
-        sizes = [len(batch) for batch in batches]
-        assert sizes[0] <= 8
-        assert sizes.count(32) == max(count - 8, 0) // 32
-        *whole, last = sizes
-        assert set(whole) <= {8, 32}
-        assert whole == sorted(whole)
-        assert last in (count % 8 or 8, 32)
-
-
-@pytest.mark.parametrize("lead", [[], [PENDING], [PENDING, 7]], ids=str)
-def test_more_frames_than_fit_come_in_pieces(lead):
-    row = Row([*lead, *[IMAGE] * 600, 7, 8], range(600))
-    pieces = list(engine_module._pieces(row, IMAGE))
-    assert [token for piece in pieces for token in piece.tokens] == row.tokens
-    assert [frame for piece in pieces for frame in piece.frames] == list(row.frames)
-    for piece in pieces:
-        assert len(piece.tokens) <= TOKEN_BUCKETS[-1]
-        assert piece.tokens.count(IMAGE) == len(piece.frames) <= FRAME_BUCKETS[-1]
-    assert len(pieces) == 3
-
-
-@pytest.mark.parametrize(
-    ("runs", "pieces"),
-    [
-        ([(1, 0), (0, 1)], [2]),
-        ([(2, 0), (0, 1)], [2, 1]),
-        ([(0, 1), (3, 0)], [1, 3]),
-        ([(13, 0), (0, 3)], [16]),
-        ([(14, 0), (0, 3)], [14, 3]),
-        ([(5, 0), (0, 3), (4, 0), (0, 4)], [16]),
-        ([(5, 0), (0, 3), (4, 0), (0, 5), (60, 0)], [12, 5, 60]),
-        ([(5, 0), (0, 256), (40, 0)], [301]),
-        ([(5, 0), (0, 256), (60, 0)], [261, 60]),
-        ([(400, 0)], [320, 80]),
-        ([(321, 0)], [319, 2]),
-        ([(0, 257)], [256, 1]),
-    ],
-    ids=str,
-)
-def test_what_stays_together(runs, pieces):
-    """Runs of (text, frames); what is next to frames goes with them as far as their program has room."""
-    tokens = [token for text, count in runs for token in [7] * text + [IMAGE] * count]
-    row = Row(tokens, range(tokens.count(IMAGE)), new_turn=True)
-    found = list(engine_module._pieces(row, IMAGE))
-    assert [len(piece.tokens) for piece in found] == pieces
-    assert [piece.new_turn for piece in found] == [True] + [False] * (len(pieces) - 1)
-
-
-def test_warm_up_leaves_nothing_to_compile_for_a_session(model, tokenizer, frames):
+def test_warm_up_compiles_all_programs_of_a_session(model, tokenizer, frames):
     engine = Engine(model, tokenizer)
     engine.warm_up(frames[0].shape)
-    programs = engine._step, engine._pixels, engine._encode, engine_module._take
+    programs = *engine.programs.values(), gather
     compiled = [program._cache_size() for program in programs]
     state, _ = engine.step(engine.start(), [Row([1015] * 321)])
     for i in range(3):
@@ -245,38 +169,29 @@ def test_the_state_is_donated(make_engine):
 def test_the_token_program_has_no_loop(make_engine):
     engine = make_engine()
     arguments = (np.full((1, 1), PENDING, np.int32), np.ones(1, np.int32), np.zeros(1, bool), None)
-    lowered = engine._step.lower(engine._decoder, engine._rules, engine.start(), *arguments)
+    lowered = engine.programs["step"].lower(engine.parameters, engine.rules, engine.start(), *arguments)
     assert "stablehlo.while" not in lowered.as_text()
 
 
-def test_frames_of_different_sizes_keep_their_order(make_engine, frames):
-    engine = make_engine()
-    small = np.ascontiguousarray(frames[1][:12, :20])
-    mixed = engine.encode([frames[0], small, frames[2]])
-    for i, frame in enumerate([frames[0], small, frames[2]]):
-        np.testing.assert_allclose(mixed[i], engine.encode([frame])[0], atol=1e-5)
-    assert len(mixed) == 4
-
-
-def test_structure_tokens_are_never_drawn(make_engine, tokenizer):
+def test_control_tokens_are_never_sampled(make_engine, tokenizer):
     engine = make_engine(temperature=100.0)
-    state, drawn = engine.step(engine.start(), [Row([1015])])
+    state, sampled = engine.step(engine.start(), [Row([1015])])
     allowed = {tokenizer.special.silence, tokenizer.special.eot}
     said = set()
     for _ in range(300):
-        state, drawn = engine.step(state, [Row([PENDING])])
-        said.add(int(drawn.tokens[0]))
+        state, sampled = engine.step(state, [Row([PENDING])])
+        said.add(int(sampled.tokens[0]))
     assert len(said) > 100
     assert not said & (tokenizer.control_ids - allowed)
 
 
-def test_penalty_holds_within_a_turn_and_spares_punctuation(make_engine, tokenizer):
+def test_the_repetition_penalty_holds_within_a_turn_and_spares_punctuation(make_engine, tokenizer):
     engine = make_engine(repetition_penalty=1000.0)
-    state, drawn = engine.step(engine.start(), [Row([1015, 3, 4])])
+    state, sampled = engine.step(engine.start(), [Row([1015, 3, 4])])
     said = []
     for _ in range(40):
-        said.append(int(drawn.tokens[0]))
-        state, drawn = engine.step(state, [Row([PENDING])])
+        said.append(int(sampled.tokens[0]))
+        state, sampled = engine.step(state, [Row([PENDING])])
     exempt = tokenizer.penalty_exempt()
     words = [token for token in said if not exempt[token]]
     assert len(words) == len(set(words)) > 10
@@ -293,7 +208,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(model, monkeypatch):
         Engine(model, other)
 
 
-def test_start_gives_buffers_of_their_own(make_engine):
+def test_no_two_arrays_of_a_state_share_a_buffer(make_engine):
     leaves = jax.tree.leaves(make_engine().start())
     pointers = [x.unsafe_buffer_pointer() for x in leaves if x.nbytes > 64]
     assert len(pointers) == len(set(pointers))

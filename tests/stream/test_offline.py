@@ -1,53 +1,53 @@
-"""The offline use: the whole clip first, then the answer."""
+"""Offline use: the whole clip first, then the answer."""
 
 import numpy as np
 import pytest
 
-from moss_jax.stream import PENDING, End, Frame, Row, SessionError, Text, Turn, answer
+from moss_jax.stream import PENDING, End, FrameSeen, Row, SessionError, Text, Turn, answer_offline
 from moss_jax.text import Detokenizer, chat
-from moss_jax.video import Frame as VideoFrame
+from moss_jax.video import Frame
 
 SILENCE, EOT = 1021, 1020
 
 
-def clip(count: int) -> list[VideoFrame]:
-    return [VideoFrame(np.full((4, 4, 3), i % 256, np.uint8), float(i)) for i in range(count)]
+def clip(count: int) -> list[Frame]:
+    return [Frame(np.full((4, 4, 3), i % 256, np.uint8), float(i)) for i in range(count)]
 
 
 def test_all_frames_come_before_the_question(scripted, tokenizer):
     said = tokenizer.encode("A red card.")
     engine = scripted([*said, EOT])
-    events = list(answer(engine, clip(19), "What is it?", system="Look."))
+    events = list(answer_offline(engine, clip(19), "What is it?", system="Look."))
     opening = chat.offline_opening(tokenizer, system="Look.", num_frames=19, prompt="What is it?")
-    # The last step ran ahead of the end.
+    # The last step was dispatched before the end was known.
     assert engine.state.context[0] == [*opening, *said, SILENCE]
     assert engine.seen == list(range(19))
-    assert [e.index for e in events if isinstance(e, Frame)] == list(range(19))
+    assert [e.index for e in events if isinstance(e, FrameSeen)] == list(range(19))
     assert "".join(e.text for e in events if isinstance(e, Text)) == "A red card."
     assert [type(e) for e in events[19:20]] == [Turn]
     assert isinstance(events[-1], End)
     assert (events[-1].reason, events[-1].counters.tokens) == ("finished", len(said))
 
 
-def test_a_long_clip_is_appended_in_parts(scripted, tokenizer):
-    """What leads up to it with the first, the question with the last, from which the answer is drawn."""
+def test_a_long_clip_is_appended_in_chunks(scripted, tokenizer):
+    """The tokens before it go with the first, the question with the last, which samples the answer."""
     engine, steps = scripted({0: [9, 9, 5, EOT]}, bank_capacity=600), []
     engine.before_step = lambda: steps.append(len(engine.state.context[0]))
-    events = list(answer(engine, clip(600), "What is it?"))
+    events = list(answer_offline(engine, clip(600), "What is it?"))
     opening = chat.offline_opening(tokenizer, system=None, num_frames=600, prompt="What is it?")
     begin = opening.index(tokenizer.special.image)
     assert steps[:4] == [0, begin + 256, begin + 512, len(opening)]
     assert engine.state.context[0] == [*opening, 5, SILENCE]
     assert engine.seen == [i % 256 for i in range(600)]
-    assert [e.index for e in events if isinstance(e, Frame)] == list(range(600))
+    assert [e.index for e in events if isinstance(e, FrameSeen)] == list(range(600))
 
 
-def test_the_answer_ends_at_the_limit_of_tokens_or_of_the_text(scripted, tokenizer):
-    limited = list(answer(scripted([5] * 100), clip(2), "What?", max_tokens=7))[-1]
+def test_the_answer_ends_at_max_tokens_or_at_the_text_capacity(scripted, tokenizer):
+    limited = list(answer_offline(scripted([5] * 100), clip(2), "What?", max_tokens=7))[-1]
     assert (limited.reason, limited.counters.tokens) == ("token_limit", 7)
     opening = chat.offline_opening(tokenizer, system=None, num_frames=2, prompt="What?")
     engine = scripted([5] * 100, text_capacity=len(opening) + 4)
-    assert list(answer(engine, clip(2), "What?"))[-1].counters.tokens == 4
+    assert list(answer_offline(engine, clip(2), "What?"))[-1].counters.tokens == 4
     assert len(engine.state.context[0]) <= len(opening) + 4
 
 
@@ -59,25 +59,25 @@ def test_the_answer_ends_at_the_limit_of_tokens_or_of_the_text(scripted, tokeniz
         (3, "what " * 200, "more than the text capacity of 100"),
     ],
 )
-def test_what_does_not_fit_is_refused_at_once(scripted, frames, prompt, message):
+def test_input_that_does_not_fit_is_refused_before_iteration(scripted, frames, prompt, message):
     engine = scripted(text_capacity=100, bank_capacity=10)
     with pytest.raises(SessionError, match=message):
-        answer(engine, clip(frames), prompt)
+        answer_offline(engine, clip(frames), prompt)
 
 
 def test_the_answer_does_not_depend_on_how_the_clip_is_chunked(make_engine, frames, tokenizer):
     engine = make_engine()
-    shown = [VideoFrame(frame, float(i)) for i, frame in enumerate(frames[:10])]
-    events = list(answer(engine, shown, "What is it?", max_tokens=5))
+    shown = [Frame(frame, float(i)) for i, frame in enumerate(frames[:10])]
+    events = list(answer_offline(engine, shown, "What is it?", max_tokens=5))
     opening = chat.offline_opening(tokenizer, system=None, num_frames=10, prompt="What is it?")
     state, said = engine.start(), []
-    state, drawn = engine.step(state, [Row(opening, range(10))], engine.encode(frames[:10]))
+    state, sampled = engine.step(state, [Row(opening, range(10))], engine.encode(frames[:10]))
     for _ in range(5):
-        token = int(drawn.tokens[0])
+        token = int(sampled.tokens[0])
         if token == SILENCE:
             break
         said.append(token)
-        state, drawn = engine.step(state, [Row([PENDING])])
+        state, sampled = engine.step(state, [Row([PENDING])])
     detokenizer = Detokenizer(tokenizer)
     assert [e.text for e in events if isinstance(e, Text)] == [t for t in map(detokenizer.push, said) if t]
     assert events[-1].counters.tokens == len(said) > 0

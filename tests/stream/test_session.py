@@ -1,4 +1,4 @@
-"""The live loop: what enters the context when, what is told, and what happens at the edges."""
+"""The live loop: when input enters the context, which events are reported, and the edge cases."""
 
 import dataclasses
 import threading
@@ -13,7 +13,7 @@ from moss_jax.stream import (
     PENDING,
     Counters,
     End,
-    Frame,
+    FrameSeen,
     Interrupted,
     Session,
     SessionError,
@@ -27,7 +27,7 @@ SILENCE, EOT, IMAGE = 1021, 1020, 1024
 
 
 def numbered(count: int):
-    """Frames that the scripted engine knows by their number."""
+    """Frames that the scripted engine identifies by their number."""
     return [np.full((4, 4, 3), i, np.uint8) for i in range(count)]
 
 
@@ -36,7 +36,7 @@ def words(tokenizer, text: str) -> list[int]:
 
 
 def lockstep(engine, *, frames=0, prompts=(), tps=4, tail=1.0, system="Watch.", prompt="") -> Session:
-    """A lockstep session with a frame a second, all pushed."""
+    """A lockstep session with a frame a second; all input is pushed."""
     config = SessionConfig(clock="lockstep", tokens_per_second=tps, tail_seconds=tail)
     session = Session(engine, config, system=system, prompt=prompt)
     timed = [(float(i), 1, frame) for i, frame in enumerate(numbered(frames))]
@@ -61,8 +61,8 @@ def test_a_silent_stream_alternates_frames_and_silence(scripted, tokenizer):
     engine = scripted()
     events = list(lockstep(engine, frames=4))
     assert kinds(events) == ["turn", "silence", *["frame", "silence"] * 4, "end"]
-    assert [e.stream_time for e in events if isinstance(e, Frame)] == pytest.approx([0.25, 1, 2, 3])
-    assert [e.time for e in events if isinstance(e, Frame)] == [0, 1, 2, 3]
+    assert [e.stream_time for e in events if isinstance(e, FrameSeen)] == pytest.approx([0.25, 1, 2, 3])
+    assert [e.time for e in events if isinstance(e, FrameSeen)] == [0, 1, 2, 3]
     opening = chat.opening(tokenizer, system="Watch.")
     assert engine.state.context == [[*opening, *[SILENCE, IMAGE] * 4]]
     assert engine.seen == [0, 1, 2, 3]
@@ -89,10 +89,10 @@ def test_a_frame_enters_at_the_next_token_while_the_model_talks(scripted, tokeni
     assert engine.state.context[0] == [*opening, SILENCE, IMAGE, *first, IMAGE, *second, SILENCE, IMAGE]
     spoken = "".join(e.text for e in events if isinstance(e, Text))
     assert spoken == tokenizer.decode(said)
-    # The second frame is told in the middle of the text.
-    told = [e.type for e in events if isinstance(e, Text | Frame)]
-    second_frame = told.index("frame", told.index("text"))
-    assert "text" in told[second_frame:]
+    # The event of the second frame comes in the middle of the text.
+    reported = [e.type for e in events if isinstance(e, Text | FrameSeen)]
+    second_frame = reported.index("frame", reported.index("text"))
+    assert "text" in reported[second_frame:]
 
 
 def test_no_more_tokens_follow_a_frame_than_a_second_holds(scripted, tokenizer):
@@ -101,7 +101,7 @@ def test_no_more_tokens_follow_a_frame_than_a_second_holds(scripted, tokenizer):
         events = list(lockstep(scripted([word] * 500), frames=5, tps=tps))
         after: list[int] = []
         for event in events:
-            if isinstance(event, Frame):
+            if isinstance(event, FrameSeen):
                 after.append(0)
             elif isinstance(event, Text) and after:
                 after[-1] += 1
@@ -111,8 +111,8 @@ def test_no_more_tokens_follow_a_frame_than_a_second_holds(scripted, tokenizer):
 
 def test_an_answer_goes_on_for_the_tail_and_no_longer(scripted, tokenizer):
     (word,) = words(tokenizer, " the")
-    # At 4 tokens a second. The first went to the silence before the frame, and what a frame gives is drawn
-    # with it whatever the tail.
+    # At 4 tokens a second. The first was the silence before the frame, and the step that appends a frame
+    # samples a token whatever the tail.
     for tail, expected in ((0.0, 1), (1.0, 3), (2.5, 9)):
         events = list(lockstep(scripted([SILENCE, *[word] * 100]), frames=1, tps=4, tail=tail))
         assert sum(isinstance(e, Text) for e in events) == expected
@@ -162,7 +162,7 @@ def test_at_one_instant_the_prompt_comes_before_the_frame(scripted, tokenizer):
     assert engine.state.context[0][-len(question) :] == question
 
 
-def test_an_end_of_turn_in_a_stream_is_silence(scripted, tokenizer):
+def test_an_end_of_turn_becomes_a_silence(scripted, tokenizer):
     engine = scripted([EOT, *words(tokenizer, "yes"), EOT])
     events = list(lockstep(engine, frames=3))
     opening = chat.opening(tokenizer, system="Watch.")
@@ -171,7 +171,7 @@ def test_an_end_of_turn_in_a_stream_is_silence(scripted, tokenizer):
     assert kinds(events).count("silence") == 4
 
 
-def test_half_a_character_is_never_told(scripted, tokenizer):
+def test_text_events_hold_whole_characters(scripted, tokenizer):
     snowman = tokenizer.encode("☃")
     assert len(snowman) > 1
     whole = list(lockstep(scripted([*snowman, SILENCE]), frames=2, tps=8))
@@ -209,7 +209,7 @@ def test_a_full_bank_ends_the_stream_after_the_frames_that_fit(scripted):
     assert session.push_frame(numbered(1)[0], 9.0) is False
 
 
-def test_a_full_text_ends_the_stream_and_every_token_told_was_in_it(scripted, tokenizer):
+def test_a_full_text_cache_ends_the_stream_after_the_tokens_that_fit(scripted, tokenizer):
     (word,) = words(tokenizer, " the")
     opening = len(chat.opening(tokenizer, system="Watch."))
     engine = scripted([word] * 100, text_capacity=opening + 10)
@@ -228,7 +228,7 @@ def test_a_prompt_that_no_longer_fits_ends_the_stream_before_it(scripted, tokeni
     assert EOT not in engine.state.context[0][opening:]
 
 
-def test_a_prompt_longer_than_the_capacity_is_refused_and_the_session_lives(scripted, tokenizer):
+def test_a_prompt_longer_than_the_capacity_is_refused_and_the_session_goes_on(scripted, tokenizer):
     engine = scripted(text_capacity=200)
     session = Session(engine, SessionConfig(), system=None)
     with pytest.raises(SessionError, match="the text capacity is 200"):
@@ -249,7 +249,7 @@ def test_a_prompt_longer_than_the_capacity_is_refused_and_the_session_lives(scri
         np.zeros((0, 4, 3), np.uint8),
     ],
 )
-def test_a_bad_frame_is_refused_and_the_session_lives(scripted, frame):
+def test_a_bad_frame_is_refused_and_the_session_goes_on(scripted, frame):
     session = Session(scripted(), SessionConfig())
     with pytest.raises(SessionError, match=r"uint8 RGB \[height, width, 3\]"):
         session.push_frame(frame, 0.0)
@@ -264,12 +264,12 @@ def test_a_bad_time_is_refused(scripted, at):
         session.push_prompt("hello", at)
 
 
-def test_no_such_slot(scripted):
+def test_an_unknown_slot_is_refused(scripted):
     with pytest.raises(SessionError, match="no slot 1; the session has 1"):
         Session(scripted(), SessionConfig()).push_prompt("hello", 0.0, slot=1)
 
 
-def test_a_running_lockstep_session_refuses_the_past(scripted):
+def test_a_running_lockstep_session_refuses_times_out_of_order(scripted):
     session = Session(scripted(), SessionConfig(clock="lockstep"))
     for i, frame in enumerate(numbered(3)):
         session.push_frame(frame, float(i))
@@ -288,7 +288,7 @@ def test_a_session_is_iterated_once(scripted):
         list(session)
 
 
-def test_pushes_learn_that_nobody_listens_any_more(scripted):
+def test_pushes_return_false_once_iteration_has_ended(scripted):
     session = Session(scripted(), SessionConfig())
     session.push_frame(numbered(1)[0], 0.0)
     events = iter(session)
@@ -314,7 +314,7 @@ def test_a_failing_step_ends_the_session(scripted):
 
 
 class Watcher(threading.Thread):
-    """Iterates a session in a thread and keeps what it tells."""
+    """Iterates a session in a thread and keeps its events."""
 
     def __init__(self, session: Session):
         super().__init__(daemon=True)
@@ -383,7 +383,7 @@ def test_realtime_speaks_until_something_happens(scripted, tokenizer):
     session.push_prompt("stop that")
     watcher.wait_for(Interrupted)
     session.push_frame(numbered(1)[0])
-    watcher.wait_for(Frame)
+    watcher.wait_for(FrameSeen)
     session.stop()
     watcher.join(60)
     (cut,) = [e for e in watcher.events if isinstance(e, Interrupted)]
@@ -391,16 +391,16 @@ def test_realtime_speaks_until_something_happens(scripted, tokenizer):
     assert cut.said == " the" * len(spoken)
 
 
-def test_a_step_dispatched_past_the_end_of_an_answer_leaves_no_trace(scripted, tokenizer):
-    """The session goes on before it knows that the model has fallen silent; eot is appended as silence."""
+def test_a_speculative_step_past_the_end_of_an_answer_leaves_no_trace(scripted, tokenizer):
+    """The next step is dispatched before the silence is known; eot is appended as silence."""
     said = words(tokenizer, "a red cup")
     engine = scripted([SILENCE, *said, SILENCE, *said, EOT], text_capacity=10**4)
     rows = []
     step = engine.step
 
-    def recording(state, these, pool=None):
+    def recording(state, these, features=None):
         rows.append(these[0])
-        return step(state, these, pool)
+        return step(state, these, features)
 
     engine.step = recording
     watcher = Watcher(session := Session(engine, SessionConfig(clock="realtime"), system=None))
@@ -422,7 +422,7 @@ def test_a_step_dispatched_past_the_end_of_an_answer_leaves_no_trace(scripted, t
     ]
     counters = watcher.events[-1].counters
     assert (counters.tokens, counters.silences, counters.frames) == (2 * len(said), 4, 3)
-    # It did go on: the silence that ended the answer was appended alone, and the next row begins without it.
+    # It was dispatched: it appended the silence that ended the answer, so the next row begins without it.
     assert [row.tokens[0] for row in rows if IMAGE in row.tokens][1:] == [IMAGE, IMAGE]
 
 
@@ -497,10 +497,10 @@ def test_slots_of_one_session_say_what_they_say_alone(make_engine, frames, sampl
                 push = session.push_prompt if isinstance(item, str) else session.push_frame
                 push(item, at, slot=slot)
         session.finish()
-        told: dict[int, list[dict]] = {slot: [] for slot in slots}
+        events: dict[int, list[dict]] = {slot: [] for slot in slots}
         for event in without_wall(session):
-            told[event.pop("slot")].append(event)
-        return told
+            events[event.pop("slot")].append(event)
+        return events
 
     together = run(make_engine(slots=2, **sampling), {0: 0, 1: 1})
     for script in scripts:
@@ -510,7 +510,7 @@ def test_slots_of_one_session_say_what_they_say_alone(make_engine, frames, sampl
 
 @dataclasses.dataclass
 class Step:
-    """What a session appended, with the pending token spelt out, and the scores that came of it."""
+    """The tokens that a session appended, pending ones resolved, and the logits after them."""
 
     tokens: list[int]
     logits: np.ndarray
@@ -518,16 +518,16 @@ class Step:
 
 @pytest.fixture
 def recorded(make_engine, monkeypatch):
-    """An engine, and the steps that a session takes on it."""
+    """An engine, and the list of the steps that a session takes on it."""
     engine, steps, pending = make_engine(), [], [None]
     step = engine.step
 
-    def recording(state, rows, pool=None):
-        state, drawn = step(state, rows, pool)
+    def recording(state, rows, features=None):
+        state, sampled = step(state, rows, features)
         tokens = [pending[0] if token == PENDING else token for token in rows[0].tokens]
-        steps.append(Step(tokens, np.asarray(drawn.logits[0])))
-        pending[0] = int(drawn.tokens[0])
-        return state, drawn
+        steps.append(Step(tokens, np.asarray(sampled.logits[0])))
+        pending[0] = int(sampled.tokens[0])
+        return state, sampled
 
     monkeypatch.setattr(engine, "step", recording)
     return engine, steps
@@ -557,18 +557,22 @@ def test_a_frame_pushed_while_the_model_talks_is_seen_by_the_next_token(recorded
         assert np.abs(steps[at].logits - unseen).max() > 0.01
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_realtime_session_computes_with_what_it_tells(make_engine, one_pass, frames, apart, monkeypatch):
-    """Prompts and frames that come at any moment, with the frames encoded by the same thread or another."""
-    engine = make_engine(perception_device=jax.devices()[0] if apart else None)
+@pytest.mark.parametrize("perception_async", [False, True])
+def test_the_logits_of_a_realtime_session_are_those_of_one_pass(
+    make_engine, one_pass, frames, perception_async, monkeypatch
+):
+    """Prompts and frames arrive at any moment; frames are encoded by the loop or the perception thread."""
+    engine = make_engine(perception_device=jax.devices()[0] if perception_async else None)
     rows, step = [], engine.step
     for count in (1, 8):
-        engine.encode(frames[:count])  # Compiles it, or the text is full before the first frame is encoded.
+        engine.encode(
+            frames[:count]
+        )  # Compiled now, or the text cache fills before the first frame is encoded.
 
-    def recording(state, these, pool=None):
-        state, drawn = step(state, these, pool)
-        rows.append((these[0], int(drawn.tokens[0]), np.asarray(drawn.logits[0])))
-        return state, drawn
+    def recording(state, these, features=None):
+        state, sampled = step(state, these, features)
+        rows.append((these[0], int(sampled.tokens[0]), np.asarray(sampled.logits[0])))
+        return state, sampled
 
     monkeypatch.setattr(engine, "step", recording)
     watcher = Watcher(session := Session(engine, SessionConfig(clock="realtime"), system=None))
@@ -576,20 +580,20 @@ def test_a_realtime_session_computes_with_what_it_tells(make_engine, one_pass, f
         session.push_frame(frame)
         if i % 3 == 1:
             session.push_prompt("What now?")
-        watcher.wait_for(Frame, i + 1)
+        watcher.wait_for(FrameSeen, i + 1)
         time.sleep(0.01 * i)
     session.stop()
     watcher.join(60)
     context, pending = [], None
-    for row, drawn, _ in rows:
+    for row, sampled, _ in rows:
         context += [pending if token == PENDING else token for token in row.tokens]
-        pending = drawn
+        pending = sampled
     assert context.count(IMAGE) == 6
     np.testing.assert_allclose(rows[-1][-1], one_pass(context, frames[:6])[-1], atol=1e-3)
     assert watcher.events[-1].counters.frames == 6
 
 
-def test_a_failing_encoder_in_a_thread_of_its_own_ends_the_session(make_engine, frames, monkeypatch):
+def test_a_failing_perception_thread_ends_the_session(make_engine, frames, monkeypatch):
     engine = make_engine(perception_device=jax.devices()[0])
 
     def fail(frames):
@@ -603,8 +607,8 @@ def test_a_failing_encoder_in_a_thread_of_its_own_ends_the_session(make_engine, 
     assert not session.push_frame(frames[1])
 
 
-def test_what_is_in_the_context_is_what_the_model_computed_with(recorded, one_pass, frames):
-    """The scores after an interruption are those of the whole dialogue, the cut answer included."""
+def test_the_logits_after_an_interruption_are_those_of_one_pass(recorded, one_pass, frames):
+    """Over the whole dialogue, the cut answer included."""
     engine, steps = recorded
     session = Session(engine, SessionConfig(tokens_per_second=6), system=None)
     session.push_frame(frames[0], 0.0)

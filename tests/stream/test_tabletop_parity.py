@@ -1,11 +1,11 @@
-"""The sequences that are trained on are those that a live session builds."""
+"""Training sequences of the tabletop world are token for token those that a live session builds."""
 
 import numpy as np
 import pytest
 
 from moss_jax.config import SessionConfig
 from moss_jax.data.worlds import SPEEDS
-from moss_jax.stream import Session, Text
+from moss_jax.stream import End, Session, Text
 from moss_jax.text import chat
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop import evaluation_stream
@@ -14,13 +14,13 @@ from moss_jax.worlds.tabletop.language import WAIT
 from moss_jax.worlds.tabletop.stream import draw_stream
 
 
-def replay(scripted, dialogues, requests, *, speed, system=chat.SYSTEM_PROMPT, seconds):
-    """Sessions that draw what the dialogues' speakers say; streams side by side share a first turn."""
-    drawn = {slot: [t for t in d.labels if t != IGNORED] for slot, d in enumerate(dialogues)}
-    engine = scripted(drawn, slots=len(dialogues))
+def replay(scripted, dialogues, requests, *, speed, system: str | None = chat.SYSTEM_PROMPT, seconds):
+    """A session whose engine samples the assistant's part of each dialogue; all share the first turn."""
+    script = {slot: [t for t in d.labels if t != IGNORED] for slot, d in enumerate(dialogues)}
+    engine = scripted(script, slots=len(dialogues))
     asked = requests[0]
     first = asked[0].text if asked and asked[0].time == 0 else ""
-    # As long a tail as it takes to end the last sentence.
+    # A tail long enough for the last sentence to end.
     config = SessionConfig(clock="lockstep", tokens_per_second=speed, tail_seconds=100.0)
     session = Session(engine, config, system=system, prompt=first)
     for slot, asked in enumerate(requests):
@@ -32,7 +32,7 @@ def replay(scripted, dialogues, requests, *, speed, system=chat.SYSTEM_PROMPT, s
     return engine, list(session)
 
 
-def draw(rng, tokenizer, seconds, speed, *, system=chat.SYSTEM_PROMPT, dense=False):
+def draw(rng, tokenizer, seconds, speed, *, system: str | None = chat.SYSTEM_PROMPT, dense=False):
     stream = draw_stream(rng, seconds, dense=dense)
     return stream, converse(
         stream.world, stream.requests, tokenizer, tokens_per_second=speed, rng=rng, system=system
@@ -41,7 +41,7 @@ def draw(rng, tokenizer, seconds, speed, *, system=chat.SYSTEM_PROMPT, dense=Fal
 
 @pytest.mark.parametrize("speed", sorted(set(SPEEDS)))
 @pytest.mark.parametrize(("seconds", "dense"), [(20, False), (6, True)])
-def test_a_session_appends_the_tokens_of_the_dialogue(scripted, tokenizer, speed, seconds, dense):
+def test_a_session_builds_the_tokens_of_the_dialogue(scripted, tokenizer, speed, seconds, dense):
     rng = np.random.default_rng(speed)
     for system in (chat.SYSTEM_PROMPT, None):
         for _ in range(4):
@@ -49,17 +49,18 @@ def test_a_session_appends_the_tokens_of_the_dialogue(scripted, tokenizer, speed
             engine, events = replay(
                 scripted, [dialogue], [stream.requests], speed=speed, system=system, seconds=seconds
             )
-            # The token that was drawn last is still pending.
+            # The last token is still pending.
             assert [*engine.state.context[0], engine.state.pending[0]] == dialogue.tokens
             assert not engine.script[0]
             assert engine.seen == list(range(seconds))
             assert dialogue.frame_positions == [
                 i for i, token in enumerate(dialogue.tokens) if token == tokenizer.special.image
             ]
+            assert isinstance(events[-1], End)
             assert events[-1].reason == "finished"
 
 
-def test_what_is_said_when_is_what_the_session_tells(scripted, tokenizer):
+def test_text_events_come_at_the_times_of_the_utterances(scripted, tokenizer):
     rng = np.random.default_rng(0)
     for _ in range(6):
         stream, dialogue = draw(rng, tokenizer, 24, 8)
@@ -72,7 +73,7 @@ def test_what_is_said_when_is_what_the_session_tells(scripted, tokenizer):
 
 
 def test_streams_side_by_side_build_the_same_sequences(scripted, tokenizer):
-    """A slot goes by its own clock, whatever the others do."""
+    """Each slot has a clock of its own."""
     streams = [evaluation_stream(0, index, 16) for index in range(24)]
     streams = [s for s in streams if not s.requests or s.requests[0].time > 0][:8]
     rng = np.random.default_rng(0)
@@ -83,8 +84,8 @@ def test_streams_side_by_side_build_the_same_sequences(scripted, tokenizer):
     ] == [d.tokens for d in dialogues]
 
 
-def test_requests_at_the_edges(scripted, tokenizer):
-    """Before the first frame, in the tick in which a frame comes, and after the last."""
+def test_requests_at_edge_times(scripted, tokenizer):
+    """Before the first frame, in the tick of a frame, and after the last."""
     rng = np.random.default_rng(5)
     stream, _ = draw(rng, tokenizer, 8, 8)
     requests = (

@@ -1,4 +1,4 @@
-"""The dialogue's token sequences."""
+"""The chat template."""
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +22,7 @@ def marked(text: str) -> list[int]:
     return TINY.encode_marked(text)
 
 
-def test_opening_of_a_session_that_watches_unasked():
+def test_opening_without_a_prompt():
     expected = marked("<|begin_of_text|>" + system("Watch.") + user("") + ASSISTANT)
     assert opening(TINY, system="Watch.") == expected
 
@@ -39,13 +39,13 @@ def test_contents_are_stripped():
     assert interjection(TINY, " Now? ") == interjection(TINY, "Now?")
 
 
-def test_system_prompt_names_silence_by_its_id():
+def test_silence_in_the_system_prompt_is_a_control_token():
     assert opening(TINY, system=SYSTEM_PROMPT).count(TINY.special.silence) == 1
     expected = marked("<|begin_of_text|>" + system(SYSTEM_PROMPT) + user("") + ASSISTANT)
     assert opening(TINY, system=SYSTEM_PROMPT) == expected
 
 
-def test_interjection_cuts_the_assistant_and_asks():
+def test_interjection_ends_the_reply_and_asks():
     assert interjection(TINY, "And now?") == marked("<|eot_id|>" + user("And now?") + ASSISTANT)
 
 
@@ -73,7 +73,7 @@ def test_a_prompt_adds_no_control_token(prompt):
 
 @settings(deadline=None)
 @given(HOSTILE)
-def test_a_system_prompt_adds_silence_at_most(text):
+def test_a_system_prompt_adds_no_control_token_but_silence(text):
     ids = opening(TINY, system=f"S{text}S")
     added = [i for i in ids if i in TINY.control_ids and i != TINY.special.silence]
     assert added == [i for i in opening(TINY, system="S") if i in TINY.control_ids]

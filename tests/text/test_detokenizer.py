@@ -1,4 +1,4 @@
-"""The detokenizer: text comes out whole, in order and as early as it can."""
+"""The detokenizer: whole characters, in order, as early as possible."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def token_streams(draw) -> tuple[str, list[int]]:
 
 @settings(deadline=None)
 @given(token_streams())
-def test_valid_text_comes_out_whole_and_at_once(stream):
+def test_valid_text_is_emitted_without_delay(stream):
     text, ids = stream
     assert TINY.decode(ids) == text
     detokenizer = Detokenizer(TINY)
@@ -60,7 +60,7 @@ def test_valid_text_comes_out_whole_and_at_once(stream):
 def test_invalid_bytes_are_replaced_only_when_nothing_can_complete_them(data):
     detokenizer = Detokenizer(TINY)
     printed = "".join(map(detokenizer.push, byte_ids(data)))
-    # Python's own decoder is the reference: all of it, less the mark for an incomplete end.
+    # Python's decoder is the reference, except for the replacement of an incomplete end.
     whole = data.decode(errors="replace")
     assert whole in (printed, printed + "\ufffd")
     if whole != printed:
@@ -78,7 +78,7 @@ def can_be_completed(tail: bytes) -> bool:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 1024)))
-def test_any_tokens_give_the_text_of_decode(ids):
+def test_any_tokens_decode_as_in_one_go(ids):
     detokenizer = Detokenizer(TINY)
     printed = "".join(map(detokenizer.push, ids)) + detokenizer.flush()
     assert TINY.decode(ids) in (printed, printed + "\ufffd")

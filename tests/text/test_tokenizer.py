@@ -1,4 +1,4 @@
-"""The tokenizer: ids, plain and marked text, files and what is refused."""
+"""The tokenizer: ids, plain and marked text, files, and errors."""
 
 import json
 import pickle
@@ -73,7 +73,7 @@ def test_tiny_vocabulary_fills_the_preset():
     assert all(TINY.token_bytes(i) == b"" for i in range(1015, 1025))
 
 
-def test_tiny_has_every_byte_and_no_byte_string_twice():
+def test_tiny_has_every_byte_and_no_duplicates():
     ordinary = [TINY.token_bytes(i) for i in range(1015)]
     assert {bytes([b]) for b in range(256)} <= set(ordinary)
     assert len(set(ordinary)) == len(ordinary)
@@ -108,7 +108,7 @@ def test_plain_text_never_becomes_a_control_token(text):
     assert TINY.decode(ids) == text
 
 
-def test_an_added_token_that_is_not_special_is_no_way_in():
+def test_added_tokens_that_are_not_special_are_not_encoded_either():
     data = tiny_json()
     for token in data["added_tokens"]:
         token["special"] = False
@@ -116,12 +116,12 @@ def test_an_added_token_that_is_not_special_is_no_way_in():
     assert not tokenizer.control_ids & set(tokenizer.encode("".join(CONTROL_TEXTS)))
 
 
-def test_plain_text_is_safe_in_another_process():
+def test_pickling_keeps_plain_text_plain():
     text = "".join(CONTROL_TEXTS)
     assert pickle.loads(pickle.dumps(TINY)).encode(text) == TINY.encode(text)
 
 
-def test_settings_of_the_file_do_not_change_the_text():
+def test_truncation_and_post_processor_of_the_file_are_ignored():
     data = tiny_json()
     data["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     bos = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}
@@ -153,7 +153,7 @@ def test_marked_text_is_the_reference_encoding(pieces):
     assert TINY.encode_marked(text) == reference.encode(text, add_special_tokens=False).ids
 
 
-def test_only_the_markers_of_the_stream_are_marked():
+def test_other_control_tokens_are_not_marked():
     assert TINY.encode_marked("<|end_of_text|>") == TINY.encode("<|end_of_text|>")
 
 
@@ -219,7 +219,7 @@ def test_penalty_exempt_of_a_large_vocabulary(llama3):
 # ---------------------------------------------------------------------------------------- Llama 3
 
 
-def test_llama3_has_some_markers_under_reserved_names(llama3):
+def test_llama3_has_some_special_tokens_under_reserved_names(llama3):
     special = llama3.special
     assert (special.silence, special.ellipsis, special.video) == (128_011, 128_012, 128_255)
     assert llama3.vocab_size == special.image == 128_256
@@ -227,7 +227,7 @@ def test_llama3_has_some_markers_under_reserved_names(llama3):
     assert llama3.encode_marked("<|silence|><|video|>") == [128_011, 128_255]
 
 
-def test_llama3_names_go_before_ids():
+def test_llama3_names_take_precedence_over_ids():
     special = Tokenizer(as_bytes(llama3_json({128_013: "<|silence|>"}))).special
     assert (special.silence, special.ellipsis) == (128_013, 128_012)
 
@@ -294,7 +294,7 @@ def test_other_kinds_of_tokenizer_are_refused():
         Tokenizer(as_bytes(not_bytes))
 
 
-def test_all_missing_markers_are_named_at_once():
+def test_one_error_names_all_missing_special_tokens():
     data = tiny_json()
     missing = ["<|video|>", "<|silence|>", "<|...|>"]
     data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] not in missing]
@@ -303,7 +303,7 @@ def test_all_missing_markers_are_named_at_once():
     assert one_sentence(error) == "my/tokenizer.json lacks the special tokens " + ", ".join(missing)
 
 
-def test_markers_beyond_the_vocabulary_are_refused():
+def test_special_tokens_beyond_the_vocabulary_are_refused():
     with pytest.raises(TokenizerError, match=r"than the 128256 of .* to <\|silence\|>$") as error:
         Tokenizer(as_bytes(llama3_json({128_257: "<|silence|>"})))
     one_sentence(error)

@@ -1,12 +1,13 @@
-"""Trains a tiny model on meshes of up to eight devices; takes the runs as JSON, and prints what came of them.
+"""Trains a tiny model on meshes of up to eight devices: takes runs as JSON and prints their results as JSON.
 
-A program of its own, because the number of CPU devices is chosen before JAX starts.
+A separate program, because the number of CPU devices must be set before JAX starts.
 """
 
 import dataclasses
 import json
 import math
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -24,9 +25,10 @@ from moss_jax.data.batch import Batch
 from moss_jax.nn import MossVideo
 from moss_jax.sharding import make_mesh
 from moss_jax.text.labels import IGNORED
+from moss_jax.train.checkpoints import Checkpoints
 from moss_jax.train.step import Trainer
 
-STEPS = 20
+STEPS, SAVED_STEP = 20, 8
 B, S, F = 8, 12, 2
 SILENCE, IMAGE = 7, 64
 MODEL = ModelConfig(
@@ -55,7 +57,7 @@ MODEL = ModelConfig(
 
 
 def make_batch() -> Batch:
-    """Rows that have different numbers of targets, the longest first."""
+    """Makes rows with different numbers of targets, the longest first."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, IMAGE, (B, S), np.int32)
     tokens[:, [4, 6]] = SILENCE
@@ -72,21 +74,26 @@ def make_trainer(mesh: tuple[int, int, int], accumulate: int, remat: str) -> Tra
     return Trainer(
         dataclasses.replace(MODEL, remat=remat),
         TrainConfig(steps=STEPS, batch_size=B, accumulate=accumulate, compute_dtype="float32"),
-        OptimizerConfig(learning_rate=3e-3),
+        # With a small eps, Adam would amplify rounding errors of gradients near zero to whole steps.
+        OptimizerConfig(learning_rate=3e-3, eps=1e-4),
         make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)]),
         silence_id=SILENCE,
     )
 
 
-def train(trainer: Trainer, model: MossVideo) -> dict:
+def train(trainer: Trainer, model: MossVideo, *, save_to: str = "", resume_from: str = "") -> dict:
+    """Trains on one batch; may save a checkpoint on the way, and may train again from one."""
     state, batch = trainer.adopt(model), trainer.put(make_batch())
     step = trainer.step.lower(state, batch).compile()
     losses = []
-    for _ in range(STEPS):
+    for number in range(1, STEPS + 1):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
+        if save_to and number == SAVED_STEP:
+            with Checkpoints(save_to, keep=1) as checkpoints:
+                checkpoints.save(number, state, position={"batch": number}, config={"gin": ""})
 
-    def places(params):
+    def specs(params):
         return {name: str(x.sharding.spec) for name, x in params.items()}
 
     def parts(name):
@@ -98,10 +105,23 @@ def train(trainer: Trainer, model: MossVideo) -> dict:
         "losses": losses,
         "parts": {name: parts(name) for name in state.trained},
         "rows": [shard.data.shape[0] for shard in batch.frames.addressable_shards],
-        "moments_lie_as_parameters": places(adam.mu) == places(adam.nu) == places(state.trained),
-        "holds_the_whole_batch": f"f32[{B},{S}," in step.as_text(),
-        "stays_where_it_is_put": jax.tree.map(lambda x: x.sharding, state) == trainer.shardings,
+        "moments_are_sharded_like_parameters": specs(adam.mu) == specs(adam.nu) == specs(state.trained),
+        "has_hidden_states_of_the_whole_batch": f"f32[{B},{S}," in step.as_text(),
+        "keeps_its_shardings": jax.tree.map(lambda x: x.sharding, state) == trainer.shardings,
+        "resumed_losses": resume(trainer, step, batch, resume_from) if resume_from else None,
     }
+
+
+def resume(trainer: Trainer, step, batch: Batch, workdir: str) -> list[float]:
+    """Continues from the checkpoint in `workdir`, and returns the losses."""
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        restored = checkpoints.restore(trainer.abstract())
+    assert restored is not None
+    state, losses = restored.state, []
+    for _ in range(int(state.step), STEPS):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses
 
 
 def _has_moments(x) -> bool:
@@ -111,11 +131,15 @@ def _has_moments(x) -> bool:
 def main() -> None:
     model = MossVideo(MODEL, rngs=nnx.Rngs(0))
     trainers = [make_trainer(*run) for run in json.loads(sys.argv[1])]
-    results = [train(trainer, model) for trainer in trainers]
-    # The parameters of a seed don't depend on the mesh that they are made on.
+    with tempfile.TemporaryDirectory() as workdir:
+        first, second, *rest, last = trainers
+        results = [train(first, model), train(second, model, save_to=workdir)]
+        results += [train(trainer, model) for trainer in rest]
+        results += [train(last, model, resume_from=workdir)]
+    # The parameters of a seed don't depend on the mesh that they are initialised on.
     made, expected = trainers[-1].init(0).trained, trainers[-1].adopt(model).trained
     same = all(np.array_equal(made[name], expected[name]) for name in expected)
-    print(json.dumps({"runs": results, "same_at_first": same}))
+    print(json.dumps({"runs": results, "same_initial_parameters": same}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back bit for bit, and nothing else is ever taken for it."""
+"""Checkpoints: restored bit for bit; damaged, incomplete and foreign ones are detected."""
 
 import json
 import shutil
@@ -13,8 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from moss_jax.convert import CheckpointError
-from moss_jax.convert import run_checkpoint as training
+from moss_jax.convert import CheckpointError, run_checkpoint
 from moss_jax.train.checkpoints import Checkpoints
 from moss_jax.train.step import TrainState
 
@@ -51,7 +50,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_restored_bit_for_bit(tmp_path):
     save(tmp_path, 1, 2)
     restored = restore(tmp_path)
     assert_same(restored.state, make_state(2))
@@ -59,11 +58,11 @@ def test_what_was_saved_comes_back(tmp_path):
     assert restored.config == CONFIG
 
 
-def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
+def test_restore_without_checkpoints(tmp_path):
     assert restore(tmp_path) is None
 
 
-def test_the_state_may_be_donated_at_once(tmp_path):
+def test_the_state_may_be_donated_during_the_write(tmp_path):
     state = make_state(1, width=100_000)
     expected = jax.tree.map(np.array, state)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -74,9 +73,9 @@ def test_the_state_may_be_donated_at_once(tmp_path):
         assert_same(checkpoints.restore(abstract(state)).state, expected)
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_recent_checkpoints_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 4, keep=2)
-    whole, broken = training.survey(tmp_path)
+    whole, broken = run_checkpoint.list_checkpoints(tmp_path)
     assert [int(folder.name) for folder in whole] == [3, 4]
     assert not broken
 
@@ -108,24 +107,24 @@ def cut_arrays(folder):
         file.write_bytes(file.read_bytes()[:10])
 
 
-# tensorstore goes on reading what is damaged for a moment, and finds nobody to tell.
+# tensorstore goes on reading the damaged file in the background, where its error is unraisable.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("harm", [cut_metadata, uncommit, drop_item, cut_text, empty, cut_arrays])
-def test_a_damaged_checkpoint_is_passed_over_and_kept_aside(tmp_path, harm):
+def test_a_damaged_checkpoint_is_skipped_and_renamed(tmp_path, harm):
     save(tmp_path, 1, 2, 3)
-    harm(tmp_path / training.FOLDER / "3")
+    harm(tmp_path / run_checkpoint.CHECKPOINTS / "3")
     assert_same(restore(tmp_path).state, make_state(2))
-    names = {folder.name for folder in (tmp_path / training.FOLDER).iterdir()}
+    names = {folder.name for folder in (tmp_path / run_checkpoint.CHECKPOINTS).iterdir()}
     assert names == {"1", "2", "3.damaged"}
-    # It is not in the way of a new one.
+    # A new one can be saved for the same step.
     save(tmp_path, 3)
     assert_same(restore(tmp_path).state, make_state(3))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_when_none_can_be_read_that_is_said(tmp_path):
+def test_no_readable_checkpoint_is_an_error(tmp_path):
     save(tmp_path, 1)
-    cut_arrays(tmp_path / training.FOLDER / "1")
+    cut_arrays(tmp_path / run_checkpoint.CHECKPOINTS / "1")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read"):
         restore(tmp_path)
 
@@ -140,8 +139,8 @@ with Checkpoints(sys.argv[2], keep=10) as checkpoints:
 """
 
 
-def test_a_save_that_is_killed_leaves_the_one_before(tmp_path):
-    folder = tmp_path / training.FOLDER
+def test_a_killed_save_leaves_the_previous_checkpoint(tmp_path):
+    folder = tmp_path / run_checkpoint.CHECKPOINTS
     here = str(__file__).rsplit("/", 1)[0]
     process = subprocess.Popen([sys.executable, "-c", SAVE_SLOWLY, here, str(tmp_path)])
     while not list(folder.glob("2.orbax-checkpoint-tmp*/*/*")):
@@ -150,14 +149,14 @@ def test_a_save_that_is_killed_leaves_the_one_before(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(folder.glob("2.orbax-checkpoint-tmp*")), "it was killed too late"
-    assert [path.name for path in training.survey(tmp_path)[0]] == ["1"]
+    assert [path.name for path in run_checkpoint.list_checkpoints(tmp_path)[0]] == ["1"]
     with Checkpoints(tmp_path, keep=10) as checkpoints:
         restored = checkpoints.restore(abstract(make_state(1, width=5_000_000)))
     assert_same(restored.state, make_state(1, width=5_000_000))
     assert [path.name for path in folder.iterdir()] == ["1"]
 
 
-def test_another_model_or_other_trained_parts_are_refused(tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     save(tmp_path, 1)
     state = make_state(1)
     others = {

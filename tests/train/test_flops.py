@@ -1,4 +1,4 @@
-"""The operations of a step against XLA's own count."""
+"""Model FLOPs against XLA's own count, and peak FLOPS."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from moss_jax.config import PARTS, CompressorConfig, moss_tiny, moss_video_11b
+from moss_jax.config import MODEL_PARTS, CompressorConfig, moss_tiny, moss_video_11b
 from moss_jax.nn import MossVideo
 from moss_jax.train.flops import forward_work, peak_flops, train_flops
 
@@ -16,7 +16,7 @@ TOKENS, FRAMES = 96, 3
 
 @pytest.fixture(scope="module")
 def config():
-    """`moss_tiny` with fewer layers, one of them before the first frame."""
+    """`moss_tiny` with fewer layers, one of them before the first cross-attention layer."""
     tiny = moss_tiny()
     return dataclasses.replace(
         tiny,
@@ -28,7 +28,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def counted(config):
-    """`counted(trained)` is XLA's count of the gradient in these parts, or of the forward pass alone."""
+    """`counted(trained)` is XLA's count for the gradient of these parts; without any, of the forward pass."""
     graph, params = nnx.split(nnx.eval_shape(lambda: MossVideo(config, rngs=nnx.Rngs(0))))
     flat = nnx.to_flat_state(params)
     size = config.vision.image_size
@@ -42,8 +42,8 @@ def counted(config):
         def split(inside):
             return {path: variable for path, variable in flat if (path[0] in trained) == inside}
 
-        def loss(learnt, others, *arguments):
-            variables = {path: variable.replace((learnt | others)[path]) for path, variable in flat}
+        def loss(learned, others, *arguments):
+            variables = {path: variable.replace((learned | others)[path]) for path, variable in flat}
             return nnx.merge(graph, nnx.from_flat_state(list(variables.items())))(*arguments).sum()
 
         shapes = [
@@ -58,27 +58,27 @@ def counted(config):
 
 def test_forward(config, counted):
     work = forward_work(config, tokens=TOKENS, frames=FRAMES)
-    assert [part for part, *_ in work] == ["decoder", *PARTS]
+    assert [part for part, *_ in work] == ["decoder", *MODEL_PARTS]
     assert all(matmul > 0 for _, matmul, _ in work)
     assert sum(matmul + attention for _, matmul, attention in work) == pytest.approx(counted(()), rel=0.1)
 
 
-@pytest.mark.parametrize("trained", [PARTS, ("decoder",), ("projector",), ("compressor", "decoder")])
+@pytest.mark.parametrize("trained", [MODEL_PARTS, ("decoder",), ("projector",), ("compressor", "decoder")])
 def test_training(config, counted, trained):
     flops = train_flops(config, batch=1, tokens=TOKENS, frames=FRAMES, trained=trained)
     assert flops == pytest.approx(counted(trained), rel=0.1)
     assert train_flops(config, batch=6, tokens=TOKENS, frames=FRAMES, trained=trained) == 6 * flops
 
 
-def test_pooling_is_nothing_to_learn():
-    """Nothing learns below the projector, so nothing goes back there."""
+def test_pooling_without_parameters_has_no_backward_pass():
+    """Nothing is trained before the projector, so no gradient propagates there."""
     config, size = moss_tiny(), {"batch": 1, "tokens": TOKENS, "frames": FRAMES}
     without = train_flops(config, trained=("projector",), **size)
     assert train_flops(config, trained=("compressor", "projector"), **size) == without
 
 
 def test_of_the_11b():
-    """A token takes twice the parameters that it meets, a frame some 3.06 TFLOP in the vision encoder."""
+    """A token takes two FLOPs per parameter, a frame some 3.06 TFLOP in the vision encoder."""
     before, vision, _, _, after = forward_work(moss_video_11b(), tokens=1000, frames=1)
     assert (before.matmul + after.matmul) / 1000 == pytest.approx(2 * 9.25e9, rel=0.01)
     assert vision.matmul + vision.attention == pytest.approx(3.06e12, rel=0.01)

@@ -1,4 +1,4 @@
-"""What a run tells: records that survive a kill, rates, and the curve."""
+"""Logging: records that survive a kill, rates, and the loss curve."""
 
 import math
 
@@ -23,12 +23,12 @@ def record(workdir, *steps, **options) -> None:
             log.record(step, METRICS | {"loss": 1 / step}, flops=5e9)
 
 
-def test_every_step_is_recorded_to_the_last_bit(tmp_path):
+def test_every_step_is_recorded_exactly(tmp_path):
     record(tmp_path, 1, 2, 3)
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
 
 
-def test_a_resumed_run_records_over_what_comes_after_it(tmp_path):
+def test_a_resumed_run_replaces_later_records(tmp_path):
     record(tmp_path, 1, 2, 3, 4)
     record(tmp_path, 3, start=2)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
@@ -36,7 +36,7 @@ def test_a_resumed_run_records_over_what_comes_after_it(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
-def test_a_line_that_was_cut_short_is_left_out(tmp_path):
+def test_a_truncated_line_is_ignored(tmp_path):
     record(tmp_path, 1, 2)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
@@ -45,12 +45,12 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_rates_are_those_since_the_last_report(tmp_path, capsys, monkeypatch):
+def test_rates_since_the_last_report(tmp_path, capsys, monkeypatch):
     clock = iter([100.0, 102.0, 102.0, 106.0, 106.0])
     monkeypatch.setattr(log_module.time, "perf_counter", lambda: next(clock))
     record(tmp_path, 1, 2, 3, 4, peak_flops=1e10)
     first, second, last = capsys.readouterr().out.splitlines()
-    # The first step is told at once, without a speed: it was compiled.
+    # The first step is reported at once, without a rate, since it includes compilation.
     assert first.startswith("step 1/4  loss 1.0000")
     assert "tok/s" not in first
     # One step in two seconds, then two in four.
@@ -58,7 +58,7 @@ def test_rates_are_those_since_the_last_report(tmp_path, capsys, monkeypatch):
     assert last.startswith("step 4/4  loss 0.2917  grad 1  lr 1.00e-03  50 tok/s  5 frames/s  MFU 25.0%")
 
 
-def test_on_an_unknown_device_there_is_no_mfu(tmp_path, capsys):
+def test_an_unknown_device_has_no_mfu(tmp_path, capsys):
     record(tmp_path, 1, 2)
     assert "MFU" not in capsys.readouterr().out
 
@@ -73,5 +73,5 @@ def test_the_curve(tmp_path, losses):
         assert len(image.getcolors(maxcolors=1 << 24)) > 10
 
 
-def test_without_records_there_is_no_curve(tmp_path):
+def test_no_curve_without_records(tmp_path):
     assert draw_curve(tmp_path) is None

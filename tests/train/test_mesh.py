@@ -1,4 +1,4 @@
-"""Training on meshes of eight devices gives the losses of one device, in a process of its own."""
+"""Training on meshes of eight devices gives the losses of one device."""
 
 import json
 import os
@@ -9,26 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# Mesh, parts that the batch is taken in, remat.
+# Mesh, micro-batches, remat. The second run saves a checkpoint, from which the last one resumes.
 RUNS = [
     ((1, 1, 1), 1, "none"),
     ((8, 1, 1), 1, "none"),
-    ((1, 8, 1), 1, "none"),
-    ((2, 4, 1), 1, "none"),
     ((1, 4, 2), 2, "none"),
     ((2, 2, 2), 1, "full"),
 ]
 MESHES = [mesh for mesh, *_ in RUNS[1:]]
 ROWS = 8  # of the batch
+# Of losses: on another mesh sums have another order, with relative errors of some hundred times 2^-24. Twenty
+# steps of Adam with its large eps do not amplify them much.
+RTOL = 1e-4
 
 ROOT = Path(__file__).parents[2]
-# Quicker to compile.
+# Without optimization it compiles faster.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="module")
 def printed() -> dict:
-    """What the program says."""
+    """The output of eight_devices.py."""
     environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name("eight_devices.py")
     done = subprocess.run(
@@ -44,20 +45,26 @@ def printed() -> dict:
 
 @pytest.fixture(scope="module")
 def results(printed) -> dict:
-    """What came of each run, by its mesh."""
+    """The result of each run by its mesh."""
     return dict(zip([mesh for mesh, *_ in RUNS], printed["runs"], strict=True))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_losses_are_those_of_one_device(results, mesh):
-    """Also in accumulated parts and with remat, which some of the runs have."""
+    """Also with micro-batches and with remat, which some of the runs have."""
     alone = results[1, 1, 1]["losses"]
     assert alone[-1] < 0.8 * alone[0]
-    np.testing.assert_allclose(results[mesh]["losses"], alone, atol=1e-4)
+    np.testing.assert_allclose(results[mesh]["losses"], alone, rtol=RTOL)
+
+
+def test_a_run_resumes_on_another_mesh(results):
+    losses, resumed = results[2, 2, 2]["losses"], results[2, 2, 2]["resumed_losses"]
+    assert 0 < len(resumed) < len(losses)
+    np.testing.assert_allclose(resumed, losses[-len(resumed) :], rtol=RTOL)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_parameters_are_split(results, mesh):
+def test_parameters_and_rows_are_sharded(results, mesh):
     data, fsdp, tensor = mesh
     parts = results[mesh]["parts"]
     both = [
@@ -74,17 +81,17 @@ def test_parameters_are_split(results, mesh):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_a_state_lies_as_planned(results, mesh):
-    assert results[mesh]["moments_lie_as_parameters"]
-    assert results[mesh]["stays_where_it_is_put"]
+def test_shardings_of_the_state(results, mesh):
+    assert results[mesh]["moments_are_sharded_like_parameters"]
+    assert results[mesh]["keeps_its_shardings"]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_no_device_holds_the_hidden_states_of_the_whole_batch(results, mesh):
-    """As it would if the embedding's split of the width went through the decoder."""
-    assert not results[mesh]["holds_the_whole_batch"]
-    assert results[1, 1, 1]["holds_the_whole_batch"]
+def test_hidden_states_are_sharded_by_row(results, mesh):
+    """They would not be if the embedding's sharding of the width propagated through the decoder."""
+    assert not results[mesh]["has_hidden_states_of_the_whole_batch"]
+    assert results[1, 1, 1]["has_hidden_states_of_the_whole_batch"]
 
 
 def test_a_seed_gives_the_same_parameters_on_any_mesh(printed):
-    assert printed["same_at_first"]
+    assert printed["same_initial_parameters"]

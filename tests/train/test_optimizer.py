@@ -1,4 +1,4 @@
-"""The learning rate over a run, what decays, and that large gradients are clipped."""
+"""The learning-rate schedule, weight decay and gradient clipping."""
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +14,22 @@ from moss_jax.train.optimizer import decays, learning_rate, make_optimizer
 def test_learning_rate():
     schedule = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_share=0.1, final_share=0.25), 40)
     rates = np.array([schedule(step) for step in range(41)])
-    # The first step learns already.
+    # The first step has a positive rate.
     np.testing.assert_allclose(rates[:5], [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
     assert (np.diff(rates[4:]) < 0).all()
-    # Half way down the cosine, and after the last step.
+    # Half-way down the cosine, and after the last step.
     assert rates[4 + 18] == pytest.approx((2.0 + 0.5) / 2)
     assert rates[40] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("share", "steps"), [(0.0, 1), (1.0, 1), (0.1, 1), (1.0, 5), (0.0, 5)])
-def test_every_step_learns(share, steps):
+def test_every_step_has_a_positive_rate(share, steps):
     schedule = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_share=share), steps)
     assert all(0 < schedule(step) <= 1 for step in range(steps))
 
 
-def test_matrices_decay(small_config):
-    """By name: the parameters that are not matrices, and biases of several axes, are all caught."""
+def test_only_matrices_decay(small_config):
+    """Biases of several axes, norms, gates and embeddings do not."""
     config = small_config(compressor=CompressorConfig(mode="channelFusion", stride=2))
     params = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: MossVideo(config, rngs=nnx.Rngs(0)))))
     shapes = {"/".join(map(str, path)): variable.shape for path, variable in params}
@@ -44,7 +44,7 @@ def test_matrices_decay(small_config):
     assert mask["compressor/merger/kernel"]
 
 
-def test_decay_goes_by_the_learning_rate():
+def test_decay_is_scaled_by_the_learning_rate():
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, warmup_share=0, weight_decay=0.1), steps=10)
     params = {"a/kernel": jnp.full((2, 2), 3.0), "a/bias": jnp.full((2, 2), 3.0)}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
@@ -52,8 +52,8 @@ def test_decay_goes_by_the_learning_rate():
     assert not updates["a/bias"].any()
 
 
-def test_gradients_are_clipped_together():
-    """The moments hold the gradient at its clipped length."""
+def test_gradients_are_clipped_by_global_norm():
+    """The first moments show the clipped gradient."""
     optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0, b1=0.9), steps=10)
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     for gradient, expected in (([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4])):

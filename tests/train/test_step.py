@@ -1,4 +1,4 @@
-"""The training step on one device: what learns, what stays, and that ways to save memory change nothing."""
+"""The training step on one device: trained and frozen parameters, metrics, micro-batches, loss terms."""
 
 import dataclasses
 
@@ -20,10 +20,12 @@ from moss_jax.train.step import Trainer, TrainState
 SILENCE, IMAGE = 7, 64  # IMAGE is the vocabulary size of `small_config`.
 B, S, F = 4, 16, 3
 STEPS = 24
+# Relative error of losses that are computed by another program: sums in another order, and no cancellation.
+RTOL = 1e-4
 
 
 def make_batch(seed: int = 0) -> Batch:
-    """Rows of several lengths, with two frames and room for a third; silences; prompts that are ignored."""
+    """Makes rows of several lengths with two of three frames, silences, and ignored prompts."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, IMAGE, (B, S), np.int32)
     tokens[:, [4, 7, 8]] = SILENCE
@@ -52,7 +54,7 @@ def make_trainer(small_config):
 
 
 def run(trainer: Trainer, steps: int, batch: Batch | None = None) -> tuple[TrainState, list[dict]]:
-    """A fresh state after some steps on one batch, and the metrics of each."""
+    """Takes steps on one batch from the initial state; returns the last state and all metrics."""
     state, batch = trainer.init(0), trainer.put(batch or make_batch())
     rows = []
     for _ in range(steps):
@@ -62,13 +64,13 @@ def run(trainer: Trainer, steps: int, batch: Batch | None = None) -> tuple[Train
 
 
 def equal(a, b) -> bool:
-    """Bit for bit."""
+    """Returns whether two trees are equal bit for bit."""
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
 
 
 @pytest.fixture(scope="module")
 def trainer(make_trainer):
-    """Trains everything in float32."""
+    """Trains all parts in float32."""
     return make_trainer()
 
 
@@ -79,11 +81,11 @@ def three_steps(trainer):
 
 @pytest.fixture(scope="module")
 def frozen_trainer(make_trainer):
-    """Trains the upper half, computed in bfloat16."""
+    """Trains projector and decoder in bfloat16."""
     return make_trainer(trainable=("projector", "decoder"), compute_dtype="bfloat16")
 
 
-def test_a_batch_is_learnt(trainer):
+def test_a_batch_is_memorised(trainer):
     state, rows = run(trainer, STEPS)
     losses = [row["loss"] for row in rows]
     assert losses[-1] < 0.4 * losses[0]
@@ -99,7 +101,7 @@ def test_metrics(trainer, three_steps, compiled):
     assert row["frames"] == 2 * B
     rate = OptimizerConfig(learning_rate=1e-2).learning_rate
     assert row["learning_rate"] == pytest.approx(rate / 3)  # the first step of a warm-up of two
-    # By hand, from the logits of the whole model.
+    # The definition, from the logits of the whole model.
     model, vision = trainer.model(trainer.init(0), "float32"), trainer.model_config.vision
     pixels = (batch.frames / 255 - vision.image_mean) / vision.image_std
     logits = compiled(model)(batch.tokens, pixels, batch.frame_positions)
@@ -108,15 +110,32 @@ def test_metrics(trainer, three_steps, compiled):
     losses = -np.take_along_axis(np.asarray(scores), following[..., None], -1)[..., 0]
     silence = targets & (following == SILENCE)
     text = targets & ~silence
-    # Token 6 follows a frame before which was a silence; 9 follows a silence.
+    # Token 6 follows a silence and a frame; 9 follows a silence.
     after = text.copy()
     after[:, [s for s in range(S - 1) if s + 1 not in (6, 9)]] = False
     assert after.sum() == 7
-    assert row["loss_text"] == pytest.approx(losses[text].mean(), rel=1e-5)
-    assert row["loss_silence"] == pytest.approx(losses[silence].mean(), rel=1e-5)
-    assert row["loss_after_silence"] == pytest.approx(losses[after].mean(), rel=1e-5)
+    assert row["loss_text"] == pytest.approx(losses[text].mean(), rel=RTOL)
+    assert row["loss_silence"] == pytest.approx(losses[silence].mean(), rel=RTOL)
+    assert row["loss_after_silence"] == pytest.approx(losses[after].mean(), rel=RTOL)
     weighted = losses[text].sum() + 0.1 * losses[silence].sum()
-    assert row["loss"] == pytest.approx(weighted / targets.sum(), rel=1e-5)
+    assert row["loss"] == pytest.approx(weighted / targets.sum(), rel=RTOL)
+
+
+def test_an_additional_loss_term_is_added_with_its_weight(make_trainer, three_steps):
+    _, (plain, *_) = three_steps
+    _, (row,) = run(make_trainer(loss_terms=(("z_loss", 0.5),), silence_weight=0.0), 1)
+    silence = make_batch().labels[:, 1:] == SILENCE
+    cross_entropy = plain["loss_text"] * (1 - silence.sum() / plain["targets"])
+    assert row["z_loss"] > 1
+    assert row["loss_text"] == pytest.approx(plain["loss_text"], rel=RTOL)
+    # Its targets are weighted like those of the cross-entropy.
+    assert row["loss"] > cross_entropy + 0.1 * row["z_loss"]
+    assert row["grad_norm"] > 1.1 * plain["grad_norm"]
+
+
+def test_an_unknown_loss_term_is_refused(make_trainer):
+    with pytest.raises(ConfigError, match="loss_terms must be some of z_loss; got entropy"):
+        make_trainer(loss_terms=(("entropy", 0.1),))
 
 
 def test_metrics_stay_on_the_device(frozen_trainer):
@@ -143,34 +162,35 @@ def test_frozen_parts_have_no_optimizer_state(frozen_trainer):
     assert sum(x.size for x in arrays if x.ndim) == moments
 
 
-def test_masters_are_float32(frozen_trainer, three_steps):
+def test_master_weights_are_float32(frozen_trainer, three_steps):
     state, rows = run(frozen_trainer, 3)
     assert {x.dtype for x in state.trained.values()} == {jnp.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(state.optimizer) if x.ndim} == {jnp.dtype("float32")}
     assert {x.dtype for x in state.frozen.values()} == {jnp.dtype("bfloat16")}
-    # Steps much smaller than a bfloat16 can tell add up.
+    # Updates below the resolution of bfloat16 accumulate.
     assert any(np.any(x != x.astype(jnp.bfloat16)) for x in state.trained.values())
-    assert rows[0]["loss"] == pytest.approx(three_steps[1][0]["loss"], rel=1e-2)
+    assert rows[0]["loss"] == pytest.approx(three_steps[1][0]["loss"], rel=0.05)
 
 
-def test_parts_of_the_batch_and_chunks_of_the_logits_are_the_same_step(
+def test_micro_batches_and_chunks_of_the_logits_give_the_same_step(
     make_trainer, trainer, three_steps, monkeypatch
 ):
-    """Though the parts have different numbers of targets, and the chunks don't divide the sequence."""
+    """The micro-batches have different numbers of targets, and the chunks don't divide the sequence."""
     monkeypatch.setattr(step_module, "MAX_LOGITS", B * 3 * IMAGE)
     saving = make_trainer(accumulate=2)
     assert saving._chunks(B // 2, S) == 3
-    _, rows = run(saving, 3)
-    for row, expected in zip(rows, three_steps[1], strict=True):
-        assert row == pytest.approx(expected, rel=1e-4)
-    gradients, expected = (first_moments(run(each, 1)[0]) for each in (saving, trainer))
+    state, (row,) = run(saving, 1)
+    assert row == pytest.approx(three_steps[1][0], rel=RTOL)
+    gradients, expected = first_moments(state), first_moments(run(trainer, 1)[0])
+    # Normwise, and for sums with cancellation relative to the whole gradient.
+    atol = np.finfo(np.float32).eps * float(optax.tree.norm(expected))
     for name, gradient in gradients.items():
-        scale = np.abs(expected[name]).max()
-        np.testing.assert_allclose(gradient, expected[name], atol=1e-4 * scale, err_msg=name)
+        error = np.linalg.norm(gradient - expected[name])
+        assert error <= RTOL * np.linalg.norm(expected[name]) + atol, name
 
 
 def first_moments(state: TrainState) -> dict[str, jax.Array]:
-    """After one step, a tenth of the gradient."""
+    """Returns Adam's first moments: after one step, a tenth of the gradient."""
     (moments,) = (x.mu for x in jax.tree.leaves(state.optimizer, is_leaf=is_adam) if is_adam(x))
     return moments
 
@@ -179,7 +199,7 @@ def is_adam(x) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
 
 
-def test_the_11b_takes_its_logits_in_chunks(make_trainer):
+def test_the_11b_computes_its_logits_in_chunks(make_trainer):
     trainer = make_trainer(moss_video_11b())
     assert trainer._chunks(1, 4096) == 2
     assert trainer._chunks(1, 1024) == 1
@@ -198,7 +218,7 @@ def test_absent_frames_have_no_influence(trainer):
     assert run(trainer, 1, dataclasses.replace(batch, frames=frames))[1] != rows
 
 
-def test_a_row_without_targets_is_no_part_of_the_step(trainer):
+def test_a_row_without_targets_has_no_influence(trainer):
     """Such as one whose video could not be read."""
     batch = make_batch()
     batch.tokens[1], batch.labels[1], batch.frame_positions[1] = 0, IGNORED, S
@@ -213,7 +233,7 @@ def test_a_row_without_targets_is_no_part_of_the_step(trainer):
 
 
 def test_adopted_parameters(frozen_trainer, small_config):
-    """A model is copied in and out, and neither copy is used up by the steps."""
+    """A model is copied in and out, and neither copy is donated by the steps."""
     model = MossVideo(small_config(), rngs=nnx.Rngs(3))
     state = frozen_trainer.adopt(model)
     first = frozen_trainer.model(state, "float32")
@@ -241,11 +261,11 @@ def test_the_abstract_state(frozen_trainer):
     jax.tree.map(lambda array, sharding: array.sharding == sharding, state, frozen_trainer.shardings)
 
 
-def test_what_cannot_be_trained_is_refused(make_trainer, small_config, trainer):
-    with pytest.raises(ConfigError, match="compressor has no parameters"):
+def test_untrainable_settings_are_refused(make_trainer, small_config, trainer):
+    with pytest.raises(ConfigError, match="only parts without parameters: compressor"):
         make_trainer(trainable=("compressor",))
     assert make_trainer(small_config("channelFusion"), trainable=("compressor",)).abstract().trained
-    with pytest.raises(ValueError, match="other parameters"):
+    with pytest.raises(ValueError, match="parameters of this model are not those"):
         trainer.adopt(MossVideo(small_config("channelFusion"), rngs=nnx.Rngs(0)))
     half = jax.tree.map(lambda x: x[:3], make_batch())
     with pytest.raises(ConfigError, match=r"batch of 3 sequences .* multiple of 2"):
@@ -254,8 +274,8 @@ def test_what_cannot_be_trained_is_refused(make_trainer, small_config, trainer):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["mosaic_gpu", None])
-def test_kernels_train_as_plain_xla_does(attention):
-    """Losses of three steps, and the first gradient's norm, within what bfloat16 leaves open."""
+def test_kernels_train_like_plain_xla(attention):
+    """Losses of three steps and the norm of the first gradient agree to the precision of bfloat16."""
     rng = np.random.default_rng(0)
     config = dataclasses.replace(moss_tiny(), attention="xla")
     vocab, size, frames, length = config.decoder.vocab_size, config.vision.image_size, 4, 96

@@ -1,4 +1,4 @@
-"""Real video files, made on the spot, whose frames carry their own number as a bar code."""
+"""Video files encoded on the fly, whose frames carry their number as a bar code."""
 
 from collections.abc import Callable
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""Reading: every container that people have, and every way in which a file can be bad."""
+"""Reading: common containers, and the ways in which a file can be invalid."""
 
 import gc
 import itertools
@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from moss_jax.video import VideoError, probe, read, timeline
+from moss_jax.video import VideoError, frame_spans, probe, read
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 FASTSTART = {"movflags": "faststart"}
@@ -50,7 +50,7 @@ DECLARES_ITS_SIZE = [
     "h264_with_b_frames.avi",
 ]
 CLIPS = sorted([*SHARED.glob("*.mp4"), *SHARED.glob("*.avi")])
-CALLS = {"probe": probe, "read": lambda path: list(read(path)), "timeline": timeline}
+CALLS = {"probe": probe, "read": lambda path: list(read(path)), "frame_spans": frame_spans}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def until_error(path: Path) -> tuple[list, str]:
     pytest.fail(f"{path} was read to its end")
 
 
-# ----------------------------------------------------------------------------------- good files
+# ---------------------------------------------------------------------------------- valid files
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -123,13 +123,13 @@ def test_frames_come_in_order_at_their_times(film, name, number_of):
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_the_timeline_is_that_of_the_frames(film, name):
-    spans, frames = timeline(film(name)), list(read(film(name)))
+def test_spans_match_the_decoded_frames(film, name):
+    spans, frames = frame_spans(film(name)), list(read(film(name)))
     np.testing.assert_allclose([span.time for span in spans], [frame.time for frame in frames], atol=1e-9)
     assert spans[-1].duration == pytest.approx(frames[-1].duration)
 
 
-def test_a_gap_does_not_lengthen_the_last_frame(tmp_path, encode):
+def test_a_gap_does_not_extend_the_last_frame(tmp_path, encode):
     declared = []
     for gap_before in range(8, 13):
         times = [40 * i + (9000 if i >= gap_before else 0) for i in range(13)]
@@ -137,13 +137,13 @@ def test_a_gap_does_not_lengthen_the_last_frame(tmp_path, encode):
         with av.open(str(path)) as container:
             *_, last = container.decode(video=0)
             declared.append(float(last.duration * last.time_base))
-        for last in (timeline(path)[-1], list(read(path))[-1]):
+        for last in (frame_spans(path)[-1], list(read(path))[-1]):
             assert last.time == pytest.approx(9.48)
             assert last.duration < 0.05
-    assert max(declared) > 9  # else the encoder has changed, and this test shows nothing
+    assert max(declared) > 9  # otherwise the encoder has changed, and this test proves nothing
 
 
-def test_times_that_start_over_go_on(folder, film, number_of):
+def test_timestamps_that_restart_are_continued(folder, film, number_of):
     twice = folder / "twice.ts"
     twice.write_bytes(2 * film("film.ts").read_bytes())
     frames = list(read(twice))
@@ -151,7 +151,7 @@ def test_times_that_start_over_go_on(folder, film, number_of):
     np.testing.assert_allclose([frame.time for frame in frames], np.arange(100) / 25, atol=1e-3)
 
 
-def test_what_an_edit_list_skips_is_not_shown(film, folder, number_of):
+def test_frames_skipped_by_an_edit_list_are_not_shown(film, folder, number_of):
     data = bytearray(film("plain.mp4").read_bytes())
     # Of the one edit, after version, flags and count: duration, start in the media, rate.
     start = data.index(b"elst") + 16
@@ -163,7 +163,7 @@ def test_what_an_edit_list_skips_is_not_shown(film, folder, number_of):
     edited.write_bytes(data)
     frames = list(read(edited))
     assert [number_of(frame.rgb) for frame in frames] == list(range(10, 50))
-    assert [span.time for span in timeline(edited)] == pytest.approx([frame.time for frame in frames])
+    assert [span.time for span in frame_spans(edited)] == pytest.approx([frame.time for frame in frames])
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -175,7 +175,7 @@ def test_odd_timestamps_are_kept(tmp_path, encode, number_of, suffix):
     np.testing.assert_allclose([frame.time for frame in frames], (np.array(times) - 137) / 1000, atol=1e-4)
 
 
-def test_the_duration_is_the_videos_not_the_sounds(film):
+def test_the_duration_is_that_of_the_video_stream(film):
     with av.open(str(film("audio_longer.mp4"))) as container:
         assert container.duration / av.time_base > 3.9
     assert probe(film("audio_longer.mp4")).duration == pytest.approx(2.0)
@@ -220,7 +220,7 @@ def test_an_image_is_one_frame_at_time_0(tmp_path, draw, name, codec, pix_fmt):
     assert np.abs(only.rgb.astype(int) - draw(90)).mean() < 4
 
 
-def test_file_names_are_no_patterns_and_no_protocols(tmp_path, monkeypatch, draw, film, number_of):
+def test_file_names_are_not_patterns_or_protocols(tmp_path, monkeypatch, draw, film, number_of):
     for number, name in enumerate(["0.jpg", "%d.jpg"]):
         (tmp_path / name).write_bytes(image(draw(number)))
     (only,) = read(tmp_path / "%d.jpg")
@@ -231,14 +231,14 @@ def test_file_names_are_no_patterns_and_no_protocols(tmp_path, monkeypatch, draw
     assert len(list(read("concat:0.mp4"))) == 50
 
 
-def test_of_two_images_in_one_file_the_first_counts(tmp_path, draw, number_of):
+def test_only_the_first_of_two_images_in_a_file_is_read(tmp_path, draw, number_of):
     path = tmp_path / "two.png"
     path.write_bytes(image(draw(5), "png", "rgb24") + image(draw(6), "png", "rgb24"))
     (only,) = read(path)
     assert number_of(only.rgb) == 5
 
 
-def test_a_broadcast_may_begin_between_key_frames(folder, film):
+def test_a_broadcast_may_begin_between_keyframes(folder, film):
     data = film("film.ts").read_bytes()
     late = folder / "late.ts"
     late.write_bytes(data[188 * 30 :])
@@ -254,7 +254,7 @@ def test_a_cut_live_recording_is_read_to_its_end(film, number_of):
 
 
 @pytest.mark.parametrize("notes", [b"\x7f\xff\xff\xffSEFT", b"\0\0\0\1SEFT"])
-def test_notes_of_a_camera_after_the_film_are_no_alarm(folder, film, notes):
+def test_trailing_data_of_a_camera_is_ignored(folder, film, notes):
     noted = folder / "noted.mp4"
     noted.write_bytes(film("faststart.mp4").read_bytes() + notes + b"\0" * 40)
     assert len(list(read(noted))) == 50
@@ -286,7 +286,7 @@ def test_the_file_is_closed_with_the_iterator(film):
 @pytest.mark.parametrize("path", CLIPS, ids=lambda path: path.name)
 def test_real_clips_are_good(path):
     info = probe(path)
-    spans = timeline(path)
+    spans = frame_spans(path)
     assert spans[-1].time + spans[-1].duration == pytest.approx(info.duration, abs=2 / info.fps)
     frame = next(read(path))
     assert frame.rgb.shape == (info.height, info.width, 3)
@@ -301,7 +301,7 @@ def test_real_images_are_good(path):
     assert frame.rgb.shape == (info.height, info.width, 3)
 
 
-# ------------------------------------------------------------------------------------ bad files
+# -------------------------------------------------------------------------------- invalid files
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -318,7 +318,7 @@ def test_real_images_are_good(path):
         ("unfinished.mp4", b"\0\0\0\x14ftypisom\0\0\2\0isom\0\0\0\0mdat12345678", "moov"),
     ],
 )
-def test_what_is_no_video_is_refused(tmp_path, call, name, content, says):
+def test_other_files_are_refused(tmp_path, call, name, content, says):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert says in error_of(CALLS[call], tmp_path / name)
@@ -328,11 +328,11 @@ def test_a_directory_is_refused(tmp_path):
     assert "is a directory" in error_of(probe, tmp_path)
 
 
-def test_sound_alone_is_refused(tmp_path, encode_audio):
+def test_audio_alone_is_refused(tmp_path, encode_audio):
     assert "no video stream, only audio" in error_of(probe, encode_audio(tmp_path / "sound.wav"))
 
 
-def test_the_cover_of_a_song_is_no_video(tmp_path, draw, encode_audio):
+def test_cover_art_is_not_video(tmp_path, draw, encode_audio):
     path = tmp_path / "song.mp4"
     with av.open(str(encode_audio(tmp_path / "sound.wav"))) as sound, av.open(str(path), "w") as song:
         audio = song.add_stream("aac", rate=48_000)
@@ -353,8 +353,8 @@ def test_a_stream_without_frames_is_refused(tmp_path, encode):
     path = encode(tmp_path / "none.avi", 0, codec="mpeg4")
     with av.open(str(path)) as container:
         assert container.streams.video
-    assert "no picture" in error_of(probe, path)
-    assert "no picture" in until_error(path)[1]
+    assert "no frame" in error_of(probe, path)
+    assert "no frame" in until_error(path)[1]
 
 
 def test_an_unknown_codec_is_refused(folder, film):
@@ -374,21 +374,21 @@ def test_a_damaged_image_is_refused(tmp_path, suffix):
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared clips")
 @pytest.mark.parametrize("fraction", [0.3, 0.9])
-def test_half_a_jpeg_is_refused(tmp_path, fraction):
+def test_a_truncated_jpeg_is_refused(tmp_path, fraction):
     whole = tmp_path / "1.jpg"
     whole.write_bytes((SHARED / "1.jpg").read_bytes())
-    assert "no picture" in error_of(probe, cut(whole, fraction))
+    assert "no frame" in error_of(probe, cut(whole, fraction))
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9, 0.98])
 @pytest.mark.parametrize("name", DECLARES_ITS_SIZE)
-def test_a_cut_off_file_is_refused(film, name, fraction):
+def test_a_truncated_file_is_refused(film, name, fraction):
     message = error_of(probe, cut(film(name), fraction))
     assert re.search(r"cut off: it has \d+ bytes of at least \d+", message)
 
 
 @pytest.mark.parametrize("name", ["faststart.mp4", "film.mkv", "film.webm", "h264_with_b_frames.avi"])
-def test_a_cut_off_file_gives_its_good_frames_first(film, name, number_of):
+def test_a_truncated_file_yields_its_intact_frames_first(film, name, number_of):
     frames, message = until_error(cut(film(name), 0.6))
     numbers = [number_of(frame.rgb) for frame in frames]
     assert "cut off" in message
@@ -401,14 +401,14 @@ def test_a_cut_off_file_gives_its_good_frames_first(film, name, number_of):
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("path", CLIPS, ids=lambda path: path.name)
-def test_a_cut_off_real_clip_is_refused(tmp_path, path, fraction):
+def test_a_truncated_real_clip_is_refused(tmp_path, path, fraction):
     whole = tmp_path / path.name
     whole.write_bytes(path.read_bytes())
     assert "cut off" in error_of(probe, cut(whole, fraction))
 
 
 @pytest.mark.parametrize("name", ["faststart.mp4", "film.webm", "mjpeg.mkv"])
-def test_damage_in_mid_file_comes_after_the_good_frames(film, folder, name, number_of):
+def test_damage_is_raised_after_the_intact_frames(film, folder, name, number_of):
     with av.open(str(film(name))) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     shown_at = sorted(packet.pts for packet in packets)
@@ -424,7 +424,7 @@ def test_damage_in_mid_file_comes_after_the_good_frames(film, folder, name, numb
     assert [number_of(frame.rgb) for frame in frames] == good
 
 
-def test_a_half_decoded_frame_is_not_shown_before_the_error(film, folder, number_of):
+def test_a_partly_decoded_frame_is_not_yielded(film, folder, number_of):
     with av.open(str(film("faststart.mp4"))) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     # A frame that waits for others to be shown first loses its second half, the next packet everything.

@@ -1,4 +1,4 @@
-"""Sampling: against a definition in brute force, and on real files."""
+"""Frame sampling, compared with brute force, and on real files."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ def shown(frames) -> list[tuple[float, int]]:
 
 
 def brute_force(times, last_duration, fps, limit) -> list[tuple[float, int]]:
-    """What stands at each k/fps: a frame that begins there, else the last before; found by looking at all."""
+    """Searches all frames for the one shown at each k/fps: one that begins then, else the last before."""
     result = []
     for k in itertools.count():
         instant = k / fps
@@ -69,9 +69,9 @@ def streams(draw):
 
 @settings(deadline=None)
 @given(streams())
-def test_live_is_the_definition(stream):
+def test_live_matches_brute_force(stream):
     times, duration, fps, limit = stream
-    # On the very edge of the tolerance, float rounding decides.
+    # Exactly at the tolerance, float rounding decides.
     ends = [*times, times[-1] + (duration or 0)]
     offsets = [abs(t * fps - k) / fps for t in ends for k in (math.floor(t * fps), math.ceil(t * fps))]
     assume(all(abs(offset - TOLERANCE) > 1e-9 for offset in offsets))
@@ -94,7 +94,7 @@ def test_live_reads_no_further_than_it_must(stream):
     assert pulled == []
     count = 0
     for count, f in enumerate(sampled, 1):  # noqa: B007
-        # All that was read before the newest frame lies before the instant: nothing was known any sooner.
+        # All frames before the latest one precede the sample: it could not be yielded any sooner.
         assert all(t < f.time - TOLERANCE + 1e-9 for t in pulled[:-1])
     assert count <= limit
     if count == limit:
@@ -103,7 +103,7 @@ def test_live_reads_no_further_than_it_must(stream):
         assert len(pulled) == len(times)
 
 
-def test_live_yields_at_once():
+def test_live_yields_without_delay():
     log = []
 
     def source():
@@ -123,12 +123,12 @@ def test_live_works_on_an_endless_source():
     assert sampled == [(k / 2, 15 * k) for k in range(10)]
 
 
-def test_a_gap_repeats_the_frame_that_stands():
+def test_a_gap_repeats_the_frame_before_it():
     sampled = shown(sample_live(numbered([0, 1, 4.5]), FrameSampling(fps=1)))
     assert sampled == [(0, 0), (1, 1), (2, 1), (3, 1), (4, 1)]
 
 
-def test_the_last_frame_stands_for_its_duration():
+def test_the_last_frame_is_shown_for_its_duration():
     assert shown(sample_live(numbered([0, 1]), FrameSampling(fps=2))) == [(0, 0), (0.5, 0), (1, 1)]
     stays = sample_live(numbered([0, 1], 1.5), FrameSampling(fps=2))
     assert shown(stays) == [(0, 0), (0.5, 0), (1, 1), (1.5, 1), (2, 1)]  # not 2.5, where it ends
@@ -136,7 +136,7 @@ def test_the_last_frame_stands_for_its_duration():
     assert shown(rounded) == [(0, 0)]
 
 
-def test_a_late_start_leaves_out_the_instants_before():
+def test_times_before_the_first_frame_are_skipped():
     assert shown(sample_live(numbered([1.5, 2.5]), FrameSampling(fps=1, max_frames=2))) == [(2, 0)]
 
 
@@ -145,7 +145,7 @@ def test_timestamps_in_whole_milliseconds_lose_no_frame():
     assert [n for _, n in shown(sample_live(numbered(times), FrameSampling(fps=30)))] == list(range(60))
 
 
-def test_nothing_comes_of_nothing():
+def test_an_empty_stream_has_no_samples():
     assert list(sample_live([], FrameSampling())) == []
 
 
@@ -176,7 +176,7 @@ def film(tmp_path_factory, encode) -> Path:
 
 
 @pytest.mark.parametrize("fps", [0.3, 1.0, 2.0, 2.5, 4.0, 25.0])
-def test_a_clip_within_bounds_is_what_live_gives(film, fps, number_of):
+def test_a_clip_within_bounds_equals_live_sampling(film, fps, number_of):
     sampling = FrameSampling(fps=fps)
     clip, live = sample_clip(film, sampling), list(sample_file(film, sampling))
     assert [f.time for f in clip] == [f.time for f in live] == [k / fps for k in range(math.ceil(4 * fps))]
@@ -219,7 +219,7 @@ def test_a_clip_of_too_few_frames_repeats_them(tmp_path, encode, number_of):
     assert [f.time for f in frames] == pytest.approx([0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3])
 
 
-def test_frames_that_cannot_be_decoded_are_made_up_for(tmp_path, encode):
+def test_undecodable_frames_are_replaced(tmp_path, encode):
     whole = encode(tmp_path / "whole.ts", 50)
     late = tmp_path / "late.ts"
     late.write_bytes(whole.read_bytes()[188 * 30 :])
@@ -229,13 +229,13 @@ def test_frames_that_cannot_be_decoded_are_made_up_for(tmp_path, encode):
     assert np.diff([f.time for f in frames]) == pytest.approx(np.full(79, frames[1].time))
 
 
-def test_the_sounds_length_does_not_count(tmp_path, encode):
+def test_the_duration_of_audio_does_not_count(tmp_path, encode):
     path = encode(tmp_path / "sound.mkv", 50, audio_seconds=5.0)
     assert len(sample_clip(path, FrameSampling(fps=1))) == 2
     assert len(list(sample_file(path, FrameSampling(fps=1)))) == 2
 
 
-def test_a_changing_frame_rate_is_taken_by_time(tmp_path, encode, number_of):
+def test_a_variable_frame_rate_is_sampled_by_time(tmp_path, encode, number_of):
     times = [0, 40, 80, 900, 1100, 1140, 3300, 3340, 5020]
     path = encode(tmp_path / "vfr.mkv", len(times), times_ms=times)
     frames = sample_clip(path, FrameSampling(fps=1))

@@ -1,9 +1,10 @@
-"""How good a watcher is: scores of what was said over a stream of the tabletop world, by the world's truth.
+"""Metrics of the tabletop evaluation: what was said over a stream, judged by the world's truth.
 
-A *statement* is a sentence, or as much of one as was said; `language.understand` says which facts it asserts.
-Where the speaker takes one back in mid-sentence (`language.WAIT`), a new one begins. Nothing here knows a
-model: `transcribe` reads the events of a session, `score` judges them. At 8 tokens a second or more the ideal
-assistant gets full marks everywhere; much slower speech is late for some of what it should say.
+A *statement* is a sentence, or the part of it that was said; `language.understand` gives the facts that it
+asserts. Where the speaker takes one back in mid-sentence (`language.WAIT`), a new one begins. The metrics are
+independent of the model: `transcribe` reads the events of a session, `score` judges them. At 8 tokens a
+second or more the ideal assistant has a perfect score; much slower speech is too late for some of what it
+should say.
 """
 
 import collections
@@ -15,15 +16,16 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from moss_jax.stream import End, Event, Frame, Interrupted, Silence, Text, Turn
+from moss_jax.stream import End, Event, FrameSeen, Interrupted, Silence, Text, Turn
 from moss_jax.text import Tokenizer
-from moss_jax.worlds.tabletop import Stream
-from moss_jax.worlds.tabletop.dialogue import LISTED, Dialogue, Request, answer, tell
+from moss_jax.worlds.tabletop import TabletopStream
+from moss_jax.worlds.tabletop.dialogue import LISTED, Dialogue, Request, narrate, true_answer
 from moss_jax.worlds.tabletop.language import HIDDEN, LIVE, PAST, WAIT, Facts, Sentence, agrees, understand
 
-# Seconds that the speaker is given to react, and those in which a call at an awaited moment is in time.
+# Seconds in which the speaker must react, and in which an alert counts as in time.
 REACT = 3
 CALL = 2
+# Tolerance of comparisons of times, in seconds.
 EPSILON = 1e-6
 
 
@@ -32,16 +34,18 @@ EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """A sentence, or what was said of it.
+    """A sentence, or the part of it that was said.
 
     Attributes:
-      text: without the words that take back the one before.
-      time, frame: of the stream, and the last frame that was seen, when it began (-1 before the first).
-      end, end_frame: when its last piece was said.
-      request: index of the request in force, -1 before the first.
-      correction: it takes the place of a statement in progress.
-      cut: a correction or a request cut it.
-      sentence: as it is understood; None if it is no sentence.
+      text: its words, without those that take back the statement before.
+      time: of the stream, in seconds, when it began.
+      frame: the last frame seen when it began; -1 before the first.
+      end: of the stream, in seconds, when its last piece was said.
+      end_frame: the last frame seen when its last piece was said.
+      request: index of the request in force; -1 before the first.
+      correction: replaces a statement in progress.
+      cut: a correction or a request cut it short.
+      sentence: the parsed text; None if it is no sentence of the language.
     """
 
     text: str
@@ -56,21 +60,23 @@ class Statement:
 
     @property
     def facts(self) -> Facts:
+        """The facts that it asserts."""
         return self.sentence.facts if self.sentence else {}
 
     @property
     def is_alert(self) -> bool:
+        """Whether it announces an awaited moment."""
         return self.sentence is not None and self.sentence.name.startswith("alert")
 
 
 @dataclasses.dataclass(frozen=True)
-class Transcript:
-    """What was said over a stream.
+class StreamTranscript:
+    """The statements of one stream.
 
     Attributes:
       statements: in order of time.
-      speaking: the frames between which and the next something was said.
-      whole: the stream did not end for want of room.
+      speaking: the frames after which something was said before the next frame.
+      whole: the stream did not end early for lack of capacity.
     """
 
     statements: tuple[Statement, ...]
@@ -85,8 +91,13 @@ class _Piece:
     frame: int
 
 
-def transcribe(events: Iterable[Event], requests: Sequence[Request]) -> Transcript:
-    """The statements in the events of one slot, which was asked these requests."""
+def transcribe(events: Iterable[Event], requests: Sequence[Request]) -> StreamTranscript:
+    """Collects the statements in the events of one slot.
+
+    Args:
+      events: of one stream, in order.
+      requests: the prompts of that stream.
+    """
     statements: list[Statement] = []
     pieces: list[_Piece] = []
     speaking = set()
@@ -100,32 +111,32 @@ def transcribe(events: Iterable[Event], requests: Sequence[Request]) -> Transcri
 
     for event in events:
         match event:
-            case Frame():
+            case FrameSeen():
                 frame = event.index
             case Text():
                 pieces.append(_Piece(event.text, event.stream_time, frame))
                 speaking.add(frame)
             case Turn():
-                # What it cut was said under the request before.
+                # `Interrupted` comes first, so what was cut belongs to the request before.
                 request += bool(event.prompt)
             case Interrupted():
                 close(cut=True)
             case Silence() | End():
                 close(cut=False)
                 whole &= not isinstance(event, End) or event.reason == "finished"
-    return Transcript(tuple(statements), frozenset(speaking), whole)
+    return StreamTranscript(tuple(statements), frozenset(speaking), whole)
 
 
 def _split(pieces: Sequence[_Piece], request: int, subject: str, cut: bool) -> Iterator[Statement]:
-    """The statements of an utterance: one, and one more for each that takes its place in mid-sentence."""
+    """Splits an utterance into statements: one, and one more for each correction in mid-sentence."""
     text = "".join(piece.text for piece in pieces)
-    # The piece that each character came with.
+    # For each character, the piece that it came with.
     owner = [piece for piece in pieces for _ in piece.text]
     position = 0
     parts = text.split(WAIT)
     for number, part in enumerate(parts):
         begin, position = position, position + len(part)
-        # A correction begins with the words that take back the statement before.
+        # A correction begins at the words that take back the statement before.
         first = owner[begin - len(WAIT)] if number else pieces[0]
         last = owner[max(position - 1, 0)]
         yield Statement(
@@ -146,23 +157,25 @@ def _split(pieces: Sequence[_Piece], request: int, subject: str, cut: bool) -> I
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """So many of so many."""
+class Ratio:
+    """hits / total. Ratios add up as counts do."""
 
     hits: float = 0
-    of: float = 0
+    total: float = 0
 
-    def __add__(self, other: "Share") -> "Share":
-        return Share(self.hits + other.hits, self.of + other.of)
+    def __add__(self, other: "Ratio") -> "Ratio":
+        return Ratio(self.hits + other.hits, self.total + other.total)
 
     @property
     def value(self) -> float | None:
-        return self.hits / self.of if self.of else None
+        """The quotient; None if the total is 0."""
+        return self.hits / self.total if self.total else None
 
     @staticmethod
-    def count(outcomes: Iterable[bool]) -> "Share":
+    def count(outcomes: Iterable[bool]) -> "Ratio":
+        """The share of outcomes that are true."""
         found = list(outcomes)
-        return Share(sum(found), len(found))
+        return Ratio(sum(found), len(found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +184,10 @@ class Probe:
 
     Attributes:
       request: index of the question.
-      second: of the stream, whose truth counts.
+      kind: of question.
+      second: of the stream; the truth of this second counts.
       value: the right answer.
-      right: it was given.
+      right: whether it was given.
     """
 
     request: int
@@ -185,40 +199,60 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How one stream went; see the functions that find each part.
+    """The metrics of one stream. The function that computes each defines it.
 
     Attributes:
+      probes: see `probes`.
+      alert_recall: see `alerts`.
+      alert_precision: see `alerts`.
+      silence: see `silence`.
+      revision: see `revisions`.
       delays: of the revisions that were made, in seconds.
+      corrections: see `corrections`.
+      stale: see `stale`.
+      understood: share of the statements that were not cut which are sentences of the language.
+      narration_recall: see `narration`.
+      narration_precision: see `narration`.
+      cut_short: whether the stream ended early for lack of capacity.
     """
 
     probes: tuple[Probe, ...] = ()
-    alert_recall: Share = Share()
-    alert_precision: Share = Share()
-    silence: Share = Share()
-    revision: Share = Share()
+    alert_recall: Ratio = Ratio()
+    alert_precision: Ratio = Ratio()
+    silence: Ratio = Ratio()
+    revision: Ratio = Ratio()
     delays: tuple[float, ...] = ()
-    corrections: Share = Share()
-    stale: Share = Share()
-    understood: Share = Share()
-    narration_recall: Share = Share()
-    narration_precision: Share = Share()
-    cut_short: int = 0
+    corrections: Ratio = Ratio()
+    stale: Ratio = Ratio()
+    understood: Ratio = Ratio()
+    narration_recall: Ratio = Ratio()
+    narration_precision: Ratio = Ratio()
+    cut_short: bool = False
 
 
 def score(
-    stream: Stream, said: Transcript, ideal: Dialogue, *, tokenizer: Tokenizer, tokens_per_second: int
+    stream: TabletopStream,
+    said: StreamTranscript,
+    ideal: Dialogue,
+    *,
+    tokenizer: Tokenizer,
+    tokens_per_second: int,
 ) -> Score:
-    """Judges what was said over a stream.
+    """Scores what was said over a stream.
 
     Args:
-      ideal: what the ideal assistant says over it at the same speed of speech.
+      stream: with its truth.
+      said: to be scored.
+      ideal: what the ideal assistant says over the stream at the same speed.
+      tokenizer: of the model.
+      tokens_per_second: speed of speech.
     """
-    pace = Pace(tokenizer, tokens_per_second)
+    rate = SpeechRate(tokenizer, tokens_per_second)
     revision, delays = revisions(stream, said)
     alert_recall, alert_precision = alerts(stream, said)
     narration_recall, narration_precision = narration(stream, said, ideal)
     return Score(
-        probes=tuple(probes(stream, said, pace)),
+        probes=tuple(probes(stream, said, rate)),
         alert_recall=alert_recall,
         alert_precision=alert_precision,
         silence=silence(stream, said, ideal),
@@ -226,7 +260,7 @@ def score(
         delays=delays,
         corrections=corrections(stream, said),
         stale=stale(stream, said),
-        understood=Share.count(s.sentence is not None for s in said.statements if not s.cut),
+        understood=Ratio.count(s.sentence is not None for s in said.statements if not s.cut),
         narration_recall=narration_recall,
         narration_precision=narration_precision,
         cut_short=not said.whole,
@@ -234,30 +268,35 @@ def score(
 
 
 @dataclasses.dataclass(frozen=True)
-class Pace:
-    """How long it takes to say something."""
+class SpeechRate:
+    """The speed of speech, which sets the deadlines of answers.
+
+    Attributes:
+      tokenizer: of the model.
+      tokens_per_second: of the stream.
+    """
 
     tokenizer: Tokenizer
     tokens_per_second: int
 
-    def patience(self, request: Request, truth: Facts) -> float:
-        """Seconds in which a question must be answered: 3, or 2 and those that the words take."""
-        said = answer(request, truth)
-        words = max(len(self.tokenizer.encode(said.text(variant))) for variant in range(2))
-        return max(REACT, 2 + words / self.tokens_per_second)
+    def seconds_to_answer(self, request: Request, truth: Facts) -> float:
+        """The deadline of an answer, in seconds: 2 plus the time that its words take, at least 3."""
+        ideal = true_answer(request, truth)
+        tokens = max(len(self.tokenizer.encode(ideal.text(variant))) for variant in range(2))
+        return max(REACT, 2 + tokens / self.tokens_per_second)
 
 
-def probes(stream: Stream, said: Transcript, pace: Pace) -> Iterator[Probe]:
-    """When each question should have been answered, and whether it was.
+def probes(stream: TabletopStream, said: StreamTranscript, rate: SpeechRate) -> Iterator[Probe]:
+    """Yields the moments at which each question should have been answered, and whether it was.
 
-    A live question is probed at each whole second until the next request at which it has been open for
-    `patience` seconds, and its answer the same for as long. The belief at a probe is what the statements that
-    were said since the question assert, later ones over earlier ones; it is right if it holds every fact that
-    the question is about and all agree with the truth of that second.
+    A live question is probed at each whole second before the next request at which it has been open for
+    `SpeechRate.seconds_to_answer` and its right answer has been the same for that long. The model's belief at
+    a probe is what its statements since the question assert, later ones overriding earlier ones; it is right
+    if it holds every fact that the question is about and all agree with the truth of that second.
 
-    A past question is probed once, after `patience` seconds or at the next request, if that leaves a second
-    more than the words take. Right is a first statement that asserts just the facts of the ideal answer at
-    the frame on which it was begun.
+    A past question is probed once, at its deadline or at the next request, unless that request comes more
+    than a second before the deadline. The answer is right if the first statement asserts exactly the facts of
+    the ideal answer at the frame at which it began.
     """
     truth = stream.world.truth
     for number, request in enumerate(stream.requests):
@@ -266,52 +305,53 @@ def probes(stream: Stream, said: Transcript, pace: Pace) -> Iterator[Probe]:
         statements = [s for s in said.statements if s.request == number and s.facts]
         if request.kind in LIVE:
             for second in range(asked + 1, math.ceil(min(until, stream.world.seconds))):
-                patience = pace.patience(request, truth[second])
-                settled = range(max(asked, math.ceil(second - patience), 0), second)
+                deadline = rate.seconds_to_answer(request, truth[second])
+                settled = range(max(asked, math.ceil(second - deadline), 0), second)
                 value = right_answer(request, truth[second])
-                if second < request.time + patience or any(
+                if second < request.time + deadline or any(
                     right_answer(request, truth[f]) != value for f in settled
                 ):
                     continue
-                told: dict[str, str] = {}
+                stated: dict[str, str] = {}
                 for statement in statements:
                     if statement.end <= second + EPSILON:
-                        told.update(statement.facts)
-                right = all(is_true({key: told.get(key, "")}, truth[second]) for key in request.keys)
+                        stated.update(statement.facts)
+                right = all(is_true({key: stated.get(key, "")}, truth[second]) for key in request.keys)
                 yield Probe(number, request.kind, second, value, right)
         elif request.kind in PAST and asked >= 0:
-            patience = pace.patience(request, truth[asked])
-            if until - request.time < patience - 1:
+            deadline = rate.seconds_to_answer(request, truth[asked])
+            if until - request.time < deadline - 1:
                 continue
-            at = min(request.time + patience, until)
+            at = min(request.time + deadline, until)
             first = next((s for s in statements if s.end <= at + EPSILON), None)
-            right = first is not None and answers(request, first.facts, truth[max(first.frame, 0)])
+            right = first is not None and is_right_answer(request, first.facts, truth[max(first.frame, 0)])
             yield Probe(number, request.kind, asked, right_answer(request, truth[asked]), right)
 
 
-def answers(request: Request, facts: Facts, truth: Facts) -> bool:
-    """Whether asserted facts answer a question rightly."""
+def is_right_answer(request: Request, facts: Facts, truth: Facts) -> bool:
+    """Whether asserted facts are the right answer to a question."""
     if request.kind in PAST:
-        return dict(facts) == dict(answer(request, truth).facts)
+        return dict(facts) == dict(true_answer(request, truth).facts)
     return all(key in facts and agrees(key, facts[key], truth) for key in request.keys)
 
 
 def right_answer(request: Request, truth: Facts) -> Hashable:
-    """What there is to answer to a question, in a form that can be compared and counted."""
+    """The right answer to a question, in a form that can be compared and counted."""
     if request.kind == "list":
-        # What isn't to be seen isn't mentioned, whatever the reason.
+        # A list leaves out what isn't visible, for whatever reason.
         return tuple(HIDDEN if truth[key] in ("none", "covered") else truth[key] for key in LISTED)
     if request.kind == "seen":
         return truth[f"seen:{request.subject}"]
     return truth[request.keys[0] if request.keys else request.kind]
 
 
-def alerts(stream: Stream, said: Transcript) -> tuple[Share, Share]:
-    """Recall and precision of calls at awaited moments.
+def alerts(stream: TabletopStream, said: StreamTranscript) -> tuple[Ratio, Ratio]:
+    """Recall and precision of alerts.
 
-    The moment comes with the first frame after the request on which what is awaited is true, and a call that
-    says so is right if it begins within 2 seconds, once. All other calls are wrong. Due are moments that last
-    for two frames at least and come 2 seconds or more before the next request and the end.
+    The awaited moment is the first frame after the request on which the awaited facts are true. An alert that
+    states them is right if it begins within 2 seconds of that, once; all other alerts are wrong. Recall
+    counts moments that last for at least two frames and come at least 2 seconds before the next request and
+    the end.
     """
     truth, end = stream.world.truth, stream.world.seconds - 1
     due, right = [], 0
@@ -335,14 +375,14 @@ def alerts(stream: Stream, said: Transcript) -> tuple[Share, Share]:
         right += called
         if moment + CALL <= until and is_true(awaited, truth[moment + 1]):
             due.append(called)
-    return Share.count(due), Share(right, sum(s.is_alert for s in said.statements))
+    return Ratio.count(due), Ratio(right, sum(s.is_alert for s in said.statements))
 
 
-def silence(stream: Stream, said: Transcript, ideal: Dialogue) -> Share:
-    """Share of the frames on which nothing is due and nothing is said before the next.
+def silence(stream: TabletopStream, said: StreamTranscript, ideal: Dialogue) -> Ratio:
+    """Share of the idle frames after which nothing is said before the next frame.
 
-    Nothing is due on a frame if no request came in the 3 seconds before it or comes before the next frame,
-    and if the ideal assistant neither speaks on it or the 3 frames before nor has anything to say there.
+    A frame is idle if no request came in the 3 seconds before it or comes before the next frame, and if the
+    ideal assistant neither speaks nor has anything due on it or on the 3 frames before.
     """
     busy = {frame for frame, speaks in enumerate(ideal.speaking) if speaks} | {
         u.due for u in ideal.utterances
@@ -353,15 +393,17 @@ def silence(stream: Stream, said: Transcript, ideal: Dialogue) -> Share:
         if not any(frame - REACT <= r.time < frame + 1 for r in stream.requests)
         and busy.isdisjoint(range(frame - REACT, frame + 1))
     ]
-    return Share.count(frame not in said.speaking for frame in idle)
+    return Ratio.count(frame not in said.speaking for frame in idle)
 
 
-def revisions(stream: Stream, said: Transcript) -> tuple[Share, tuple[float, ...]]:
-    """Share of the answers that were revised when they became false, and the delays of those.
+def revisions(stream: TabletopStream, said: StreamTranscript) -> tuple[Ratio, tuple[float, ...]]:
+    """Share of the answers that were revised when they became false, and the delays of the revisions.
 
-    A revision is due at a frame that makes a fact false that the model has told since the live question was
-    asked and that was true until then, unless a request or the end comes within 3 seconds, or the fact is
-    true again by then. It is made if within 3 seconds a statement begins that says truly what it is now.
+    A revision is due at a frame that makes a stated fact false: one that the model has asserted since the
+      live
+    question was asked and that was true until then. It is not due if a request or the end comes within 3
+    seconds, or if the fact is true again by then. It is made if a statement that asserts the new truth begins
+    within 3 seconds.
     """
     truth, end = stream.world.truth, stream.world.seconds - 1
     made, delays = [], []
@@ -369,12 +411,12 @@ def revisions(stream: Stream, said: Transcript) -> tuple[Share, tuple[float, ...
         last = min(_until(stream, number), end) - REACT
         statements = [s for s in said.statements if s.request == number and s.facts]
         for frame in range(max(frame_seen(request) + 1, 1), math.floor(last) + 1):
-            told: dict[str, str] = {}
+            stated: dict[str, str] = {}
             for statement in statements:
                 if statement.frame < frame:
-                    told.update(statement.facts)
+                    stated.update(statement.facts)
             for key in request.keys:
-                value = told.get(key)
+                value = stated.get(key)
                 if value is None or not is_true({key: value}, truth[frame - 1]):
                     continue
                 if any(is_true({key: value}, truth[f]) for f in range(frame, frame + REACT + 1)):
@@ -389,32 +431,33 @@ def revisions(stream: Stream, said: Transcript) -> tuple[Share, tuple[float, ...
                 ]
                 made.append(bool(new))
                 delays += new[:1]
-    return Share.count(made), tuple(delays)
+    return Ratio.count(made), tuple(delays)
 
 
-def corrections(stream: Stream, said: Transcript) -> Share:
-    """Of the statements that take one back in mid-sentence, the share that is understood and true."""
+def corrections(stream: TabletopStream, said: StreamTranscript) -> Ratio:
+    """Share of the corrections in mid-sentence that are understood and true."""
     found = [s for s in said.statements if s.correction and not s.cut]
-    return Share.count(bool(s.facts) and _true_when_said(s, s.facts, stream.world.truth) for s in found)
+    return Ratio.count(bool(s.facts) and _true_when_said(s, s.facts, stream.world.truth) for s in found)
 
 
-def stale(stream: Stream, said: Transcript) -> Share:
-    """Share of the statements that are false on every frame that was the last seen while they were said.
+def stale(stream: TabletopStream, said: StreamTranscript) -> Ratio:
+    """Share of the statements that were false on every frame from their beginning to their end.
 
-    Only those that assert something count. Before the first frame nothing is true. What is told of the last
-    event, when that was asked for, is left to the accuracy.
+    Only statements that assert something count. Before the first frame nothing is true. Answers to "What
+    happened last?" are left to the accuracy.
     """
     kinds = [request.kind for request in stream.requests]
     found = [s for s in said.statements if s.facts and (s.request < 0 or kinds[s.request] != "event")]
-    return Share.count(not _true_when_said(s, s.facts, stream.world.truth) for s in found)
+    return Ratio.count(not _true_when_said(s, s.facts, stream.world.truth) for s in found)
 
 
-def narration(stream: Stream, said: Transcript, ideal: Dialogue) -> tuple[Share, Share]:
-    """Recall and precision of telling what happens, while that is asked for.
+def narration(stream: TabletopStream, said: StreamTranscript, ideal: Dialogue) -> tuple[Ratio, Ratio]:
+    """Recall and precision of narrating events, while that is asked for.
 
-    Recall is over the events that the ideal assistant tells, but for those in the last 3 seconds before the
-    next request or the end: a statement of the same facts begins within 3 seconds of the event. Precision is
-    over the statements that assert something: an event of the last 3 seconds, told for the first time.
+    Recall is over the events that the ideal assistant narrates, except those in the last 3 seconds before the
+    next request or the end; an event is recalled if a statement of the same facts begins within 3 seconds.
+    Precision is over the statements that assert something; right are those about an event of the last 3
+    seconds that was not narrated before.
     """
     end = stream.world.seconds - 1
     recall, precision = [], []
@@ -424,7 +467,7 @@ def narration(stream: Stream, said: Transcript, ideal: Dialogue) -> tuple[Share,
         statements = [s for s in said.statements if s.request == number and s.facts]
         asked, until = frame_seen(request), _until(stream, number)
         events = {
-            event.frame: dict(tell(event, stream.world.truth[event.frame]).facts)
+            event.frame: dict(narrate(event, stream.world.truth[event.frame]).facts)
             for event in stream.world.events
             if asked < event.frame < until
         }
@@ -442,29 +485,29 @@ def narration(stream: Stream, said: Transcript, ideal: Dialogue) -> tuple[Share,
             told |= set(of[:1])
         due = [u.due for u in ideal.utterances if u.request == number and u.sentence.facts]
         recall += [frame in told for frame in due if frame + REACT <= min(until, end)]
-    return Share.count(recall), Share.count(precision)
+    return Ratio.count(recall), Ratio.count(precision)
 
 
 def frame_seen(request: Request) -> int:
-    """The last frame before a request; -1 if it came before the first."""
+    """The last frame before a request; -1 before the first."""
     return int(request.time) if request.time else -1
 
 
 def is_true(facts: Facts, truth: Facts) -> bool:
-    """Whether all facts are true; one that makes no sense, such as the colour of the card, isn't."""
+    """Whether all facts are true. A fact that makes no sense, such as the colour of the card, is false."""
     return all((key in truth or key == "some") and agrees(key, value, truth) for key, value in facts.items())
 
 
 def _true_when_said(statement: Statement, facts: Facts, truth: Sequence[Facts]) -> bool:
-    """Whether it is true on one of the frames that were the last seen while it was said.
+    """Whether facts of a statement were true on any frame from its beginning to its end.
 
-    A statement that a change overtakes may end as what has become true.
+    A statement that a change overtakes may go on with what has become true.
     """
     return any(is_true(facts, truth[f]) for f in range(max(statement.frame, 0), statement.end_frame + 1))
 
 
-def _until(stream: Stream, number: int) -> float:
-    """The time of the next request, or infinity."""
+def _until(stream: TabletopStream, number: int) -> float:
+    """The time of the request after `number`; infinity after the last."""
     later = stream.requests[number + 1 : number + 2]
     return later[0].time if later else math.inf
 
@@ -473,14 +516,15 @@ def _until(stream: Stream, number: int) -> float:
 
 
 def summary(scores: Sequence[Score]) -> dict[str, Any]:
-    """The scores of many streams, JSON-ready: each value with the number of cases that it is a share of.
+    """Aggregates the scores of many streams, JSON-ready: each value with its number of cases.
 
-    `accuracy` is over the probes, so weighted that each question counts once; `constant guess` is that of the
-    one answer to each kind of question that is right most often, chosen in hindsight.
+    `accuracy` is over the probes, weighted so that each question counts once. `constant_guess` is the
+    accuracy of always giving the one answer to each kind of question that is right most often, chosen in
+    hindsight.
     """
 
-    def total(name: str) -> Share:
-        return sum((getattr(s, name) for s in scores), Share())
+    def total(name: str) -> Ratio:
+        return sum((getattr(s, name) for s in scores), Ratio())
 
     delays = [delay for s in scores for delay in s.delays]
     recall, precision = total("alert_recall"), total("alert_precision")
@@ -504,13 +548,13 @@ def summary(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def accuracy(streams: Sequence[Sequence[Probe]]) -> dict[str, Any]:
-    """The accuracy over the probes of each stream, as a whole and by kind of question."""
+    """Aggregates the probes of each stream to accuracies, overall and by kind of question."""
     questions = [
         list(group) for probes in streams for _, group in itertools.groupby(probes, key=lambda p: p.request)
     ]
 
-    def mean(questions: Sequence[Sequence[Probe]]) -> Share:
-        return Share(sum(sum(p.right for p in q) / len(q) for q in questions), len(questions))
+    def mean(questions: Sequence[Sequence[Probe]]) -> Ratio:
+        return Ratio(sum(sum(p.right for p in q) / len(q) for q in questions), len(questions))
 
     by_kind: dict[str, list[list[Probe]]] = collections.defaultdict(list)
     for question in questions:
@@ -518,9 +562,9 @@ def accuracy(streams: Sequence[Sequence[Probe]]) -> dict[str, Any]:
     guesses = {kind: _constant_guess(asked) for kind, asked in by_kind.items()}
     return {
         "accuracy": entry(mean(questions)),
-        "accuracy_all_probes": entry(Share.count(p.right for q in questions for p in q)),
-        "accuracy_first_probes": entry(Share.count(q[0].right for q in questions)),
-        "constant_guess": entry(sum(guesses.values(), Share())),
+        "accuracy_all_probes": entry(Ratio.count(p.right for q in questions for p in q)),
+        "accuracy_first_probes": entry(Ratio.count(q[0].right for q in questions)),
+        "constant_guess": entry(sum(guesses.values(), Ratio())),
         "by_kind": {
             kind: {**entry(mean(by_kind[kind])), "constant_guess": guesses[kind].value}
             for kind in (*LIVE, *PAST)
@@ -529,23 +573,23 @@ def accuracy(streams: Sequence[Sequence[Probe]]) -> dict[str, Any]:
     }
 
 
-def _constant_guess(questions: Sequence[Sequence[Probe]]) -> Share:
+def _constant_guess(questions: Sequence[Sequence[Probe]]) -> Ratio:
     """The accuracy of the one answer that is right most often."""
     weights: dict[Hashable, Fraction] = collections.defaultdict(Fraction)
     for question in questions:
         for probe in question:
             weights[probe.value] += Fraction(1, len(question))
-    return Share(float(max(weights.values())), len(questions))
+    return Ratio(float(max(weights.values())), len(questions))
 
 
-def f1(recall: Share, precision: Share) -> float | None:
-    """Their harmonic mean; None if nothing was due and nothing said."""
-    if not recall.of and not precision.of:
+def f1(recall: Ratio, precision: Ratio) -> float | None:
+    """F1 score; None if nothing was due and nothing said."""
+    if not recall.total and not precision.total:
         return None
     both = (recall.value or 0.0), (precision.value or 0.0)
     return 2 * both[0] * both[1] / sum(both) if sum(both) else 0.0
 
 
-def entry(share: Share) -> Mapping[str, float | int | None]:
-    """A share as JSON holds it."""
-    return {"value": share.value, "n": int(share.of)}
+def entry(ratio: Ratio) -> Mapping[str, float | int | None]:
+    """A ratio as an entry of the JSON result."""
+    return {"value": ratio.value, "n": int(ratio.total)}

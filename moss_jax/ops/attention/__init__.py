@@ -9,6 +9,7 @@ from moss_jax.ops.attention.api import (
     self_attention,
 )
 from moss_jax.ops.attention.base import Arguments, KeyRange, QuantizedProjection
+from moss_jax.ops.attention.projected import QuantizedQKV, norm_self_attention
 from moss_jax.ops.dispatch import Unsupported
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "Arguments",
     "KeyRange",
     "QuantizedProjection",
+    "QuantizedQKV",
     "Unsupported",
     "append_and_attend",
     "attention",
+    "norm_self_attention",
     "self_attention",
 ]

@@ -5,7 +5,7 @@ B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H =
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,13 @@ from moss_jax.ops.qarray import QUANTIZED, QArray, dequantize
 from moss_jax.ops.rotary import Rotation
 
 # Arrays, or only their shapes and dtypes where no more is needed.
-ArrayLike = Array | jax.ShapeDtypeStruct
 
 
 class KeyRange(NamedTuple):
     """Query `t` of row `b` sees the keys `start[b, t] <= s < end[b, t]`; an empty range sees none."""
 
-    start: Int[ArrayLike, "B T"]
-    end: Int[ArrayLike, "B T"]
+    start: Int[Array, "B T"]
+    end: Int[Array, "B T"]
 
 
 def no_gradients(stored: jnp.dtype) -> Unsupported:
@@ -45,11 +44,11 @@ class Arguments:
       causal: query `t` sees the keys `s <= t` (T == S).
     """
 
-    q: Float[ArrayLike, "B T H D"]
-    k: Float[ArrayLike, "B K S D"] | QArray
-    v: Float[ArrayLike, "B K S D"] | QArray
+    q: Float[Array, "B T H D"]
+    k: Float[Array, "B K S D"] | QArray
+    v: Float[Array, "B K S D"] | QArray
     kv_range: KeyRange | None
-    bias: Float[ArrayLike, "B S"] | None
+    bias: Float[Array, "B S"] | None
     scale: float = dataclasses.field(metadata={"static": True})
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -140,7 +139,7 @@ class QuantizedProjection:
     """
 
     qk: QArray
-    v: Float[ArrayLike, "B P H D"]
+    v: Float[Array, "B P H D"]
 
     def __post_init__(self):
         if not hasattr(self.v, "ndim"):  # JAX rebuilds pytrees around placeholders.
@@ -153,7 +152,7 @@ class QuantizedProjection:
             )
 
 
-Projection = Float[ArrayLike, "B P 3 H D"] | QuantizedProjection
+Projection = Float[Array, "B P 3 H D"] | QuantizedProjection
 
 
 @jax.tree_util.register_dataclass
@@ -217,12 +216,12 @@ class AppendArguments:
       attention: name of the implementation of `attention` that is to be used; None for any.
     """
 
-    qkv: Float[ArrayLike, "B T K group_and_kv D"]
+    qkv: Float[Array, "B T K group_and_kv D"]
     rotation: Rotation
-    keys: Float[ArrayLike, "B K S D"]
-    values: Float[ArrayLike, "B K S D"]
-    start: Int[ArrayLike, " B"]
-    count: Int[ArrayLike, " B"]
+    keys: Float[Array, "B K S D"]
+    values: Float[Array, "B K S D"]
+    start: Int[Array, " B"]
+    count: Int[Array, " B"]
     capacity: int = dataclasses.field(kw_only=True, metadata={"static": True})
     attention: str | None = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
 
@@ -239,8 +238,8 @@ class AppendArguments:
     def following(self) -> Arguments:
         """The attention that follows the append; of queries and their ranges only the shapes."""
         B, T, kv_heads, group_and_kv, D = self.qkv.shape
-        q = jax.ShapeDtypeStruct((B, T, kv_heads * (group_and_kv - 2), D), self.qkv.dtype)
-        bound = jax.ShapeDtypeStruct((B, T), jnp.int32)
+        q: Any = jax.ShapeDtypeStruct((B, T, kv_heads * (group_and_kv - 2), D), self.qkv.dtype)
+        bound: Any = jax.ShapeDtypeStruct((B, T), jnp.int32)
         return Arguments(q, self.keys, self.values, KeyRange(bound, bound), None, 1 / math.sqrt(D))
 
     @property

@@ -85,8 +85,9 @@ def lookup[Config: "DataclassInstance"](
 
 
 def _distance(a: Mapping[str, int | str], b: Mapping[str, int | str]) -> float:
-    shared = [(a[name], b[name]) for name in a.keys() & b.keys()]
-    return sum(abs(math.log2(max(x, 1) / max(y, 1))) for x, y in shared if not isinstance(x, str))
+    sizes = [(a[name], b[name]) for name in a.keys() & b.keys()]
+    ratios = (max(x, 1) / max(y, 1) for x, y in sizes if isinstance(x, int) and isinstance(y, int))
+    return sum(abs(math.log2(ratio)) for ratio in ratios)
 
 
 @functools.cache

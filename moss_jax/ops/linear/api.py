@@ -1,57 +1,178 @@
-"""The linear map: its contract, and the choice among its implementations.
+"""Linear maps with their prologues and epilogues: contracts and implementations.
 
-M rows, K inputs, N outputs
+Weights are floats or QArrays, and the op decides by them what a GEMM multiplies: both operands as they are,
+8-bit weights with 16-bit inputs (W8A16), or 8-bit weights and inputs (W8A8).
 """
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int8
+from jaxtyping import Array, DTypeLike, Float
 
-from moss_jax.ops import dispatch
-from moss_jax.ops.linear import mosaic_gpu, reference, xla
-from moss_jax.ops.linear.arguments import Arguments
+from moss_jax.ops.dispatch import Implementation, Op, in_float32
+from moss_jax.ops.linear import base, gemv
+from moss_jax.ops.linear.base import Arguments, Layout, NormArguments, Weights, check
+from moss_jax.ops.linear.mosaic_gpu import matmul_epilogue, norm_matmul, weight_only
+from moss_jax.ops.norm import Norm, Residual, add_norm
+from moss_jax.ops.norm.base import check as check_norm
+from moss_jax.ops.qarray import QArray
 
-# Each is a module with `unsupported(arguments, platform) -> reason or None` and `apply(arguments)`.
-IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
-
-# The first that supports the arguments is taken.
-ORDER = {"gpu": ("mosaic_gpu", "xla")}
+LINEAR = Op(
+    "linear",
+    {
+        "weight_only": Implementation(weight_only.apply, weight_only.unsupported),
+        "matmul_epilogue": Implementation(matmul_epilogue.apply, matmul_epilogue.unsupported),
+        "gemv": Implementation(gemv.apply, gemv.unsupported),
+        "xla": Implementation(base.define),
+        "reference": Implementation(base.reference),
+    },
+    {"gpu": ("weight_only", "matmul_epilogue", "gemv", "xla")},
+)
 
 
 def linear(
-    x: Float[Array, "... K"],
-    kernel: Int8[Array, "N K"] | Float8e4m3fn[Array, "N K"],
-    scale: Float32[Array, " N"],
+    x: Float[Array, "..."] | QArray,
+    weights: Weights,
     *,
-    out_dtype=None,
+    gelu: bool = False,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
-) -> Float[Array, "... N"]:
-    """A linear map with weights in 8 bits and a scale per output; accumulates in float32.
+    config: weight_only.Config | matmul_epilogue.Config | None = None,
+) -> Float[Array, "..."] | QArray:
+    """`x @ kernel + bias` over the trailing axes of x, or the exact GELU of it; accumulates in float32.
 
-    It has gradients in x, but not with `mosaic_gpu`.
+    It has gradients in all that is in 16 bits or more, but not with `weight_only`. Where they are taken,
+    `matmul_epilogue` computes as `xla` does.
 
     Args:
-      x: the inputs.
-      kernel: the weights.
-      scale: what each output is multiplied with.
-      out_dtype: of the outputs; that of x if None.
-      implementation: a name in `IMPLEMENTATIONS`; None takes the first of the platform's order that can.
+      x: [..., inputs...]; for W8A8 a QArray with the kernel's input scale, or an array, which is rounded.
+      weights: the kernel and the bias.
+      gelu: whether the GELU is taken behind the bias.
+      out_dtype: of the results; None for the dtype of a float kernel, else for that of x. Results in
+        float8_e4m3fn must stay within 448: beyond, `matmul_epilogue` gives 448, and the others NaN.
+      implementation: a name in `LINEAR`; None takes the first in the platform's order that can.
+      config: how the named implementation is cut.
 
     Returns:
-      [..., N]: `scale[n] * sum_k x[..., k] * kernel[n, k]`.
+      [..., outputs...]; a QArray if the kernel has an output scale.
 
     Raises:
       ValueError: shapes or dtypes that don't fit together.
       Unsupported: the named implementation cannot take these arguments.
     """
-    a = Arguments(x.reshape(-1, x.shape[-1]), kernel, scale, out_dtype=jnp.dtype(out_dtype or x.dtype))
-    out = IMPLEMENTATIONS[choose(a, implementation)].apply(a)
-    return out.reshape(*x.shape[:-1], a.outputs)
+    x, dtype, out_scale = _inputs(x, weights, out_dtype)
+    a = Arguments(x, weights, out_scale, gelu=gelu, out_dtype=dtype)
+    check(a)
+    y = LINEAR(a, implementation=implementation, config=config)
+    return y if out_scale is None else QArray(y, out_scale)
 
 
-def choose(arguments: Arguments, implementation: str | None = None, platform: str | None = None) -> str:
-    """Name of the implementation that takes a call; the choice and its reasons are logged once each.
+def residual_add(
+    stream: Float[Array, "..."],
+    x: Float[Array, "..."] | QArray,
+    weights: Weights,
+    gate: Float[Array, "..."] | None = None,
+    *,
+    implementation: str | None = None,
+    config: matmul_epilogue.Config | None = None,
+) -> Residual:
+    """Adds `gate * linear(x)` to a residual stream: in the GEMM's epilogue (W8A8), or as a pending branch.
+
+    Args:
+      stream: [..., outputs...]; the result has its dtype.
+      x, weights, implementation, config: as in `linear`.
+      gate: broadcasts to [..., 1]; in an epilogue it is one number, [1]. 1 if None.
+    """
+    if weights.scheme != "W8A8":
+        y = linear(x, weights, out_dtype=stream.dtype, implementation=implementation, config=config)
+        assert not isinstance(y, QArray)
+        return Residual(stream, y, gate)
+    x, dtype, _ = _inputs(x, weights, stream.dtype)
+    gate = None if gate is None else gate.astype(jnp.float32)
+    a = Arguments(x, weights, residual=stream, gate=gate, out_dtype=dtype)
+    check(a)
+    return Residual(LINEAR(a, implementation=implementation, config=config))
+
+
+def _inputs(x, weights, out_dtype):
+    """Inputs as the GEMM takes them, dtype of the results, and what they are divided by."""
+    kernel = weights.kernel
+    if not isinstance(kernel, QArray):
+        return x, jnp.dtype(out_dtype or kernel.dtype), None
+    if kernel.output_scale is not None:
+        out_dtype = jnp.float8_e4m3fn
+    elif out_dtype is None:
+        if isinstance(x, QArray):
+            raise ValueError("out_dtype must be named for inputs in 8 bits")
+        out_dtype = x.dtype
+    if kernel.input_scale is not None and not isinstance(x, QArray):
+        x = QArray((x / kernel.input_scale).astype(kernel.dtype), kernel.input_scale)
+    return x, jnp.dtype(out_dtype), kernel.output_scale
+
+
+def _norm_then_linear(a: NormArguments) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The definition of `norm_linear`: one op after the other."""
+    kernel = a.weights.kernel
+    normed, x = add_norm(
+        a.residual, a.norm, out_scale=kernel.input_scale if isinstance(kernel, QArray) else None
+    )
+    return LINEAR(a.linear(normed)), x
+
+
+NORM_LINEAR = Op(
+    "norm_linear",
+    {
+        "norm_matmul": Implementation(norm_matmul.apply, norm_matmul.unsupported),
+        "xla": Implementation(_norm_then_linear),
+        "reference": Implementation(
+            in_float32(_norm_then_linear, lambda a: (a.out_dtype, a.residual.x.dtype))
+        ),
+    },
+    {"gpu": ("norm_matmul", "xla")},
+)
+
+
+def norm_linear(
+    residual: Residual,
+    norm: Norm,
+    weights: Weights,
+    *,
+    gelu: bool = False,
+    implementation: str | None = None,
+    config: norm_matmul.Config | None = None,
+) -> tuple[Float[Array, "..."] | QArray, Float[Array, "..."]]:
+    """A linear map of the normed residual sum, `linear(norm(y))`, and that sum.
+
+    It has gradients where `add_norm` and `linear` have them, but not with `norm_matmul`.
+
+    Args:
+      residual: the stream; results have its dtype.
+      norm: parameters of the norm over the last axis.
+      weights: of a map from that one axis.
+      gelu: as in `linear`.
+      implementation: a name in `NORM_LINEAR`; None takes the first in the platform's order that can.
+      config: how the named implementation is cut.
+
+    Returns:
+      [..., outputs...], a QArray if the kernel has an output scale; and the residual sum y.
 
     Raises:
-      Unsupported: the named implementation does not exist or cannot take the arguments.
+      ValueError: shapes or dtypes that don't fit together.
+      Unsupported: the named implementation cannot take these arguments.
     """
-    return dispatch.choose("linear", IMPLEMENTATIONS, ORDER, arguments, implementation, platform)
+    check_norm(residual, norm)
+    kernel = weights.kernel
+    out_scale = kernel.output_scale if isinstance(kernel, QArray) else None
+    dtype = residual.x.dtype if out_scale is None else jnp.dtype(jnp.float8_e4m3fn)
+    a = NormArguments(residual, norm, weights, out_scale, gelu=gelu, out_dtype=dtype)
+    check(a.linear(residual.x))
+    y, x = NORM_LINEAR(a, implementation=implementation, config=config)
+    return (y if out_scale is None else QArray(y, out_scale)), x
+
+
+def decode_layout(platform: str | None = None) -> Layout:
+    """The layout of attention projections by which one row goes fastest.
+
+    Args:
+      platform: the default backend if None.
+    """
+    return "outputs_first" if (platform or jax.default_backend()) == "gpu" else "inputs_first"

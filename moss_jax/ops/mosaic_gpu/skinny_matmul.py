@@ -1,12 +1,16 @@
-"""What kernels for Hopper GPUs (Mosaic GPU) share that read weights in 8 bits for up to 8 rows.
+"""Skinny W8A16 matmul on Hopper GPUs (Mosaic GPU): tools of kernels that read 8-bit weights for up to 8 rows.
 
-Their product is `mma.sync`, which takes both operands from registers: of each warp, 16 rows of weights and 8
-columns, which are rows of x, all in bfloat16. So x lies in shared memory as it is, where `wgmma` would want a
-tile of 8 columns. The order in which inputs are added up is whatever suits both sides: a thread loads 16
-neighbours of the weights, 16 bytes, and the same inputs of x.
+The product is `mma.sync`, which takes both operands from registers: for each warp, 16 rows of weights and 8
+columns, the rows of x, all in bfloat16. So x is stored in shared memory as it is, where `wgmma` would need a
+tile of 8 columns. The order in which inputs are added up is whatever suits both operands: a thread loads 16
+neighbouring weights, 16 bytes, and the same inputs of x.
 
 M rows, X inputs of a tile
 """
+
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPrivateImportUsage=false
 
 import dataclasses
 import math
@@ -24,13 +28,13 @@ from jaxlib.mlir.dialects import arith, llvm
 from moss_jax.ops.mosaic_gpu import hopper, tiles, upcast
 from moss_jax.ops.mosaic_gpu.tiles import MATRIX
 
-C = 8  # Columns of a product: rows of x, at most.
+C = 8  # Columns of a product: rows of x at most.
 TILE = 64  # Rows of a tile of weights, 16 a warp.
-THREADS = 128  # Of a thread block.
-PAD = 8  # Numbers between rows of x in shared memory, so that they lie in different banks.
-REDUCTION = 128  # Bytes in which a block adds up what its threads have.
+THREADS = 128  # Threads of a thread block.
+PAD = 8  # Numbers between rows of x in shared memory, which puts them into different banks.
+REDUCTION = 128  # Bytes of scratch memory for sums over a block's threads.
 
-# One number a thread, and longer vectors in runs of as many.
+# One number a thread; longer vectors in runs of that size.
 STRIDED = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 
 # Pallas would put two barriers around every store and one before every copy; the kernels say why their own
@@ -41,14 +45,14 @@ COMPILER_PARAMS = dataclasses.replace(
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
-    """How a block's threads hold a tile of weights, [64, X] in 8 bits.
+class TileLayout:
+    """How a block's registers hold a tile of weights, [64, X] in 8 bits.
 
     Lane 4 g + p of a warp has rows g and g + 8 of the warp's, and there the columns from `run` p on of each
     4 `run`. Its loads are of 16 bytes, and those of 8 lanes read all banks.
 
     Attributes:
-      layout: the same to Pallas.
+      layout: Pallas's layout.
       run: neighbouring columns of a thread.
     """
 
@@ -57,7 +61,7 @@ class Held:
 
 
 # Warp w has the rows from 16 w on.
-TOGETHER = Held(
+BLOCKED = TileLayout(
     plgpu.Layout.TILED(
         plgpu.Tiling(((TILE, 128), (16, 128), (8, 32), (8, 16))),
         warp_dims=(-8,),
@@ -67,7 +71,7 @@ TOGETHER = Held(
     run=32,
 )
 # Warp w has every fourth row, from w on.
-INTERLEAVED = Held(
+INTERLEAVED = TileLayout(
     plgpu.Layout.TILED(
         plgpu.Tiling(((TILE, 64), (32, 64), (4, 16))), warp_dims=(-2,), lane_dims=(-4, -3), vector_dim=-1
     ),
@@ -76,66 +80,66 @@ INTERLEAVED = Held(
 
 
 def multiprocessors() -> int:
-    """Of the GPU that the kernel is to run on; on a machine without one, of an H100 or H200 SXM."""
+    """Multiprocessors of the GPU that the kernel will run on; without a GPU, those of an H100 or H200 SXM."""
     return 132 if hopper.compute_capability() is None else jax.devices()[0].core_count
 
 
 def pitch(rows: int, size: int) -> int:
-    """Numbers from one row of x to the next in shared memory."""
+    """Row stride of x in shared memory, in numbers."""
     return size + (PAD if rows > 1 else 0)
 
 
 def shared_bytes(*arrays: int, barriers: int) -> int:
     """Shared memory of a block, given the bytes of its arrays and the number of its barriers."""
-    # Each array begins at a multiple of 1024.
+    # Arrays are aligned to 1024 bytes.
     return sum(pl.cdiv(size, 1024) * 1024 for size in (*arrays, REDUCTION)) + 8 * barriers
 
 
 def shared_room(blocks: int) -> int:
-    """Shared memory that each of a multiprocessor's blocks has for what `shared_bytes` counts."""
+    """Shared memory for each of a multiprocessor's blocks, as `shared_bytes` counts it."""
     return 228 * 1024 // blocks - 1024 - 128
 
 
 def piece(number, size: int):
-    """Where the piece of this number lies of what is cut in pieces of a size."""
+    """Slice of piece `number` of an axis that is cut in pieces of one size."""
     return pl.ds(pl.multiple_of(number * size, size), size)
 
 
 def strided(ref, most: int = 4):
-    """A vector in float32, spread over the block's threads in runs of up to `most` numbers."""
+    """Loads a vector, cast to float32, over the block's threads in runs of up to `most` numbers."""
     (size,) = ref.shape
     vec = math.gcd(size // THREADS, most)
     return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED((size,), vec_size=vec)).astype(jnp.float32)
 
 
 def threads():
-    """[128]: the threads' numbers."""
+    """[128]: the index of each thread."""
     return plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=STRIDED)
 
 
-def load(ref, held: Held):
-    """A tile of weights from shared memory, for `multiply`."""
-    return plgpu.load(ref, layout=held.layout, optimized=False)
+def load(ref, layout: TileLayout):
+    """Loads a tile of weights from shared memory, for `multiply`."""
+    return plgpu.load(ref, layout=layout.layout, optimized=False)
 
 
-def multiply(sums, weights, x_ref, start, held: Held, apart: int = 0):
-    """Adds to each warp's sums the product of its weights with X columns of x.
+def multiply(sums, weights, x_ref, start, layout: TileLayout, apart: int = 0):
+    """Multiplies each warp's weights with X columns of x and adds the products to its sums.
 
     Args:
-      sums: [64, 8] as MATRIX: warp w has the rows from 16 w on. Columns beyond M repeat the last row of x.
-      weights: [64, X], as `held` says.
+      sums: [64, 8] in MATRIX: warp w has the rows from 16 w on. Columns beyond M repeat the last row of x.
+      weights: [64, X] in `layout`.
       x_ref: x in shared memory, [M, inputs and perhaps more].
-      start: where the columns begin that the first warp takes.
-      apart: from there to where the next one's begin.
+      start: first column of the first warp.
+      apart: from there to the first column of the next warp.
     """
     (rows, pitch), X = x_ref.shape, weights.shape[1]
     selections, widen = upcast.TO_BFLOAT16[weights.dtype.name]
     warp, lane = lax.div(threads(), 32), lax.rem(threads(), 32)
     row = jnp.minimum(lax.div(lane, 4), rows - 1)
-    first = row * pitch + start + warp * apart + lax.rem(lane, 4) * held.run
+    first = row * pitch + start + warp * apart + lax.rem(lane, 4) * layout.run
 
     @plgpu.inline_mgpu(
-        arg_types=(MATRIX, held.layout, plgpu.RefType(), STRIDED),
+        arg_types=(MATRIX, layout.layout, plgpu.RefType(), STRIDED),
         return_type=plgpu.ShapeDtypeStruct((TILE, C), jnp.float32, layout=MATRIX),
     )
     def product(_, sums, weights, x_ref, first):
@@ -146,7 +150,7 @@ def multiply(sums, weights, x_ref, start, held: Held, apart: int = 0):
             return llvm.extractelement(vector, mgpu.utils.c(index, i32))
 
         def asm(kind, operands, code, constraints):
-            """Four results. With side effects, so that it stays where all threads of the warp are."""
+            """Emits code with four results; its side effects keep it from moving into divergent code."""
             kinds = llvm.StructType.get_literal([kind] * 4)
             results = llvm.inline_asm(kinds, operands, code, constraints, has_side_effects=True)
             return [llvm.extractvalue(kind, results, [i]) for i in range(4)]
@@ -155,12 +159,12 @@ def multiply(sums, weights, x_ref, start, held: Held, apart: int = 0):
         base = arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(x_ref)), first)
 
         # [pieces of 4 runs, halves of the rows, 16 bytes of a run]
-        narrow = weights.registers.reshape(X // held.run // 4, 2, held.run // 16)
+        narrow = weights.registers.reshape(X // layout.run // 4, 2, layout.run // 16)
         acc = [at(register, i) for register in sums.registers.flat for i in range(2)]
         for i, j in np.ndindex(narrow.shape[0], narrow.shape[2]):
             x = []
             for half in range(2):
-                start = 2 * (i * 4 * held.run + j * 16 + half * 8)
+                start = 2 * (i * 4 * layout.run + j * 16 + half * 8)
                 code = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {start}];"
                 x += asm(i32, [base], code, "=r,=r,=r,=r,r,~{memory}")
             low, high = (mgpu.utils.bitcast(register, words) for register in narrow[i, :, j])

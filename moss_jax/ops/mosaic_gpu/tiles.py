@@ -1,5 +1,8 @@
 """Building blocks of kernels for Hopper GPUs (Mosaic GPU): swizzled tiles, wgmma, register layouts."""
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportAbstractUsage=false, reportInvalidTypeForm=false, reportPrivateImportUsage=false
+
 import math
 from collections.abc import Callable
 

@@ -6,6 +6,9 @@ of each half of a block of 16. No data moves between threads; the columns come o
 other operand of the product has its own permuted alike (`permute_columns`).
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportCallIssue=false
+
 import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp

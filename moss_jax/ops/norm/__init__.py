@@ -1,6 +1,6 @@
-"""Normalisation over the last axis, and the residual sum that comes before it."""
+"""RMS norm and layer norm, fused with the residual add before them."""
 
-from moss_jax.ops.norm.api import IMPLEMENTATIONS, choose, layer_norm, rms_norm
-from moss_jax.ops.norm.arguments import Arguments
+from moss_jax.ops.norm.api import ADD_NORM, add_norm
+from moss_jax.ops.norm.base import Norm, Residual
 
-__all__ = ["IMPLEMENTATIONS", "Arguments", "choose", "layer_norm", "rms_norm"]
+__all__ = ["ADD_NORM", "Norm", "Residual", "add_norm"]

@@ -1,13 +1,17 @@
-"""The norms in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU): a residual sum and its norm in one pass.
+"""Fused residual add and norm in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU): one pass over memory.
 
-A row lies in registers from its loads to its stores. Of few rows it is the way to memory and back that takes
-the time: each is spread over the four warps of a thread block, and all loads are on their way before the
-first is awaited. Of many it is the bytes: each row has a warp, which waits for no other, and there are
-registers for so many of them that enough bytes are on their way. Where a row is all there is to load, that
-takes more: a warp has many rows one after another, and the next is on its way while it computes one.
+A row stays in registers from its loads to its stores. Few rows are bound by memory latency: each is spread
+over the four warps of a thread block, and all loads are issued before the first is awaited. Many rows are
+bound by bandwidth: each has a warp, which waits for no other, so that enough bytes are in flight. Without a
+branch to load there are fewer bytes in flight for each row, so a warp takes many rows one after another and
+prefetches the next while it computes one.
 
 M rows, R rows of a thread block, D width
 """
+
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPossiblyUnboundVariable=false, reportPrivateImportUsage=false
 
 import dataclasses
 import functools
@@ -20,18 +24,34 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moss_jax.ops.mosaic_gpu import hopper, tiles
-from moss_jax.ops.norm import xla
-from moss_jax.ops.norm.arguments import Arguments
+from moss_jax.ops.norm import base
+from moss_jax.ops.norm.base import Arguments
 
 WARPS = 4  # Of a thread block, a warpgroup.
 LANES = 32
 UNIT = 256  # Columns that a warp loads at once, 16 bytes a lane.
-MAX_WIDTH = 8192  # A row for which a warpgroup has registers.
-MAX_WIDTH_OF_WARP = 2048  # One for which a warp has, if several thread blocks are to share a multiprocessor.
-# Of wider ones: at 4,096, 64 rows took both about as long, and 8,192 rows took XLA 51 us and this kernel 70.
-# Between these nothing was measured.
+MAX_WIDTH = 8192  # Widest row for which a warpgroup has registers.
+MAX_WIDTH_OF_WARP = 2048  # Widest row of a warp if several thread blocks are to share a multiprocessor.
+# Rows wider than that: 64 rows of 4,096 took this kernel and XLA about the same time, 8,192 rows took XLA
+# 51 us and this kernel 70. Between these nothing was measured.
 MAX_WIDE_ROWS = 1024
-RESIDENT = 4 * 132  # Thread blocks of a GPU whose warps have many rows: those that there are registers for.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How rows are dealt to warps.
+
+    Attributes:
+      warps: warps that share a row, 1 or 4; 1 needs 4 rows or more.
+      resident: thread blocks at most whose warps take many rows each: those that there are registers for.
+    """
+
+    warps: int
+    resident: int = 4 * 132
+
+    def __post_init__(self):
+        if self.warps not in (1, WARPS):
+            raise ValueError(f"a row is shared by 1 or {WARPS} warps, not {self.warps}")
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
@@ -41,8 +61,8 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     x = arguments.x
     if x.dtype != jnp.bfloat16:
         return f"it takes bfloat16, not {x.dtype}"
-    if arguments.normed_dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
-        return f"it gives bfloat16 and float8_e4m3fn, not {arguments.normed_dtype}"
+    if arguments.out_dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        return f"it gives bfloat16 and float8_e4m3fn, not {arguments.out_dtype}"
     width = x.shape[-1]
     if x.size == 0:
         return "there are no rows"
@@ -53,47 +73,49 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     return None
 
 
-@jax.custom_vjp
-def apply(a: Arguments) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
-    """Computes the op; its gradients are those of the plain JAX implementation."""
-    flat = a.flat()
-    normed, y = one_pass(flat, default_warps(flat))
+def apply(a: Arguments, config: Config | None = None) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+    """Computes the op; its gradients are those of the definition."""
+    return _differentiable(config or default_config(a), a)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(config, a):
+    normed, y = one_pass(a.flat(), config)
     return normed.reshape(a.x.shape), y.reshape(a.x.shape)
 
 
-def _forward(a):
-    return apply(a), a
+def _forward(config, a):
+    return _differentiable(config, a), a
 
 
-def _backward(a, cotangents):
-    return jax.vjp(xla.apply, a)[1](cotangents)
+def _backward(config, a, cotangents):
+    del config
+    return jax.vjp(base.define, a)[1](cotangents)
 
 
-apply.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)
 
 
-def default_warps(a: Arguments) -> int:
-    """How many warps share a row: one if there are rows for all of them, and registers for a row."""
-    rows, width = a.x.shape
-    return 1 if rows >= WARPS and width <= MAX_WIDTH_OF_WARP else WARPS
+def default_config(a: Arguments) -> Config:
+    """One warp a row if there are rows for all warps, and registers for a row; else all four."""
+    rows, width = a.x.size // a.x.shape[-1], a.x.shape[-1]
+    return Config(1 if rows >= WARPS and width <= MAX_WIDTH_OF_WARP else WARPS)
 
 
-@functools.partial(jax.jit, static_argnames="warps")
-def one_pass(a: Arguments, warps: int) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
+@functools.partial(jax.jit, static_argnames="config")
+def one_pass(a: Arguments, config: Config) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
     """Computes the op for a call whose rows are on one axis; forward only.
 
     Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
-
-    Args:
-      warps: how many share a row, 1 or 4; 1 needs 4 rows or more.
     """
-    if warps not in (1, WARPS) or len(a.x) < WARPS // warps:
-        raise ValueError(f"1 warp a row, if there are {WARPS} rows, or {WARPS}; not {warps} for {len(a.x)}")
+    warps = config.warps
+    if len(a.x) < WARPS // warps:
+        raise ValueError(f"with 1 warp a row there must be {WARPS} rows, not {len(a.x)}")
     blocks = pl.cdiv(len(a.x), WARPS // warps)
     if warps == 1 and a.add is None:
-        blocks = min(blocks, RESIDENT)
+        blocks = min(blocks, config.resident)
     arrays, structure = jax.tree.flatten(a)
-    out_type = [jax.ShapeDtypeStruct(a.x.shape, a.normed_dtype)]
+    out_type = [jax.ShapeDtypeStruct(a.x.shape, a.out_dtype)]
     if a.add is not None:
         out_type.append(jax.ShapeDtypeStruct(a.x.shape, a.x.dtype))
 
@@ -108,11 +130,11 @@ def one_pass(a: Arguments, warps: int) -> tuple[Float[Array, "M D"], Float[Array
         # Nobody reads what is written, and sums across warps have barriers of their own.
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
     )(*arrays)
-    return normed, *(y or [a.x])
+    return normed, y[0] if y else a.x
 
 
 def _kernel(a, normed_gmem, y_gmem=None, *, warps, blocks):
-    """R rows, or many times R; the last of them end with the last row, and may be computed twice, alike."""
+    """Computes R rows, once or many times; the last R end with the last row, some computed twice, alike."""
     (rows, width), R = a.x.shape, WARPS // warps
     layout = _layout(width, warps)
     parts, block = pl.cdiv(rows, R), lax.axis_index("block")
@@ -127,7 +149,7 @@ def _kernel(a, normed_gmem, y_gmem=None, *, warps, blocks):
         return pl.ds(jnp.minimum(part * R, rows - R), R)
 
     def spread(vector, axis):
-        """One number a row (axis 0) or a column (axis 1) for all of it, in float32."""
+        """Broadcasts one number a row (axis 0) or a column (axis 1) to all of it, in float32."""
         vector = lax.broadcast_in_dim(vector.astype(jnp.float32), (R, width), [axis])
         return plgpu.layout_cast(vector, layout)
 
@@ -150,7 +172,7 @@ def _kernel(a, normed_gmem, y_gmem=None, *, warps, blocks):
         def step(i, x):
             part = block + i * blocks
             after = load(a.x.at[place(part + blocks)], layout)
-            # Every time, or there would be registers for fewer thread blocks.
+            # Loaded every time: kept, they would take the registers of other thread blocks.
             store_norm(x, load_vectors(), place(part))
             return after
 
@@ -172,13 +194,13 @@ def _kernel(a, normed_gmem, y_gmem=None, *, warps, blocks):
         x = (x.astype(jnp.float32) + branch).astype(x.dtype)
         y_gmem[at] = x
     if warps == 1:
-        # Only now that the branch's registers are free; other rows have brought them into the cache.
+        # Only now that the branch's registers are free; for other rows they are in the cache by now.
         vectors = load_vectors()
     store_norm(x, vectors, at)
 
 
 def _layout(width: int, warps: int):
-    """Where the threads of a block keep [R, D]: each has up to 8 neighbours, 16 bytes, at a time."""
+    """Register layout of [R, D] over a block's threads, in vectors of up to 8 numbers, 16 bytes."""
     vector = next(n for n in (8, 4, 2) if width % (warps * LANES * n) == 0)
     run = LANES * vector  # Of a warp.
     tile = ((WARPS, run),) if warps == 1 else ((1, WARPS * run), (run,))

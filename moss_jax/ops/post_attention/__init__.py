@@ -1,6 +1,5 @@
-"""Everything of a decoder layer after attention, with weights in 8 bits."""
+"""The rest of a layer after attention: output projection, residual adds, norm and MLP."""
 
-from moss_jax.ops.post_attention.api import IMPLEMENTATIONS, choose, post_attention
-from moss_jax.ops.post_attention.arguments import Arguments
+from moss_jax.ops.post_attention.api import POST_ATTENTION, post_attention
 
-__all__ = ["IMPLEMENTATIONS", "Arguments", "choose", "post_attention"]
+__all__ = ["POST_ATTENTION", "post_attention"]

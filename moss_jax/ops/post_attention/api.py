@@ -1,92 +1,70 @@
-"""What follows attention in a decoder layer: its contract, and the choice among its implementations.
+"""The rest of a layer after attention: its contract, and its implementations.
 
-B batch/slot, T tokens, M = B * T rows, D embedding, K numbers of all heads, F hidden
+B batch/slot, T tokens, H heads, D width of the stream, F hidden width
 """
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int8
+from jaxtyping import Array, Float
 
-from moss_jax.ops import dispatch
-from moss_jax.ops.post_attention import mosaic_gpu, reference, xla
-from moss_jax.ops.post_attention.arguments import Arguments
+from moss_jax.ops.dispatch import Implementation, Op
+from moss_jax.ops.linear import Weights
+from moss_jax.ops.norm import Norm, Residual
+from moss_jax.ops.post_attention import base, mosaic_gpu
+from moss_jax.ops.post_attention.base import Arguments, check
+from moss_jax.ops.qarray import QArray
 
-# Each is a module with `unsupported(arguments, platform) -> reason or None` and `apply(arguments)`.
-IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
-
-# The first that supports the arguments is taken.
-ORDER = {"gpu": ("mosaic_gpu", "xla")}
+POST_ATTENTION = Op(
+    "post_attention",
+    {
+        "mosaic_gpu": Implementation(mosaic_gpu.apply, mosaic_gpu.unsupported),
+        "xla": Implementation(base.define),
+        "reference": Implementation(base.reference),
+    },
+    {"gpu": ("mosaic_gpu", "xla")},
+)
 
 
 def post_attention(
     x: Float[Array, "B T D"],
-    heads: Float[Array, "B T K"],
+    heads: Float[Array, "..."] | QArray,
     *,
-    out: Int8[Array, "D K"] | Float8e4m3fn[Array, "D K"],
-    out_scale: Float32[Array, " D"],
-    norm: Float[Array, " D"],
-    gate_up: Int8[Array, "2*F D"] | Float8e4m3fn[Array, "2*F D"],
-    gate_up_scale: Float32[Array, " 2*F"],
-    down: Int8[Array, "D F"] | Float8e4m3fn[Array, "D F"],
-    down_scale: Float32[Array, " D"],
-    eps: float,
-    attention_gate: Float[Array, "#B #T"] | None = None,
-    mlp_gate: Float[Array, "#B #T"] | None = None,
+    out: Weights,
+    norm: Norm,
+    up: Weights,
+    down: Weights,
+    attention_gate: Float[Array, "..."] | None = None,
+    mlp_gate: Float[Array, "..."] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "B T D"]:
-    """Attention's output projection and the gated MLP, each added to the residual stream.
+    config: mosaic_gpu.Config | None = None,
+) -> Residual:
+    """Attention's output projection and the MLP, each added to the residual stream.
 
-        x += attention_gate * (heads @ out.T * out_scale)
-        gate, up = split(rmsnorm(x) * norm @ gate_up.T * gate_up_scale)
-        return x + mlp_gate * (silu(gate) * up @ down.T * down_scale)
+        x += attention_gate * out(heads)
+        gate, up = split(up(norm(x)))            hidden = silu(gate) * up         if `up` has outputs [2, F]
+                                                 hidden = gelu(up(norm(x)))       if `up` has outputs [F]
+        x += mlp_gate * down(hidden)
 
-    What lies between two of these lines is rounded to the dtype of x, or kept in float32. It has gradients in
-    x, heads, norm and the gates where `linear` has them, but not with `mosaic_gpu`.
+    Between two of these steps, values are rounded to the dtype of x, to 8 bits where weights say so, or kept
+    in float32. It has gradients where `linear` has them, but not with `mosaic_gpu`.
 
     Args:
       x: the residual stream.
-      heads: what attention returned, before its output projection.
-      out: weights of the output projection, as `linear` takes them; `out_scale` is one number an output.
-      norm: the weight of the norm.
-      gate_up: weights of the MLP's first map, those of the gate in front.
-      down: weights of the MLP's last map.
-      eps: added to the mean square before its root is taken.
-      attention_gate: what the attention branch is multiplied with: a number, or one for each row; 1 if None.
-      mlp_gate: the same for the MLP's branch.
-      implementation: a name in `IMPLEMENTATIONS`; None takes the first of the platform's order that can.
+      heads: results of attention before its output projection: [B, T, *inputs of out].
+      out: output projection.
+      norm: in front of the MLP.
+      up: first map of the MLP; gated ones have the gate in front.
+      down: last map of the MLP.
+      attention_gate, mlp_gate: what the branches are multiplied with, in shapes that broadcast to
+        [B, T, 1]; 1 if None.
+      implementation: a name in `POST_ATTENTION`; None takes the first in the platform's order that can.
+      config: how the named implementation is cut.
+
+    Returns:
+      The stream, whose last branch may be pending.
 
     Raises:
       ValueError: shapes or dtypes that don't fit together.
       Unsupported: the named implementation cannot take these arguments.
     """
-    rows = x.shape[:-1]
-
-    def flat(x):
-        return x.reshape(-1, x.shape[-1])
-
-    def gate(gate):
-        return None if gate is None else jnp.broadcast_to(gate, rows).reshape(-1)
-
-    a = Arguments(
-        flat(x),
-        flat(heads),
-        out=out,
-        out_scale=out_scale,
-        norm=norm,
-        gate_up=gate_up,
-        gate_up_scale=gate_up_scale,
-        down=down,
-        down_scale=down_scale,
-        attention_gate=gate(attention_gate),
-        mlp_gate=gate(mlp_gate),
-        eps=eps,
-    )
-    return IMPLEMENTATIONS[choose(a, implementation)].apply(a).reshape(x.shape)
-
-
-def choose(arguments: Arguments, implementation: str | None = None, platform: str | None = None) -> str:
-    """Name of the implementation that takes a call; the choice and its reasons are logged once each.
-
-    Raises:
-      Unsupported: the named implementation does not exist or cannot take the arguments.
-    """
-    return dispatch.choose("post_attention", IMPLEMENTATIONS, ORDER, arguments, implementation, platform)
+    a = Arguments(x, heads, out, norm, up, down, attention_gate, mlp_gate)
+    check(a)
+    return POST_ATTENTION(a, implementation=implementation, config=config)

@@ -1,27 +1,33 @@
-"""What follows attention, of few rows, as one kernel in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
+"""The rest of a decoder layer after attention, W8A16: one persistent cooperative kernel for Hopper GPUs.
 
-What takes the time is reading the weights, once; what can be saved is all that lies between one such reading
-and the next. So as many thread blocks as the GPU holds at once stay from the first weight to the last, each
-with copies of the next tiles on their way, which run on from one matrix into the next.
+It takes up to 8 rows, in Pallas (Mosaic GPU). It is bound by reading the weights, once; what can be saved are
+the gaps between one GEMM's reading and the next. So as many thread blocks as the GPU holds at once stay from
+the first weight to the last, each with TMA copies of the next tiles in flight, which run on from one matrix
+into the next.
 
-Three phases, `out`, `gate_up` and `down`, each dealt in units of 64 outputs by a part of the inputs, whose
-sums go to global memory. Between two phases is a barrier of all blocks; then each makes its own part of the
-next product's inputs of the last one's sums. At the end there is none: the block that is the last to arrive
-at 128 numbers of the result adds up their parts.
+Three phases, `out`, `up` and `down`, are split-K GEMMs: each is dealt in units of 64 outputs by a split of
+the inputs, whose sums go to global memory. Between two phases is a barrier of the whole grid; then each block
+makes its own part of the next GEMM's inputs from the sums. There is none at the end: the block that is the
+last to arrive at 128 numbers of the result adds up their splits.
 
-Products are those of `skinny_matmul`, in bfloat16. Plain JAX also rounds what a map or silu returns before
-anything is done with it; here that stays in float32. The norm's factor, one number a row, comes in after
-`gate_up`, so that no block needs more of x than its part.
+Products are those of `skinny_matmul`, in bfloat16. Plain JAX also rounds the results of GEMMs and SiLU; here
+they stay in float32. The norm's factor, one number a row, is applied behind `up`, so that no block needs more
+of x than its part.
 
-Limits. Blocks that are not on the GPU at once wait for each other for ever; after some seconds they trap, and
-the process has lost its GPU. They are as many as it holds when nothing else runs there. Another stream's
-kernel delays them until its blocks have ended, but two of these kernels at once may each hold the room that
-the other waits for. XLA runs a device's programs one after the other, and so in a program what depends on
-each other, as layers do. Not so: programs of several processes under MPS, and calls in one program that are
-independent, if XLA is told to run such concurrently.
+Limits. Blocks that are not resident at once would wait for each other for ever; after some seconds they trap,
+and the process has lost its GPU. There are as many as the GPU holds when nothing else runs there. Another
+stream's kernel delays them until its blocks have ended, but two of these kernels at once may each hold the
+room that the other waits for. XLA runs a device's programs one after the other, and in a program the kernels
+that depend on each other, as layers do. Not safe: programs of several processes under MPS, and independent
+calls in one program, if XLA is told to run such concurrently.
 
-M rows, C = 8 columns of the tensor core, D embedding, K numbers of all heads, F hidden, X inputs of a tile
+M rows, C = 8 columns of the tensor core, D width of the stream, K inputs of `out`, F hidden width, X inputs
+of a tile
 """
+
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPrivateImportUsage=false
 
 import dataclasses
 import functools
@@ -36,21 +42,23 @@ import numpy as np
 from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from moss_jax.ops.mosaic_gpu import hopper, skinny_matmul, tiles
 from moss_jax.ops.mosaic_gpu.skinny_matmul import (
+    BLOCKED,
     STRIDED,
     THREADS,
     TILE,
-    TOGETHER,
     C,
     multiprocessors,
     piece,
     strided,
 )
 from moss_jax.ops.mosaic_gpu.tiles import MATRIX
-from moss_jax.ops.post_attention.arguments import Arguments
+from moss_jax.ops.norm import Residual
+from moss_jax.ops.post_attention.base import Arguments
+from moss_jax.ops.qarray import QArray
 
 CHUNK = 128  # Numbers of the result that one block adds up: one a thread.
 LINE = 128  # Bytes that L2 fetches.
@@ -59,15 +67,17 @@ LOOKS = 1 << 23  # At the barrier's counter, some seconds, before a block gives 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the weights are dealt.
+    """How the weights are dealt to thread blocks.
 
     Attributes:
-      blocks: thread blocks, all of which must fit at once.
+      blocks: thread blocks, all of which must be resident at once.
       block_k: inputs of a tile.
-      stages: tiles that are on their way at once in a block.
-      part: inputs of a unit of `out` and `gate_up`.
+      stages: tiles in flight at once in a block.
+      part: inputs of a unit of `out` and `up`.
       part_down: inputs of a unit of `down`.
-      prefetch: whether L2 gets what a phase will read, before the barrier in front of it.
+      prefetch: whether the inputs of a phase are prefetched to L2 before the barrier in front of it.
+      passes: 1. Pallas's interpreter runs one block after the other, so none can wait for another: with 3,
+        each phase is a pass of its own over all blocks.
     """
 
     blocks: int
@@ -76,11 +86,12 @@ class Config:
     part: int = 1024
     part_down: int = 512
     prefetch: bool = True
+    passes: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A matrix in units, all those of a part in front of those of the next.
+    """A split-K GEMM in units, all those of a split in front of those of the next.
 
     Attributes:
       stripes: of 64 outputs.
@@ -103,7 +114,7 @@ class Phase:
         return min(self.parts, pl.cdiv(most - 1, self.stripes) + 1)
 
     def units(self, block):
-        """(the first of a block's units, their number)"""
+        """First unit of a block, and the number of its units."""
         units, place = self.stripes * self.parts, block
         if self.blocks % self.parts == 0:
             # Neighbours take the parts of the same rows, so that together they read whole rows.
@@ -147,10 +158,11 @@ class Plan:
 
     @property
     def phases(self) -> tuple[Phase, Phase, Phase]:
-        """Those of `out`, `gate_up` and `down`."""
+        """Those of `out`, `up` and `down`."""
         c = self.config
         shapes = ((self.D, self.K, c.part), (2 * self.F, self.D, c.part), (self.D, self.F, c.part_down))
-        return tuple(Phase(N // TILE, K // part, part // c.block_k, c.blocks) for N, K, part in shapes)
+        out, up, down = (Phase(N // TILE, K // part, part // c.block_k, c.blocks) for N, K, part in shapes)
+        return out, up, down
 
     @property
     def units_down(self) -> int:
@@ -179,37 +191,85 @@ class Plan:
         return skinny_matmul.shared_bytes(*arrays, barriers=c.stages)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """One call of the kernel, all of it in matrices; `up` has F2 = 2 F outputs, the gate's in front."""
+
+    x: Float[Array, "M D"]
+    heads: Float[Array, "M K"]
+    norm: Float[Array, " D"]
+    gates: Float[Array, "2 M"] | None
+    out: Shaped[Array, "D K"]
+    out_scale: Float[Array, " D"]
+    up: Shaped[Array, "F2 D"]
+    up_scale: Float[Array, " F2"]
+    down: Shaped[Array, "D F"]
+    down_scale: Float[Array, " D"]
+    eps: float = dataclasses.field(kw_only=True, metadata={"static": True})
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """M, K, D, F."""
+        (M, K), (D, F) = self.heads.shape, self.down.shape
+        return M, K, D, F
+
+
+def operands(a: Arguments) -> Operands:
+    """The call in matrices."""
+    *rows, D = a.x.shape
+    weights = {}
+    for name, w in (("out", a.out), ("up", a.up), ("down", a.down)):
+        assert isinstance(w.kernel, QArray)
+        weights[name] = w.kernel.values.reshape(math.prod(w.outputs), -1)
+        weights[f"{name}_scale"] = w.kernel.scale.reshape(-1)
+    gates = (a.attention_gate, a.mlp_gate)
+    if all(gate is None for gate in gates):
+        gates = None
+    else:
+        each = [jnp.ones(1) if gate is None else gate.astype(jnp.float32) for gate in gates]
+        gates = jnp.stack([jnp.broadcast_to(gate, (*rows, 1)).reshape(-1) for gate in each])
+    x = a.x.reshape(-1, D)
+    assert isinstance(a.heads, Array)
+    return Operands(x, a.heads.reshape(len(x), -1), a.norm.weight, gates, **weights, eps=a.norm.eps)
+
+
 def unsupported(arguments: Arguments, platform: str) -> str | None:
-    """Why the kernel cannot take the arguments; None if it can."""
+    """Why this kernel cannot take the arguments; None if it can."""
     if reason := hopper.unsupported(platform):
         return reason
-    a = arguments
+    a, maps = arguments, (arguments.out, arguments.up, arguments.down)
+    if not a.gated or a.norm.bias is not None or any(w.bias is not None for w in maps):
+        return "it takes gated MLPs behind RMS norms, without biases"
+    dtypes = {w.kernel.dtype.name for w in maps}
+    if any(w.scheme != "W8A16" for w in maps) or len(dtypes) > 1:
+        return f"it takes weights of one 8-bit dtype for 16-bit inputs (W8A16), not {', '.join(dtypes)}"
     if a.x.dtype != jnp.bfloat16 or a.heads.dtype != jnp.bfloat16:
         return f"it takes x and heads in bfloat16, not {a.x.dtype} and {a.heads.dtype}"
-    if not a.out.dtype == a.gate_up.dtype == a.down.dtype:
-        names = ", ".join(x.dtype.name for x in (a.out, a.gate_up, a.down))
-        return f"it takes weights of one dtype, not {names}"
-    if not 0 < a.x.shape[0] <= C:
-        return f"it takes 1 to {C} rows, not {a.x.shape[0]}"
-    for name, size in (("K", a.heads.shape[1]), ("D", a.x.shape[1]), ("F", a.down.shape[1])):
+    rows, D = math.prod(a.x.shape[:-1]), a.x.shape[-1]
+    K, F = math.prod(a.out.inputs), math.prod(a.down.inputs)
+    if not 0 < rows <= C:
+        return f"it takes 1 to {C} rows, not {rows}"
+    for name, size in (("K", K), ("D", D), ("F", F)):
         if size % CHUNK or size == 0:
             return f"{name} = {size} is not a multiple of {CHUNK}"
     try:
-        plan(a, default_config(a))
+        Plan(rows, K, D, F, default_config(K, D, F), multiprocessors())
     except ValueError as error:
         return str(error)
     return None
 
 
-def apply(a: Arguments) -> Float[Array, "M D"]:
+def apply(a: Arguments, config: Config | None = None) -> Residual:
     """Computes the op; forward only."""
-    return few_rows(a, default_config(a))
+    o = operands(a)
+    return Residual(few_rows(o, config or default_config(*o.sizes[1:])).reshape(a.x.shape))
 
 
-def default_config(a: Arguments) -> Config:
-    """So that two thread blocks share a multiprocessor."""
+def default_config(K: int, D: int, F: int) -> Config:
+    """Dealing by which two thread blocks share a multiprocessor."""
     blocks = 2 * multiprocessors()
-    part, part_down = math.gcd(a.heads.shape[1], a.x.shape[1], 1024), _part_down(*a.down.shape, blocks)
+    part, part_down = math.gcd(K, D, 1024), _part_down(D, F, blocks)
     block_k = math.gcd(part, part_down, 256)
     return Config(blocks, block_k, 4 * 256 // block_k, part, part_down)
 
@@ -225,44 +285,31 @@ def _part_down(D: int, F: int, blocks: int) -> int:
     return math.gcd(F, 512)
 
 
-def plan(a: Arguments, config: Config) -> Plan:
-    """Raises ValueError if the configuration does not fit the arguments."""
-    (rows, D), K, F = a.x.shape, a.heads.shape[1], a.down.shape[1]
-    return Plan(rows, K, D, F, config, multiprocessors())
-
-
-@functools.partial(jax.jit, static_argnames=("config", "passes"))
-def few_rows(a: Arguments, config: Config, passes: int = 1) -> Float[Array, "M D"]:
+@functools.partial(jax.jit, static_argnames="config")
+def few_rows(o: Operands, config: Config) -> Float[Array, "M D"]:
     """Computes the op for M <= 8; forward only.
 
     Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
-
-    Args:
-      passes: 1. The interpreter runs one block after the other, so none can wait for another: with 3, each
-        phase has a pass of its own over all blocks.
     """
-    p = plan(a, config)
-    gates = (a.attention_gate, a.mlp_gate)
-    if all(gate is None for gate in gates):
-        gates = None
-    else:
-        gates = jnp.stack([jnp.ones(p.rows) if x is None else x.astype(jnp.float32) for x in gates])
+    p, passes = Plan(*o.sizes, config, multiprocessors()), config.passes
+    # The barrier's counter, and one for each chunk of the result.
+    counters = jax.new_ref(jnp.zeros(1 + p.D // CHUNK, jnp.int32))
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    row = jax.ShapeDtypeStruct(a.x.shape, a.x.dtype)
-    out, gate_up, down = p.phases
+    row = jax.ShapeDtypeStruct(o.x.shape, o.x.dtype)
+    out, up, down = p.phases
     *_, y = plgpu.kernel(
-        functools.partial(_kernel, plan=p, eps=a.eps, passes=passes),
+        functools.partial(_kernel, plan=p, eps=o.eps),
         out_type=[
             f32((out.parts, p.stored, p.D)),
-            f32((gate_up.parts, p.rows)),
+            f32((up.parts, p.rows)),
             row,
-            f32((gate_up.parts, p.stored, 2 * p.F)),
+            f32((up.parts, p.stored, 2 * p.F)),
             f32((down.parts, p.stored, p.D)),
             row,
         ],
         scratch_types={
             "row_smem": plgpu.SMEM((p.rows, p.pitch), jnp.bfloat16),
-            "ring_smem": tiles.tile((config.stages, TILE, config.block_k), a.out.dtype),
+            "ring_smem": tiles.tile((config.stages, TILE, config.block_k), o.out.dtype),
             "last_smem": plgpu.SMEM((THREADS,), jnp.int32),
             "barrier": plgpu.Barrier(num_barriers=config.stages),
         },
@@ -270,32 +317,19 @@ def few_rows(a: Arguments, config: Config, passes: int = 1) -> Float[Array, "M D
         grid_names=("block",) if passes == 1 else ("pass", "block"),
         compiler_params=skinny_matmul.COMPILER_PARAMS,
     )(
-        a.x,
-        a.heads,
-        a.norm,
-        gates,
-        a.out,
-        a.out_scale,
-        a.gate_up,
-        a.gate_up_scale,
-        a.down,
-        a.down_scale,
-        _counters(p),
+        o.x,
+        o.heads,
+        o.norm,
+        o.gates,
+        o.out,
+        o.out_scale,
+        o.up,
+        o.up_scale,
+        o.down,
+        o.down_scale,
+        counters,
     )
     return y
-
-
-def _counters(p: Plan):
-    """[1 + D/128 + 1]: the barrier's counter, one for each chunk of the result, and a mark.
-
-    To XLA they are a constant, which it uploads once and never writes again; the kernel counts in them behind
-    its back. So nothing has to be zeroed before a launch, and callers keep no state. It does no harm, because
-    each launch leaves them as any other may find them: zeros, but for the top bit of the first. So whatever
-    XLA copies or uploads anew between two launches is valid too. But nobody else may read them, and of
-    constants that are alike XLA keeps only one, even among programs: the mark makes this one like no other.
-    """
-    mark = int.from_bytes(b"moss", "little")
-    return jnp.asarray(np.array([0] * (1 + p.D // CHUNK) + [mark], np.int32))
 
 
 def _kernel(
@@ -305,8 +339,8 @@ def _kernel(
     gates_gmem,
     out_gmem,
     out_scale_gmem,
-    gate_up_gmem,
-    gate_up_scale_gmem,
+    up_gmem,
+    up_scale_gmem,
     down_gmem,
     down_scale_gmem,
     counters_gmem,
@@ -323,7 +357,6 @@ def _kernel(
     barrier,
     plan,
     eps,
-    passes,
 ):
     """One block.
 
@@ -337,7 +370,7 @@ def _kernel(
     """
     config, rows, phases = plan.config, plan.rows, plan.phases
     X, stages = config.block_k, config.stages
-    now = None if passes == 1 else lax.axis_index("pass")
+    now = None if config.passes == 1 else lax.axis_index("pass")
     dealt = [phase.units(lax.axis_index("block")) for phase in phases]
     # Steps are tiles, counted through all phases.
     begins = [jnp.int32(0)]
@@ -351,7 +384,7 @@ def _kernel(
 
     def fetch(step):
         ring = lax.rem(step, stages)
-        for i, weights in enumerate((out_gmem, gate_up_gmem, down_gmem)):
+        for i, weights in enumerate((out_gmem, up_gmem, down_gmem)):
 
             @pl.when((begins[i] <= step) & (step < begins[i + 1]))
             def _(phase=phases[i], first=dealt[i][0], since=step - begins[i], weights=weights):
@@ -363,10 +396,10 @@ def _kernel(
     def visit(step, operand, sums):
         ring = lax.rem(step, stages)
         plgpu.barrier_wait(barrier.at[ring])
-        weights = skinny_matmul.load(ring_smem.at[ring], TOGETHER)
+        weights = skinny_matmul.load(ring_smem.at[ring], BLOCKED)
         plgpu.commit_smem()
         pl.when(step + stages < end)(functools.partial(fetch, step + stages))
-        return skinny_matmul.multiply(sums, weights, row_smem, operand * X, TOGETHER)
+        return skinny_matmul.multiply(sums, weights, row_smem, operand * X, BLOCKED)
 
     def parts(number):
         """Those that the block's units of a phase belong to, or more: all blocks do the same."""
@@ -408,7 +441,7 @@ def _kernel(
             return [ref.at[at] for ref in (out_scale_gmem, norm_gmem)]
         halves = [half(part, start) for start in (0, plan.F)]
         sums = [hidden_gmem.at[split, m] for split in range(phases[1].parts) for m in range(rows)]
-        return [ref.at[at] for at in halves for ref in (gate_up_scale_gmem, *sums)]
+        return [ref.at[at] for at in halves for ref in (up_scale_gmem, *sums)]
 
     def expect(number):
         """Fetches it to L2 again, from where the weights that pass through it have driven it."""
@@ -449,7 +482,7 @@ def _kernel(
 
     def hidden(m, part):
         halves = [half(part, start) for start in (0, plan.F)]
-        gate, up = (added(hidden_gmem, m, at) * strided(gate_up_scale_gmem.at[at]) for at in halves)
+        gate, up = (added(hidden_gmem, m, at) * strided(up_scale_gmem.at[at]) for at in halves)
         squares = [squares_gmem[part, m] for part in range(phases[1].parts)]
         factor = lax.rsqrt(sum(squares[1:], squares[0]) / plan.D + eps)
         gate, up = gate * factor, up * factor

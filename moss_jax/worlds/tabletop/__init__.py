@@ -1,5 +1,5 @@
-"""The tabletop world: a procedural camera stream over a table, and dialogues about it."""
+"""The tabletop world: procedural camera streams of a table, and dialogues about them."""
 
-from moss_jax.worlds.tabletop.stream import Stream, evaluation_stream
+from moss_jax.worlds.tabletop.stream import TabletopStream, evaluation_stream
 
-__all__ = ["Stream", "evaluation_stream"]
+__all__ = ["TabletopStream", "evaluation_stream"]

@@ -1,4 +1,4 @@
-"""Writes held-out streams as mp4 and JSON: `python -m moss_jax.worlds.tabletop --out DIR --streams 4`."""
+"""Command that writes held-out streams: `python -m moss_jax.worlds.tabletop --out DIR --streams 4`."""
 
 import argparse
 import json
@@ -9,22 +9,25 @@ import numpy as np
 from moss_jax.text import Tokenizer
 from moss_jax.worlds.tabletop.dialogue import converse
 from moss_jax.worlds.tabletop.stream import evaluation_stream
-from moss_jax.worlds.tabletop.write import to_row, truth, write_video
+from moss_jax.worlds.tabletop.write import ground_truth, to_row, write_video
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write held-out streams of the tabletop world.")
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        description="Write held-out streams of the tabletop world as mp4 with their truth as JSON."
+    )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder for N.mp4, N.json and rows.json")
     add("--seed", type=int, default=0)
     add("--first", type=int, default=0, metavar="N", help="index of the first stream")
-    add("--streams", type=int, default=1, help="how many")
+    add("--streams", type=int, default=1, help="number of streams")
     add("--seconds", type=int, default=32, help="length of a stream")
-    add("--size", type=int, default=448, help="pixels along a side, an even number")
-    add("--tokens-per-second", type=int, default=8, help="speed at which the ideal assistant speaks")
+    add("--size", type=int, default=448, help="side of the frames in pixels; even, at least 32")
+    add("--tokens-per-second", type=int, default=8, help="the ideal assistant's speed of speech")
     args = parser.parse_args()
     if args.size % 2 or args.size < 32:
-        parser.error(f"--size is an even number from 32 on, not {args.size}")
+        parser.error(f"--size must be an even number of at least 32, not {args.size}")
     tokenizer = Tokenizer.moss_tiny()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -39,7 +42,7 @@ def main() -> None:
         )
         video = args.out / f"{index}.mp4"
         write_video(stream, video, size=args.size)
-        (args.out / f"{index}.json").write_text(json.dumps(truth(stream, dialogue), indent=1) + "\n")
+        (args.out / f"{index}.json").write_text(json.dumps(ground_truth(stream, dialogue), indent=1) + "\n")
         rows.append(to_row(dialogue, tokenizer, video.name))
         print(f"{video}: {video.stat().st_size} bytes")
     (args.out / "rows.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

@@ -1,13 +1,14 @@
-"""Dialogues about the tabletop world: what users ask, and what an ideal assistant says when.
+"""Dialogues about the tabletop world: requests of a user, and the timed replies of an ideal assistant.
 
 The assistant is a small program that knows the truth of each frame as soon as it has seen it. It runs on the
-lockstep clock of a live session, token by token, so the sequences that it writes are those that a session
-builds. The last request counts: a question is kept up to date, changes are narrated, an awaited moment is
-called out, until the next one comes.
+lockstep clock of a live session, token by token, so it writes the sequences that a session builds. The last
+request counts: until the next one, the assistant keeps the answer to a question up to date, narrates changes,
+or announces an awaited moment.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -27,19 +28,22 @@ from moss_jax.worlds.tabletop.language import (
     sentence,
 )
 from moss_jax.worlds.tabletop.render import COLOURS, SHAPES
-from moss_jax.worlds.tabletop.world import CARD, Event, World
+from moss_jax.worlds.tabletop.world import CARD, EventKind, Table, TableEvent, World, pick
 
+# Tolerance of comparisons of times, in seconds.
 EPSILON = 1e-6
+# The facts that a list is about.
 LISTED = (*(f"colour:{shape}" for shape in SHAPES), "digit")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Something that the user says.
+    """A prompt of the user.
 
     Attributes:
-      time: seconds of the stream.
-      kind: in `language.ASK`.
+      time: of the stream, in seconds.
+      text: the wording.
+      kind: a key of `language.ASK`.
       subject: the kind of thing that it is about, if any.
       awaited: of an alert, the sentence that is due as soon as it is true.
     """
@@ -66,13 +70,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-    """Something that the assistant says.
+    """A sentence of the assistant.
 
     Attributes:
-      frame: the last that it had seen when it began.
-      due: the frame since which it was due (-1 before the first).
+      time: of the stream, in seconds, when it begins.
+      frame: the last frame seen when it begins.
+      due: the frame since which it has been due; -1 before the first.
       request: index of the request that it serves.
-      cut: it takes the place of a statement in progress.
+      sentence: to be said.
+      cut: replaces a statement in progress.
     """
 
     time: float
@@ -85,13 +91,14 @@ class Utterance:
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """A stream as the model reads it, and what is said in it.
+    """The token sequence of a stream, and what is said in it.
 
     Attributes:
-      tokens, labels: the whole sequence; IGNORED where nothing is to be learnt.
+      tokens: the whole sequence.
+      labels: the targets of its tokens; IGNORED where there is no loss.
       frame_positions: index of each frame's `<|image|>`.
       utterances: in order of time.
-      speaking: for each frame, whether something is being said between it and the next.
+      speaking: for each frame, whether something is said before the next.
     """
 
     tokens: list[int]
@@ -107,11 +114,16 @@ class Dialogue:
 def draw_requests(
     rng: np.random.Generator, world: World, *, first_turn: float = 0.0, dense: bool = False
 ) -> tuple[Request, ...]:
-    """Draws what a user asks in the course of a stream.
+    """Samples the requests of a stream.
 
     Args:
-      first_turn: probability that something is asked at time 0, before the first frame.
-      dense: questions that can be seen answered, in quick succession.
+      rng: the source of randomness.
+      world: that they are about.
+      first_turn: probability of a request at time 0, before the first frame.
+      dense: only questions, in quick succession.
+
+    Returns:
+      The requests in order of time.
     """
     end = world.seconds - 1
     requests = []
@@ -119,7 +131,7 @@ def draw_requests(
     if rng.random() < first_turn:
         requests.append(draw_request(rng, world, 0.0))
     while time < end + 0.5:
-        # Never on a frame's own instant: what came first would be left open.
+        # Never at the time of a frame, where the order of the two would be undefined.
         time = np.floor(time) + np.clip(time % 1, 0.05, 0.95)
         requests.append(draw_request(rng, world, float(round(time, 2)), dense=dense))
         if dense:
@@ -132,7 +144,7 @@ def draw_requests(
 
 
 def draw_request(rng: np.random.Generator, world: World, time: float, *, dense: bool = False) -> Request:
-    """Draws one request that makes sense at this time."""
+    """Samples one request that makes sense at this time."""
     frame = -1 if time == 0 else int(time)
     group = ("live", "past", "narrate", "alert", "watch")[
         rng.choice(5, p=[0.9, 0.1, 0, 0, 0] if dense else [0.48, 0.16, 0.11, 0.18, 0.07])
@@ -151,14 +163,15 @@ def draw_request(rng: np.random.Generator, world: World, time: float, *, dense: 
 
 
 def draw_question(rng: np.random.Generator, world: World) -> Request:
-    """Draws a question about a stream that has been seen whole."""
+    """Samples a question about a whole clip."""
     frame = world.seconds - 1
     if rng.random() < 0.35:
         return _past(rng, world, float(frame), frame)
     return _live(rng, world, float(frame), frame, dense=False)
 
 
-def _live(rng, world, time, frame, dense):
+def _live(rng: np.random.Generator, world: World, time: float, frame: int, dense: bool) -> Request:
+    """Samples a question about the present, more often one whose answer will soon change."""
     changing = [e for e in world.events if frame < e.frame <= frame + 8]
     if changing and not dense and rng.random() < 0.6:
         event = changing[0]
@@ -169,7 +182,7 @@ def _live(rng, world, time, frame, dense):
         }.get(event.change, ["there", "list"] if event.kind != CARD else ["digit", "list"])
         if event.kind != CARD and event.change not in ("colour", "move"):
             kinds = [*kinds, "count"]
-        kind, subject = _pick(rng, kinds), event.kind
+        kind, subject = pick(rng, kinds), event.kind
     else:
         odds = [0.25, 0.1, 0.15, 0.1, 0.1, 0.3] if dense else [0.28, 0.16, 0.16, 0.14, 0.14, 0.12]
         kind = LIVE[rng.choice(len(LIVE), p=odds)]
@@ -181,22 +194,24 @@ def _live(rng, world, time, frame, dense):
     return Request(time, language.ask(rng, kind, k=subject), kind, subject)
 
 
-def _past(rng, world, time, frame):
+def _past(rng: np.random.Generator, world: World, time: float, frame: int) -> Request:
+    """Samples a question about the past."""
     table, truth = world.tables[frame], world.truth[frame]
     kinds = ["event", "event", "seen"]
     if truth["digit"] not in ("none", "covered"):
         kinds += ["previous"] * (3 if truth["previous"] != "none" else 1)
     if table.covered or rng.random() < 0.1:
         kinds += ["under"] * 4
-    kind = _pick(rng, kinds)
+    kind = pick(rng, kinds)
     subject = ""
     if kind == "seen":
         gone = [s for s in SHAPES if truth[f"seen:{s}"] == "yes" and truth[f"there:{s}"] == "none"]
-        subject = _pick(rng, gone) if gone and rng.random() < 0.5 else _pick(rng, SHAPES)
+        subject = pick(rng, gone) if gone and rng.random() < 0.5 else pick(rng, SHAPES)
     return Request(time, language.ask(rng, kind, k=subject), kind, subject)
 
 
-def _alert(rng, world, time, frame):
+def _alert(rng: np.random.Generator, world: World, time: float, frame: int) -> Request:
+    """Samples a request for an alert, more often about a moment that will come."""
     before = world.truth[frame] if frame >= 0 else None
     possible = _awaitable()
     later = [
@@ -206,17 +221,18 @@ def _alert(rng, world, time, frame):
         and not (before and holds(s.facts, before))
     ]
     if later and rng.random() < 0.75:
-        # By kind first: there are many more digits and shapes than other things to wait for.
-        name = _pick(rng, sorted({s.name for s in later}))
-        awaited = _pick(rng, [s for s in later if s.name == name])
+        # By kind first: otherwise digits and shapes, which are many, would crowd out the rest.
+        name = pick(rng, sorted({s.name for s in later}))
+        awaited = pick(rng, [s for s in later if s.name == name])
     else:
-        awaited = _pick(rng, [s for s in possible if not (before and holds(s.facts, before))])
+        awaited = pick(rng, [s for s in possible if not (before and holds(s.facts, before))])
     values = awaited.values
     text = language.ask(rng, awaited.name, **values)
     return Request(time, text, awaited.name, values.get("k", ""), awaited)
 
 
-def _awaitable():
+def _awaitable() -> list[Sentence]:
+    """All alerts."""
     kinds = [*SHAPES, CARD]
     return [
         *(sentence("alert there", k=k) for k in kinds),
@@ -228,23 +244,19 @@ def _awaitable():
     ]
 
 
-def _some_kind(rng, table, card):
-    """A kind of thing, more often one that is there."""
+def _some_kind(rng: np.random.Generator, table: Table, card: bool) -> str:
+    """Samples a kind of thing, more often one that is on the table."""
     there = [t.kind for t in table.things if card or t.kind != CARD]
     if there and rng.random() < 0.8:
-        return _pick(rng, there)
-    return _pick(rng, SHAPES)
+        return pick(rng, there)
+    return pick(rng, SHAPES)
 
 
-def _pick(rng, options: Sequence):
-    return options[rng.integers(len(options))]
+# ------------------------------------------------------------------------------------- sentences
 
 
-# ---------------------------------------------------------------------------------- what is said
-
-
-def answer(request: Request, truth: Facts) -> Sentence:
-    """What to say to a question, given what is true."""
+def true_answer(request: Request, truth: Facts) -> Sentence:
+    """The true answer to a question; "Okay." to a request that is no question."""
     k = request.subject
     match request.kind:
         case "list":
@@ -276,21 +288,27 @@ def answer(request: Request, truth: Facts) -> Sentence:
             if truth["event"] == "none":
                 return sentence("nothing happened")
             change, kind, value = truth["event"].split(":")
-            return tell(Event(0, change, kind, value), truth)
+            return narrate(TableEvent(0, cast(EventKind, change), kind, value), truth)
         case _:
             return sentence("okay")
 
 
-def update(request: Request, truth: Facts) -> Sentence:
-    """What to say when the answer to a live question has changed."""
-    said = answer(request, truth)
+def updated_answer(request: Request, truth: Facts) -> Sentence:
+    """The update to a live question whose answer has changed."""
+    said = true_answer(request, truth)
     if said.name == "no card":
         return sentence("now none", k=CARD)
     return dataclasses.replace(said, name=f"now {said.name}")
 
 
-def update_list(key: str, told: str, truth: Facts) -> Sentence:
-    """What to say when one fact of a list has changed."""
+def updated_item(key: str, told: str, truth: Facts) -> Sentence:
+    """The update to a list of which one fact has changed.
+
+    Args:
+      key: of the fact.
+      told: its value in what was said before.
+      truth: the facts of now.
+    """
     value = truth[key]
     k = CARD if key == "digit" else key.removeprefix("colour:")
     if value in ("none", "covered"):
@@ -301,8 +319,13 @@ def update_list(key: str, told: str, truth: Facts) -> Sentence:
     return sentence("now also" if new else "turn", c=value, k=k)
 
 
-def tell(event: Event, truth: Facts) -> Sentence:
-    """What to say of a change that has just happened."""
+def narrate(event: TableEvent, truth: Facts) -> Sentence:
+    """The sentence that narrates an event.
+
+    Args:
+      event: to be narrated.
+      truth: the facts right after it.
+    """
     kind, value = event.kind, event.value
     match event.change:
         case "appear" if kind == CARD:
@@ -320,7 +343,17 @@ def tell(event: Event, truth: Facts) -> Sentence:
 
 
 class Assistant:
-    """Says what is due, token by token."""
+    """The ideal assistant: says what is due, token by token.
+
+    Args:
+      world: that it watches.
+      tokenizer: of the model.
+      rng: for the choice of words.
+
+    Attributes:
+      frame: the last frame seen; -1 before the first.
+      utterances: what it has said so far.
+    """
 
     def __init__(self, world: World, tokenizer: Tokenizer, rng: np.random.Generator):
         self._world, self._tokenizer, self._rng = world, tokenizer, rng
@@ -330,33 +363,33 @@ class Assistant:
         self._number = -1
         self._request: Request | None = None
         self._asked_at = -1
-        # Facts that were told, and what a narration still has to tell: (frame, sentence).
+        # The facts told since the request, and the narrations that wait: (frame, sentence).
         self._told: dict[str, str] = {}
         self._untold: list[tuple[int, Sentence]] = []
         self._acknowledged = self._called = self._updating = False
-        # The utterance in progress, as tokens that were said and those to come.
+        # The utterance in progress: its tokens so far and those to come.
         self._said: list[int] = []
         self._rest: list[int] = []
         self._variant = 0
         self._seen_since = False
 
-    def hear(self, request: Request) -> None:
-        """Takes a request, which cuts what is being said."""
+    def on_request(self, request: Request) -> None:
+        """Takes a request, which cuts the utterance in progress."""
         self._number += 1
         self._request, self._asked_at = request, self.frame
         self._told, self._untold = {}, []
         self._acknowledged = self._called = self._updating = False
         self._said, self._rest = [], []
 
-    def see(self, frame: int) -> None:
+    def on_frame(self, frame: int) -> None:
         """Takes a frame."""
         self.frame = frame
         self._seen_since = True
         if self._request and self._request.kind == "narrate" and (event := self._events.get(frame)):
-            self._untold.append((frame, tell(event, self._truth)))
+            self._untold.append((frame, narrate(event, self._truth)))
 
     def next_token(self, time: float) -> int | None:
-        """The next token, or None for silence."""
+        """Returns the token said at this time of the stream, or None for silence."""
         if self._rest and self._seen_since and self._is_false():
             self._correct(time)
         self._seen_since = False
@@ -370,35 +403,38 @@ class Assistant:
         return token
 
     @property
+    def _active(self) -> Request:
+        """The request in force; only after the first."""
+        assert self._request
+        return self._request
+
+    @property
     def _truth(self) -> Facts:
         return self._world.truth[self.frame]
 
     def _is_false(self) -> bool:
         """Whether the answer in progress to a live question has become false."""
         facts = self.utterances[-1].sentence.facts
-        return bool(self._request.keys) and not holds(facts, self._truth)
+        return bool(self._active.keys) and not holds(facts, self._truth)
 
     def _correct(self, time: float) -> None:
-        """Goes on with what is true now, if what was said fits it, and takes it back if not."""
+        """Goes on with what is true now if the words so far fit it; otherwise takes them back."""
         last = self.utterances[-1]
-        now = update(self._request, self._truth) if last.cut else self._answer_or_update()
+        now = updated_answer(self._active, self._truth) if last.cut else self._answer_or_update()
         text = now.text(self._variant)
         tokens = self._tokenizer.encode(_interjected(text) if last.cut else text)
         if tokens[: len(self._said)] == self._said:
             self.utterances[-1] = dataclasses.replace(last, sentence=now)
         else:
-            now = update(self._request, self._truth)
+            now = updated_answer(self._active, self._truth)
             tokens, self._said = self._tokenizer.encode(_interjected(now.text(self._variant))), []
             self.utterances.append(Utterance(time, self.frame, self.frame, self._number, now, cut=True))
         self._rest = tokens[len(self._said) :]
         self._told.update(now.facts)
 
     def _begin(self, time: float) -> None:
-        """Begins what is due, if anything is."""
-        if self._request is None:
-            return
-        found = self._due()
-        if found is None:
+        """Begins the utterance that is due, if any."""
+        if self._request is None or (found := self._due(self._request)) is None:
             return
         due, said = found
         self._variant = int(self._rng.integers(2))
@@ -406,15 +442,14 @@ class Assistant:
         self._told.update(said.facts)
         self.utterances.append(Utterance(time, self.frame, due, self._number, said))
 
-    def _due(self) -> tuple[int, Sentence] | None:
-        """What is to be said now, and the frame since which."""
-        request = self._request
+    def _due(self, request: Request) -> tuple[int, Sentence] | None:
+        """The sentence to say now, and the frame since which it has been due."""
         if request.kind in (*LIVE, *PAST):
             if self.frame < 0:
                 return None
             if not self._acknowledged:
                 self._acknowledged = True
-                return max(self._asked_at, 0), answer(request, self._truth)
+                return max(self._asked_at, 0), true_answer(request, self._truth)
             self._updating = True
             return None if self._changed() is None else (self.frame, self._answer_or_update())
         if not self._acknowledged:
@@ -436,20 +471,21 @@ class Assistant:
 
     def _answer_or_update(self) -> Sentence:
         if not self._updating:
-            return answer(self._request, self._truth)
+            return true_answer(self._active, self._truth)
         key = self._changed()
-        if self._request.kind == "list" and key is not None:
-            return update_list(key, self._told[key], self._truth)
-        return update(self._request, self._truth)
+        if self._active.kind == "list" and key is not None:
+            return updated_item(key, self._told[key], self._truth)
+        return updated_answer(self._active, self._truth)
 
     def _changed(self) -> str | None:
-        """A fact of a live question that was told and isn't true any more."""
+        """The first fact of a live question that was told and isn't true any more."""
         return next(
-            (key for key in self._request.keys if not agrees(key, self._told.get(key, ""), self._truth)), None
+            (key for key in self._active.keys if not agrees(key, self._told.get(key, ""), self._truth)), None
         )
 
 
-def _interjected(text):
+def _interjected(text: str) -> str:
+    """A sentence as it replaces one in progress."""
     return WAIT + text[0].lower() + text[1:]
 
 
@@ -469,18 +505,21 @@ def converse(
     """Plays a live session of the ideal assistant.
 
     Args:
+      world: that it watches.
+      requests: in order of time.
+      tokenizer: of the model.
       tokens_per_second: speed of speech.
       rng: for the choice of words.
       system: system prompt; None for none.
-      max_tokens: at which the sequence is cut.
+      max_tokens: maximum length of the sequence, which is cut there; None for no limit.
     """
     special = tokenizer.special
     requests = list(requests)
     assistant = Assistant(world, tokenizer, rng)
-    # What is asked before anything is seen is the first user turn.
+    # A request at time 0 is the first user turn.
     first = requests.pop(0) if requests and requests[0].time == 0 else None
     if first:
-        assistant.hear(first)
+        assistant.on_request(first)
     tokens = chat.opening(tokenizer, system=system, prompt=first.text if first else "")
     learnt = [False] * len(tokens)
     positions: list[int] = []
@@ -490,21 +529,21 @@ def converse(
     )
     instant, ticks, talking = 0.0, 0, False
 
-    def draw():
+    def next_token():
         nonlocal ticks, talking
         token = assistant.next_token(instant + ticks / tokens_per_second)
         ticks += 1
         talking = token is not None
         if talking and assistant.frame >= 0:
             speaking[assistant.frame] = True
-        tokens.append(token if talking else special.silence)
+        tokens.append(special.silence if token is None else token)
         learnt.append(True)
 
-    draw()
+    next_token()
     while inputs:
         now = instant + ticks / tokens_per_second
         if talking and inputs[0][0] > now + EPSILON:
-            draw()
+            next_token()
             continue
         limit = max(inputs[0][0], now) + EPSILON
         while inputs and inputs[0][0] <= limit:
@@ -512,17 +551,17 @@ def converse(
             if time > instant:
                 instant, ticks = time, 0
             if isinstance(what, Request):
-                assistant.hear(what)
+                assistant.on_request(what)
                 new = chat.interjection(tokenizer, what.text)
             else:
-                assistant.see(what)
+                assistant.on_frame(what)
                 new = [special.image]
                 positions.append(len(tokens))
             tokens += new
             learnt += [False] * len(new)
-        draw()
+        next_token()
     while talking:
-        draw()
+        next_token()
     length = len(tokens) if max_tokens is None else min(max_tokens, len(tokens))
     tokens, learnt = tokens[:length], learnt[:length]
     return Dialogue(
@@ -542,11 +581,19 @@ def converse_offline(
     rng: np.random.Generator,
     system: str | None = None,
 ) -> Dialogue:
-    """The whole clip first, then one question and its answer."""
+    """Writes an offline dialogue: the whole clip, then one question and its answer.
+
+    Args:
+      world: of the clip.
+      request: the question.
+      tokenizer: of the model.
+      rng: for the choice of words.
+      system: system prompt; None for none.
+    """
     tokens = chat.offline_opening(tokenizer, system=system, num_frames=world.seconds, prompt=request.text)
     begin = tokens.index(tokenizer.special.image)
     last = world.seconds - 1
-    said = answer(request, world.truth[last])
+    said = true_answer(request, world.truth[last])
     reply = [*tokenizer.encode(said.text(int(rng.integers(2)))), tokenizer.special.eot]
     return Dialogue(
         tokens=tokens + reply,

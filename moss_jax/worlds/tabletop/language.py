@@ -1,7 +1,7 @@
-"""The sentences of the tabletop world: one table says them and understands them again.
+"""The language of the tabletop world: one table of wordings serves to generate sentences and to parse them.
 
-A sentence asserts facts, named as `World.truth` names them. In the wordings, {k} is a kind of thing, {c} a
-colour, {p} a place, {d} a number on a card, {n} a number of shapes and {l} a list of things.
+A sentence asserts facts, with the keys of `World.truth`. In the wordings, {k} is a kind of thing, {c} a
+colour, {p} a place, {w} a direction, {d} a number on a card, {n} a number of shapes and {l} a list of things.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ Facts = Mapping[str, str]
 NUMBERS = ("no", "one", "two", "three", "four")
 PLACE_WORDS = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 WAY_WORDS = {"left": "to the left", "middle": "to the middle", "right": "to the right"}
-# Before a statement that takes the place of the one in progress.
+# Introduces a statement that replaces the one in progress.
 WAIT = " - wait, "
-# A list says of what it doesn't mention only that it isn't to be seen.
+# The value that a list asserts of what it doesn't mention: not visible, for whatever reason.
 HIDDEN = "hidden"
 
-# name -> wordings. The first word of an update is "Now", of an alert "Now!".
+# name -> wordings. An update begins with "Now", an alert with "Now!".
 SAY: dict[str, tuple[str, ...]] = {
     "digit": ("It is a {d}.", "The card shows {d}."),
     "no card": ("There is no card.",),
@@ -76,16 +76,23 @@ SAY: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-    """Something to say: a name in SAY and what goes into its gaps."""
+    """A sentence of the language.
+
+    Attributes:
+      name: a key of SAY.
+      fields: (gap, value) pairs that fill its wordings, in order of the gaps' names.
+    """
 
     name: str
     fields: tuple[tuple[str, str], ...] = ()
 
     @property
     def values(self) -> dict[str, str]:
+        """The fields, by gap."""
         return dict(self.fields)
 
     def text(self, variant: int = 0) -> str:
+        """The sentence in one of its wordings; `variant` counts modulo their number."""
         wordings = SAY[self.name]
         values = self.values
         words = {
@@ -101,7 +108,7 @@ class Sentence:
 
     @property
     def facts(self) -> Facts:
-        """What it asserts."""
+        """The facts that it asserts."""
         v = self.values
         k, c, d, p = (v.get(name, "") for name in "kcdp")
         match self.name:
@@ -110,7 +117,7 @@ class Sentence:
             case "card appears":
                 return {"digit": d, "place:card": p}
             case "no card":
-                return _of(CARD, "none")
+                return _invisible(CARD, "none")
             case "count" | "one" | "now count" | "now one":
                 return {"count": v["n"]}
             case "colour" | "now colour" | "turn" | "now also":
@@ -120,9 +127,9 @@ class Sentence:
             case "there" | "now there" | "uncover" | "alert there":
                 return {f"there:{k}": "yes"}
             case "none" | "now none" | "leave" | "alert none":
-                return _of(k, "none")
+                return _invisible(k, "none")
             case "covered" | "now covered" | "cover" | "alert covered":
-                return _of(k, "covered")
+                return _invisible(k, "covered")
             case "appear":
                 return {f"colour:{k}": c, f"place:{k}": p}
             case "list" | "now list":
@@ -145,17 +152,17 @@ class Sentence:
                 return {"event": "none"}
             case "alert colour":
                 return {"some": c}
-            case "okay":
+            case _:  # "okay"
                 return {}
 
 
 def sentence(name: str, **fields: str) -> Sentence:
-    """A sentence by its name in SAY."""
+    """The sentence with a name in SAY and these fields."""
     return Sentence(name, tuple(sorted(fields.items())))
 
 
 def holds(facts: Facts, truth: Facts) -> bool:
-    """Whether everything that was asserted is true."""
+    """Whether all asserted facts are true."""
     return all(agrees(key, value, truth) for key, value in facts.items())
 
 
@@ -169,7 +176,7 @@ def agrees(key: str, value: str, truth: Facts) -> bool:
 
 
 def list_of(truth: Facts) -> str:
-    """The visible things, as a list in words; empty if there are none."""
+    """The visible things as a list in words; empty if there are none."""
     things = [f"a {truth[f'colour:{s}']} {s}" for s in SHAPES if truth[f"there:{s}"] == "yes"]
     if truth[f"there:{CARD}"] == "yes":
         things.append(f"a card with a {truth['digit']}")
@@ -177,18 +184,22 @@ def list_of(truth: Facts) -> str:
 
 
 def understand(text: str, subject: str = "") -> Sentence | None:
-    """The sentence that a text is, if it is one.
+    """Parses a text.
 
     Args:
-      subject: the kind of thing that "it" and the like stand for.
+      text: one sentence, in upper or lower case at its beginning.
+      subject: the kind of thing that "it" refers to.
+
+    Returns:
+      The sentence; None if the text is none of the language.
     """
     text = text.strip()
-    # "Now the star is covered." in mid-sentence goes on in lower case.
+    # A correction in mid-sentence begins in lower case.
     for form in (text, text[:1].upper() + text[1:]):
         for name, pattern in _patterns():
             if found := pattern.fullmatch(form):
-                fields = {"k": subject} | found.groupdict()
-                fields = {field: _MEANS.get(word, word) for field, word in fields.items()}
+                fields: dict[str, str] = {"k": subject} | found.groupdict()
+                fields = {field: _VALUES.get(word, word) for field, word in fields.items()}
                 if "w" in fields:
                     fields["p"] = fields.pop("w")
                 if name in ("one", "now one"):
@@ -197,14 +208,15 @@ def understand(text: str, subject: str = "") -> Sentence | None:
     return None
 
 
-def _of(kind, state):
-    """What is true of a thing that isn't to be seen."""
+def _invisible(kind: str, state: str) -> Facts:
+    """The facts of a thing that is absent or covered."""
     if kind == CARD:
         return {"there:card": state, "place:card": state, "digit": state}
     return {f"there:{kind}": state, f"colour:{kind}": state, f"place:{kind}": state}
 
 
-def _listed(things):
+def _listed(things: str) -> Facts:
+    """The facts that a list in words asserts."""
     facts = {f"colour:{shape}": HIDDEN for shape in SHAPES} | {"digit": HIDDEN}
     for thing in re.split(r", | and ", things) if things else ():
         if card := re.fullmatch(r"an? card with an? (\d)", thing):
@@ -215,11 +227,13 @@ def _listed(things):
     return facts
 
 
-def _articles(text):
+def _articles(text: str) -> str:
+    """Turns "a 8" into "an 8"."""
     return re.sub(r"\b([Aa]) (8\b)", r"\1n \2", text)
 
 
-_MEANS = (
+# The values of words in gaps.
+_VALUES = (
     {words: place for place, words in PLACE_WORDS.items()}
     | {words: place for place, words in WAY_WORDS.items()}
     | {word: str(number) for number, word in enumerate(NUMBERS)}
@@ -227,7 +241,8 @@ _MEANS = (
 
 
 @functools.cache
-def _patterns():
+def _patterns() -> list[tuple[str, re.Pattern[str]]]:
+    """The name and the pattern of each wording."""
     thing = rf"an? (?:(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})|card with an? \d)"
     gaps = {
         "k": "|".join((*SHAPES, CARD)),
@@ -248,9 +263,9 @@ def _patterns():
     return patterns
 
 
-# ------------------------------------------------------------------------------- what users say
+# ---------------------------------------------------------------------------- the user's requests
 
-# kind of request -> wordings, with the same gaps.
+# kind of request -> wordings, with the gaps of SAY.
 ASK: dict[str, tuple[str, ...]] = {
     "digit": (
         "What number is on the card?", "Which number does the card show?", "What does the card show?",
@@ -325,12 +340,13 @@ ASK: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+# Questions about the present, whose answers are kept up to date, and about the past.
 LIVE = ("digit", "count", "colour", "place", "there", "list")
 PAST = ("previous", "seen", "under", "event")
 
 
 def ask(rng: np.random.Generator, kind: str, **fields: str) -> str:
-    """A user's wording of a request."""
+    """Samples the user's wording of a request."""
     wording = ASK[kind][rng.integers(len(ASK[kind]))]
     text = _articles(wording.format(**fields))
     if rng.random() < 0.1:

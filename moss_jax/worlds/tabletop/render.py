@@ -1,10 +1,10 @@
-"""Draws the table: a camera looks straight down on flat coloured shapes, a card with a digit and a cloth.
+"""Renderer of the table: flat coloured shapes, a card with a digit and a cloth, seen from straight above.
 
-`paint` lays a scene out under the light of its stream, `photograph` takes a shot of it with a camera that
-shakes, flickers and is noisy. A picture that does not change is painted once and photographed often.
+`paint` renders a scene in the light of its stream; `photograph` adds the camera's shake, flicker and noise. A
+scene that does not change is painted once and photographed often.
 
-Shapes are signed distances, evaluated only in the box around each item; a distance in pixels also gives the
-antialiased edge and the shadow. Positions and lengths are in table units, in which the picture is
+Shapes are signed distance fields, evaluated only in the box around each item; the distance in pixels also
+gives the antialiased edge and the shadow. Positions and lengths are in table units, in which the picture is
 [0, 1] x [0, 1], x to the right and y down.
 
 Axes: H, W height and width of an item's box; P side of a painted picture, margins included; S side of a
@@ -16,6 +16,7 @@ import functools
 import math
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from moss_jax.worlds.tabletop import digits
 
@@ -32,7 +33,7 @@ COLOURS = tuple(RGB)
 CARD_RGB, INK_RGB = (246, 244, 238), (22, 26, 58)
 CLOTH_RGB, STRIPE_RGB = (178, 192, 208), (132, 152, 180)
 
-# Bases of the tables; none is saturated or so dark that one of the colours would vanish on it.
+# Base colours of the tables. None is so saturated or dark that one of the shapes' colours would vanish on it.
 TABLES = (
     (204, 170, 126),  # light wood
     (176, 134, 92),  # oak
@@ -43,13 +44,13 @@ TABLES = (
     (128, 142, 126),  # greenish cloth
 )
 
-# Half the width and height of the rectangles.
+# Half the width and half the height of the rectangles.
 CARD = (0.13, 0.16)
 DIGIT = (0.095, 0.12)
 COVER = (0.18, 0.20)
-STRIPE = 0.055  # from one stripe of the cloth to the next
+STRIPE = 0.055  # period of the cloth's stripes
 
-# The shadow's offset and half its soft edge: small enough that the cover also hides the shadow of a card.
+# Offset, half the width of the soft edge, and opacity of shadows: the cover must also hide a card's shadow.
 SHADOW, SHADOW_SOFT, SHADOW_DEPTH = 0.0125, 0.008, 0.32
 
 
@@ -57,13 +58,15 @@ SHADOW, SHADOW_SOFT, SHADOW_DEPTH = 0.0125, 0.008, 0.32
 class Item:
     """A flat thing on the table: a coloured shape or the card with a digit.
 
-    kind: one of SHAPES, or "card"
-    x, y: the centre, in table units
-    colour: one of COLOURS, for a shape
-    digit: index of the card's image in `digits`
-    angle: in radians, clockwise
-    scale: relative to the usual size
-    opacity: from 0 (absent) to 1, for fading in and out
+    Attributes:
+      kind: one of SHAPES, or "card".
+      x: of the centre, in table units.
+      y: of the centre, in table units.
+      colour: one of COLOURS, for a shape.
+      digit: index of the card's image in `digits`.
+      angle: of rotation, in radians, clockwise.
+      scale: relative to the usual size.
+      opacity: from 0 (absent) to 1, for fading in and out.
     """
 
     kind: str
@@ -78,7 +81,14 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Cover:
-    """A striped cloth over everything, large enough to hide any item at its centre; fields as in Item."""
+    """A striped cloth over everything, large enough to hide any item at its centre.
+
+    Attributes:
+      x: of the centre, in table units.
+      y: of the centre, in table units.
+      angle: of rotation, in radians, clockwise.
+      opacity: from 0 (absent) to 1.
+    """
 
     x: float
     y: float
@@ -88,7 +98,12 @@ class Cover:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What lies on the table: items from the lowest to the topmost, and the cover over them."""
+    """The contents of a picture.
+
+    Attributes:
+      items: from the lowest to the topmost.
+      cover: over all of them.
+    """
 
     items: tuple[Item, ...] = ()
     cover: Cover | None = None
@@ -96,17 +111,18 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How the table looks to the camera of one stream.
+    """Table, light and camera of one stream.
 
-    seed: of the table's texture
-    wood: base colour of the table, 8-bit levels
-    light: overall gain
-    tint: gain of each channel
-    slope: change of the light across the picture, to the right and down
-    flicker: standard deviation of the gain from one photograph to the next
-    noise: standard deviation of the camera's noise, 8-bit levels
-    shake: largest offset of the camera, table units
-    blur: width over which edges are soft, table units
+    Attributes:
+      seed: of the table's texture.
+      wood: base colour of the table, in 8-bit levels.
+      light: overall gain.
+      tint: gain of each channel.
+      slope: change of the light across the picture, to the right and down.
+      flicker: standard deviation of the gain from one photograph to the next.
+      noise: standard deviation of the camera's noise, in 8-bit levels.
+      shake: largest offset of the camera, in table units.
+      blur: width over which edges are soft, in table units.
     """
 
     seed: int
@@ -121,10 +137,9 @@ class Look:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Look":
-        """A random look: a table in some light, seen by a better or worse camera."""
-        wood = (
-            np.array(TABLES[rng.integers(len(TABLES))]) * rng.uniform(0.93, 1.05) * rng.uniform(0.97, 1.03, 3)
-        )
+        """Samples a look: a table in some light, seen by a better or worse camera."""
+        table = np.array(TABLES[rng.integers(len(TABLES))])
+        wood = table * rng.uniform(0.93, 1.05) * rng.uniform(0.97, 1.03, 3)
         return cls(
             seed=int(rng.integers(2**31)),
             wood=tuple(wood.tolist()),
@@ -138,7 +153,7 @@ class Look:
         )
 
 
-# The outlines are signed distances, negative inside, of points (u, v) in an item's own upright frame, [H, W].
+# The outlines are signed distances, negative inside, of points (u, v) in an item's unrotated frame, [H, W].
 
 
 def _rectangle(u: np.ndarray, v: np.ndarray, half: tuple[float, float]) -> np.ndarray:
@@ -168,7 +183,8 @@ def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # A pentagram is what lies outside at most one of the five lines that it is made of.
+    # A pentagram is the set of points that are outside at most one of its five lines, so its distance is the
+    # second largest of theirs.
     first = second = np.full_like(u, -1)
     for k in range(5):
         angle = 2 * math.pi * k / 5 + math.pi / 2
@@ -178,7 +194,7 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return second - 0.136 * math.cos(2 * math.pi / 5)
 
 
-# Each shape's outline, and half the width and height of the upright rectangle around it.
+# Each shape's outline, and half the width and half the height of its bounding box without rotation.
 OUTLINES = {
     "circle": (_circle, (0.11, 0.11)),
     "square": (_square, (0.096, 0.096)),
@@ -192,12 +208,12 @@ SHAPES = tuple(OUTLINES)
 
 @functools.lru_cache(maxsize=4096)
 def _ink(index: int, width: int, height: int) -> np.ndarray:
-    """A digit's ink smoothly enlarged, float32 [height + 2, width + 2] in [0, 1], with an empty border."""
+    """Upsamples a digit's ink smoothly: float32 [height + 2, width + 2] in [0, 1], with an empty border."""
 
     def enlarge(n: int) -> np.ndarray:
         at = (np.arange(4 * n) + 0.5) * 8 / (4 * n) - 0.5
         t = np.abs(at[:, None] - np.arange(8))
-        # Catmull and Rom's cubic: smooth, yet the small holes of an 8 or a 4 stay open.
+        # A Catmull-Rom spline: smooth, yet the small holes of an 8 or a 4 stay open.
         return np.where(
             t < 1, 1 - 2.5 * t**2 + 1.5 * t**3, np.where(t < 2, 2 - 4 * t + 2.5 * t**2 - t**3 / 2, 0)
         )
@@ -209,10 +225,11 @@ def _ink(index: int, width: int, height: int) -> np.ndarray:
 
 
 def _written(index: int, u: np.ndarray, v: np.ndarray, size: int) -> np.ndarray:
-    """How much ink of a digit is at the points (u, v) of the card, float32 [H, W] in [0, 1]."""
+    """Samples a digit's ink at points (u, v) of the card: float32 [H, W] in [0, 1]."""
     width, height = (round(2 * half * size) for half in DIGIT)
     ink = _ink(index, width, height)
-    # Bilinear: 1e-3 keeps the right and the lower neighbour of the last point within the border.
+    # Bilinear interpolation; 1e-3 keeps the right and the lower neighbour of the last point within the
+    # border.
     x = ((u / (2 * DIGIT[0]) + 0.5) * width + 0.5).clip(0, width + 1 - 1e-3)
     y = ((v / (2 * DIGIT[1]) + 0.5) * height + 0.5).clip(0, height + 1 - 1e-3)
     i, j = y.astype(np.int32), x.astype(np.int32)
@@ -226,7 +243,7 @@ def _written(index: int, u: np.ndarray, v: np.ndarray, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _master(kind: int, size: int) -> np.ndarray:
-    """Brightness of a large table around 1, float32 [2.5 size, 2.5 size]; kinds: planks, board, linen."""
+    """Texture of a large table, float32 [2.5 size, 2.5 size] around 1; kinds: planks, board, linen."""
     rng = np.random.default_rng(kind)
     n = round(2.5 * size)
     x, y = np.meshgrid(*2 * [(np.arange(n, dtype=np.float32) + 0.5) / size])  # along and across the grain
@@ -236,7 +253,7 @@ def _master(kind: int, size: int) -> np.ndarray:
         return (1 + 0.035 * weave + 0.02 * folds).astype(np.float32)
     plank = np.floor(y / 0.27).astype(int) if kind == 0 else np.zeros((n, n), int)
     grain = np.zeros_like(x)
-    # Streaks that run along x and wander slowly; none finer than about three pixels of 112.
+    # Streaks along x that wander slowly, none finer than about three pixels at a size of 112.
     for frequency in (3, 7, 13, 21, 33):
         phase, bend, where = rng.uniform(0, 2 * np.pi, (3, plank.max() + 1)).astype(np.float32)
         wander = np.sin(1.7 * x + bend[plank]) + 0.5 * np.sin(4.3 * x + where[plank])
@@ -245,18 +262,18 @@ def _master(kind: int, size: int) -> np.ndarray:
     if kind == 0:
         shade *= rng.uniform(0.94, 1.06, plank.max() + 1)[plank]
         gap = np.abs((y + 0.135) % 0.27 - 0.135) * size
-        # One pixel of 112 wide, whatever the size.
+        # One pixel wide at a size of 112, and in proportion at others.
         shade *= 1 - 0.22 * np.clip(size / 224 + 0.5 - gap, 0, 1)
     return shade.astype(np.float32)
 
 
 @functools.lru_cache(maxsize=32)
 def _table(look: Look, size: int, margin: int) -> tuple[np.ndarray, np.ndarray]:
-    """The empty table and the light on it, float32 [C, P, P] each."""
+    """Renders the empty table and the light on it, float32 [C, P, P] each."""
     rng = np.random.default_rng(look.seed)
     master = _master(int(rng.integers(3)), size)
     side = size + 2 * margin
-    # Offsets are multiples of 1 / 112, so that a table looks the same at all multiples of this size.
+    # Offsets are multiples of 1 / 112, so that a table looks the same at all multiples of a size of 112.
     i, j = (round(k / 112 * size) - margin for k in rng.integers(8, 140, 2))
     shade = master[i : i + side, j : j + side]
     if rng.integers(2):
@@ -272,7 +289,7 @@ def _margin(look: Look, size: int) -> int:
 
 
 class _Canvas:
-    """A picture while things are laid on it, float32 [C, P, P] (channels first, as numpy is faster so)."""
+    """A picture in progress, float32 [C, P, P] (channels first, which is faster in NumPy)."""
 
     def __init__(self, look: Look, size: int):
         self.size, self.margin = size, _margin(look, size)
@@ -281,13 +298,14 @@ class _Canvas:
         self.edge = math.hypot(1, look.blur * size)
         self.shift = round(SHADOW * size)
 
-    def frame(
+    def region(
         self, thing: Item | Cover, half: tuple[float, float], scale: float = 1.0
     ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray] | None:
-        """The box of the picture around a thing, and its pixels in the thing's own frame, or None if empty.
+        """Finds the box of pixels around a thing, and their coordinates in the thing's frame.
 
-        Returns slices of the box and (u, v), [H + shift, W + shift]: they start further to the upper left, as
-        that is where the shadow comes from.
+        Returns:
+          The slices of the box, and (u, v), [H + shift, W + shift], which begin further up and left, where
+          the shadow is cast from; None if the box is empty.
         """
         cos, sin = math.cos(thing.angle), math.sin(thing.angle)
         around = self.edge / 2 + SHADOW_SOFT * self.size + 1
@@ -310,7 +328,7 @@ class _Canvas:
         return tuple(box), u, v
 
     def lay(self, box: tuple[slice, slice], distance: np.ndarray, rgb: np.ndarray, opacity: float) -> None:
-        """Lays a thing and its shadow; distance in pixels [H + shift, W + shift], rgb [C, H, W]."""
+        """Composites a thing and its shadow; distance in pixels [H + shift, W + shift], rgb [C, H, W]."""
         k = self.shift
         soft = 2 * SHADOW_SOFT * self.size
         h, w = distance.shape
@@ -330,18 +348,18 @@ _PAINT = {name: _colour(rgb) for name, rgb in RGB.items()}
 _CARD, _INK, _CLOTH, _STRIPES = (_colour(rgb) for rgb in (CARD_RGB, INK_RGB, CLOTH_RGB, STRIPE_RGB))
 
 
-def _plain(thing: Item | Cover) -> Item | Cover:
-    """The thing with Python's floats: numpy's would turn the float32 arrays into float64."""
+def _with_python_floats[T: (Item, Cover)](thing: T) -> T:
+    """Converts NumPy's floats, which would promote the float32 arrays to float64."""
     numbers = {name: float(value) for name, value in vars(thing).items() if isinstance(value, np.floating)}
     return dataclasses.replace(thing, **numbers) if numbers else thing
 
 
 def _lay_item(canvas: _Canvas, item: Item) -> None:
-    item = _plain(item)
+    item = _with_python_floats(item)
     outline, half = (None, CARD) if item.kind == "card" else OUTLINES[item.kind]
-    if item.opacity <= 0 or item.scale <= 0 or (framed := canvas.frame(item, half, item.scale)) is None:
+    if item.opacity <= 0 or item.scale <= 0 or (region := canvas.region(item, half, item.scale)) is None:
         return
-    box, u, v = framed
+    box, u, v = region
     k, unit = canvas.shift, item.scale * canvas.size
     if outline is None:
         distance = _rectangle(u, v, CARD) * unit
@@ -354,10 +372,10 @@ def _lay_item(canvas: _Canvas, item: Item) -> None:
 
 
 def _lay_cover(canvas: _Canvas, cover: Cover) -> None:
-    cover = _plain(cover)
-    if cover.opacity <= 0 or (framed := canvas.frame(cover, COVER)) is None:
+    cover = _with_python_floats(cover)
+    if cover.opacity <= 0 or (region := canvas.region(cover, COVER)) is None:
         return
-    box, u, v = framed
+    box, u, v = region
     k = canvas.shift
     stripes = 0.5 + 0.5 * np.cos((2 * math.pi / STRIPE) * v[k:, k:])
     canvas.lay(
@@ -365,11 +383,17 @@ def _lay_cover(canvas: _Canvas, cover: Cover) -> None:
     )
 
 
-def paint(scene: Scene, look: Look, size: int) -> np.ndarray:
-    """The scene in the light of its stream, without the camera's flaws.
+def paint(scene: Scene, look: Look, size: int) -> Float[np.ndarray, "P P 3"]:
+    """Renders a scene in the light of its stream, without the camera's flaws.
 
-    Returns float32 [P, P, 3] in 8-bit levels (bright light may exceed 255), P = size + 2 margin; the margin
-    on each side is what the camera may shake.
+    Args:
+      scene: to be rendered.
+      look: of the stream.
+      size: side of the photographs.
+
+    Returns:
+      float32 in 8-bit levels (bright light may exceed 255), P = size + 2 margin; the margin on each side is
+      the largest offset by which the camera shakes.
     """
     canvas = _Canvas(look, size)
     for item in scene.items:
@@ -383,21 +407,26 @@ def paint(scene: Scene, look: Look, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _noise(count: int) -> np.ndarray:
-    """A bank of normal noise from which any stretch of `count` is taken, float32 [9 count]."""
+    """Standard normal noise, float32 [9 count], of which photographs use stretches of `count`."""
     return np.random.default_rng(0).standard_normal(9 * count, np.float32)
 
 
-def photograph(picture: np.ndarray, look: Look, rng: np.random.Generator, size: int) -> np.ndarray:
-    """One shot of a painted picture, with the camera's shake, flicker and noise.
+def photograph(
+    picture: Float[np.ndarray, "P P 3"], look: Look, rng: np.random.Generator, size: int
+) -> UInt8[np.ndarray, "S S 3"]:
+    """Takes a photograph, with the camera's shake, flicker and noise.
 
-    picture: as `paint` returns it, float32 [P, P, 3]
-    Returns uint8 [S, S, 3], S = size.
+    Args:
+      picture: from `paint`.
+      look: of the stream.
+      rng: for shake, flicker and noise.
+      size: side of the photograph, S.
     """
     room, count = len(picture) - size, 3 * size * size
     i, j = rng.integers(0, room + 1, 2)
     start = rng.integers(8 * count)
-    # A stretch of the bank that starts anywhere is as good as fresh noise, and a tenth of the price.
+    # A stretch of fixed noise with a random start serves as well as fresh noise, at a tenth of its cost.
     shot = _noise(count)[start : start + count].reshape(size, size, 3) * float(look.noise)
     shot += picture[i : i + size, j : j + size] * (1 + look.flicker * float(rng.standard_normal()))
-    shot += 0.5  # the conversion to integers cuts off
+    shot += 0.5  # the conversion to integers truncates
     return shot.clip(0, 255, out=shot).astype(np.uint8)

@@ -1,15 +1,16 @@
-"""What happens on the table, and what is true when.
+"""The events on the table, and the ground truth of each second.
 
-Things lie in the cells of a grid of three columns and two rows, no two alike: at most one of each shape and
-one card. Something changes only between two whole seconds, so the frame of second k, the first to show a
-change, shows it complete.
+Things lie in the cells of a grid of three columns and two rows: at most one of each shape, and one card.
+Changes happen only between two whole seconds, so the frame of second k, the first to show a change, shows it
+complete.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,7 +22,7 @@ PLACES = ("left", "middle", "right")
 ROWS = 2
 CELLS = tuple(itertools.product(range(len(PLACES)), range(ROWS)))
 MAX_SHAPES = 4
-# Seconds before its first frame at which a change begins and ends.
+# Seconds before the first frame that shows a change at which its motion begins and ends.
 BEGINS, ENDS = 0.85, 0.15
 
 EventKind = Literal["appear", "leave", "move", "colour", "digit", "cover", "uncover"]
@@ -29,14 +30,15 @@ EventKind = Literal["appear", "leave", "move", "colour", "digit", "cover", "unco
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """A shape or a card as it lies on the table.
+    """A shape or a card on the table.
 
     Attributes:
       kind: a shape, or CARD.
+      cell: column and row.
       colour: of a shape.
       digit: of a card, the index of its image.
-      cell: column and row.
-      offset, angle: how it lies in its cell, in table units and radians.
+      offset: from the centre of its cell, in table units.
+      angle: of its rotation, in radians.
     """
 
     kind: str
@@ -48,15 +50,17 @@ class Thing:
 
     @property
     def place(self) -> str:
+        """Its column, in a word."""
         return PLACES[self.cell[0]]
 
     @property
     def label(self) -> str:
-        """The number on a card."""
+        """The number on a card, in a digit."""
         return str(digits.label(self.digit))
 
     @property
     def centre(self) -> tuple[float, float]:
+        """Its centre (x, y), in table units."""
         column, row = self.cell
         x, y = (column + 0.5) / len(PLACES), (row + 0.5) / ROWS
         return x + self.offset[0], y + self.offset[1]
@@ -64,17 +68,30 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The state of the table at one second; `covered` is the kind of the thing beneath the paper."""
+    """The state of the table at one second.
+
+    Attributes:
+      things: everything on the table, covered or not.
+      covered: kind of the thing under the cover; None without a cover.
+      cover_angle: of the cover's rotation, in radians.
+    """
 
     things: tuple[Thing, ...] = ()
     covered: str | None = None
     cover_angle: float = 0.0
 
     def find(self, kind: str) -> Thing | None:
+        """The thing of a kind, if it is there."""
         return next((thing for thing in self.things if thing.kind == kind), None)
 
     @property
+    def hidden(self) -> Thing | None:
+        """The thing under the cover."""
+        return self.find(self.covered) if self.covered else None
+
+    @property
     def visible(self) -> tuple[Thing, ...]:
+        """The things that no cover hides."""
         return tuple(thing for thing in self.things if thing.kind != self.covered)
 
     @property
@@ -84,11 +101,13 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Event:
-    """A change, first to be seen on `frame`.
+class TableEvent:
+    """A change on the table.
 
     Attributes:
-      kind: of the thing.
+      frame: the first that shows it.
+      change: kind of change.
+      kind: of the thing that changes.
       value: the new place, colour or number, if the change is one of those.
     """
 
@@ -100,7 +119,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """A stretch of time on the table.
+    """The states of the table over a stretch of time.
 
     Attributes:
       tables: the state at each whole second.
@@ -108,20 +127,21 @@ class World:
     """
 
     tables: tuple[Table, ...]
-    events: tuple[Event, ...]
+    events: tuple[TableEvent, ...]
 
     @property
     def seconds(self) -> int:
+        """The length of the stretch."""
         return len(self.tables)
 
     @functools.cached_property
     def truth(self) -> tuple[dict[str, str], ...]:
-        """What is true at each second; see `facts`."""
+        """The facts of each second; see `_truth`."""
         return tuple(_truth(self))
 
     def scene(self, time: float) -> Scene:
-        """What is to be seen at any time, changes in progress included."""
-        # The change of frame k is in progress between k - BEGINS and k - ENDS.
+        """The scene at any time, including changes in progress."""
+        # The change of frame k takes from k - BEGINS to k - ENDS.
         frame = min(math.ceil(time - 1e-9), self.seconds - 1)
         progress = 1 - (frame - time - ENDS) / (BEGINS - ENDS)
         if frame == 0 or progress >= 1:
@@ -134,13 +154,14 @@ class World:
 def generate(
     rng: np.random.Generator, seconds: int, *, digit_indices: np.ndarray, rate: float, gap: int
 ) -> World:
-    """Draws a world.
+    """Samples a world.
 
     Args:
-      seconds: its length; there is one state for each second.
-      digit_indices: the digit images that its cards may show.
+      rng: the source of randomness.
+      seconds: length of the world, with one state a second.
+      digit_indices: of the digit images that its cards may show.
       rate: probability of a change in a second.
-      gap: seconds that lie at least between two changes.
+      gap: least number of seconds between two changes.
     """
     table = _first_table(rng, digit_indices)
     tables, events, last = [table], [], 0
@@ -153,7 +174,12 @@ def generate(
     return World(tuple(tables), tuple(events))
 
 
-def _first_table(rng, digit_indices):
+def pick[T](rng: np.random.Generator, options: Sequence[T]) -> T:
+    """Samples one of the options."""
+    return options[int(rng.integers(len(options)))]
+
+
+def _first_table(rng: np.random.Generator, digit_indices: np.ndarray) -> Table:
     table = Table()
     if rng.random() < 0.15:
         return table
@@ -164,107 +190,107 @@ def _first_table(rng, digit_indices):
     return table
 
 
-def _with(table, thing):
-    """The table with a thing put on it, or in the place of its kind."""
+def _with(table: Table, thing: Thing) -> Table:
+    """Puts a thing on the table, in place of the one of its kind."""
     others = tuple(t for t in table.things if t.kind != thing.kind)
     return dataclasses.replace(table, things=(*others, thing))
 
 
-def _free_cell(rng, table, not_in_column=None):
+def _free_cells(table: Table) -> list[tuple[int, int]]:
     taken = {thing.cell for thing in table.things}
-    free = [cell for cell in CELLS if cell not in taken and cell[0] != not_in_column]
-    return free[rng.integers(len(free))] if free else None
+    return [cell for cell in CELLS if cell not in taken]
 
 
-def _new_shape(rng, table):
-    absent = [shape for shape in SHAPES if table.find(shape) is None]
+def _new_shape(rng: np.random.Generator, table: Table) -> Thing:
     return Thing(
-        kind=absent[rng.integers(len(absent))],
-        cell=_free_cell(rng, table),
-        colour=list(COLOURS)[rng.integers(len(COLOURS))],
-        **_lying(rng),
+        kind=pick(rng, [shape for shape in SHAPES if table.find(shape) is None]),
+        cell=pick(rng, _free_cells(table)),
+        colour=pick(rng, COLOURS),
+        **_pose(rng),
     )
 
 
-def _new_card(rng, table, digit_indices):
-    return Thing(CARD, _free_cell(rng, table), digit=int(rng.choice(digit_indices)), **_lying(rng))
+def _new_card(rng: np.random.Generator, table: Table, digit_indices: np.ndarray) -> Thing:
+    return Thing(CARD, pick(rng, _free_cells(table)), digit=int(rng.choice(digit_indices)), **_pose(rng))
 
 
-def _lying(rng):
+def _pose(rng: np.random.Generator) -> dict[str, Any]:
+    """Samples how a thing lies in its cell: fields of `Thing`."""
     offset = rng.uniform(-0.03, 0.03, 2)
     return {"offset": (float(offset[0]), float(offset[1])), "angle": float(rng.uniform(-0.3, 0.3))}
 
 
-def _change(rng, table, frame, digit_indices):
-    """The next state and the event that led to it."""
+def _change(
+    rng: np.random.Generator, table: Table, frame: int, digit_indices: np.ndarray
+) -> tuple[Table, TableEvent]:
+    """Samples a change: the next state, and the event that leads to it."""
     card = table.find(CARD)
     shapes = len(table.things) - (card is not None)
-    open_things = table.visible
+    visible = table.visible
     weights = {
         "appear": 1.6 * (shapes < MAX_SHAPES),
         "leave": 1.2 * bool(table.shapes),
-        "move": 1.0 * bool(open_things),
+        "move": 1.0 * bool(visible),
         "colour": 1.0 * bool(table.shapes),
         "card": 1.6 * (card is None),
-        "no card": 0.5 * (card in open_things),
-        "digit": 2.0 * (card in open_things),
-        "cover": 1.0 * (table.covered is None and bool(open_things)),
+        "no card": 0.5 * (card in visible),
+        "digit": 2.0 * (card in visible),
+        "cover": 1.0 * (table.covered is None and bool(visible)),
         "uncover": 1.5 * (table.covered is not None),
     }
     names = [name for name, weight in weights.items() if weight]
     odds = np.array([weights[name] for name in names])
     name = names[rng.choice(len(names), p=odds / odds.sum())]
 
-    def pick(things):
-        return things[rng.integers(len(things))]
-
     match name:
         case "appear":
             thing = _new_shape(rng, table)
-            return _with(table, thing), Event(frame, "appear", thing.kind)
+            return _with(table, thing), TableEvent(frame, "appear", thing.kind)
         case "card":
             thing = _new_card(rng, table, digit_indices)
-            return _with(table, thing), Event(frame, "appear", CARD)
+            return _with(table, thing), TableEvent(frame, "appear", CARD)
         case "leave" | "no card":
-            thing = card if name == "no card" else pick(table.shapes)
-            rest = tuple(t for t in table.things if t is not thing)
-            return dataclasses.replace(table, things=rest), Event(frame, "leave", thing.kind)
+            kind = CARD if name == "no card" else pick(rng, table.shapes).kind
+            rest = tuple(t for t in table.things if t.kind != kind)
+            return dataclasses.replace(table, things=rest), TableEvent(frame, "leave", kind)
         case "move":
-            thing = pick(open_things)
-            cell = _free_cell(rng, table, not_in_column=thing.cell[0])
-            if cell is None:
+            thing = pick(rng, visible)
+            elsewhere = [cell for cell in _free_cells(table) if cell[0] != thing.cell[0]]
+            if not elsewhere:
                 return _change(rng, table, frame, digit_indices)
-            moved = dataclasses.replace(thing, cell=cell, **_lying(rng))
-            return _with(table, moved), Event(frame, "move", thing.kind, moved.place)
+            moved = dataclasses.replace(thing, cell=pick(rng, elsewhere), **_pose(rng))
+            return _with(table, moved), TableEvent(frame, "move", thing.kind, moved.place)
         case "colour":
-            thing = pick(table.shapes)
-            colour = pick([c for c in COLOURS if c != thing.colour])
-            return _with(table, dataclasses.replace(thing, colour=colour)), Event(
-                frame, "colour", thing.kind, colour
-            )
+            thing = pick(rng, table.shapes)
+            colour = pick(rng, [c for c in COLOURS if c != thing.colour])
+            turned = dataclasses.replace(thing, colour=colour)
+            return _with(table, turned), TableEvent(frame, "colour", thing.kind, colour)
         case "digit":
+            assert card
             changed = card
             while changed.label == card.label:
-                changed = dataclasses.replace(card, digit=int(pick(digit_indices)))
-            return _with(table, changed), Event(frame, "digit", CARD, changed.label)
+                changed = dataclasses.replace(card, digit=int(pick(rng, digit_indices.tolist())))
+            return _with(table, changed), TableEvent(frame, "digit", CARD, changed.label)
         case "cover":
-            kind = CARD if card in open_things and rng.random() < 0.4 else pick(open_things).kind
-            angle = table.find(kind).angle + float(rng.uniform(-0.1, 0.1))
-            return dataclasses.replace(table, covered=kind, cover_angle=angle), Event(frame, "cover", kind)
-        case "uncover":
-            return dataclasses.replace(table, covered=None), Event(frame, "uncover", table.covered)
+            thing = card if card in visible and rng.random() < 0.4 else pick(rng, visible)
+            angle = thing.angle + float(rng.uniform(-0.1, 0.1))
+            covered = dataclasses.replace(table, covered=thing.kind, cover_angle=angle)
+            return covered, TableEvent(frame, "cover", thing.kind)
+        case _:  # "uncover"
+            assert table.covered
+            return dataclasses.replace(table, covered=None), TableEvent(frame, "uncover", table.covered)
 
 
-def _truth(world):
-    """For each second, the facts that sentences are about, as strings.
+def _truth(world: World) -> Iterator[dict[str, str]]:
+    """Yields the facts of each second, which sentences are about, as strings.
 
     there:KIND   yes, covered or none
     colour:SHAPE a colour, covered or none
     place:KIND   left, middle or right, covered or none
     digit        what the card shows, covered or none
     count        number of visible shapes
-    under        what lies beneath the paper, or none
-    previous     the number that was seen before the one that is seen now or was seen last, or none
+    under        the kind of the thing under the cover, or none
+    previous     the number before the one that is or was last visible, or none
     seen:SHAPE   yes if it has been visible, or none
     event        the last change as CHANGE:KIND:VALUE, or none
     """
@@ -279,72 +305,62 @@ def _truth(world):
         for kind in (*SHAPES, CARD):
             thing = table.find(kind)
             state = "none" if thing is None else "covered" if kind == table.covered else "yes"
-            visible = state == "yes"
+            visible = thing if state == "yes" else None
             facts[f"there:{kind}"] = state
-            facts[f"place:{kind}"] = thing.place if visible else state
+            facts[f"place:{kind}"] = visible.place if visible else state
             if kind == CARD:
-                facts["digit"] = thing.label if visible else state
-                if visible and (not shown or shown[-1] != thing.label):
-                    shown.append(thing.label)
+                facts["digit"] = visible.label if visible else state
+                if visible and (not shown or shown[-1] != visible.label):
+                    shown.append(visible.label)
             else:
-                facts[f"colour:{kind}"] = thing.colour if visible else state
+                facts[f"colour:{kind}"] = visible.colour if visible else state
                 seen |= {kind} if visible else set()
                 facts[f"seen:{kind}"] = "yes" if kind in seen else "none"
         facts["previous"] = shown[-2] if len(shown) > 1 else "none"
         yield facts
 
 
-def _item(thing: Thing, **changes) -> Item:
+def _item(thing: Thing) -> Item:
     x, y = thing.centre
-    return Item(
-        **{
-            "kind": thing.kind,
-            "x": x,
-            "y": y,
-            "colour": thing.colour,
-            "digit": thing.digit,
-            "angle": thing.angle,
-        }
-        | changes
-    )
+    return Item(thing.kind, x, y, colour=thing.colour, digit=thing.digit, angle=thing.angle)
 
 
-def _scene(table):
+def _scene(table: Table) -> Scene:
     cover = None
-    if table.covered:
-        x, y = table.find(table.covered).centre
+    if hidden := table.hidden:
+        x, y = hidden.centre
         cover = Cover(x=x, y=y, angle=table.cover_angle)
     return Scene(tuple(_item(thing) for thing in table.things), cover)
 
 
-def _blend(before, after, share):
-    """Between two states: what comes and goes slides over the nearer edge, the rest glides or fades."""
+def _blend(before: Table, after: Table, share: float) -> Scene:
+    """Interpolates: what comes or goes slides over the nearer edge, the rest glides or fades."""
     items = []
     for kind in dict.fromkeys(thing.kind for thing in (*before.things, *after.things)):
         old, new = before.find(kind), after.find(kind)
-        if old == new:
-            items.append(_item(new))
-        elif old is None or new is None:
-            x, y = (new or old).centre
-            outside = share if new is None else 1 - share
-            edge = -0.3 if y < 0.5 else 1.3
-            items.append(_item(new or old, y=y + (edge - y) * outside))
-        elif old.cell != new.cell:
-            (x0, y0), (x1, y1) = old.centre, new.centre
-            items.append(
-                _item(
-                    new,
+        if old and new:
+            if old == new:
+                items.append(_item(new))
+            elif old.cell != new.cell:
+                (x0, y0), (x1, y1) = old.centre, new.centre
+                moving = dataclasses.replace(
+                    _item(new),
                     x=x0 + (x1 - x0) * share,
                     y=y0 + (y1 - y0) * share,
                     angle=old.angle + (new.angle - old.angle) * share,
                 )
-            )
-        else:
-            items += [_item(old), _item(new, opacity=share)]
+                items.append(moving)
+            else:
+                items += [_item(old), dataclasses.replace(_item(new), opacity=share)]
+        elif thing := new or old:
+            outside = 1 - share if new else share
+            item = _item(thing)
+            edge = -0.3 if item.y < 0.5 else 1.3
+            items.append(dataclasses.replace(item, y=item.y + (edge - item.y) * outside))
     cover = None
-    if before.covered or after.covered:
-        table = after if after.covered else before
-        x, y = table.find(table.covered).centre
+    table = after if after.covered else before
+    if hidden := table.hidden:
+        x, y = hidden.centre
         outside = 0.0 if before.covered == after.covered else 1 - share if after.covered else share
         edge = -0.4 if x < 0.5 else 1.4
         cover = Cover(x=x + (edge - x) * outside, y=y, angle=table.cover_angle)

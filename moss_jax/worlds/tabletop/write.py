@@ -1,4 +1,4 @@
-"""Writes streams of the tabletop world as video files with their truth."""
+"""Export of tabletop streams: as video files, as training rows, and with their ground truth."""
 
 import dataclasses
 import json
@@ -7,51 +7,47 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 
 from moss_jax.text import Tokenizer
 from moss_jax.worlds.tabletop.dialogue import Dialogue
-from moss_jax.worlds.tabletop.render import paint, photograph
-from moss_jax.worlds.tabletop.stream import Stream
+from moss_jax.worlds.tabletop.stream import TabletopStream, take_photographs
 
 FPS = 15
-# Noise of more levels than this would be most of an encoded file.
+# Stronger noise, in 8-bit levels, would take up most of an encoded file.
 MAX_NOISE = 1.5
 
 
-def write_video(stream: Stream, path: Path, *, size: int) -> None:
-    """Writes the stream as H.264, `size` pixels wide and high, 15 frames a second, changes in motion."""
-    rng = np.random.default_rng(stream.noise)
+def write_video(stream: TabletopStream, path: Path, *, size: int) -> None:
+    """Writes a stream as H.264, `size` pixels wide and high, at 15 frames a second with changes in motion."""
     look = dataclasses.replace(stream.look, noise=min(stream.look.noise, MAX_NOISE))
-    # The same stream is the same file. The encoder's output depends on the number of threads, and that of its
-    # macroblock tree, where the processor has AVX-512, on what else is in memory.
+    # The same stream gives the same file: the encoder's output depends on the number of threads, and with its
+    # macroblock tree, on processors with AVX-512, on the contents of memory.
     options = {"crf": "28", "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         video = container.add_stream("libx264", rate=FPS, options=options)
         video.width = video.height = size
         video.pix_fmt = "yuv420p"
-        scene, picture = None, None
-        # The last second stays in sight for as long as the others do.
-        for i in range(FPS * stream.world.seconds):
-            now = stream.world.scene(i / FPS)
-            if now != scene:
-                scene, picture = now, paint(now, look, size)
-            frame = av.VideoFrame.from_ndarray(photograph(picture, look, rng, size), format="rgb24")
+        # The last frame is shown for a second, as the others are.
+        scenes = (stream.world.scene(i / FPS) for i in range(FPS * stream.world.seconds))
+        for i, rgb in enumerate(take_photographs(scenes, look, seed=stream.noise, size=size)):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, FPS)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
 
 
 def to_row(dialogue: Dialogue, tokenizer: Tokenizer, video: str) -> dict[str, Any]:
-    """A dialogue as a real-time row in ShareGPT form, `<|video|>` for each frame.
+    """Converts a dialogue to a real-time row in ShareGPT form, with `<|video|>` for each frame.
 
     Args:
-      video: path that the row names.
+      dialogue: to be converted.
+      tokenizer: of the dialogue's tokens.
+      video: path of the video in the row.
     """
     special = tokenizer.special
     marker = {special.silence: b"<|silence|>", special.image: b"<|video|>"}
     messages: list[dict[str, str]] = []
-    # Bytes, as a character may be spread over several tokens.
+    # Bytes, since a character may take several tokens.
     content, role = b"", b""
 
     def close():
@@ -75,8 +71,8 @@ def to_row(dialogue: Dialogue, tokenizer: Tokenizer, video: str) -> dict[str, An
     return {"messages": messages, "images": [], "videos": videos}
 
 
-def truth(stream: Stream, dialogue: Dialogue) -> dict[str, Any]:
-    """What happens, what is asked, what is true at each second, and what is due when."""
+def ground_truth(stream: TabletopStream, dialogue: Dialogue) -> dict[str, Any]:
+    """The ground truth of a stream, JSON-ready: events, facts of each second, requests, ideal utterances."""
     return {
         "seconds": stream.world.seconds,
         "events": [dataclasses.asdict(event) for event in stream.world.events],

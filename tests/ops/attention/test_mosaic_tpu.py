@@ -13,11 +13,11 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
+from moss_jax.ops.attention.arguments import QUANTIZED
 from ops.attention.test_contract import TOLERANCE, close, poisoned, quantized
 
 from moss_jax.config import moss_tiny, moss_video_11b
 from moss_jax.ops.attention import Arguments, KeyRange, mosaic_tpu, reference
-from moss_jax.ops.attention.arguments import QUANTIZED
 from moss_jax.ops.attention.mosaic_tpu import DecodeConfig, StaircaseConfig, decode, staircase
 from moss_jax.ops.attention.mosaic_tpu.tiles import Walk, num_steps
 

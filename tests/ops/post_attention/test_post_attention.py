@@ -1,234 +1,211 @@
-"""The contract of what follows attention, which implementation takes a call, what is refused.
+"""The rest of a layer after attention."""
 
-B batch/slot, T tokens, M = B * T rows, D embedding, K numbers of all heads, F hidden
-"""
-
-import contextlib
+import collections
 import dataclasses
-import re
-from unittest import mock
 
-import interpreted
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ops.contract import Case, Contract, Draw, refuses
+from ops.definitions import Rounded, exact, linear, norm
 
-from moss_jax.ops.dispatch import Unsupported
-from moss_jax.ops.post_attention import IMPLEMENTATIONS, Arguments, choose, mosaic_gpu, post_attention
-from moss_jax.ops.post_attention.mosaic_gpu import Config
+from moss_jax.ops.linear import Weights
+from moss_jax.ops.linear.base import Arguments as LinearArguments
+from moss_jax.ops.norm import Norm, Residual
+from moss_jax.ops.post_attention import POST_ATTENTION, post_attention
+from moss_jax.ops.post_attention.base import Arguments
+from moss_jax.ops.post_attention.mosaic_gpu import Config, Plan, apply, default_config
+from moss_jax.ops.qarray import QArray
 
-D = K = F = 256
-EPS = 1e-5
-
-
+KERNEL, FLOAT8 = "mosaic_gpu", "float8_e4m3fn"
+REAL = {"D": 4096, "heads": (32, 128), "F": 14336}
+PLAN = (4096, 4096, 14336)
 # Three blocks of several units each, of `down` at most 8; fewer stages than tiles.
-SMALL = Config(blocks=3, block_k=128, stages=2, part=128, part_down=128)
-MOST_UNITS = 8
+SMALL = Config(blocks=3, block_k=128, stages=2, part=128, part_down=128, passes=3)
+ONE_BLOCK = Config(blocks=1, block_k=128, stages=3, part=256, part_down=128)
+PARTS = Config(blocks=4, block_k=128, stages=3, part=256, part_down=128, passes=3)
+IN_FLOAT32 = {"rows": (2, 5), "D": 48, "heads": (4, 6), "F": 40, "dtype": "float32", "gates": True}
 
 
-@contextlib.contextmanager
-def on_gpu(config=SMALL):
-    """The kernel by interpretation; `interpreted` says what else is replaced.
-
-    The blocks run one after the other, so none may wait for another: each phase has a pass over all of them,
-    or there is only one block, which runs as on a GPU.
-    """
-
-    def apply(a):
-        return mosaic_gpu.few_rows(a, config, passes=1 if config.blocks == 1 else 3)
-
-    def arrive(counters, counter, expected):
-        def one(thread, last):
-            at, there = jnp.maximum(counter[thread], 0), counter[thread] >= 0
-            old = counters[at]
-            counters[at] = jnp.where(there, (old + 1) % expected, old)
-            return last.at[thread].set(there & (old + 1 == expected))
-
-        return jax.lax.fori_loop(0, MOST_UNITS, one, jnp.zeros(counter.shape, jnp.int32))
-
-    replaced = {
-        "apply": apply,
-        "unsupported": lambda arguments, _: refuses(arguments, "gpu"),
-        "arrive": arrive,
-        "prefetch": lambda ref: None,
-        "grid_barrier": lambda counters, blocks: None,
-    }
-    refuses = mosaic_gpu.unsupported
-    with interpreted.on_gpu(), mock.patch.multiple(mosaic_gpu, **replaced):
-        yield
-
-
-def make_arguments(rows=1, stored="int8", *, D=D, K=K, F=F, gates=(None, None)) -> Arguments:
-    """Both branches are about as large as x."""
-    rng = np.random.default_rng(0)
-
-    def weights(outputs, inputs, size):
-        codes = rng.integers(0, 256, (outputs, inputs), np.uint8)
-        if stored == "float8_e4m3fn":
-            codes[codes % 128 == 127] = 0  # NaN.
-        codes = codes.view(stored)
-        scale = size * rng.uniform(0.5, 1.5, outputs) / (np.std(np.float32(codes[:8])) * np.sqrt(inputs))
-        return jnp.asarray(codes), jnp.asarray(scale, jnp.float32)
-
-    def bfloat16(x):
-        return jnp.asarray(x, jnp.bfloat16)
-
-    out, out_scale = weights(D, K, 1)
-    gate_up, gate_up_scale = weights(2 * F, D, 1)
-    down, down_scale = weights(D, F, 4)
-    return Arguments(
-        bfloat16(rng.standard_normal((rows, D))),
-        bfloat16(rng.standard_normal((rows, K))),
-        out=out,
-        out_scale=out_scale,
-        norm=bfloat16(rng.uniform(0.5, 1.5, D)),
-        gate_up=gate_up,
-        gate_up_scale=gate_up_scale,
-        down=down,
-        down_scale=down_scale,
-        attention_gate=gates[0],
-        mlp_gate=gates[1],
-        eps=EPS,
+class TestPostAttention(Contract):
+    op = POST_ATTENTION
+    rows = ("x", "heads", "mlp_gate")
+    keeps_float32 = (KERNEL,)
+    cases = (
+        Case("int8", KERNEL, SMALL, rows=(1, 1), stored="int8"),
+        Case("gates", KERNEL, SMALL, rows=(5, 1), gates=True),
+        Case("1 block, whose ring runs through all phases", KERNEL, ONE_BLOCK, rows=(1, 1)),
+        Case("parts that begin within a block", KERNEL, PARTS, rows=(1, 2), F=384),
+        Case("W8A16", rows=(2, 3), gates=True),
+        Case("bfloat16", rows=(2, 3), stored=None),
+        Case("a GELU", rows=(2, 3), stored=None, gelu=True, gates=True),
+        Case("W8A8", rows=(2, 3), gelu=True, scheme="W8A8"),
+        Case("float32", **IN_FLOAT32, stored=None),
+        Case("a GELU in float32", **IN_FLOAT32, stored=None, gelu=True),
+        Case("W8A16 in float32", **IN_FLOAT32),
     )
-
-
-def call(a: Arguments, shape=None, **options):
-    """By the public function, with rows of this shape."""
-    given = {field.name: getattr(a, field.name) for field in dataclasses.fields(a)} | options
-    shape = shape or (1, a.x.shape[0])
-    x, heads = (given.pop(name).reshape(*shape, -1) for name in ("x", "heads"))
-    return post_attention(x, heads, **given)
-
-
-def close(actual, a: Arguments, tolerance=8e-3):
-    """To the reference: the error is small beside what was added to x."""
-    assert actual.dtype == a.x.dtype
-    expected = np.float64(jax.jit(IMPLEMENTATIONS["reference"].apply)(a))
-    error = np.linalg.norm(np.float64(actual).reshape(expected.shape) - expected)
-    error /= np.linalg.norm(expected - np.float64(a.x))
-    assert error < tolerance, f"off by {error:.2e}"
-
-
-@pytest.fixture(params=["mosaic_gpu", "xla"])
-def implementation(request, platform):
-    """Each by name; the kernel for a GPU runs interpreted on others."""
-    with on_gpu() if request.param == "mosaic_gpu" and platform != "gpu" else contextlib.nullcontext():
-        yield request.param
-
-
-def test_is_the_reference(implementation):
-    a = make_arguments(1, "int8")
-    out = call(a, (1, 1), implementation=implementation)
-    assert out.shape == (1, 1, D)
-    close(out, a)
-
-
-def test_gates(implementation):
-    """A number for all rows, or one for each; nothing comes through one that is 0."""
-    a = make_arguments(3, "float8_e4m3fn")
-    one, each = jnp.full(1, -0.5, jnp.bfloat16), jnp.asarray([[0.0], [2.0], [0.0]])
-    out = call(a, (3, 1), attention_gate=one, mlp_gate=each, implementation=implementation)
-    assert out.shape == (3, 1, D)
-    close(out, dataclasses.replace(a, attention_gate=jnp.full(3, -0.5), mlp_gate=each[:, 0]))
-    branch = jnp.float32(out[::2, 0]) - jnp.float32(a.x[::2])
-    heads = a.heads[::2].astype(jnp.float32) @ a.out.T.astype(jnp.float32) * a.out_scale
-    np.testing.assert_allclose(branch, -0.5 * heads, atol=0.04)
-
-
-def test_the_definition():
-    """In float64, of float32 weights and rows."""
-    a = dataclasses.replace(make_arguments(2), mlp_gate=jnp.asarray([0.5, 2.0]))
-    a = dataclasses.replace(a, x=a.x.astype(jnp.float32), heads=a.heads.astype(jnp.float32))
-    x, heads, norm, out, gate_up, down = (
-        np.float64(y.astype(jnp.float32)) for y in (a.x, a.heads, a.norm, a.out, a.gate_up, a.down)
+    real = (
+        Case("a token", KERNEL, **REAL, rows=(1, 1), stored="int8"),
+        Case("7 tokens", KERNEL, **REAL, rows=(7, 1), gates=True),
+        Case("8 tokens", KERNEL, **REAL, rows=(8, 1), gates=True, stored="int8"),
+        Case("a prompt", None, **REAL, rows=(64, 1), gates=True),
     )
-    x = x + heads @ out.T * np.float64(a.out_scale)
-    n = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + EPS) * norm
-    g, u = np.split(n @ gate_up.T * np.float64(a.gate_up_scale), 2, axis=1)
-    y = x + np.array([[0.5], [2]]) * ((g / (1 + np.exp(-g)) * u) @ down.T * np.float64(a.down_scale))
-    for implementation in ("reference", "xla"):
-        np.testing.assert_allclose(call(a, implementation=implementation)[0], y, rtol=1e-4, atol=1e-4)
-
-
-def test_gradients_reach_the_rows():
-    a = make_arguments(2)
-    a = dataclasses.replace(a, x=a.x.astype(jnp.float32), heads=a.heads.astype(jnp.float32))
-
-    def total(implementation, x, heads):
-        return (call(dataclasses.replace(a, x=x, heads=heads), implementation=implementation) ** 2).sum()
-
-    xla, reference = (jax.grad(total, (1, 2))(name, a.x, a.heads) for name in ("xla", "reference"))
-    for actual, expected in zip(xla, reference, strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
-
-
-def abstract(*, rows=1, D=D, K=K, F=F, stored="int8", dtype="bfloat16", mixed=False) -> Arguments:
-    shape = jax.ShapeDtypeStruct
-    return Arguments(
-        shape((rows, D), dtype),
-        shape((rows, K), dtype),
-        out=shape((D, K), "float8_e4m3fn" if mixed else stored),
-        out_scale=shape((D,), "float32"),
-        norm=shape((D,), "bfloat16"),
-        gate_up=shape((2 * F, D), stored),
-        gate_up_scale=shape((2 * F,), "float32"),
-        down=shape((D, F), stored),
-        down_scale=shape((D,), "float32"),
-        eps=EPS,
-    )
-
-
-@pytest.mark.parametrize(
-    ("platform", "arguments", "expected"),
-    [
-        ("gpu", {}, "mosaic_gpu"),
-        ("gpu", {"stored": "float8_e4m3fn", "rows": 8}, "mosaic_gpu"),
-        ("gpu", {"rows": 9}, "xla"),
-        ("gpu", {"dtype": "float32"}, "xla"),
-        ("cpu", {}, "xla"),
-        ("tpu", {}, "xla"),
-    ],
-)
-def test_the_first_of_the_platforms_order_that_can(platform, arguments, expected):
-    assert choose(abstract(**arguments), platform=platform) == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ({"rows": 9}, "it takes 1 to 8 rows, not 9"),
-        ({"rows": 0}, "it takes 1 to 8 rows, not 0"),
-        ({"K": 192}, "K = 192 is not a multiple of 128"),
-        ({"D": 192}, "D = 192 is not a multiple of 128"),
-        ({"F": 320}, "F = 320 is not a multiple of 128"),
-        ({"dtype": "float32"}, "it takes x and heads in bfloat16, not float32 and float32"),
-        ({"mixed": True}, "it takes weights of one dtype, not float8_e4m3fn, int8, int8"),
-        ({"rows": 8, "D": 128, "K": 128, "F": 128 * 20001}, "a block takes .* bytes of shared memory"),
-    ],
-)
-def test_a_forced_name_that_cannot_fails_with_the_reason(arguments, reason):
-    with pytest.raises(Unsupported, match=f"'mosaic_gpu' cannot be used: {reason}"):
-        choose(abstract(**arguments), "mosaic_gpu", platform="gpu")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+    unsupported = (
+        (KERNEL, {"rows": (9, 1)}, "it takes 1 to 8 rows, not 9"),
+        (KERNEL, {"rows": (0, 1)}, "it takes 1 to 8 rows, not 0"),
+        (KERNEL, {"heads": (3, 64)}, "K = 192 is not a multiple of 128"),
+        (KERNEL, {"D": 192}, "D = 192 is not a multiple of 128"),
+        (KERNEL, {"F": 320}, "F = 320 is not a multiple of 128"),
+        (KERNEL, {"dtype": "float32"}, "it takes x and heads in bfloat16, not float32 and float32"),
         (
-            {"heads": (2, 128)},
-            "with 2 rows, 256 embedding, 128 in the heads, 256 hidden, out must be (256, 128)",
+            KERNEL,
+            {"out_stored": "int8"},
+            "it takes weights of one 8-bit dtype for 16-bit inputs (W8A16), not ",
         ),
-        ({"gate_up": (F, D)}, "gate_up must be (512, 256); got (256, 256)"),
-        ({"down_scale": (F, 1)}, "down_scale must be (256,); got (256, 1)"),
-        ({"norm": (1,)}, "norm must be (256,); got (1,)"),
-        ({"down": "bfloat16"}, "weights are in int8 or float8_e4m3fn, not bfloat16"),
-    ],
-)
-def test_what_does_not_fit(changes, message):
-    for name, change in changes.items():
-        old = getattr(abstract(rows=2), name)
-        shape, dtype = (old.shape, change) if isinstance(change, str) else (change, old.dtype)
-        changes = {name: jax.ShapeDtypeStruct(shape, dtype)}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        dataclasses.replace(abstract(rows=2), **changes)
+        (KERNEL, {"stored": None, "gelu": True}, "it takes gated MLPs behind RMS norms, without biases"),
+        (
+            KERNEL,
+            {"rows": (8, 1), "D": 128, "heads": (1, 128), "F": 128 * 20001},
+            "a block takes 226368 bytes of shared memory",
+        ),
+    )
+
+    def make(
+        self,
+        draw: Draw,
+        *,
+        rows=(1, 1),
+        D=256,
+        heads=(4, 64),
+        F=256,
+        stored=FLOAT8,
+        dtype="bfloat16",
+        **options,
+    ):
+        gelu, in_8_bits = options.get("gelu", False), options.get("scheme") == "W8A8"
+
+        def weights(outputs, inputs, stored=stored, size=1.0, **scales):
+            bias = draw(*outputs, dtype=dtype) if gelu else None
+            if stored is None:
+                kernel = draw(*inputs, *outputs, dtype=dtype, size=size * np.prod(inputs) ** -0.5)
+                return Weights(kernel, bias, num_inputs=len(inputs))
+            kernel = draw.weights(outputs, inputs, stored, size=size, **scales if in_8_bits else {})
+            return Weights(kernel, bias, num_inputs=len(inputs), layout="outputs_first")
+
+        x = draw.rows(*rows, np.prod(heads), dtype=dtype).reshape(*rows, *heads)
+        return Arguments(
+            draw.rows(*rows, D, dtype=dtype),
+            QArray((8 * x).astype(FLOAT8), jnp.float32(1 / 8)) if in_8_bits else x,
+            weights((D,), heads, options.get("out_stored", stored), input_scale=1 / 8),
+            Norm(
+                draw(D, dtype=dtype, size=0.2, centre=1.0), draw(D, dtype=dtype) if gelu else None, eps=1e-5
+            ),
+            weights((F,) if gelu else (2, F), (D,), input_scale=1 / 8, output_scale=1 / 8),
+            weights((D,), (F,), size=4.0, input_scale=1 / 8),
+            draw(1, dtype=dtype) if options.get("gates") else None,
+            draw.rows(*rows, 1, dtype=dtype) if options.get("gates") else None,
+        )
+
+    def arrays(self, y: Residual):
+        return [y.sum()]
+
+    def define(self, a: Arguments, kept):
+        def run(w: Weights, x: Rounded, gelu=False):
+            call = LinearArguments(x.value.reshape(-1, *w.inputs), w, gelu=gelu, out_dtype=a.x.dtype)
+            return linear(call, x, kept)
+
+        def inputs(w: Weights, x: Rounded):
+            """As the GEMM multiplies them."""
+            return (
+                x.rounded(FLOAT8, exact(w.kernel.input_scale)) if w.scheme == "W8A8" else x.rounded(a.x.dtype)
+            )
+
+        def add(x: Rounded, gate, branch: Rounded):
+            branch = branch.reshape(*a.x.shape)
+            return x + (branch if gate is None else (branch * gate).rounded(kept))
+
+        x = add(Rounded(a.x), a.attention_gate, run(a.out, Rounded(a.heads))).rounded(a.x.dtype)
+        hidden = run(a.up, inputs(a.up, norm(x, a.norm)), gelu=not a.gated)
+        if a.gated:
+            F = a.up.outputs[-1]
+            gate, up = (
+                Rounded(hidden.value[:, part], hidden.deviation[:, part])
+                for part in (slice(F), slice(F, None))
+            )
+            hidden = gate.map(lambda x: x / (1 + np.exp(-x)), 1.1).rounded(kept) * up
+        return add(x, a.mlp_gate, run(a.down, inputs(a.down, hidden)))
+
+
+def call(**sizes) -> Arguments:
+    return TestPostAttention().make(Draw(), **sizes)
+
+
+def test_what_does_not_fit():
+    a, wide = call(), call(D=512, heads=(8, 64))
+    for changes, message in (
+        ({"heads": wide.heads}, "heads (1, 1, 8, 64) must end with the inputs of `out`, (4, 64)"),
+        ({"up": a.out}, "the inputs of `up` must be (256,); got (4, 64)"),
+        ({"up": wide.up}, "the inputs of `up` must be (256,); got (512,)"),
+        ({"down": wide.down}, "the outputs of `down` must be (256,); got (512,)"),
+        ({"up": call(F=384).up}, "the inputs of `down` must be (384,); got (256,)"),
+        ({"norm": wide.norm}, "weight is one number a column, [D] = (256,); got (512,)"),
+        (
+            {"down": dataclasses.replace(a.down, bias=a.norm.weight[:1])},
+            "one number an output, (256,); got (1,)",
+        ),
+    ):
+        given = {field.name: getattr(a, field.name) for field in dataclasses.fields(a)} | changes
+        with refuses(message):
+            post_attention(given.pop("x"), given.pop("heads"), **given)
+
+
+@pytest.mark.parametrize("changes", [{}, {"blocks": 132}, {"blocks": 228}, {"part_down": 512}], ids=str)
+def test_every_unit_is_dealt_once_and_evenly(changes):
+    for phase in Plan(1, *PLAN, dataclasses.replace(default_config(*PLAN), **changes), 132).phases:
+        first, count = (np.asarray(x) for x in phase.units(jnp.arange(phase.blocks)))
+        dealt = collections.Counter(
+            unit for x, n in zip(first, count, strict=True) for unit in range(x, x + n)
+        )
+        assert dealt == dict.fromkeys(range(phase.stripes * phase.parts), 1)
+        assert count.max() - count.min() <= 1
+        assert ((first + count - 1) // phase.stripes - first // phase.stripes).max() < phase.spans
+
+
+def test_the_default_fits_for_all_rows():
+    for sizes, part_down in (
+        (PLAN, 1792),  # Of 8 parts, as 3 blocks a part divide 264.
+        ((8192, 8192, 28672), 512),  # 14 parts and more would lie across blocks.
+        ((256, 256, 768), 256),  # There are fewer units than blocks in any case.
+        ((4096, 4096, 12288), 2048),
+    ):
+        config = default_config(*sizes)
+        assert (config.part_down, config.blocks, config.block_k * config.stages) == (part_down, 264, 1024)
+        for rows in range(1, 9):
+            Plan(rows, *sizes, config, 132)
+    for changes, message in (
+        ({"part": 1536}, "K = 4096 does not fall into parts of 1536 and tiles of 256"),
+        ({"part_down": 128}, "F = 14336 does not fall into parts of 128 and tiles of 256"),
+        ({"stages": 7}, "with 264 of them on 132 multiprocessors each has"),
+        ({"blocks": 396}, "registers for 2 blocks, not for 3"),
+        ({"blocks": 8, "part_down": 512, "stages": 1}, "a block has 224 units of `down`"),
+    ):
+        with refuses(message):
+            Plan(1, *PLAN, dataclasses.replace(default_config(*PLAN), **changes), 132)
+
+
+@pytest.mark.gpu
+def test_layer_after_layer():
+    """One program, in a loop too. Weights are arguments: as constants they would lie beside JAX's memory."""
+    a = call(**REAL, stored="int8")
+
+    def layer(x, a):
+        return apply(dataclasses.replace(a, x=x)).sum()
+
+    def loop(x, a):
+        return jax.lax.scan(lambda x, _: (layer(x, a), None), x, length=2)[0]
+
+    one = jax.jit(layer)
+    two = one(one(a.x, a), a)
+    np.testing.assert_array_equal(jax.jit(lambda x, a: layer(layer(x, a), a))(a.x, a), two)
+    np.testing.assert_array_equal(jax.jit(loop)(a.x, a), two)

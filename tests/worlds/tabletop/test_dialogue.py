@@ -1,6 +1,6 @@
-"""What is asked and said: the ideal assistant says what is true when it is due, and else nothing.
+"""Dialogues: the ideal assistant says what is true when it is due, and nothing else.
 
-What the assistant says is read back from the tokens alone, and judged by the world's truth.
+Its words are read back from the tokens alone and judged by the world's truth.
 """
 
 import collections
@@ -19,30 +19,42 @@ from moss_jax.worlds.tabletop.dialogue import (
     Dialogue,
     Request,
     Utterance,
-    answer,
     converse,
     converse_offline,
     draw_question,
     draw_requests,
     list_of,
-    tell,
+    narrate,
+    true_answer,
 )
-from moss_jax.worlds.tabletop.language import ASK, LIVE, PAST, SAY, WAIT, agrees, holds, sentence, understand
-from moss_jax.worlds.tabletop.stream import Stream, draw_stream
-from moss_jax.worlds.tabletop.world import CARD, Event, Table, Thing, World, generate
+from moss_jax.worlds.tabletop.language import (
+    ASK,
+    LIVE,
+    PAST,
+    SAY,
+    WAIT,
+    Sentence,
+    agrees,
+    holds,
+    sentence,
+    understand,
+)
+from moss_jax.worlds.tabletop.stream import TabletopStream, draw_stream
+from moss_jax.worlds.tabletop.world import CARD, Table, TableEvent, Thing, World, generate
 
 # ------------------------------------------------------------------------- reading a sequence back
 
 
 @dataclasses.dataclass(frozen=True)
 class Speech:
-    """What the assistant says between two silences or prompts.
+    """The assistant's words between two silences or prompts.
 
     Attributes:
       at: index of each token in the sequence.
-      frames: the last frame that was seen when the token was drawn.
+      frames: the last frame seen when each token was sampled.
+      tokens: of the words.
       request: index of the request in force, -1 before the first.
-      cut: a prompt cut it.
+      cut: a prompt cut it short.
     """
 
     at: list[int]
@@ -54,13 +66,13 @@ class Speech:
 
 @dataclasses.dataclass(frozen=True)
 class Glance:
-    """A frame, with what the assistant does when it sees it.
+    """A frame and the assistant's reaction to it.
 
     Attributes:
       at: index of its token.
-      idle: nothing was being said.
-      silent: the token that is drawn next is a silence.
-      request: index of the request in force at that.
+      idle: whether nothing was being said.
+      silent: whether the next sampled token is a silence.
+      request: index of the request in force then.
     """
 
     frame: int
@@ -72,14 +84,14 @@ class Glance:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A dialogue, and what its tokens tell.
+    """A dialogue, and what is read back from its tokens.
 
     Attributes:
       speed: tokens per second.
       asked_at: the last frame before each request.
     """
 
-    stream: Stream
+    stream: TabletopStream
     speed: int
     dialogue: Dialogue
     heard: list[Speech]
@@ -94,7 +106,7 @@ class Case:
         return [u for u in self.dialogue.utterances if u.request == request]
 
     def paired(self, tokenizer) -> list[tuple["Statement", Utterance]]:
-        """What was heard, with what it should have been."""
+        """Pairs of what was read back and what should have been said."""
         begins = [i for i, u in enumerate(self.dialogue.utterances) if not u.cut]
         speeches = [
             self.dialogue.utterances[i:j]
@@ -129,10 +141,10 @@ def read_back(stream, dialogue, speed, tokenizer) -> Case:
             speech, idle, role = None, True, ""
         elif token == special.image:
             frame += 1
-            waiting.append((frame, at, idle))
+            waiting.append(Glance(frame, at, idle, silent=False, request=-1))
         elif role == "assistant" and tokenizer.decode([token]) != "\n\n":
             silent = token == special.silence
-            glances += [Glance(*glance, silent, request) for glance in waiting]
+            glances += [dataclasses.replace(seen, silent=silent, request=request) for seen in waiting]
             waiting = []
             if silent and speech:
                 heard.append(speech)
@@ -143,7 +155,7 @@ def read_back(stream, dialogue, speed, tokenizer) -> Case:
                 speech.frames.append(frame)
                 speech.tokens.append(token)
             idle = silent
-    # Each frame is followed by a token that was drawn, and everything comes to an end.
+    # Each frame is followed by a sampled token, and all speech ends.
     assert speech is None
     assert not waiting
     return Case(stream, speed, dialogue, heard, glances, asked_at)
@@ -151,10 +163,11 @@ def read_back(stream, dialogue, speed, tokenizer) -> Case:
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """A part of a speech: a sentence, or as much as was said of it before another took its place.
+    """A part of a speech: a sentence, or what was said of it before another replaced it.
 
     Attributes:
-      first, last: its first and its last token, as indices into those of the speech.
+      first: index of its first token in the speech.
+      last: index of its last token in the speech.
     """
 
     speech: Speech
@@ -166,7 +179,7 @@ class Statement:
 
     @property
     def frame(self) -> int:
-        """The last frame that was seen when it began."""
+        """The last frame seen when it began."""
         return self.speech.frames[self.first]
 
     @property
@@ -175,13 +188,13 @@ class Statement:
 
 
 def statements(speech: Speech, tokenizer, expected: int) -> list[Statement]:
-    """The statements of a speech, of which there should be so many."""
+    """Splits a speech into the expected number of statements."""
     pieces = [tokenizer.decode([token]) for token in speech.tokens]
     begins = [0, *itertools.accumulate(map(len, pieces))]
     found, position = [], 0
     text = "".join(pieces)
     if speech.cut and text.count(WAIT) + 1 < expected:
-        # A prompt cut the very words that take a statement back.
+        # A prompt cut the words that take a statement back.
         begun = next(n for n in range(len(WAIT) - 1, 0, -1) if text.endswith(WAIT[:n]))
         text += WAIT[begun:]
         begins[-1] = len(text)
@@ -220,28 +233,34 @@ def cases(tokenizer) -> list[Case]:
 
 @pytest.fixture(scope="module")
 def fast(tokenizer) -> list[Case]:
-    """Streams in which everything is said before the next frame."""
+    """Dialogues in which everything is said before the next frame."""
     return [draw(seed, 64, tokenizer) for seed in range(1000, 1080)]
+
+
+def understood(text: str, subject: str) -> Sentence:
+    parsed = understand(text, subject)
+    assert parsed, text
+    return parsed
 
 
 # ------------------------------------------------------------------------------- the sequence
 
 
-def test_the_assistant_learns_its_own_tokens_and_nothing_else(cases, tokenizer):
+def test_labels_are_the_tokens_of_the_assistant(cases, tokenizer):
     special = tokenizer.special
     for case in cases:
         said = {at for speech in case.heard for at in speech.at}
         header = chat.header(tokenizer, "assistant")
         tokens, labels = case.dialogue.tokens, case.dialogue.labels
         opened = next(i for i in range(len(tokens)) if tokens[i : i + len(header)] == header)
-        # The system prompt has a silence that nobody drew.
+        # The silence in the system prompt is not sampled.
         said |= {i for i, token in enumerate(tokens) if token == special.silence and i > opened}
         assert labels == [token if i in said else IGNORED for i, token in enumerate(tokens)]
         learnt = {label for label in labels if label != IGNORED}
         assert learnt & tokenizer.control_ids == {special.silence}
 
 
-def test_a_silence_lasts_until_something_comes_in(cases, tokenizer):
+def test_a_silence_lasts_until_the_next_input(cases, tokenizer):
     special = tokenizer.special
     for case in cases:
         tokens, labels = case.dialogue.tokens, case.dialogue.labels
@@ -259,7 +278,7 @@ def test_there_is_a_frame_for_each_second(cases, tokenizer):
         assert [glance.frame for glance in case.glances] == list(range(len(positions)))
 
 
-def test_what_the_user_says_is_in_its_place(cases, tokenizer):
+def test_requests_are_in_their_places(cases, tokenizer):
     for case in cases:
         text = "".join(
             tokenizer.decode([token]) if token not in tokenizer.control_ids else "|"
@@ -269,7 +288,7 @@ def test_what_the_user_says_is_in_its_place(cases, tokenizer):
         turns = [turn.split("|")[0] for turn in turns]
         asked = [request.text for request in case.stream.requests]
         assert [turn for turn in turns if turn] == asked
-        # All but the first turn have something in them.
+        # No turn but the first is empty.
         assert len(turns) == len(asked) + (not asked or case.stream.requests[0].time > 0)
         assert case.asked_at == [
             -1 if request.time == 0 else int(request.time) for request in case.stream.requests
@@ -285,14 +304,14 @@ def test_the_first_turn_is_asked_before_the_first_frame(cases):
         )
 
 
-def test_speaking_tells_after_which_frames_something_is_said(cases):
+def test_speaking_marks_frames_followed_by_speech(cases):
     for case in cases:
         frames = {frame for speech in case.heard for frame in speech.frames}
         assert case.dialogue.speaking == [f in frames for f in range(case.stream.world.seconds)]
 
 
 def test_speech_takes_its_time(cases):
-    """Between two frames there is room for about a second's worth of tokens."""
+    """At most about the tokens of one second fit between two frames."""
     for case in cases:
         per_frame = collections.Counter(frame for speech in case.heard for frame in speech.frames)
         for frame, count in per_frame.items():
@@ -301,11 +320,11 @@ def test_speech_takes_its_time(cases):
                 assert count <= case.speed + 1 + prompts
 
 
-# ------------------------------------------------------------------------------ what is said
+# -------------------------------------------------------------------------------- utterances
 
 
-def test_utterances_are_what_is_said(cases, tokenizer):
-    """As the sentences say it, from the frame on that they name, whole unless something cut them."""
+def test_utterances_are_said_in_full_unless_cut(cases, tokenizer):
+    """In one of their wordings, from the frame on that they name."""
     corrections = cut = 0
     for case in cases:
         for statement, utterance in case.paired(tokenizer):
@@ -322,7 +341,7 @@ def test_utterances_are_what_is_said(cases, tokenizer):
             else:
                 assert statement.text in texts
                 subject = case.stream.requests[utterance.request].subject
-                assert understand(statement.text, subject).facts == utterance.sentence.facts
+                assert understood(statement.text, subject).facts == utterance.sentence.facts
             corrections += statement.correction
         times = [utterance.time for utterance in case.dialogue.utterances]
         assert times == sorted(times)
@@ -341,13 +360,13 @@ def test_both_wordings_are_used(cases, tokenizer):
         assert {(name, True), (name, False)} <= said
 
 
-def test_everything_that_can_be_said_is(cases):
+def test_all_sentences_occur(cases):
     said = {u.sentence.name for case in cases for u in case.dialogue.utterances}
     assert set(SAY) - said <= {"now empty"}
 
 
 def test_what_is_said_is_true(cases, tokenizer):
-    """At the frame on which it begins; an answer that goes on with what has become true, at its end."""
+    """At the frame at which it begins; an answer that goes on with a new truth, at its end."""
     continued = 0
     for case in cases:
         for statement, utterance in case.paired(tokenizer):
@@ -362,14 +381,14 @@ def test_what_is_said_is_true(cases, tokenizer):
                 continue
             continued += 1
             assert request.keys
-            # It became true while it was said, and still was at its end.
+            # It became true while it was said, and still was true at its end.
             frames = range(utterance.frame + 1, statement.end_frame + 1)
             assert any(holds(facts, case.truth[frame]) for frame in frames)
             assert statement.cut or holds(facts, case.truth[statement.end_frame])
     assert continued > 20
 
 
-def test_a_correction_comes_right_after_the_frame_that_calls_for_it(cases, tokenizer):
+def test_a_correction_follows_the_frame_that_requires_it(cases, tokenizer):
     found = 0
     for case in cases:
         for (taken_back, old), (statement, new) in itertools.pairwise(case.paired(tokenizer)):
@@ -384,15 +403,15 @@ def test_a_correction_comes_right_after_the_frame_that_calls_for_it(cases, token
             assert holds(old.sentence.facts, case.truth[new.frame - 1])
             assert new.due == new.frame
             assert set(new.sentence.facts) >= set(request.keys)
-            # What was said is not the beginning of what is true now.
+            # The words so far are not the beginning of the true answer.
             if old is case.said(new.request)[0]:
-                texts = {answer(request, case.truth[new.frame]).text(variant) for variant in range(2)}
+                texts = {true_answer(request, case.truth[new.frame]).text(variant) for variant in range(2)}
                 said = statement.speech.tokens[: statement.first]
                 assert any(tokenizer.encode(text)[: len(said)] != said for text in texts)
     assert found > 20
 
 
-def test_nothing_false_is_finished_and_nothing_true_is_taken_back(cases, tokenizer):
+def test_only_answers_that_became_false_are_taken_back(cases, tokenizer):
     """No token of an answer is said after a frame that makes it false."""
     for case in cases:
         for statement, utterance in case.paired(tokenizer):
@@ -404,8 +423,8 @@ def test_nothing_false_is_finished_and_nothing_true_is_taken_back(cases, tokeniz
                 assert not holds(utterance.sentence.facts, case.truth[frame])
 
 
-def test_a_prompt_cuts_what_is_being_said(cases, tokenizer):
-    """What is said then serves the new request."""
+def test_a_prompt_cuts_the_speech_in_progress(cases, tokenizer):
+    """The next speech serves the new request."""
     cut = 0
     for case in cases:
         for speech, following in itertools.pairwise(case.heard):
@@ -419,10 +438,10 @@ def test_a_prompt_cuts_what_is_being_said(cases, tokenizer):
     assert cut > 40
 
 
-# -------------------------------------------------------------------------------- when it is said
+# ----------------------------------------------------------------------------------------- timing
 
 
-def test_each_request_is_answered_first_of_all(cases):
+def test_each_request_is_answered_at_once(cases):
     for case in cases:
         for number, request in enumerate(case.stream.requests):
             said = case.said(number)
@@ -436,13 +455,13 @@ def test_each_request_is_answered_first_of_all(cases):
             if request.kind in LIVE:
                 assert set(request.keys) <= set(facts)
             elif request.kind in PAST:
-                assert first.sentence == answer(request, case.truth[first.frame])
+                assert first.sentence == true_answer(request, case.truth[first.frame])
             else:
                 assert first.sentence.name == "okay"
             assert first.due == (
                 max(case.asked_at[number], 0) if request.kind in (*LIVE, *PAST) else case.asked_at[number]
             )
-            # At once, which is with the first frame if nothing was to be seen.
+            # At once, or with the first frame.
             assert first.time <= max(request.time, 0.0) + 1 / case.speed + 1e-6
             assert first.frame <= max(case.asked_at[number], 0) + 1
             if request.kind in (*PAST, "watch"):
@@ -463,7 +482,7 @@ def test_answers_about_the_past(cases):
             happened = [event for event in world.events if event.frame <= said.frame]
             if request.kind == "event":
                 if happened:
-                    assert said.sentence == tell(happened[-1], case.truth[said.frame])
+                    assert said.sentence == narrate(happened[-1], case.truth[said.frame])
                 else:
                     assert said.sentence.name == "nothing happened"
             else:
@@ -473,7 +492,7 @@ def test_answers_about_the_past(cases):
 
 
 def told_by(case: Case, glance: Glance) -> dict[str, str]:
-    """What the user has been told in answer to the request in force, up to a frame."""
+    """The facts told in answer to the request in force, up to a frame."""
     told = {}
     for utterance in case.said(glance.request):
         if utterance.frame <= glance.frame:
@@ -481,8 +500,8 @@ def told_by(case: Case, glance: Glance) -> dict[str, str]:
     return told
 
 
-def is_due(case: Case, glance: Glance, events: dict[int, Event]) -> bool:
-    """Whether there is something to say at a frame, by what was said before it."""
+def is_due(case: Case, glance: Glance, events: dict[int, TableEvent]) -> bool:
+    """Whether something is due at a frame, given what was said before it."""
     if glance.request < 0:
         return False
     request, asked = case.stream.requests[glance.request], case.asked_at[glance.request]
@@ -498,14 +517,14 @@ def is_due(case: Case, glance: Glance, events: dict[int, Event]) -> bool:
     if request.kind == "narrate":
         done = {u.due for u in before}
         return any(
-            frame not in done and holds(tell(event, case.truth[frame]).facts, truth)
+            frame not in done and holds(narrate(event, case.truth[frame]).facts, truth)
             for frame, event in events.items()
             if asked < frame <= glance.frame
         )
     return False
 
 
-def test_it_speaks_when_something_is_due_and_only_then(cases):
+def test_the_assistant_speaks_if_and_only_if_something_is_due(cases):
     spoke = silent = 0
     for case in cases:
         events = {event.frame: event for event in case.stream.world.events}
@@ -522,7 +541,7 @@ def test_it_speaks_when_something_is_due_and_only_then(cases):
     assert silent > 1500
 
 
-def test_at_speed_an_answer_is_up_to_date_before_the_next_frame(fast):
+def test_fast_speech_updates_answers_before_the_next_frame(fast):
     changed = 0
     for case in fast:
         for number, request in enumerate(case.stream.requests):
@@ -543,7 +562,7 @@ def test_at_speed_an_answer_is_up_to_date_before_the_next_frame(fast):
     assert changed > 50
 
 
-def test_awaited_moments_are_called_at_the_first_frame_that_shows_them(cases):
+def test_awaited_moments_are_announced_at_the_first_frame_that_shows_them(cases):
     called = 0
     for case in cases:
         for number, request in enumerate(case.stream.requests):
@@ -567,7 +586,7 @@ def test_awaited_moments_are_called_at_the_first_frame_that_shows_them(cases):
     assert called > 40
 
 
-def test_changes_are_told_in_order(cases, fast):
+def test_events_are_narrated_in_order(cases, fast):
     told = 0
     for case in (*cases, *fast):
         events = {event.frame: event for event in case.stream.world.events}
@@ -580,7 +599,7 @@ def test_changes_are_told_in_order(cases, fast):
             for utterance in narrated:
                 assert utterance.due > case.asked_at[number]
                 event = events[utterance.due]
-                assert utterance.sentence == tell(event, case.truth[utterance.due])
+                assert utterance.sentence == narrate(event, case.truth[utterance.due])
                 assert holds(utterance.sentence.facts, case.truth[utterance.frame])
             told += len(narrated)
             if case in fast:
@@ -595,13 +614,14 @@ def test_changes_are_told_in_order(cases, fast):
 # ------------------------------------------------------------------------------------- examples
 
 
-class Wording:
-    """Stands in for the random choice of words."""
+class FixedWording(np.random.Generator):
+    """A generator that always chooses the same wording."""
 
     def __init__(self, variant: int):
+        super().__init__(np.random.PCG64(0))
         self.variant = variant
 
-    def integers(self, _):
+    def integers(self, *_, **__) -> int:
         return self.variant
 
 
@@ -619,7 +639,7 @@ EMPTY = Table()
 
 @pytest.fixture(scope="module")
 def play(tokenizer):
-    """Plays a story and writes it down: `▫` a frame, `·` silence, `|` what the user says."""
+    """Plays a story and transcribes it: `▫` is a frame, `·` a silence, `|` a prompt."""
 
     def play(tables, *requests, speed=8, variant=0, events=()):
         dialogue = converse(
@@ -627,7 +647,7 @@ def play(tokenizer):
             requests,
             tokenizer,
             tokens_per_second=speed,
-            rng=Wording(variant),
+            rng=FixedWording(variant),
             system=None,
         )
         special = tokenizer.special
@@ -636,7 +656,7 @@ def play(tokenizer):
             marks.get(token) or (tokenizer.decode([token]) if label != IGNORED else "")
             for token, label in zip(dialogue.tokens, dialogue.labels, strict=True)
         )
-        # A turn of the user's and the assistant's header.
+        # A user turn and the assistant's header.
         return text.replace("||", "|")
 
     return play
@@ -664,13 +684,13 @@ def test_an_answer_is_taken_back_in_mid_sentence(play):
     assert text == "|·▫·|The star is red▫ - wait, now the star is blue▫ - wait, now the star is gone▫.·▫·"
 
 
-def test_a_sentence_that_is_just_over_gets_its_silence_first(play):
+def test_a_finished_sentence_is_followed_by_its_silence(play):
     text = play([RED, BLUE, BLUE], ask_for("colour", 0.4, "star"), variant=1)
     assert text == "|·▫·|The star is red.▫·▫Now the star is blue.·"
 
 
-def test_an_answer_goes_on_with_what_has_become_true(play):
-    """If what was said fits it, nobody notices."""
+def test_an_answer_goes_on_with_a_new_truth(play):
+    """If the words so far fit it."""
     text = play([RED, BLUE, BLUE], ask_for("colour", 0.7, "star"), speed=8, variant=1)
     assert text == "|·▫·|The star is▫ blue.·▫·"
     both = Table((star("blue"), card(3)))
@@ -678,14 +698,14 @@ def test_an_answer_goes_on_with_what_has_become_true(play):
     assert text == "|·▫·|There is a blue star▫ and a card with a 3.▫·"
 
 
-def test_what_does_not_bear_on_the_answer_does_not_disturb_it(play):
+def test_unrelated_changes_do_not_disturb_an_answer(play):
     moved = Table((star("red", 2),))
     assert play([RED, moved, moved], ask_for("colour", 0.75, "star")) == "|·▫·|It is▫ red.·▫·"
     text = play([RED, moved, moved], ask_for("place", 0.4, "star"))
     assert text == "|·▫·|It is on the left▫ - wait, now it is on▫ the right.·"
 
 
-def test_a_list_is_told_whole_and_then_by_what_changes(play):
+def test_a_list_is_updated_by_its_changes(play):
     red, both = Table((star("red"),)), Table((star("red"), card(3)))
     five, hidden = Table((star("red"), card(5))), Table((star("red"), card(5)), covered="star")
     text = play([EMPTY, red, both, five, hidden, five], ask_for("list", 0.4), speed=32)
@@ -695,32 +715,32 @@ def test_a_list_is_told_whole_and_then_by_what_changes(play):
     )
 
 
-def test_a_moment_is_called_once(play):
+def test_a_moment_is_announced_once(play):
     awaited = sentence("alert colour", c="blue")
     request = ask_for("alert colour", 0.1, awaited=awaited)
     text = play([RED, RED, BLUE, RED, BLUE], request, speed=16)
     assert text == "|·▫·|Okay.·▫·▫Now! Something is blue.·▫·▫·"
 
 
-def test_changes_are_told(play):
+def test_narration(play):
     tables = [EMPTY, RED, BLUE, Table((star("blue", 2),)), EMPTY]
     events = [
-        Event(1, "appear", "star"),
-        Event(2, "colour", "star", "blue"),
-        Event(3, "move", "star", "right"),
-        Event(4, "leave", "star"),
+        TableEvent(1, "appear", "star"),
+        TableEvent(2, "colour", "star", "blue"),
+        TableEvent(3, "move", "star", "right"),
+        TableEvent(4, "leave", "star"),
     ]
     assert play(tables, ask_for("narrate", 0.1), events=events, speed=16) == (
         "|·▫·|Okay.·▫A red star appears on the left.·▫The star turns blue.·▫The star moves to the right.·"
         "▫The star leaves.·"
     )
-    # What is not true any more when its turn comes is left out: the star was blue, but is gone.
+    # An event whose facts are no longer true when its turn comes is left out: the star was blue, but is gone.
     text = play(tables, ask_for("narrate", 0.1), events=events, speed=3)
     assert "The star leaves." in text
     assert "moves" not in text
 
 
-def test_changes_that_have_to_wait_are_told_in_order(play):
+def test_events_that_wait_are_narrated_in_order(play):
     ring, circle = Thing("ring", (1, 0), "green"), Thing("circle", (2, 0), "black")
     tables = [
         EMPTY,
@@ -728,7 +748,11 @@ def test_changes_that_have_to_wait_are_told_in_order(play):
         Table((star("red"), ring)),
         *[Table((star("red"), ring, circle))] * 9,
     ]
-    events = [Event(1, "appear", "star"), Event(2, "appear", "ring"), Event(3, "appear", "circle")]
+    events = [
+        TableEvent(1, "appear", "star"),
+        TableEvent(2, "appear", "ring"),
+        TableEvent(3, "appear", "circle"),
+    ]
     text = play(tables, ask_for("narrate", 0.2), events=events, speed=4)
     told = [part for part in text.replace("▫", "").split("·") if part.startswith("A ")]
     assert told == [
@@ -742,7 +766,7 @@ def test_the_last_request_counts(play):
     requests = [ask_for("colour", 0.2, "star"), ask_for("watch", 0.4)]
     assert play([RED, BLUE, RED], *requests) == "|·▫·|It is|Okay.·▫·▫·"
     requests = [ask_for("narrate", 0.2), ask_for("colour", 1.2, "star")]
-    text = play([RED, BLUE, RED], *requests, events=[Event(1, "colour", "star", "blue")])
+    text = play([RED, BLUE, RED], *requests, events=[TableEvent(1, "colour", "star", "blue")])
     assert text == "|·▫·|Okay.·▫The star|It is blue.·▫Now it is red.·"
 
 
@@ -752,10 +776,10 @@ def test_a_question_before_the_first_frame_waits_for_it(play):
     assert play([RED, RED]) == "|·▫·▫·"
 
 
-# ------------------------------------------------------------------------------- cut and offline
+# -------------------------------------------------------------------------- truncated and offline
 
 
-def test_a_sequence_is_cut_at_its_longest(tokenizer):
+def test_a_sequence_is_truncated_at_max_tokens(tokenizer):
     rng = np.random.default_rng(0)
     stream = draw_stream(rng, 12)
     play = functools.partial(converse, stream.world, stream.requests, tokenizer, tokens_per_second=8)
@@ -767,7 +791,7 @@ def test_a_sequence_is_cut_at_its_longest(tokenizer):
         assert cut.frame_positions == [p for p in whole.frame_positions if p < most]
 
 
-def test_a_dialogue_is_always_the_same(tokenizer):
+def test_a_seed_determines_the_dialogue(tokenizer):
     for seed in range(5):
         assert draw(seed, 8, tokenizer).dialogue == draw(seed, 8, tokenizer).dialogue
 
@@ -777,13 +801,13 @@ def test_offline_the_whole_clip_comes_first(tokenizer):
     kinds = set()
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        world = generate(rng, 9, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        world = generate(rng, 9, digit_indices=digits.training_indices(), rate=0.5, gap=1)
         request = draw_question(rng, world)
         kinds.add(request.kind)
         dialogue = converse_offline(world, request, tokenizer, rng=rng, system=("Look.", None)[seed % 2])
         (said,) = dialogue.utterances
         truth = world.truth[-1]
-        assert said.sentence == answer(request, truth)
+        assert said.sentence == true_answer(request, truth)
         assert holds(said.sentence.facts, truth)
 
         # All frames, then the question, then an answer that ends its turn.
@@ -811,7 +835,7 @@ def asked(cases) -> list[tuple[World, Request]]:
     drawn = [(case.stream.world, request) for case in cases for request in case.stream.requests]
     for seed in range(200):
         rng = np.random.default_rng([seed, 1])
-        world = generate(rng, 24, digit_indices=digits.train_indices(), rate=0.4, gap=2)
+        world = generate(rng, 24, digit_indices=digits.training_indices(), rate=0.4, gap=2)
         drawn += [(world, request) for request in draw_requests(rng, world, first_turn=0.5)]
     return drawn
 
@@ -844,13 +868,14 @@ def test_requests_make_sense(asked):
         if request.kind in PAST:
             assert truth is not None
         if request.kind == "previous":
+            assert truth
             assert truth["digit"] not in ("none", "covered")
         assert (request.awaited is not None) == request.kind.startswith("alert")
         if request.awaited:
             assert request.awaited.name == request.kind
             assert request.awaited.values.get("k", "") == request.subject
             assert all(value in request.text for value in request.awaited.values.values())
-            # One waits for what is yet to come.
+            # What is awaited is not true yet.
             assert truth is None or not holds(request.awaited.facts, truth)
     alerts = [(world, request) for world, request in asked if request.awaited]
     comes = [
@@ -859,9 +884,9 @@ def test_requests_make_sense(asked):
     assert 0.5 < np.mean(comes) < 0.9
 
 
-def test_how_often_something_is_asked_before_the_first_frame():
+def test_the_share_of_first_turns_can_be_chosen():
     rng = np.random.default_rng(0)
-    world = generate(rng, 10, digit_indices=digits.train_indices(), rate=0.4, gap=2)
+    world = generate(rng, 10, digit_indices=digits.training_indices(), rate=0.4, gap=2)
     for share in (0.0, 0.3, 1.0):
         first = [draw_requests(rng, world, first_turn=share)[0].time == 0 for _ in range(200)]
         assert abs(np.mean(first) - share) < 0.1
@@ -870,7 +895,7 @@ def test_how_often_something_is_asked_before_the_first_frame():
 def test_dense_requests_are_questions_in_quick_succession():
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        world = generate(rng, 8, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        world = generate(rng, 8, digit_indices=digits.training_indices(), rate=0.5, gap=1)
         requests = draw_requests(rng, world, dense=True)
         assert {request.kind for request in requests} <= {*LIVE, *PAST}
         assert len(requests) >= 6
@@ -881,14 +906,14 @@ def test_dense_requests_are_questions_in_quick_succession():
 def test_a_short_stream_can_be_asked_about():
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        world = generate(rng, 1, digit_indices=digits.train_indices(), rate=0.5, gap=1)
+        world = generate(rng, 1, digit_indices=digits.training_indices(), rate=0.5, gap=1)
         assert all(r.time < 1 for r in draw_requests(rng, world, first_turn=0.5, dense=seed % 2 == 0))
 
 
-def test_the_list_of_what_is_there():
+def test_list_of_the_visible_things():
     truth = World((Table((star("red"), card(8), Thing("circle", (0, 1), "blue"))),), ()).truth[0]
     assert list_of(truth) == "a blue circle, a red star and a card with a 8"
     assert (
-        answer(ask_for("list", 1.0), truth).text()
+        true_answer(ask_for("list", 1.0), truth).text()
         == "There is a blue circle, a red star and a card with an 8."
     )

@@ -1,33 +1,42 @@
 """The handwritten digits and their split."""
 
+import hashlib
+
 import numpy as np
 
 from moss_jax.worlds.tabletop import digits
 
-
-def test_images_and_labels():
-    image = digits.digit_image(0)
-    assert image.shape == (8, 8)
-    assert image.dtype == np.float32
-    assert image.min() == 0
-    assert image.max() <= 1
-    assert digits.label(0) == 0
+COUNT = 1797
 
 
-def test_split_is_disjoint_complete_and_stratified():
-    train, test = digits.train_indices(), digits.test_indices()
-    assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(1797))
-    labels = np.array([digits.label(i) for i in range(1797)])
-    share = np.bincount(labels[test], minlength=10) / np.bincount(labels, minlength=10)
+def test_the_images_are_those_of_scikit_learn():
+    """Levels and labels of `sklearn.datasets.load_digits()`, as uint8."""
+    images = np.stack([digits.digit_image(index) for index in range(COUNT)])
+    labels = np.array([digits.label(index) for index in range(COUNT)])
+    assert images.dtype == np.float32
+    levels = images * 16
+    assert (levels == levels.astype(np.uint8)).all()
+    assert [hashlib.sha256(array.astype(np.uint8)).hexdigest() for array in (levels, labels)] == [
+        "8f26b2bd9d135c256808f68f14fdabddde6d9c7f869ae419704b051f0f14b3b3",
+        "8ba4f891220f5e4c9c819638d1602d74b83618f167043c6da52a2a247841ddf0",
+    ]
+
+
+def test_the_split_is_disjoint_complete_and_stratified():
+    training, held_out = digits.training_indices(), digits.held_out_indices()
+    assert np.array_equal(np.sort(np.concatenate([training, held_out])), np.arange(COUNT))
+    labels = np.array([digits.label(i) for i in range(COUNT)])
+    share = np.bincount(labels[held_out], minlength=10) / np.bincount(labels, minlength=10)
     np.testing.assert_allclose(share, 0.2, atol=0.01)
 
 
-def test_no_image_for_testing_is_trained_with():
-    train = {digits.digit_image(i).tobytes() for i in digits.train_indices()}
-    assert not any(digits.digit_image(i).tobytes() in train for i in digits.test_indices())
+def test_no_image_is_in_both_parts_of_the_split():
+    """By its pixels, in case the data had duplicates."""
+    training = {digits.digit_image(i).tobytes() for i in digits.training_indices()}
+    assert not any(digits.digit_image(i).tobytes() in training for i in digits.held_out_indices())
 
 
-def test_split_never_changes():
-    # Numbers measured with one split do not compare with those of another.
-    assert digits.test_indices()[:5].tolist() == [5, 9, 12, 14, 16]
-    assert digits.test_indices().sum() == 324981
+def test_the_split_never_changes():
+    # Figures measured with one split can't be compared with those of another.
+    assert digits.held_out_indices()[:5].tolist() == [5, 9, 12, 14, 16]
+    assert digits.held_out_indices().sum() == 324981

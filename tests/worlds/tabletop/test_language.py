@@ -1,4 +1,4 @@
-"""The sentences: each is understood as what it says, and nothing else is understood."""
+"""The language: each sentence is parsed back to its facts, and nothing else is parsed."""
 
 import collections
 import itertools
@@ -19,6 +19,7 @@ from moss_jax.worlds.tabletop.language import (
     PAST,
     SAY,
     WAIT,
+    Facts,
     Sentence,
     agrees,
     ask,
@@ -31,7 +32,7 @@ from moss_jax.worlds.tabletop.render import COLOURS, SHAPES
 from moss_jax.worlds.tabletop.world import CARD, PLACES, generate
 
 KINDS = (*SHAPES, CARD)
-# What is said of shapes, but never of the card.
+# Sentences about shapes, never about the card.
 OF_SHAPES = ("colour", "now colour", "turn", "now also", "appear", "seen", "not seen", "there")
 
 
@@ -40,7 +41,7 @@ def gaps(wording: str) -> set[str]:
 
 
 def fields_of(name: str) -> set[str]:
-    """What a sentence is made with: its gaps, and what it is about where no wording says so."""
+    """The fields of a sentence: its gaps, and its subject where no wording names it."""
     fields = set().union(*map(gaps, SAY[name]))
     fields = {"p" if field == "w" else field for field in fields}
     if name in ("one", "now one"):
@@ -61,7 +62,7 @@ def values_of(name: str, field: str) -> tuple[str, ...]:
 
 
 def some_list(rng: np.random.Generator) -> str:
-    """A list of one thing or more, as it is told."""
+    """A random list of at least one thing, in words."""
     shapes = rng.permutation(SHAPES)[: rng.integers(5)]
     truth = {f"there:{s}": "yes" if s in shapes else "none" for s in SHAPES}
     truth |= {f"colour:{s}": COLOURS[rng.integers(len(COLOURS))] for s in SHAPES}
@@ -70,7 +71,7 @@ def some_list(rng: np.random.Generator) -> str:
 
 
 def sentences() -> list[Sentence]:
-    """Everything that can be said, with a choice of lists."""
+    """All sentences, with a choice of lists."""
     found = []
     for name in SAY:
         fields = sorted(fields_of(name))
@@ -83,40 +84,43 @@ EVERYTHING = sentences()
 
 
 def wordings(said: Sentence) -> set[str]:
-    """How a sentence is said: alone, and after a statement that it takes the place of."""
+    """The texts of a sentence: alone, and as a correction in mid-sentence."""
     texts = {said.text(variant) for variant in range(2)}
     return texts | {text[0].lower() + text[1:] for text in texts}
 
 
 def truths(seed: int) -> tuple[dict, ...]:
     rng = np.random.default_rng(seed)
-    return generate(rng, 40, digit_indices=digits.train_indices(), rate=0.8, gap=1).truth
+    return generate(rng, 40, digit_indices=digits.training_indices(), rate=0.8, gap=1).truth
 
 
-# -------------------------------------------------------------------------- saying and understanding
+def facts_of(text: str, subject: str = "") -> Facts:
+    parsed = understand(text, subject)
+    assert parsed, text
+    return parsed.facts
 
 
-def test_every_sentence_is_understood_as_what_it_says():
+# ------------------------------------------------------------------------- generating and parsing
+
+
+def test_every_sentence_is_parsed_back_to_its_facts():
     assert {said.name for said in EVERYTHING} == set(SAY)
     for said in EVERYTHING:
         for text in wordings(said):
-            heard = understand(text, said.values.get("k", ""))
-            assert heard is not None, text
-            assert heard.facts == said.facts, text
+            assert facts_of(text, said.values.get("k", "")) == said.facts, text
 
 
-def test_a_thing_that_is_named_is_what_the_sentence_is_about():
-    """Whatever was asked about."""
+def test_the_subject_does_not_matter_where_the_thing_is_named():
     for said in EVERYTHING:
         k = said.values.get("k")
         for variant, other in itertools.product(range(2), ("", "star", CARD)):
             text = said.text(variant)
             if k is None or re.search(rf"\b{k}\b", text):
-                assert understand(text, other).facts == said.facts, text
+                assert facts_of(text, other) == said.facts, text
 
 
-def test_no_text_means_two_things():
-    """Sentences that are said in the same context differ in their texts if they do in what they assert."""
+def test_no_text_is_ambiguous():
+    """Sentences with the same subject and different facts have different texts."""
     for subject in KINDS:
         meanings = collections.defaultdict(set)
         for said in EVERYTHING:
@@ -133,7 +137,7 @@ def test_every_sentence_but_okay_asserts_something():
         assert not any(key.endswith(":") for key in said.facts)
 
 
-def test_every_fact_is_one_that_a_truth_has():
+def test_facts_have_the_keys_of_the_truth():
     keys = set(truths(0)[0]) | {"some"}
     for said in EVERYTHING:
         assert set(said.facts) <= keys
@@ -167,17 +171,17 @@ def test_every_fact_is_one_that_a_truth_has():
     ],
 )
 def test_examples(text, facts):
-    assert understand(text, "star").facts == facts
-    assert understand(f"  {text}\n", "star").facts == facts
+    assert facts_of(text, "star") == facts
+    assert facts_of(f"  {text}\n", "star") == facts
 
 
-def test_a_list_says_of_all_things_whether_they_are_to_be_seen():
+def test_a_list_asserts_the_visibility_of_all_things():
     everything = {f"colour:{shape}": HIDDEN for shape in SHAPES} | {"digit": HIDDEN}
-    assert understand("The table is empty.").facts == everything
+    assert facts_of("The table is empty.") == everything
     facts = everything | {"colour:star": "red", "digit": "8"}
-    assert understand("I see a red star and a card with an 8.").facts == facts
+    assert facts_of("I see a red star and a card with an 8.") == facts
     facts = everything | {"colour:star": "red", "colour:ring": "red", "colour:circle": "blue"}
-    assert understand("There is a blue circle, a red star and a red ring.").facts == facts
+    assert facts_of("There is a blue circle, a red star and a red ring.") == facts
 
 
 def test_articles():
@@ -212,11 +216,11 @@ def test_articles():
         f"It is{WAIT}now it is red.",
     ],
 )
-def test_text_that_says_nothing(text):
+def test_other_text_is_not_parsed(text):
     assert understand(text, "star") is None
 
 
-def test_half_a_sentence_is_none():
+def test_an_incomplete_sentence_is_not_parsed():
     rng = np.random.default_rng(0)
     for said in rng.choice(np.array(EVERYTHING, object), 400):
         text = said.text(int(rng.integers(2)))
@@ -225,8 +229,8 @@ def test_half_a_sentence_is_none():
 
 
 @given(st.data())
-def test_what_is_nearly_a_sentence_is_none(data):
-    """With a few characters changed, a text is understood only if that makes it another sentence."""
+def test_a_corrupted_sentence_is_not_parsed(data):
+    """With a few characters changed, a text is parsed only if it is another sentence."""
     text = data.draw(st.sampled_from(EVERYTHING)).text(data.draw(st.integers(0, 1)))
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(text)))
@@ -243,7 +247,7 @@ def test_sentences_survive_the_tokenizer(tokenizer):
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-# ----------------------------------------------------------------------------------- what is true
+# ------------------------------------------------------------------------------------------ truth
 
 
 def test_agrees():
@@ -271,8 +275,7 @@ def test_holds_needs_everything():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_list_of_what_is_there_holds(seed):
-    """It holds for as long as the same things are to be seen, and look the same."""
+def test_a_list_holds_while_the_visible_things_stay_the_same(seed):
     keys = [f"colour:{shape}" for shape in SHAPES] + ["digit"]
 
     def shown(truth):
@@ -284,13 +287,13 @@ def test_a_list_of_what_is_there_holds(seed):
         assert holds(said.facts, other) == (shown(now) == shown(other))
 
 
-# -------------------------------------------------------------------------------- what users ask
+# --------------------------------------------------------------------------- the user's requests
 
 FIELDS = {"k": KINDS, "d": tuple("0123456789"), "c": COLOURS}
 
 
 def requests(kind: str):
-    """All ways to fill the gaps of a kind of request."""
+    """All fillings of the gaps of a kind of request."""
     names = sorted(set().union(*map(gaps, ASK[kind])))
     return [dict(zip(names, v, strict=True)) for v in itertools.product(*(FIELDS[n] for n in names))]
 
@@ -308,7 +311,7 @@ def test_requests(kind):
                 assert re.search(rf"\b{value}\b", text)
             assert not re.search(r"\ba 8\b", text)
             spoken[text] += 1
-    # All wordings are used; most of the time as they stand.
+    # All wordings are used, most of the time unchanged.
     plain = {w.format(**f).replace(" a 8", " an 8") for w in ASK[kind] for f in requests(kind)}
     assert sum(spoken[text] for text in plain) > 0.75 * spoken.total()
     if spoken.total() > 10 * len(plain):
@@ -317,7 +320,7 @@ def test_requests(kind):
     assert any(text.startswith(("Please, ", "Hey, ", "Now, ", "Hello. ")) for text in spoken)
 
 
-def test_what_users_say_has_one_meaning():
+def test_no_request_is_ambiguous():
     meanings = collections.defaultdict(set)
     for kind, wordings in ASK.items():
         for wording, fields in itertools.product(wordings, requests(kind)):
@@ -328,18 +331,18 @@ def test_what_users_say_has_one_meaning():
 def test_kinds_of_requests():
     alerts = {name for name in SAY if name.startswith("alert ")}
     assert set(ASK) == {*LIVE, *PAST, *alerts, "narrate", "watch"}
-    # An update to each answer to a live question.
+    # Each answer to a live question has an update.
     for name in (*LIVE, "one", "none", "covered", "empty"):
         assert f"now {name}" in SAY
 
 
-def test_numbers_reach_as_far_as_a_table_has_shapes():
+def test_numbers_cover_all_counts_of_shapes():
     assert [sentence("count", n=str(n)).text() for n in range(5)] == [
         f"There are {word} shapes." for word in NUMBERS
     ]
 
 
-def test_sentences_can_be_told_apart_by_their_values():
+def test_sentences_compare_by_their_values():
     assert sentence("turn", k="star", c="red") == sentence("turn", c="red", k="star")
     assert sentence("turn", k="star", c="red") != sentence("turn", k="ring", c="red")
     assert sentence("turn", k="star", c="red").values == {"k": "star", "c": "red"}

@@ -1,4 +1,4 @@
-"""The pictures of the table.
+"""The renderer of the table.
 
 Axes: S side of a photograph.
 """
@@ -26,7 +26,7 @@ from moss_jax.worlds.tabletop.render import (
 
 SIZE = 112
 STILL = Look(seed=3, wood=TABLES[1])
-# Of each shape a point that lies well inside, from its centre.
+# A point well inside each shape, relative to its centre.
 INSIDE = {shape: (0.0, -0.086) if shape == "ring" else (0.0, 0.0) for shape in SHAPES}
 
 
@@ -58,7 +58,7 @@ def test_shapes_and_dtypes():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_same_inputs_give_the_same_picture(seed: int):
+def test_rendering_is_deterministic(seed: int):
     look = draw_look(seed)
     assert look == draw_look(seed)
     picture = paint(some_scene(), look, SIZE)
@@ -68,7 +68,7 @@ def test_the_same_inputs_give_the_same_picture(seed: int):
     assert (photos[0] != photos[2]).any()
 
 
-def test_numbers_may_be_of_numpy():
+def test_numpy_floats_give_the_same_picture_as_python_floats():
     x, y, angle, scale, opacity = np.array([0.4, 0.6, 0.3, 1.1, 0.7])
     item = Item("star", x, y, "red", angle=angle, scale=scale, opacity=opacity)
     plain = Item("star", 0.4, 0.6, "red", angle=0.3, scale=1.1, opacity=0.7)
@@ -76,7 +76,7 @@ def test_numbers_may_be_of_numpy():
         paint(Scene((thing,), Cover(thing.x, thing.y, thing.angle, thing.opacity)), STILL, SIZE)
         for thing in (item, plain)
     ]
-    np.testing.assert_array_equal(*pictures)
+    np.testing.assert_array_equal(pictures[0], pictures[1])
 
 
 def test_looks_differ():
@@ -97,7 +97,7 @@ def test_photographs_vary_as_the_look_says():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_colours_are_told_apart(seed: int):
+def test_colours_can_be_told_apart(seed: int):
     look = draw_look(seed)
     gain = look.light * np.array(look.tint)
     for shape in SHAPES:
@@ -164,7 +164,7 @@ def test_no_shape_is_cut_off_by_its_box(shape: str, monkeypatch: pytest.MonkeyPa
         np.testing.assert_allclose(picture, paint(scene, STILL, SIZE), atol=0.01)
 
 
-def test_what_is_absent_draws_nothing():
+def test_absent_things_draw_nothing():
     bare = paint(Scene(), STILL, SIZE)
     absent = (
         Item("star", 0.5, 0.5, "red", opacity=0.0),
@@ -176,21 +176,21 @@ def test_what_is_absent_draws_nothing():
     np.testing.assert_array_equal(paint(Scene(absent, Cover(0.5, 0.5, opacity=0.0)), STILL, SIZE), bare)
 
 
-def test_half_transparent_lies_between():
+def test_opacity_interpolates():
     bare, half, full = (
         paint(Scene((Item("square", 0.5, 0.5, "red", opacity=opacity),)), STILL, SIZE)
         for opacity in (0, 0.5, 1)
     )
     middle = slice(50, 62), slice(50, 62)
-    # A shape lies on its own shadow, which shows through.
+    # The shape's own shadow shows through.
     np.testing.assert_allclose(half[middle], (bare[middle] * 0.84 + full[middle]) / 2, atol=1)
 
 
 @pytest.mark.parametrize(
     "place", [(-0.05, 0.5), (1.05, 0.5), (0.5, -0.05), (0.5, 1.05), (0.0, 0.0), (1.0, 1.0)]
 )
-def test_things_at_the_rim_are_cut_by_it(place: tuple[float, float]):
-    # The same thing, seen by a camera with a wide margin, in which it lies whole.
+def test_things_at_the_edge_are_clipped(place: tuple[float, float]):
+    # The same thing within a wide margin, where it is not clipped.
     x, y = place
     for kind in (*SHAPES, "card"):
         scene = Scene((Item(kind, x, y, "red", digit=5, angle=0.3),), Cover(1 - x, 1 - y))
@@ -198,8 +198,8 @@ def test_things_at_the_rim_are_cut_by_it(place: tuple[float, float]):
         np.testing.assert_allclose(inner(wide), paint(scene, STILL, SIZE), atol=0.01)
 
 
-def test_the_shape_of_the_shapes():
-    """How much of its rectangle each shape fills, and whether its middle is open, tells them apart."""
+def test_shapes_differ_in_area_and_centre():
+    """The share of its bounding box that a shape fills, and whether its centre is open."""
     area = {}
     for shape in SHAPES:
         picture = paint(
@@ -217,7 +217,7 @@ def test_the_shape_of_the_shapes():
 
 
 def test_digits_stay_readable():
-    """The nearest neighbour among rendered cards for training reads nine of ten cards for testing."""
+    """The nearest neighbour among rendered training cards reads nine of ten held-out cards."""
     look = draw_look(2)
     rng = np.random.default_rng(0)
 
@@ -230,8 +230,11 @@ def test_digits_stay_readable():
             )
         return np.array(crops).reshape(len(indices), -1)
 
-    train, test = digits.train_indices(), rng.choice(digits.test_indices(), 100, replace=False)
-    known, new = cards(train), cards(test)
+    train, held_out = digits.training_indices(), rng.choice(digits.held_out_indices(), 100, replace=False)
+    known, new = cards(train), cards(held_out)
     nearest = ((known**2).sum(1) - 2 * new @ known.T).argmin(1)
-    right = [digits.label(i) == digits.label(train[k]) for i, k in zip(test, nearest, strict=True)]
+    right = [
+        digits.label(int(index)) == digits.label(int(train[k]))
+        for index, k in zip(held_out, nearest, strict=True)
+    ]
     assert np.mean(right) >= 0.9

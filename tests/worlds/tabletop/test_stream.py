@@ -1,4 +1,4 @@
-"""Streams: what is drawn for which seed, and the frames of a stream."""
+"""Streams: their dependence on seeds, and their frames."""
 
 import dataclasses
 import itertools
@@ -8,62 +8,62 @@ import pytest
 
 from moss_jax.worlds.tabletop import digits, evaluation_stream
 from moss_jax.worlds.tabletop.render import paint
-from moss_jax.worlds.tabletop.stream import EVALUATION, TRAINING, Stream, draw_stream
+from moss_jax.worlds.tabletop.stream import EVALUATION, TRAINING, TabletopStream, draw_stream
 from moss_jax.worlds.tabletop.world import CARD
 
 SECONDS = 32
 
 
-def training_stream(*seeds: int, **settings) -> Stream:
+def training_stream(*seeds: int, **settings) -> TabletopStream:
     return draw_stream(np.random.default_rng([TRAINING, *seeds]), SECONDS, **settings)
 
 
-def cards(stream: Stream) -> set[int]:
-    """The images of digits that are seen in a stream."""
+def cards(stream: TabletopStream) -> set[int]:
+    """Indices of the digit images in a stream."""
     return {t.digit for table in stream.world.tables for t in table.things if t.kind == CARD}
 
 
-def calm(stream: Stream) -> Stream:
-    """The same stream before a perfect camera."""
+def calm(stream: TabletopStream) -> TabletopStream:
+    """The same stream with a perfect camera."""
     return dataclasses.replace(
         stream, look=dataclasses.replace(stream.look, noise=0.0, shake=0.0, flicker=0.0)
     )
 
 
 @pytest.fixture(scope="module")
-def held_out() -> list[Stream]:
+def held_out() -> list[TabletopStream]:
     return [evaluation_stream(3, index, SECONDS) for index in range(60)]
 
 
 @pytest.fixture(scope="module")
-def trained() -> list[Stream]:
+def trained() -> list[TabletopStream]:
     return [training_stream(3, index) for index in range(60)]
 
 
-def test_digits_of_evaluation_are_never_trained_with(held_out, trained):
+def test_digits_of_evaluation_are_not_in_training(held_out, trained):
     dense = [training_stream(3, index, dense=True) for index in range(30)]
     for streams, allowed in (
-        (held_out, digits.test_indices()),
-        (trained, digits.train_indices()),
-        (dense, digits.train_indices()),
+        (held_out, digits.held_out_indices()),
+        (trained, digits.training_indices()),
+        (dense, digits.training_indices()),
     ):
         seen = set().union(*map(cards, streams))
         assert len(seen) > 40
         assert seen <= set(allowed.tolist())
 
 
-def test_streams_of_evaluation_are_drawn_apart_from_those_of_training():
-    """Whatever the seeds, also apart from the digits."""
+def test_streams_of_evaluation_are_independent_of_training():
+    """For all seeds, and not only in their digits."""
     assert TRAINING != EVALUATION
     seeds = list(itertools.product(range(3), repeat=2))
     drawn = [
-        *(evaluation_stream(*seed, SECONDS) for seed in seeds),
+        *(evaluation_stream(seed[0], seed[1], SECONDS) for seed in seeds),
         *(training_stream(*seed, row) for seed in seeds for row in range(3)),
     ]
     looks = {stream.look for stream in drawn}
     events = {tuple((e.frame, e.change, e.kind) for e in stream.world.events) for stream in drawn}
     assert len(looks) == len(drawn)
-    assert len(events) > 0.9 * len(drawn)  # a few have next to none
+    assert len(events) > 0.9 * len(drawn)  # a few have hardly any
 
 
 def test_the_same_seed_gives_the_same_stream():
@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_stream():
     assert evaluation_stream(1, 2, 12).world.seconds == 12
 
 
-def test_in_evaluation_nothing_is_asked_before_the_first_frame(held_out, trained):
+def test_streams_of_evaluation_have_no_first_turn(held_out, trained):
     """So that streams side by side share their first turn."""
     first = [stream.requests[0].time for stream in held_out]
     assert min(first) > 0
@@ -81,7 +81,7 @@ def test_in_evaluation_nothing_is_asked_before_the_first_frame(held_out, trained
     assert all(training_stream(5, i, dense=True).requests[0].time > 0 for i in range(30))
 
 
-def test_in_some_streams_much_happens_and_in_some_little(held_out):
+def test_streams_differ_in_their_number_of_events(held_out):
     counts = [len(stream.world.events) for stream in held_out]
     assert min(counts) <= 3
     assert max(counts) >= 11
@@ -90,7 +90,7 @@ def test_in_some_streams_much_happens_and_in_some_little(held_out):
     assert max(asked) >= 8
 
 
-def test_dense_streams_are_denser(trained):
+def test_dense_streams_have_more_events_and_requests(trained):
     dense = [training_stream(3, index, dense=True) for index in range(30)]
 
     def mean(streams, of):
@@ -117,7 +117,7 @@ def test_frames_show_the_table_as_it_is(held_out):
     for stream in map(calm, held_out[:8]):
         frames = stream.frames(32)
         for second, frame in enumerate(frames):
-            # A perfect camera cuts off at white.
+            # A perfect camera clips at white.
             shown = paint(stream.world.scene(float(second)), stream.look, 32).clip(0, 255)
             np.testing.assert_allclose(frame, shown, atol=0.51)
 
@@ -129,10 +129,10 @@ def test_frames_differ_where_something_happens(held_out):
             assert (before != after).any() == (second in events)
 
 
-def test_no_two_shots_of_a_real_camera_are_the_same(held_out):
+def test_photographs_of_a_noisy_camera_differ(held_out):
     stream = next(s for s in held_out if s.look.noise > 3)
     frames = stream.frames(32)
     assert all((a != b).any() for a, b in itertools.combinations(frames, 2))
-    # Yet they show the same.
+    # But only by noise.
     difference = np.abs(frames - calm(stream).frames(32).astype(float)).mean()
     assert 1 < difference < 12

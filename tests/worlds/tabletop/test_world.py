@@ -1,4 +1,4 @@
-"""What happens on the table, and the truth about it."""
+"""The events on the table, and the ground truth."""
 
 import collections
 import dataclasses
@@ -18,9 +18,9 @@ from moss_jax.worlds.tabletop.world import (
     ENDS,
     MAX_SHAPES,
     PLACES,
-    Event,
     EventKind,
     Table,
+    TableEvent,
     Thing,
     World,
     generate,
@@ -32,7 +32,7 @@ CHANGES = set(get_args(EventKind))
 
 def draw(seed: int, *, seconds: int = SECONDS, rate: float = 0.7, gap: int = 1) -> World:
     rng = np.random.default_rng(seed)
-    return generate(rng, seconds, digit_indices=digits.train_indices(), rate=rate, gap=gap)
+    return generate(rng, seconds, digit_indices=digits.training_indices(), rate=rate, gap=gap)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,11 @@ def digit_image(number: int) -> int:
     return next(i for i in range(100) if digits.label(i) == number)
 
 
-# -------------------------------------------------------------------------------- what happens
+# -------------------------------------------------------------------------------------- events
 
 
-def test_every_table_is_possible(worlds):
-    trained = set(digits.train_indices().tolist())
+def test_every_table_is_valid(worlds):
+    trained = set(digits.training_indices().tolist())
     for table in itertools.chain.from_iterable(world.tables for world in worlds):
         kinds = [thing.kind for thing in table.things]
         cells = [thing.cell for thing in table.things]
@@ -64,7 +64,7 @@ def test_every_table_is_possible(worlds):
                 assert thing.digit in trained
             else:
                 assert thing.colour in COLOURS
-            # It lies in its cell, about upright.
+            # It lies in its cell, nearly upright.
             column, row = thing.cell
             assert math.dist(thing.centre, ((column + 0.5) / 3, (row + 0.5) / 2)) < 0.05
             assert abs(thing.angle) <= 0.3
@@ -86,7 +86,7 @@ def test_many_tables_are_drawn(worlds):
 
 
 def difference(before: Table, after: Table) -> list[tuple[str, str, str]]:
-    """The changes between two tables, from what lies on them."""
+    """The changes between two tables."""
     found = []
     for kind in (*SHAPES, CARD):
         old, new = before.find(kind), after.find(kind)
@@ -97,7 +97,7 @@ def difference(before: Table, after: Table) -> list[tuple[str, str, str]]:
         elif new is None:
             found.append(("leave", kind, ""))
         else:
-            # A thing that moves lies there in its own way; else only the named attribute changes.
+            # A move changes offset and angle too; other events change only the attribute that they name.
             moved = {"cell": new.cell, "offset": new.offset, "angle": new.angle}
             if old.cell != new.cell:
                 assert old.place != new.place
@@ -116,7 +116,7 @@ def difference(before: Table, after: Table) -> list[tuple[str, str, str]]:
     return found
 
 
-def test_events_are_what_differs_between_two_seconds(worlds):
+def test_events_are_the_differences_between_tables(worlds):
     for world in worlds:
         events = {event.frame: event for event in world.events}
         assert len(events) == len(world.events)
@@ -128,7 +128,7 @@ def test_events_are_what_differs_between_two_seconds(worlds):
         assert 0 not in events
 
 
-def test_what_is_covered_stays_as_it_is(worlds):
+def test_covered_things_do_not_change(worlds):
     seen = 0
     for world in worlds:
         for before, after in itertools.pairwise(world.tables):
@@ -143,7 +143,7 @@ def test_what_is_covered_stays_as_it_is(worlds):
     assert seen > 100  # other things changed meanwhile
 
 
-def test_everything_that_can_happen_happens(worlds):
+def test_all_kinds_of_events_occur(worlds):
     happened = collections.Counter((e.change, e.kind == CARD) for world in worlds for e in world.events)
     expected = set(itertools.product(CHANGES, (False, True))) - {("colour", True), ("digit", False)}
     assert set(happened) == expected
@@ -151,12 +151,12 @@ def test_everything_that_can_happen_happens(worlds):
 
 
 @pytest.mark.parametrize("gap", [1, 2, 4])
-def test_changes_keep_their_distance(gap):
+def test_the_gap_between_changes_is_kept(gap):
     for seed in range(10):
         frames = [event.frame for event in draw(seed, rate=0.6, gap=gap).events]
         assert len(frames) > 5
         assert all(b - a >= gap for a, b in itertools.pairwise([0, *frames]))
-    # At rate 1 nothing else holds them back.
+    # At rate 1 nothing but the gap delays a change.
     frames = [event.frame for event in draw(0, rate=1.0, gap=gap).events]
     assert frames == list(range(gap, SECONDS, gap))
 
@@ -167,7 +167,7 @@ def test_nothing_happens_at_rate_0():
     assert set(world.tables) == {world.tables[0]}
 
 
-def test_a_world_is_as_long_as_asked_for_and_always_the_same():
+def test_a_seed_determines_a_world_of_the_given_length():
     for seconds in (1, 2, 17):
         world = draw(5, seconds=seconds)
         assert world.seconds == len(world.tables) == len(world.truth) == seconds
@@ -179,7 +179,7 @@ def test_a_world_is_as_long_as_asked_for_and_always_the_same():
 
 
 def truth_of(tables: tuple[Table, ...]) -> dict[str, str]:
-    """The truth after these tables, but for the event: from what lies in sight, and what did before."""
+    """The truth after these tables, without the event."""
     now = {thing.kind: thing for thing in tables[-1].things}
     hidden = tables[-1].covered
     in_sight = [{t.kind: t for t in table.things if t.kind != table.covered} for table in tables]
@@ -204,7 +204,7 @@ def truth_of(tables: tuple[Table, ...]) -> dict[str, str]:
     return truth
 
 
-def test_truth_is_what_the_tables_show(worlds):
+def test_truth_follows_from_the_tables(worlds):
     for world in worlds[:25]:
         last = "none"
         events = {event.frame: f"{event.change}:{event.kind}:{event.value}" for event in world.events}
@@ -214,7 +214,7 @@ def test_truth_is_what_the_tables_show(worlds):
 
 
 def test_truth_of_a_short_story():
-    """A card of 3 is covered, shows 3 again, turns 5 and goes; beside it a red star."""
+    """A card with a 3 is covered, uncovered, becomes a 5 and leaves; a red star appears meanwhile."""
     star = Thing("star", (2, 0), "red")
     three, five = (Thing(CARD, (0, 1), digit=digit_image(number)) for number in (3, 5))
     tables = (
@@ -228,13 +228,13 @@ def test_truth_of_a_short_story():
         Table((star,), covered="star"),
     )
     events = (
-        Event(1, "appear", CARD),
-        Event(2, "cover", CARD),
-        Event(3, "uncover", CARD),
-        Event(4, "digit", CARD, "5"),
-        Event(5, "appear", "star"),
-        Event(6, "leave", CARD),
-        Event(7, "cover", "star"),
+        TableEvent(1, "appear", CARD),
+        TableEvent(2, "cover", CARD),
+        TableEvent(3, "uncover", CARD),
+        TableEvent(4, "digit", CARD, "5"),
+        TableEvent(5, "appear", "star"),
+        TableEvent(6, "leave", CARD),
+        TableEvent(7, "cover", "star"),
     )
     truth = World(tables, events).truth
 
@@ -252,16 +252,16 @@ def test_truth_of_a_short_story():
     assert over_time("event")[:5] == ["none", "appear:card:", "cover:card:", "uncover:card:", "digit:card:5"]
 
 
-def test_what_was_covered_from_the_beginning_has_not_been_seen():
+def test_a_thing_covered_from_the_beginning_has_not_been_seen():
     star = Thing("star", (0, 0), "red")
-    truth = World((Table((star,), covered="star"), Table((star,))), (Event(1, "uncover", "star"),)).truth
+    truth = World((Table((star,), covered="star"), Table((star,))), (TableEvent(1, "uncover", "star"),)).truth
     assert [facts["seen:star"] for facts in truth] == ["none", "yes"]
 
 
 # ------------------------------------------------------------------------------------ the scene
 
 
-def test_the_scene_of_a_whole_second_is_that_of_its_table(worlds):
+def test_scenes_of_whole_seconds_show_the_tables(worlds):
     for world in worlds[:20]:
         for second, table in enumerate(world.tables):
             scene = world.scene(float(second))
@@ -271,7 +271,7 @@ def test_the_scene_of_a_whole_second_is_that_of_its_table(worlds):
                 assert (item.colour, item.digit, item.angle) == (thing.colour, thing.digit, thing.angle)
                 assert (item.opacity, item.scale) == (1, 1)
             if table.covered:
-                # The cover lies right over what it hides.
+                # The cover is centred on the thing that it hides.
                 assert (scene.cover.x, scene.cover.y) == table.find(table.covered).centre
                 assert scene.cover.opacity == 1
             else:
@@ -302,8 +302,8 @@ def out_of_sight(item) -> bool:
 
 
 @pytest.mark.parametrize("change", sorted(CHANGES))
-def test_nothing_jumps(worlds, change):
-    """Things glide, fade, and come and go out of sight."""
+def test_motion_is_continuous(worlds, change):
+    """Things glide, fade, and enter and leave outside the picture."""
     step, least = 0.01, 0.002
     happened = ((world, event) for world in worlds for event in world.events if event.change == change)
     for world, event in itertools.islice(happened, 12):
@@ -313,7 +313,7 @@ def test_nothing_jumps(worlds, change):
                 for item in one.items:
                     same = [o for o in other.items if (o.kind, o.colour, o.digit) == _same(item)]
                     if not same:
-                        # It comes or goes: invisible, out of sight, or entirely beneath what it turned to.
+                        # It enters or leaves: invisible, outside, or entirely beneath its successor.
                         above = [o for o in other.items if o.kind == item.kind and o.opacity == 1]
                         assert item.opacity < least or out_of_sight(item) or _hides(above, item)
                         continue
@@ -345,15 +345,15 @@ def test_the_first_and_last_picture_of_a_change_are_those_of_the_tables(worlds):
             whole = np.abs(d - a).mean()
             assert whole > 0.5
             assert np.abs(b - a).mean() < 0.01 * whole
-            # What fades in has a shadow of its own for as long as the old one lies beneath it.
+            # While the old thing is still there, the one that fades in casts a second shadow.
             assert np.abs(d - c).mean() < (0.4 if event.change in ("colour", "digit") else 0.01) * whole
 
 
-def test_a_change_goes_on_evenly():
+def test_motion_is_monotonic_and_symmetric():
     """Half-way in time, a thing that moves is half-way there."""
     star = Thing("star", (0, 0), "red")
     moved = dataclasses.replace(star, cell=(2, 1))
-    world = World((Table((star,)), Table((moved,))), (Event(1, "move", "star", "right"),))
+    world = World((Table((star,)), Table((moved,))), (TableEvent(1, "move", "star", "right"),))
     (item,) = world.scene(1 - (BEGINS + ENDS) / 2).items
     assert (item.x, item.y) == pytest.approx((0.5, 0.5))
     xs = [world.scene(t).items[0].x for t in np.linspace(0, 1, 101)]

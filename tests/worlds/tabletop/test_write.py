@@ -1,4 +1,4 @@
-"""Streams as files: what is written can be watched and trained on, and is the stream."""
+"""Streams as files: they show the stream, and can be watched and trained on."""
 
 import dataclasses
 import itertools
@@ -17,17 +17,17 @@ from moss_jax.data.rows import read_rows
 from moss_jax.text import chat
 from moss_jax.text.labels import IGNORED
 from moss_jax.video import probe, sample_file
-from moss_jax.worlds.tabletop import Stream, evaluation_stream
+from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 from moss_jax.worlds.tabletop.dialogue import Dialogue, Request, converse
 from moss_jax.worlds.tabletop.language import WAIT
-from moss_jax.worlds.tabletop.write import FPS, MAX_NOISE, to_row, truth, write_video
+from moss_jax.worlds.tabletop.write import FPS, MAX_NOISE, ground_truth, to_row, write_video
 
 SECONDS, SIZE = 8, 96
 SPEEDS = (3, 8, 32)
 
 
-def calm(stream: Stream) -> Stream:
-    """The same stream before a perfect camera."""
+def calm(stream: TabletopStream) -> TabletopStream:
+    """The same stream with a perfect camera."""
     return dataclasses.replace(
         stream, look=dataclasses.replace(stream.look, noise=0.0, shake=0.0, flicker=0.0)
     )
@@ -38,8 +38,8 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def stream() -> Stream:
-    """One with a few changes."""
+def stream() -> TabletopStream:
+    """A stream with three events."""
     drawn = (evaluation_stream(0, index, SECONDS) for index in itertools.count())
     return next(s for s in drawn if len(s.world.events) == 3)
 
@@ -52,7 +52,7 @@ def video(stream, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dialogues(tokenizer) -> list[tuple[Stream, Dialogue]]:
+def dialogues(tokenizer) -> list[tuple[TabletopStream, Dialogue]]:
     found = []
     for index in range(45):
         stream = evaluation_stream(1, index, SECONDS)
@@ -75,7 +75,7 @@ def test_a_video_is_as_long_as_its_stream(video):
         assert container.streams.video[0].start_time == 0
 
 
-def test_its_whole_seconds_are_the_frames_of_the_stream(video, stream):
+def test_frames_of_whole_seconds_are_those_of_the_stream(video, stream):
     watched = [frame.rgb for frame in sample_file(video, FrameSampling(fps=1.0))]
     frames = calm(stream).frames(SIZE)
     assert len(watched) == len(frames) == SECONDS
@@ -88,7 +88,7 @@ def test_its_whole_seconds_are_the_frames_of_the_stream(video, stream):
         assert distance(watched[k][changed], frames[k - 1][changed]) > 20
 
 
-def test_changes_are_in_motion_between_the_seconds(video, stream):
+def test_changes_move_between_whole_seconds(video, stream):
     watched = [frame.rgb for frame in sample_file(video, FrameSampling(fps=FPS))]
     assert len(watched) == FPS * SECONDS
     events = {event.frame for event in stream.world.events}
@@ -104,7 +104,7 @@ def test_changes_are_in_motion_between_the_seconds(video, stream):
         assert not differ(watched[FPS * second - 1], after)
 
 
-def test_the_same_stream_gives_the_same_file(tmp_path):
+def test_writing_is_deterministic(tmp_path):
     stream = evaluation_stream(4, 4, 3)
     written = set()
     for _ in range(6):
@@ -113,12 +113,12 @@ def test_the_same_stream_gives_the_same_file(tmp_path):
     assert len(written) == 1
 
 
-def test_a_video_starts_without_being_read_to_its_end(video):
+def test_the_index_of_a_video_is_at_its_beginning(video):
     content = video.read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")
 
 
-def test_noise_does_not_fill_the_file(stream, tmp_path):
+def test_noise_is_limited_in_files(stream, tmp_path):
     sizes = []
     for noise in (MAX_NOISE, 8.0):
         noisy = dataclasses.replace(stream, look=dataclasses.replace(stream.look, noise=noise))
@@ -132,7 +132,7 @@ def test_noise_does_not_fill_the_file(stream, tmp_path):
 
 @pytest.fixture(scope="module")
 def rows(dialogues, video, tokenizer):
-    """The dialogues, written as rows and read again by the source of conversations."""
+    """The dialogues written as rows, as the reader of conversations reads them."""
     file = video.parent / "rows.json"
     file.write_text(json.dumps([to_row(d, tokenizer, video.name) for _, d in dialogues]))
     config = ConversationConfig(files=(str(file),), media_root=str(video.parent))
@@ -141,17 +141,17 @@ def rows(dialogues, video, tokenizer):
     return rows
 
 
-def test_a_row_is_the_sequence(rows, dialogues, tokenizer):
-    """Only that a file has no open turn at the end."""
+def test_a_row_has_the_tokens_of_the_dialogue(rows, dialogues, tokenizer):
+    """Followed by the end of the last turn, which a stream leaves open."""
     for row, (_, dialogue) in zip(rows, dialogues, strict=True):
         assert row.realtime
         assert row.tokens.tolist() == [*dialogue.tokens, tokenizer.special.eot]
-        assert row.learnt.tolist() == [*(label != IGNORED for label in dialogue.labels), False]
+        assert row.is_target.tolist() == [*(label != IGNORED for label in dialogue.labels), False]
         (medium,) = row.media
         assert medium.times == tuple(range(SECONDS))
 
 
-def test_messages_are_the_dialogue_in_words(dialogues, tokenizer):
+def test_messages_have_the_words_of_the_dialogue(dialogues, tokenizer):
     for stream, dialogue in dialogues:
         messages = to_row(dialogue, tokenizer, "0.mp4")["messages"]
         roles = [message["role"] for message in messages]
@@ -200,7 +200,7 @@ def test_a_row_of_more_than_a_minute(tokenizer):
 
 
 def test_any_text_of_the_user_survives(stream, tokenizer):
-    """Characters that are several tokens do, too, and markers that the user types."""
+    """Including characters of several tokens, and markers typed by the user."""
     text = "Où est l'étoile ⭐? <|silence|>"
     dialogue = converse(
         stream.world,
@@ -238,7 +238,7 @@ def test_a_written_stream_can_be_trained_on(stream, video, tokenizer, tmp_path):
 
 def test_the_truth_is_complete(dialogues):
     for stream, dialogue in dialogues:
-        written = truth(stream, dialogue)
+        written = ground_truth(stream, dialogue)
         read = json.loads(json.dumps(written))
         assert read == written
         assert read["seconds"] == SECONDS
@@ -290,7 +290,7 @@ def test_the_command_writes_streams(monkeypatch, tmp_path, capsys, tokenizer):
     assert report.dropped == {}
     assert [Path(row.media[0].path).name for row in rows] == ["3.mp4", "4.mp4"]
 
-    # Once more, all the same.
+    # A second run writes the same.
     contents = {path.name: path.read_bytes() for path in out.iterdir()}
     run(monkeypatch, "--out", out, *given)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == contents
@@ -305,9 +305,9 @@ def test_the_speed_of_speech_can_be_chosen(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("size", [97, 30, 0, -2])
-def test_a_size_that_cannot_be_is_refused(monkeypatch, tmp_path, capsys, size):
+def test_invalid_sizes_are_refused(monkeypatch, tmp_path, capsys, size):
     with pytest.raises(SystemExit) as refused:
         run(monkeypatch, "--out", tmp_path / "out", f"--size={size}")
     assert refused.value.code == 2
-    assert f"--size is an even number from 32 on, not {size}" in capsys.readouterr().err
+    assert f"--size must be an even number of at least 32, not {size}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ P positions
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,4 +161,5 @@ def _staircase_config(a: Arguments) -> StaircaseConfig:
 
 def _tuned(kernel: str, default, a: Arguments):
     kind = jax.devices()[0].device_kind
-    return tuning.lookup(f"mosaic_gpu.{kernel}", default, kind, **tuning.shape_of(a))
+    shape: Any = tuning.shape_of(a)
+    return tuning.lookup(f"mosaic_gpu.{kernel}", default, kind, **shape)

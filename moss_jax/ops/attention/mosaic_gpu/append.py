@@ -6,6 +6,9 @@ B slot, T new tokens, K kv heads, G query heads per kv head, D head, S rows of t
 R rows of a block
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false
+
 import functools
 
 import jax
@@ -39,15 +42,15 @@ def rotate_and_append(
     Tokens beyond `capacity` are dropped. Rows of a block behind its tokens' are undefined.
     """
     B, T, K, _, D = qkv.shape
-    keys, values = jax.new_ref(keys), jax.new_ref(values)
+    keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
     q = plgpu.kernel(
         functools.partial(_kernel, blocks=blocks, capacity=capacity),
         out_type=jax.ShapeDtypeStruct((blocks.count, K, blocks.rows, D), qkv.dtype),
         grid=(K, T, B),
         grid_names=("head", "token", "slot"),
         compiler_params=tiles.COMPILER_PARAMS,
-    )(qkv, *rotation, start, count, keys, values)
-    return q, jax.freeze(keys), jax.freeze(values)
+    )(qkv, *rotation, start, count, keys_ref, values_ref)
+    return q, jax.freeze(keys_ref), jax.freeze(values_ref)
 
 
 def _kernel(

@@ -9,6 +9,9 @@ B slot, T query tokens, R = T * G rows, S keys, X keys of a tile, P splits, K kv
 head, D head, Q blocks of queries over all slots
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false
+
 import functools
 
 import jax
@@ -57,7 +60,7 @@ def decode_blocks(
     (Q, K, rows, D), S = q.shape, k.shape[2]
     X, stages = config.block_kv, config.stages
     splits = config.splits(Q * K, S)
-    bounds = [blocks.pack(x.astype(jnp.int32)) for x in bounds]
+    packed = [blocks.pack(x.astype(jnp.int32)) for x in bounds]
     if bias is not None:
         bias = flatten(jnp.broadcast_to(bias[:, None].astype(jnp.float32), k.shape[:3]), X)
     part = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -93,7 +96,7 @@ def decode_blocks(
         grid=(Q, splits, K) if blocks.per_slot > 1 else (splits, K, Q),
         grid_names=("queries", "split", "head") if blocks.per_slot > 1 else ("split", "head", "queries"),
         compiler_params=tiles.COMPILER_PARAMS,
-    )(q, flatten(k, X, 1), flatten(v, X, 1), bias, *bounds)
+    )(q, flatten(k, X, 1), flatten(v, X, 1), bias, *packed)
     return blocks.unpack(combine_splits(out, row_max, row_sum, blocks.tokens, blocks.group, q.dtype)[..., :D])
 
 

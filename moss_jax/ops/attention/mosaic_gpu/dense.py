@@ -26,6 +26,10 @@ then have 16 columns of zeros in shared memory, which the TMA writes, as to it t
 B batch, P positions, H heads, D head, W consumer warpgroups, X keys of a tile, F keys of the first tile
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportAbstractUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportPrivateImportUsage=false
+
 import dataclasses
 import functools
 

@@ -11,6 +11,9 @@ B batch, T queries, Y queries of a warpgroup's block, S keys, X keys of a tile, 
 kv head, H = K * G, D head
 """
 
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false
+
 import dataclasses
 import functools
 import math

@@ -16,6 +16,7 @@ B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H =
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,8 @@ def _attend_backward(config, scale, residuals, d_out):
     if keys.k_scale is not None:
         raise no_gradients(keys.k.dtype)
     d_q, d_k, d_v, d_bias = backward(_differentiable(config), scale, rows, keys, out, log_sum, d_out)
-    return Rows(d_q, None, None), Keys(d_k, d_v, d_bias, None, None)
+    ranges: Any = (None, None)  # Integers have no gradients.
+    return Rows(d_q, *ranges), Keys(d_k, d_v, d_bias, None, None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

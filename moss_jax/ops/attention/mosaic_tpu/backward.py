@@ -110,7 +110,7 @@ def _d_q_kernel(tile_ranges, saved, keys, d_q, acc, *, scale):
 
     def add_tile(masked):
         _, d_scores, used = _tile_gradients(saved, keys, tile, scale, masked)
-        k = tiles.only(used, keys.k[...]) if masked else keys.k[...]
+        k = keys.k[...] if used is None else tiles.only(used, keys.k[...])
         acc[...] += scale * tiles.matmul(d_scores.astype(k.dtype), k, (0, 0))
 
     tile_ranges.when_in_range((b, i), tile, keys.k.shape[0], add_tile)

@@ -1,0 +1,119 @@
+"""One call for notebooks and scripts: ask about a video, or watch it as a stream."""
+
+import dataclasses
+import os
+from collections.abc import Generator, Iterable
+
+from moss_jax.config import (
+    DecoderWeights,
+    EncoderWeights,
+    EngineConfig,
+    FrameSampling,
+    SessionConfig,
+    TokenSampling,
+)
+from moss_jax.convert import open_model
+from moss_jax.stream import Engine, Event, Text, answer_offline
+from moss_jax.terminal.feed import open_session, run_session
+from moss_jax.text import chat
+from moss_jax.video import probe, sample_clip, sample_file
+
+
+def open_engine(
+    checkpoint: str | os.PathLike | None = None,
+    *,
+    weights: DecoderWeights | None = None,
+    encoder_weights: EncoderWeights | None = None,
+    config: EngineConfig | None = None,
+    sampling: TokenSampling | None = None,
+) -> Engine:
+    """Loads a checkpoint into an engine of one stream, for several calls of `ask` and `watch`.
+
+    Args:
+      checkpoint: folder in Hugging Face layout or repo id; None for the small model that ships with the
+        package.
+      weights, encoder_weights: quantisation of the decoder and of the vision encoder.
+      config: capacities.
+      sampling: how tokens are sampled.
+
+    Raises:
+      CheckpointError, TokenizerError: the checkpoint cannot be used.
+    """
+    opened = open_model(checkpoint, weights=weights, encoder_weights=encoder_weights)
+    return Engine(opened.model, opened.tokenizer, config, sampling)
+
+
+def ask(
+    video: str | os.PathLike,
+    prompt: str,
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    engine: Engine | None = None,
+    frames: FrameSampling | None = None,
+    system: str | None = None,
+    max_tokens: int = 512,
+) -> str:
+    """Answers a prompt about a whole video or image.
+
+        moss_jax.ask("clip.mp4", "What is on the table?")
+
+    Args:
+      checkpoint: see `open_engine`; it is loaded and compiled at each call.
+      engine: takes the place of the checkpoint.
+      frames: which frames of the video the model sees.
+      system: system prompt; None for none, as offline dialogues are trained.
+      max_tokens: limit on the answer.
+
+    Raises:
+      CheckpointError, TokenizerError: the checkpoint cannot be used.
+      SessionError: the prompt does not fit.
+      VideoError: the video cannot be read.
+    """
+    probe(video)  # Refuses a bad file before a model is loaded.
+    engine = engine or open_engine(checkpoint)
+    frames = frames or FrameSampling()
+    clip = sample_clip(video, frames_that_fit(frames, engine.config))
+    events = answer_offline(engine, clip, prompt, system=system, max_tokens=max_tokens)
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def watch(
+    video: str | os.PathLike,
+    prompts: str | Iterable[str | tuple[float, str]] = (),
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    engine: Engine | None = None,
+    frames: FrameSampling | None = None,
+    session: SessionConfig | None = None,
+    system: str | None = chat.SYSTEM_PROMPT,
+) -> Generator[Event]:
+    """Watches a video or image as a live stream; the events as they happen.
+
+        for event in moss_jax.watch("clip.mp4", [(4.0, "What do you see?")]):
+            print(event)
+
+    Args:
+      prompts: texts asked at the beginning, or (seconds, text) pairs; without any, the model watches unasked.
+      checkpoint: see `open_engine`; it is loaded and compiled at each call.
+      engine: takes the place of the checkpoint.
+      frames: which frames of the video the model sees.
+      session: clock and bounds; by default lockstep, where the events depend on the input alone, with 10 s
+        for the last answer.
+      system: system prompt; None for none.
+
+    Raises:
+      CheckpointError, TokenizerError: the checkpoint cannot be used.
+      SessionError: a prompt does not fit.
+      VideoError: the video cannot be read.
+    """
+    shown = sample_file(video, frames or FrameSampling())
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    timed = [(0.0, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    engine = engine or open_engine(checkpoint)
+    opened, later = open_session(engine, timed, session or SessionConfig(tail_seconds=10.0), system=system)
+    return run_session(opened, shown, later)
+
+
+def frames_that_fit(frames: FrameSampling, capacity: EngineConfig) -> FrameSampling:
+    """Limits the frames of a clip to those that the bank has room for."""
+    return dataclasses.replace(frames, max_frames=min(frames.max_frames, capacity.bank_capacity))

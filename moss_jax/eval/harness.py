@@ -1,0 +1,121 @@
+"""The harness of every evaluation: streams of a world played to an engine, several side by side in its slots.
+
+Sessions run in lockstep, so what a model says depends on the streams and the weights alone.
+"""
+
+import collections
+import dataclasses
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from moss_jax.config import SessionConfig
+from moss_jax.stream import EngineLike, Event, Row, Sampled, Session
+from moss_jax.worlds.base import WorldStream
+
+# Tokens that an answer may still take after the end of a stream.
+TAIL_TOKENS = 48
+
+
+def play(
+    engines: Mapping[int, EngineLike],
+    streams: Sequence[WorldStream],
+    *,
+    image_size: int,
+    tokens_per_second: int,
+) -> list[list[Event]]:
+    """Plays streams in live sessions, as many at a time as there are slots.
+
+    Args:
+      engines: by number of slots; one of them has a single slot.
+      streams: with their prompts, which are given at their times.
+      image_size: side of the frames, in pixels.
+      tokens_per_second: speed of speech.
+
+    Returns:
+      The events of each stream, in the order of `streams`.
+    """
+    events: list[list[Event]] = [[] for _ in streams]
+    for first_turn, group in session_groups(streams, max(engines)):
+        session = open_session(
+            engines[max(engines) if len(group) > 1 else 1],
+            [streams[index] for index in group],
+            first_turn=first_turn,
+            image_size=image_size,
+            tokens_per_second=tokens_per_second,
+        )
+        for event in session:
+            # Slots beyond the group have no stream.
+            if event.slot < len(group):
+                events[group[event.slot]].append(event)
+    return events
+
+
+def session_groups(streams: Sequence[WorldStream], slots: int) -> Iterator[tuple[str, list[int]]]:
+    """Groups streams into sessions: at most `slots` streams each, all with the same first user turn.
+
+    Yields:
+      The first turn and the indices of the streams.
+    """
+    by_first_turn: dict[str, list[int]] = collections.defaultdict(list)
+    for index, stream in enumerate(streams):
+        by_first_turn[first_turn_of(stream)].append(index)
+    for first_turn, indices in by_first_turn.items():
+        for begin in range(0, len(indices), slots):
+            yield first_turn, indices[begin : begin + slots]
+
+
+def first_turn_of(stream: WorldStream) -> str:
+    """The prompt at time 0, which opens the dialogue; empty if there is none."""
+    return stream.requests[0].text if stream.requests and not stream.requests[0].time else ""
+
+
+def open_session(
+    engine: EngineLike,
+    streams: Sequence[WorldStream],
+    *,
+    first_turn: str,
+    image_size: int,
+    tokens_per_second: int,
+) -> Session:
+    """Opens a lockstep session over streams with the same first turn, one a slot, and pushes all of them."""
+    config = SessionConfig(
+        clock="lockstep",
+        tokens_per_second=tokens_per_second,
+        tail_seconds=TAIL_TOKENS / tokens_per_second,
+    )
+    session = Session(engine, config, prompt=first_turn)
+    for slot, stream in enumerate(streams):
+        for second, rgb in enumerate(stream.frames(image_size)):
+            session.push_frame(rgb, float(second), slot=slot)
+        for request in stream.requests[bool(first_turn) :]:
+            session.push_prompt(request.text, request.time, slot=slot)
+    session.finish()
+    return session
+
+
+class Blindfold:
+    """An engine without vision: a frame leaves its `<|image|>` in the text, and the bank stays empty."""
+
+    def __init__(self, engine: EngineLike):
+        self._engine = engine
+        self.config, self.tokenizer = engine.config, engine.tokenizer
+        self.perception_device = engine.perception_device
+        self.start = engine.start
+
+    def encode(self, frames: Sequence[np.ndarray]) -> None:
+        """Encodes nothing."""
+
+    def step(self, state: Any, rows: Sequence[Row | None], features: None = None) -> tuple[Any, Sampled]:
+        """Steps the engine, with the frames taken out of the rows."""
+        return self._engine.step(state, [row and dataclasses.replace(row, frames=()) for row in rows])
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
+    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")} | {
+        "python": platform.python_version()
+    }

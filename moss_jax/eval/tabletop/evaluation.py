@@ -1,0 +1,173 @@
+"""The tabletop evaluation: held-out streams in live sessions, scored against the world's truth.
+
+`scores` judges what the model says. For comparison there are answers to the same questions given offline,
+about the clip up to that moment, and a run over the same streams without their frames.
+"""
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moss_jax.config import DecoderWeights, EncoderWeights, EngineConfig
+from moss_jax.convert import open_model
+from moss_jax.eval.harness import TAIL_TOKENS, Blindfold, library_versions, play
+from moss_jax.eval.tabletop import scores
+from moss_jax.eval.tabletop.scores import Ratio, Score
+from moss_jax.stream import Engine, EngineLike, Event, Text, answer_offline
+from moss_jax.text import Tokenizer
+from moss_jax.video import Frame
+from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
+from moss_jax.worlds.tabletop.dialogue import Dialogue, converse
+from moss_jax.worlds.tabletop.language import understand
+
+# Seconds of the shortest clip to ask about offline, as in training.
+SHORTEST_CLIP = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Settings of an evaluation.
+
+    Attributes:
+      checkpoint: folder in Hugging Face layout; None for the shipped model.
+      weights, encoder_weights: as `open_model` takes them.
+      streams: number of held-out streams.
+      seconds: length of a stream.
+      seed: selects the held-out streams.
+      slots: streams side by side.
+      tokens_per_second: speed of speech.
+      offline: ask the questions offline as well.
+      blind_streams: how many of the streams to repeat without their frames; None for all, 0 for none.
+    """
+
+    checkpoint: Path | None = None
+    weights: DecoderWeights | None = None
+    encoder_weights: EncoderWeights | None = None
+    streams: int = 200
+    seconds: int = 32
+    seed: int = 0
+    slots: int = 8
+    tokens_per_second: int = 8
+    offline: bool = True
+    blind_streams: int | None = None
+
+
+def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Plays the streams and scores them.
+
+    Args:
+      config: settings.
+      log: receives a line when each part begins.
+
+    Returns:
+      Settings, scores and versions, JSON-ready; the times include compilation.
+
+    Raises:
+      CheckpointError, TokenizerError: the checkpoint can't be used.
+      ConfigError: the model can't be quantized as asked.
+    """
+    opened = open_model(config.checkpoint, weights=config.weights, encoder_weights=config.encoder_weights)
+    model, tokenizer = opened.model, opened.tokenizer
+    # Room for a model that never stops talking, frames and prompts included.
+    capacity = max(1024, (config.tokens_per_second + 10) * config.seconds + 256)
+    engines = {
+        slots: Engine(model, tokenizer, EngineConfig(slots, capacity, config.seconds))
+        for slots in {1, config.slots}
+    }
+    size = model.config.vision.image_size
+    streams = [evaluation_stream(config.seed, index, config.seconds) for index in range(config.streams)]
+    ideals = [ideal_dialogue(stream, tokenizer, config.tokens_per_second) for stream in streams]
+
+    def judge(engines: Mapping[int, EngineLike], count: int) -> list[Score]:
+        speed = config.tokens_per_second
+        played = play(engines, streams[:count], image_size=size, tokens_per_second=speed)
+        return [
+            scores.score(
+                stream,
+                scores.transcribe(events, stream.requests),
+                ideal,
+                tokenizer=tokenizer,
+                tokens_per_second=speed,
+            )
+            for stream, events, ideal in zip(streams, played, ideals, strict=False)
+        ]
+
+    log(f"{len(streams)} streams of {config.seconds} s, {config.slots} side by side")
+    started = time.monotonic()
+    found = judge(engines, len(streams))
+    wall = time.monotonic() - started
+    result = {
+        "checkpoint": opened.name,
+        "seed": config.seed,
+        "streams": config.streams,
+        "seconds": config.seconds,
+        "slots": config.slots,
+        "tokens_per_second": config.tokens_per_second,
+        "image_size": size,
+        "dtype": str(model.dtype),
+        "weights": config.weights,
+        "encoder_weights": config.encoder_weights,
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        "versions": library_versions(),
+        "wall_s": wall,
+        "times_real_time": config.streams * config.seconds / wall,
+        **scores.summary(found),
+    }
+    if config.offline:
+        log("the same questions offline")
+        result["offline"] = offline_accuracy(engines[1], streams, found, image_size=size)
+    blind = len(streams) if config.blind_streams is None else min(config.blind_streams, len(streams))
+    if blind:
+        log(f"{blind} streams without their frames")
+        blindfolded = {slots: Blindfold(engine) for slots, engine in engines.items()}
+        probes = [score.probes for score in judge(blindfolded, blind)]
+        result["blind"] = {"streams": blind, **scores.accuracy(probes)}
+    return result
+
+
+def ideal_dialogue(stream: TabletopStream, tokenizer: Tokenizer, tokens_per_second: int) -> Dialogue:
+    """The ideal assistant's dialogue over a stream, in a fixed choice of words."""
+    rng = np.random.default_rng(0)
+    return converse(stream.world, stream.requests, tokenizer, tokens_per_second=tokens_per_second, rng=rng)
+
+
+def offline_accuracy(
+    engine: EngineLike, streams: Sequence[TabletopStream], found: Sequence[Score], *, image_size: int
+) -> dict[str, Any]:
+    """Scores answers about whole clips: one question a stream, asked after the clip up to a probe of it.
+
+    The probe is the stream's first that leaves a clip of at least `SHORTEST_CLIP` seconds.
+
+    Args:
+      engine: of one slot.
+      streams: as they were played.
+      found: the live score of each stream.
+      image_size: side of the frames, in pixels.
+
+    Returns:
+      The accuracy of these answers, and of the live ones at the same probes.
+    """
+    live, offline = [], []
+    for stream, score in zip(streams, found, strict=True):
+        probe = next((p for p in score.probes if p.second + 1 >= SHORTEST_CLIP), None)
+        if probe is None:
+            continue
+        request = stream.requests[probe.request]
+        frames = stream.frames(image_size)[: probe.second + 1]
+        clip = [Frame(rgb, float(second)) for second, rgb in enumerate(frames)]
+        events: Iterable[Event] = answer_offline(engine, clip, request.text, max_tokens=TAIL_TOKENS)
+        text = "".join(event.text for event in events if isinstance(event, Text))
+        said = understand(text, request.subject)
+        truth = stream.world.truth[probe.second]
+        offline.append(said is not None and scores.is_right_answer(request, said.facts, truth))
+        live.append(probe.right)
+    return {
+        "accuracy": scores.entry(Ratio.count(offline)),
+        "streaming_accuracy": scores.entry(Ratio.count(live)),
+    }

@@ -1,0 +1,1 @@
+"""GEMM kernels for NVIDIA's Hopper GPUs in Pallas (Mosaic GPU)."""

@@ -1,0 +1,245 @@
+"""Command that watches a video: `python -m moss_jax.serve --video clip.mp4 --prompt "What is happening?"`."""
+
+import argparse
+import dataclasses
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import jax
+from rich.console import Console
+
+from moss_jax import gin_bindings
+from moss_jax.api import frames_that_fit
+from moss_jax.config import (
+    Clock,
+    ConfigError,
+    DecoderWeights,
+    EncoderWeights,
+    EngineConfig,
+    FrameSampling,
+    SessionConfig,
+    TokenSampling,
+)
+from moss_jax.convert import CheckpointError, open_model
+from moss_jax.shipped import shipped
+from moss_jax.stream import Engine, SessionError, answer_offline
+from moss_jax.terminal.feed import open_session, run_session
+from moss_jax.terminal.transcript import print_json, print_transcript
+from moss_jax.text import TokenizerError, chat
+from moss_jax.video import VideoError, VideoInfo, frame_spans, probe, sample_clip, sample_file
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+BAD_INPUT = (CheckpointError, ConfigError, SessionError, TokenizerError, VideoError)
+
+
+def main() -> int:
+    """Runs the command; returns its exit code, 2 for bad input."""
+    args = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("moss_jax").setLevel(logging.INFO if args.verbose else logging.WARNING)
+    try:
+        run(args)
+    except BAD_INPUT as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of the output has closed it, so nothing more can be flushed to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Opens video and model, runs the stream and prints its events."""
+    gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
+    sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
+    session_config = override(gin_bindings.settings(SessionConfig), clock=args.clock)
+    engine_config = override(gin_bindings.settings(EngineConfig), slots=1)
+    token_sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
+
+    info = probe(args.video)
+    prompts = sorted(args.prompt, key=lambda p: p.at)
+    check_times(prompts, args.video, info)
+    if args.offline and len(prompts) != 1:
+        raise ConfigError(f"--offline answers one --prompt about the whole clip, not {len(prompts)}")
+    if args.offline and prompts[0].at:
+        raise ConfigError("--offline reads the whole clip before it answers, so --prompt-at has no meaning")
+
+    perception = None
+    if args.perception_device is not None:
+        devices = jax.devices()
+        if not 0 <= args.perception_device < len(devices):
+            raise ConfigError(
+                f"--perception-device is a number from 0 to {len(devices) - 1} here, "
+                f"not {args.perception_device}"
+            )
+        perception = devices[args.perception_device]
+
+    picture = None
+    if args.timeline:
+        # Imported here, since matplotlib takes a while.
+        from moss_jax.terminal.timeline import Timeline, check_path
+
+        check_path(args.timeline)
+        picture = Timeline()
+
+    opened = open_model(args.checkpoint, weights=args.weights, encoder_weights=args.encoder_weights)
+    engine = Engine(
+        opened.model, opened.tokenizer, engine_config, token_sampling, perception_device=perception
+    )
+    length = f" · {info.duration:.1f} s" if info.duration else ""
+    mode = "offline" if args.offline else session_config.clock
+    heading = (
+        f"{Path(args.video).name} · {info.width}×{info.height}{length} · {sampling.fps:g} fps · {mode}\n"
+        f"{opened.name}\n"
+    )
+    if args.offline:
+        frames = sample_clip(args.video, frames_that_fit(sampling, engine_config))
+        if picture:
+            for frame in frames:
+                picture.add_frame(frame.rgb, frame.time)
+        events = answer_offline(engine, frames, prompts[0].text, system=args.system)
+    else:
+        system = chat.SYSTEM_PROMPT if args.system is None else args.system
+        timed = [(prompt.at, prompt.text) for prompt in prompts]
+        session, later = open_session(engine, timed, session_config, system=system)
+        if session_config.clock == "realtime":
+            # Compiled beforehand, since the clip goes on meanwhile.
+            engine.warm_up((info.height, info.width, 3))
+        signal.signal(signal.SIGINT, lambda *_: session.stop())
+        frames = sample_file(args.video, sampling)
+        if picture:
+            frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
+        events = run_session(session, frames, later)
+    if picture:
+        events = tap(events, picture.add)
+    try:
+        if args.json:
+            print(heading, file=sys.stderr, end="")
+            print_json(events, sys.stdout)
+        else:
+            console = Console(highlight=False)
+            console.print(heading, style="dim", markup=False)
+            print_transcript(events, console)
+    finally:
+        # Also after an error, of the events so far.
+        if picture and picture.events:
+            picture.save(args.timeline)
+
+
+def tap[T](items: Iterable[T], keep: Callable[[T], None]) -> Iterator[T]:
+    """Passes items on, each to `keep` first."""
+    for item in items:
+        keep(item)
+        yield item
+
+
+@dataclasses.dataclass
+class Prompt:
+    """A prompt and its stream time in seconds."""
+
+    text: str
+    at: float = 0.0
+
+
+def check_times(prompts: list[Prompt], video: str, info: VideoInfo) -> None:
+    """Checks that no prompt comes after the end of the clip.
+
+    Raises:
+      ConfigError: one does.
+    """
+    last = max((p.at for p in prompts), default=0.0)
+    if last == 0:
+        return
+    end = 0.0
+    if not info.is_image:
+        # By its packets: the length in a header can be missing or wrong.
+        span = frame_spans(video)[-1]
+        end = span.time + (span.duration or 0.0)
+    if last > end + 1e-3:
+        raise ConfigError(f"--prompt-at {last:g} is beyond the clip, which lasts {end:.1f} s")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; argparse exits with code 2 if it is invalid."""
+    parser = argparse.ArgumentParser(
+        description="Watch a video and talk about it.",
+        epilog="Settings beside these flags are in configs/serve.gin; flags win over gin.",
+    )
+    add = parser.add_argument
+    add("--video", required=True, metavar="FILE", help="video or image file")
+    add(
+        "--prompt",
+        action=AddPrompt,
+        default=[],
+        metavar="TEXT",
+        help="prompt to the model; may be given several times",
+    )
+    add(
+        "--prompt-at",
+        action=SetTime,
+        type=float,
+        metavar="SECONDS",
+        help="stream time of the --prompt before it",
+    )
+    add("--fps", type=float, help="frames to sample per second of video")
+    add("--clock", choices=get_args(Clock), help="the stream's own clock, or the wall's")
+    add("--offline", action="store_true", help="prefill the whole clip, then answer")
+    add(
+        "--checkpoint",
+        metavar="DIR|REPO",
+        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION]; default: the small model "
+        "that ships with the package",
+    )
+    add(
+        "--weights",
+        choices=get_args(DecoderWeights),
+        help="quantise the decoder's weights to 8 bits",
+    )
+    add("--perception-device", type=int, metavar="N", help="index of another device, to encode the frames")
+    add(
+        "--encoder-weights",
+        choices=get_args(EncoderWeights),
+        help="quantise the vision encoder to 8 bits",
+    )
+    add("--system", metavar="TEXT", help="system prompt; empty for none")
+    add("--seed", type=int, help="seed of the sampling")
+    add("--json", action="store_true", help="print one JSON object per event instead of a transcript")
+    add("--timeline", type=Path, metavar="FILE", help="draw frames, prompts and answers over time, as a .png")
+    add("--gin_file", action="append", default=[], metavar="FILE", help="settings that override the defaults")
+    add("--gin_param", action="append", default=[], metavar="BINDING", help="e.g. 'frames.fps = 2'")
+    add("--verbose", action="store_true", help="log the choice of kernels")
+    return parser.parse_args()
+
+
+class AddPrompt(argparse.Action):
+    """Adds a prompt at the start of the clip."""
+
+    def __call__(self, parser, namespace, values: Any, option_string=None):
+        namespace.prompt = [*namespace.prompt, Prompt(values)]
+
+
+class SetTime(argparse.Action):
+    """Moves the prompt before it to its time."""
+
+    def __call__(self, parser, namespace, values: Any, option_string=None):
+        if not namespace.prompt:
+            parser.error("--prompt-at must follow the --prompt that it belongs to")
+        if not 0 <= values < float("inf"):
+            parser.error(f"--prompt-at is a number of seconds from 0 on, not {values:g}")
+        namespace.prompt[-1].at = values
+
+
+def override[Settings: DataclassInstance](settings: Settings, **values) -> Settings:
+    """Replaces settings, but for values that are None."""
+    return dataclasses.replace(settings, **{k: v for k, v in values.items() if v is not None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

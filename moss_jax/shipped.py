@@ -1,0 +1,26 @@
+"""Files that ship with the package: default settings and the small model."""
+
+from pathlib import Path
+
+from moss_jax.config import ConfigError
+
+PACKAGE = Path(__file__).parent
+
+
+def shipped(name: str) -> Path:
+    """Finds a shipped file or folder, such as "configs/serve.gin" or "moss-tiny".
+
+    In a source tree they are beside the package, in an installed wheel inside it.
+
+    Raises:
+      ConfigError: it is in neither.
+    """
+    root = PACKAGE.parent
+    places = root / name, root / "checkpoints" / name, PACKAGE / "_shipped" / name
+    for place in places:
+        if place.exists():
+            return place
+    raise ConfigError(
+        f"{name} ships with moss_jax, but neither {root} nor {places[-1].parent} has it; "
+        "install moss_jax from a clone of its repository or a wheel built there"
+    )

@@ -1,0 +1,149 @@
+"""Encoding of frames: batches of a few sizes, each sent to the device while the one before is encoded.
+
+P encoded frames, N vectors a frame, D width
+"""
+
+import collections
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array, DTypeLike, Float, UInt8
+
+from moss_jax.config import VisionConfig
+from moss_jax.nn import MossVideo
+from moss_jax.stream.parameters import functionalize
+from moss_jax.stream.rows import bucket
+from moss_jax.video import preprocess
+
+# Batch sizes that programs are compiled for.
+ENCODE_BUCKETS = (1, 8, 32)
+# Strips that a frame is cut into when it is sent alone.
+STRIPS = 4
+
+# A batch of frames, each as a list of strips.
+type Strips = list[list[np.ndarray]] | list[list[jax.Array]]
+
+
+class FrameEncoder:
+    """Vision encoder, compressor and projector with their compiled programs.
+
+    Two programs, so that the device preprocesses while the host spends its millisecond on launching the
+    encoder.
+
+    Args:
+      model: its decoder is not kept.
+      placement: of the parameters; frames are encoded there.
+      output: where the features go.
+
+    Attributes:
+      programs: the jitted functions, by name.
+    """
+
+    def __init__(self, model: MossVideo, placement: SingleDeviceSharding, output: SingleDeviceSharding):
+        parameters, encode = functionalize(
+            model, lambda model, pixels: model.encode(pixels), lambda path, _: path[0] != "decoder"
+        )
+        self._parameters = jax.device_put(parameters, placement)
+        self._placement, self._output = placement, output
+        pixels = functools.partial(to_pixels, model.config.vision, model.dtype)
+        self._pixels = jax.jit(pixels, in_shardings=placement, out_shardings=placement)
+        self._encode = jax.jit(encode)
+        self.programs = {"pixels": self._pixels, "encode": self._encode}
+
+    def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
+        """Encodes frames; see `Engine.encode`."""
+        if len({frame.shape for frame in frames}) > 1:
+            parts = [self.encode([frame]) for frame in frames]
+        else:
+            batches, parts = map(self.send, split_batches(frames)), []
+            sent = collections.deque(itertools.islice(batches, 1))
+            while sent:
+                parts.append(self.encode_sent(sent.popleft()))
+                # A transfer waits for the programs called before it, so from the second batch on, the frames
+                # of the next are sent before one is encoded.
+                sent.extend(itertools.islice(batches, 2 - len(sent)))
+        if len(parts) == 1:
+            return parts[0]
+        # Padded to a power of two, so that programs see few sizes.
+        features = jnp.concatenate(parts)
+        padding = (1 << (len(features) - 1).bit_length()) - len(features)
+        return jnp.pad(features, ((0, padding), (0, 0), (0, 0)))
+
+    def send(self, frames: Sequence[np.ndarray]) -> Strips:
+        """Sends a batch of frames of one size, padded to a bucket with copies of the first."""
+        size = bucket(len(frames), ENCODE_BUCKETS)
+        strips = in_strips(frames)
+        # A single frame stays on the host until the program is called, since `device_put` costs half a
+        # millisecond of Python; of several, the first is sent once, however often it pads.
+        if size > 1:
+            strips = jax.device_put(strips, self._placement)
+        return strips + [strips[0]] * (size - len(frames))
+
+    def encode_sent(self, strips: Strips) -> Float[Array, "P N D"]:
+        """Features of a batch that `send` returned."""
+        features = self._encode(self._parameters, self._pixels(strips))
+        return features if self._placement == self._output else jax.device_put(features, self._output)
+
+    def lower(self, frame_shape: tuple[int, int, int]) -> Iterator[jax.stages.Lowered]:
+        """The programs for frames of one shape, yet to be compiled."""
+        frame = np.zeros(frame_shape, np.uint8)
+        batches = [abstract(in_strips([frame] * size), self._placement) for size in ENCODE_BUCKETS]
+        for batch in batches:
+            pixels = abstract(jax.eval_shape(self._pixels, batch), self._placement)
+            yield self._encode.lower(self._parameters, pixels)
+        for batch in batches:
+            yield self._pixels.lower(batch)
+
+
+def split_batches(frames: Sequence[np.ndarray]) -> Iterator[Sequence[np.ndarray]]:
+    """Cuts frames into full buckets and a rest.
+
+    Small batches come first, so that the device begins soon and is busy while many frames are on their way:
+    a large batch always follows a small one.
+    """
+    _, few, many = ENCODE_BUCKETS
+    large = max(len(frames) - few, 0) // many
+    small, rest = divmod(len(frames) - large * many, few)
+    left = iter(frames)
+    for size in [few] * small + [many] * large + [rest] * bool(rest):
+        yield list(itertools.islice(left, size))
+
+
+def in_strips(frames: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """Frames as they are sent to the device, each on its own: the host does not copy them into one array.
+
+    A frame alone is cut into strips, so that one is prepared while the one before is on its way.
+    """
+    if len(frames) > 1:
+        return [[frame] for frame in frames]
+    rows = -(-len(frames[0]) // STRIPS)
+    return [[frames[0][i : i + rows] for i in range(0, len(frames[0]), rows)]]
+
+
+def to_pixels(config: VisionConfig, dtype: DTypeLike, frames: Strips) -> Float[Array, "P S S 3"]:
+    """Resized, padded and normalised pixels of frames in strips."""
+
+    def fitted(strips):
+        frame = strips[0]
+        if len(strips) > 1:
+            # Concatenated once, and not again wherever a pixel is read.
+            frame = jax.lax.optimization_barrier(jnp.concatenate(strips))
+        pixels = preprocess(frame, image_size=config.image_size, mean=config.image_mean, std=config.image_std)
+        return pixels.astype(dtype)
+
+    # Each frame is written to its place: stacking them takes another pass, and a slow one.
+    size = config.image_size
+    pixels = jnp.zeros((len(frames), size, size, 3), dtype)
+    for index, strips in enumerate(frames):
+        pixels = pixels.at[index].set(fitted(strips))
+    return pixels
+
+
+def abstract(tree, placement: SingleDeviceSharding):
+    """Shapes and dtypes of arrays on a device, to lower programs with."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)

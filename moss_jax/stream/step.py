@@ -1,0 +1,129 @@
+"""The pure step: append a row to each slot, then sample the next token of each.
+
+A sampled token is *pending* until the next step appends it, so a silent second costs one step, and the host
+has each token as soon as it is sampled.
+
+B slots, T tokens, V vocabulary
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key
+
+from moss_jax.config import EngineConfig, ModelConfig, TokenSampling
+from moss_jax.memory import StreamState, init_state
+from moss_jax.nn.decoder import Decoder
+from moss_jax.stream.rows import PENDING, StepFrames
+from moss_jax.stream.sampling import sample
+from moss_jax.text import SpecialTokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EngineState:
+    """The state of all slots between two steps.
+
+    Attributes:
+      stream: text cache and memory bank.
+      pending: the token that was sampled last, not part of the stream yet.
+      logits: the scores that it was sampled from.
+      said: tokens of the current turn that the repetition penalty applies to; None without a penalty.
+    """
+
+    stream: StreamState
+    pending: Int[Array, " B"]
+    logits: Float[Array, "B V"]
+    said: Bool[Array, "B V"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """The outcome of a step.
+
+    Attributes:
+      tokens: the next token of each slot; silence where the model would end its turn, since in a stream the
+        turn stays open.
+      logits: the scores that they were sampled from; a view of the state, so donated with the next step.
+    """
+
+    tokens: Int[Array, " B"]
+    logits: Float[Array, "B V"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingRules:
+    """Arrays that sampling needs beside its settings.
+
+    Attributes:
+      key: of the seed; folded with the position for each token.
+      allowed: tokens that may be sampled.
+      exempt: tokens that the repetition penalty spares.
+    """
+
+    key: Key[Array, ""]
+    allowed: Bool[Array, " V"]
+    exempt: Bool[Array, " V"]
+
+
+def start(model: ModelConfig, dtype: DTypeLike, penalised: bool, config: EngineConfig) -> EngineState:
+    """The state of empty slots.
+
+    Args:
+      penalised: whether there is a repetition penalty.
+    """
+    slots, vocab = config.slots, model.decoder.vocab_size
+    return EngineState(
+        stream=init_state(
+            model,
+            slots,
+            text_capacity=config.text_capacity,
+            bank_capacity=config.bank_capacity,
+            dtype=dtype,
+        ),
+        pending=jnp.zeros(slots, jnp.int32),
+        logits=jnp.zeros((slots, vocab), jnp.float32),
+        said=jnp.zeros((slots, vocab), bool) if penalised else None,
+    )
+
+
+def step(
+    sampling: TokenSampling,
+    special: SpecialTokens,
+    decoder: Decoder,
+    rules: SamplingRules,
+    state: EngineState,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    new_turn: Bool[Array, " B"],
+    frames: StepFrames | None,
+) -> EngineState:
+    """Appends the first `lengths` tokens of each row and samples each slot's next token into `pending`."""
+    slots = jnp.arange(tokens.shape[0])
+    spoken = tokens[:, 0] == PENDING
+    said = state.said
+    if said is not None:
+        # A pending token joins the turn that is penalised; slots without one stay as they are.
+        update = jnp.where(spoken & ~rules.exempt[state.pending], True, said[slots, state.pending])
+        said = said.at[slots, state.pending].set(update) & ~new_turn[:, None]
+    tokens = jnp.where(tokens == PENDING, state.pending[:, None], tokens)
+    stream = state.stream
+    if frames is not None:
+        assert frames.features is not None
+        position = stream.text.length[:, None] + frames.offset
+        bank = decoder.remember(stream.bank, frames.features, position, jnp.asarray(frames.count))
+        stream = dataclasses.replace(stream, bank=bank)
+    hidden, stream = decoder.decode(stream, tokens, lengths)
+    last = hidden[slots, jnp.maximum(lengths - 1, 0)]
+    logits = decoder.logits(last[:, None])[:, 0]
+    keys = None
+    if sampling.temperature:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rules.key, stream.text.length)
+    sampled = sample(logits, sampling, keys=keys, allowed=rules.allowed, said=said)
+    # A turn that the model ends stays open, so the token to append is the silence that it was trained with.
+    sampled = jnp.where(sampled == special.eot, special.silence, sampled)
+    pending = jnp.where(lengths > 0, sampled, state.pending)
+    return EngineState(stream=stream, pending=pending, logits=logits, said=said)

@@ -1,0 +1,132 @@
+"""Feeds a session from a source of frames and timed prompts, in a thread of its own."""
+
+import contextlib
+import heapq
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
+
+from moss_jax.config import SessionConfig
+from moss_jax.stream import End, EngineLike, Event, FrameSeen, Session
+from moss_jax.text import chat
+from moss_jax.video import Frame
+
+# Frames that the reader of a lockstep stream may be ahead, so that a long file is never all in memory.
+READ_AHEAD = 16
+
+
+def open_session(
+    engine: EngineLike,
+    prompts: Iterable[tuple[float, str]],
+    config: SessionConfig | None = None,
+    *,
+    system: str | None = chat.SYSTEM_PROMPT,
+) -> tuple[Session, list[tuple[float, str]]]:
+    """Makes a session whose first user turn is the first prompt at time 0, if there is one.
+
+    Args:
+      engine: of one slot.
+      prompts: (stream time in seconds, text) pairs.
+      system: system prompt; None for none.
+
+    Returns:
+      The session and the prompts that are still to be pushed, in order of time.
+
+    Raises:
+      SessionError: a prompt is longer than the text capacity.
+    """
+    prompts = sorted(prompts, key=lambda prompt: prompt[0])
+    first = prompts.pop(0)[1] if prompts and prompts[0][0] == 0 else ""
+    session = Session(engine, config, system=system, prompt=first)
+    for _, text in prompts:
+        session.check_prompt(text)
+    return session, prompts
+
+
+def run_session(
+    session: Session, frames: Iterable[Frame], prompts: Sequence[tuple[float, str]]
+) -> Generator[Event]:
+    """Runs a session on a source of frames: by their timestamps in realtime, as fast as possible in lockstep.
+
+    Args:
+      session: of one slot, not yet iterated.
+      frames: in order of time.
+      prompts: (stream time in seconds, text) pairs.
+
+    Yields:
+      The session's events.
+
+    Raises:
+      Exception: whatever reading the frames raises, after the events of the frames before.
+    """
+    feeder = _Feeder(session, frames, prompts)
+    feeder.start()
+    try:
+        for event in session:
+            if isinstance(event, FrameSeen):
+                feeder.room.release()
+            if isinstance(event, End) and feeder.error:
+                # The stream ended because its source failed, so the error takes the place of the event.
+                break
+            yield event
+    finally:
+        feeder.close()
+    if feeder.error:
+        raise feeder.error
+
+
+class _Feeder(threading.Thread):
+    """Pushes frames and prompts in order of time.
+
+    Attributes:
+      error: of reading the frames.
+      room: frames that may be pushed before the session has seen more, in lockstep.
+    """
+
+    def __init__(self, session: Session, frames: Iterable[Frame], prompts: Sequence[tuple[float, str]]):
+        super().__init__(name="feeder", daemon=True)
+        self.error: Exception | None = None
+        self.room = threading.Semaphore(READ_AHEAD)
+        self._session = session
+        self._frames = frames
+        self._prompts = sorted(prompts, key=lambda prompt: prompt[0])
+        self._closed = threading.Event()
+        self._realtime = session.config.clock == "realtime"
+
+    def run(self) -> None:
+        try:
+            with contextlib.closing(self._reader()) as frames:
+                self._push(frames)
+        except Exception as error:  # Raised again by the thread that reads the events.
+            self.error = error
+        finally:
+            self._session.finish()
+
+    def _reader(self) -> Generator[Frame]:
+        yield from self._frames
+
+    def _push(self, frames: Iterator[Frame]) -> None:
+        # At one instant prompts come before the frame.
+        prompts = ((at, 0, text) for at, text in self._prompts)
+        timed = ((frame.time, 1, frame) for frame in frames)
+        for at, _, item in heapq.merge(prompts, timed, key=lambda x: x[:2]):
+            if self._realtime:
+                # By the session's clock, which may start later than this thread.
+                while (ahead := at - self._session.now()) > 0 and not self._closed.wait(ahead):
+                    pass
+            elif isinstance(item, Frame):
+                self.room.acquire()
+            if self._closed.is_set():
+                return
+            if isinstance(item, Frame):
+                alive = self._session.push_frame(item.rgb, at)
+            else:
+                alive = self._session.push_prompt(item, at)
+            if not alive:
+                return
+
+    def close(self) -> None:
+        """Stops the session, ends the thread even while it waits and joins it, so that the file is closed."""
+        self._closed.set()
+        self.room.release()
+        self._session.stop()
+        self.join()

@@ -1,0 +1,131 @@
+"""Output of a stream on a terminal: a transcript for people, or one JSON object per event."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import IO
+
+from rich.console import Console
+from rich.text import Text as Styled
+
+from moss_jax.stream import End, Event, FrameSeen, Interrupted, Silence, Text, Turn
+
+# Columns before the text, for a stream time such as " 12:34  ".
+MARGIN = 8
+PROMPT = "›"
+SILENCE = "·"
+FRAME_WHILE_SPEAKING = "▫"
+
+ENDINGS = {
+    "finished": "end of the stream",
+    "stopped": "stopped",
+    "text_capacity": "the text capacity is used up; engine.text_capacity sets it",
+    "bank_capacity": "the memory bank is full; engine.bank_capacity sets it",
+    "token_limit": "cut at the token limit",
+}
+
+
+def print_json(events: Iterable[Event], out: IO[str]) -> None:
+    """Writes one JSON object per line and flushes it."""
+    for event in events:
+        out.write(json.dumps(event.to_dict(), ensure_ascii=False) + "\n")
+        out.flush()
+
+
+def print_transcript(events: Iterable[Event], console: Console) -> None:
+    """Writes a transcript, event by event.
+
+    Each line begins with the stream time and belongs to one speaker. A silence is a dot, and a frame that
+    arrives while the model is talking a small square in the text.
+    """
+    printer = TranscriptPrinter(console)
+    for event in events:
+        printer.add(event)
+
+
+class TranscriptPrinter:
+    """Writes a transcript and keeps track of the cursor."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._column = 0
+        # The kind of line that is open: "text", "silence", "turn" or none.
+        self._line = ""
+
+    def add(self, event: Event) -> None:
+        """Writes one event."""
+        match event:
+            case Turn():
+                if event.prompt:
+                    self._start("turn", event)
+                    self._write(f"{PROMPT} {printable(event.prompt)}", "bold cyan")
+                    self._end_line()
+            case FrameSeen():
+                if self._line == "text":
+                    self._write(FRAME_WHILE_SPEAKING, "dim cyan")
+            case Text():
+                if self._line != "text":
+                    self._start("text", event)
+                self._write(printable(event.text))
+            case Silence():
+                if self._line != "silence":
+                    self._start("silence", event)
+                self._write(f"{SILENCE} ", "dim")
+            case Interrupted():
+                self._write(" — cut", "dim red")
+                self._end_line()
+            case End():
+                self._end_line()
+                self._console.print(Styled(f"\n{summary(event)}", style="dim"))
+
+    def _start(self, line: str, event: Event) -> None:
+        self._end_line()
+        self._line = line
+        self._print(Styled(f"{clock(event.stream_time):>{MARGIN - 2}}  ", style="dim"))
+        self._column = MARGIN
+
+    def _write(self, text: str, style: str = "") -> None:
+        """Writes text word by word and wraps it, indented by the margin."""
+        for word in re.findall(r"\n|[^\S\n]+|\S+", text):
+            width = Styled(word).cell_len
+            if word == "\n" or (self._column + width > self._console.width and self._column > MARGIN):
+                self._print(Styled("\n" + " " * MARGIN))
+                self._column = MARGIN
+                if word.isspace():
+                    continue
+            self._print(Styled(word, style=style))
+            self._column += width
+
+    def _end_line(self) -> None:
+        if self._column:
+            self._console.print()
+        self._column, self._line = 0, ""
+
+    def _print(self, text: Styled) -> None:
+        self._console.print(text, end="", soft_wrap=True)
+        self._console.file.flush()
+
+
+def clock(seconds: float) -> str:
+    """Formats stream time as minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def summary(end: End) -> str:
+    """The reason and the counters of an end, in one line."""
+    c = end.counters
+    counts = [
+        (c.frames, "frame", "frames"),
+        (c.frames_dropped, "frame dropped", "frames dropped"),
+        (c.tokens, "token of text", "tokens of text"),
+        (c.silences, "silence", "silences"),
+        (c.interruptions, "interruption", "interruptions"),
+    ]
+    parts = [f"{n} {one if n == 1 else many}" for n, one, many in counts if n]
+    return f"{ENDINGS[end.reason]} · {', '.join(parts)} · {end.wall_time:.1f} s"
+
+
+def printable(text: str) -> str:
+    """Text without control characters, with which a model could send escape codes to the terminal."""
+    return "".join(c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf"))

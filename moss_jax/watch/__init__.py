@@ -1,1 +1,0 @@
-"""Streams for people: a model opened, a video fed to it, a transcript on the terminal."""

@@ -1,0 +1,38 @@
+"""Timing of speculative dispatch."""
+
+import time
+
+import jax.numpy as jnp
+import pytest
+
+from moss_jax.stream.conversation import Inbound, Plan
+from moss_jax.stream.dispatch_timer import DECODE, MARGIN, WEIGHT, DispatchTimer, StepInFlight
+
+
+def test_the_delay_is_the_duration_of_a_step_less_that_of_a_dispatch():
+    timer = DispatchTimer()
+    assert timer.delay(DECODE) == 0
+    timer.record_step(DECODE, 0.010)
+    timer.record_dispatch(0.002)
+    assert timer.delay(DECODE) == pytest.approx(0.008 - MARGIN)
+    timer.record_step(DECODE, 0.020)
+    assert timer.delay(DECODE) == pytest.approx(0.010 + WEIGHT * 0.010 - 0.002 - MARGIN)
+    assert timer.delay((64, 0)) == 0  # A kind of step without measurements.
+    timer.record_dispatch(1.0)
+    assert timer.delay(DECODE) == 0
+
+
+def test_only_the_dispatch_of_decode_steps_is_timed():
+    """A step with a frame is dispatched after the frame was sent and its encoding dispatched."""
+    timer, started = DispatchTimer(), time.monotonic() - 1
+
+    def dispatch(tokens: int, frames: int) -> None:
+        plan = Plan(tokens=[0] * tokens, frames=[Inbound(0.0, 1, 0)] * frames)
+        StepInFlight({0: plan}, jnp.zeros(1, jnp.int32), timer, started)
+
+    timer.record_step(DECODE, 5.0)
+    dispatch(2, 1)
+    dispatch(64, 0)
+    assert timer.delay(DECODE) == pytest.approx(5.0 - MARGIN)
+    dispatch(1, 0)
+    assert timer.delay(DECODE) == pytest.approx(4.0 - MARGIN, abs=0.5)

@@ -1,0 +1,88 @@
+"""Output on a terminal: the transcript and JSON."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text, Turn
+from moss_jax.terminal.transcript import print_json, print_transcript, printable
+
+
+def at(kind, when, **fields):
+    return kind(stream_time=when, wall_time=when / 10, **fields)
+
+
+STORY = [
+    at(Turn, 0, prompt=""),
+    at(Silence, 0),
+    at(FrameSeen, 0, index=0, time=0.0),
+    at(Silence, 0),
+    at(FrameSeen, 1, index=1, time=1.0),
+    at(Silence, 1),
+    at(Turn, 61.5, prompt="What is there?"),
+    at(Text, 61.5, text="A red"),
+    at(FrameSeen, 62, index=2, time=62.0),
+    at(Text, 62, text=" card"),
+    at(Interrupted, 62.2, said="A red card"),
+    at(Turn, 62.2, prompt="And now?"),
+    at(Text, 62.2, text="Nothing."),
+    at(Silence, 62.5),
+    at(End, 63, reason="finished", counters=Counters(frames=3, silences=4, tokens=5, interruptions=1)),
+]
+
+
+def transcript(events, width=100, **options) -> str:
+    out = io.StringIO()
+    print_transcript(events, Console(file=out, width=width, highlight=False, **options))
+    return out.getvalue()
+
+
+def test_a_transcript_line_by_line():
+    assert transcript(STORY).splitlines() == [
+        "  0:00  · · · ",
+        "  1:01  › What is there?",
+        "  1:01  A red▫ card — cut",
+        "  1:02  › And now?",
+        "  1:02  Nothing.",
+        "  1:02  · ",
+        "",
+        "end of the stream · 3 frames, 5 tokens of text, 4 silences, 1 interruption · 6.3 s",
+    ]
+
+
+def test_long_text_wraps_between_words_with_the_margin():
+    pieces = [at(Text, 0, text=f"{word} ") for word in ["several"] * 30]
+    lines = transcript([*pieces, STORY[-1]], width=40).partition("\n\n")[0].splitlines()
+    assert len(lines) > 5
+    assert all(len(line) <= 40 for line in lines)
+    assert all(line.startswith(" " * 8) for line in lines[1:])
+    assert " ".join(" ".join(lines).split()[1:]) == " ".join(["several"] * 30)
+
+
+def test_wide_characters_count_two_columns():
+    shown = transcript([at(Text, 0, text="桌上有卡片 " * 8), STORY[-1]], width=40).partition("\n\n")[0]
+    assert [line.count("桌上有卡片") for line in shown.splitlines()] == [3, 3, 2]
+
+
+def test_control_characters_are_not_printed():
+    assert printable("a\x1b[2Jb\x07c\nd\u202ee") == "a[2Jbc\nde"
+    assert "\x1b" not in transcript([at(Text, 0, text="\x1b]0;title\x07x"), STORY[-1]])
+    assert "[bold]" in transcript([at(Turn, 0, prompt="[bold]what[/bold]"), STORY[-1]])
+
+
+@pytest.mark.parametrize("reason", ["text_capacity", "bank_capacity"])
+def test_an_end_by_capacity_names_the_setting(reason):
+    end = at(End, 1, reason=reason, counters=Counters(frames_dropped=2))
+    assert f"engine.{reason}" in transcript([end])
+    assert "2 frames dropped" in transcript([end])
+
+
+def test_json_is_one_object_per_event():
+    out = io.StringIO()
+    print_json(STORY, out)
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [line["type"] for line in lines] == [event.type for event in STORY]
+    assert lines[7] == {"type": "text", "slot": 0, "stream_time": 61.5, "wall_time": 6.15, "text": "A red"}
+    assert lines[-1]["counters"]["interruptions"] == 1
