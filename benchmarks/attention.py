@@ -31,7 +31,8 @@ from attention_cases import CASES, Bank, Case, Checker, Rest, arguments, make_in
 from report import add_out, device, first_line, known, make_parser, publish, say
 from timing import SHARED_BYTES, line, measure_ceilings, named, timed
 
-from moss_jax.ops.attention import IMPLEMENTATIONS, tuning
+from moss_jax.ops.attention import ATTENTION, tuning
+from moss_jax.ops.attention.mosaic_gpu import DecodeConfig, StaircaseConfig
 
 MAX_SCORE_BYTES = 4e9
 MAX_ERROR = 0.03  # Relative; a configuration beyond it counts as wrong.
@@ -177,11 +178,12 @@ def contenders() -> list[Contender]:
 
     def ours_refuses(case: Case, *, name: str) -> bool:
         q, banks, rest = jax.eval_shape(lambda: make_inputs(case))
-        reason = IMPLEMENTATIONS[name].unsupported(arguments(case, q, banks[0], rest), platform)
+        unsupported = ATTENTION.implementations[name].unsupported
+        reason = unsupported(arguments(case, q, banks[0], rest), platform)
         return reason is not None or (name == "reference" and too_many_scores(case))
 
     def ours(case: Case, *inputs, name: str):
-        return IMPLEMENTATIONS[name].attend(arguments(case, *inputs))
+        return ATTENTION(arguments(case, *inputs), implementation=name)
 
     def peer(name, takes, *, bound=False, **options):
         attend = functools.partial(jax_nn, **options)
@@ -192,7 +194,7 @@ def contenders() -> list[Contender]:
             Contender(
                 name, functools.partial(ours, name=name), functools.partial(ours_refuses, name=name), True
             )
-            for name in IMPLEMENTATIONS
+            for name in ATTENTION.implementations
         ),
         peer("jax_cudnn", lambda case: on_gpu, implementation="cudnn", see="mask"),
         peer(
@@ -318,7 +320,7 @@ def tune(cases: list[Case], args: argparse.Namespace) -> list[dict]:
 
 def try_configs(case: Case, best: dict, inputs, repeats: int, deadline: float) -> list[dict]:
     """Times configurations until the deadline; a row each."""
-    kernel, config_class = our_kernel(case.kind)
+    config_class = {"decode": DecodeConfig, "staircase": StaircaseConfig}[case.kind]
     check = Checker(case, inputs[0], inputs[1][0], inputs[2])
     rows = []
     for sizes in candidates(case, best):
@@ -329,7 +331,11 @@ def try_configs(case: Case, best: dict, inputs, repeats: int, deadline: float) -
         row = {"case": case.name, "implementation": named(changes) or "as before", "config": sizes}
         try:
             config = config_class(**sizes)
-            program = build(case, lambda case, *x, config=config: kernel(arguments(case, *x), config))
+
+            def attend(case, *inputs, config=config):
+                return ATTENTION(arguments(case, *inputs), implementation="mosaic_gpu", config=config)
+
+            program = build(case, attend)
             row["error"] = check(program(*inputs)[1])
             if not max(row["error"]) < MAX_ERROR:  # NaN too.
                 raise ValueError(f"relative errors {row['error']} exceed {MAX_ERROR}")
@@ -339,18 +345,6 @@ def try_configs(case: Case, best: dict, inputs, repeats: int, deadline: float) -
         rows.append(row)
         say(line(row))
     return rows
-
-
-def our_kernel(kind: str):
-    """The kernel of a kind of case, and its config class."""
-    if kind == "decode":
-        from moss_jax.ops.attention.mosaic_gpu import decode, decode_quantized
-        from moss_jax.ops.attention.mosaic_gpu.bank import DecodeConfig
-
-        return lambda a, config: (decode_quantized if a.quantized else decode)(a, config), DecodeConfig
-    from moss_jax.ops.attention.mosaic_gpu.staircase import StaircaseConfig, staircase
-
-    return staircase, StaircaseConfig
 
 
 def candidates(case: Case, best: dict) -> list[dict]:

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moss_jax.ops.attention import Arguments, KeyRange, attention
-from moss_jax.ops.attention.arguments import QUANTIZED
+from moss_jax.ops.qarray import QUANTIZED, QArray, quantize
 
 FRAME = 101  # Keys of a frame.
 CHECKED_QUERIES = 64
-LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +131,10 @@ CASES = {case.name: case for case in _cases()}
 
 
 class Bank(NamedTuple):
-    """K and V, [B, K, S, D] unless stated otherwise, and the scales of their vectors."""
+    """K and V, [B, K, S, D] unless stated otherwise."""
 
-    k: jax.Array
-    v: jax.Array
-    k_scale: jax.Array | None
-    v_scale: jax.Array | None
+    k: jax.Array | QArray
+    v: jax.Array | QArray
 
 
 class Rest(NamedTuple):
@@ -169,13 +166,7 @@ def make_inputs(case: Case) -> tuple[jax.Array, list[Bank], Rest]:
 def _make_bank(case: Case, key: jax.Array) -> Bank:
     shape = (2, case.rows, case.kv_heads, case.keys, case.head_dim)
     k, v = jax.random.normal(key, shape, jnp.float32 if case.quantized else case.stored)
-    if not case.quantized:
-        return Bank(k, v, None, None)
-    k_scale, v_scale = (jnp.abs(x).max(axis=-1) / LARGEST[case.stored] for x in (k, v))
-    k, v = (x / scale[..., None] for x, scale in ((k, k_scale), (v, v_scale)))
-    if case.stored == "int8":
-        k, v = jnp.round(k), jnp.round(v)
-    return Bank(k.astype(case.stored), v.astype(case.stored), k_scale, v_scale)
+    return Bank(*(quantize(x, case.stored, axes=3) if case.quantized else x for x in (k, v)))
 
 
 def arguments(case: Case, q, bank: Bank, rest: Rest) -> Arguments:
@@ -188,8 +179,6 @@ def arguments(case: Case, q, bank: Bank, rest: Rest) -> Arguments:
         bias=rest.bias,
         scale=case.scale,
         causal=case.causal,
-        k_scale=bank.k_scale,
-        v_scale=bank.v_scale,
     )
 
 
@@ -211,7 +200,7 @@ class Checker:
         if not case.gradients:
             self.expected = (jax.jit(self._attend)(q, bank, start, end, rest.bias),)
             return
-        bank = Bank(bank.k.astype(jnp.float32), bank.v.astype(jnp.float32), None, None)
+        bank = Bank(bank.k.astype(jnp.float32), bank.v.astype(jnp.float32))
         d_q, _, _ = self._gradients("reference", q, bank, start, end, d_out)
         _, d_k, d_v = self._gradients("xla", q_all, bank, rest.start, rest.end, rest.d_out)
         self.expected = (d_q, d_k, d_v)
@@ -223,8 +212,6 @@ class Checker:
             bank.v,
             KeyRange(start, end),
             bias=bias,
-            k_scale=bank.k_scale,
-            v_scale=bank.v_scale,
             scale=self.case.scale,
             implementation=implementation,
         )
@@ -233,7 +220,7 @@ class Checker:
         @jax.jit
         def run(q, k, v, start, end, d_out):
             def call(q, k, v):
-                return self._attend(q, Bank(k, v, None, None), start, end, None, implementation)
+                return self._attend(q, Bank(k, v), start, end, None, implementation)
 
             return jax.vjp(call, q, k, v)[1](d_out)
 

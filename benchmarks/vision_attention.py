@@ -3,7 +3,7 @@
     python benchmarks/vision_attention.py --out benchmarks/results/vision_attention_h200.json
 
 Every configuration is timed with one number of frames, the fastest of them with the others too; and the
-default with q and k in float8, whose errors are against the rounded ones. A program has several calls on
+default with q and k in float8, whose errors are relative to the rounded ones. A program has several calls on
 projections of their own, so that launching it is negligible. TFLOP/s count 1608 positions and 80 columns,
 without the padding that a kernel computes. Each line starts with its configuration, so that one which hangs
 can be identified.
@@ -16,15 +16,16 @@ import jax.numpy as jnp
 from report import add_out, device, first_line, make_parser, publish, say
 from timing import timed
 
-from moss_jax.ops.attention import RoundedProjection, attention, self_attention
-from moss_jax.ops.attention.arguments import slices
-from moss_jax.ops.attention.mosaic_gpu.dense import DenseConfig, dense
+from moss_jax.ops.attention import QuantizedProjection, attention, self_attention
+from moss_jax.ops.attention.base import slices
+from moss_jax.ops.attention.mosaic_gpu import DenseConfig
+from moss_jax.ops.qarray import QArray
 
 POSITIONS, HEADS, HEAD_DIM = 1608, 16, 80
 FRAMES_A_PROGRAM = 32
 TRIED_WITH, OTHERS = 8, (1, 32)
 FASTEST = 3
-ROUNDED = "queries and keys in 8 bits"
+QUANTIZED = "queries and keys in 8 bits"
 
 CONFIGS = [
     {},
@@ -43,8 +44,8 @@ def main() -> None:
     args = parser.parse_args()
 
     say(device())
-    ours = {str(changes): functools.partial(dense, config=DenseConfig(**changes)) for changes in CONFIGS}
-    others = {"cudnn": cudnn, ROUNDED: functools.partial(self_attention, implementation="mosaic_gpu")}
+    ours = {str(x): functools.partial(self_attention, config=DenseConfig(**x)) for x in CONFIGS}
+    others = {"cudnn": cudnn, QUANTIZED: functools.partial(self_attention, implementation="mosaic_gpu")}
     rows = compare(TRIED_WITH, others | ours, args.repeats)
     working = sorted((row for row in rows if "us" in row), key=lambda row: row["us"])
     best = [row["implementation"] for row in working if row["implementation"] in ours][:FASTEST]
@@ -53,9 +54,10 @@ def main() -> None:
     publish("vision_attention.py", args, {"rows": rows})
 
 
-def rounded(qkv):
+def quantized(qkv):
     """With queries and keys in 8 bits."""
-    return RoundedProjection(qkv[:, :, :2].astype(jnp.float8_e4m3fn), qkv[:, :, 2], jnp.ones(1, jnp.float32))
+    qk = QArray(qkv[:, :, :2].astype(jnp.float8_e4m3fn), jnp.ones(()))
+    return QuantizedProjection(qk, qkv[:, :, 2])
 
 
 def cudnn(qkv):
@@ -72,7 +74,7 @@ def compare(frames: int, attends: dict, repeats: int) -> list[dict]:
     for name, attend in attends.items():
         print(f"{frames:>2} frames  {name:<70}", end=" ", flush=True)
         row = {"frames": frames, "implementation": name}
-        qkvs = list(map(rounded, drawn)) if name == ROUNDED else drawn
+        qkvs = list(map(quantized, drawn)) if name == QUANTIZED else drawn
         expected = exact(*(x[-1] for x in slices(qkvs[0])))
         try:
             program = jax.jit(lambda qkvs, attend=attend: [attend(qkv) for qkv in qkvs])
@@ -81,7 +83,7 @@ def compare(frames: int, attends: dict, repeats: int) -> list[dict]:
             row |= timed(program, (qkvs,), calls, repeats)
             row["tflop_s"] = 4 * frames * HEADS * POSITIONS**2 * HEAD_DIM / row["us"] / 1e6
             text = f"{row['us']:>7.1f} us ({row['us_min']:.1f} to {row['us_max']:.1f})"
-            say(f"{text}  {row['tflop_s']:>4.0f} TFLOP/s  off by {row['error']:.1e}")
+            say(f"{text}  {row['tflop_s']:>4.0f} TFLOP/s  error {row['error']:.1e}")
         except Exception as error:
             row["failed"] = first_line(error)
             say(f"failed: {row['failed']}")

@@ -1,4 +1,4 @@
-"""Rotation of queries and keys by the angles of their positions.
+"""Rotary position embeddings (RoPE) of queries and keys.
 
 B batch/slot, T tokens, D head
 """
@@ -10,15 +10,15 @@ from jaxtyping import Array, Float
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the angles of some positions, float32 [B, T, D/2]."""
+    """Cosines and sines of positions' angles, float32 [B, T, D/2]."""
 
     cos: Float[Array, "B T R"]
     sin: Float[Array, "B T R"]
 
 
-def rotate(x: Float[Array, "B T ... D"], by: Rotation) -> Float[Array, "B T ... D"]:
+def rotate(x: Float[Array, "B T ... D"], rotation: Rotation) -> Float[Array, "B T ... D"]:
     """Rotates channel `i` with channel `i + D/2` (the rotate-half convention), in float32."""
     heads = tuple(range(2, x.ndim - 1))
-    cos, sin = (jnp.expand_dims(part, heads) for part in by)
+    cos, sin = (jnp.expand_dims(part, heads) for part in rotation)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

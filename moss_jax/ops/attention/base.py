@@ -15,8 +15,6 @@ from moss_jax.ops.dispatch import Unsupported, in_float32
 from moss_jax.ops.qarray import QUANTIZED, QArray, dequantize
 from moss_jax.ops.rotary import Rotation
 
-# Arrays, or only their shapes and dtypes where no more is needed.
-
 
 class KeyRange(NamedTuple):
     """Query `t` of row `b` sees the keys `start[b, t] <= s < end[b, t]`; an empty range sees none."""
@@ -188,7 +186,7 @@ def projection_shape(projection: Projection) -> tuple[int, int, int, int]:
     return B, P, H, D
 
 
-def values_dtype(projection: Projection) -> jnp.dtype:
+def values_dtype(projection: Float[Array, "..."] | QuantizedProjection) -> jnp.dtype:
     """Dtype of the values, in which attention is computed."""
     return (projection.v if isinstance(projection, QuantizedProjection) else projection).dtype
 

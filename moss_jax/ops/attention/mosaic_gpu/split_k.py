@@ -171,7 +171,7 @@ class SplitTiles:
         return first, last
 
     def mask(self, key, own, first, last):
-        """Which keys the tile owns and lie in the range of their query."""
+        """Which keys the tile owns, and are in the range of their query."""
         if jnp.ndim(first) == 0:
             return (key >= jnp.maximum(first, own)) & (key < last)
         return (key >= jnp.maximum(own, 0)) & (key >= first) & (key < last)

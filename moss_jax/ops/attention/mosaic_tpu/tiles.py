@@ -199,7 +199,7 @@ def row(column: Float[Array, "X 1"]) -> Float[Array, "1 X"]:
 
 
 def only(used: Float[Array, "X 1"], x: Float[Array, "X D"]) -> Float[Array, "X D"]:
-    """Zero where `used` is: unseen keys may be NaN, as may the last tile's beyond S, and 0 * NaN is NaN."""
+    """Zeros the unused keys: they may be NaN, as may those of the last tile beyond S, and 0 * NaN is NaN."""
     # In float32, because a mask for 16-bit numbers would have to be packed.
     used = jnp.broadcast_to(used, x.shape) > 0
     return jnp.where(used, x.astype(jnp.float32), 0).astype(x.dtype)
