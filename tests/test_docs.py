@@ -67,6 +67,7 @@ def test_files_that_pages_name_exist(page):
     assert not {name for name in named if not any(path.endswith(f"/{name}") for path in known)}
 
 
+@pytest.mark.slow
 def test_the_readme_runs():
     """All Python blocks, one after the other in one process."""
     blocks = re.findall(

@@ -55,6 +55,7 @@ def unchanged(path: Path, now: NotebookNode) -> None:
         assert texts(now)[cell] == text, f"{path.name} shows old output: run python tests/test_notebooks.py"
 
 
+@pytest.mark.slow
 def test_ask_and_watch():
     path = FOLDER / "ask_and_watch.ipynb"
     notebook = run(path, 'assert "card" in moss_jax.ask(video, "What do you see?", engine=engine)')

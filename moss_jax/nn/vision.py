@@ -33,7 +33,9 @@ class VisionAttention(nnx.Module):
         self, residual: Residual, norm: Norm
     ) -> tuple[Float[Array, "B P H head"] | QArray, Float[Array, "B P D"]]:
         """Results of all heads, before `out`, and the residual sum."""
-        return norm_self_attention(residual, norm, self.qkv.weights, implementation=self.implementation)
+        return norm_self_attention(
+            residual, norm, self.qkv.kernel.get_value(), implementation=self.implementation
+        )
 
 
 class VisionLayer(nnx.Module):

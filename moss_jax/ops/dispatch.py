@@ -129,9 +129,3 @@ def in_float32[Arguments, Result](
         return jax.tree.map(lambda x, dtype: x.astype(dtype), results, out_dtypes(arguments))
 
     return reference
-
-
-def choose(op, implementations, orders, arguments, named, platform):
-    """As `Op.choose`, for modules as implementations."""
-    table = {name: Implementation(module, module.unsupported) for name, module in implementations.items()}
-    return Op(op, table, orders).choose(arguments, named, platform)

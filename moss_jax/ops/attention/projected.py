@@ -34,37 +34,37 @@ class QuantizedQKV:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """[3, H, D, E]."""
         return (3, *self.v.shape[1:])
-
-    @property
-    def ndim(self) -> int:
-        return self.v.ndim
 
 
 def norm_self_attention(
-    residual: Residual, norm: Norm, qkv: Weights, *, implementation: str | None = None
+    residual: Residual,
+    norm: Norm,
+    qkv: Float[Array, "E 3 H D"] | QuantizedQKV,
+    *,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B P H D"] | QArray, Float[Array, "B P E"]]:
     """Attention of every position of the normed residual sum to every other, before its output projection.
 
     Args:
       residual: the stream, [B, P, E].
       norm: parameters of the norm.
-      qkv: fused projection [E, 3, H, D], or one with a QuantizedQKV as kernel.
+      qkv: weights of the fused projection.
       implementation: as in `self_attention`.
 
     Returns:
       [B, P, H, D], a QArray for a QuantizedQKV; and the residual sum.
     """
-    kernel = qkv.kernel
-    if not isinstance(kernel, QuantizedQKV):
+    if not isinstance(qkv, QuantizedQKV):
         normed, x = add_norm(residual, norm)
-        projection = linear(normed, qkv)
+        projection = linear(normed, Weights(qkv))
         assert isinstance(projection, Array)
         return self_attention(projection, implementation=implementation), x
-    normed, x = add_norm(residual, norm, out_scale=kernel.qk.input_scale)
-    qk = linear(normed, Weights(kernel.qk, layout="outputs_first"), out_dtype=kernel.qk.dtype)
-    v = linear(normed, Weights(kernel.v, layout="outputs_first"), out_dtype=x.dtype)
+    normed, x = add_norm(residual, norm, out_scale=qkv.qk.input_scale)
+    qk = linear(normed, Weights(qkv.qk, layout="outputs_first"), out_dtype=qkv.qk.dtype)
+    v = linear(normed, Weights(qkv.v, layout="outputs_first"), out_dtype=x.dtype)
     assert isinstance(qk, Array)
     assert isinstance(v, Array)
-    projection = QuantizedProjection(QArray(qk, kernel.qk_scale), v[:, :, 0])
-    return self_attention(projection, out_scale=kernel.v_scale, implementation=implementation), x
+    projection = QuantizedProjection(QArray(qk, qkv.qk_scale), v[:, :, 0])
+    return self_attention(projection, out_scale=qkv.v_scale, implementation=implementation), x

@@ -1,15 +1,29 @@
-"""Which implementation takes a call, what is said about it, and what is refused."""
+"""The choice among implementations of the attention ops, its log, and calls that are refused."""
 
 import logging
 import re
 
+import interpreted
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moss_jax.ops import dispatch
-from moss_jax.ops.attention import IMPLEMENTATIONS, Arguments, KeyRange, Unsupported, api, attention, choose
+from moss_jax.ops.attention import (
+    APPEND_AND_ATTEND,
+    ATTENTION,
+    SELF_ATTENTION,
+    Arguments,
+    KeyRange,
+    Unsupported,
+    attention,
+)
+from moss_jax.ops.attention.base import AppendArguments, SelfAttentionArguments
+from moss_jax.ops.attention.mosaic_gpu import DecodeConfig, StaircaseConfig
+from moss_jax.ops.attention.xla import XlaConfig
+from moss_jax.ops.qarray import QArray, quantize
+from moss_jax.ops.rotary import Rotation
 
 
 def abstract(dtype="bfloat16", *, queries=4, keys=4, head_dim=64, ranges=False, causal=False, bias=False):
@@ -47,20 +61,62 @@ def abstract(dtype="bfloat16", *, queries=4, keys=4, head_dim=64, ranges=False, 
         ("some new platform", {}, "xla"),
     ],
 )
-def test_the_first_of_the_platforms_order_that_can(platform, arguments, expected):
-    assert choose(abstract(**arguments), platform=platform) == expected
+def test_attention_takes_the_first_that_can(platform, arguments, expected):
+    assert ATTENTION.choose(abstract(**arguments), platform=platform) == expected
 
 
-def test_the_order_names_implementations_that_are_there():
-    assert {name for order in api.ORDER.values() for name in order} <= set(IMPLEMENTATIONS)
+def self_attention_call(dtype="bfloat16", *, positions=1608, head_dim=80, attention=None):
+    projection = jax.ShapeDtypeStruct((1, positions, 3, 16, head_dim), dtype)
+    return SelfAttentionArguments(projection, out_dtype=jnp.dtype(dtype), attention=attention)
+
+
+def append_call(dtype="bfloat16", *, tokens=1, head_dim=128, group=4, attention=None):
+    array = jax.ShapeDtypeStruct
+    angles = array((1, tokens, head_dim // 2), jnp.float32)
+    kv, number = array((1, 8, 65, head_dim), dtype), array((1,), jnp.int32)
+    qkv = array((1, tokens, 8, group + 2, head_dim), dtype)
+    rotation = Rotation(angles, angles)
+    return AppendArguments(qkv, rotation, kv, kv, number, number, capacity=64, attention=attention)
+
+
+@pytest.mark.parametrize(
+    ("op", "call", "kernel"),
+    [
+        (SELF_ATTENTION, self_attention_call(), True),
+        (SELF_ATTENTION, self_attention_call(attention="mosaic_gpu"), True),
+        (SELF_ATTENTION, self_attention_call(attention="cudnn"), False),
+        (SELF_ATTENTION, self_attention_call("float32"), False),
+        (SELF_ATTENTION, self_attention_call(positions=1601), False),
+        (APPEND_AND_ATTEND, append_call(), True),
+        (APPEND_AND_ATTEND, append_call(tokens=64, attention="mosaic_gpu"), True),
+        (APPEND_AND_ATTEND, append_call(tokens=65), False),
+        (APPEND_AND_ATTEND, append_call(head_dim=32), False),
+        (APPEND_AND_ATTEND, append_call(attention="xla"), False),
+        (APPEND_AND_ATTEND, append_call("float32"), False),
+    ],
+)
+def test_fused_kernels_take_what_they_can(op, call, kernel):
+    assert op.choose(call, platform="gpu") == ("mosaic_gpu" if kernel else "xla")
+    assert op.choose(call, platform="cpu") == op.choose(call, platform="tpu") == "xla"
+
+
+def test_the_append_kernel_is_not_used_on_a_mesh():
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("tensor",))):
+        assert APPEND_AND_ATTEND.choose(append_call(), platform="gpu") == "xla"
+        assert SELF_ATTENTION.choose(self_attention_call(), platform="gpu") == "mosaic_gpu"
+
+
+@pytest.mark.parametrize("op", [ATTENTION, SELF_ATTENTION, APPEND_AND_ATTEND])
+def test_orders_name_implementations_that_exist(op):
+    assert {name for order in op.orders.values() for name in order} <= set(op.implementations)
 
 
 def test_logs_the_choice_once_with_the_reasons(caplog):
     dispatch.log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="moss_jax"):
         for _ in range(3):
-            choose(abstract(ranges=True), platform="gpu")
-            choose(abstract("float32"), platform="gpu")
+            ATTENTION.choose(abstract(ranges=True), platform="gpu")
+            ATTENTION.choose(abstract("float32"), platform="gpu")
     assert caplog.messages == [
         "attention on gpu: using mosaic_gpu; not using cudnn: it has no range of keys per query",
         "attention on gpu: using xla; not using cudnn: it takes bfloat16 and float16, not float32; "
@@ -68,31 +124,32 @@ def test_logs_the_choice_once_with_the_reasons(caplog):
     ]
 
 
-def test_a_forced_name_is_used_and_no_other(monkeypatch):
-    q, kv = jnp.ones((1, 2, 2, 8)), jnp.ones((1, 1, 3, 8))
-    monkeypatch.setattr(api.reference, "attend", lambda a: "the reference")
-    assert attention(q, kv, kv, implementation="reference") == "the reference"
-    monkeypatch.setattr(api.xla, "attend", lambda a: "xla")
-    monkeypatch.setattr(api, "ORDER", {})
-    assert attention(q, kv, kv) == "xla"
-
-
 def test_a_forced_name_that_cannot_fails_with_the_reason():
     with pytest.raises(Unsupported, match=r"'cudnn' cannot be used: it needs an NVIDIA GPU, and this is cpu"):
-        choose(abstract(), "cudnn", platform="cpu")
+        ATTENTION.choose(abstract(), "cudnn", platform="cpu")
     with pytest.raises(Unsupported, match=r"no range of keys"):
-        choose(abstract(ranges=True), "cudnn", platform="gpu")
-
-
-def test_an_unknown_name_fails_with_those_there_are():
+        ATTENTION.choose(abstract(ranges=True), "cudnn", platform="gpu")
     with pytest.raises(Unsupported, match=r"no attention implementation 'flash'; there are cudnn"):
-        choose(abstract(), "flash")
+        ATTENTION.choose(abstract(), "flash")
 
 
-def test_no_implementation_at_all_fails_with_all_reasons(monkeypatch):
-    monkeypatch.setattr(api, "ORDER", {"tpu": ("cudnn",)})
-    with pytest.raises(Unsupported, match=r"no attention implementation for tpu: not using cudnn: it needs"):
-        choose(abstract(), platform="tpu")
+def test_a_config_needs_the_name_that_it_is_for():
+    q, kv = jnp.ones((1, 2, 2, 8)), jnp.ones((1, 1, 3, 8))
+    with pytest.raises(ValueError, match="a config of attention needs the name"):
+        attention(q, kv, kv, config=XlaConfig())
+
+
+def test_the_class_of_a_config_names_the_kernel():
+    q, wide = jnp.ones((1, 1, 1, 64), jnp.bfloat16), jnp.ones((1, 1, 64, 64), jnp.bfloat16)
+    kv = quantize(wide, "int8", axes=3)
+    with interpreted.on_gpu():
+        with pytest.raises(Unsupported, match="staircase kernel takes K and V in q's dtype, not in int8"):
+            attention(q, kv, kv, implementation="mosaic_gpu", config=StaircaseConfig())
+        out = [
+            attention(q, wide, wide, implementation="mosaic_gpu", config=config)
+            for config in (DecodeConfig(), StaircaseConfig())
+        ]
+    np.testing.assert_array_equal(np.float32(out), 1)
 
 
 Q, KV, BOUND = (2, 3, 4, 8), (2, 2, 5, 8), (2, 3)
@@ -104,28 +161,34 @@ Q, KV, BOUND = (2, 3, 4, 8), (2, 2, 5, 8), (2, 3)
         ({"q": Q[1:]}, {}, "q [B, T, H, D] and k, v [B, K, S, D]; got q (3, 4, 8)"),
         ({"v": (2, 2, 6, 8)}, {}, "v (2, 2, 6, 8)"),
         ({"q": (1, 3, 4, 8)}, {}, "must share B and D"),
-        ({"q": (2, 3, 4, 16)}, {}, "must share B and D"),
         ({"q": (2, 3, 3, 8)}, {}, "H must be a multiple of K"),
         ({}, {"causal": True}, "causal attention needs T == S and no kv_range; got T=3, S=5"),
         ({"q": (2, 5, 4, 8)}, {"causal": True, "bound": (2, 5)}, "no kv_range"),
         ({}, {"bound": (2,)}, "[B, T] = (2, 3) bounds; got (2,)"),
-        ({}, {"bound": (1, 3)}, "[B, T] = (2, 3) bounds; got (1, 3)"),
         ({}, {"bias": (2, 3, 5)}, "[B, S] = (2, 5); got (2, 3, 5)"),
     ],
 )
 def test_shapes_that_do_not_fit(shapes, options, message):
-    q, k, v = (jnp.zeros(shapes.get(name, KV if name in "kv" else Q)) for name in "qkv")
-    bound = jnp.zeros(options["bound"], jnp.int32) if "bound" in options else None
-    bias = jnp.zeros(options["bias"]) if "bias" in options else None
+    q, k, v = (jax.ShapeDtypeStruct(shapes.get(x, KV if x in "kv" else Q), "float32") for x in "qkv")
+    bound = jax.ShapeDtypeStruct(options["bound"], "int32") if "bound" in options else None
+    bias = jax.ShapeDtypeStruct(options["bias"], "float32") if "bias" in options else None
+    kv_range = None if bound is None else KeyRange(bound, bound)
     with pytest.raises(ValueError, match=re.escape(message)):
-        attention(
-            q,
-            k,
-            v,
-            None if bound is None else (bound, bound),
-            causal=options.get("causal", False),
-            bias=bias,
-        )
+        Arguments(q, k, v, kv_range, bias, 1.0, options.get("causal", False))
+
+
+def test_quantised_keys_and_values_have_a_scale_per_vector():
+    q, kv = (jax.ShapeDtypeStruct(shape, "float32") for shape in (Q, KV))
+    stored = jax.ShapeDtypeStruct(KV, "int8")
+    scaled, by_head = (QArray(stored, jax.ShapeDtypeStruct(KV[:n], "float32")) for n in (3, 2))
+    Arguments(q, scaled, scaled, None, None, 1.0)
+    for k, v, message in (
+        (stored, stored, "k in int8 must be a QArray"),
+        (scaled, by_head, "v has one scale per vector, (2, 2, 5); got (2, 2)"),
+        (kv, scaled, "both of k and v are QArrays or neither; got float32 and int8"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Arguments(q, k, v, None, None, 1.0)
 
 
 def test_no_keys_at_all_give_zeros():
