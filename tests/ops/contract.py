@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import interpreted
@@ -111,12 +111,12 @@ class Contract:
     def sample(self, a: Any, y: list[jax.Array]) -> tuple[Any, list[jax.Array]]:
         """Some rows of a call and of its results, which fall on every place of a tile."""
         index = np.arange(len(y[0]) - 1, -1, -61)
-        return self.change_rows(a, lambda x: x[index] if x.shape[:1] == y[0].shape[:1] else x), [
-            x[index] for x in y
-        ]
 
-    def change_rows(self, a: Any, change: Callable[[jax.Array], Any]) -> Any:
-        return dataclasses.replace(a, **jax.tree.map(change, {name: getattr(a, name) for name in self.rows}))
+        def of(x):
+            return x[index] if x.shape[:1] == y[0].shape[:1] else x
+
+        rows = {name: jax.tree.map(of, getattr(a, name)) for name in self.rows}
+        return dataclasses.replace(a, **rows), [x[index] for x in y]
 
     def check(self, a: Any, y: list[jax.Array], implementation: str) -> None:
         """Raises AssertionError unless results are right, and have the right dtypes and shapes."""
@@ -141,14 +141,14 @@ class Contract:
     def test_results(self, case, implementation):
         a = self.make(Draw(), **case.sizes)
         call = functools.partial(self.op, implementation=implementation)
-        if case.config is not None:  # By which also sizes fit that the default is too large for.
+        if case.config is not None:  # It fits smaller sizes than the default, which `unsupported` is about.
             call = functools.partial(self.op.implementations[implementation].apply, config=case.config)
         with on_cpu(implementation):
             y = jax.jit(call)(a)
         self.check(a, self.arrays(y), implementation)
 
     def test_in_float32(self):
-        """Under vmap, and gradients: those of the reference."""
+        """Under vmap; and gradients are those of the reference."""
         for case in self.cases:
             a = self.make(Draw(nan=False), **case.sizes)
             out = jax.eval_shape(lambda a: self.arrays(self.op(a)), a)[-1]

@@ -13,7 +13,7 @@ from moss_jax.ops.qarray import QArray
 DEVIATIONS = 6  # A normal variable is farther from its mean once in 5e8.
 UNIT, SMALLEST = 2.0**-24, 2.0**-126  # Largest relative error of rounding to float32, least normal number.
 # Hopper's tensor core adds 32 products of 8-bit numbers at once, and keeps 13 bits behind the largest one's.
-PRODUCTS_AT_ONCE, UNIT_AT_ONCE = 32, 2.0**-12
+PRODUCTS_AT_ONCE, UNIT_AT_ONCE = 32, 2.0**-11
 # Relative error of the polynomial fits of Phi's tail, and in half steps of a result in 8 bits.
 GELU_FIT, GELU_FIT_IN_8_BITS = 2.3e-3, 0.14
 

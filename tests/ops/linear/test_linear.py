@@ -40,6 +40,12 @@ MANY_ROWS = functools.partial(W8A8, kernel=MANY, rows=(2, 68), inputs=(768,), bi
 TILED = functools.partial(W8A8, kernel=MANY, outputs=(256,))
 GELU_8 = {"gelu": True, "out_dtype": FLOAT8}
 TILE = functools.partial(matmul_epilogue.Config, columns=64, cluster=None, slots=1)
+SHARED_WEIGHTS = TILE(blocks=2, cluster="rows", chunk=32, lag=3)
+SHARED_INPUTS = TILE(blocks=4, cluster="columns", stages=2, lag=0)
+FOUR_STEPS, TWO_STEPS = (
+    {"rows": (264,), "inputs": (512,), "outputs": (128,)},
+    {"rows": (136,), "inputs": (128,)},
+)
 ONE_BLOCK = functools.partial(TILE, blocks=1, columns=128, stages=3, chunk=32)
 FEW_8, MANY_8 = {"scheme": "W8A16"}, {"scheme": "W8A8", "rows": (128,), "inputs": (768,)}
 ROW = {"layout": "outputs_first"}
@@ -60,31 +66,14 @@ class TestLinear(Contract):
         CUT("1 block", config=weight_only.Config(64, part=512, stages=2, blocks=1), stored="int8"),
         CUT("a tile a block", config=weight_only.Config(256, part=256, stages=1, blocks=100)),
         MANY_ROWS("W8A8", gelu=True),
-        MANY_ROWS("W8A8 to 8 bits", **GELU_8),
         MANY_ROWS("W8A8 with a residual", residual=True, gate=True),
-        MANY_ROWS("bfloat16", scheme="float", gelu=True),
+        MANY_ROWS("bfloat16", kernel=None, scheme="float", gelu=True),
+        MANY_ROWS("W8A8 to 8 bits", kernel=None, **GELU_8),
         TILED("4 slots", config=ONE_BLOCK(slots=4, lag=1), rows=(168,), inputs=(384,), **GELU_8),
-        TILED(
-            "tiles share weights", config=TILE(cluster="rows", lag=3), rows=(264,), inputs=(512,), bias=True
-        ),
-        TILED(
-            "tiles share inputs",
-            config=TILE(blocks=4, cluster="columns", stages=2, lag=0),
-            rows=(136,),
-            inputs=(128,),
-            scheme="float",
-            gelu=True,
-        ),
+        TILED("tiles share weights", config=SHARED_WEIGHTS, **FOUR_STEPS, bias=True, gelu=True),
+        TILED("tiles share inputs", config=SHARED_INPUTS, **TWO_STEPS, scheme="float", gelu=True),
         TILED("a residual in 2 slots", config=ONE_BLOCK(), rows=(168,), inputs=(384,), residual=True),
-        TILED(
-            "a residual in 1 slot",
-            config=TILE(blocks=2, cluster="rows", chunk=32, lag=3),
-            rows=(264,),
-            inputs=(512,),
-            outputs=(128,),
-            residual=True,
-            gate=True,
-        ),
+        TILED("a residual in 1 slot", config=SHARED_WEIGHTS, **FOUR_STEPS, residual=True, gate=True),
         Case("one row", GEMV, rows=(1, 1), inputs=(4, 12), outputs=(24,), layout="outputs_first"),
         Case("axes", rows=(2, 5), inputs=(4, 6), outputs=(2, 12), bias=True, gelu=True, dtype="float32"),
         Case("outputs first", **IN_FLOAT32, layout="outputs_first"),
@@ -95,7 +84,7 @@ class TestLinear(Contract):
         *(W8A16(f"{N} int8", FEW, rows=(1,), inputs=(K,), outputs=(N,), stored="int8") for K, N in DECODER),
         *(W8A16(f"{N} fp8", FEW, rows=(64,), inputs=(K,), outputs=(N,)) for K, N in DECODER),
         *(of(name, MANY, rows=(1608,)) for name, of in ENCODER.items()),
-        *(of(f"{name}, 32 frames", MANY, rows=(32 * 1608,)) for name, of in ENCODER.items()),
+        *(of(f"{name}, 8 frames", MANY, rows=(8 * 1608,)) for name, of in ENCODER.items()),
         Case("a decoded token", GEMV, rows=(1, 1), inputs=(4096,), outputs=(6144,), layout="outputs_first"),
         Case("a prompt", None, rows=(2, 8), inputs=(4096,), outputs=(6144,), layout="outputs_first"),
         Case("the MLP's", None, rows=(64,), inputs=(4096,), outputs=(28672,)),
@@ -257,18 +246,14 @@ def test_the_gelu_for_8_bits():
 
 def test_default_configs():
     """For one frame 130 tiles for 132 multiprocessors, small or large; splits of K, and tiles of a block."""
-    narrow, wide = (
-        matmul_epilogue.Config(columns=128, stages=6, cluster=None),
-        matmul_epilogue.Config(cluster=None),
-    )
+    wide = matmul_epilogue.Config(cluster=None)
+    narrow = dataclasses.replace(wide, columns=128, stages=6)
+    many = {"fc1": matmul_epilogue.Config(cluster="columns"), "fc1 in bfloat16": matmul_epilogue.Config()}
     for name, of in ENCODER.items():
-        one, many = (
-            matmul_epilogue.default_config(TestLinear().abstract(**of(name, rows=(rows,)).sizes))
-            for rows in (1608, 32 * 1608)
-        )
-        assert one == (wide if name in ("queries and keys", "fc1", "fc1 in bfloat16") else narrow)
-        own = {"fc1": {"cluster": "columns"}, "fc1 in bfloat16": {}}
-        assert many == matmul_epilogue.Config(**own.get(name, {"lag": 1}))
+        frame, frames = (TestLinear().abstract(**of(name, rows=(n * 1608,)).sizes) for n in (1, 8))
+        one = wide if name in ("queries and keys", "fc1", "fc1 in bfloat16") else narrow
+        assert matmul_epilogue.default_config(frame) == one
+        assert matmul_epilogue.default_config(frames) == many.get(name, matmul_epilogue.Config(lag=1))
     few = weight_only.Config(block_k=128, part=1024, blocks=264)
     assert [few.splits(K) for K in (128, 1024, 4096, 14336, 128 * 37)] == [1, 1, 4, 14, 37]
     assert [few.tiles_a_block(*shape) for shape in DECODER] == [2, 1, 7, 4, 31]

@@ -41,7 +41,6 @@ class TestPostAttention(Contract):
         Case("bfloat16", rows=(2, 3), stored=None),
         Case("a GELU", rows=(2, 3), stored=None, gelu=True, gates=True),
         Case("W8A8", rows=(2, 3), gelu=True, scheme="W8A8"),
-        Case("float32", **IN_FLOAT32, stored=None),
         Case("a GELU in float32", **IN_FLOAT32, stored=None, gelu=True),
         Case("W8A16 in float32", **IN_FLOAT32),
     )
