@@ -24,6 +24,7 @@ from timing import Watch, begin, line, named, side_by_side, timed
 
 from moss_jax.ops.linear import LINEAR, Weights
 from moss_jax.ops.linear.base import Arguments
+from moss_jax.ops.linear.base import arguments as linear_arguments
 from moss_jax.ops.linear.mosaic_gpu.matmul_epilogue import Config, default_config, misfit
 from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.qarray import QArray
@@ -150,7 +151,7 @@ def arguments(layer: str, in_8_bits: bool, o) -> Arguments:
     out_dtype = jnp.dtype("float8_e4m3fn" if layer in ROUNDED else "bfloat16")
     residual = o["residual"] if layer in ADDED else None
     weights = Weights(kernel, bias, layout="outputs_first")
-    return Arguments(x, weights, out_scale, residual, gelu=gelu, out_dtype=out_dtype)
+    return linear_arguments(x, weights, out_scale, residual=residual, gelu=gelu, out_dtype=out_dtype)
 
 
 def run(operands, o, **options):

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,8 +16,9 @@ def functionalize(
     """Splits `call(module, ...)` into a list of parameters and a pure function of that list.
 
     JAX flattens a list in C++ at every call, an `nnx.State` in Python; and each array in it costs the host a
-    microsecond or two. Norms, biases, gates and the scales of activations are many and small, so they are
-    constants of the program and not arguments; XLA folds what is computed from them alone.
+    microsecond or two. Norms, biases, gates and scales are many and small, so they are constants of the
+    program and not arguments. They are numpy's, so that Python's operators on them are evaluated while the
+    program is traced: XLA would not fold the product of a constant and a broadcast scale.
 
     Args:
       uses: the parameters that the call uses; of the others only the shapes are kept.
@@ -34,7 +34,7 @@ def functionalize(
 
     def pure(leaves, *arguments):
         leaves = iter(leaves)
-        params = [jnp.asarray(constants[i]) if i in constants else next(leaves) for i in range(count)]
+        params = [constants[i] if i in constants else next(leaves) for i in range(count)]
         return call(nnx.merge(graph, jax.tree.unflatten(structure, params), others), *arguments)
 
     return [x for i, x in enumerate(leaves) if i not in constants], pure

@@ -129,8 +129,8 @@ def linear(a: Arguments, x: Rounded, kept) -> Rounded:
         y = (y + exact(w.bias).reshape(N)).rounded(kept)
     if a.gelu:
         y = gelu(y, a.out_dtype).rounded(kept)
-    if a.out_scale is not None:
-        y = y * (1 / exact(a.out_scale))
+    if a.out_factor is not None:
+        y = y * exact(a.out_factor)
         y = y.off(GELU_FIT_IN_8_BITS * half_step(y.value, a.out_dtype))
     if a.gate is not None:
         y = (y * a.gate).rounded(kept)

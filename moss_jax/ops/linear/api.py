@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.ops.dispatch import Implementation, Op, in_float32
 from moss_jax.ops.linear import base, gemv
-from moss_jax.ops.linear.base import Arguments, Layout, NormArguments, Weights, check
+from moss_jax.ops.linear.base import Layout, NormArguments, Weights, arguments, check
 from moss_jax.ops.linear.mosaic_gpu import matmul_epilogue, norm_matmul, weight_only
 from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.norm.base import check as check_norm
@@ -60,7 +60,7 @@ def linear(
       Unsupported: the named implementation cannot take these arguments.
     """
     x, dtype, out_scale = _inputs(x, weights, out_dtype)
-    a = Arguments(x, weights, out_scale, gelu=gelu, out_dtype=dtype)
+    a = arguments(x, weights, out_scale, gelu=gelu, out_dtype=dtype)
     check(a)
     y = LINEAR(a, implementation=implementation, config=config)
     return y if out_scale is None else QArray(y, out_scale)
@@ -88,7 +88,7 @@ def residual_add(
         return Residual(stream, y, gate)
     x, dtype, _ = _inputs(x, weights, stream.dtype)
     gate = None if gate is None else gate.astype(jnp.float32)
-    a = Arguments(x, weights, residual=stream, gate=gate, out_dtype=dtype)
+    a = arguments(x, weights, residual=stream, gate=gate, out_dtype=dtype)
     check(a)
     return Residual(LINEAR(a, implementation=implementation, config=config))
 

@@ -65,11 +65,12 @@ class Weights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """One checked call; `linear` and `residual_add` build it, implementations read it.
+    """One checked call; `arguments` builds it, implementations read it.
 
     Attributes:
       x: the inputs; a QArray for W8A8.
-      out_scale: of results in 8 bits, what they are divided by before they are rounded.
+      scale: factors of the products of numbers in 8 bits.
+      out_factor: of results in 8 bits, what they are multiplied with before they are rounded.
       residual: is added at last.
       gate: what the results are multiplied with before the residual is added.
       gelu: whether the exact GELU is taken behind the bias.
@@ -78,7 +79,8 @@ class Arguments:
 
     x: Float[Array, "..."] | QArray
     weights: Weights
-    out_scale: Float[Array, ""] | None = None
+    scale: Float[Array, " N"] | None = None
+    out_factor: Float[Array, ""] | None = None
     residual: Float[Array, "..."] | None = None
     gate: Float[Array, " 1"] | None = None
     gelu: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
@@ -101,17 +103,34 @@ class Arguments:
         values = kernel.values if isinstance(kernel, QArray) else kernel
         return values.reshape((N, K) if self.weights.outputs_first else (K, N))
 
-    @property
-    def scale(self) -> Float[Array, " N"]:
-        """Factors of the products of numbers in 8 bits."""
-        kernel = self.weights.kernel
-        assert isinstance(kernel, QArray)
-        scale = kernel.scale.reshape(-1)
-        return scale * self.x.scale if isinstance(self.x, QArray) else scale
-
     def unflatten(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
         """Results on the axes of the inputs' rows and of the outputs."""
         return y.reshape(*self.rows, *self.weights.outputs)
+
+
+def arguments(
+    x: Float[Array, "..."] | QArray,
+    weights: Weights,
+    out_scale: Float[Array, ""] | None = None,
+    *,
+    residual: Float[Array, "..."] | None = None,
+    gate: Float[Array, " 1"] | None = None,
+    gelu: bool = False,
+    out_dtype: jnp.dtype,
+) -> Arguments:
+    """Combines the scales of a call.
+
+    Here and not in the implementations, where transformations hide that they are constants.
+
+    Args:
+      out_scale: of results in 8 bits, what they are divided by before they are rounded.
+    """
+    scale = None
+    if isinstance(weights.kernel, QArray):
+        scale = weights.kernel.scale.reshape(-1)
+        scale = scale * x.scale if isinstance(x, QArray) else scale
+    factor = None if out_scale is None else 1 / out_scale
+    return Arguments(x, weights, scale, factor, residual, gate, gelu=gelu, out_dtype=out_dtype)
 
 
 def check(a: Arguments) -> None:
@@ -152,8 +171,8 @@ def define(a: Arguments) -> Float[Array, "..."]:
         y = gelu(y, bias)
     elif bias is not None:
         y = y + bias
-    if a.out_scale is not None:
-        y = y / a.out_scale
+    if a.out_factor is not None:
+        y = y * a.out_factor
     if a.gate is not None:
         y = y * a.gate
     return (y if a.residual is None else a.residual + y).astype(a.out_dtype)
@@ -163,7 +182,7 @@ def _product(a: Arguments) -> Float[Array, "..."]:
     x, kernel, n = a.x, a.weights.kernel, a.weights.num_inputs
     if not a.weights.outputs_first:
         assert isinstance(x, Array)
-        assert isinstance(kernel, Array)
+        assert not isinstance(kernel, QArray)
         # On the axes that they come on, by which a mesh may split them.
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         return lax.dot_general(x, kernel, (contract, ((), ())), preferred_element_type=a.out_dtype)
@@ -178,6 +197,7 @@ def _product(a: Arguments) -> Float[Array, "..."]:
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     y = lax.dot_general(x, matrix, contract, preferred_element_type=jnp.float32 if quantised else wide)
     if quantised:
+        assert a.scale is not None
         y = (y * a.scale).astype(jnp.bfloat16 if wide.itemsize == 1 else wide)
     return y.reshape(*a.rows, *a.weights.outputs)
 
@@ -199,9 +219,10 @@ class NormArguments:
 
     def linear(self, x: Float[Array, "..."] | QArray) -> Arguments:
         """The linear map on normed rows."""
-        return Arguments(x, self.weights, self.out_scale, gelu=self.gelu, out_dtype=self.out_dtype)
+        return arguments(x, self.weights, self.out_scale, gelu=self.gelu, out_dtype=self.out_dtype)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """M, K, N."""
-        return self.linear(self.residual.x).shape
+        *rows, K = self.residual.x.shape
+        return math.prod(rows), K, math.prod(self.weights.outputs)

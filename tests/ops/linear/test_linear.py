@@ -14,7 +14,7 @@ from ops.definitions import linear as define_linear
 from scipy.special import ndtr
 
 from moss_jax.ops.linear import LINEAR, Weights, gelu, linear, residual_add
-from moss_jax.ops.linear.base import Arguments
+from moss_jax.ops.linear.base import Arguments, arguments
 from moss_jax.ops.linear.mosaic_gpu import matmul_epilogue, weight_only
 from moss_jax.ops.qarray import QArray
 
@@ -113,6 +113,11 @@ class TestLinear(Contract):
         (GEMV, FEW_8 | {"rows": (1,)}, "it takes float weights with their outputs first"),
     )
 
+    def rebuild(self, a: Arguments) -> Arguments:
+        out_scale = None if a.out_factor is None else 1 / a.out_factor
+        options = {"residual": a.residual, "gate": a.gate, "gelu": a.gelu, "out_dtype": a.out_dtype}
+        return arguments(a.x, a.weights, out_scale, **options)
+
     def make(
         self,
         draw: Draw,
@@ -135,7 +140,7 @@ class TestLinear(Contract):
             kernel = draw.weights(outputs, inputs, options.get("stored", FLOAT8), **scales)
         if scheme == "W8A8":
             x = QArray((8 * x).astype(FLOAT8), jnp.float32(1 / 8))
-        return Arguments(
+        return arguments(
             x,
             Weights(
                 kernel,
@@ -144,8 +149,8 @@ class TestLinear(Contract):
                 layout=layout,
             ),
             jnp.float32(1 / 8) if out_dtype == FLOAT8 else None,
-            draw(*rows, *outputs, dtype=out_dtype) if options.get("residual") else None,
-            draw(1, dtype="float32") if options.get("gate") else None,
+            residual=draw(*rows, *outputs, dtype=out_dtype) if options.get("residual") else None,
+            gate=draw(1, dtype="float32") if options.get("gate") else None,
             gelu=options.get("gelu", False),
             out_dtype=out_dtype,
         )
@@ -193,9 +198,9 @@ def test_what_does_not_fit():
 def test_weights_say_what_is_rounded():
     """W8A8 rounds inputs, and outputs that have a scale, and adds to the stream; others leave it pending."""
     a = call(**MANY_8, **GELU_8)
-    kernel = dataclasses.replace(a.weights.kernel, output_scale=a.out_scale)
+    kernel = dataclasses.replace(a.weights.kernel, output_scale=1 / a.out_factor)
     y = linear(jnp.float32(exact(a.x)), dataclasses.replace(a.weights, kernel=kernel), gelu=True)
-    assert (y.dtype, y.scale) == (FLOAT8, a.out_scale)
+    assert (y.dtype, y.scale) == (FLOAT8, 1 / a.out_factor)
     np.testing.assert_array_equal(exact(y.values), exact(LINEAR(a)))
 
     few, stream = call(**FEW_8), jnp.ones((128, 128), "bfloat16")

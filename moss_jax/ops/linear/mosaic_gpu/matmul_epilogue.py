@@ -146,12 +146,12 @@ def operands(a: Arguments) -> Operands:
     (M, K, N), bias = a.shape, a.weights.bias
     x = a.x.values if isinstance(a.x, QArray) else a.x
     factor = a.gate
-    if a.out_scale is not None:
-        factor = (1 / a.out_scale).reshape(1)
+    if a.out_factor is not None:
+        factor = a.out_factor.reshape(1)
     return Operands(
         x.reshape(M, K),
         a.matrix,
-        a.scale if isinstance(a.x, QArray) else None,
+        a.scale,
         None if bias is None else bias.reshape(N),
         None if factor is None else factor.astype(jnp.float32),
         None if a.residual is None else a.residual.reshape(M, N),
