@@ -17,7 +17,7 @@ from pathlib import Path
 from report import add_out, make_parser, publish, say
 
 ROOT = Path(__file__).parents[1]
-VARIANTS = {"bf16": [], "int8, fp8 encoder": ["--weights", "int8", "--encoder-weights", "fp8"]}
+VARIANTS = {"bf16": [], "8-bit": ["--weights", "int8", "--encoder-weights", "fp8"]}
 FIGURES = ("mean", "rate", "seconds")  # What rows are compared by: the first of these that they have.
 
 
@@ -27,11 +27,13 @@ def main() -> None:
     parser.add_argument("--preset", default="moss_video_11b", help="model")
     parser.add_argument("--frames", default="256", help="frames in the bank")
     parser.add_argument("--only", default="decode,extend,sustained,offline", help="measures of streaming.py")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="names, comma-separated")
     parser.add_argument("--limit", type=float, default=140, help="seconds for each run")
     add_out(parser)
     args = parser.parse_args()
     result = {}
-    for variant, flags in VARIANTS.items():
+    for variant in args.variants.split(","):
+        flags = VARIANTS[variant]
         runs = {name: run(tree, flags, args) for name, tree in (("before", args.before), ("after", ROOT))}
         result[variant] = runs | {"ratios": ratios(runs["before"], runs["after"])}
         say(f"{variant}: {result[variant]['ratios']}")
