@@ -1,4 +1,4 @@
-"""What tests share: where they run, the reference vectors, real data, small models, compiled verbs."""
+"""Fixtures that all tests share: platforms, reference vectors, real data, small models, compiled verbs."""
 
 import dataclasses
 import functools

@@ -42,7 +42,7 @@ def code(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def texts(notebook: NotebookNode) -> dict[str, str]:
-    """What each cell printed, by its id."""
+    """Printed output of each cell, by its id."""
     return {
         cell.id: "".join(output.text for output in cell.outputs if output.output_type == "stream")
         for cell in code(notebook)
@@ -50,7 +50,7 @@ def texts(notebook: NotebookNode) -> dict[str, str]:
 
 
 def unchanged(path: Path, now: NotebookNode) -> None:
-    """What the cells print is what they were committed with."""
+    """Asserts that the cells print what is committed."""
     for cell, text in texts(nbformat.read(path, as_version=4)).items():
         assert texts(now)[cell] == text, f"{path.name} shows old output: run python tests/test_notebooks.py"
 

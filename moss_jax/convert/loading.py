@@ -50,6 +50,6 @@ def open_model(
     checkpoint = shipped("moss-tiny") if checkpoint is None else checkpoint
     folder = hub.resolve(checkpoint, revision)
     model = quantize(load(folder, dtype=dtype), decoder=weights, encoder=encoder_weights)
-    # A downloaded snapshot lies in a folder named by its commit.
+    # The folder of a downloaded snapshot is named by its commit.
     name = folder.resolve().name if os.path.isdir(checkpoint) else os.fspath(checkpoint)
     return OpenModel(model, Tokenizer.load(folder), name)

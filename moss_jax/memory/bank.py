@@ -67,5 +67,5 @@ def remember_frames(
 def frames_visible(
     frame_positions: Int[Array, "B F"], token_positions: Int[Array, "B T"]
 ) -> Int[Array, "B T"]:
-    """How many frames each token sees: frame `f` is visible to the tokens from its own position on."""
+    """Number of frames that each token sees: frame `f` is visible to the tokens from its position on."""
     return (frame_positions[:, None, :] <= token_positions[:, :, None]).sum(axis=-1, dtype=jnp.int32)

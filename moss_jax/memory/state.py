@@ -15,7 +15,7 @@ from moss_jax.memory.writes import CapacityError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StreamState:
-    """Everything that the model knows of its streams."""
+    """Text cache and memory bank of all slots."""
 
     text: TextCache
     bank: MemoryBank

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 
 class CapacityError(ValueError):
-    """A slot has no room for what is to be appended."""
+    """A slot has no room for an append."""
 
 
 def write_rows(
@@ -31,9 +31,9 @@ def write_rows(
 def write_row(
     buffer: Float[Array, "B K C D"], row: Float[Array, "B K 1 D"], at: Int[Array, " B"]
 ) -> Float[Array, "B K C D"]:
-    """Writes a row to each `buffer[b]` at `at[b]`, which must be there.
+    """Writes a row to each `buffer[b]` at `at[b]`, which must be in bounds.
 
-    Without a look at what is there now, which would be a program of its own for each of many small writes.
+    It doesn't read the row that it replaces: that would be one more kernel for each of many small writes.
     """
     if len(buffer) == 1:
         return jax.lax.dynamic_update_slice(buffer, row.astype(buffer.dtype), (0, 0, at[0], 0))
@@ -61,7 +61,7 @@ def check_room(what: str, length: Int[Array, " B"], count: Int[Array, " B"], cap
 
 
 def targets(start, count, rows, capacity):
-    """Where each row goes, [B, T]; rows that are not wanted get places past the end, each its own."""
+    """Target index of each row, [B, T]; rows that are not written get distinct ones past the end."""
     row = jnp.arange(rows)
     at = start[:, None] + row
     return jnp.where((row < count[:, None]) & (at < capacity), at, capacity + row)

@@ -37,7 +37,7 @@ def full(fill: float, shape: Sequence[int], axes: Sequence[str | None], dtype: D
 
 def parameter(value: Any, axes: Sequence[str | None]) -> nnx.Param:
     """A parameter with these values, an array or a QArray, placed on the mesh by the names of its axes."""
-    # One parameter at a time, so that a large model never lies whole on one device.
+    # One parameter at a time, so that a large model is never whole on one device.
     placed = jax.tree.map(lambda x: constrain(x, tuple(axes)[: x.ndim]), value)
     return nnx.Param(placed, axes=tuple(axes))
 

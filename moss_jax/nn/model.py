@@ -100,7 +100,7 @@ class MossVideo(nnx.Module):
         return self.projector(self.compressor(self.vision(pixels.astype(self.dtype), keep)))
 
     def init_state(self, slots: int, *, text_capacity: int, bank_capacity: int) -> StreamState:
-        """An empty state for `slots` streams of at most so many tokens and frames."""
+        """An empty state of `slots` streams, with room for that many tokens and frames in each."""
         return init_state(
             self.config, slots, text_capacity=text_capacity, bank_capacity=bank_capacity, dtype=self.dtype
         )
@@ -175,7 +175,7 @@ class MossVideo(nnx.Module):
         return self.decoder.logits(hidden), state
 
     def _check_lengths(self, tokens, lengths, mask):
-        """How many tokens each slot decodes."""
+        """Number of tokens that each slot decodes."""
         B, T = tokens.shape
         lengths = jnp.full(B, T, jnp.int32) if lengths is None else jnp.asarray(lengths)
         mask = jnp.ones(B, bool) if mask is None else jnp.asarray(mask)

@@ -348,7 +348,7 @@ def test_full_slots_are_refused_eagerly(compiled, small_config, random_model):
 
 
 def test_overflow_inside_jit_spoils_nothing(compiled, small_config, random_model):
-    """What fits is written, the rest is dropped, and neither touches what was there."""
+    """Rows that fit are written, others are dropped, and neither changes the rows before."""
     config = small_config()
     model = compiled(random_model(config))
     state = streamed(model, config)

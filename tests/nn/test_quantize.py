@@ -111,7 +111,7 @@ def layers(encoders):
 
 @jax.jit
 def branches(layer, x):
-    """What attention and the MLP of a layer add to x, apart from gates."""
+    """The branches of attention and MLP of a layer, before their gates."""
     zeros = jnp.zeros_like(x)
     heads, _ = layer.attention(Residual(x), layer.attention_norm.params)
     hidden, _ = norm_linear(Residual(x), layer.mlp_norm.params, layer.mlp.fc1.weights, gelu=True)

@@ -56,7 +56,7 @@ class Weights:
 
     @property
     def scheme(self) -> Literal["float", "W8A16", "W8A8"]:
-        """What the GEMM multiplies: weights and inputs as they are, weights or both from 8 bits."""
+        """Precision of the GEMM: floats, 8-bit weights (W8A16), or 8-bit weights and inputs (W8A8)."""
         if not isinstance(self.kernel, QArray):
             return "float"
         return "W8A16" if self.kernel.input_scale is None else "W8A8"

@@ -435,7 +435,7 @@ def _kernel(
         lax.fori_loop(0, count, unit, None)
 
     def needed(number, part):
-        """What the inputs of a part are made of, but for what was only just written."""
+        """Operands of the inputs of a part, except those that this phase has just written."""
         if number == 1:
             at = piece(part, config.part)
             return [ref.at[at] for ref in (out_scale_gmem, norm_gmem)]

@@ -410,7 +410,7 @@ class _Epilogue:
         return [None if x is None else _load(x.at[self.columns(chunk)], PER_COLUMN) for x in vectors]
 
     def fetch_first(self):
-        """Fetches the residual of as many chunks as there are slots, when the last tile has left them.
+        """Fetches the residual of the first chunks, one for each slot, once the last tile has left the slots.
 
         Some steps into the product, when that has happened.
         """
