@@ -67,8 +67,9 @@ def run(tree: Path, flags: list[str], args) -> list[dict]:
 
 def ratios(before: list[dict], after: list[dict]) -> dict[str, float]:
     """After over before, for each measure."""
-    found = {}
-    for old, new in zip(before, after, strict=False):
+    found, now = {}, {row["measure"]: row for row in after}
+    for old in before:
+        new = now.get(old["measure"], {})
         figure = next((name for name in FIGURES if name in old and name in new), None)
         if figure:
             found[f"{old['measure']}, {old['unit']}"] = new[figure] / old[figure]
