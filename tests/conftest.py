@@ -41,6 +41,9 @@ hypothesis.settings.load_profile("moss_jax")
 def pytest_configure(config):
     """Tests compile much and compute little: fast rather than well, and once for all processes of a run."""
     on_gpu = config.option.markexpr == "gpu"
+    if on_gpu:
+        # Processes of one run share the card.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flag = "--xla_gpu_autotune_level=0" if on_gpu else "--xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -92,7 +92,9 @@ def attend_on_device(a: Arguments) -> Exact:
         if a.bias is not None:
             scores += a.bias[:, None, None, None, :]
         key = jnp.arange(k.shape[-2])
-        weights = jax.nn.softmax(jnp.where((start <= key) & (key < end), scores, -jnp.inf), axis=-1)
+        visible = (start <= key) & (key < end)
+        # Softmax of no key at all is NaN; attention over an empty range is 0.
+        weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1), 0)
         found = _weigh(weights, v)
     return Exact(*(x.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D) for x in found))
 
@@ -115,7 +117,7 @@ def tolerance(dtype, q, k, scale, *, score_eps=0.0) -> float:
 
 
 def _longest(x) -> float:
-    return float(np.sqrt((np.float64(x) ** 2).sum(axis=-1).max()))
+    return float(jnp.linalg.norm(jnp.asarray(x, jnp.float32), axis=-1).max())
 
 
 def close(actual, exact: Exact, share: float, what: str, *, dtype=None):

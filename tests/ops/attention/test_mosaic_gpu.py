@@ -152,15 +152,20 @@ def hold_on_device(a: Arguments, what: str):
     close(out, Exact(*map(np.float64, exact.attend_on_device(a))), share, what)
 
 
+def kv_heads(S):
+    """The 11B's 8; one for the longest bank, which NumPy takes long to draw."""
+    return 8 if S < 100_000 else 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("T", "S"),
     [(1, 1), (2, 7), (16, 64), (5, 101), (1, 1616), (40, 1616), (1, 25_856), (64, 25_856), (1, 500_000)],
 )
 def test_banks_of_every_length(T, S):
-    """32 query heads on 8 kv heads; ranges that differ, and are not aligned with tiles."""
+    """Ranges that differ, and are not aligned with tiles."""
     rng = np.random.default_rng(S)
-    q, k, v, bias, _ = inputs(T, S, batch=1, kv_heads=8, group=4, head_dim=128)
+    q, k, v, bias, _ = inputs(T, S, batch=1, kv_heads=kv_heads(S), group=4, head_dim=128)
     end = rng.integers((S + 1) // 2, S + 1, (1, T)).astype(np.int32)
     start = np.minimum(rng.integers(0, S // 2 + 1, (1, T)), end - 1).astype(np.int32)
     bias = bias if S < 2000 else None
@@ -172,9 +177,9 @@ def test_banks_of_every_length(T, S):
     ("stored", "S"), [("int8", 1), ("float8_e4m3fn", 7), ("int8", 1616), *((x, 500_000) for x in QUANTIZED)]
 )
 def test_quantized_banks_of_every_length(S, stored):
-    q, k, v, _, _ = inputs(2, S, batch=1, kv_heads=8, group=4, head_dim=128)
-    k, v = (quantize(x.astype(np.float32), stored, axes=3) for x in (k, v))
-    end = np.array([[S, max(S - 3, 1)]], np.int32)
+    q, k, v, _, _ = inputs(2, S, batch=1, kv_heads=kv_heads(S), group=4, head_dim=128)
+    k, v = (quantize(jnp.float32(x), stored, axes=3) for x in (k, v))
+    end = np.array([[S, max(S - 3, 0)]], np.int32)
     hold_on_device(Arguments(q, k, v, KeyRange(0 * end, end), None, 128**-0.5), stored)
 
 
