@@ -28,10 +28,10 @@ from moss_jax.config import (
 from moss_jax.convert import CheckpointError, open_model
 from moss_jax.shipped import shipped
 from moss_jax.stream import Engine, SessionError, answer_offline
-from moss_jax.terminal.feed import open_session, run_session
+from moss_jax.terminal.feed import open_session, report_skipped, run_session
 from moss_jax.terminal.transcript import print_json, print_transcript
 from moss_jax.text import TokenizerError, chat
-from moss_jax.video import VideoError, VideoInfo, frame_spans, probe, sample_clip, sample_file
+from moss_jax.video import VideoError, VideoInfo, clip_times, fit_frames, probe, sample_at, sample_file
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
     info = probe(args.video)
     prompts = sorted(args.prompt, key=lambda p: p.at)
-    check_times(prompts, args.video, info)
+    check_times(prompts, info)
     if args.offline and len(prompts) != 1:
         raise ConfigError(f"--offline answers one --prompt about the whole clip, not {len(prompts)}")
     if args.offline and prompts[0].at:
@@ -99,12 +99,16 @@ def run(args: argparse.Namespace) -> None:
         f"{Path(args.video).name} · {info.width}×{info.height}{length} · {sampling.fps:g} fps · {mode}\n"
         f"{opened.name}\n"
     )
+    # Times of the frames that cannot be decoded.
+    skipped: list[float] = []
     if args.offline:
-        frames = sample_clip(args.video, frames_that_fit(sampling, engine_config))
+        times = clip_times(args.video, frames_that_fit(sampling, engine_config))
+        frames = sample_at(args.video, times, skipped.append)
         if picture:
-            for frame in frames:
-                picture.add_frame(frame.rgb, frame.time)
-        events = answer_offline(engine, frames, prompts[0].text, system=args.system)
+            frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
+        # Fitted while they are read: at full size, a clip of 4K may take more memory than there is.
+        clip = list(fit_frames(frames, engine.model_config.vision.image_size))
+        events = answer_offline(engine, clip, prompts[0].text, system=args.system)
     else:
         system = chat.SYSTEM_PROMPT if args.system is None else args.system
         timed = [(prompt.at, prompt.text) for prompt in prompts]
@@ -113,10 +117,11 @@ def run(args: argparse.Namespace) -> None:
             # Compiled beforehand, since the clip goes on meanwhile.
             engine.warm_up((info.height, info.width, 3))
         signal.signal(signal.SIGINT, lambda *_: session.stop())
-        frames = sample_file(args.video, sampling)
+        frames = sample_file(args.video, sampling, skipped.append)
         if picture:
             frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
         events = run_session(session, frames, later)
+    events = report_skipped(events, skipped)
     if picture:
         events = tap(events, picture.add)
     try:
@@ -148,22 +153,15 @@ class Prompt:
     at: float = 0.0
 
 
-def check_times(prompts: list[Prompt], video: str, info: VideoInfo) -> None:
+def check_times(prompts: list[Prompt], info: VideoInfo) -> None:
     """Checks that no prompt comes after the end of the clip.
 
     Raises:
       ConfigError: one does.
     """
     last = max((p.at for p in prompts), default=0.0)
-    if last == 0:
-        return
-    end = 0.0
-    if not info.is_image:
-        # By its packets: the length in a header can be missing or wrong.
-        span = frame_spans(video)[-1]
-        end = span.time + (span.duration or 0.0)
-    if last > end + 1e-3:
-        raise ConfigError(f"--prompt-at {last:g} is beyond the clip, which lasts {end:.1f} s")
+    if last > info.duration + 1e-3:
+        raise ConfigError(f"--prompt-at {last:g} is beyond the clip, which lasts {info.duration:.1f} s")
 
 
 def parse_arguments() -> argparse.Namespace:

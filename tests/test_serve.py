@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -86,6 +87,20 @@ def test_offline_prefills_the_clip_and_then_answers(checkpoint, tmp_path):
     assert types[:31] == ["frame"] * 30 + ["turn"]
     assert types[-1] == "end"
     assert_is_picture(tmp_path / "session.png")
+
+
+def test_frames_that_cannot_be_decoded_are_told(checkpoint, tmp_path):
+    with av.open(str(DEMO)) as container:
+        wreck = [packet for packet in container.demux(video=0) if packet.size][30]
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(DEMO.read_bytes().replace(bytes(wreck), bytes(wreck.size)))
+    arguments = ["--video", path, "--checkpoint", checkpoint, "--json", "--prompt", "What?", "--fps", "0.5"]
+    result = run(*arguments, "--offline")
+    events = events_of(result)
+    (skipped,) = [event for event in events if event["type"] == "skipped"]
+    assert (skipped["time"], skipped["count"]) == (pytest.approx(float(wreck.pts * wreck.time_base)), 1)
+    assert sum(event["type"] == "frame" for event in events) == 15
+    assert f"{path} is damaged: skipped 1 frame" in result.stderr
 
 
 def test_the_transcript_has_a_heading_and_a_summary(checkpoint):
@@ -184,7 +199,7 @@ def test_bad_videos(fails, tmp_path):
     empty.touch()
     text.write_text("this is not a video " * 100)
     cut.write_bytes(DEMO.read_bytes()[: DEMO.stat().st_size // 2])
-    for file in (tmp_path / "missing.mp4", empty, text, cut, tmp_path):
+    for file in (tmp_path / "missing.mp4", tmp_path / ("x" * 300), empty, text, cut, tmp_path):
         message = fails("--video", file)
         assert str(file) in message
         assert len(message.splitlines()) == 1
@@ -197,6 +212,19 @@ def test_bad_numbers_and_times(fails):
     assert "--prompt-at 30.5 is beyond the clip, which lasts 30.0 s" in late
     assert "must follow the --prompt" in fails("--video", DEMO, "--prompt-at", "1")
     assert "from 0 on" in fails("--video", DEMO, "--prompt", "hi", "--prompt-at=-1")
+
+
+def test_a_recording_that_was_joined_is_as_long_as_its_parts(fails, tmp_path):
+    with av.open(str(DEMO)) as source, av.open(str(tmp_path / "part.ts"), "w") as part:
+        stream = part.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                part.mux(packet)
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(2 * (tmp_path / "part.ts").read_bytes())
+    late = fails("--video", joined, "--prompt", "hi", "--prompt-at", "60.5")
+    assert "--prompt-at 60.5 is beyond the clip, which lasts 60.0 s" in late
 
 
 def test_unknown_weights(fails):

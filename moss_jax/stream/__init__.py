@@ -1,7 +1,17 @@
 """Live streams: the engine, the session that runs its steps, and the events of a session."""
 
 from moss_jax.stream.engine import Engine, EngineLike
-from moss_jax.stream.events import Counters, End, Event, FrameSeen, Interrupted, Silence, Text, Turn
+from moss_jax.stream.events import (
+    Counters,
+    End,
+    Event,
+    FrameSeen,
+    FramesSkipped,
+    Interrupted,
+    Silence,
+    Text,
+    Turn,
+)
 from moss_jax.stream.offline import answer_offline
 from moss_jax.stream.rows import PENDING, Row
 from moss_jax.stream.session import Session, SessionError
@@ -16,6 +26,7 @@ __all__ = [
     "EngineState",
     "Event",
     "FrameSeen",
+    "FramesSkipped",
     "Interrupted",
     "Row",
     "Sampled",

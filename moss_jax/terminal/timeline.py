@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -116,8 +115,7 @@ class Timeline:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             FigureCanvasAgg(draw(self.events, self._thumbnails)).print_png(png)
-        path = Path(path)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        path, draft = Path(path), _draft(path)
         try:
             draft.write_bytes(png.getvalue())
             draft.replace(path)
@@ -134,13 +132,19 @@ def check_path(path: str | os.PathLike) -> None:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ConfigError(f"a timeline is written as .png, not as {path.name}")
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder")
+        _draft(path).touch()
+        _draft(path).unlink()
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _draft(path: str | os.PathLike) -> Path:
+    """Where a picture is written before it takes its place."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 # ---------------------------------------------------------------------------- utterances

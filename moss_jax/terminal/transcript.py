@@ -9,7 +9,7 @@ from typing import IO
 from rich.console import Console
 from rich.text import Text as Styled
 
-from moss_jax.stream import End, Event, FrameSeen, Interrupted, Silence, Text, Turn
+from moss_jax.stream import End, Event, FrameSeen, FramesSkipped, Interrupted, Silence, Text, Turn
 
 # Columns before the text, for a stream time such as " 12:34  ".
 MARGIN = 8
@@ -64,6 +64,12 @@ class TranscriptPrinter:
             case FrameSeen():
                 if self._line == "text":
                     self._write(FRAME_WHILE_SPEAKING, "dim cyan")
+            case FramesSkipped():
+                self._start("skipped", event)
+                when = clock(event.time)
+                frames = f"1 frame at {when}" if event.count == 1 else f"{event.count} frames from {when} on"
+                self._write(f"{frames} cannot be decoded", "dim red")
+                self._end_line()
             case Text():
                 if self._line != "text":
                     self._start("text", event)

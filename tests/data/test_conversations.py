@@ -1,10 +1,12 @@
 """Conversations: exact tokens, labels and frames of a row, dropped rows, and the order of batches."""
 
 import json
+import os
 import pickle
 from collections import Counter
 from pathlib import Path
 
+import av
 import jax
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from moss_jax.data.conversations import ConversationBatches
 from moss_jax.data.pipeline import iterate
 from moss_jax.text import Tokenizer, chat
 from moss_jax.text.labels import IGNORED
-from moss_jax.video import fit_frame, sample_clip, sample_file
+from moss_jax.video import fit_frame, sample_at, sample_clip, sample_file
 
 TINY = Tokenizer.moss_tiny()
 IMAGE, SILENCE = TINY.special.image, TINY.special.silence
@@ -279,7 +281,7 @@ BAD = {
         "too many frames",
     ),
     "more frames than a bucket": (
-        offline("<|video|>" * 4, "A", videos=["film.mp4"] * 4),
+        offline("<|video|>" * 5, "A", videos=["film.mp4"] * 5),
         "too many frames",
     ),
     "too many tokens": (offline("<|video|>", "A cup. " * 200, **VIDEO), "too long"),
@@ -311,6 +313,26 @@ def test_unusable_rows_are_dropped(batches, case):
     (sentence,) = source.report.examples[reason]
     assert "rows.json[1]: " in sentence
     assert source[0].dropped == ()
+
+
+def test_paths_that_cannot_be_are_dropped(batches, media, monkeypatch):
+    """One such row would end a run at its start."""
+    closed = media / "closed" / "film.mp4"
+    original = os.stat
+
+    def stat(path, *args, **kwargs):  # as for a user who may not enter the folder, which root always may
+        if str(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    paths = ["x" * 300, "null\0", "half \ud800", "closed/film.mp4", "still.png/film.mp4", "no.mp4"]
+    rows = [live(SAID, ["00:00"], path) for path in paths]
+    rows += [offline("<|video|>", "A", videos=[path]) for path in paths]
+    rows += [offline("<|image|>", "A", images=[path]) for path in paths]
+    report = batches([offline("Hi", "Hello"), *rows]).report
+    assert (report.kept, report.dropped) == (1, {"unreadable video": 12, "missing video": 6})
+    str(report).encode()
 
 
 def test_the_report_names_up_to_twenty_rows_or_examples(batches):
@@ -384,6 +406,73 @@ def test_a_decoding_error_leaves_padding(batches):
         assert not batch.frames[bad].any()
         assert not batch.tokens[bad].any()
         assert (batch.labels[1 - bad] != IGNORED).any()
+
+
+# ---------------------------------------------------------------------- lengths that headers get wrong
+
+
+def declared(path: Path) -> str | None:
+    with av.open(str(path)) as container:
+        return container.streams.video[0].metadata.get("DURATION")
+
+
+@pytest.fixture(scope="module")
+def misleading(media, encode) -> Path:
+    """Files whose headers are wrong or say nothing about their length."""
+    # The third piece of `ffmpeg -f segment`, whose timestamps go on from the second.
+    encode(media / "third_piece.mkv", 40, times_ms=[20_000 + 100 * i for i in range(40)])
+    assert declared(media / "third_piece.mkv").startswith("00:00:23.9")
+    # A screen recording with a frame every 2 s.
+    encode(media / "screen.mkv", 7, times_ms=[2000 * i for i in range(7)])
+    data = (media / "screen.mkv").read_bytes()
+    assert declared(media / "screen.mkv").startswith("00:00:12")
+    (media / "screen.mkv").write_bytes(data.replace(b"00:00:12", b"00:00:08"))
+    # A recording of a browser.
+    encode(media / "browser.webm", 20, fps=5, codec="libvpx", muxer_options={"live": "1"})
+    assert declared(media / "browser.webm") is None
+    part = encode(media / "part.ts", 20, fps=5).read_bytes()
+    (media / "joined.ts").write_bytes(2 * part)
+    return media
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("third_piece.mkv", 4), ("screen.mkv", 13), ("browser.webm", 4), ("joined.ts", 8)]
+)
+def test_rows_are_counted_by_the_frames_that_there_are(batches, misleading, name, count):
+    source = batches([offline("<|video|>?", "Yes", videos=[name])])
+    assert source.report.kept == 1
+    batch, dropped = source[0]
+    assert dropped == ()
+    assert batch.frames.shape[1] == (4 if count <= 4 else 16)
+    assert (batch.frame_positions < batch.tokens.shape[1]).sum() == count
+    clip = sample_clip(misleading / name, FrameSampling(max_frames=16))
+    np.testing.assert_array_equal(batch.frames[0, :count], [fit_frame(frame.rgb, SIZE) for frame in clip])
+    # No larger bucket is needed, nor room for more.
+    assert batches([offline("<|video|>?", "Yes", videos=[name])], frame_buckets=(count,)).report.kept == 1
+    assert batches([offline("<|video|>?", "Yes", videos=[name])], frame_buckets=(count - 1,)).report.kept == 0
+
+
+def test_realtime_rows_are_checked_by_the_frames_that_there_are(batches, misleading):
+    good = [("screen.mkv", "00:12"), ("joined.ts", "00:07"), ("browser.webm", "00:04.5")]
+    bad = [("third_piece.mkv", "00:20"), ("browser.webm", "00:06"), ("joined.ts", "00:10")]
+    rows = [live(SAID, [time], name) for name, time in [*good, *bad]]
+    source = batches(rows, batch_size=3)
+    assert (source.report.kept, source.report.dropped) == (3, {"mismatch of frames and markers": 3})
+    dropped = source.report.examples["mismatch of frames and markers"]
+    assert [name in sentence for (name, _), sentence in zip(bad, dropped, strict=True)] == [True] * 3
+    assert "joined.ts ends at 8.0 s" in dropped[2]
+    assert source[0].dropped == ()
+
+
+def test_a_damaged_video_is_trained_on(batches, media, encode):
+    """A frame that cannot be decoded costs neither the row nor the frames after it."""
+    whole = encode(media / "whole.mkv", 20, fps=5, codec="mjpeg", pix_fmt="yuvj420p")
+    with av.open(str(whole)) as container:
+        wreck = bytes([packet for packet in container.demux(video=0) if packet.size][10])
+    (media / "damaged.mkv").write_bytes(whole.read_bytes().replace(wreck, bytes(len(wreck))))
+    _, _, frames, _ = only(batches([offline("<|video|>?", "Yes", videos=["damaged.mkv"])]))
+    expected = [fit_frame(frame.rgb, SIZE) for frame in sample_at(whole, [0, 1, 1.8, 3])]
+    np.testing.assert_array_equal(frames, expected)
 
 
 # ------------------------------------------------------------------------------------- order and buckets
