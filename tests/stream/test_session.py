@@ -370,7 +370,7 @@ def test_an_unknown_slot_is_refused(scripted):
 
 def test_a_running_lockstep_session_refuses_times_out_of_order(scripted):
     session = Session(scripted(), SessionConfig(clock="lockstep"))
-    for i, frame in enumerate(numbered(3)):
+    for i, frame in reversed(list(enumerate(numbered(3)))):
         session.push_frame(frame, float(i))
     events = iter(session)
     next(events)
