@@ -5,7 +5,7 @@ import pytest
 
 from moss_jax.config import EngineConfig, SessionConfig
 from moss_jax.stream import PENDING, FrameSeen, Interrupted, Silence, Text
-from moss_jax.stream.conversation import Conversation, Inbound, Plan
+from moss_jax.stream.conversation import Conversation, Encoded, Inbound, Plan
 
 SILENCE, IMAGE = 1021, 1024
 OPENING = [1015, 5, 6]
@@ -94,6 +94,33 @@ def test_what_waits_is_taken_in_order_of_time_whatever_was_dropped(start):
         assert times == sorted(times)
         assert len(plan.frames) == 8
         assert len(times) > 8
+
+
+def test_a_frame_that_is_being_encoded_waits_for_its_features(start):
+    """Also where the model has fallen silent meanwhile, so that others would be encoded with the step."""
+    conversation = start(SILENCE)
+    waiting = frame(0.0)
+    waiting.claimed = True
+    conversation.receive(waiting)
+    assert move(conversation) is None
+    waiting.encoded = Encoded(np.zeros((1, 1, 1)), 0)
+    assert move(conversation).frames == [waiting]
+
+
+def test_the_frames_of_a_row_are_of_one_encoded_batch(start):
+    batches = [np.zeros((2, 1, 1)) for _ in range(2)]
+    encoded = [Encoded(batches[0], 0), Encoded(batches[0], 1), Encoded(batches[1], 0), None, None]
+    conversation = start(SILENCE)
+    for order, features in enumerate(encoded):
+        inbound = frame(float(order), order)
+        inbound.encoded = features
+        conversation.receive(inbound)
+    rows = []
+    for _ in range(3):
+        plan = move(conversation)
+        rows.append([int(x.time) for x in plan.frames])
+        list(conversation.on_token(plan, SILENCE, 0.0))
+    assert rows == [[0, 1], [2], [3, 4]]
 
 
 def test_an_interruption_tells_what_was_said_since_the_last_answer_ended(start, tokenizer):
