@@ -20,14 +20,7 @@ from moss_jax.config import ConfigError, EngineConfig, TokenSampling
 from moss_jax.nn import MossVideo, for_decoding
 from moss_jax.stream.parameters import functionalize
 from moss_jax.stream.perception import ENCODE_BUCKETS, FrameEncoder
-from moss_jax.stream.placement import (
-    abstract_state,
-    mesh_in_use,
-    mesh_of,
-    place,
-    placement_of,
-    traced_on,
-)
+from moss_jax.stream.placement import abstract_state, mesh_of, place, placement_of, split_state
 from moss_jax.stream.rows import (
     FRAME_BUCKETS,
     PENDING,
@@ -131,12 +124,15 @@ class Engine:
         self.frame_encoder = FrameEncoder(model, perception, self.placement)
         penalised = self.sampling.repetition_penalty != 1
         pure_start = functools.partial(start, model.config, model.dtype, penalised)
-        whole = None if mesh_of(self.placement) else self.placement
-        self._start = jax.jit(pure_start, static_argnums=0, out_shardings=whole)
+        self._start = jax.jit(
+            split_state(self.placement, pure_start),
+            static_argnums=0,
+            out_shardings=None if mesh_of(self.placement) else self.placement,
+        )
         # The state alone is returned, in the memory that it came in: where no buffer changes its address, the
         # device replays the step as a recorded graph. `keep_unused` keeps the logits, which a step does not
         # read, among the donated arguments.
-        pure_step = traced_on(self.placement, pure_step)
+        pure_step = split_state(self.placement, pure_step)
         self._step = jax.jit(pure_step, donate_argnums=(2,), keep_unused=True)
         self.programs = {"step": self._step, **self.frame_encoder.programs}
         # Arguments of a step that appends pending tokens alone, by which slots take part.
@@ -159,8 +155,7 @@ class Engine:
 
     def start(self) -> EngineState:
         """A state of empty slots. Each slot's first row must begin with a real token."""
-        with mesh_in_use(self.placement):
-            return self._start(self.config)
+        return self._start(self.config)
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
         """Features of frames of any sizes, from any streams; those of one size are encoded in batches.

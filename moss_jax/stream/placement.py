@@ -3,13 +3,12 @@
 B slots, K kv heads, D head
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from moss_jax.sharding import constrain, partition_spec
+from moss_jax.sharding import named_sharding
 
 
 def placement_of(parameters: Sequence[jax.Array]) -> SingleDeviceSharding | NamedSharding:
@@ -33,12 +32,6 @@ def place(parameters: Sequence[jax.Array], placement: Sharding) -> Sequence[jax.
     return parameters if mesh_of(placement) else jax.device_put(parameters, placement)
 
 
-def mesh_in_use(placement: Sharding) -> contextlib.AbstractContextManager:
-    """Puts the placement's mesh in use, if it has one."""
-    mesh = mesh_of(placement)
-    return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
-
-
 def traced_on[**Arguments, Result](
     placement: Sharding, function: Callable[Arguments, Result]
 ) -> Callable[Arguments, Result]:
@@ -54,9 +47,19 @@ def traced_on[**Arguments, Result](
     return on_mesh
 
 
-def constrain_state[State](state: State) -> State:
-    """Splits a state over the mesh in use, if there is one: by slot, keys and values by head as well."""
-    return jax.tree.map(lambda x: constrain(x, _state_axes(x)), state)
+def split_state[**Arguments, State](
+    placement: Sharding, function: Callable[Arguments, State]
+) -> Callable[Arguments, State]:
+    """As `traced_on`, of a function that returns a state: by slot, keys and values by head as well."""
+    mesh = mesh_of(placement)
+    if not mesh:
+        return function
+
+    def on_mesh(*args: Arguments.args, **kwargs: Arguments.kwargs) -> State:
+        state = traced_on(placement, function)(*args, **kwargs)
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _sharding(x, mesh)), state)
+
+    return on_mesh
 
 
 def abstract(tree, placement: Sharding):
@@ -65,17 +68,12 @@ def abstract(tree, placement: Sharding):
 
 
 def abstract_state[State](state: State, placement: Sharding) -> State:
-    """As `abstract`, of a state that `constrain_state` has split."""
+    """As `abstract`, of a state that `split_state` has split."""
     mesh = mesh_of(placement)
-    if not mesh:
-        return abstract(state, placement)
-
-    def split(x):
-        return abstract(x, NamedSharding(mesh, partition_spec(_state_axes(x), x.shape, mesh)))
-
-    return jax.tree.map(split, state)
+    return jax.tree.map(lambda x: abstract(x, _sharding(x, mesh) if mesh else placement), state)
 
 
-def _state_axes(x: jax.Array) -> tuple[str | None, ...]:
-    """Logical axes of keys and values [B, K, rows, D], or of another array of a state, [B, ...]."""
-    return ("batch", "kv_heads", None, None) if x.ndim == 4 else ("batch", *[None] * (x.ndim - 1))
+def _sharding(x: jax.Array, mesh: Mesh) -> NamedSharding:
+    """Of keys and values [B, K, rows, D], or of another array of a state, [B, ...]."""
+    axes = ("batch", "kv_heads", None, None) if x.ndim == 4 else ("batch", *[None] * (x.ndim - 1))
+    return named_sharding(axes, x.shape, mesh)

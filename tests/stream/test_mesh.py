@@ -46,6 +46,7 @@ def parts(x):
 assert parts(state.stream.text.keys[0]) == parts(state.stream.bank.values[0]) == 8
 assert parts(state.pending) == 4
 assert max(parts(x) for x in engine.parameters) == 4
+assert jax.eval_shape(engine.start).pending.shape == (4,)
 # Donated in place: no step of a kind compiles twice, and the state that comes out is split like the first.
 assert jax.tree.map(lambda x: x.sharding.spec, state.stream.text.keys) == jax.tree.map(
     lambda x: x.sharding.spec, engine.start().stream.text.keys
