@@ -47,33 +47,13 @@ def traced_on[**Arguments, Result](
     return on_mesh
 
 
-def split_state[**Arguments, State](
-    placement: Sharding, function: Callable[Arguments, State]
-) -> Callable[Arguments, State]:
-    """As `traced_on`, of a function that returns a state: by slot, keys and values by head as well."""
-    mesh = mesh_of(placement)
-    if not mesh:
-        return function
-
-    def on_mesh(*args: Arguments.args, **kwargs: Arguments.kwargs) -> State:
-        state = traced_on(placement, function)(*args, **kwargs)
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _sharding(x, mesh)), state)
-
-    return on_mesh
-
-
 def abstract(tree, placement: Sharding):
     """Shapes and dtypes of arrays with one placement, to lower programs with."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)
 
 
-def abstract_state[State](state: State, placement: Sharding) -> State:
-    """As `abstract`, of a state that `split_state` has split."""
-    mesh = mesh_of(placement)
-    return jax.tree.map(lambda x: abstract(x, _sharding(x, mesh) if mesh else placement), state)
-
-
-def _sharding(x: jax.Array, mesh: Mesh) -> NamedSharding:
-    """Of keys and values [B, K, rows, D], or of another array of a state, [B, ...]."""
+def state_sharding(x: jax.Array, placement: Sharding) -> Sharding:
+    """Of keys and values [B, K, rows, D], or of another array of a state, [B, ...]: by slot, and by head."""
     axes = ("batch", "kv_heads", None, None) if x.ndim == 4 else ("batch", *[None] * (x.ndim - 1))
-    return named_sharding(axes, x.shape, mesh)
+    mesh = mesh_of(placement)
+    return named_sharding(axes, x.shape, mesh) if mesh else placement
