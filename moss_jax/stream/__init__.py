@@ -8,6 +8,7 @@ from moss_jax.stream.events import (
     FrameSeen,
     FramesSkipped,
     Interrupted,
+    NotAsked,
     Silence,
     Text,
     Turn,
@@ -15,9 +16,10 @@ from moss_jax.stream.events import (
 from moss_jax.stream.offline import answer_offline
 from moss_jax.stream.rows import PENDING, Row
 from moss_jax.stream.session import Session, SessionError
-from moss_jax.stream.step import EngineState, Sampled
+from moss_jax.stream.step import NOT_FINITE, EngineState, Sampled
 
 __all__ = [
+    "NOT_FINITE",
     "PENDING",
     "Counters",
     "End",
@@ -28,6 +30,7 @@ __all__ = [
     "FrameSeen",
     "FramesSkipped",
     "Interrupted",
+    "NotAsked",
     "Row",
     "Sampled",
     "Session",

@@ -19,6 +19,9 @@ from moss_jax.stream.rows import PENDING, StepFrames
 from moss_jax.stream.sampling import sample
 from moss_jax.text import SpecialTokens
 
+# In the place of a token that was to be sampled from logits that hold NaN or an infinity.
+NOT_FINITE = -2
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Sampled:
 
     Attributes:
       tokens: the next token of each slot; silence where the model would end its turn, since in a stream the
-        turn stays open.
+        turn stays open, and NOT_FINITE where the logits are not finite.
       logits: the scores that they were sampled from; a view of the state, so donated with the next step.
     """
 
@@ -125,5 +128,7 @@ def step(
     sampled = sample(logits, sampling, keys=keys, allowed=rules.allowed, said=said)
     # A turn that the model ends stays open, so the token to append is the silence that it was trained with.
     sampled = jnp.where(sampled == special.eot, special.silence, sampled)
+    # Said by the token itself, so that the host reads no other array.
+    sampled = jnp.where(jnp.isfinite(logits).all(axis=-1), sampled, NOT_FINITE)
     pending = jnp.where(lengths > 0, sampled, state.pending)
     return EngineState(stream=stream, pending=pending, logits=logits, said=said)
