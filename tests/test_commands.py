@@ -13,6 +13,9 @@ MODULES = sorted(
     if 'if __name__ == "__main__":' in file.read_text().splitlines()
 )
 
+# A module that is imported already is run again, as a program.
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+
 
 def state() -> dict[Path, int]:
     """When each file of the repository that a command might write was last written."""
@@ -36,7 +39,6 @@ def test_all_commands_are_found():
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("command", [*MODULES, *SCRIPTS], ids=str)
 def test_help_explains_and_does_nothing(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
