@@ -575,7 +575,7 @@ class ConversationConfig:
     """Conversations about videos, as ShareGPT rows.
 
     Attributes:
-      files: JSON files, each a list of rows.
+      files: JSON or JSON-lines files of rows; docs/data.md describes them.
       media_root: folder that media paths in the rows are relative to.
       max_tokens: longer rows are dropped.
       token_buckets: sequence lengths to pad to, ascending; the largest is at least `max_tokens`. A batch has

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from moss_jax.convert import CheckpointError, run_checkpoint
+from moss_jax.text import TokenizerError
 
 
 def main() -> int:
@@ -20,7 +21,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         step = run_checkpoint.export(args.workdir, args.out, step=args.step, dtype=args.dtype)
-    except CheckpointError as error:
+    except (CheckpointError, TokenizerError) as error:
         print(f"moss_jax.convert: {error}", file=sys.stderr)
         return 2
     print(f"{args.out}: the model of {args.workdir} after {step} steps, in {args.dtype}")

@@ -56,7 +56,7 @@ class ConversationBatches:
           process_count: number of processes.
 
         Raises:
-          ConfigError: a file is missing or is not a JSON list of rows, or the settings are invalid.
+          ConfigError: a file cannot be read or holds no rows, or the settings are invalid.
         """
         if not config.files:
             raise ConfigError(

@@ -1,8 +1,9 @@
-"""Reads, validates and tokenizes conversations about videos from JSON files.
+"""Reads, validates and tokenizes conversations about videos from JSON and JSON-lines files.
 
 A row has turns in `messages` (role, content) or `conversations` (from, value), and its media in `videos` and
 `images`. An offline row has a marker for each medium. A real-time row has a marker for each frame of its only
-video, whose path and frame times are JSON in `videos[0]`, after `[RealTime QA][INFO]`.
+video, whose path and frame times are JSON in `videos[0]`, after `[RealTime QA][INFO]`. `chat.MARKERS` has the
+markers of each role; all else in a row, `<|eot_id|>` included, is text. docs/data.md shows rows of each form.
 """
 
 import collections
@@ -21,7 +22,7 @@ from jaxtyping import Bool, Int
 
 from moss_jax.config import ConfigError, ConversationConfig, FrameSampling
 from moss_jax.text import Tokenizer, TokenizerError, header
-from moss_jax.text.chat import Role
+from moss_jax.text.chat import MARKERS, Role
 from moss_jax.video import VideoError, clip_times, probe
 
 MALFORMED = "malformed row"
@@ -33,6 +34,7 @@ TOO_LONG = "too long"
 NOTHING = "no targets"
 
 _REALTIME = "[RealTime QA][INFO]"
+_MESSAGES = ("messages", "conversations")
 _ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
@@ -154,7 +156,7 @@ def read_rows(
     Packets, because the length in a file's header may be missing or wrong; no frame is decoded but the first.
 
     Raises:
-      ConfigError: a file is missing or is not a JSON list of rows.
+      ConfigError: a file cannot be read or holds no rows.
     """
     drafts: list[tuple[str, _Draft | _Dropped]] = []
     for name, data in _read_files(config.files):
@@ -183,17 +185,44 @@ def read_rows(
 
 
 def _read_files(files: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    if not isinstance(files, list | tuple) or not all(isinstance(file, str | os.PathLike) for file in files):
+        raise ConfigError(f"conversations.files must be a list of paths, as ['rows.json'] is, not {files!r}")
     for file in files:
         try:
-            with open(file, encoding="utf-8") as stream:
-                rows = json.load(stream)
+            with open(file, "rb") as stream:
+                rows = _parse_rows(stream.read())
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise ConfigError(f"{file} is not valid JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{file} is not valid JSON or JSON lines: {error}") from error
         if not isinstance(rows, list):
             raise ConfigError(f"{file} must hold a list of rows, not {type(rows).__name__}")
         yield from ((f"{file}[{i}]", row) for i, row in enumerate(rows))
+
+
+def _parse_rows(content: bytes) -> Any:
+    """Parses a JSON array, or JSON lines with a row on each, in UTF-8, UTF-16 or UTF-32, with or without BOM.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    text = content.decode(json.detect_encoding(content))
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+    else:
+        # A single line of JSON lines is a valid JSON text, too.
+        return [value] if isinstance(value, dict) and any(key in value for key in _MESSAGES) else value
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    return rows
 
 
 # --------------------------------------------------------------------------------- from JSON to tokens
@@ -235,7 +264,7 @@ def _turns(data: Any) -> Iterator[tuple[Role, str]]:
     """Yields role and content of each turn."""
     if not isinstance(data, dict):
         raise _Dropped(MALFORMED, f"it must be an object with messages, not {type(data).__name__}")
-    messages = data.get("messages", data.get("conversations"))
+    messages = next((data[key] for key in _MESSAGES if key in data), None)
     if not isinstance(messages, list) or not messages:
         raise _Dropped(MALFORMED, "it has no messages")
     if data.get("system"):
@@ -266,7 +295,8 @@ def _tokenize(
     special = tokenizer.special
     tokens, is_target, swappable = [special.begin_of_text], [False], []
     for role, content in turns:
-        opening, body = header(tokenizer, role), tokenizer.encode_marked(_strip(role, content))
+        opening = header(tokenizer, role)
+        body = tokenizer.encode_marked(_strip(role, content), MARKERS[role])
         start, speaks = len(tokens) + len(opening), role == "assistant"
         tokens += [*opening, *body, special.eot]
         is_target += [False] * len(opening)

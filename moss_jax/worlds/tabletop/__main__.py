@@ -15,7 +15,8 @@ from moss_jax.worlds.tabletop.write import ground_truth, to_row, write_video
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
-        description="Write held-out streams of the tabletop world as mp4 with their truth as JSON."
+        prog="python -m moss_jax.worlds.tabletop",
+        description="Write held-out streams of the tabletop world as mp4 with their truth as JSON.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder for N.mp4, N.json and rows.json")
