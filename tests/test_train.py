@@ -95,7 +95,7 @@ def test_the_command_from_another_folder(tmp_path, words):
     )
     name = "train.py" if words[0] != "-m" else "python -m moss_jax.train"
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"{name}: a mesh axis must have at least 1 device")
+    assert done.stderr.splitlines()[-1].startswith(f"{name}: mesh.data must be at least 1 device")
 
 
 def test_a_missing_cluster(main, tmp_path, capsys, monkeypatch):

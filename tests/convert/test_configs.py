@@ -74,7 +74,7 @@ def test_compressor_keys_of_the_original(raw):
         ({"model_type": None}, "model_type None"),
         (
             {"mllama_pool_mode": "median"},
-            "pool mode must be one of 'average', 'max', 'bilinear', 'channelFusion'; got 'median'",
+            "mode must be one of 'average', 'max', 'bilinear', 'channelFusion'; got 'median'",
         ),
         (
             {"text_config": {"hidden_act": "gelu"}},
@@ -118,10 +118,12 @@ def test_a_section_of_the_wrong_type(raw, key, value):
 
 def test_a_number_of_the_wrong_type(raw):
     raw["text_config"]["hidden_size"] = "32"
-    with pytest.raises(ConfigError, match=r"config\.json holds a value of the wrong type"):
+    with pytest.raises(ConfigError, match="hidden_size must be a whole number; got '32'"):
         from_hugging_face(raw)
 
 
 def test_normalisation_of_other_than_three_channels(raw):
-    with pytest.raises(ConfigError, match=r"image_mean and image_std hold three numbers"):
+    with pytest.raises(
+        ConfigError, match=r"image_mean must be \(a number, a number, a number\); got \(0\.5,\)"
+    ):
         from_hugging_face(raw, {"image_mean": [0.5], "image_std": [0.5]})
