@@ -23,7 +23,7 @@ from moss_jax.config import SEEDS
 BAD_OUTPUT, BAD_INPUT = 1, 2
 # Exit code of a process that a signal has ended, by the signal's number.
 SIGNALLED = 128
-# Errors of writing; without the name of a file they are of stdout.
+# Errors of writing to a file that is open, which have no name of it.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def run(name: str, body: Callable[[], int | None], bad_input: tuple[type[Excepti
     except OSError as error:
         if error.filename is None and error.errno not in DISK_ERRORS:
             raise
-        tell(f"{name}: {error.filename or 'standard output'}: {error.strerror}")
+        tell(f"{name}: {error.filename or 'the output'}: {error.strerror}")
         code = BAD_OUTPUT
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -169,9 +169,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to the help of each flag that has one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, "", math.inf) or action.default == []:
-            return action.help
-        return super()._get_help_string(action)
+        unset = action.default is None or action.default is False or action.default in ([], "", math.inf)
+        return action.help if unset else super()._get_help_string(action)
 
 
 def at_least(least: int) -> Callable[[str], int]:
