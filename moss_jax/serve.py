@@ -125,6 +125,9 @@ def open_stream(args: argparse.Namespace) -> Stream:
         picture = Timeline()
 
     opened = open_model(args.checkpoint, weights=args.weights, encoder_weights=args.encoder_weights)
+    positions = opened.model.config.decoder.max_positions
+    if (capacity := engine_config.text_capacity) > positions:
+        raise ConfigError(f"engine.text_capacity {capacity} exceeds the {positions} positions of the model")
     engine = Engine(
         opened.model, opened.tokenizer, engine_config, token_sampling, perception_device=perception
     )
