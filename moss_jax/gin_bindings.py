@@ -118,7 +118,8 @@ def _refuse_unused_bindings() -> None:
 
 def _explain(error: Exception) -> str:
     """Returns gin's message on one line, with the name that was probably meant."""
-    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = str(error).partition(" in config string:")[0]  # Behind that, gin lists all bindings.
+    message = "; ".join(line.strip() for line in text.splitlines() if line.strip())
     nearest = []
     if unknown := re.search(r"No configurable matching '(?:moss_jax\.)?([^']*)'", message):
         if name := _CLASS_NAMES.get(unknown[1]):

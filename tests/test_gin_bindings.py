@@ -138,6 +138,11 @@ def test_a_bad_value_is_refused_in_one_sentence_with_its_name(binding, kind, mes
     assert "In call to" not in str(error.value)
 
 
+def test_a_macro_without_a_value_is_named_alone():
+    with pytest.raises(ConfigError, match=r"^No bindings specified for 'bar/gin\.macro'$"):
+        gin_bindings.parse([], ["train.steps = %bar", "train.batch_size = 1"])
+
+
 def test_whole_numbers_in_scientific_notation_and_single_strings(tmp_path):
     bindings = ["train.steps = 1e4", "train.trainable = 'projector'", "conversations.files = '/x.json'"]
     gin_bindings.parse([], bindings)

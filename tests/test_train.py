@@ -66,6 +66,7 @@ def test_the_shipped_tabletop_config():
         ("train.stpes = 100", "the nearest valid name is steps"),
         ("train.steps = 0", "steps must be at least 1, not 0"),
         ("model.checkpoint = 'nowhere'", "there is no such folder"),
+        ("train.loss_terms = {'x_loss': 1}", "train.loss_terms must be some of z_loss; got x_loss"),
     ],
 )
 def test_bad_settings_exit_with_a_message(main, tmp_path, capsys, binding, message):
