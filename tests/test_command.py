@@ -4,6 +4,7 @@ import argparse
 import errno
 import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,9 +17,13 @@ from moss_jax import command, serve
 from moss_jax.convert import __main__ as convert_command
 from moss_jax.eval.tabletop import __main__ as eval_command
 from moss_jax.train import __main__ as train_command
-from moss_jax.worlds.tabletop import __main__ as worlds_command
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_streams() -> None:
+    """Runs `python -m moss_jax.worlds.tabletop`."""
+    runpy.run_module("moss_jax.worlds.tabletop", run_name="__main__")
 
 
 # ------------------------------------------------------------------------------ exit codes, output
@@ -161,7 +166,7 @@ def test_handlers_are_restored():
             ],
         ),
         (
-            worlds_command.main,
+            write_streams,
             [],
             ["stream (default: 32)", "streams (default: 0)", "least 32 (default: 448)"],
         ),
@@ -199,7 +204,7 @@ SEEDS = [("-1", "must be at least 0, not -1"), ("9" * 20, "must be less than 2**
 @pytest.mark.parametrize(("text", "message"), SEEDS)
 @pytest.mark.parametrize(
     ("main", "words"),
-    [(serve.main, ["--video", "x.mp4"]), (eval_command.main, []), (worlds_command.main, ["--out", "x"])],
+    [(serve.main, ["--video", "x.mp4"]), (eval_command.main, []), (write_streams, ["--out", "x"])],
 )
 def test_bad_seeds_are_refused_by_every_command(monkeypatch, capsys, main, words, text, message):
     monkeypatch.setattr(sys, "argv", ["command", *words, f"--seed={text}"])
