@@ -1,4 +1,7 @@
-"""One call for notebooks and scripts: ask about a video, or watch it as a stream."""
+"""One call for notebooks and scripts: ask about a video, or watch it as a stream.
+
+Programs are compiled anew in each process, unless JAX is told to keep them: JAX_COMPILATION_CACHE_DIR.
+"""
 
 import dataclasses
 import os

@@ -115,12 +115,20 @@ class Timeline:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             FigureCanvasAgg(draw(self.events, self._thumbnails)).print_png(png)
-        path, draft = Path(path), _draft(path)
+        path = Path(path)
+        draft = _draft(path)
         try:
             draft.write_bytes(png.getvalue())
             draft.replace(path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             draft.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    """The file beside a picture that is written first."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def check_path(path: str | os.PathLike) -> None:
@@ -139,12 +147,6 @@ def check_path(path: str | os.PathLike) -> None:
         _draft(path).unlink()
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _draft(path: str | os.PathLike) -> Path:
-    """Where a picture is written before it takes its place."""
-    path = Path(path)
-    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 # ---------------------------------------------------------------------------- utterances

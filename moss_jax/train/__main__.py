@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from moss_jax import gin_bindings
+from moss_jax import command, gin_bindings
 from moss_jax.config import (
     ConfigError,
     ConversationConfig,
@@ -21,26 +21,28 @@ from moss_jax.config import (
 )
 from moss_jax.convert import CheckpointError
 from moss_jax.data.pipeline import BatchError
+from moss_jax.ops.dispatch import Unsupported
 from moss_jax.text import TokenizerError
 from moss_jax.train.loop import DataError, RunConfig, run
 
-BAD_INPUT = (BatchError, CheckpointError, ConfigError, DataError, TokenizerError)
+BAD_INPUT = (BatchError, CheckpointError, ConfigError, DataError, TokenizerError, Unsupported)
 
 
 def main() -> int:
-    """Runs the command and returns its exit code."""
+    """Runs the command and returns its exit code, as `command.run` says."""
     parser = make_parser()
     args = parser.parse_args()
-    try:
-        if args.distributed:
-            join_cluster()
-        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-        logging.getLogger("moss_jax").setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
-        run(read_config(args.gin_file, args.gin_param), args.workdir, resume=args.resume)
-    except BAD_INPUT as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(parser.prog, lambda: train(args), BAD_INPUT)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains as the command line says."""
+    if args.distributed:
+        join_cluster()
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("moss_jax").setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
+    command.cache_compilations(args.compilation_cache)
+    run(read_config(args.gin_file, args.gin_param), args.workdir, resume=args.resume)
 
 
 def read_config(files: list[str], parameters: list[str]) -> RunConfig:
@@ -81,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m moss_jax.train" if program == "__main__.py" else program,
         description="Train a model.",
         epilog="configs/ has a gin file for each training stage.",
+        formatter_class=command.HelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -104,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="for checkpoints, metrics, TensorBoard files and the loss curve",
     )
+    command.add_compilation_cache(parser)
     add("--resume", action="store_true", help="resume from the latest checkpoint in DIR, if there is one")
     add("--distributed", action="store_true", help="join a cluster; start one process on each host")
     return parser

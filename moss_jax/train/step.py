@@ -86,7 +86,9 @@ class Trainer:
         self.silence_id = silence_id
         self._check_rows(train.batch_size)
         if unknown := [name for name, _ in train.loss_terms if name not in LOSS_TERMS]:
-            raise ConfigError(f"loss_terms must be some of {', '.join(LOSS_TERMS)}; got {', '.join(unknown)}")
+            raise ConfigError(
+                f"train.loss_terms must be some of {', '.join(LOSS_TERMS)}; got {', '.join(unknown)}"
+            )
         self._terms = {"cross_entropy": cross_entropy} | {
             name: LOSS_TERMS[name] for name, _ in train.loss_terms
         }

@@ -123,7 +123,7 @@ def test_compressor_keys_of_the_original(raw):
         ({"model_type": None}, "model_type None"),
         (
             {"mllama_pool_mode": "median"},
-            "pool mode must be one of 'average', 'max', 'bilinear', 'channelFusion'; got 'median'",
+            "mode must be one of 'average', 'max', 'bilinear', 'channelFusion'; got 'median'",
         ),
         (
             {"text_config": {"hidden_act": "gelu"}},
@@ -190,5 +190,7 @@ def test_aspect_ratios_of_the_wrong_type(raw):
 
 
 def test_normalisation_of_other_than_three_channels(raw):
-    with pytest.raises(ConfigError, match=r"image_mean and image_std hold three numbers"):
+    with pytest.raises(
+        ConfigError, match=r"image_mean must be \(a number, a number, a number\); got \(0\.5,\)"
+    ):
         from_hugging_face(raw, {"image_mean": [0.5], "image_std": [0.5]})
