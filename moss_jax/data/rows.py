@@ -185,8 +185,6 @@ def read_rows(
 
 
 def _read_files(files: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    if not isinstance(files, list | tuple) or not all(isinstance(file, str | os.PathLike) for file in files):
-        raise ConfigError(f"conversations.files must be a list of paths, as ['rows.json'] is, not {files!r}")
     for file in files:
         try:
             with open(file, "rb") as stream:

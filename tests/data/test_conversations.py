@@ -414,17 +414,6 @@ def test_files_may_be_json_lines_and_have_a_byte_order_mark(tmp_path, form, enco
     assert report.dropped == ({} if form == "one line" else {"malformed row": 1})
 
 
-@pytest.mark.parametrize("files", ["/x.json", 3, (3,)])
-def test_files_that_are_no_list_of_paths_are_refused(files):
-    with pytest.raises(ConfigError) as error:
-        ConversationBatches(
-            ConversationConfig(files=files), FrameSampling(), TINY, image_size=SIZE, batch_size=1, seed=0
-        )
-    assert str(error.value) == (
-        f"conversations.files must be a list of paths, as ['rows.json'] is, not {files!r}"
-    )
-
-
 @pytest.mark.parametrize(
     ("content", "says"),
     [
