@@ -3,6 +3,8 @@
 B sequences, S tokens, F frames
 """
 
+import hashlib
+import os
 import sys
 from typing import NamedTuple
 
@@ -83,6 +85,16 @@ class ConversationBatches:
         )
         self.batches_per_epoch = -(-len(rows) // batch_size)
         self._epoch_plan: tuple[int, list[np.ndarray]] = (-1, [])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the rows in their order, with the times and relative paths of their media."""
+        digest = hashlib.sha256()
+        for row in self._rows:
+            media = [(os.path.relpath(m.path, self._config.media_root), m.times) for m in row.media]
+            arrays = [x.tolist() for x in (row.tokens, row.is_target, row.swappable)]
+            digest.update(repr((arrays, media)).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         """Practically unlimited: epochs repeat."""
