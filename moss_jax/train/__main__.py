@@ -1,9 +1,11 @@
 """Trains a model: `python -m moss_jax.train --gin_file tabletop_tiny.gin --workdir workdir/tabletop`."""
 
 import argparse
+import contextlib
+import gc
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -46,19 +48,21 @@ def train(args: argparse.Namespace, name: str) -> int:
     join_cluster(args)
     set_up_logging()
     command.cache_compilations(args.compilation_cache)
-    try:
-        run(read_config(args.gin_file, args.gin_param), args.workdir, resume=args.resume)
-    except RunError as error:
-        command.tell(f"{name}: {error}")
-        return command.BAD_OUTPUT
-    except OSError as error:
-        if error.errno not in command.DISK_ERRORS:
-            raise
-        command.tell(
-            f"{name}: {args.workdir} cannot be written any more: {error.strerror}; make room and go on with "
-            "--resume"
-        )
-        return command.BAD_OUTPUT
+    config = read_config(args.gin_file, args.gin_param)
+    with quiet_failed_writes():
+        try:
+            run(config, args.workdir, resume=args.resume)
+        except RunError as error:
+            command.tell(f"{name}: {error}")
+            return command.BAD_OUTPUT
+        except OSError as error:
+            if error.errno not in command.DISK_ERRORS:
+                raise
+            command.tell(
+                f"{name}: {args.workdir} cannot be written any more: {error.strerror}; make room and go on "
+                "with --resume"
+            )
+            return command.BAD_OUTPUT
     return 0
 
 
@@ -69,14 +73,35 @@ def set_up_logging() -> None:
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
             handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    # A checkpoint that cannot be written is an error of ours; orbax and asyncio print it for every array.
-    logging.getLogger("absl").addFilter(_has_no_traceback)
-    logging.getLogger("asyncio").addFilter(_has_no_traceback)
     logging.getLogger("moss_jax").setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
 
 
-def _has_no_traceback(record: logging.LogRecord) -> bool:
-    return not record.exc_info
+@contextlib.contextmanager
+def quiet_failed_writes() -> Iterator[None]:
+    """Drops what libraries print when a checkpoint cannot be written, which the run raises as one RunError.
+
+    orbax and asyncio log tracebacks, and tensorstore reports an exception for each array to an event loop that
+    orbax has closed, which nothing but `sys.unraisablehook` can keep from stderr: 3000 lines for the small model.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
+
+    def hook(found) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    loggers = logging.getLogger("absl"), logging.getLogger("asyncio")
+    before, sys.unraisablehook = sys.unraisablehook, hook
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        gc.collect()  # asyncio reports a failed task when it is freed.
+        sys.unraisablehook = before
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 def read_config(files: list[str], parameters: list[str]) -> RunConfig:
