@@ -1,11 +1,9 @@
 """Trains a model: `python -m moss_jax.train --gin_file tabletop_tiny.gin --workdir workdir/tabletop`."""
 
 import argparse
-import contextlib
-import gc
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -47,22 +45,21 @@ def train(args: argparse.Namespace, name: str) -> int:
     """Trains as the command line says; returns the exit code."""
     join_cluster(args)
     set_up_logging()
+    quiet_failed_writes()
     command.cache_compilations(args.compilation_cache)
-    config = read_config(args.gin_file, args.gin_param)
-    with quiet_failed_writes():
-        try:
-            run(config, args.workdir, resume=args.resume)
-        except RunError as error:
-            command.tell(f"{name}: {error}")
-            return command.BAD_OUTPUT
-        except OSError as error:
-            if error.errno not in command.DISK_ERRORS:
-                raise
-            command.tell(
-                f"{name}: {args.workdir} cannot be written any more: {error.strerror}; make room and go on "
-                "with --resume"
-            )
-            return command.BAD_OUTPUT
+    try:
+        run(read_config(args.gin_file, args.gin_param), args.workdir, resume=args.resume)
+    except RunError as error:
+        command.tell(f"{name}: {error}")
+        return command.BAD_OUTPUT
+    except OSError as error:
+        if error.errno not in command.DISK_ERRORS:
+            raise
+        command.tell(
+            f"{name}: {args.workdir} cannot be written any more: {error.strerror}; make room and go on with "
+            "--resume"
+        )
+        return command.BAD_OUTPUT
     return 0
 
 
@@ -76,32 +73,25 @@ def set_up_logging() -> None:
     logging.getLogger("moss_jax").setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
 
 
-@contextlib.contextmanager
-def quiet_failed_writes() -> Iterator[None]:
+def quiet_failed_writes() -> None:
     """Drops what libraries print when a checkpoint cannot be written, which the run raises as one RunError.
 
-    orbax and asyncio log tracebacks, and tensorstore reports an exception for each array to an event loop that
-    orbax has closed, which nothing but `sys.unraisablehook` can keep from stderr: 3000 lines for the small model.
+    orbax and asyncio log tracebacks, and tensorstore reports an exception for each array to an event loop
+    that orbax has closed, which nothing but `sys.unraisablehook` can keep from stderr: 3000 lines for the
+    small model. Threads go on with that after the run has raised, so this stays until the process ends.
     """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_failed_write)
+    sys.unraisablehook = _report_unraisable
 
-    def keep(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
 
-    def hook(found) -> None:
-        if str(found.exc_value) != "Event loop is closed":
-            before(found)
+def _is_no_failed_write(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
 
-    loggers = logging.getLogger("absl"), logging.getLogger("asyncio")
-    before, sys.unraisablehook = sys.unraisablehook, hook
-    for logger in loggers:
-        logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        gc.collect()  # asyncio reports a failed task when it is freed.
-        sys.unraisablehook = before
-        for logger in loggers:
-            logger.removeFilter(keep)
+
+def _report_unraisable(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def read_config(files: list[str], parameters: list[str]) -> RunConfig:

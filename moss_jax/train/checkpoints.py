@@ -158,7 +158,7 @@ class Checkpoints:
         """Returns the error for a checkpoint that could not be written."""
         whole, _ = run_checkpoint.list_checkpoints(self._workdir)
         last = f"make room and go on from {whole[-1]} with --resume" if whole else "there is no earlier one"
-        # tensorstore says it all, with the error of the operating system as a number.
+        # tensorstore names every file and has the error of the operating system as a number.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         reason = os.strerror(int(code[1])) if code else _first_clause(error)
         return RunError(f"the checkpoint of step {self._begun} could not be written: {reason}; {last}")

@@ -477,7 +477,7 @@ def _locked(workdir: Path) -> Iterator[None]:
     missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK).open("a")
+        file = (workdir / LOCK).open("ab")
     except OSError as error:
         raise ConfigError(f"nothing can be written to {workdir}: {error.strerror}") from error
     with file:

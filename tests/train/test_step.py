@@ -119,6 +119,19 @@ def test_metrics(trainer, three_steps, compiled):
     assert row["loss_after_silence"] == pytest.approx(losses[after].mean(), rel=RTOL)
     weighted = losses[text].sum() + 0.1 * losses[silence].sum()
     assert row["loss"] == pytest.approx(weighted / targets.sum(), rel=RTOL)
+    counts = [row[f"targets_{kind}"] for kind in ("text", "silence", "after_silence")]
+    assert counts == [text.sum(), silence.sum(), 7]
+
+
+def test_norms_of_each_trained_part(frozen_trainer):
+    state, (row,) = run(frozen_trainer, 1)
+    gradient = [row[f"grad_norm/{part}"] for part in ("projector", "decoder")]
+    assert min(gradient) > 0
+    assert np.hypot(*gradient) == pytest.approx(row["grad_norm"], rel=RTOL)
+    for part in ("projector", "decoder"):
+        values = [np.ravel(x) for name, x in state.trained.items() if name.startswith(f"{part}/")]
+        assert row[f"param_norm/{part}"] == pytest.approx(np.linalg.norm(np.concatenate(values)), rel=RTOL)
+    assert not {name for name in row if "/" in name and name.endswith(("vision", "compressor"))}
 
 
 def test_an_additional_loss_term_is_added_with_its_weight(make_trainer, three_steps):
