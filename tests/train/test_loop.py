@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -181,6 +182,29 @@ def test_a_folder_with_checkpoints_is_refused_without_resume(finished, checkpoin
     assert sorted(path.name for path in finished.rglob("*")) == before
 
 
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path, checkpoint):
+    """In one folder, which only process 0 locks."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    workdir, cluster = tmp_path / "run", ["--coordinator", f"localhost:{port}", "--processes", "2"]
+    more = ("train.steps = 2", "data.workers = 0")
+    processes = [
+        runs.start(
+            workdir, checkpoint, *more, flags=[*cluster, "--process-id", i], cache=tmp_path / "compiled"
+        )
+        for i in ("0", "1")
+    ]
+    try:
+        outputs = [process.communicate(timeout=150)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [step for step, _ in runs.losses(workdir)] == [1, 2]
+    assert run_checkpoint.find_checkpoint(workdir).name == "2"
+
+
 def test_a_second_run_in_a_folder_is_refused(tmp_path, finished, checkpoint, monkeypatch):
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
@@ -244,7 +268,9 @@ def test_a_run_that_diverges_stops_at_the_first_bad_step(tmp_path, finished, che
     """With the checkpoint before it as it was."""
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
-    config = runs.make_config(checkpoint, "train.steps = 12", "optimizer.learning_rate = 1e25")
+    # The first bad step is the one to be saved next.
+    more = ("train.steps = 12", "train.checkpoint_every = 7", "optimizer.learning_rate = 1e25")
+    config = runs.make_config(checkpoint, *more)
     message = (
         r"^training diverged at step 7: .*the norm of the parameters of \w+(, \w+)* is (inf|nan)\. Nothing "
         r"of this step was saved; --resume goes on from the checkpoint of step 6\."
