@@ -311,7 +311,7 @@ def test_numbers_that_are_not_finite(bad, last, message):
 
 def test_metrics_are_read_two_steps_later(tmp_path, checkpoint, monkeypatch):
     """So that the device never waits for the host, except before a checkpoint."""
-    dispatched, read = [], []
+    dispatched, read, compiled = [], [], []
     put, device_get = Trainer.put, jax.device_get
 
     def count(self, batch):
@@ -322,10 +322,20 @@ def test_metrics_are_read_two_steps_later(tmp_path, checkpoint, monkeypatch):
         read.append(len(dispatched))
         return device_get(x)
 
+    class Recorded(loop.Log):
+        def record(self, *args, **options):
+            compiled.append(options["compiled"])
+            super().record(*args, **options)
+
+    monkeypatch.setattr(loop, "Log", Recorded)
     monkeypatch.setattr(Trainer, "put", count)
     monkeypatch.setattr(loop.jax, "device_get", get)
     loop.run(runs.make_config(checkpoint, "train.checkpoint_every = 100"), tmp_path)
     assert read == [3, 4, 5, 6, 6, 6]
+    # The first step of each shape is known to be compiled.
+    shapes = [(batch.frames.shape, batch.tokens.shape) for batch in dispatched]
+    assert compiled == [shape not in shapes[:i] for i, shape in enumerate(shapes)]
+    assert 0 < sum(compiled) < 6
 
 
 def test_a_full_disk_ends_a_run_with_one_sentence(tmp_path, finished, checkpoint):
@@ -374,6 +384,9 @@ def test_dropped_rows_are_counted_by_reason(tmp_path, checkpoint, monkeypatch, c
     assert "2 rows dropped" in capsys.readouterr().out
     position = run_checkpoint.read_json(run_checkpoint.find_checkpoint(tmp_path), "position")
     assert position == {"batch": 6, "drops": {"rows": 12, "dropped": 2, "reasons": {"a.mp4 is torn": 2}}}
+    caplog.clear()
+    loop.run(runs.make_config(checkpoint, "data.max_dropped_share = 0.5"), tmp_path, resume=True)
+    assert "2 of 12 rows could not be loaded:\n  2 x a.mp4 is torn" in caplog.messages
 
 
 def test_too_many_dropped_rows_abort_the_run(tmp_path, checkpoint, monkeypatch):
