@@ -332,6 +332,8 @@ def test_metrics_are_read_two_steps_later(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(loop.jax, "device_get", get)
     loop.run(runs.make_config(checkpoint, "train.checkpoint_every = 100"), tmp_path)
     assert read == [3, 4, 5, 6, 6, 6]
+    # The last step is saved though no checkpoint is due.
+    assert run_checkpoint.find_checkpoint(tmp_path).name == "6"
     # The first step of each shape is known to be compiled.
     shapes = [(batch.frames.shape, batch.tokens.shape) for batch in dispatched]
     assert compiled == [shape not in shapes[:i] for i, shape in enumerate(shapes)]

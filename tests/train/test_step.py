@@ -192,7 +192,12 @@ def test_micro_batches_and_chunks_of_the_logits_give_the_same_step(
     monkeypatch.setattr(step_module, "MAX_LOGITS", B * 3 * IMAGE)
     saving = make_trainer(accumulate=2)
     assert saving._chunks(B // 2, S) == 3
+    rows, hidden = [], MossVideo.hidden
+    monkeypatch.setattr(
+        MossVideo, "hidden", lambda self, ids, *args: rows.append(len(ids)) or hidden(self, ids, *args)
+    )
     state, (row,) = run(saving, 1)
+    assert set(rows) == {B // 2}
     assert row == pytest.approx(three_steps[1][0], rel=RTOL)
     gradients, expected = first_moments(state), first_moments(run(trainer, 1)[0])
     # Normwise, and for sums with cancellation relative to the whole gradient.
