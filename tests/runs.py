@@ -60,7 +60,11 @@ def make_config(checkpoint: Path, *more: str) -> RunConfig:
 def start(workdir: Path, checkpoint: Path, *more: str, flags=(), cache: Path) -> subprocess.Popen:
     """Starts train.py as a subprocess; runs with the same `cache` share compiled programs."""
     params = [word for binding in bindings(checkpoint, *more) for word in ("--gin_param", binding)]
-    environment = os.environ | FAST_COMPILING | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment = (
+        os.environ
+        | FAST_COMPILING
+        | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONWARNDEFAULTENCODING": "1"}
+    )
     return subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--workdir", workdir, *params, *flags],
         env=environment,

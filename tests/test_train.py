@@ -1,20 +1,24 @@
 """The training command: error messages for bad input, and training on conversations about videos."""
 
+import errno
 import json
 import logging
 import math
 import os
 import subprocess
 import sys
+import types
 
 import av
 import numpy as np
 import pytest
 import runs
 
-from moss_jax.config import ConversationConfig, TabletopConfig
+from moss_jax import convert
+from moss_jax.config import CompressorConfig, ConversationConfig, TabletopConfig
 from moss_jax.train import __main__ as command
 from moss_jax.train import loop
+from moss_jax.train.checkpoints import RunError
 from moss_jax.train.log import read_metrics
 
 CONFIGS = runs.ROOT / "configs"
@@ -35,8 +39,12 @@ def main(monkeypatch):
 
     logger = logging.getLogger("moss_jax")
     before = logger.level
+    # What the command changes for its whole process.
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     yield main
     logger.setLevel(before)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).removeFilter(command._is_no_failed_write)
 
 
 def params(*bindings: str) -> list[str]:
@@ -58,6 +66,34 @@ def test_the_shipped_tabletop_config():
     assert config.train.steps == 5
     assert config.train.silence_weight == 1.0
     assert isinstance(config.source, TabletopConfig)
+
+
+def test_a_stage_keeps_the_pooling_of_its_checkpoint(tmp_path, caplog):
+    """And the recorded config names no preset, which is not what is trained."""
+    stage, tiny = str(CONFIGS / "realtime_sft.gin"), runs.ROOT / "checkpoints" / "moss-tiny"
+    config = command.read_config([stage], [f"model.checkpoint = '{tiny}'"])
+    _, model = loop._load_model_config(config.model, tmp_path, None)
+    assert model.compressor == convert.load_config(tiny).compressor
+    assert model.compressor.stride == 2
+    assert "moss_video_11b" not in config.text
+    assert "model.preset = None" in config.text.splitlines()
+    assert not caplog.records
+    config = command.read_config([stage], [f"model.checkpoint = '{tiny}'", "model.stride = 4"])
+    _, model = loop._load_model_config(config.model, tmp_path, None)
+    assert model.compressor.stride == 4
+    assert "model.stride = 4" in config.text.splitlines()
+    assert (
+        f"override the frame compressor of {tiny}: average with stride 4, not average with stride 2"
+        in caplog.text
+    )
+
+
+@pytest.mark.parametrize("stage", ["stage1_alignment", "stage2_temporal", "offline_sft", "realtime_sft"])
+def test_the_stages_of_the_11b_pool_as_it_does(tmp_path, stage):
+    config = command.read_config([str(CONFIGS / f"{stage}.gin")], [])
+    _, model = loop._load_model_config(config.model, tmp_path, None)
+    assert model.compressor == CompressorConfig(mode="average", stride=4)
+    assert "model.preset = 'moss_video_11b'" in config.text.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +144,73 @@ def test_a_missing_cluster(main, tmp_path, capsys, monkeypatch):
     assert "--distributed found no cluster to join: coordinator_address" in capsys.readouterr().err
 
 
+def test_processes_are_joined_by_hand(main, tmp_path, capsys, monkeypatch):
+    joined = []
+
+    def initialize(**arguments):
+        joined.append(arguments)
+        raise RuntimeError("nobody answers.")
+
+    monkeypatch.setattr(command.jax.distributed, "initialize", initialize)
+    words = ("--workdir", tmp_path, "--coordinator", "host:123", "--processes", "2", "--process-id", "1")
+    assert main(*words) == 2
+    assert "--coordinator host:123 cannot be joined: nobody answers." in capsys.readouterr().err
+    assert joined == [
+        {
+            "coordinator_address": "host:123",
+            "num_processes": 2,
+            "process_id": 1,
+            "cluster_detection_method": "deactivate",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--processes", "2"], "belong together: give all three"),
+        (["--coordinator", "host", "--processes", "2", "--process-id", "0"], "must be HOST:PORT, such as"),
+        (["--coordinator", "host:1", "--processes", "2", "--process-id", "2"], "must be in [0, 2)"),
+    ],
+)
+def test_flags_of_processes_that_do_not_fit(main, tmp_path, capsys, words, message):
+    assert main("--workdir", tmp_path, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RunError("training diverged at step 3"), "train.py: training diverged at step 3\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "cannot be written any more: No space left on device",
+        ),
+    ],
+)
+def test_a_run_that_cannot_go_on_exits_with_1(main, tmp_path, capsys, monkeypatch, error, message):
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(command, "run", run)
+    assert main("--workdir", tmp_path) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_only_failed_writes_are_kept_quiet(main, monkeypatch, caplog):
+    reported = []
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda report: reported.append(str(report.exc_value)))
+    command.quiet_failed_writes()
+    failed = (ValueError, ValueError("x"), None)
+    for text in ("/a/1.orbax-checkpoint-tmp is full", "something else"):
+        logging.getLogger("asyncio").error(text, exc_info=failed)
+    logging.getLogger("absl").warning("orbax says something")
+    assert caplog.messages == ["something else", "orbax says something"]
+    for text in ("Event loop is closed", "another failure"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert reported == ["another failure"]
+
+
 def test_missing_videos_abort_before_a_model_is_built(main, tmp_path, capsys, monkeypatch):
     def build(*_, **__):
         raise AssertionError("a model was built")
@@ -156,6 +259,15 @@ def test_dropped_rows_within_the_limit_are_named(main, tmp_path, checkpoint, cap
     assert "gone.mp4" in caplog.text
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))
     assert [row["frames"] for row in read_metrics(tmp_path / "run")] == [4, 4, 4]
+
+    # A resumed run notices other rows, though their number is the same.
+    resume = (*words, "--resume", *params("data.max_dropped_share = 0.5"))
+    assert main(*resume) == 0
+    assert "the rows are not those of the checkpoint" not in caplog.text
+    rows[1]["conversations"][0]["value"] = "<|video|>What was it?"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert main(*resume) == 0
+    assert "the rows are not those of the checkpoint (2 then, 2 now)" in caplog.text
 
 
 def sharegpt(video: str) -> dict:

@@ -92,8 +92,9 @@ class ConversationBatches:
         digest = hashlib.sha256()
         for row in self._rows:
             media = [(os.path.relpath(m.path, self._config.media_root), m.times) for m in row.media]
-            arrays = [x.tolist() for x in (row.tokens, row.is_target, row.swappable)]
-            digest.update(repr((arrays, media)).encode())
+            digest.update(repr((len(row.tokens), media)).encode())
+            for array in (row.tokens, row.is_target, row.swappable):
+                digest.update(array.tobytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:

@@ -45,6 +45,7 @@ def train(args: argparse.Namespace, name: str) -> int:
     """Trains as the command line says; returns the exit code."""
     join_cluster(args)
     set_up_logging()
+    quiet_failed_writes()
     command.cache_compilations(args.compilation_cache)
     try:
         run(read_config(args.gin_file, args.gin_param), args.workdir, resume=args.resume)
@@ -69,14 +70,28 @@ def set_up_logging() -> None:
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
             handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    # A checkpoint that cannot be written is an error of ours; orbax and asyncio print it for every array.
-    logging.getLogger("absl").addFilter(_has_no_traceback)
-    logging.getLogger("asyncio").addFilter(_has_no_traceback)
     logging.getLogger("moss_jax").setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
 
 
-def _has_no_traceback(record: logging.LogRecord) -> bool:
-    return not record.exc_info
+def quiet_failed_writes() -> None:
+    """Drops what libraries print when a checkpoint cannot be written, which the run raises as one RunError.
+
+    orbax and asyncio log tracebacks, and tensorstore reports an exception for each array to an event loop
+    that orbax has closed, which nothing but `sys.unraisablehook` can keep from stderr: 3000 lines for the
+    small model. Threads go on with that after the run has raised, so this stays until the process ends.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_failed_write)
+    sys.unraisablehook = _report_unraisable
+
+
+def _is_no_failed_write(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
+
+
+def _report_unraisable(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def read_config(files: list[str], parameters: list[str]) -> RunConfig:

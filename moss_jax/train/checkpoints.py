@@ -9,8 +9,6 @@ import math
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +67,10 @@ class Checkpoints:
             self._workdir.absolute() / run_checkpoint.CHECKPOINTS,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
-
         # Step of the latest checkpoint that was begun.
         self._begun = 0
 
     def __enter__(self) -> "Checkpoints":
-        self._hook, sys.unraisablehook = sys.unraisablehook, _drop_closed_loops(sys.unraisablehook)
         return self
 
     def __exit__(self, _, raised: BaseException | None, __) -> None:
@@ -83,8 +79,6 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if not isinstance(raised, RunError):
                 raise self._failure(error) from error
-        finally:
-            sys.unraisablehook = self._hook
 
     def save(self, step: int, state: TrainState, *, position: dict[str, Any], config: dict[str, Any]) -> None:
         """Starts to write a checkpoint; `state` may be donated as soon as this returns.
@@ -148,7 +142,10 @@ class Checkpoints:
         return None
 
     def _check_space(self) -> None:
-        """Raises OSError if the disk is too full: orbax would fail halfway, with an error for each array."""
+        """Raises OSError if the disk is too full for a checkpoint as large as the last one.
+
+        The steps until the next checkpoint would be lost otherwise, since orbax fails in the background.
+        """
         whole, _ = run_checkpoint.list_checkpoints(self._workdir)
         if not whole or jax.process_index() > 0:
             return
@@ -161,7 +158,7 @@ class Checkpoints:
         """Returns the error for a checkpoint that could not be written."""
         whole, _ = run_checkpoint.list_checkpoints(self._workdir)
         last = f"make room and go on from {whole[-1]} with --resume" if whole else "there is no earlier one"
-        # tensorstore says it all, with the error of the operating system as a number.
+        # tensorstore names every file and has the error of the operating system as a number.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         reason = os.strerror(int(code[1])) if code else _first_clause(error)
         return RunError(f"the checkpoint of step {self._begun} could not be written: {reason}; {last}")
@@ -209,11 +206,6 @@ def _check_finite(folder: Path, state: TrainState) -> None:
             f"{folder} has numbers that are not finite, in {', '.join(bad)}: a run cannot go on from it; "
             "remove it to resume from the one before"
         )
-
-
-def _drop_closed_loops(hook: Callable) -> Callable:
-    """Returns a hook without what tensorstore prints for every array that a failed write leaves unwritten."""
-    return lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
 
 
 def _first_clause(error: Exception) -> str:

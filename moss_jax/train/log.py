@@ -164,7 +164,7 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """Reads the records of a run, without a last line that was truncated by a kill."""
     rows = []
     file = workdir / METRICS
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -204,9 +204,9 @@ def _open_metrics(file: Path, start: int):
     """Opens the file for appending after the records of the first `start` steps; others are removed."""
     kept = [json.dumps(row) + "\n" for row in read_metrics(file.parent) if row["step"] <= start]
     draft = file.with_suffix(".draft")
-    draft.write_text("".join(kept))
+    draft.write_text("".join(kept), encoding="utf-8")
     draft.replace(file)
-    return file.open("a")
+    return file.open("a", encoding="utf-8")
 
 
 def _numbers(scalars: Mapping[str, float]) -> str:

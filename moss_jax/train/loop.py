@@ -121,6 +121,7 @@ def _run(config: RunConfig, workdir: Path, *, resume: bool) -> None:
     # Build. Data comes first: errors in it show within seconds, and a large model takes minutes.
     tokenizer, model_config = _load_model_config(config.model, workdir, whole[-1] if whole else None)
     source = _open_source(config, tokenizer, model_config)
+    rows = _rows_of(source)
     if tokenizer.vocab_size != model_config.decoder.vocab_size:
         raise ConfigError(
             f"the model predicts {model_config.decoder.vocab_size} tokens, but its tokenizer has "
@@ -137,18 +138,18 @@ def _run(config: RunConfig, workdir: Path, *, resume: bool) -> None:
             state, start = restored.state, int(restored.state.step)
             drops = DropCounts(**restored.position["drops"])
             _warn_of_changes(restored.config["gin"], config.text)
-            _warn_of_other_rows(restored.config.get("rows"), source)
+            _warn_of_other_rows(restored.config.get("rows"), rows)
             _logger.info("resuming after step %d of %d", start, train.steps)
         else:
             state, start, drops = _initial_state(trainer, config, model_config), 0, DropCounts()
         checkpoint_config = {
             "gin": config.text,
             "model": run_checkpoint.model_to_json(model_config),
-            "rows": _rows_of(source),
+            "rows": rows,
         }
         log = None
         if jax.process_index() == 0:
-            (workdir / "config.gin").write_text(config.text)
+            (workdir / "config.gin").write_text(config.text, encoding="utf-8")
             tokenizer.save(workdir)
             log = stack.enter_context(_open_log(config, workdir, start))
 
@@ -420,9 +421,10 @@ def _rows_of(source: BatchSource) -> dict[str, int | str] | None:
     return None
 
 
-def _warn_of_other_rows(before: Mapping[str, int | str] | None, source: BatchSource) -> None:
+def _warn_of_other_rows(
+    before: Mapping[str, int | str] | None, after: Mapping[str, int | str] | None
+) -> None:
     """Warns of rows that differ from those of the checkpoint."""
-    after = _rows_of(source)
     if before and after and before != after:
         _logger.warning(
             "the rows are not those of the checkpoint (%s then, %s now): from here on, batches differ from "
@@ -475,7 +477,7 @@ def _locked(workdir: Path) -> Iterator[None]:
     missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK).open("a")
+        file = (workdir / LOCK).open("ab")
     except OSError as error:
         raise ConfigError(f"nothing can be written to {workdir}: {error.strerror}") from error
     with file:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -47,9 +48,10 @@ def batches(media, tmp_path):
         process = {key: settings.pop(key) for key in ("process_index", "process_count") if key in settings}
         file = tmp_path / "rows.json"
         file.write_text(json.dumps(rows))
-        config = {"token_buckets": (64, 256), "frame_buckets": (4, 16), "max_tokens": 256} | settings
+        config = {"token_buckets": (64, 256), "frame_buckets": (4, 16), "max_tokens": 256}
+        config |= {"media_root": str(media)} | settings
         return ConversationBatches(
-            ConversationConfig(files=(str(file),), media_root=str(media), **config),
+            ConversationConfig(files=(str(file),), **config),
             sampling or FrameSampling(max_frames=16),
             TINY,
             image_size=SIZE,
@@ -389,6 +391,30 @@ def test_without_usable_rows_there_are_no_batches(batches):
     source = batches([{}])
     assert (source.report.kept, len(source)) == (0, 0)
     assert list(iterate(source, start=0, workers=0, read_ahead=1)) == []
+
+
+def test_the_fingerprint_is_of_what_batches_are_made_of(batches, media, tmp_path):
+    rows = [offline("Hi", "Hello"), offline("<|video|>Who?", "You", videos=["film.mp4"])]
+    fingerprint = batches(rows).fingerprint
+    assert batches(rows, seed=5).fingerprint == fingerprint
+    # Wherever the media are.
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(media / "film.mp4", moved / "film.mp4")
+    assert batches(rows, media_root=str(moved)).fingerprint == fingerprint
+    shutil.copy(moved / "film.mp4", moved / "other.mp4")
+    others = {
+        "order": batches(rows[::-1]),
+        "number": batches(rows[:1]),
+        "question": batches([rows[0], offline("<|video|>Why?", "You", videos=["film.mp4"])]),
+        "answer": batches([offline("Hi", "Bye"), rows[1]]),
+        "medium": batches(
+            [rows[0], offline("<|video|>Who?", "You", videos=["other.mp4"])], media_root=str(moved)
+        ),
+        "frames": batches(rows, sampling=FrameSampling(max_frames=1, min_frames=1)),
+    }
+    assert [source.report.dropped for source in others.values()] == [{}] * len(others)
+    assert len({fingerprint} | {source.fingerprint for source in others.values()}) == 1 + len(others)
 
 
 def test_a_file_given_twice_counts_twice(tmp_path):

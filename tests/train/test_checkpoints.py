@@ -1,6 +1,8 @@
 """Checkpoints: restored bit for bit; damaged, incomplete and foreign ones are detected."""
 
+import dataclasses
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ import optax
 import pytest
 
 from moss_jax.convert import CheckpointError, run_checkpoint
-from moss_jax.train.checkpoints import Checkpoints
+from moss_jax.train.checkpoints import Checkpoints, RunError
 from moss_jax.train.step import TrainState
 
 CONFIG = {"gin": "train.steps = 3", "model": {}}
@@ -32,10 +34,11 @@ def abstract(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def save(workdir, *steps: int, keep: int = 10) -> None:
+def save(workdir, *steps: int, keep: int = 10, width: int = 5) -> None:
     with Checkpoints(workdir, keep=keep) as checkpoints:
         for step in steps:
-            checkpoints.save(step, make_state(step), position={"batch": step}, config=CONFIG)
+            state = make_state(step, width=width)
+            checkpoints.save(step, state, position={"batch": step}, config=CONFIG)
 
 
 def restore(workdir):
@@ -168,3 +171,74 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
             with pytest.raises(CheckpointError, match=r"another model, or other parts .* export it"):
                 checkpoints.restore(abstract(other))
     assert_same(restore(tmp_path).state, state)
+
+
+@pytest.mark.parametrize("part", ["trained", "frozen", "moments"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, part, value):
+    save(tmp_path, 1)
+    state = make_state(2)
+    if part == "moments":
+        bad = jax.tree.map(lambda x: jnp.full_like(x, value) if x.ndim else x, state.optimizer)
+        state = dataclasses.replace(state, optimizer=bad)
+    else:
+        params = getattr(state, part)
+        bad = {name: x.at[(0,) * x.ndim].set(value) for name, x in params.items()}
+        state = dataclasses.replace(state, **{part: bad})
+    with Checkpoints(tmp_path, keep=10) as checkpoints:
+        checkpoints.save(2, state, position={"batch": 2}, config=CONFIG)
+    where = {"trained": "projector", "frozen": "decoder", "moments": "optimizer"}[part]
+    with pytest.raises(
+        CheckpointError, match=f"/2 has numbers that are not finite, in {where}: .* remove it"
+    ):
+        restore(tmp_path)
+    # It is not taken for a damaged one, and the one before is as it was.
+    assert [path.name for path in run_checkpoint.list_checkpoints(tmp_path)[0]] == ["1", "2"]
+    shutil.rmtree(tmp_path / run_checkpoint.CHECKPOINTS / "2")
+    assert_same(restore(tmp_path).state, make_state(1))
+
+
+def test_a_disk_without_room_for_another_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    size = sum(file.stat().st_size for file in (tmp_path / "checkpoints" / "1").rglob("*") if file.is_file())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
+    save(tmp_path, 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size // 2))
+    message = (
+        r"step 3 could not be written: it takes .* the disk has .* left; make room and go on from .*/2 with"
+    )
+    with pytest.raises(RunError, match=message):
+        save(tmp_path, 3)
+    assert_same(restore(tmp_path).state, make_state(2))
+
+
+# tensorstore reports each array to an event loop that is closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("more", [(), (3,)])
+def test_a_write_that_fails_in_the_background(tmp_path, more):
+    """It is raised by the next save, or at the end."""
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    message = (
+        r"^the checkpoint of step 2 could not be written: File too large; make room and go on from .*/1 with"
+    )
+    try:
+        with pytest.raises(RunError, match=message):
+            save(tmp_path, 2, *more, width=10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_same(restore(tmp_path).state, make_state(1))
+
+
+def test_the_error_that_ends_a_run_is_raised_though_a_write_failed(tmp_path, monkeypatch):
+    def close():
+        raise OSError("the disk is gone")
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    monkeypatch.setattr(checkpoints._manager, "close", close)
+    with pytest.raises(RunError, match="diverged"), checkpoints:
+        raise RunError("diverged")
+    with pytest.raises(RunError, match="could not be written: the disk is gone"), checkpoints:
+        pass

@@ -2,6 +2,7 @@
 
 import math
 import resource
+from collections.abc import Iterator
 
 import pytest
 from matplotlib.figure import Figure
@@ -27,17 +28,22 @@ def record(workdir, *steps, compiled=(), **options) -> None:
             log.record(step, metrics, finished=100.0 + 2 * step, compiled=step in compiled, flops=5e9)
 
 
-def scalars(workdir) -> dict[str, dict[int, float]]:
+def events(workdir) -> Iterator[Event]:
     """Reads TensorBoard files: records of 8 bytes of length, 4 of checksum, the event, 4 of checksum."""
-    found: dict[str, dict[int, float]] = {}
     for file in sorted(workdir.glob("events.*")):
         content = file.read_bytes()
         while content:
             size = int.from_bytes(content[:8], "little")
-            event = Event.FromString(content[12 : 12 + size])
+            yield Event.FromString(content[12 : 12 + size])
             content = content[16 + size :]
-            for value in event.summary.value:
-                found.setdefault(value.tag, {})[event.step] = value.simple_value
+
+
+def scalars(workdir) -> dict[str, dict[int, float]]:
+    """Returns the scalars of TensorBoard files by name and step."""
+    found: dict[str, dict[int, float]] = {}
+    for event in events(workdir):
+        for value in event.summary.value:
+            found.setdefault(value.tag, {})[event.step] = value.simple_value
     return found
 
 
@@ -52,6 +58,15 @@ def test_a_resumed_run_replaces_later_records(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     record(tmp_path, 1)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+
+
+def test_tensorboard_drops_what_a_resumed_run_replaces(tmp_path):
+    """All events from the step of a restart on that were written before it."""
+    record(tmp_path, 1, 2, 3, 4)
+    assert not [event for event in events(tmp_path) if event.HasField("session_log")]
+    record(tmp_path, 3, start=2)
+    (restart,) = [event for event in events(tmp_path) if event.HasField("session_log")]
+    assert restart.step == 3
 
 
 def test_a_truncated_line_is_ignored(tmp_path):
@@ -81,10 +96,10 @@ def test_rates_are_of_the_time_between_results(tmp_path):
 
 
 def test_rates_leave_out_steps_that_were_compiled(tmp_path, capsys):
-    with make_log(tmp_path, steps=6, every=3) as log:
+    with make_log(tmp_path, steps=6, every=3, peak_flops=1e10) as log:
         for step, finished in enumerate([50.0, 52.0, 54.0, 99.0, 101.0, 103.0], 1):
-            log.record(step, METRICS, finished=finished, compiled=step in (1, 4))
-        assert "50 tok/s" in capsys.readouterr().out.splitlines()[-1]
+            log.record(step, METRICS, finished=finished, compiled=step in (1, 4), flops=5e9)
+        assert "50 tok/s  5 frames/s  MFU 25.0%" in capsys.readouterr().out.splitlines()[-1]
     with make_log(tmp_path, steps=2, every=1) as log:
         log.record(1, METRICS, finished=50.0, compiled=True)
         log.record(2, METRICS, finished=99.0, compiled=True)

@@ -1,9 +1,13 @@
 """Training runs: resuming, stopping, the files they write, dropped rows, and settings that are refused."""
 
+import errno
+import math
 import os
 import random
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -19,9 +23,13 @@ import moss_jax
 from moss_jax.config import ConfigError, MeshConfig
 from moss_jax.convert import CheckpointError, run_checkpoint
 from moss_jax.train import loop
+from moss_jax.train.checkpoints import RunError
 from moss_jax.train.log import read_metrics
+from moss_jax.train.step import Trainer
 
 STEPS = 30
+# More than the tokenizer and compiled programs take, less than a checkpoint does.
+MAX_FILE = 150_000
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -174,6 +182,186 @@ def test_a_folder_with_checkpoints_is_refused_without_resume(finished, checkpoin
     assert sorted(path.name for path in finished.rglob("*")) == before
 
 
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path, checkpoint):
+    """In one folder, which only process 0 locks."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    workdir, cluster = tmp_path / "run", ["--coordinator", f"localhost:{port}", "--processes", "2"]
+    more = ("train.steps = 2", "data.workers = 0")
+    processes = [
+        runs.start(
+            workdir, checkpoint, *more, flags=[*cluster, "--process-id", i], cache=tmp_path / "compiled"
+        )
+        for i in ("0", "1")
+    ]
+    try:
+        outputs = [process.communicate(timeout=150)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [step for step, _ in runs.losses(workdir)] == [1, 2]
+    assert run_checkpoint.find_checkpoint(workdir).name == "2"
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path, finished, checkpoint, monkeypatch):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    config = runs.make_config(checkpoint)
+    with loop._locked(workdir):
+        before = sorted(path.name for path in workdir.rglob("*"))
+        with pytest.raises(ConfigError, match=r"another run is training in .*/copy; choose another folder"):
+            loop.run(config, workdir, resume=True)
+        assert sorted(path.name for path in workdir.rglob("*")) == before
+        # Of the processes of one run, only process 0 locks.
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_index", lambda: 1)
+            patch.setattr(loop, "_run", lambda *_, **__: None)
+            loop.run(config, workdir, resume=True)
+    loop.run(config, workdir, resume=True)
+
+
+def test_a_folder_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(loop.fcntl, "flock", flock)
+    with loop._locked(tmp_path):
+        assert "cannot be locked (No locks available): start no other run there" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_data_is_read(unprivileged, checkpoint, monkeypatch):
+    def open_source(*_):
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr(loop, "_open_source", open_source)
+    config = runs.make_config(checkpoint)
+    folder = unprivileged / "run"
+    folder.mkdir(mode=0o555)
+    for workdir in (folder, folder / "deeper"):
+        with pytest.raises(ConfigError, match=f"nothing can be written to {workdir}: Permission denied"):
+            loop.run(config, workdir)
+    (unprivileged / "file").touch()
+    with pytest.raises(ConfigError, match=r"nothing can be written to .*/file: File exists"):
+        loop.run(config, unprivileged / "file")
+
+
+def test_a_folder_that_was_there_stays(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for workdir in (tmp_path / "mine", tmp_path / "a" / "b"):
+        with pytest.raises(ConfigError), loop._locked(workdir):
+            raise ConfigError
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with loop._locked(tmp_path / "c"):
+        (tmp_path / "c" / "metrics.jsonl").touch()
+    assert (tmp_path / "c" / "metrics.jsonl").exists()
+
+
+def test_resuming_without_a_checkpoint_says_that_it_starts_anew(tmp_path, finished, checkpoint, caplog):
+    loop.run(runs.make_config(checkpoint), tmp_path / "new", resume=True)
+    assert f"{tmp_path / 'new'} has no checkpoint to resume from: the run starts at step 1" in caplog.text
+    assert runs.losses(tmp_path / "new") == runs.losses(finished)
+
+
+def test_a_run_that_diverges_stops_at_the_first_bad_step(tmp_path, finished, checkpoint):
+    """With the checkpoint before it as it was."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    # The first bad step is the one to be saved next.
+    more = ("train.steps = 12", "train.checkpoint_every = 7", "optimizer.learning_rate = 1e25")
+    config = runs.make_config(checkpoint, *more)
+    message = (
+        r"^training diverged at step 7: .*the norm of the parameters of \w+(, \w+)* is (inf|nan)\. Nothing "
+        r"of this step was saved; --resume goes on from the checkpoint of step 6\."
+    )
+    with pytest.raises(RunError, match=message) as raised:
+        loop.run(config, workdir, resume=True)
+    assert "decoder" in str(raised.value)
+    assert [folder.name for folder in run_checkpoint.list_checkpoints(workdir)[0]] == ["4", "6"]
+    # Steps that were in flight are not recorded.
+    assert read_metrics(workdir)[-1]["step"] == 7
+    loop.run(runs.make_config(checkpoint, "train.steps = 8"), workdir, resume=True)
+    assert run_checkpoint.find_checkpoint(workdir).name == "8"
+
+
+@pytest.mark.parametrize(
+    ("bad", "last", "message"),
+    [
+        ({"loss": math.nan, "grad_norm": math.nan}, 4, "step 5: the loss is nan. .* of step 4"),
+        (
+            {"grad_norm/vision": math.inf},
+            0,
+            "the gradient of vision is inf. .* there is no checkpoint before it",
+        ),
+        (
+            {"param_norm/vision": math.nan, "param_norm/decoder": math.nan},
+            4,
+            "the parameters of vision, decoder is nan",
+        ),
+        ({"z_loss": math.inf}, 4, "step 5: z_loss"),
+    ],
+)
+def test_numbers_that_are_not_finite(bad, last, message):
+    good = {"loss": 1.0, "grad_norm": 1.0, "grad_norm/vision": 1.0, "param_norm/vision": 2.0}
+    loop._check_finite(5, good, last)
+    with pytest.raises(RunError, match=message):
+        loop._check_finite(5, good | bad, last)
+
+
+def test_metrics_are_read_two_steps_later(tmp_path, checkpoint, monkeypatch):
+    """So that the device never waits for the host, except before a checkpoint."""
+    dispatched, read, compiled = [], [], []
+    put, device_get = Trainer.put, jax.device_get
+
+    def count(self, batch):
+        dispatched.append(batch)
+        return put(self, batch)
+
+    def get(x):
+        read.append(len(dispatched))
+        return device_get(x)
+
+    class Recorded(loop.Log):
+        def record(self, *args, **options):
+            compiled.append(options["compiled"])
+            super().record(*args, **options)
+
+    monkeypatch.setattr(loop, "Log", Recorded)
+    monkeypatch.setattr(Trainer, "put", count)
+    monkeypatch.setattr(loop.jax, "device_get", get)
+    loop.run(runs.make_config(checkpoint, "train.checkpoint_every = 100"), tmp_path)
+    assert read == [3, 4, 5, 6, 6, 6]
+    # The last step is saved though no checkpoint is due.
+    assert run_checkpoint.find_checkpoint(tmp_path).name == "6"
+    # The first step of each shape is known to be compiled.
+    shapes = [(batch.frames.shape, batch.tokens.shape) for batch in dispatched]
+    assert compiled == [shape not in shapes[:i] for i, shape in enumerate(shapes)]
+    assert 0 < sum(compiled) < 6
+
+
+def test_a_full_disk_ends_a_run_with_one_sentence(tmp_path, finished, checkpoint):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    more = ("train.steps = 8", "data.workers = 0")
+    process = runs.start(workdir, checkpoint, *more, flags=["--resume"], cache=tmp_path / "compiled")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (MAX_FILE, MAX_FILE))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, output
+    assert "Traceback" not in output, output
+    last = output.splitlines()[-1]
+    assert last.startswith(
+        "train.py: the checkpoint of step 8 could not be written: File too large; make room"
+    )
+    assert f"go on from {workdir / 'checkpoints' / '6'} with --resume" in last
+    # The log of a run is the command's, in its own format, and no file is written in the locale's encoding.
+    assert "moss_jax.train.loop: resuming after step 6 of 8" in output.splitlines()
+    assert not [
+        line for line in output.splitlines() if "EncodingWarning" in line and "moss_jax/train" in line
+    ]
+    assert run_checkpoint.find_checkpoint(workdir).name == "6"
+
+
 def test_changed_settings_are_warned_of(tmp_path, finished, checkpoint, caplog):
     shutil.copytree(finished, tmp_path / "copy")
     config = runs.make_config(checkpoint, "train.steps = 5", "train.seed = 3")
@@ -198,6 +386,9 @@ def test_dropped_rows_are_counted_by_reason(tmp_path, checkpoint, monkeypatch, c
     assert "2 rows dropped" in capsys.readouterr().out
     position = run_checkpoint.read_json(run_checkpoint.find_checkpoint(tmp_path), "position")
     assert position == {"batch": 6, "drops": {"rows": 12, "dropped": 2, "reasons": {"a.mp4 is torn": 2}}}
+    caplog.clear()
+    loop.run(runs.make_config(checkpoint, "data.max_dropped_share = 0.5"), tmp_path, resume=True)
+    assert "2 of 12 rows could not be loaded:\n  2 x a.mp4 is torn" in caplog.messages
 
 
 def test_too_many_dropped_rows_abort_the_run(tmp_path, checkpoint, monkeypatch):
@@ -222,6 +413,7 @@ def test_many_reasons_are_summarised():
     ("more", "message"),
     [
         (["tabletop.image_size = 64"], "tabletop.image_size 64 must be the model's image_size 56"),
+        (["mesh.tensor = 2"], "^mesh.tensor = 2 needs a multiple of 2 devices, but there is 1$"),
         (["mesh.data = 3", "mesh.fsdp = 1"], "needs 3 devices, not 1; the product of mesh.data"),
         (
             ["model.checkpoint = None", "model.preset = 'moss_video_11b'", "tabletop.image_size = 560"],
@@ -250,3 +442,5 @@ def test_a_mesh_axis_of_0_takes_the_remaining_devices(monkeypatch):
     monkeypatch.setattr(loop.jax, "device_count", lambda: 8)
     assert loop._make_mesh(MeshConfig(tensor=2)) == (1, 4, 2)
     assert loop._make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)) == (2, 2, 2)
+    with pytest.raises(ConfigError, match=r"data = 3, mesh.tensor = 2 needs a multiple of 6 .* there are 8$"):
+        loop._make_mesh(MeshConfig(data=3, tensor=2))

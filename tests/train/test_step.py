@@ -119,6 +119,19 @@ def test_metrics(trainer, three_steps, compiled):
     assert row["loss_after_silence"] == pytest.approx(losses[after].mean(), rel=RTOL)
     weighted = losses[text].sum() + 0.1 * losses[silence].sum()
     assert row["loss"] == pytest.approx(weighted / targets.sum(), rel=RTOL)
+    counts = [row[f"targets_{kind}"] for kind in ("text", "silence", "after_silence")]
+    assert counts == [text.sum(), silence.sum(), 7]
+
+
+def test_norms_of_each_trained_part(frozen_trainer):
+    state, (row,) = run(frozen_trainer, 1)
+    gradient = [row[f"grad_norm/{part}"] for part in ("projector", "decoder")]
+    assert min(gradient) > 0
+    assert np.hypot(*gradient) == pytest.approx(row["grad_norm"], rel=RTOL)
+    for part in ("projector", "decoder"):
+        values = [np.ravel(x) for name, x in state.trained.items() if name.startswith(f"{part}/")]
+        assert row[f"param_norm/{part}"] == pytest.approx(np.linalg.norm(np.concatenate(values)), rel=RTOL)
+    assert not {name for name in row if "/" in name and name.endswith(("vision", "compressor"))}
 
 
 def test_an_additional_loss_term_is_added_with_its_weight(make_trainer, three_steps):
@@ -179,7 +192,12 @@ def test_micro_batches_and_chunks_of_the_logits_give_the_same_step(
     monkeypatch.setattr(step_module, "MAX_LOGITS", B * 3 * IMAGE)
     saving = make_trainer(accumulate=2)
     assert saving._chunks(B // 2, S) == 3
+    rows, hidden = [], MossVideo.hidden
+    monkeypatch.setattr(
+        MossVideo, "hidden", lambda self, ids, *args: rows.append(len(ids)) or hidden(self, ids, *args)
+    )
     state, (row,) = run(saving, 1)
+    assert set(rows) == {B // 2}
     assert row == pytest.approx(three_steps[1][0], rel=RTOL)
     gradients, expected = first_moments(state), first_moments(run(trainer, 1)[0])
     # Normwise, and for sums with cancellation relative to the whole gradient.
