@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import runs
 
 from moss_jax.train.__main__ import main
 
-# Of losses, which are sums of at most 2 rows x 128 tokens, none negative. In another order, a float32 sum of n
-# such terms differs by at most n * 2^-23 of itself.
+# Of losses, which are sums over at most 2 rows x 128 tokens, none negative. In another order, a float32 sum
+# of n such terms differs by at most n * 2^-23 of itself.
 RTOL = 2 * 128 * 2**-23
 
 
@@ -28,11 +29,13 @@ def train(tmp_path_factory, checkpoint):
     """`train(workdir, processes)` trains, or resumes a run, and returns its losses."""
     cache = tmp_path_factory.mktemp("compiled")
 
-    def train(workdir: Path, processes: int, *flags: str) -> list[float]:
+    def train(workdir: Path, processes: int, *more: str, flags: Sequence[str] = ()) -> list[float]:
         with socket.create_server(("127.0.0.1", 0)) as server:
             cluster = ["--coordinator", f"127.0.0.1:{server.getsockname()[1]}", "--processes", str(processes)]
         started = [
-            runs.start(workdir, checkpoint, flags=[*cluster, "--process-id", str(i), *flags], cache=cache)
+            runs.start(
+                workdir, checkpoint, *more, flags=[*cluster, "--process-id", str(i), *flags], cache=cache
+            )
             for i in range(processes)
         ]
         try:
@@ -62,13 +65,20 @@ def test_two_processes_have_the_losses_of_one(runs_of):
 
 
 @pytest.mark.slow
+def test_two_processes_that_share_every_row_have_the_losses_of_one(tmp_path, runs_of, train):
+    losses = train(tmp_path / "run", 2, "mesh.fsdp = 1", "mesh.tensor = 2")
+    # Sums inside a layer have another order, too.
+    np.testing.assert_allclose(losses, runs_of[1][1], rtol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved_by", "resumed_by"), [(2, 1), (1, 2)])
 def test_a_run_resumes_with_another_number_of_processes(tmp_path, runs_of, train, saved_by, resumed_by):
     workdir, losses = runs_of[saved_by]
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     (tmp_path / "run" / "loss.png").unlink()
-    resumed = train(tmp_path / "run", resumed_by, "--resume")
+    resumed = train(tmp_path / "run", resumed_by, flags=["--resume"])
     assert (tmp_path / "run" / "checkpoints" / "6").is_dir()
     np.testing.assert_allclose(resumed, losses, rtol=RTOL)
 
@@ -97,7 +107,7 @@ def test_wrong_flags_are_one_sentence(tmp_path, capsys, flags, message):
 
 def test_no_processes(capsys):
     with pytest.raises(SystemExit):
-        main("--workdir run --coordinator h:1 --processes 0 --process-id 0".split())
+        main(["--workdir", "run", "--coordinator", "h:1", "--processes", "0", "--process-id", "0"])
     assert capsys.readouterr().err.endswith("argument --processes: must be at least 1, not 0\n")
 
 
