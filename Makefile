@@ -1,6 +1,6 @@
 # make demo        set up and watch a video: stream 759 of seed 7, from python -m moss_jax.worlds.tabletop --seconds 30
 # make test        set up and run the tests, without the slow ones
-# make test-slow   run the slow tests: the wheel in an environment of its own, the notebooks, several processes
+# make test-slow   run the slow tests: the wheel in an environment of its own, the notebooks, several processes, Ray
 # make lint        check style, formatting, layers and types
 
 PYTHON ?= python3

@@ -26,7 +26,7 @@ def train(config: dict[str, list[str]]) -> None:
         context = get_context()
         coordinator = broadcast_from_rank_zero(f"{ray.util.get_node_ip_address()}:{free_port()}")
         size, rank = context.get_world_size(), context.get_world_rank()
-        words += ["--coordinator", coordinator, "--processes", str(size), "--process-id", str(rank)]
+        words = [*words, "--coordinator", coordinator, "--processes", str(size), "--process-id", str(rank)]
     if code := main(words):
         raise RuntimeError(f"train.py ended with exit code {code}; its output says why")
     if by_hand:
