@@ -1,6 +1,6 @@
 # make demo        set up and watch a video: stream 759 of seed 7, from python -m moss_jax.worlds.tabletop --seconds 30
 # make test        set up and run the tests, without the slow ones
-# make test-slow   run the slow tests: the wheel in an environment of its own, the notebooks
+# make test-slow   run the slow tests: the wheel in an environment of its own, the notebooks, several processes, Ray
 # make lint        check style, formatting, layers and types
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: .venv/installed-dev
+test-slow: .venv/installed-slow
 	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed-dev
@@ -38,3 +38,7 @@ lint: .venv/installed-dev
 .venv/installed-dev: requirements.txt pyproject.toml setup.py | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed
+
+.venv/installed-slow: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
+	touch $@

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from moss_jax.config import ConfigError
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Logical axis -> mesh axes. Other axes are replicated.
@@ -33,6 +35,27 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence |
         )
     # Automatic axes: the compiler chooses the shardings of intermediate values.
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Returns the index of the share of a batch's rows that this process loads, and the number of shares.
+
+    Processes whose devices differ only in their place along `tensor` load the same share.
+
+    Raises:
+      ConfigError: the rows of two processes overlap, but are not the same.
+    """
+    rows = NamedSharding(mesh, PartitionSpec(RULES["batch"])).devices_indices_map((mesh.size,))
+    starts: dict[int, set[int]] = {}
+    for device, (part,) in rows.items():
+        starts.setdefault(device.process_index, set()).add(part.start or 0)
+    shares = sorted({tuple(sorted(own)) for own in starts.values()})
+    if sum(map(len, shares)) > len(set().union(*shares)):
+        raise ConfigError(
+            f"mesh.tensor = {mesh.shape['tensor']} must divide the number of devices of a process, or be a "
+            "multiple of it"
+        )
+    return shares.index(tuple(sorted(starts[jax.process_index()]))), len(shares)
 
 
 def partition_spec(

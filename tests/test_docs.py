@@ -15,7 +15,17 @@ PAGES = [
     ROOT / "benchmarks" / "README.md",
     ROOT / "checkpoints" / "moss-tiny" / "README.md",
 ]
-FOLDERS = ("assets", "benchmarks", "checkpoints", "configs", "docs", "moss_jax", "notebooks", "tests")
+FOLDERS = (
+    "assets",
+    "benchmarks",
+    "checkpoints",
+    "configs",
+    "deploy",
+    "docs",
+    "moss_jax",
+    "notebooks",
+    "tests",
+)
 FILE = re.compile(
     r"`((?:[\w.-]+/)*[\w-]+\.(?:py|gin|json|png|npz|ipynb|md|toml|txt|log|svg|mp4)|(?:[\w.-]+/)+)`"
 )

@@ -1,10 +1,14 @@
 """Sharding rules from logical axes to mesh axes."""
 
+from typing import NamedTuple
+
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moss_jax import sharding
+from moss_jax.config import ConfigError
 from moss_jax.sharding import MESH_AXES, RULES, constrain, make_mesh, named_sharding, partition_spec
 
 MESH = AbstractMesh((2, 4, 2), MESH_AXES)
@@ -76,3 +80,40 @@ def test_constrain_uses_the_current_mesh():
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         assert constrain(2 * x, ("embed", "mlp")).sharding == NamedSharding(mesh, P("fsdp", "tensor"))
+
+
+class Device(NamedTuple):
+    id: int
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "local", "shares"),
+    [
+        (4, 1, 2, [(0, 2), (1, 2)]),  # Two hosts of two devices.
+        (2, 2, 2, [(0, 2), (1, 2)]),
+        (1, 4, 2, [(0, 1), (0, 1)]),  # A row needs both hosts.
+        (2, 2, 1, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # One process for each device.
+    ],
+)
+def test_row_shares(monkeypatch, data, tensor, local, shares):
+    mesh = processes(monkeypatch, data, tensor, local)
+    found = []
+    for process in range(len(shares)):
+        monkeypatch.setattr(sharding.jax, "process_index", lambda process=process: process)
+        found.append(sharding.row_share(mesh))
+    assert found == shares
+
+
+def test_rows_that_overlap_are_refused(monkeypatch):
+    mesh = processes(monkeypatch, 3, 2, 3)
+    with pytest.raises(ConfigError, match=r"mesh.tensor = 2 must divide the number of devices of a process"):
+        sharding.row_share(mesh)
+
+
+def processes(monkeypatch, data: int, tensor: int, local: int) -> AbstractMesh:
+    """A mesh whose devices belong to processes with `local` devices each."""
+    ids = range(data * tensor)
+    rows = {Device(i, i // local): (slice(i // tensor, i // tensor + 1),) for i in ids}
+    monkeypatch.setattr(sharding.NamedSharding, "devices_indices_map", lambda self, shape: rows)
+    return AbstractMesh((data, 1, tensor), MESH_AXES)

@@ -5,7 +5,7 @@ B sequences, S tokens, F frames, H W pixels
 
 import numpy as np
 
-from moss_jax.config import TabletopConfig
+from moss_jax.config import ConfigError, TabletopConfig
 from moss_jax.data.batch import Batch
 from moss_jax.data.pipeline import LoadedBatch
 from moss_jax.text import Tokenizer, chat
@@ -31,7 +31,7 @@ class TabletopBatches:
       process_count: number of processes.
 
     Raises:
-      ValueError: the processes can't share a batch evenly.
+      ConfigError: the processes can't share a batch evenly.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TabletopBatches:
         process_count: int = 1,
     ):
         if batch_size % process_count:
-            raise ValueError(f"a batch of {batch_size} can't be shared evenly by {process_count} processes")
+            raise ConfigError(f"batch_size {batch_size} must be a multiple of the {process_count} processes")
         self.config, self.seed = config, seed
         self._content = tokenizer.content
         self._tokenizer: Tokenizer | None = None

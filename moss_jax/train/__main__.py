@@ -131,7 +131,7 @@ def join_cluster(args: argparse.Namespace) -> None:
         raise ConfigError("--coordinator, --processes and --process-id belong together: give all three")
     else:
         host, _, port = args.coordinator.rpartition(":")
-        if not host or not port.isdecimal():
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise ConfigError(
                 f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234; got {args.coordinator}"
             )
@@ -146,6 +146,8 @@ def join_cluster(args: argparse.Namespace) -> None:
             "process_id": args.process_id,
             "cluster_detection_method": "deactivate",
         }
+        # A process that waits in vain is aborted by JAX, which names no address.
+        command.tell(f"joining {args.processes} processes at {args.coordinator}, which may take 5 minutes")
     try:
         jax.distributed.initialize(**found)
     except (RuntimeError, ValueError) as error:
@@ -200,7 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="join processes that were started by hand; the address of process 0, and a free port there",
     )
-    add("--processes", type=int, metavar="N", help="their number")
+    add("--processes", type=command.at_least(1), metavar="N", help="their number")
     add("--process-id", type=int, metavar="I", help="of this process, from 0 on")
     return parser
 

@@ -40,7 +40,7 @@ from moss_jax.data.conversations import ConversationBatches
 from moss_jax.data.pipeline import BatchSource, iterate
 from moss_jax.data.worlds import TabletopBatches
 from moss_jax.nn.compressor import Compressor
-from moss_jax.sharding import MESH_AXES, make_mesh
+from moss_jax.sharding import MESH_AXES, make_mesh, row_share
 from moss_jax.text import Tokenizer
 from moss_jax.train.checkpoints import Checkpoints, RunError
 from moss_jax.train.flops import peak_flops, train_flops
@@ -120,14 +120,14 @@ def _run(config: RunConfig, workdir: Path, *, resume: bool) -> None:
 
     # Build. Data comes first: errors in it show within seconds, and a large model takes minutes.
     tokenizer, model_config = _load_model_config(config.model, workdir, whole[-1] if whole else None)
-    source = _open_source(config, tokenizer, model_config)
+    mesh = _make_mesh(config.mesh)
+    source = _open_source(config, tokenizer, model_config, mesh)
     rows = _rows_of(source)
     if tokenizer.vocab_size != model_config.decoder.vocab_size:
         raise ConfigError(
             f"the model predicts {model_config.decoder.vocab_size} tokens, but its tokenizer has "
             f"{tokenizer.vocab_size}; set model.checkpoint to a folder with a model and its tokenizer.json"
         )
-    mesh = _make_mesh(config.mesh)
     trainer = Trainer(model_config, train, config.optimizer, mesh, silence_id=tokenizer.special.silence)
 
     with contextlib.ExitStack() as stack:
@@ -322,14 +322,15 @@ def _load_model_config(
     )
 
 
-def _open_source(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> BatchSource:
+def _open_source(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig, mesh: Mesh) -> BatchSource:
     """Opens the source of batches.
 
     Raises:
       ConfigError: the settings do not fit the model.
       DataError: too many rows are unusable.
     """
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    index, count = row_share(mesh)
+    share = {"process_index": index, "process_count": count}
     size = model.vision.image_size
     batch_size, seed = config.train.batch_size, config.train.seed
     if isinstance(config.source, TabletopConfig):

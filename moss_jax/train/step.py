@@ -20,7 +20,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from moss_jax.config import ConfigError, ModelConfig, OptimizerConfig, TrainConfig
 from moss_jax.data.batch import Batch
 from moss_jax.nn import MossVideo
-from moss_jax.sharding import RULES, named_sharding
+from moss_jax.sharding import RULES, named_sharding, row_share
 from moss_jax.train.losses import LOSS_TERMS, Targets, cross_entropy, find_targets, mean_over, token_losses
 from moss_jax.train.optimizer import learning_rate, make_optimizer
 from moss_jax.video import preprocess
@@ -175,7 +175,7 @@ class Trainer:
         Raises:
           ConfigError: the mesh does not divide the number of rows of all processes.
         """
-        self._check_rows(len(batch.tokens) * jax.process_count())
+        self._check_rows(len(batch.tokens) * row_share(self.mesh)[1])
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(self._batch_sharding(), x), batch
         )

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from moss_jax.config import TabletopConfig
+from moss_jax.config import ConfigError, TabletopConfig
 from moss_jax.data.batch import Batch
 from moss_jax.data.pipeline import iterate
 from moss_jax.data.worlds import TabletopBatches
@@ -81,7 +81,7 @@ def test_batches_are_endless(make):
 
 
 def test_processes_must_share_a_batch_evenly(make):
-    with pytest.raises(ValueError, match="a batch of 5 can't be shared evenly by 2 processes"):
+    with pytest.raises(ConfigError, match="batch_size 5 must be a multiple of the 2 processes"):
         make(batch_size=5, process_count=2)
 
 
