@@ -106,15 +106,17 @@ class FilledEngine(Engine):
         """
         state, held = super().start(), self.held
 
-        def fill(part, **others):
+        def fill(part, rows, **others):
             keys, values = (tuple(map(add_noise, x)) for x in (part.keys, part.values))
-            return dataclasses.replace(part, keys=keys, values=values, length=part.length + held, **others)
+            return dataclasses.replace(part, keys=keys, values=values, length=part.length + rows, **others)
 
         text, bank = state.stream.text, state.stream.bank
         if held:
-            places = jnp.arange(bank.capacity)[None]
-            bank = fill(bank, positions=jnp.where(places < held, places, bank.positions))
-            text = fill(text)
+            vectors = self.model_config.vectors_per_frame
+            frame, place = jnp.divmod(jnp.arange(bank.capacity)[None], vectors)
+            positions = jnp.where(frame < held, frame, bank.positions)
+            bank = fill(bank, held * vectors, positions=positions, places=place)
+            text = fill(text, held, position=text.position + held)
         return jax.device_put(dataclasses.replace(state, stream=StreamState(text, bank)), self.placement)
 
     def num_programs(self) -> int:

@@ -95,7 +95,8 @@ class TwinDecoder(nnx.Module):
     ) -> Arrivals:
         """Keeps the first `count` frames for `decode`, which places them by the `<|image|>` tokens."""
         del positions
-        bank = dataclasses.replace(bank, length=jnp.minimum(bank.length + count, bank.capacity))
+        held = bank.length + count * features.shape[2]
+        bank = dataclasses.replace(bank, length=jnp.minimum(held, bank.capacity))
         return Arrivals(bank, features, count)
 
     def decode(
@@ -118,7 +119,8 @@ class TwinDecoder(nnx.Module):
         keys, values = zip(*now, strict=True)
         length = jnp.minimum(text.length + count, text.capacity)
         hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)  # [B, T, D]
-        return hidden, StreamState(text=TextCache(keys, values, length, text.capacity), bank=bank)
+        text = TextCache(keys, values, length, length, text.capacity)
+        return hidden, StreamState(text=text, bank=bank)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of the next token, float32."""

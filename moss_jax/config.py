@@ -14,6 +14,8 @@ EncoderWeights = Literal["fp8"]
 ModelPart = Literal["vision", "compressor", "projector", "decoder"]
 ComputeDtype = Literal["bfloat16", "float32"]
 DataKind = Literal["tabletop", "conversations"]
+MemoryPolicy = Literal["full", "window", "pyramid", "merge"]
+BankDtype = Literal["int8", "fp8"]
 
 MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
 
@@ -361,6 +363,48 @@ class TokenSampling:
 
 
 # ------------------------------------------------------------------------------------ live stream
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """What a stream keeps of its frames when the memory bank runs out of room.
+
+    Attributes:
+      policy: "full" forgets nothing, so the stream ends when the bank is full. "window" keeps the newest
+        frames. "pyramid" keeps the newest whole, older ones coarser, and merges the oldest. "merge" merges
+        vectors at the same place of neighbouring frames that are alike.
+      low_water: share of the bank that a policy leaves in use.
+      pyramid_shares: of what is left, the share of each level: whole frames, 1/4, 1/16 of the grid, one
+        vector.
+      bank_dtype: stores keys and values of the bank in 8 bits; None for the dtype of the model.
+    """
+
+    policy: MemoryPolicy = "full"
+    low_water: float = 0.875
+    pyramid_shares: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
+    bank_dtype: BankDtype | None = None
+
+    def __post_init__(self):
+        _require_choice("memory.policy", self.policy, MemoryPolicy)
+        if self.bank_dtype is not None:
+            _require_choice("memory.bank_dtype", self.bank_dtype, BankDtype)
+        _require(0 < self.low_water < 1, f"low_water {self.low_water} must be in (0, 1)")
+        _require(
+            len(self.pyramid_shares) >= 2
+            and all(share > 0 for share in self.pyramid_shares)
+            and sum(self.pyramid_shares) <= 1 + 1e-6,
+            "pyramid_shares are at least two positive numbers whose sum is at most 1, "
+            f"not {self.pyramid_shares}",
+        )
+
+    def low_mark(self, capacity: int) -> int:
+        """Vectors that a policy leaves in a bank with room for `capacity`."""
+        return int(self.low_water * capacity)
+
+    @property
+    def merges(self) -> bool:
+        """Whether vectors of the bank may stand for several."""
+        return self.policy in ("pyramid", "merge")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""Memory policies: what a bank keeps when it runs out of room.
+
+A policy is a pure function from a bank to a smaller one that the engine runs between two steps. To add one,
+write a function in a file of its own and name it in `POLICIES`.
+"""
+
+from collections.abc import Callable
+
+from moss_jax.config import MemoryConfig, ModelConfig
+from moss_jax.memory.bank import MemoryBank
+from moss_jax.memory.policies.merge import merge
+from moss_jax.memory.policies.pyramid import pyramid
+from moss_jax.memory.policies.window import window
+
+type Policy = Callable[[MemoryBank], MemoryBank]
+
+# By name: from the settings, the model, and the capacity of the bank in vectors to the policy.
+POLICIES: dict[str, Callable[[MemoryConfig, ModelConfig, int], Policy]] = {
+    "window": window,
+    "pyramid": pyramid,
+    "merge": merge,
+}
+
+__all__ = ["POLICIES", "Policy", "make_policy"]
+
+
+def make_policy(memory: MemoryConfig, model: ModelConfig, capacity: int) -> Policy | None:
+    """The compaction that the settings name; None for "full", which never forgets and so ends.
+
+    Args:
+      capacity: of the bank, in vectors.
+
+    Raises:
+      ConfigError: the bank is too small for the policy.
+    """
+    return POLICIES[memory.policy](memory, model, capacity) if memory.policy != "full" else None
