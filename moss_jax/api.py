@@ -13,8 +13,9 @@ from moss_jax.config import (
     TokenSampling,
 )
 from moss_jax.convert import open_model
-from moss_jax.stream import Engine, Event, Text, answer_offline
+from moss_jax.stream import End, Engine, Event, Text, answer_offline
 from moss_jax.terminal.feed import open_session, run_session
+from moss_jax.terminal.transcript import ENDINGS
 from moss_jax.text import chat
 from moss_jax.video import probe, sample_clip, sample_file
 
@@ -68,12 +69,15 @@ def ask(
       CheckpointError, TokenizerError: the checkpoint cannot be used.
       SessionError: the prompt does not fit.
       VideoError: the video cannot be read.
+      FloatingPointError: the model's logits are not finite.
     """
     probe(video)  # Refuses a bad file before a model is loaded.
     engine = engine or open_engine(checkpoint)
     frames = frames or FrameSampling()
     clip = sample_clip(video, frames_that_fit(frames, engine.config))
-    events = answer_offline(engine, clip, prompt, system=system, max_tokens=max_tokens)
+    *events, end = answer_offline(engine, clip, prompt, system=system, max_tokens=max_tokens)
+    if isinstance(end, End) and end.reason == "not_finite":
+        raise FloatingPointError(ENDINGS[end.reason])
     return "".join(event.text for event in events if isinstance(event, Text))
 
 
@@ -94,9 +98,10 @@ def watch(
 
     Args:
       prompts: texts asked at the beginning, or (seconds, text) pairs; without any, the model watches unasked.
+        A prompt that is due after the end of the stream gives an event `NotAsked`.
       checkpoint: see `open_engine`; it is loaded and compiled at each call.
       engine: takes the place of the checkpoint.
-      frames: which frames of the video the model sees.
+      frames: their rate; the bounds on their number apply to `ask` alone.
       session: clock and bounds; by default lockstep, where the events depend on the input alone, with 10 s
         for the last answer.
       system: system prompt; None for none.

@@ -316,7 +316,7 @@ class FrameSampling:
     Attributes:
       fps: frames per second of video, by timestamp.
       min_frames: lower bound, met by an offline clip by sampling it more densely.
-      max_frames: upper bound. An offline clip is sampled more sparsely to meet it; a live one ends after it.
+      max_frames: upper bound, met by an offline clip by sampling it more sparsely. A live stream has none.
     """
 
     fps: float = 1.0
@@ -409,7 +409,7 @@ class MemoryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Capacities of the engine's state.
+    """Capacities of the engine's state; a stream that reaches one ends, and says so.
 
     Attributes:
       slots: concurrent streams.

@@ -29,25 +29,44 @@ def test_ask_answers_about_the_clip(engine):
     assert len(moss_jax.ask(DEMO, "What do you see?", engine=engine, max_tokens=2)) < len(answer)
 
 
+def test_ask_refuses_to_answer_from_logits_that_are_not_finite(engine, monkeypatch):
+    encode = engine.encode
+    monkeypatch.setattr(engine, "encode", lambda frames: encode(frames) * float("nan"))
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        moss_jax.ask(DEMO, "What do you see?", engine=engine, frames=EIGHT_SECONDS)
+
+
 def test_watch_yields_the_events_of_a_lockstep_session(engine):
     prompts = ["What number is on the card?", (4.0, "What do you see?")]
-    events = list(moss_jax.watch(DEMO, prompts, engine=engine, frames=EIGHT_SECONDS))
+    every_other_second = FrameSampling(fps=0.5)
+    events = list(moss_jax.watch(DEMO, prompts, engine=engine, frames=every_other_second))
     assert [(e.prompt, e.stream_time) for e in events if isinstance(e, Turn)] == [
         ("What number is on the card?", 0.0),
         ("What do you see?", 4.0),
     ]
-    assert [e.index for e in events if isinstance(e, FrameSeen)] == list(range(8))
+    assert [e.index for e in events if isinstance(e, FrameSeen)] == list(range(15))
     assert "ring" in "".join(e.text for e in events if isinstance(e, Text) and e.stream_time >= 4)
     assert isinstance(events[-1], End)
-    again = moss_jax.watch(DEMO, prompts, engine=engine, frames=EIGHT_SECONDS)
+    again = moss_jax.watch(DEMO, prompts, engine=engine, frames=every_other_second)
     assert [e.to_dict() | {"wall_time": 0} for e in again] == [e.to_dict() | {"wall_time": 0} for e in events]
 
 
 def test_watch_takes_one_prompt_or_none(engine):
     config = SessionConfig(tokens_per_second=4, tail_seconds=0)
-    options = {"engine": engine, "frames": FrameSampling(max_frames=1), "session": config}
+    options = {"engine": engine, "frames": FrameSampling(fps=0.1), "session": config}
     assert next(moss_jax.watch(DEMO, "What do you see?", **options)).prompt == "What do you see?"
     assert next(moss_jax.watch(DEMO, **options)).prompt == ""
+
+
+def test_a_prompt_after_the_end_of_the_video_is_named(engine):
+    config = SessionConfig(tokens_per_second=4, tail_seconds=0)
+    prompts = [(12.0, "What do you see?"), (500.0, "And now?")]
+    *events, late, end = moss_jax.watch(
+        DEMO, prompts, engine=engine, frames=FrameSampling(fps=0.1), session=config
+    )
+    assert [e.prompt for e in events if isinstance(e, Turn)] == ["", "What do you see?"]
+    assert (late.type, late.prompt, late.time) == ("not_asked", "And now?", 500.0)
+    assert end.reason == "finished"
 
 
 def test_bad_input_is_refused_before_the_first_event(engine, tmp_path):
@@ -62,7 +81,7 @@ def test_bad_input_is_refused_before_the_first_event(engine, tmp_path):
 def test_a_checkpoint_is_loaded(model, tokenizer, tmp_path):
     folder = moss_jax.save(tmp_path / "small", model)
     tokenizer.save(folder)
-    events = moss_jax.watch(DEMO, checkpoint=folder, frames=FrameSampling(max_frames=1))
+    events = moss_jax.watch(DEMO, checkpoint=folder, frames=FrameSampling(fps=0.1))
     assert isinstance(list(events)[-1], End)
 
 

@@ -73,6 +73,7 @@ def test_the_system_prompt_can_be_set(checkpoint, fails):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint]
     arguments += ["--gin_param", "engine.text_capacity = 60"]
     assert "text capacity is 60" in fails(*arguments)
+    assert "can be at most 4096" in fails(*arguments[:-1], "engine.text_capacity = 100000")
     assert "text capacity is 60" in fails(*arguments, "--system", "watch " * 100)
     events = events_of(run(*arguments, "--system", "", "--json", "--fps", "0.25"))
     assert events[-1]["type"] == "end"
@@ -94,6 +95,15 @@ def test_the_transcript_has_a_heading_and_a_summary(checkpoint):
     assert "demo.mp4 · 448×448 · 30.0 s · 0.2 fps · lockstep" in result.stdout
     assert "  0:00  › What?" in result.stdout
     assert "6 frames" in result.stdout
+
+
+def test_a_full_bank_is_no_end_of_the_clip(checkpoint):
+    arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--fps", "10", "--json"]
+    arguments += ["--prompt", "And now?", "--prompt-at", "29"]
+    *events, late, end = events_of(run(*arguments))
+    assert [e["time"] for e in events if e["type"] == "frame"][-1] == 25.5
+    assert (late["type"], late["prompt"], late["time"]) == ("not_asked", "And now?", 29.0)
+    assert end["reason"] == "bank_capacity"
 
 
 def test_the_demo_corrects_itself_alerts_and_is_silent():

@@ -1,13 +1,14 @@
 """Live streams: the engine, the session that runs its steps, and the events of a session."""
 
 from moss_jax.stream.engine import Engine, EngineLike
-from moss_jax.stream.events import Counters, End, Event, FrameSeen, Interrupted, Silence, Text, Turn
+from moss_jax.stream.events import Counters, End, Event, FrameSeen, Interrupted, NotAsked, Silence, Text, Turn
 from moss_jax.stream.offline import answer_offline
 from moss_jax.stream.rows import PENDING, Row
 from moss_jax.stream.session import Session, SessionError
-from moss_jax.stream.step import EngineState, Sampled
+from moss_jax.stream.step import NOT_FINITE, EngineState, Sampled
 
 __all__ = [
+    "NOT_FINITE",
     "PENDING",
     "Counters",
     "End",
@@ -17,6 +18,7 @@ __all__ = [
     "Event",
     "FrameSeen",
     "Interrupted",
+    "NotAsked",
     "Row",
     "Sampled",
     "Session",

@@ -16,11 +16,13 @@ from moss_jax.stream.events import (
     Event,
     FrameSeen,
     Interrupted,
+    NotAsked,
     Silence,
     Text,
     Turn,
 )
 from moss_jax.stream.rows import PENDING
+from moss_jax.stream.step import NOT_FINITE
 from moss_jax.text import Detokenizer, Tokenizer
 
 # Stream times that are closer than this are one instant.
@@ -128,8 +130,8 @@ class Conversation:
         # The lockstep clock: the instant of the last thing that happened, and the tokens since.
         self._instant, self._ticks = 0.0, 0
         self._finished_at = 0.0
-        # Why the stream ends once what fitted has been appended.
-        self._full: EndReason | None = None
+        # Why the stream ends at the next move: a capacity, once what fitted has been appended, or the logits.
+        self._end_reason: EndReason | None = None
         self._wall = 0.0
 
     def finish(self, wall: float) -> None:
@@ -165,8 +167,8 @@ class Conversation:
         self._wall = wall
         if self.stopped:
             return self._end("stopped")
-        if self._full:
-            return self._end(self._full)
+        if self._end_reason:
+            return self._end(self._end_reason)
         if self._opening is not None:
             tokens, self._opening = self._opening, None
             self._text_length = len(tokens)
@@ -186,10 +188,15 @@ class Conversation:
                 yield from self._interrupt()
             yield event
         if plan.end:
+            for prompt in sorted(i for i in self._inbox if i.rgb is None):
+                yield NotAsked(**self._stamp(), prompt=prompt.prompt, time=prompt.time)
             yield End(**self._stamp(), reason=plan.end, counters=Counters(**self._counts))
 
     def on_token(self, plan: Plan, token: int, wall: float) -> Iterator[Event]:
         """Takes the token that was sampled after a plan's row; the events of it."""
+        if token == NOT_FINITE or self._end_reason == "not_finite":
+            self._end_reason = "not_finite"
+            return
         if plan.speculative and not self.speaking:
             # The row turned out to be a silence: it has been appended, and the token after it is dropped.
             self._pending = []
@@ -240,22 +247,24 @@ class Conversation:
             # Its token will be pending, unless it is to be dropped; see `on_token`.
             begin = [] if in_flight.speculative and not self.speaking else [PENDING]
         plan = Plan(tokens=begin, speculative=bool(in_flight) and not due)
-        for inbound in due:
+        for index, inbound in enumerate(due):
             is_frame = inbound.rgb is not None
-            if is_frame and self._counts["frames"] == self._capacity.bank_capacity:
-                self._full = "bank_capacity"
-                break
             tokens = [self._special.image] if is_frame else inbound.tokens
-            if self._text_length + len(plan.tokens) + len(tokens) > self._capacity.text_capacity:
-                self._full = "text_capacity"
+            if is_frame and self._counts["frames"] == self._capacity.bank_capacity:
+                self._end_reason = "bank_capacity"
+            elif self._text_length + len(plan.tokens) + len(tokens) > self._capacity.text_capacity:
+                self._end_reason = "text_capacity"
+            if self._end_reason:
+                # Back into the inbox, whose prompts are named at the end.
+                self._inbox += due[index:]
                 break
             plan.tokens += tokens
             if inbound.time > self._instant:
                 self._instant, self._ticks = inbound.time, 0
             if is_frame:
                 plan.frames.append(inbound)
-                index = self._counts["frames"]
-                plan.events.append(FrameSeen(**self._stamp(), index=index, time=inbound.time))
+                number = self._counts["frames"]
+                plan.events.append(FrameSeen(**self._stamp(), index=number, time=inbound.time))
                 self._counts["frames"] += 1
             else:
                 plan.new_turn = True
@@ -263,9 +272,9 @@ class Conversation:
         if plan.speculative and self._text_length + len(plan.tokens) > self._capacity.text_capacity:
             return None  # If it is a silence, nothing needs the room.
         if self._text_length + len(plan.tokens) > self._capacity.text_capacity:
-            self._full = "text_capacity"
-        if self._full and not plan.events:
-            return self._end(self._full)
+            self._end_reason = "text_capacity"
+        if self._end_reason and not plan.events:
+            return self._end(self._end_reason)
         self._text_length += len(plan.tokens)
         return plan
 

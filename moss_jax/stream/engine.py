@@ -16,10 +16,18 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from moss_jax.config import EngineConfig, TokenSampling
+from moss_jax.config import ConfigError, EngineConfig, TokenSampling
 from moss_jax.nn import MossVideo, for_decoding
 from moss_jax.stream.parameters import functionalize
-from moss_jax.stream.perception import ENCODE_BUCKETS, FrameEncoder, abstract
+from moss_jax.stream.perception import ENCODE_BUCKETS, FrameEncoder
+from moss_jax.stream.placement import (
+    abstract_state,
+    mesh_in_use,
+    mesh_of,
+    place,
+    placement_of,
+    traced_on,
+)
 from moss_jax.stream.rows import (
     FRAME_BUCKETS,
     PENDING,
@@ -67,7 +75,8 @@ class Engine:
 
     Args:
       model: may be dropped by the caller; its parameters are shared, not copied, but for those that go to
-        another device or are laid out anew for decoding.
+        another device or are laid out anew for decoding. If they are on a mesh, so are the programs: its
+        axes split slots and heads.
       tokenizer: of the same checkpoint.
       config: slots and capacities.
       sampling: how tokens are sampled.
@@ -75,13 +84,14 @@ class Engine:
         the device of the model.
 
     Attributes:
-      placement: the device of the decoder and of every state.
+      placement: the device of the decoder and of every state; on a mesh, of what is not split over it.
       parameters: the decoder's, as the step takes them.
       frame_encoder: perception.
       programs: the jitted functions by name: "step", "pixels", "encode".
 
     Raises:
       ValueError: the tokenizer is of another vocabulary than the model.
+      ConfigError: the text capacity is beyond the model's positions.
     """
 
     def __init__(
@@ -99,6 +109,12 @@ class Engine:
                 f"the model {model.config.decoder.vocab_size}; they must be of one checkpoint"
             )
         self.config = config or EngineConfig()
+        positions = model.config.decoder.max_positions
+        if self.config.text_capacity > positions:
+            raise ConfigError(
+                f"engine.text_capacity can be at most {positions}, the number of positions that the model "
+                f"has, not {self.config.text_capacity}"
+            )
         self.sampling = sampling or TokenSampling()
         self.model_config = model.config
         self.tokenizer = tokenizer
@@ -109,17 +125,18 @@ class Engine:
         parameters, pure_step = functionalize(for_decoding(model.decoder), pure_step)
         # Every argument is committed to its device, so features that come from another device find the same
         # programs.
-        (device,) = parameters[0].devices()
-        self.placement = SingleDeviceSharding(device)
-        self.parameters = jax.device_put(parameters, self.placement)
+        self.placement = placement_of(parameters)
+        self.parameters = place(parameters, self.placement)
         perception = SingleDeviceSharding(perception_device) if perception_device else self.placement
         self.frame_encoder = FrameEncoder(model, perception, self.placement)
         penalised = self.sampling.repetition_penalty != 1
         pure_start = functools.partial(start, model.config, model.dtype, penalised)
-        self._start = jax.jit(pure_start, static_argnums=0, out_shardings=self.placement)
+        whole = None if mesh_of(self.placement) else self.placement
+        self._start = jax.jit(pure_start, static_argnums=0, out_shardings=whole)
         # The state alone is returned, in the memory that it came in: where no buffer changes its address, the
         # device replays the step as a recorded graph. `keep_unused` keeps the logits, which a step does not
         # read, among the donated arguments.
+        pure_step = traced_on(self.placement, pure_step)
         self._step = jax.jit(pure_step, donate_argnums=(2,), keep_unused=True)
         self.programs = {"step": self._step, **self.frame_encoder.programs}
         # Arguments of a step that appends pending tokens alone, by which slots take part.
@@ -142,7 +159,8 @@ class Engine:
 
     def start(self) -> EngineState:
         """A state of empty slots. Each slot's first row must begin with a real token."""
-        return self._start(self.config)
+        with mesh_in_use(self.placement):
+            return self._start(self.config)
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
         """Features of frames of any sizes, from any streams; those of one size are encoded in batches.
@@ -202,7 +220,7 @@ class Engine:
 
     def _lower(self, rows: Sequence[Row]) -> Iterator[jax.stages.Lowered]:
         """The step for each of these rows in every slot, yet to be compiled."""
-        state = abstract(jax.eval_shape(self.start), self.placement)
+        state = abstract_state(jax.eval_shape(self.start), self.placement)
         vectors = self.model_config.vectors_per_frame, self.model_config.decoder.hidden_size
         for row in rows:
             *arguments, frames, index = self._arguments([row] * self.config.slots)

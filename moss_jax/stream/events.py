@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-EndReason = Literal["finished", "stopped", "text_capacity", "bank_capacity", "token_limit"]
+EndReason = Literal["finished", "stopped", "text_capacity", "bank_capacity", "not_finite", "token_limit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,23 @@ class Interrupted(Event):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class NotAsked(Event):
+    """A prompt that was due at `time` is not asked, because the stream ends before; comes before `End`."""
+
+    type: ClassVar[str] = "not_asked"
+    prompt: str
+    time: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class End(Event):
-    """The slot's stream is over; no more events of it follow."""
+    """The slot's stream is over; no more events of it follow.
+
+    Attributes:
+      reason: "finished" where the input is over, "stopped" by the caller, "text_capacity" and "bank_capacity"
+        where the slot has no room for more (`EngineConfig`), "not_finite" where the logits hold NaN or an
+        infinity, "token_limit" where an offline answer has reached its `max_tokens`.
+    """
 
     type: ClassVar[str] = "end"
     reason: EndReason

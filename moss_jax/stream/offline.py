@@ -9,6 +9,7 @@ from moss_jax.stream.engine import EngineLike
 from moss_jax.stream.events import Counters, End, EndReason, Event, FrameSeen, Text, Turn
 from moss_jax.stream.rows import FRAME_BUCKETS, PENDING, Row
 from moss_jax.stream.session import SessionError
+from moss_jax.stream.step import NOT_FINITE
 from moss_jax.text import Detokenizer, chat
 from moss_jax.video import Frame
 
@@ -42,13 +43,14 @@ def answer_offline(
             f"clip and prompt take {len(tokens)} tokens, more than the text capacity of "
             f"{config.text_capacity} leaves room for"
         )
-    return _answer(engine, frames, prompt, tokens, min(max_tokens, config.text_capacity - len(tokens)))
+    return _answer(engine, frames, prompt, tokens, max_tokens)
 
 
 def _answer(
     engine: EngineLike, frames: Sequence[Frame], prompt: str, tokens: list[int], max_tokens: int
 ) -> Iterator[Event]:
     """The events of an answer whose input fits."""
+    room = engine.config.text_capacity - len(tokens)
     started = time.monotonic()
 
     def stamp(stream_time: float) -> dict[str, Any]:
@@ -74,19 +76,19 @@ def _answer(
     end_time = frames[-1].time
     yield Turn(**stamp(end_time), prompt=prompt)
     detokenizer = Detokenizer(engine.tokenizer)
-    reason: EndReason = "token_limit"
+    reason: EndReason = "token_limit" if max_tokens <= room else "text_capacity"
     count = 0
     for count in itertools.count():
         # The next step is dispatched before this token is on the host, so that the device never waits.
         sampled.tokens.copy_to_host_async()
         state, following = engine.step(state, [Row([PENDING]), *other_slots])
         token, sampled = int(sampled.tokens[0]), following
-        if token == special.silence:
-            reason = "finished"
+        if token in (special.silence, NOT_FINITE):
+            reason = "finished" if token == special.silence else "not_finite"
             break
         if text := detokenizer.push(token):
             yield Text(**stamp(end_time), text=text)
-        if count + 1 >= max_tokens:
+        if count + 1 >= min(max_tokens, room):
             count += 1
             break
     counters = Counters(frames=len(frames), prompts=bool(prompt), tokens=count)

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding
 from jaxtyping import Array, DTypeLike, Float, UInt8
 
 from moss_jax.config import VisionConfig
 from moss_jax.nn import MossVideo
 from moss_jax.stream.parameters import functionalize
+from moss_jax.stream.placement import abstract, place, traced_on
 from moss_jax.stream.rows import bucket
 from moss_jax.video import preprocess
 
@@ -37,22 +38,22 @@ class FrameEncoder:
 
     Args:
       model: its decoder is not kept.
-      placement: of the parameters; frames are encoded there.
+      placement: of the parameters; frames are encoded there, each on every device of a mesh.
       output: where the features go.
 
     Attributes:
       programs: the jitted functions, by name.
     """
 
-    def __init__(self, model: MossVideo, placement: SingleDeviceSharding, output: SingleDeviceSharding):
+    def __init__(self, model: MossVideo, placement: Sharding, output: Sharding):
         parameters, encode = functionalize(
             model, lambda model, pixels: model.encode(pixels), lambda path, _: path[0] != "decoder"
         )
-        self._parameters = jax.device_put(parameters, placement)
+        self._parameters = place(parameters, placement)
         self._placement, self._output = placement, output
         pixels = functools.partial(to_pixels, model.config.vision, model.dtype)
         self._pixels = jax.jit(pixels, in_shardings=placement, out_shardings=placement)
-        self._encode = jax.jit(encode)
+        self._encode = jax.jit(traced_on(placement, encode), out_shardings=placement)
         self.programs = {"pixels": self._pixels, "encode": self._encode}
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
@@ -142,8 +143,3 @@ def to_pixels(config: VisionConfig, dtype: DTypeLike, frames: Strips) -> Float[A
     for index, strips in enumerate(frames):
         pixels = pixels.at[index].set(fitted(strips))
     return pixels
-
-
-def abstract(tree, placement: SingleDeviceSharding):
-    """Shapes and dtypes of arrays on a device, to lower programs with."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)

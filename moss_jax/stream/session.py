@@ -81,6 +81,8 @@ class Session:
     ) -> bool:
         """Shows the model a frame, taken at `time` seconds of the stream (now, if None).
 
+        The frame is copied, so the caller may reuse its memory at once.
+
         Returns:
           False if the slot's stream is over, so that a feeder knows when to stop.
 
@@ -90,7 +92,7 @@ class Session:
         rgb = np.asarray(rgb)
         if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3 or not rgb.size:
             raise SessionError(f"a frame is uint8 RGB [height, width, 3]; got {rgb.dtype} {list(rgb.shape)}")
-        return self._push(Inbound(self._time(time), 1, next(self._order), rgb=rgb), slot)
+        return self._push(Inbound(self._time(time), 1, next(self._order), rgb=rgb.copy()), slot)
 
     def push_prompt(self, text: str, time: float | None = None, *, slot: int = 0) -> bool:
         """Asks the model something at `time` seconds of the stream (now, if None); cuts its answer, if any.

@@ -15,9 +15,13 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key
 from moss_jax.config import EngineConfig, ModelConfig, TokenSampling
 from moss_jax.memory import StreamState, init_state
 from moss_jax.nn.decoder import Decoder
+from moss_jax.stream.placement import constrain_state
 from moss_jax.stream.rows import PENDING, StepFrames
 from moss_jax.stream.sampling import sample
 from moss_jax.text import SpecialTokens
+
+# In the place of a token that was to be sampled from logits that hold NaN or an infinity.
+NOT_FINITE = -2
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +49,7 @@ class Sampled:
 
     Attributes:
       tokens: the next token of each slot; silence where the model would end its turn, since in a stream the
-        turn stays open.
+        turn stays open, and NOT_FINITE where the logits are not finite.
       logits: the scores that they were sampled from; a view of the state, so donated with the next step.
     """
 
@@ -76,7 +80,7 @@ def start(model: ModelConfig, dtype: DTypeLike, penalised: bool, config: EngineC
       penalised: whether there is a repetition penalty.
     """
     slots, vocab = config.slots, model.decoder.vocab_size
-    return EngineState(
+    state = EngineState(
         stream=init_state(
             model,
             slots,
@@ -88,6 +92,7 @@ def start(model: ModelConfig, dtype: DTypeLike, penalised: bool, config: EngineC
         logits=jnp.zeros((slots, vocab), jnp.float32),
         said=jnp.zeros((slots, vocab), bool) if penalised else None,
     )
+    return constrain_state(state)
 
 
 def step(
@@ -125,5 +130,7 @@ def step(
     sampled = sample(logits, sampling, keys=keys, allowed=rules.allowed, said=said)
     # A turn that the model ends stays open, so the token to append is the silence that it was trained with.
     sampled = jnp.where(sampled == special.eot, special.silence, sampled)
+    # Said by the token itself, so that the host reads no other array.
+    sampled = jnp.where(jnp.isfinite(logits).all(axis=-1), sampled, NOT_FINITE)
     pending = jnp.where(lengths > 0, sampled, state.pending)
-    return EngineState(stream=stream, pending=pending, logits=logits, said=said)
+    return constrain_state(EngineState(stream=stream, pending=pending, logits=logits, said=said))

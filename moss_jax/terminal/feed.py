@@ -1,17 +1,20 @@
 """Feeds a session from a source of frames and timed prompts, in a thread of its own."""
 
+import collections
 import contextlib
 import heapq
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from moss_jax.config import SessionConfig
-from moss_jax.stream import End, EngineLike, Event, FrameSeen, Session
+from moss_jax.stream import End, EngineLike, Event, FrameSeen, NotAsked, Session
 from moss_jax.text import chat
 from moss_jax.video import Frame
 
 # Frames that the reader of a lockstep stream may be ahead, so that a long file is never all in memory.
 READ_AHEAD = 16
+# Seconds. As `video.sampling` allows them, at both ends of a frame.
+TOLERANCE = 2e-3
 
 
 def open_session(
@@ -50,10 +53,11 @@ def run_session(
     Args:
       session: of one slot, not yet iterated.
       frames: in order of time.
-      prompts: (stream time in seconds, text) pairs.
+      prompts: (stream time in seconds, text) pairs. None is asked after the end of the frames: the last one
+        is shown for its duration or, if that is unknown, for as long as the one before it.
 
     Yields:
-      The session's events.
+      The session's events, and `NotAsked` for each prompt that it has not taken.
 
     Raises:
       Exception: whatever reading the frames raises, after the events of the frames before.
@@ -64,9 +68,11 @@ def run_session(
         for event in session:
             if isinstance(event, FrameSeen):
                 feeder.room.release()
-            if isinstance(event, End) and feeder.error:
-                # The stream ended because its source failed, so the error takes the place of the event.
-                break
+            if isinstance(event, End):
+                yield from feeder.not_asked(event)
+                if feeder.error:
+                    # The stream ended because its source failed, so the error takes the place of the event.
+                    break
             yield event
     finally:
         feeder.close()
@@ -88,7 +94,9 @@ class _Feeder(threading.Thread):
         self.room = threading.Semaphore(READ_AHEAD)
         self._session = session
         self._frames = frames
-        self._prompts = sorted(prompts, key=lambda prompt: prompt[0])
+        # Those that the session has not taken; locked while one is on its way.
+        self._prompts = collections.deque(sorted(prompts, key=lambda prompt: prompt[0]))
+        self._lock = threading.Lock()
         self._closed = threading.Event()
         self._realtime = session.config.clock == "realtime"
 
@@ -101,14 +109,21 @@ class _Feeder(threading.Thread):
         finally:
             self._session.finish()
 
-    def _reader(self) -> Generator[Frame]:
-        yield from self._frames
+    def _reader(self) -> Generator[tuple[float, int, Frame | None]]:
+        """The frames by time, and None at the end of the last."""
+        time = shown = 0.0
+        for frame in self._frames:
+            shown = frame.time - time if frame.duration is None else frame.duration
+            time = frame.time
+            yield time, 1, frame
+        yield time + shown + TOLERANCE, 2, None
 
-    def _push(self, frames: Iterator[Frame]) -> None:
+    def _push(self, frames: Iterator[tuple[float, int, Frame | None]]) -> None:
         # At one instant prompts come before the frame.
-        prompts = ((at, 0, text) for at, text in self._prompts)
-        timed = ((frame.time, 1, frame) for frame in frames)
-        for at, _, item in heapq.merge(prompts, timed, key=lambda x: x[:2]):
+        prompts = [(at, 0, text) for at, text in self._prompts]
+        for at, _, item in heapq.merge(prompts, frames, key=lambda x: x[:2]):
+            if item is None:
+                return
             if self._realtime:
                 # By the session's clock, which may start later than this thread.
                 while (ahead := at - self._session.now()) > 0 and not self._closed.wait(ahead):
@@ -120,9 +135,17 @@ class _Feeder(threading.Thread):
             if isinstance(item, Frame):
                 alive = self._session.push_frame(item.rgb, at)
             else:
-                alive = self._session.push_prompt(item, at)
+                with self._lock:
+                    if alive := self._session.push_prompt(item, at):
+                        self._prompts.popleft()
             if not alive:
                 return
+
+    def not_asked(self, end: End) -> list[NotAsked]:
+        """The prompts that the session has not taken before its end."""
+        with self._lock:
+            stamp = {"slot": end.slot, "stream_time": end.stream_time, "wall_time": end.wall_time}
+            return [NotAsked(**stamp, prompt=text, time=at) for at, text in self._prompts]
 
     def close(self) -> None:
         """Stops the session, ends the thread even while it waits and joins it, so that the file is closed."""

@@ -9,7 +9,7 @@ from typing import IO
 from rich.console import Console
 from rich.text import Text as Styled
 
-from moss_jax.stream import End, Event, FrameSeen, Interrupted, Silence, Text, Turn
+from moss_jax.stream import End, Event, FrameSeen, Interrupted, NotAsked, Silence, Text, Turn
 
 # Columns before the text, for a stream time such as " 12:34  ".
 MARGIN = 8
@@ -17,12 +17,16 @@ PROMPT = "›"
 SILENCE = "·"
 FRAME_WHILE_SPEAKING = "▫"
 
+# Embeddings, overrides and isolates (UAX #9), which hold until they are closed.
+BIDI_CONTROLS = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
+
 ENDINGS = {
     "finished": "end of the stream",
     "stopped": "stopped",
     "text_capacity": "the text capacity is used up; engine.text_capacity sets it",
     "bank_capacity": "the memory bank is full; engine.bank_capacity sets it",
-    "token_limit": "cut at the token limit",
+    "not_finite": "the model's logits are not finite; check its weights and their dtype",
+    "token_limit": "the answer is cut at its limit; max_tokens of answer_offline sets it",
 }
 
 
@@ -58,7 +62,7 @@ class TranscriptPrinter:
         match event:
             case Turn():
                 if event.prompt:
-                    self._start("turn", event)
+                    self._start("turn", event.stream_time)
                     self._write(f"{PROMPT} {printable(event.prompt)}", "bold cyan")
                     self._end_line()
             case FrameSeen():
@@ -66,23 +70,28 @@ class TranscriptPrinter:
                     self._write(FRAME_WHILE_SPEAKING, "dim cyan")
             case Text():
                 if self._line != "text":
-                    self._start("text", event)
+                    self._start("text", event.stream_time)
                 self._write(printable(event.text))
             case Silence():
                 if self._line != "silence":
-                    self._start("silence", event)
+                    self._start("silence", event.stream_time)
                 self._write(f"{SILENCE} ", "dim")
             case Interrupted():
                 self._write(" — cut", "dim red")
+                self._end_line()
+            case NotAsked():
+                self._start("turn", event.time)
+                self._write(f"{PROMPT} {printable(event.prompt)}", "dim cyan")
+                self._write(" — never asked", "dim red")
                 self._end_line()
             case End():
                 self._end_line()
                 self._console.print(Styled(f"\n{summary(event)}", style="dim"))
 
-    def _start(self, line: str, event: Event) -> None:
+    def _start(self, line: str, stream_time: float) -> None:
         self._end_line()
         self._line = line
-        self._print(Styled(f"{clock(event.stream_time):>{MARGIN - 2}}  ", style="dim"))
+        self._print(Styled(f"{clock(stream_time):>{MARGIN - 2}}  ", style="dim"))
         self._column = MARGIN
 
     def _write(self, text: str, style: str = "") -> None:
@@ -127,5 +136,13 @@ def summary(end: End) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without control characters, with which a model could send escape codes to the terminal."""
-    return "".join(c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf"))
+    """Text without control characters, with which a model could send escape codes to the terminal.
+
+    Line breaks and tabs stay, these as spaces, and so do invisible characters that spelling needs: joiners,
+    variation selectors, marks of direction. Only controls that reverse the text behind them are taken out.
+    """
+    return "".join(
+        c
+        for c in text.replace("\t", " ")
+        if c == "\n" or not (unicodedata.category(c) == "Cc" or c in BIDI_CONTROLS)
+    )

@@ -1,5 +1,6 @@
 """Frame sampling: picks frames of a stream at a fixed rate, by presentation time."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -22,18 +23,20 @@ def sample_live(frames: Iterable[Frame | DecodedFrame], sampling: FrameSampling)
 
     Args:
       frames: in time order, at any rate, which may vary. A frame is shown until the next; the last one for
-        its `duration` if that is known, else only at its own time.
-      sampling: `fps` and `max_frames` apply; `min_frames` does not, since a live stream cannot be stretched.
+        its `duration` if that is known, else only at its own time. Each is copied as it comes, so the source
+        may reuse its memory for the next.
+      sampling: `fps` applies. `min_frames` and `max_frames` do not: they bound a clip that is seen whole, and
+        a live stream goes on as long as its source.
 
     Yields:
-      Frames with `time` = k/fps. A frame that is sampled several times is not copied.
+      Frames with `time` = k/fps and the duration 1/fps. A frame that is sampled several times is one array.
 
     Raises:
       ValueError: times go back or are not finite, or a frame is not uint8 [H, W, 3].
     """
-    picked = _pick(frames, (k / sampling.fps for k in itertools.count()))
-    for time, frame in itertools.islice(picked, sampling.max_frames):
-        yield Frame(_checked(frame.rgb), time)
+    times = (k / sampling.fps for k in itertools.count())
+    for time, frame in _pick(map(_owned, frames), times):
+        yield Frame(_checked(frame.rgb), time, 1 / sampling.fps)
 
 
 def sample_file(path: str | os.PathLike, sampling: FrameSampling) -> Iterator[Frame]:
@@ -128,6 +131,11 @@ def _pick[T: Frame | DecodedFrame | Span](
         while time is not None and time < end - _TOLERANCE:
             yield time, shown
             time = next(times, None)
+
+
+def _owned(frame: Frame | DecodedFrame) -> Frame | DecodedFrame:
+    """A frame whose memory nobody else writes to; a decoded one has its own."""
+    return dataclasses.replace(frame, rgb=_checked(frame.rgb).copy()) if isinstance(frame, Frame) else frame
 
 
 def _checked(rgb: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from moss_jax.config import EngineConfig
+from moss_jax.config import ConfigError, EngineConfig
 from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.stream.engine import gather
 from moss_jax.stream.perception import ENCODE_BUCKETS
@@ -206,6 +206,15 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(model, monkeypatch):
     monkeypatch.setattr(other, "vocab_size", 999)
     with pytest.raises(ValueError, match="999 tokens, the model 1024"):
         Engine(model, other)
+
+
+def test_more_text_than_the_model_has_positions_for_is_refused(model, tokenizer):
+    message = (
+        "engine.text_capacity can be at most 4096, the number of positions that the model has, not 100000"
+    )
+    with pytest.raises(ConfigError, match=message):
+        Engine(model, tokenizer, EngineConfig(text_capacity=100_000))
+    Engine(model, tokenizer, EngineConfig(text_capacity=4096))
 
 
 def test_no_two_arrays_of_a_state_share_a_buffer(make_engine):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moss_jax.stream import PENDING, End, FrameSeen, Row, SessionError, Text, Turn, answer_offline
+from moss_jax.stream import NOT_FINITE, PENDING, End, FrameSeen, Row, SessionError, Text, Turn, answer_offline
 from moss_jax.text import Detokenizer, chat
 from moss_jax.video import Frame
 
@@ -47,8 +47,24 @@ def test_the_answer_ends_at_max_tokens_or_at_the_text_capacity(scripted, tokeniz
     assert (limited.reason, limited.counters.tokens) == ("token_limit", 7)
     opening = chat.offline_opening(tokenizer, system=None, num_frames=2, prompt="What?")
     engine = scripted([5] * 100, text_capacity=len(opening) + 4)
-    assert list(answer_offline(engine, clip(2), "What?"))[-1].counters.tokens == 4
+    end = list(answer_offline(engine, clip(2), "What?"))[-1]
+    assert (end.reason, end.counters.tokens) == ("text_capacity", 4)
     assert len(engine.state.context[0]) <= len(opening) + 4
+
+
+def test_logits_that_are_not_finite_end_the_answer(scripted):
+    *events, end = answer_offline(scripted([5, 6, NOT_FINITE, 7, 8, EOT]), clip(2), "What?")
+    assert (end.reason, end.counters.tokens) == ("not_finite", 2)
+    assert sum(isinstance(e, Text) for e in events) == 2
+    *_, end = answer_offline(scripted([NOT_FINITE]), clip(2), "What?")
+    assert (end.reason, end.counters.tokens) == ("not_finite", 0)
+
+
+def test_the_end_of_its_turn_ends_an_answer(make_engine, frames, tokenizer, monkeypatch):
+    engine = make_engine()
+    monkeypatch.setattr(engine, "allowed", np.arange(tokenizer.vocab_size) == EOT)
+    *_, end = answer_offline(engine, [Frame(frames[0], 0.0)], "What?", max_tokens=5)
+    assert (end.reason, end.counters.tokens) == ("finished", 0)
 
 
 @pytest.mark.parametrize(

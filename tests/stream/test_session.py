@@ -5,16 +5,19 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moss_jax.config import SessionConfig
 from moss_jax.stream import (
+    NOT_FINITE,
     PENDING,
     Counters,
     End,
     FrameSeen,
     Interrupted,
+    NotAsked,
     Session,
     SessionError,
     Silence,
@@ -139,6 +142,41 @@ def test_an_interrupting_prompt_keeps_what_was_said_in_the_context(scripted, tok
     assert events[-1].counters.interruptions == 1
 
 
+def test_two_prompts_at_one_instant_cut_an_answer_once(scripted, tokenizer):
+    said = words(tokenizer, "the red card is on the left of the table")
+    engine = scripted([SILENCE, *said])
+    events = list(lockstep(engine, frames=2, prompts=[(0.9, "And now?"), (0.9, "Or then?")], tps=8))
+    assert [e.type for e in events if isinstance(e, Interrupted | Turn)][1:] == [
+        "interrupted",
+        "turn",
+        "turn",
+    ]
+    assert events[-1].counters.interruptions == 1
+
+
+def test_half_a_character_of_a_cut_answer_is_not_completed_by_the_next(scripted, tokenizer):
+    first, *rest = tokenizer.encode("☃")
+    engine = scripted([first, *rest, *words(tokenizer, "yes"), SILENCE])
+    events = list(lockstep(engine, frames=2, prompts=[(0.25, "And now?")], tps=4))
+    assert [e.said for e in events if isinstance(e, Interrupted)] == [""]
+    assert "☃" not in "".join(e.text for e in events if isinstance(e, Text))
+
+
+def test_the_repetition_penalty_starts_afresh_with_each_prompt_alone(scripted, monkeypatch):
+    engine, rows = scripted([5, 6, 7, SILENCE]), []
+    step = engine.step
+
+    def recording(state, these, features=None):
+        rows.append(these[0])
+        return step(state, these, features)
+
+    monkeypatch.setattr(engine, "step", recording)
+    list(lockstep(engine, frames=3, prompts=[(0.25, "And now?"), (2.0, "And then?")]))
+    assert [row.new_turn for row in rows] == [EOT in row.tokens for row in rows]
+    assert sum(row.new_turn for row in rows) == 3
+    assert len(rows) > 4
+
+
 def test_a_prompt_after_silence_interrupts_nothing(scripted, tokenizer):
     engine = scripted([SILENCE, *words(tokenizer, "yes"), SILENCE])
     events = list(lockstep(engine, frames=4, prompts=[(2.5, "Anything?")]))
@@ -225,7 +263,68 @@ def test_a_prompt_that_no_longer_fits_ends_the_stream_before_it(scripted, tokeni
     events = list(session)
     assert events[-1].reason == "text_capacity"
     assert not [e for e in events if isinstance(e, Turn) and e.prompt]
+    assert [(e.prompt, e.time) for e in events if isinstance(e, NotAsked)] == [("What do you see now?", 2.5)]
     assert EOT not in engine.state.context[0][opening:]
+
+
+@pytest.mark.parametrize("clock", ["lockstep", "realtime"])
+def test_prompts_behind_the_frame_that_found_no_room_are_named(scripted, clock):
+    """In realtime they were taken from the inbox together."""
+    engine = scripted(bank_capacity=2)
+    session = Session(engine, SessionConfig(clock=clock), system=None)
+    for i, frame in enumerate(numbered(4)):
+        session.push_prompt(f"question {i}", i / 10)
+        session.push_frame(frame, i / 10)
+    session.push_prompt("last", 0.3)
+    session.finish()
+    *events, end = session
+    assert end.reason == "bank_capacity"
+    assert (end.counters.frames, end.counters.prompts) == (2, 3)
+    assert [e.prompt for e in events if isinstance(e, Turn) and e.prompt] == [
+        f"question {i}" for i in range(3)
+    ]
+    assert [(e.prompt, e.time) for e in events[-2:] if isinstance(e, NotAsked)] == [
+        ("question 3", 0.3),
+        ("last", 0.3),
+    ]
+
+
+def test_prompts_that_wait_when_the_stream_is_stopped_are_named(scripted):
+    session = lockstep(scripted(), frames=3, prompts=[(0.5, "first"), (2.5, "third"), (1.5, "second")])
+    events = []
+    for event in session:
+        events.append(event)
+        if isinstance(event, Turn) and event.prompt:
+            session.stop()
+    assert [e.prompt for e in events if isinstance(e, NotAsked)] == ["second", "third"]
+    assert kinds(events)[-3:] == ["not_asked", "not_asked", "end"]
+    assert events[-1].reason == "stopped"
+
+
+@pytest.mark.parametrize("clock", ["lockstep", "realtime"])
+def test_logits_that_are_not_finite_end_the_stream(scripted, clock):
+    """With the token before; in realtime the next step has been dispatched by then."""
+    engine = scripted([5, 6, NOT_FINITE, 7, 8, SILENCE])
+    session = Session(engine, SessionConfig(clock=clock, tokens_per_second=4, tail_seconds=60.0), system=None)
+    if clock == "lockstep":
+        session.push_prompt("And now?", 5.0)
+    session.finish()
+    *events, end = session
+    assert (end.reason, end.counters.tokens) == ("not_finite", 2)
+    assert sum(isinstance(e, Text) for e in events) == 2
+    assert [e.prompt for e in events if isinstance(e, NotAsked)] == ["And now?"] * (clock == "lockstep")
+
+
+def test_a_frame_whose_memory_is_reused_is_seen_as_it_was(scripted):
+    buffer = np.zeros((4, 4, 3), np.uint8)
+    engine = scripted()
+    session = Session(engine, SessionConfig(), system=None)
+    for i in range(8):
+        buffer[:] = i
+        session.push_frame(buffer, float(i))
+    session.finish()
+    list(session)
+    assert engine.seen == list(range(8))
 
 
 def test_a_prompt_longer_than_the_capacity_is_refused_and_the_session_goes_on(scripted, tokenizer):
@@ -506,6 +605,38 @@ def test_slots_of_one_session_say_what_they_say_alone(make_engine, frames, sampl
     for script in scripts:
         assert together[script] == run(make_engine(**sampling), {0: script})[0]
         assert any(e["type"] == "text" for e in together[script])
+
+
+def test_features_that_are_not_finite_end_their_slot_alone(make_engine, frames, monkeypatch):
+    engine = make_engine(slots=2)
+    encode = engine.encode
+
+    def run(damaged: int | None) -> dict[int, list[dict]]:
+        def encode_damaged(these):
+            bad = np.array([damaged is not None and np.array_equal(x, frames[damaged]) for x in these])
+            features = encode(these)
+            bad = np.pad(bad, (0, len(features) - len(bad)))
+            return jnp.where(bad[:, None, None], jnp.nan, features)
+
+        monkeypatch.setattr(engine, "encode", encode_damaged)
+        session = Session(engine, SessionConfig(tokens_per_second=5), prompt="What?")
+        for second in range(4):
+            for slot in range(2):
+                session.push_frame(frames[4 * slot + second], float(second), slot=slot)
+        session.push_prompt("And now?", 3.0, slot=1)
+        session.finish()
+        events: dict[int, list[dict]] = {0: [], 1: []}
+        for event in without_wall(session):
+            events[event["slot"]].append(event)
+        return events
+
+    whole, cut = run(None), run(4 + 2)
+    assert cut[0] == whole[0]
+    until = next(i for i, e in enumerate(cut[1]) if e["type"] == "frame" and e["index"] == 2)
+    assert cut[1][: until + 1] == whole[1][: until + 1]
+    not_asked, end = cut[1][until + 1 :]
+    assert (not_asked["type"], not_asked["prompt"]) == ("not_asked", "And now?")
+    assert (end["reason"], end["counters"]["frames"]) == ("not_finite", 3)
 
 
 @dataclasses.dataclass

@@ -1,16 +1,18 @@
 """Feeding a session from a source of frames: real files, both clocks, and sources that fail."""
 
+import itertools
 import threading
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from moss_jax.config import FrameSampling, SessionConfig
-from moss_jax.stream import End, FrameSeen, Session, SessionError, Turn
+from moss_jax.stream import End, FrameSeen, NotAsked, Session, SessionError, Turn
 from moss_jax.terminal.feed import READ_AHEAD, open_session, run_session
-from moss_jax.video import Frame, VideoError, sample_file
+from moss_jax.video import Frame, VideoError, sample_file, sample_live
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo.mp4"
 
@@ -136,6 +138,103 @@ def test_leaving_early_ends_the_feeder_and_closes_the_source(scripted, clock):
     events.close()
     assert closed
     assert not feeders()
+
+
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory) -> Path:
+    """A frame a second for 420 s."""
+    path = tmp_path_factory.mktemp("videos") / "long.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width = stream.height = 64
+        for i in range(420):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), i % 256, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_a_stream_ends_where_its_file_ends(scripted):
+    session = Session(scripted(bank_capacity=512), SessionConfig(), system=None)
+    events = list(run_session(session, sample_file(DEMO, FrameSampling(fps=10)), []))
+    assert [e.time for e in events if isinstance(e, FrameSeen)] == pytest.approx(np.arange(300) / 10)
+    assert events[-1].reason == "finished"
+
+
+def test_a_late_prompt_is_asked_about_the_frame_before_it(scripted, long_video):
+    session = Session(scripted(bank_capacity=512), SessionConfig(), system=None)
+    events = list(run_session(session, sample_file(long_video, FrameSampling()), [(400.0, "And now?")]))
+    (turn,) = [e for e in events if isinstance(e, Turn) and e.prompt]
+    assert turn.stream_time == 400
+    *_, newest = [e.time for e in events[: events.index(turn)] if isinstance(e, FrameSeen)]
+    assert newest == 399
+    assert events[-1].counters.frames == 420
+
+
+def test_a_prompt_after_the_bank_is_full_is_never_asked(scripted, long_video):
+    session = Session(scripted(bank_capacity=256), SessionConfig(), system=None)
+    prompts = [(100.0, "What?"), (400.0, "And now?"), (410.0, "And then?")]
+    events = list(run_session(session, sample_file(long_video, FrameSampling()), prompts))
+    assert [e.prompt for e in events if isinstance(e, Turn) and e.prompt] == ["What?"]
+    assert [e.time for e in events if isinstance(e, FrameSeen)] == list(range(256))
+    *_, first, second, end = events
+    assert (end.reason, end.counters.prompts) == ("bank_capacity", 1)
+    assert [(e.type, e.prompt, e.time) for e in (first, second)] == [
+        ("not_asked", "And now?", 400.0),
+        ("not_asked", "And then?", 410.0),
+    ]
+
+
+@pytest.mark.parametrize("clock", ["lockstep", "realtime"])
+def test_a_prompt_after_the_end_of_the_source_is_never_asked(scripted, clock):
+    """The last frame is shown for its duration, or for as long as the one before it."""
+    for duration, end in ((None, 0.4), (0.3, 0.6), (0.0, 0.3)):
+        frames = [*clip(3, fps=10.0), Frame(np.zeros((4, 4, 3), np.uint8), 0.3, duration)]
+        prompts = [(0.15, "a"), (end, "b"), (end + 0.05, "c"), (500.0, "d")]
+        session = Session(scripted(), SessionConfig(clock=clock, tail_seconds=0.0), system=None)
+        events = list(run_session(session, frames, prompts))
+        assert [e.prompt for e in events if isinstance(e, Turn) and e.prompt] == ["a", "b"]
+        assert [e.prompt for e in events[-3:-1] if isinstance(e, NotAsked)] == ["c", "d"]
+        assert events[-1].reason == "finished"
+
+
+def test_a_prompt_may_come_at_the_very_end_of_a_file(scripted):
+    """The newest sample is 6 s old then."""
+    session = Session(scripted(), SessionConfig(), system=None)
+    frames = sample_file(DEMO, FrameSampling(fps=1 / 8))
+    events = list(run_session(session, frames, [(30.0, "at the end"), (33.0, "too late")]))
+    assert [e.prompt for e in events if isinstance(e, Turn | NotAsked)] == ["", "at the end", "too late"]
+
+
+def test_the_prompts_behind_an_error_of_the_source_are_named(scripted):
+    def source():
+        yield from clip(2)
+        raise VideoError("clip.mp4 is damaged after 2 s")
+
+    events = []
+    with pytest.raises(VideoError, match="damaged"):
+        events.extend(run_session(Session(scripted(), SessionConfig()), source(), [(9.0, "And now?")]))
+    assert [e.prompt for e in events if isinstance(e, NotAsked)] == ["And now?"]
+
+
+@pytest.mark.parametrize("fps", [1.0, 3.0])
+def test_a_source_may_fill_one_buffer_again_and_again(scripted, fps):
+    """As `cap.read(buffer)` of a camera does; at 3 fps each of its frames is sampled three times."""
+    buffer = np.zeros((4, 4, 3), np.uint8)
+
+    def camera():
+        for i in range(8):
+            buffer[:] = i
+            yield Frame(buffer, float(i))
+
+    engine = scripted()
+    session = Session(engine, SessionConfig(), system=None)
+    list(run_session(session, sample_live(camera(), FrameSampling(fps=fps)), []))
+    repeats = itertools.chain.from_iterable([i] * int(fps) for i in range(8))
+    assert engine.seen == list(repeats)[: int(7 * fps) + 1]
+    engine = scripted()
+    list(run_session(Session(engine, SessionConfig(), system=None), camera(), []))
+    assert engine.seen == list(range(8))
 
 
 def test_a_full_bank_ends_the_feeder_too(scripted):

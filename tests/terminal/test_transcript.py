@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text, Turn
+from moss_jax.stream import Counters, End, FrameSeen, Interrupted, NotAsked, Silence, Text, Turn
 from moss_jax.terminal.transcript import print_json, print_transcript, printable
 
 
@@ -70,6 +70,46 @@ def test_control_characters_are_not_printed():
     assert printable("a\x1b[2Jb\x07c\nd\u202ee") == "a[2Jbc\nde"
     assert "\x1b" not in transcript([at(Text, 0, text="\x1b]0;title\x07x"), STORY[-1]])
     assert "[bold]" in transcript([at(Turn, 0, prompt="[bold]what[/bold]"), STORY[-1]])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "می\u200cخواهم",  # ZWNJ between the parts of a Persian word
+        "क्\u200dष",  # ZWJ asks for the half form in Devanagari
+        "👩\u200d👩\u200d👧 ❤\ufe0f 1\ufe0f\u20e3",  # ZWJ and variation selectors of emoji
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",  # a flag by tag characters
+        "e\u0301 \u0643\u064e שָׁלוֹם",  # combining marks
+        "C++\u200e \u200f!\u061c",  # bidi marks
+        "กา\u200bแฟ un\u00adseen a\u2060b",  # places where a line may be broken, or may not
+        "\u0600\u0661\u06dd",  # Arabic signs above numbers
+    ],
+)
+def test_invisible_characters_that_spelling_needs_are_printed(text):
+    assert printable(text) == text
+    pieces = [at(Text, 0, text=c) for c in text]
+    assert transcript([*pieces, STORY[-1]]).splitlines()[0] == f"  0:00  {text}"
+
+
+def test_no_control_character_is_printed():
+    controls = [*map(chr, range(0x20)), *map(chr, range(0x7F, 0xA0))]
+    bidi = [*"\u202a\u202b\u202c\u202d\u202e", *"\u2066\u2067\u2068\u2069"]
+    assert printable("".join([*controls, *bidi])) == " \n"
+    assert printable("a\tb\r\nc") == "a b\nc"
+
+
+def test_a_prompt_that_was_never_asked_is_named_with_its_time():
+    late = at(NotAsked, 256, prompt="What is \x1b[2J there?", time=400.0)
+    end = at(End, 256, reason="bank_capacity", counters=Counters(frames=256))
+    assert transcript([at(Silence, 255), late, end]).splitlines()[:2] == [
+        "  4:15  · ",
+        "  6:40  › What is [2J there? — never asked",
+    ]
+
+
+def test_an_end_by_logits_that_are_not_finite_says_so():
+    end = at(End, 1, reason="not_finite", counters=Counters())
+    assert "the model's logits are not finite" in transcript([end])
 
 
 @pytest.mark.parametrize("reason", ["text_capacity", "bank_capacity"])

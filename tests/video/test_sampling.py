@@ -75,8 +75,8 @@ def test_live_matches_brute_force(stream):
     ends = [*times, times[-1] + (duration or 0)]
     offsets = [abs(t * fps - k) / fps for t in ends for k in (math.floor(t * fps), math.ceil(t * fps))]
     assume(all(abs(offset - TOLERANCE) > 1e-9 for offset in offsets))
-    sampled = sample_live(numbered(times, duration), FrameSampling(fps=fps, max_frames=limit))
-    assert shown(sampled) == brute_force(times, duration, fps, limit)
+    sampled = sample_live(numbered(times, duration), FrameSampling(fps=fps))
+    assert shown(itertools.islice(sampled, limit)) == brute_force(times, duration, fps, limit)
 
 
 @settings(deadline=None)
@@ -90,10 +90,10 @@ def test_live_reads_no_further_than_it_must(stream):
             pulled.append(f.time)
             yield f
 
-    sampled = sample_live(source(), FrameSampling(fps=fps, max_frames=limit))
+    sampled = sample_live(source(), FrameSampling(fps=fps))
     assert pulled == []
     count = 0
-    for count, f in enumerate(sampled, 1):  # noqa: B007
+    for count, f in enumerate(itertools.islice(sampled, limit), 1):  # noqa: B007
         # All frames before the latest one precede the sample: it could not be yielded any sooner.
         assert all(t < f.time - TOLERANCE + 1e-9 for t in pulled[:-1])
     assert count <= limit
@@ -119,8 +119,25 @@ def test_live_yields_without_delay():
 
 def test_live_works_on_an_endless_source():
     endless = (frame(i / 30, i % 256) for i in itertools.count())
-    sampled = shown(sample_live(endless, FrameSampling(fps=2, max_frames=10)))
-    assert sampled == [(k / 2, 15 * k) for k in range(10)]
+    # No setting limits it.
+    sampled = sample_live(endless, FrameSampling(fps=2, min_frames=1, max_frames=1))
+    assert shown(itertools.islice(sampled, 600)) == [(k / 2, 15 * k % 256) for k in range(600)]
+
+
+def test_the_source_may_reuse_the_memory_of_a_frame():
+    buffer = np.zeros((2, 2, 3), np.uint8)
+
+    def source():
+        for i in range(4):
+            buffer[:] = i
+            yield Frame(buffer, i + 0.5)
+
+    assert shown(list(sample_live(source(), FrameSampling(fps=1)))) == [(1, 0), (2, 1), (3, 2)]
+
+
+def test_a_sampled_frame_lasts_until_the_next():
+    sampled = list(sample_live(numbered([0, 1, 2], 5.0), FrameSampling(fps=4)))
+    assert {f.duration for f in sampled} == {0.25}
 
 
 def test_a_gap_repeats_the_frame_before_it():
@@ -137,7 +154,7 @@ def test_the_last_frame_is_shown_for_its_duration():
 
 
 def test_times_before_the_first_frame_are_skipped():
-    assert shown(sample_live(numbered([1.5, 2.5]), FrameSampling(fps=1, max_frames=2))) == [(2, 0)]
+    assert shown(sample_live(numbered([1.5, 2.5]), FrameSampling(fps=1))) == [(2, 0)]
 
 
 def test_timestamps_in_whole_milliseconds_lose_no_frame():
@@ -203,7 +220,7 @@ def test_a_long_clip_is_spread_to_max_frames(film, number_of):
     frames = sample_clip(film, sampling)
     assert [f.time for f in frames] == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5])
     assert [number_of(f.rgb) for f in frames] == [math.floor(25 * f.time + 1e-6) for f in frames]
-    assert [f.time for f in sample_file(film, sampling)] == pytest.approx(np.arange(8) / 10)
+    assert [f.time for f in sample_file(film, sampling)] == pytest.approx(np.arange(40) / 10)
 
 
 def test_a_short_clip_is_spread_to_min_frames(film, number_of):

@@ -1,0 +1,81 @@
+"""Placement of an engine's arrays: on one device, or on a mesh by the axes of `sharding.RULES`.
+
+B slots, K kv heads, D head
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from moss_jax.sharding import constrain, partition_spec
+
+
+def placement_of(parameters: Sequence[jax.Array]) -> SingleDeviceSharding | NamedSharding:
+    """The device of these parameters or, if they are on a mesh, whole copies on all of its devices."""
+    sharding = parameters[0].sharding
+    if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    (device,) = parameters[0].devices()
+    return SingleDeviceSharding(device)
+
+
+def mesh_of(placement: Sharding) -> Mesh | None:
+    """The mesh of a placement; None if it is one device."""
+    mesh = placement.mesh if isinstance(placement, NamedSharding) else None
+    assert not isinstance(mesh, jax.sharding.AbstractMesh)
+    return mesh
+
+
+def place(parameters: Sequence[jax.Array], placement: Sharding) -> Sequence[jax.Array]:
+    """Moves parameters to a device; on a mesh they stay split as they are."""
+    return parameters if mesh_of(placement) else jax.device_put(parameters, placement)
+
+
+def mesh_in_use(placement: Sharding) -> contextlib.AbstractContextManager:
+    """Puts the placement's mesh in use, if it has one."""
+    mesh = mesh_of(placement)
+    return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
+
+
+def traced_on[**Arguments, Result](
+    placement: Sharding, function: Callable[Arguments, Result]
+) -> Callable[Arguments, Result]:
+    """A function to jit, in which the placement's mesh is in use; calls need not set it."""
+    mesh = mesh_of(placement)
+    if not mesh:
+        return function
+
+    def on_mesh(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return on_mesh
+
+
+def constrain_state[State](state: State) -> State:
+    """Splits a state over the mesh in use, if there is one: by slot, keys and values by head as well."""
+    return jax.tree.map(lambda x: constrain(x, _state_axes(x)), state)
+
+
+def abstract(tree, placement: Sharding):
+    """Shapes and dtypes of arrays with one placement, to lower programs with."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)
+
+
+def abstract_state[State](state: State, placement: Sharding) -> State:
+    """As `abstract`, of a state that `constrain_state` has split."""
+    mesh = mesh_of(placement)
+    if not mesh:
+        return abstract(state, placement)
+
+    def split(x):
+        return abstract(x, NamedSharding(mesh, partition_spec(_state_axes(x), x.shape, mesh)))
+
+    return jax.tree.map(split, state)
+
+
+def _state_axes(x: jax.Array) -> tuple[str | None, ...]:
+    """Logical axes of keys and values [B, K, rows, D], or of another array of a state, [B, ...]."""
+    return ("batch", "kv_heads", None, None) if x.ndim == 4 else ("batch", *[None] * (x.ndim - 1))

@@ -1,0 +1,63 @@
+"""Serving on a mesh: a session says there what it says on one device."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import dataclasses
+import jax, numpy as np
+import moss_jax
+from moss_jax.config import EngineConfig, SessionConfig
+from moss_jax.sharding import make_mesh
+from moss_jax.stream import Engine, Row, Session, Text
+from moss_jax.text import Tokenizer
+
+checkpoint = "checkpoints/moss-tiny"
+tokenizer = Tokenizer.load(checkpoint)
+frames = np.random.default_rng(0).integers(0, 256, (12, 40, 60, 3), dtype=np.uint8)
+
+def run(mesh):
+    model = moss_jax.load(checkpoint, dtype="float32", mesh=mesh)
+    engine = Engine(model, tokenizer, EngineConfig(slots=4, text_capacity=192, bank_capacity=4))
+    session = Session(engine, SessionConfig(tokens_per_second=4), system=None, prompt="What do you see?")
+    for i, frame in enumerate(frames):
+        session.push_frame(frame, float(i // 4), slot=i % 4)
+    session.finish()
+    events = [dataclasses.replace(event, wall_time=0) for event in session]
+    features = engine.encode(list(frames[:4]))
+    row = lambda slot: Row([1, 2, tokenizer.special.image], [slot])
+    state, sampled = engine.step(engine.start(), [row(slot) for slot in range(4)], features)
+    return engine, events, state, np.asarray(sampled.logits)
+
+_, expected, _, alone = run(None)
+engine, events, state, logits = run(make_mesh(2, 2, 2))
+assert sum(isinstance(event, Text) for event in events) > 8
+assert events == expected
+# float32 sums of 768 products at most, in another order, of logits up to 30.
+np.testing.assert_allclose(logits, alone, atol=1e-3)
+
+def parts(x):
+    return len({str(shard.index) for shard in x.addressable_shards})
+
+assert parts(state.stream.text.keys[0]) == parts(state.stream.bank.values[0]) == 8
+assert parts(state.pending) == 4
+assert max(parts(x) for x in engine.parameters) == 4
+# Donated in place: no step of a kind compiles twice, and the state that comes out is split like the first.
+assert jax.tree.map(lambda x: x.sharding.spec, state.stream.text.keys) == jax.tree.map(
+    lambda x: x.sharding.spec, engine.start().stream.text.keys
+)
+print("held")
+"""
+
+
+def test_a_session_on_a_mesh_says_what_it_says_on_one_device():
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.stdout.strip() == "held", found.stderr[-2000:]

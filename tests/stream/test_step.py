@@ -1,0 +1,91 @@
+"""The pure step, on a decoder whose logits are given."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moss_jax.config import EngineConfig, TokenSampling
+from moss_jax.stream import NOT_FINITE
+from moss_jax.stream.step import SamplingRules, start, step
+
+SLOTS = 3
+
+
+@dataclasses.dataclass
+class GivenLogits:
+    """A decoder that keeps nothing and predicts what it is given."""
+
+    given: jax.Array
+
+    def decode(self, stream, tokens, lengths):
+        return jnp.zeros((*tokens.shape, 1)), stream
+
+    def logits(self, hidden):
+        return self.given[:, None]
+
+
+@pytest.fixture
+def sample(small_config, tokenizer):
+    """The pending tokens after a step that has sampled from these logits [B, V]."""
+    config = small_config()
+    decoder = dataclasses.replace(config.decoder, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, decoder=decoder)
+    capacity = EngineConfig(SLOTS, text_capacity=8, bank_capacity=1)
+
+    def sample(logits, *, lengths=(1,) * SLOTS, allowed=None, **sampling) -> list[int]:
+        sampling = TokenSampling(**sampling)
+        vocab = tokenizer.vocab_size
+        allowed = jnp.ones(vocab, bool) if allowed is None else allowed
+        rules = SamplingRules(jax.random.key(0), allowed, jnp.zeros(vocab, bool))
+        state = start(config, "float32", sampling.repetition_penalty != 1, capacity)
+        tokens, no_turn = jnp.zeros((SLOTS, 1), jnp.int32), jnp.zeros(SLOTS, bool)
+        decoder = GivenLogits(jnp.asarray(logits, jnp.float32))
+        return step(
+            sampling, tokenizer.special, decoder, rules, state, tokens, jnp.array(lengths), no_turn, None
+        ).pending.tolist()
+
+    return sample
+
+
+@pytest.fixture
+def logits(tokenizer) -> np.ndarray:
+    """Slot `b` would say token `10 + b`."""
+    logits = np.random.default_rng(0).uniform(-1, 1, (SLOTS, tokenizer.vocab_size))
+    logits[np.arange(SLOTS), 10 + np.arange(SLOTS)] = 9
+    return logits
+
+
+SAMPLINGS = [
+    {},
+    {"temperature": 0.1},
+    {"temperature": 0.1, "top_k": 5, "top_p": 0.9, "repetition_penalty": 2.0},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_give_no_token_in_their_slot(sample, logits, value, sampling):
+    assert sample(logits, **sampling) == [10, 11, 12]
+    logits[1, 500] = value
+    assert sample(logits, **sampling) == [10, NOT_FINITE, 12]
+    logits[1] = value
+    assert sample(logits, **sampling) == [10, NOT_FINITE, 12]
+
+
+def test_also_where_the_token_is_not_allowed(sample, logits, tokenizer):
+    logits[2, 500] = np.nan
+    allowed = jnp.ones(tokenizer.vocab_size, bool).at[500].set(False)
+    assert sample(logits, allowed=allowed) == [10, 11, NOT_FINITE]
+
+
+def test_a_slot_that_stands_still_keeps_its_token(sample, logits):
+    logits[1] = np.nan
+    assert sample(logits, lengths=[1, 0, 1]) == [10, 0, 12]
+
+
+def test_an_end_of_turn_is_sampled_as_silence(sample, logits, tokenizer):
+    logits[1, tokenizer.special.eot] = 20
+    assert sample(logits) == [10, tokenizer.special.silence, 12]
