@@ -62,7 +62,7 @@ def measure(model: ModelConfig, memory: MemoryConfig, copy: float, args: argpars
 
 def made(memory: MemoryConfig, model: ModelConfig, frames: int):
     """The policy of a bank of this size."""
-    policy = make_policy(memory, model, frames * model.vectors_per_frame)
+    policy = make_policy(memory, model, frames)
     assert policy is not None
     return policy
 

@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from moss_jax.config import ConfigError, EngineConfig, TokenSampling
+from moss_jax.memory.policies import make_policy
 from moss_jax.nn import MossVideo, for_decoding
 from moss_jax.stream.parameters import functionalize
 from moss_jax.stream.perception import ENCODE_BUCKETS, FrameEncoder
@@ -37,7 +38,15 @@ from moss_jax.stream.rows import (
     split_row,
     step_arguments,
 )
-from moss_jax.stream.step import EngineState, Sampled, SamplingRules, start, step
+from moss_jax.stream.step import (
+    EngineState,
+    Sampled,
+    SamplingRules,
+    compact_bank,
+    compact_text,
+    start,
+    step,
+)
 from moss_jax.text import Tokenizer
 
 
@@ -139,6 +148,12 @@ class Engine:
         pure_step = traced_on(self.placement, pure_step)
         self._step = jax.jit(pure_step, donate_argnums=(2,), keep_unused=True)
         self.programs = {"step": self._step, **self.frame_encoder.programs}
+        self._compact_text = jax.jit(traced_on(self.placement, compact_text), donate_argnums=0)
+        self._compact_bank = None
+        # The policy "full" has none.
+        if policy := make_policy(self.config.memory, model.config, self.config.bank_capacity):
+            compact = traced_on(self.placement, functools.partial(compact_bank, policy))
+            self._compact_bank = jax.jit(compact, donate_argnums=0)
         # Arguments of a step that appends pending tokens alone, by which slots take part.
         self._decode_arguments: dict[tuple[bool, ...], StepArguments] = {}
         # The session writes the frame of the dialogue; the model samples text, silence and the end of a turn.
@@ -182,6 +197,14 @@ class Engine:
           rows: one for each slot, at least one of them not None; the caller checks that they fit.
           features: of encoded frames, which the rows' frames index.
         """
+        for slot, row in enumerate(rows):
+            if row and row.compact:
+                assert self._compact_bank is not None, "a session with the policy full never asks for it"
+                state = self._compact_bank(state, np.int32(slot))
+            if row and row.kept is not None:
+                kept = np.zeros(self.config.text_capacity, np.int32)
+                kept[: len(row.kept)] = row.kept
+                state = self._compact_text(state, np.int32(slot), kept, np.int32(len(row.kept)))
         pieces = [list(split_row(row, self.tokenizer.special.image)) if row else [] for row in rows]
         count = max(map(len, pieces))
         # Short rows wait, so that the last piece is the last of every slot and the sample is made from it.
@@ -217,6 +240,8 @@ class Engine:
                 # The state is dropped each time, so that there is never room needed for two.
                 sampled = self.step(self.start(), [row] * self.config.slots, features)[1]
                 jax.block_until_ready(sampled)
+        memory = Row([PENDING], compact=self._compact_bank is not None, kept=[0])
+        jax.block_until_ready(self.step(self.start(), [memory] * self.config.slots)[1])
 
     def _lower(self, rows: Sequence[Row]) -> Iterator[jax.stages.Lowered]:
         """The step for each of these rows in every slot, yet to be compiled."""

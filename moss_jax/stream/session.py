@@ -132,6 +132,17 @@ class Session:
                 conversation.finish(self.now())
             self._changed.notify_all()
 
+    def interrupt(self, slot: int | None = None) -> None:
+        """Cuts the answer in progress at its next token, if there is one; the stream goes on silent.
+
+        Args:
+          slot: None for all.
+        """
+        with self._changed:
+            for conversation in self._select(slot):
+                conversation.interrupted = conversation.speaking
+            self._changed.notify_all()
+
     def stop(self, slot: int | None = None) -> None:
         """Ends the stream at the next token.
 
@@ -228,7 +239,8 @@ class Session:
         features, index = self._features(inbound) if inbound else (None, iter(()))
         rows: list[Row | None] = [None] * len(self._conversations)
         for slot, plan in plans.items():
-            rows[slot] = Row(plan.tokens, [next(index) for _ in plan.frames], plan.new_turn)
+            frames = [next(index) for _ in plan.frames]
+            rows[slot] = Row(plan.tokens, frames, plan.new_turn, plan.compact, plan.kept)
         return self._engine.step(state, rows, features)
 
     def _features(self, frames: list[Inbound]) -> tuple[Float[Array, "P N D"], Iterator[int]]:

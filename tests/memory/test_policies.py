@@ -53,7 +53,7 @@ append = jax.jit(remember_frames)
 
 @functools.cache
 def policy(memory):
-    return jax.jit(make_policy(memory, model(), FRAMES * VECTORS))
+    return jax.jit(make_policy(memory, model(), FRAMES))
 
 
 def frame(number, slots=1):
@@ -128,7 +128,7 @@ def test_a_compaction_reaches_the_low_water_mark(name):
     for _ in range(40):
         stream.append(5)
         bank = policy(memory)(stream.bank)
-        assert int(bank.length[0]) <= memory.low_mark(bank.capacity)
+        assert int(bank.length[0]) <= memory.low_mark(FRAMES) * VECTORS
         assert not np.isnan(np.asarray(bank.keys[0])).any()
 
 
@@ -276,4 +276,4 @@ def test_levels_of_the_models():
 
 def test_a_bank_too_small_for_a_pyramid_is_refused():
     with pytest.raises(ConfigError, match=r"too small for a pyramid .* raise engine.bank_capacity"):
-        make_policy(MemoryConfig("pyramid", low_water=0.5), model(), 2 * VECTORS)
+        make_policy(MemoryConfig("pyramid", low_water=0.6), model(), 2)

@@ -14,7 +14,7 @@ from moss_jax.memory.policies.window import window
 
 type Policy = Callable[[MemoryBank], MemoryBank]
 
-# By name: from the settings, the model, and the capacity of the bank in vectors to the policy.
+# By name: from the settings, the model, and the whole frames that the bank has room for, to the policy.
 POLICIES: dict[str, Callable[[MemoryConfig, ModelConfig, int], Policy]] = {
     "window": window,
     "pyramid": pyramid,
@@ -24,13 +24,13 @@ POLICIES: dict[str, Callable[[MemoryConfig, ModelConfig, int], Policy]] = {
 __all__ = ["POLICIES", "Policy", "make_policy"]
 
 
-def make_policy(memory: MemoryConfig, model: ModelConfig, capacity: int) -> Policy | None:
+def make_policy(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy | None:
     """The compaction that the settings name; None for "full", which never forgets and so ends.
 
     Args:
-      capacity: of the bank, in vectors.
+      frames: whole frames that the bank has room for.
 
     Raises:
       ConfigError: the bank is too small for the policy.
     """
-    return POLICIES[memory.policy](memory, model, capacity) if memory.policy != "full" else None
+    return POLICIES[memory.policy](memory, model, frames) if memory.policy != "full" else None

@@ -15,10 +15,9 @@ from moss_jax.memory.compaction import regroup
 from moss_jax.ops.qarray import dequantize
 
 
-def merge(memory: MemoryConfig, model: ModelConfig, capacity: int):
+def merge(memory: MemoryConfig, model: ModelConfig, frames: int):
     """Merges the likest pairs until the low-water mark is reached."""
-    del model
-    return functools.partial(merge_alike, low=memory.low_mark(capacity))
+    return functools.partial(merge_alike, low=memory.low_mark(frames) * model.vectors_per_frame)
 
 
 def merge_alike(bank: MemoryBank, *, low: int) -> MemoryBank:

@@ -5,7 +5,6 @@ B slots, S vectors
 
 import dataclasses
 import functools
-import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -33,21 +32,21 @@ class Level:
         return 1 + self.grid**2
 
 
-def pyramid(memory: MemoryConfig, model: ModelConfig, capacity: int):
+def pyramid(memory: MemoryConfig, model: ModelConfig, frames: int):
     """Newest frames whole, older ones at 1/4 of the grid, at 1/16, and at one vector each.
 
     Raises:
       ConfigError: a level would have to pass on more frames than it holds.
     """
-    low = memory.low_mark(capacity)
-    levels = make_levels(model, memory.pyramid_shares, low)
-    arriving = math.ceil((capacity - low) / levels[0].vectors)
+    low = memory.low_mark(frames)
+    levels = make_levels(model, memory.pyramid_shares, low * model.vectors_per_frame)
+    arriving = frames - low
     # A frame moves by one level a compaction, so each must hold what arrives; at the last, pairs are merged.
     for level, need in zip(levels, [1] + [arriving] * (len(levels) - 2) + [2 * arriving], strict=True):
         if level.budget < need:
             raise ConfigError(
-                f"a memory of {capacity} vectors is too small for a pyramid of the shares "
-                f"{memory.pyramid_shares}: a level of {level.vectors} vectors a frame has room for "
+                f"a bank of {frames} frames is too small for a pyramid of the shares "
+                f"{memory.pyramid_shares}: the level of {level.vectors} vectors a frame has room for "
                 f"{level.budget} frames and needs {need}; raise engine.bank_capacity or that share"
             )
     return functools.partial(coarsen, levels=levels)

@@ -12,10 +12,9 @@ from moss_jax.memory.bank import MemoryBank
 from moss_jax.memory.compaction import FORGET, frames_of, regroup
 
 
-def window(memory: MemoryConfig, model: ModelConfig, capacity: int):
+def window(memory: MemoryConfig, model: ModelConfig, frames: int):
     """Keeps as many of the newest frames as fit below the low-water mark."""
-    del model
-    return functools.partial(keep_newest, low=memory.low_mark(capacity))
+    return functools.partial(keep_newest, low=memory.low_mark(frames) * model.vectors_per_frame)
 
 
 def keep_newest(bank: MemoryBank, *, low: int) -> MemoryBank:
