@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moss_jax.memory.bank import NO_POSITION, MemoryBank
-from moss_jax.ops.qarray import QArray, dequantize, quantize
+from moss_jax.ops.qarray import QArray, dequantize
 
 # Target of a vector that is forgotten.
 FORGET = -1
@@ -81,21 +81,32 @@ def regroup(
     share = counts / jnp.maximum(total, 1)[..., None]
     exists = jnp.arange(S) < length[:, None]
 
-    def mean(x: Float[Array, "B K S D"] | QArray):
-        wide = dequantize(x)
+    def mean(x: Float[Array, "B K S D"]) -> Float[Array, "B K S D"]:
+        """The mean of each group in float32, and 0 where there is none."""
+        axes = tuple(range(3, x.ndim))
         parts = (
-            share[:, None, :, m, None] * jnp.take_along_axis(wide, source[:, None, :, m, None], axis=2)
+            jnp.expand_dims(share[:, None, :, m], axes)
+            * jnp.take_along_axis(x, jnp.expand_dims(source[:, None, :, m], axes), axis=2)
             for m in range(most)
         )
         # What lies in empty places may be anything, NaN too.
-        new = jnp.where(exists[:, None, :, None], sum(parts), 0)
-        return quantize(new, x.dtype, axes=3) if isinstance(x, QArray) else new.astype(x.dtype)
+        return jnp.where(jnp.expand_dims(exists[:, None], axes), sum(parts), 0)
+
+    def merged(x: Float[Array, "B K S D"] | QArray) -> Float[Array, "B K S D"] | QArray:
+        if not isinstance(x, QArray):
+            return mean(x.astype(jnp.float32)).astype(x.dtype)
+        # The mean of the scales is a scale that the mean of the vectors fits, and a vector alone stays as it
+        # is. To look for the largest number instead would take a second pass.
+        scale = mean(x.scale)
+        values = mean(dequantize(x)) / jnp.where(scale > 0, scale, 1)[..., None]
+        rounded = values if jnp.issubdtype(x.dtype, jnp.floating) else jnp.round(values)
+        return QArray(rounded.astype(x.dtype), scale)
 
     newest = jnp.max(jnp.where(is_member, pick(bank.positions), -1), axis=2)
     return dataclasses.replace(
         bank,
-        keys=tuple(map(mean, bank.keys)),
-        values=tuple(map(mean, bank.values)),
+        keys=tuple(map(merged, bank.keys)),
+        values=tuple(map(merged, bank.values)),
         positions=jnp.where(exists, newest, NO_POSITION).astype(jnp.int32),
         places=jnp.where(exists, pick(places)[:, :, 0], 0),
         counts=None if bank.counts is None else jnp.where(exists, total, 0),

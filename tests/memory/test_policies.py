@@ -260,9 +260,25 @@ def test_banks_in_8_bits(name, stored):
     np.testing.assert_array_equal(narrow.held("positions"), wide.held("positions"))
     keys = wide.keys()
     largest = abs(keys).max(axis=-1, keepdims=True)
-    # A vector is rounded when it comes and when it is merged: at most six times here.
+    # A vector is rounded when it comes and when it is merged, at most six times here.
     unit = {"int8": 1 / 254, "fp8": 1 / 16}[stored]
     assert (abs(narrow.keys() - keys) <= 6 * unit * np.maximum(largest, 40)).all()
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_what_is_not_merged_is_not_rounded_again(stored):
+    stream = Stream(MemoryConfig("pyramid", low_water=0.7, bank_dtype=stored))
+    stream.append(FRAMES)
+    before, after = stream.bank, policy(stream.memory)(stream.bank)
+    whole = np.asarray(after.counts[0]) == 1
+    length = int(after.length[0])
+    newest = np.flatnonzero(whole[:length])[-3 * VECTORS :]
+    for old, new in zip((before.keys[0], before.values[0]), (after.keys[0], after.values[0]), strict=True):
+        for x, y in ((old.values, new.values), (old.scale, new.scale)):
+            np.testing.assert_array_equal(
+                np.float32(x)[:, :, FRAMES * VECTORS - 3 * VECTORS : FRAMES * VECTORS],
+                np.float32(y)[:, :, newest],
+            )
 
 
 def test_levels_of_the_models():
