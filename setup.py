@@ -1,4 +1,4 @@
-"""Adds the small model and the default configs, which the repository has beside the package, to the wheel."""
+"""Adds the small model, the demo clip and the default configs, which are beside the package, to the wheel."""
 
 from pathlib import Path
 from shutil import copytree
@@ -6,7 +6,7 @@ from shutil import copytree
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("checkpoints/moss-tiny", "configs")
+SHIPPED = ("assets", "checkpoints/moss-tiny", "configs")
 
 
 class BuildPy(build_py):

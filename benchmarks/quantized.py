@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from report import add_out, make_parser, publish
 
+from moss_jax.command import seed
 from moss_jax.config import DecoderWeights, EncoderWeights
 from moss_jax.convert import OpenModel, open_model
 from moss_jax.eval.tabletop import EvaluationConfig, evaluate, ideal_dialogue
@@ -54,12 +55,12 @@ MAX_TOKENS = 512
 def main() -> None:
     """Runs the benchmark."""
     parser = make_parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/moss-tiny"))
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/moss-tiny"), help="model")
     parser.add_argument("--streams", type=int, default=50, help="number of scored streams")
     parser.add_argument(
         "--sequences", type=int, default=16, help="number of sequences whose logits are compared"
     )
-    parser.add_argument("--seed", type=int, default=1, help="seed of the held-out streams")
+    parser.add_argument("--seed", type=seed, default=1, help="seed of the held-out streams")
     add_out(parser)
     args = parser.parse_args()
     result = {"logits": compare_logits(args), "scores": {name: score(args, name) for name in MODES}}

@@ -6,19 +6,24 @@ import math
 import platform
 import subprocess
 from importlib import metadata
-from pathlib import Path
 
 import jax
 
+from moss_jax.command import HelpFormatter, output_file
+
+
+class DocFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description as they are."""
+
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a script's docstring as it stands."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser whose help is a script's docstring as it stands, and the defaults."""
+    return argparse.ArgumentParser(description=doc, formatter_class=DocFormatter)
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
     """Adds the flag that `publish` reads."""
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=output_file, help="JSON file to write")
 
 
 def known(parser: argparse.ArgumentParser, table: dict, name: str):
@@ -32,7 +37,6 @@ def publish(script: str, args: argparse.Namespace, result: dict) -> None:
     text = json.dumps({"command": command, "device": device(), "versions": versions()} | result, indent=2)
     print(text)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text + "\n", encoding="utf-8")
 
 

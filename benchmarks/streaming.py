@@ -335,7 +335,7 @@ MEASURES = {f.__name__: f for f in (ttft, extend, decode, arrivals, sustained, o
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS)
+    parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS, help="model")
     parser.add_argument(
         "--frames",
         default="16,64,256,1024,4096",

@@ -29,7 +29,7 @@ GB = 1e9
 
 def main() -> None:
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS)
+    parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS, help="model")
     parser.add_argument(
         "--tokens", type=int, default=4096, help="tokens per sequence, including those of frames"
     )
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--tensor", type=int, default=1, help="size of the tensor-parallel mesh axis; the rest is fsdp"
     )
-    parser.add_argument("--remat", default="full", choices=get_args(Remat))
+    parser.add_argument("--remat", default="full", choices=get_args(Remat), help="rematerialisation")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after the first")
     add_out(parser)
     args = parser.parse_args()

@@ -1,4 +1,7 @@
-"""One call for notebooks and scripts: ask about a video, or watch it as a stream."""
+"""One call for notebooks and scripts: ask about a video, or watch it as a stream.
+
+Programs are compiled anew in each process, unless JAX is told to keep them: JAX_COMPILATION_CACHE_DIR.
+"""
 
 import dataclasses
 import os
@@ -14,10 +17,10 @@ from moss_jax.config import (
 )
 from moss_jax.convert import open_model
 from moss_jax.stream import End, Engine, Event, Text, answer_offline
-from moss_jax.terminal.feed import open_session, run_session
+from moss_jax.terminal.feed import open_session, report_skipped, run_session
 from moss_jax.terminal.transcript import ENDINGS
 from moss_jax.text import chat
-from moss_jax.video import probe, sample_clip, sample_file
+from moss_jax.video import clip_times, fit_frames, sample_at, sample_file
 
 
 def open_engine(
@@ -71,10 +74,12 @@ def ask(
       VideoError: the video cannot be read.
       FloatingPointError: the model's logits are not finite.
     """
-    probe(video)  # Refuses a bad file before a model is loaded.
+    capacity = engine.config if engine else EngineConfig()
+    # Before a model is loaded, to refuse a bad file at once.
+    times = clip_times(video, frames_that_fit(frames or FrameSampling(), capacity))
     engine = engine or open_engine(checkpoint)
-    frames = frames or FrameSampling()
-    clip = sample_clip(video, frames_that_fit(frames, engine.config))
+    # Fitted while they are read: at full size, a clip of 4K may take more memory than there is.
+    clip = list(fit_frames(sample_at(video, times), engine.model_config.vision.image_size))
     *events, end = answer_offline(engine, clip, prompt, system=system, max_tokens=max_tokens)
     if isinstance(end, End) and end.reason == "not_finite":
         raise FloatingPointError(ENDINGS[end.reason])
@@ -111,12 +116,13 @@ def watch(
       SessionError: a prompt does not fit.
       VideoError: the video cannot be read.
     """
-    shown = sample_file(video, frames or FrameSampling())
+    skipped: list[float] = []
+    shown = sample_file(video, frames or FrameSampling(), skipped.append)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     timed = [(0.0, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     engine = engine or open_engine(checkpoint)
     opened, later = open_session(engine, timed, session or SessionConfig(tail_seconds=10.0), system=system)
-    return run_session(opened, shown, later)
+    return report_skipped(run_session(opened, shown, later), skipped)
 
 
 def frames_that_fit(frames: FrameSampling, capacity: EngineConfig) -> FrameSampling:

@@ -1,9 +1,13 @@
 """All settings as frozen dataclasses that validate themselves, and the model presets."""
 
 import dataclasses
+import functools
 import itertools
 import math
-from typing import Any, Literal, get_args
+import numbers
+import os
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 PoolMode = Literal["average", "max", "bilinear", "channelFusion"]
 RowsBeforeFirstFrame = Literal["skip", "attend"]
@@ -21,8 +25,12 @@ BankDtype = Literal["int8", "fp8"]
 MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
 
 
+# Seeds that JAX and numpy both take.
+SEEDS = range(2**63)
+
+
 class ConfigError(ValueError):
-    """An invalid setting; the message says what would be valid."""
+    """An invalid setting; the message begins with the name of the field and says what would be valid."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -30,10 +38,86 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _require_choice(name: str, value: str, choices: Any) -> None:
-    """Requires one of the values of a `Literal`."""
-    valid = get_args(choices)
-    _require(value in valid, f"{name} must be one of {', '.join(map(repr, valid))}; got {value!r}")
+def _require_at_least(least: int, settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(value >= least, f"{name} must be at least {least}, not {value}")
+
+
+def _require_share(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(0 <= value <= 1, f"{name} must be in [0, 1], not {value}")
+
+
+def _require_seed(seed: int) -> None:
+    _require(seed in SEEDS, f"seed must be at least 0 and less than 2**63, not {seed}")
+
+
+def _convert_fields(settings: Any) -> None:
+    """Converts the values of a frozen dataclass to the types of its fields, where nothing is lost by it.
+
+    A whole number may be written as 1e4, a list stands for a tuple, a dict for a tuple of pairs, and a string
+    for a tuple with this one string.
+
+    Raises:
+      ConfigError: a value is of another type.
+    """
+    for name, kind in _field_types(type(settings)).items():
+        value = getattr(settings, name)
+        try:
+            object.__setattr__(settings, name, _convert(value, kind))
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(f"{name} must be {_describe(kind)}; got {value!r}") from None
+
+
+@functools.cache
+def _field_types(settings: type) -> dict[str, Any]:
+    return get_type_hints(settings)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """Converts a value to a type, as `_convert_fields` says; raises TypeError or ValueError if it can't."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _convert(value, arguments[0])
+    if origin is Literal:
+        return arguments[arguments.index(value)]
+    if origin is tuple:
+        if isinstance(value, str) and (arguments[0] is str or get_origin(arguments[0]) is Literal):
+            value = (value,)
+        if isinstance(value, dict) and get_origin(arguments[0]) is tuple:
+            value = tuple(value.items())
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        elements = itertools.repeat(arguments[0], len(value)) if arguments[-1] is ... else arguments
+        return tuple(_convert(v, element) for v, element in zip(value, elements, strict=True))
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if kind in (int, float):
+        if type(value) is bool or not issubclass(type(value), numbers.Real):
+            raise TypeError
+        number = kind(value)
+        if number != value:  # A fraction, or NaN.
+            raise ValueError
+        return number
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+def _describe(kind: Any) -> str:
+    """A type in words."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return f"{_describe(arguments[0])} or None"
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin is tuple and arguments[-1] is ...:
+        return f"a tuple with each element {_describe(arguments[0])}"
+    if origin is tuple:
+        return f"({', '.join(map(_describe, arguments))})"
+    return {int: "a whole number", float: "a number", str: "a string"}.get(kind) or kind.__name__
 
 
 # ---------------------------------------------------------------------------------------- model
@@ -65,6 +149,10 @@ class VisionConfig:
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
+        _convert_fields(self)
+        sizes = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+        _require_at_least(1, self, *sizes, "max_num_tiles")
+        _require_at_least(0, self, "num_global_layers")
         _require(
             self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}",
@@ -76,10 +164,6 @@ class VisionConfig:
         _require(
             all(0 <= i < self.num_layers for i in self.intermediate_layers),
             f"intermediate_layers {self.intermediate_layers} must be in [0, {self.num_layers})",
-        )
-        _require(
-            len(self.image_mean) == len(self.image_std) == 3,
-            f"image_mean and image_std hold three numbers, not {self.image_mean} and {self.image_std}",
         )
         _require(all(s > 0 for s in self.image_std), f"image_std {self.image_std} must be positive")
 
@@ -128,8 +212,8 @@ class CompressorConfig:
     stride: int = 4
 
     def __post_init__(self):
-        _require_choice("pool mode", self.mode, PoolMode)
-        _require(self.stride >= 1, f"pool stride {self.stride} must be at least 1")
+        _convert_fields(self)
+        _require_at_least(1, self, "stride")
 
     def output_grid(self, grid: int) -> int:
         """Returns the side of the pooled grid."""
@@ -147,6 +231,7 @@ class RopeConfig:
     original_max_positions: int = 8192
 
     def __post_init__(self):
+        _convert_fields(self)
         _require(
             self.high_freq_factor > self.low_freq_factor,
             f"high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}",
@@ -175,6 +260,9 @@ class DecoderConfig:
     extra_embeddings: int = 8
 
     def __post_init__(self):
+        _convert_fields(self)
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        _require_at_least(1, self, *sizes, "max_positions", "extra_embeddings")
         _require(
             self.hidden_size % self.num_heads == 0,
             f"decoder hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}",
@@ -238,8 +326,7 @@ class ModelConfig:
     remat: Remat = "none"
 
     def __post_init__(self):
-        _require_choice("remat", self.remat, Remat)
-        _require_choice("rows_before_first_frame", self.rows_before_first_frame, RowsBeforeFirstFrame)
+        _convert_fields(self)
         _require(
             self.compressor.stride <= self.vision.grid,
             f"pool stride {self.compressor.stride} exceeds the patch grid of {self.vision.grid}",
@@ -325,6 +412,7 @@ class FrameSampling:
     max_frames: int = 256
 
     def __post_init__(self):
+        _convert_fields(self)
         _require(
             math.isfinite(self.fps) and self.fps > 0,
             f"fps must be a positive number of frames per second, not {self.fps:g}",
@@ -355,7 +443,9 @@ class TokenSampling:
     seed: int = 0
 
     def __post_init__(self):
+        _convert_fields(self)
         _require(self.temperature >= 0, f"temperature {self.temperature} must not be negative")
+        _require_seed(self.seed)
         _require(self.top_k >= 0, f"top_k {self.top_k} must not be negative; 0 disables it")
         _require(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
         _require(
@@ -394,10 +484,7 @@ class MemoryConfig:
     text_said: float = 0.25
 
     def __post_init__(self):
-        _require_choice("memory.policy", self.policy, MemoryPolicy)
-        _require_choice("memory.text", self.text, TextMemory)
-        if self.bank_dtype is not None:
-            _require_choice("memory.bank_dtype", self.bank_dtype, BankDtype)
+        _convert_fields(self)
         _require(0 < self.low_water < 1, f"low_water {self.low_water} must be in (0, 1)")
         _require(
             0 < self.text_recent < self.low_water and 0 <= self.text_said <= 1,
@@ -439,8 +526,8 @@ class EngineConfig:
     memory: MemoryConfig = MemoryConfig()
 
     def __post_init__(self):
-        for name in ("slots", "text_capacity", "bank_capacity"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _convert_fields(self)
+        _require_at_least(1, self, "slots", "text_capacity", "bank_capacity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,14 +551,9 @@ class SessionConfig:
     max_tokens_per_turn: int = 1024
 
     def __post_init__(self):
-        _require_choice("clock", self.clock, Clock)
-        _require(
-            self.tokens_per_second >= 1,
-            f"tokens_per_second must be at least 1, not {self.tokens_per_second}",
-        )
+        _convert_fields(self)
+        _require_at_least(1, self, "tokens_per_second", "inbox_frames", "max_tokens_per_turn")
         _require(self.tail_seconds >= 0, f"tail_seconds {self.tail_seconds} must not be negative")
-        for name in ("inbox_frames", "max_tokens_per_turn"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 # --------------------------------------------------------------------------------------- training
@@ -498,10 +580,13 @@ class InitialModelConfig:
     remat: Remat = "none"
 
     def __post_init__(self):
+        _convert_fields(self)
         _require(
-            self.checkpoint is not None or self.preset in PRESETS,
+            bool(self.checkpoint) or self.preset in PRESETS,
             f"preset must be one of {', '.join(map(repr, PRESETS))}; got {self.preset!r}",
         )
+        if self.stride is not None:
+            _require_at_least(1, self, "stride")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -519,11 +604,15 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
+        _convert_fields(self)
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            _require(size >= 0, f"{name} must be at least 1 device, or 0 for all the rest; got {size}")
+        free = [name for name, size in sizes.items() if size == 0]
         _require(
-            min(sizes) >= 0, f"a mesh axis must have at least 1 device, or 0 for all the rest; got {sizes}"
+            len(free) <= 1,
+            f"{' and '.join(free)} are 0: only one mesh axis can be 0, which takes all the rest",
         )
-        _require(sizes.count(0) <= 1, f"only one mesh axis can be 0, which takes all the rest; got {sizes}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -551,14 +640,15 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        _require(self.learning_rate > 0, f"learning_rate {self.learning_rate} must be positive")
-        for name in ("warmup_share", "final_share"):
+        _convert_fields(self)
+        for name in ("learning_rate", "eps"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name} must be in [0, 1], not {value}")
+            _require(0 < value < math.inf, f"{name} {value} must be positive")
+        _require_share(self, "warmup_share", "final_share")
         for name in ("b1", "b2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} must be in [0, 1), not {value}")
-        _require(self.weight_decay >= 0, f"weight_decay {self.weight_decay} must not be negative")
+        _require(0 <= self.weight_decay < math.inf, f"weight_decay {self.weight_decay} must not be negative")
         _require(self.clip_norm > 0, f"clip_norm {self.clip_norm} must be positive")
 
 
@@ -594,18 +684,22 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
+        _convert_fields(self)
         counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints")
-        for name in counts:
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require_at_least(1, self, *counts)
+        _require_seed(self.seed)
         _require(
             self.batch_size % self.accumulate == 0,
             f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}",
         )
         _require(bool(self.trainable), f"trainable must name at least one of {', '.join(MODEL_PARTS)}")
-        for part in self.trainable:
-            _require_choice("trainable", part, ModelPart)
-        _require_choice("compute_dtype", self.compute_dtype, ComputeDtype)
-        _require(self.silence_weight >= 0, f"silence_weight {self.silence_weight} must not be negative")
+        _require(
+            0 <= self.silence_weight < math.inf, f"silence_weight {self.silence_weight} must not be negative"
+        )
+        for name, weight in self.loss_terms:
+            _require(
+                math.isfinite(weight), f"loss_terms has {weight} for {name!r}; a weight is a finite number"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -625,13 +719,10 @@ class DataConfig:
     max_dropped_share: float = 0.1
 
     def __post_init__(self):
-        _require_choice("data.kind", self.kind, DataKind)
+        _convert_fields(self)
         _require(self.workers >= 0, f"workers {self.workers} must not be negative")
-        _require(self.read_ahead >= 1, f"read_ahead must be at least 1, not {self.read_ahead}")
-        _require(
-            0 <= self.max_dropped_share <= 1,
-            f"max_dropped_share must be in [0, 1], not {self.max_dropped_share}",
-        )
+        _require_at_least(1, self, "read_ahead")
+        _require_share(self, "max_dropped_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -639,7 +730,7 @@ class ConversationConfig:
     """Conversations about videos, as ShareGPT rows.
 
     Attributes:
-      files: JSON files, each a list of rows.
+      files: JSON or JSON-lines files of rows; docs/data.md describes them.
       media_root: folder that media paths in the rows are relative to.
       max_tokens: longer rows are dropped.
       token_buckets: sequence lengths to pad to, ascending; the largest is at least `max_tokens`. A batch has
@@ -657,6 +748,7 @@ class ConversationConfig:
     swap_probability: float = 0.5
 
     def __post_init__(self):
+        _convert_fields(self)
         for name in ("token_buckets", "frame_buckets"):
             sizes = getattr(self, name)
             _require(
@@ -667,10 +759,8 @@ class ConversationConfig:
             self.token_buckets[-1] >= self.max_tokens,
             f"token_buckets {self.token_buckets} must reach max_tokens {self.max_tokens}",
         )
-        _require(
-            0 <= self.swap_probability <= 1,
-            f"swap_probability must be in [0, 1], not {self.swap_probability}",
-        )
+        _require_at_least(1, self, "max_tokens")
+        _require_share(self, "swap_probability")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -700,9 +790,12 @@ class TabletopConfig:
     offline_share: float = 0.15
 
     def __post_init__(self):
+        _convert_fields(self)
         _require(self.image_size >= 32, f"image_size must be at least 32 pixels, not {self.image_size}")
         _require(
             1 <= self.min_seconds <= self.max_seconds,
             f"min_seconds {self.min_seconds} must be at least 1 and at most max_seconds {self.max_seconds}",
         )
-        _require(0 <= self.offline_share <= 1, f"offline_share {self.offline_share} must be in [0, 1]")
+        _require_share(self, "offline_share")
+        _require_at_least(0, self, "warmup_batches")
+        _require_at_least(1, self, "max_tokens", "warmup_seconds", "warmup_tokens", "warmup_factor")

@@ -17,6 +17,7 @@ from moss_jax.config import (
     EngineConfig,
     FrameSampling,
     InitialModelConfig,
+    MemoryConfig,
     MeshConfig,
     OptimizerConfig,
     SessionConfig,
@@ -28,6 +29,7 @@ from moss_jax.shipped import shipped
 
 _NAMES = {
     EngineConfig: "engine",
+    MemoryConfig: "memory",
     FrameSampling: "frames",
     SessionConfig: "session",
     TokenSampling: "sampling",
@@ -74,17 +76,16 @@ def settings[Setting](kind: type[Setting]) -> Setting:
     """Instantiates a config dataclass with the values from the parsed gin files.
 
     Raises:
-      ConfigError: a value that the dataclass refuses.
+      ConfigError: a value that the dataclass refuses; the message begins with its name in gin files.
     """
     try:
         made: Any = _BOUND[kind]()
+    except ConfigError as error:
+        # gin appends lines on where it called the dataclass.
+        raise ConfigError(f"{_NAMES[kind]}.{str(error).splitlines()[0]}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(_explain(error)) from error
-    # A list in a gin file becomes a tuple, and a dict one of pairs, so that configs are hashable.
-    values = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    dicts = {name: tuple(value.items()) for name, value in values.items() if isinstance(value, dict)}
-    return dataclasses.replace(made, **lists, **dicts)
+    return dataclasses.replace(made)  # gin has made an instance of a subclass.
 
 
 def operative() -> str:
@@ -119,7 +120,8 @@ def _refuse_unused_bindings() -> None:
 
 def _explain(error: Exception) -> str:
     """Returns gin's message on one line, with the name that was probably meant."""
-    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = str(error).partition(" in config string:")[0]  # Behind that, gin lists all bindings.
+    message = "; ".join(line.strip() for line in text.splitlines() if line.strip())
     nearest = []
     if unknown := re.search(r"No configurable matching '(?:moss_jax\.)?([^']*)'", message):
         if name := _CLASS_NAMES.get(unknown[1]):

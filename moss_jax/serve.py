@@ -1,19 +1,20 @@
 """Command that watches a video: `python -m moss_jax.serve --video clip.mp4 --prompt "What is happening?"`."""
 
 import argparse
+import collections
 import dataclasses
+import itertools
 import logging
-import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import jax
-from rich.console import Console
 
-from moss_jax import gin_bindings
+from moss_jax import command, gin_bindings
 from moss_jax.api import frames_that_fit
 from moss_jax.config import (
     Clock,
@@ -22,50 +23,94 @@ from moss_jax.config import (
     EncoderWeights,
     EngineConfig,
     FrameSampling,
+    MemoryConfig,
+    MemoryPolicy,
     SessionConfig,
     TokenSampling,
 )
 from moss_jax.convert import CheckpointError, open_model
 from moss_jax.shipped import shipped
-from moss_jax.stream import Engine, SessionError, answer_offline
-from moss_jax.terminal.feed import open_session, run_session
+from moss_jax.stream import End, Engine, Event, SessionError, answer_offline
+from moss_jax.stream.events import EndReason
+from moss_jax.terminal.feed import open_session, report_skipped, run_session
 from moss_jax.terminal.transcript import print_json, print_transcript
 from moss_jax.text import TokenizerError, chat
-from moss_jax.video import VideoError, VideoInfo, frame_spans, probe, sample_clip, sample_file
+from moss_jax.video import VideoError, VideoInfo, clip_times, fit_frames, probe, sample_at, sample_file
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from moss_jax.terminal.timeline import Timeline
 
 BAD_INPUT = (CheckpointError, ConfigError, SessionError, TokenizerError, VideoError)
 
 
 def main() -> int:
-    """Runs the command; returns its exit code, 2 for bad input."""
+    """Runs the command; returns its exit code, as `command.run` says.
+
+    Ctrl-C and SIGTERM end the stream; what was asked for is still written. The code is then 143 for SIGTERM,
+    130 for Ctrl-C offline, where it cuts an answer short, and 0 for Ctrl-C live.
+    """
+    return command.run(Path(sys.argv[0]).name, run, BAD_INPUT)
+
+
+def run() -> int:
+    """Opens video and model, runs the stream and prints its events; returns the exit code."""
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("moss_jax").setLevel(logging.INFO if args.verbose else logging.WARNING)
-    try:
-        run(args)
-    except BAD_INPUT as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader of the output has closed it, so nothing more can be flushed to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    command.cache_compilations(args.compilation_cache)
+    with command.on_stop_signal(command.leave):
+        stream = open_stream(args)
+
+    signals: list[int] = []
+
+    def stop(number: int) -> None:
+        signals.append(number)
+        stream.stop()
+
+    reasons: list[EndReason] = []
+    events = tap(
+        stream.events, lambda event: reasons.append(event.reason) if isinstance(event, End) else None
+    )
+    with command.on_stop_signal(stop):
+        show(dataclasses.replace(stream, events=events), args)
+    if "not_finite" in reasons:
+        return 1
+    # Ctrl-C is how one ends a live stream, but it cuts an answer offline.
+    cut = signals and (args.offline or signals[0] != signal.SIGINT)
+    return command.SIGNALLED + signals[0] if cut else 0
 
 
-def run(args: argparse.Namespace) -> None:
-    """Opens video and model, runs the stream and prints its events."""
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A stream that is ready to run.
+
+    Attributes:
+      heading: clip and model in words.
+      events: runs the stream.
+      stop: ends the events soon; from any thread.
+      picture: gets the frames and the events, if a picture was asked for.
+    """
+
+    heading: str
+    events: Iterator[Event]
+    stop: Callable[[], object]
+    picture: "Timeline | None"
+
+
+def open_stream(args: argparse.Namespace) -> Stream:
+    """Opens video and model, and compiles what a realtime stream can't wait for."""
     gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
     sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
     session_config = override(gin_bindings.settings(SessionConfig), clock=args.clock)
-    engine_config = override(gin_bindings.settings(EngineConfig), slots=1)
+    memory = override(gin_bindings.settings(MemoryConfig), policy=args.memory)
+    engine_config = dataclasses.replace(gin_bindings.settings(EngineConfig), slots=1, memory=memory)
     token_sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
 
     info = probe(args.video)
     prompts = sorted(args.prompt, key=lambda p: p.at)
-    check_times(prompts, args.video, info)
+    check_times(prompts, info)
     if args.offline and len(prompts) != 1:
         raise ConfigError(f"--offline answers one --prompt about the whole clip, not {len(prompts)}")
     if args.offline and prompts[0].at:
@@ -99,38 +144,54 @@ def run(args: argparse.Namespace) -> None:
         f"{Path(args.video).name} · {info.width}×{info.height}{length} · {sampling.fps:g} fps · {mode}\n"
         f"{opened.name}\n"
     )
+    # Times of the frames that cannot be decoded.
+    skipped: list[float] = []
     if args.offline:
-        frames = sample_clip(args.video, frames_that_fit(sampling, engine_config))
+        times = clip_times(args.video, frames_that_fit(sampling, engine_config))
+        frames = sample_at(args.video, times, skipped.append)
         if picture:
-            for frame in frames:
-                picture.add_frame(frame.rgb, frame.time)
-        events = answer_offline(engine, frames, prompts[0].text, system=args.system)
+            frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
+        # Fitted while they are read: at full size, a clip of 4K may take more memory than there is.
+        clip = list(fit_frames(frames, engine.model_config.vision.image_size))
+        stopped = threading.Event()
+        events = answer_offline(engine, clip, prompts[0].text, system=args.system)
+        events, stop = itertools.takewhile(lambda _: not stopped.is_set(), events), stopped.set
     else:
         system = chat.SYSTEM_PROMPT if args.system is None else args.system
         timed = [(prompt.at, prompt.text) for prompt in prompts]
         session, later = open_session(engine, timed, session_config, system=system)
         if session_config.clock == "realtime":
             # Compiled beforehand, since the clip goes on meanwhile.
-            engine.warm_up((info.height, info.width, 3))
-        signal.signal(signal.SIGINT, lambda *_: session.stop())
-        frames = sample_file(args.video, sampling)
+            with command.progress("compiling"):
+                engine.warm_up((info.height, info.width, 3))
+        frames = sample_file(args.video, sampling, skipped.append)
         if picture:
             frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
-        events = run_session(session, frames, later)
+        events, stop = run_session(session, frames, later), session.stop
+    events = report_skipped(events, skipped)
     if picture:
         events = tap(events, picture.add)
+    return Stream(heading, events, stop, picture)
+
+
+def show(stream: Stream, args: argparse.Namespace) -> None:
+    """Runs a stream and prints its events; then draws the picture, also of one that fails or is stopped."""
     try:
         if args.json:
-            print(heading, file=sys.stderr, end="")
-            print_json(events, sys.stdout)
+            command.tell(stream.heading, end="")
+            print_json(stream.events, sys.stdout)
         else:
-            console = Console(highlight=False)
-            console.print(heading, style="dim", markup=False)
-            print_transcript(events, console)
+            console = command.PipeConsole(highlight=False)
+            console.print(stream.heading, style="dim", markup=False)
+            print_transcript(stream.events, console)
+    except OSError:
+        # They can't be printed any more, but the picture of them is still wanted.
+        if stream.picture:
+            collections.deque(stream.events, maxlen=0)
+        raise
     finally:
-        # Also after an error, of the events so far.
-        if picture and picture.events:
-            picture.save(args.timeline)
+        if stream.picture and stream.picture.events:
+            stream.picture.save(args.timeline)
 
 
 def tap[T](items: Iterable[T], keep: Callable[[T], None]) -> Iterator[T]:
@@ -148,29 +209,25 @@ class Prompt:
     at: float = 0.0
 
 
-def check_times(prompts: list[Prompt], video: str, info: VideoInfo) -> None:
+def check_times(prompts: list[Prompt], info: VideoInfo) -> None:
     """Checks that no prompt comes after the end of the clip.
 
     Raises:
       ConfigError: one does.
     """
     last = max((p.at for p in prompts), default=0.0)
-    if last == 0:
-        return
-    end = 0.0
-    if not info.is_image:
-        # By its packets: the length in a header can be missing or wrong.
-        span = frame_spans(video)[-1]
-        end = span.time + (span.duration or 0.0)
-    if last > end + 1e-3:
-        raise ConfigError(f"--prompt-at {last:g} is beyond the clip, which lasts {end:.1f} s")
+    if last > info.duration + 1e-3:
+        raise ConfigError(f"--prompt-at {last:g} is beyond the clip, which lasts {info.duration:.1f} s")
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line; argparse exits with code 2 if it is invalid."""
+    gin_bindings.parse([str(shipped("configs/serve.gin"))])
+    settings = gin_bindings.settings
     parser = argparse.ArgumentParser(
         description="Watch a video and talk about it.",
         epilog="Settings beside these flags are in configs/serve.gin; flags win over gin.",
+        formatter_class=command.HelpFormatter,
     )
     add = parser.add_argument
     add("--video", required=True, metavar="FILE", help="video or image file")
@@ -179,41 +236,65 @@ def parse_arguments() -> argparse.Namespace:
         action=AddPrompt,
         default=[],
         metavar="TEXT",
-        help="prompt to the model; may be given several times",
+        help="prompt to the model; may be given several times (default: none, it watches unasked)",
     )
     add(
         "--prompt-at",
         action=SetTime,
         type=float,
         metavar="SECONDS",
-        help="stream time of the --prompt before it",
+        help="stream time of the --prompt before it (default: 0)",
     )
-    add("--fps", type=float, help="frames to sample per second of video")
-    add("--clock", choices=get_args(Clock), help="the stream's own clock, or the wall's")
+    add(
+        "--fps",
+        type=float,
+        help=f"frames to sample per second of video (default: {settings(FrameSampling).fps:g})",
+    )
+    add(
+        "--clock",
+        choices=get_args(Clock),
+        help=f"the stream's own clock, or the wall's (default: {settings(SessionConfig).clock})",
+    )
     add("--offline", action="store_true", help="prefill the whole clip, then answer")
+    add(
+        "--memory",
+        choices=get_args(MemoryPolicy),
+        help="what is kept of the frames when the memory bank is full; with full, the stream ends then "
+        f"(default: {settings(MemoryConfig).policy})",
+    )
     add(
         "--checkpoint",
         metavar="DIR|REPO",
-        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION]; default: the small model "
-        "that ships with the package",
+        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION] (default: the small model "
+        "that ships with the package)",
     )
     add(
         "--weights",
         choices=get_args(DecoderWeights),
-        help="quantise the decoder's weights to 8 bits",
+        help="quantise the decoder's weights to 8 bits (default: as loaded)",
     )
-    add("--perception-device", type=int, metavar="N", help="index of another device, to encode the frames")
+    add(
+        "--perception-device",
+        type=int,
+        metavar="N",
+        help="index of another device, to encode the frames (default: the device that decodes)",
+    )
     add(
         "--encoder-weights",
         choices=get_args(EncoderWeights),
-        help="quantise the vision encoder to 8 bits",
+        help="quantise the vision encoder to 8 bits (default: as loaded)",
     )
-    add("--system", metavar="TEXT", help="system prompt; empty for none")
-    add("--seed", type=int, help="seed of the sampling")
+    add(
+        "--system",
+        metavar="TEXT",
+        help="system prompt; empty for none (default: moss_jax.text.chat.SYSTEM_PROMPT, with --offline none)",
+    )
+    add("--seed", type=command.seed, help=f"seed of the sampling (default: {settings(TokenSampling).seed})")
     add("--json", action="store_true", help="print one JSON object per event instead of a transcript")
     add("--timeline", type=Path, metavar="FILE", help="draw frames, prompts and answers over time, as a .png")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings that override the defaults")
     add("--gin_param", action="append", default=[], metavar="BINDING", help="e.g. 'frames.fps = 2'")
+    command.add_compilation_cache(parser)
     add("--verbose", action="store_true", help="log the choice of kernels")
     return parser.parse_args()
 
@@ -236,9 +317,16 @@ class SetTime(argparse.Action):
         namespace.prompt[-1].at = values
 
 
-def override[Settings: DataclassInstance](settings: Settings, **values) -> Settings:
-    """Replaces settings, but for values that are None."""
-    return dataclasses.replace(settings, **{k: v for k, v in values.items() if v is not None})
+def override[Settings: DataclassInstance](settings: Settings, **flags) -> Settings:
+    """Replaces settings by flags of the same names, but for those that are None.
+
+    Raises:
+      ConfigError: a flag has no valid value.
+    """
+    try:
+        return dataclasses.replace(settings, **{k: v for k, v in flags.items() if v is not None})
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files that ship with the package: default settings and the small model."""
+"""Files that ship with the package: default settings, the small model and the demo clip."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent
 
 
 def shipped(name: str) -> Path:
-    """Finds a shipped file or folder, such as "configs/serve.gin" or "moss-tiny".
+    """Finds a shipped file or folder, such as "configs/serve.gin", "assets/demo.mp4" or "moss-tiny".
 
     In a source tree they are beside the package, in an installed wheel inside it.
 

@@ -5,6 +5,7 @@ import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -109,6 +110,20 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"{REAL_DATA} is not here")
     return REAL_DATA
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder whose files' permissions count, also where root runs the tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
 import moss_jax
 from moss_jax.config import EngineConfig, FrameSampling, SessionConfig
-from moss_jax.stream import End, Engine, FrameSeen, SessionError, Text, Turn
-from moss_jax.video import VideoError
+from moss_jax.stream import End, Engine, FrameSeen, FramesSkipped, SessionError, Text, Turn, answer_offline
+from moss_jax.video import VideoError, fit_frame, sample_clip
 
 DEMO = Path(__file__).resolve().parents[1] / "assets" / "demo.mp4"
 EIGHT_SECONDS = FrameSampling(max_frames=8)
@@ -27,6 +29,42 @@ def test_ask_answers_about_the_clip(engine):
     assert "ring" in answer
     assert answer == moss_jax.ask(str(DEMO), "What do you see?", engine=engine, frames=EIGHT_SECONDS)
     assert len(moss_jax.ask(DEMO, "What do you see?", engine=engine, max_tokens=2)) < len(answer)
+
+
+def test_ask_holds_a_clip_at_the_size_of_the_tile(engine, monkeypatch):
+    clips = []
+
+    def answer(engine, frames, *args, **kwargs):
+        clips.append(frames)
+        return answer_offline(engine, frames, *args, **kwargs)
+
+    monkeypatch.setattr(moss_jax.api, "answer_offline", answer)
+    answered = moss_jax.ask(DEMO, "What do you see?", engine=engine, frames=EIGHT_SECONDS)
+    size = engine.model_config.vision.image_size
+    full = sample_clip(DEMO, EIGHT_SECONDS)
+    assert full[0].rgb.shape[0] > size
+    for frame, other in zip(clips[0], full, strict=True):
+        assert frame.time == other.time
+        np.testing.assert_array_equal(frame.rgb, fit_frame(other.rgb, size))
+    # What is said is the same as with frames that the device resizes.
+    events = answer_offline(engine, full, "What do you see?")
+    assert answered == "".join(event.text for event in events if isinstance(event, Text))
+
+
+def test_frames_that_cannot_be_decoded_are_told(engine, tmp_path, caplog):
+    with av.open(str(DEMO)) as container:
+        wreck = [packet for packet in container.demux(video=0) if packet.size][30]
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(DEMO.read_bytes().replace(bytes(wreck), bytes(wreck.size)))
+    frames = FrameSampling(fps=0.5, max_frames=16)
+    events = list(moss_jax.watch(path, engine=engine, frames=frames, session=SessionConfig(tail_seconds=0)))
+    (skipped,) = [event for event in events if isinstance(event, FramesSkipped)]
+    assert (skipped.time, skipped.count) == (pytest.approx(float(wreck.pts * wreck.time_base)), 1)
+    assert sum(isinstance(event, FrameSeen) for event in events) == 15
+    assert "damaged.mp4 is damaged: skipped 1 frame" in caplog.text
+    caplog.clear()
+    moss_jax.ask(path, "What do you see?", engine=engine, frames=frames, max_tokens=1)
+    assert "damaged.mp4 is damaged: skipped 1 frame" in caplog.text
 
 
 def test_ask_refuses_to_answer_from_logits_that_are_not_finite(engine, monkeypatch):

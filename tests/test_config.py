@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moss_jax.config import (
@@ -16,8 +18,10 @@ from moss_jax.config import (
     InitialModelConfig,
     MeshConfig,
     ModelConfig,
+    OptimizerConfig,
     RopeConfig,
     SessionConfig,
+    TabletopConfig,
     TokenSampling,
     TrainConfig,
     moss_tiny,
@@ -40,7 +44,9 @@ def assert_refused(config, changes, message):
         ({"intermediate_layers": (3, 32)}, "intermediate_layers (3, 32) must be in [0, 32)"),
         ({"intermediate_layers": (-1,)}, "intermediate_layers (-1,) must be in [0, 32)"),
         ({"image_std": (0.5, 0.0, 0.5)}, "image_std (0.5, 0.0, 0.5) must be positive"),
-        ({"image_mean": (0.5,)}, "image_mean and image_std hold three numbers"),
+        ({"patch_size": 0}, "patch_size must be at least 1, not 0"),
+        ({"num_heads": -2}, "num_heads must be at least 1, not -2"),
+        ({"image_mean": (0.5,)}, "image_mean must be (a number, a number, a number); got (0.5,)"),
     ],
 )
 def test_vision(changes, message):
@@ -70,9 +76,9 @@ def test_decoder(changes, message):
         (
             CompressorConfig(),
             {"mode": "mean"},
-            "pool mode must be one of 'average', 'max', 'bilinear', 'channelFusion'; got 'mean'",
+            "mode must be one of 'average', 'max', 'bilinear', 'channelFusion'; got 'mean'",
         ),
-        (CompressorConfig(), {"stride": 0}, "pool stride 0 must be at least 1"),
+        (CompressorConfig(), {"stride": 0}, "stride must be at least 1, not 0"),
         (
             moss_tiny(),
             {"compressor": CompressorConfig(stride=9)},
@@ -90,11 +96,7 @@ def test_model(config, changes, message):
     ("config", "changes", "message"),
     [
         (FrameSampling(), {"fps": 0.0}, "fps must be a positive number of frames per second, not 0"),
-        (
-            FrameSampling(),
-            {"fps": float("nan")},
-            "fps must be a positive number of frames per second, not nan",
-        ),
+        (FrameSampling(), {"fps": float("nan")}, "fps must be a number; got nan"),
         (FrameSampling(), {"fps": float("inf")}, "not inf"),
         (FrameSampling(), {"min_frames": 0}, "min_frames 0 must be at least 1"),
         (
@@ -127,13 +129,107 @@ def test_stream(config, changes, message):
         (MeshConfig(), {"data": 0}, "only one mesh axis can be 0"),
         (TrainConfig(), {"steps": 0}, "steps must be at least 1, not 0"),
         (TrainConfig(), {"trainable": ()}, "trainable must name at least one of vision, compressor"),
-        (TrainConfig(), {"trainable": ("head",)}, "trainable must be one of 'vision', 'compressor'"),
+        (TrainConfig(), {"trainable": ("head",)}, "element one of 'vision', 'compressor'"),
         (TrainConfig(), {"compute_dtype": "int8"}, "compute_dtype must be one of 'bfloat16', 'float32'"),
-        (DataConfig(), {"kind": "videos"}, "data.kind must be one of 'tabletop', 'conversations'"),
+        (DataConfig(), {"kind": "videos"}, "kind must be one of 'tabletop', 'conversations'"),
         (ConversationConfig(), {"frame_buckets": (4, 4)}, "frame_buckets (4, 4) must be positive and asc"),
     ],
 )
 def test_training(config, changes, message):
+    assert_refused(config, changes, message)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (TrainConfig(steps=1e4, batch_size=np.int64(4)), TrainConfig(steps=10_000, batch_size=4)),
+        (TrainConfig(trainable="projector"), TrainConfig(trainable=("projector",))),
+        (TrainConfig(loss_terms={"z_loss": 1}), TrainConfig(loss_terms=(("z_loss", 1.0),))),
+        (ConversationConfig(files="/x.json"), ConversationConfig(files=("/x.json",))),
+        (ConversationConfig(files=[Path("a.json")]), ConversationConfig(files=("a.json",))),
+        (
+            ConversationConfig(token_buckets=[1e3, 4096.0]),
+            ConversationConfig(token_buckets=(1000, 4096)),
+        ),
+        (FrameSampling(fps=2), FrameSampling(fps=2.0)),
+        (TokenSampling(seed=2**63 - 1), TokenSampling(seed=2**63 - 1)),
+    ],
+)
+def test_values_that_mean_the_same_are_the_same(made, expected):
+    assert made == expected
+    assert repr(made) == repr(expected)
+    assert hash(made) == hash(expected)
+
+
+CONFIGS = [
+    FrameSampling,
+    TokenSampling,
+    EngineConfig,
+    SessionConfig,
+    InitialModelConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+    DataConfig,
+    ConversationConfig,
+    TabletopConfig,
+]
+NUMBERS = [(kind, f.name) for kind in CONFIGS for f in dataclasses.fields(kind) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize("value", ["3", True, None, (1, 2), float("nan"), -7])
+def test_a_wrong_number_is_refused_in_one_sentence(value):
+    assert len(NUMBERS) > 30
+    for kind, name in NUMBERS:
+        with pytest.raises(ConfigError, match=rf"\b{name}\b") as error:
+            kind(**{name: value})
+        assert re.fullmatch(rf".* must .*|.*{re.escape(str(value))}.*", str(error.value))
+
+
+def test_a_fraction_is_no_whole_number():
+    whole = [(kind, name) for kind, name in NUMBERS if type(getattr(kind(), name)) is int]
+    assert len(whole) > 20
+    for kind, name in whole:
+        with pytest.raises(ConfigError, match=rf"^{name} must be a whole number; got 1\.5$"):
+            kind(**{name: 1.5})
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (TrainConfig(), {"steps": "3"}, "steps must be a whole number; got '3'"),
+        (TrainConfig(), {"steps": float("inf")}, "steps must be a whole number; got inf"),
+        (TrainConfig(), {"trainable": 3}, "trainable must be a tuple with each element one of 'vision',"),
+        (
+            TrainConfig(),
+            {"loss_terms": {"z_loss": "a"}},
+            "loss_terms must be a tuple with each element (a string",
+        ),
+        (TrainConfig(), {"loss_terms": {"z_loss": float("inf")}}, "loss_terms has inf for 'z_loss'"),
+        (
+            TrainConfig(),
+            {"seed": 10**20},
+            "seed must be at least 0 and less than 2**63, not 100000000000000000000",
+        ),
+        (TokenSampling(), {"seed": -1}, "seed must be at least 0 and less than 2**63, not -1"),
+        (ConversationConfig(), {"files": 3}, "files must be a tuple with each element a string; got 3"),
+        (ConversationConfig(), {"token_buckets": 4096}, "a tuple with each element a whole number; got 4096"),
+        (
+            ConversationConfig(),
+            {"token_buckets": (1.5,)},
+            "a tuple with each element a whole number; got (1.5,)",
+        ),
+        (InitialModelConfig(), {"remat": "all"}, "remat must be one of 'none', 'dots', 'full'; got 'all'"),
+        (InitialModelConfig(), {"pool": "mean"}, "'channelFusion' or None; got 'mean'"),
+        (InitialModelConfig(), {"checkpoint": 3}, "checkpoint must be a string or None; got 3"),
+        (InitialModelConfig(), {"stride": 0}, "stride must be at least 1, not 0"),
+        (OptimizerConfig(), {"learning_rate": float("inf")}, "learning_rate inf must be positive"),
+        (TabletopConfig(), {"warmup_factor": 0}, "warmup_factor must be at least 1, not 0"),
+        (SessionConfig(), {"clock": ["lockstep"]}, "clock must be one of 'lockstep', 'realtime'; got ['lock"),
+        (moss_tiny(), {"vision": None}, "vision must be VisionConfig; got None"),
+    ],
+)
+def test_types(config, changes, message):
     assert_refused(config, changes, message)
 
 

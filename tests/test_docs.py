@@ -1,4 +1,4 @@
-"""The pages: their links lead somewhere, the files that they name exist, and the README's code runs."""
+"""The pages: their links lead somewhere, the files that they name exist, and their Python code runs."""
 
 import os
 import re
@@ -26,6 +26,7 @@ ELSEWHERE = {
     "metrics.jsonl",
     "loss.png",
     "preprocessor_config.json",
+    "processor_config.json",
     "result.json",
 }
 
@@ -67,20 +68,35 @@ def test_files_that_pages_name_exist(page):
     assert not {name for name in named if not any(path.endswith(f"/{name}") for path in known)}
 
 
+def snippets() -> list:
+    """The Python blocks of all pages but extending.md, whose edits and files have a test of their own."""
+    found = []
+    for page in PAGES:
+        if page.name != "extending.md":
+            blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+            found += [pytest.param(block, id=f"{page.stem}-{i}") for i, block in enumerate(blocks)]
+    return found
+
+
+# What a block prints on some line.
+PRINTS = {
+    "moss_jax.ask(": "I see a card with an 8.",  # The offline answer.
+    "one_pass": "I see a yellow ring and a card with an 8.",  # By the three verbs, over the first frames.
+    "session.push_prompt": "Text(slot=0",
+}
+
+
 @pytest.mark.slow
-def test_the_readme_runs():
-    """All Python blocks, one after the other in one process."""
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
-    )
+@pytest.mark.parametrize("code", snippets())
+def test_a_snippet_runs_by_itself(code):
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)],
+        [sys.executable, "-c", code],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert said[0] == "I see a card with an 8."  # The offline answer.
-    assert "I see a yellow ring and a card with an 8." in said  # By the three verbs, over the first frames.
+    for name, line in PRINTS.items():
+        if name in code:
+            assert line in done.stdout

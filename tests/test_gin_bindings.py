@@ -9,6 +9,7 @@ from moss_jax import gin_bindings
 from moss_jax.config import (
     ConfigError,
     ConversationConfig,
+    DataConfig,
     FrameSampling,
     InitialModelConfig,
     MeshConfig,
@@ -94,8 +95,65 @@ def test_bad_bindings_are_refused_in_one_line(binding, message):
 
 def test_invalid_values_are_refused():
     gin_bindings.parse([], ["session.tokens_per_second = 0"])
-    with pytest.raises(ConfigError, match="tokens_per_second must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match=r"^session\.tokens_per_second must be at least 1, not 0$"):
         gin_bindings.settings(SessionConfig)
+
+
+@pytest.mark.parametrize(
+    ("binding", "kind", "message"),
+    [
+        ("train.steps = '3'", TrainConfig, "train.steps must be a whole number; got '3'"),
+        ("train.steps = 1.5", TrainConfig, "train.steps must be a whole number; got 1.5"),
+        ("train.steps = True", TrainConfig, "train.steps must be a whole number; got True"),
+        (
+            "train.seed = 99999999999999999999",
+            TrainConfig,
+            "train.seed must be at least 0 and less than 2**63",
+        ),
+        ("sampling.seed = -1", TokenSampling, "sampling.seed must be at least 0 and less than 2**63, not -1"),
+        ("frames.fps = '1'", FrameSampling, "frames.fps must be a number; got '1'"),
+        (
+            "conversations.token_buckets = 4096",
+            ConversationConfig,
+            "conversations.token_buckets must be a tuple",
+        ),
+        ("model.pool = 'mean'", InitialModelConfig, "model.pool must be one of 'average'"),
+        ("model.stride = -1", InitialModelConfig, "model.stride must be at least 1, not -1"),
+        ("mesh.data = -1", MeshConfig, "mesh.data must be at least 1 device, or 0 for all the rest; got -1"),
+        ("mesh.data = 0", MeshConfig, "mesh.data and fsdp are 0: only one mesh axis can be 0"),
+        (
+            "data.kind = 'videos'",
+            DataConfig,
+            "data.kind must be one of 'tabletop', 'conversations'; got 'vid",
+        ),
+        ("optimizer.b1 = 1", OptimizerConfig, "optimizer.b1 must be in [0, 1), not 1.0"),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_sentence_with_its_name(binding, kind, message):
+    gin_bindings.parse([], [binding])
+    with pytest.raises(ConfigError) as error:
+        gin_bindings.settings(kind)
+    assert str(error.value).startswith(message)
+    assert len(str(error.value).splitlines()) == 1
+    assert "In call to" not in str(error.value)
+
+
+def test_a_macro_without_a_value_is_named_alone():
+    with pytest.raises(ConfigError, match=r"^No bindings specified for 'bar/gin\.macro'$"):
+        gin_bindings.parse([], ["train.steps = %bar", "train.batch_size = 1"])
+
+
+def test_whole_numbers_in_scientific_notation_and_single_strings(tmp_path):
+    bindings = ["train.steps = 1e4", "train.trainable = 'projector'", "conversations.files = '/x.json'"]
+    gin_bindings.parse([], bindings)
+    settings = gin_bindings.settings(TrainConfig)
+    assert settings == TrainConfig(steps=10_000, trainable=("projector",))
+    assert type(settings.steps) is int
+    assert gin_bindings.settings(ConversationConfig).files == ("/x.json",)
+    # As do those of a run that is resumed.
+    (tmp_path / "config.gin").write_text(gin_bindings.operative())
+    gin_bindings.parse([str(tmp_path / "config.gin")])
+    assert gin_bindings.settings(TrainConfig) == settings
 
 
 def test_a_missing_file_is_named_with_the_shipped_ones():

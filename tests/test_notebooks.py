@@ -21,8 +21,8 @@ METADATA = {
 }
 
 
-def run(path: Path, check: str = "") -> NotebookNode:
-    """Runs a notebook, and in the end `check` in the same kernel."""
+def run(path: Path, check: str = "", folder: Path = FOLDER) -> NotebookNode:
+    """Runs a notebook in a folder, and in the end `check` in the same kernel."""
     notebook = nbformat.read(path, as_version=4)
     if check:
         notebook.cells.append(nbformat.v4.new_code_cell(check))
@@ -30,7 +30,7 @@ def run(path: Path, check: str = "") -> NotebookNode:
         notebook,
         timeout=600,
         kernel_name="python3",
-        resources={"metadata": {"path": str(FOLDER)}},
+        resources={"metadata": {"path": str(folder)}},
         record_timing=False,
         coalesce_streams=True,
     )
@@ -56,15 +56,16 @@ def unchanged(path: Path, now: NotebookNode) -> None:
 
 
 @pytest.mark.slow
-def test_ask_and_watch():
+def test_ask_and_watch(tmp_path):
     path = FOLDER / "ask_and_watch.ipynb"
-    notebook = run(path, 'assert "card" in moss_jax.ask(video, "What do you see?", engine=engine)')
+    check = 'assert "card" in moss_jax.ask(video, "What do you see?", engine=engine)'
+    notebook = run(path, check, folder=tmp_path)
     assert "wait, now there is a blue circle" in texts(notebook)["watch"].replace("▫", "")
     unchanged(path, notebook)
 
 
 @pytest.mark.slow
-def test_watch_a_stream():
+def test_watch_a_stream(tmp_path):
     path = FOLDER / "watch_a_stream.ipynb"
     check = """
 first = positions[0, 0]
@@ -79,7 +80,7 @@ for (i, _), frame in zip(digits, newest):
     grid = in_frame[i - 1, frame, 1:].reshape(4, 4)
     assert grid[2:, 0].sum() > 0.5 * grid.sum()
 """
-    notebook = run(path, check)
+    notebook = run(path, check, folder=tmp_path)
     transcript = texts(notebook)["transcript"]
     _, answers = transcript.split("> What does the card show?")
     number, star = answers.split("> What is under the cover?")
@@ -89,7 +90,7 @@ for (i, _), frame in zip(digits, newest):
 
 
 @pytest.mark.slow
-def test_train_a_little(monkeypatch):
+def test_train_a_little(monkeypatch, tmp_path):
     # It computes more than it compiles, which the other tests do not.
     monkeypatch.delenv("XLA_FLAGS")
     path = FOLDER / "train_a_little.ipynb"
@@ -98,7 +99,7 @@ assert len(losses) == STEPS
 assert losses[0] > 6
 assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
 """
-    unchanged(path, run(path, check))
+    unchanged(path, run(path, check, folder=tmp_path))
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

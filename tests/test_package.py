@@ -49,7 +49,10 @@ def test_the_wheel_is_imported(installed, tmp_path):
 
 
 def test_serve_watches_a_video_with_the_shipped_model(installed, tmp_path):
-    command = installed / "moss-jax-serve", "--video", ROOT / "assets" / "demo.mp4"
+    code = "from moss_jax.shipped import shipped; print(shipped('assets/demo.mp4'))"
+    video = Path(output(installed / "python", "-c", code, cwd=tmp_path).strip())
+    assert video.is_relative_to(installed.parent)
+    command = installed / "moss-jax-serve", "--video", video
     lines = output(*command, "--prompt", "What do you see?", "--json", cwd=tmp_path).splitlines()
     texts = [event["text"] for event in map(json.loads, lines) if event["type"] == "text"]
     assert "".join(texts).startswith("The table is")

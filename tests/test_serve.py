@@ -1,19 +1,22 @@
 """The serve command: on real files in a process of its own, and with bad input."""
 
 import json
+import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 import moss_jax
 from moss_jax import serve
-from moss_jax.stream import Counters
+from moss_jax.stream import Counters, FrameSeen, Text, Turn
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "assets" / "demo.mp4"
@@ -89,6 +92,20 @@ def test_offline_prefills_the_clip_and_then_answers(checkpoint, tmp_path):
     assert_is_picture(tmp_path / "session.png")
 
 
+def test_frames_that_cannot_be_decoded_are_told(checkpoint, tmp_path):
+    with av.open(str(DEMO)) as container:
+        wreck = [packet for packet in container.demux(video=0) if packet.size][30]
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(DEMO.read_bytes().replace(bytes(wreck), bytes(wreck.size)))
+    arguments = ["--video", path, "--checkpoint", checkpoint, "--json", "--prompt", "What?", "--fps", "0.5"]
+    result = run(*arguments, "--offline")
+    events = events_of(result)
+    (skipped,) = [event for event in events if event["type"] == "skipped"]
+    assert (skipped["time"], skipped["count"]) == (pytest.approx(float(wreck.pts * wreck.time_base)), 1)
+    assert sum(event["type"] == "frame" for event in events) == 15
+    assert f"{path} is damaged: skipped 1 frame" in result.stderr
+
+
 def test_the_transcript_has_a_heading_and_a_summary(checkpoint):
     result = run("--video", DEMO, "--checkpoint", checkpoint, "--prompt", "What?", "--fps", "0.2")
     assert result.returncode == 0, result.stderr
@@ -122,38 +139,73 @@ def test_the_demo_corrects_itself_alerts_and_is_silent():
     assert sum(second not in spoken for second in range(30)) >= 10
 
 
-def test_ctrl_c_ends_a_realtime_stream_cleanly(checkpoint, tmp_path):
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "serve.py",
-            "--video",
-            DEMO,
-            "--checkpoint",
-            checkpoint,
-            "--clock",
-            "realtime",
-            "--json",
-            "--timeline",
-            tmp_path / "session.png",
-        ],
+def start(*arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "serve.py", "--video", DEMO, "--json", *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_realtime_stream_cleanly(checkpoint, tmp_path, number, code):
+    picture = tmp_path / "session.png"
+    process = start("--checkpoint", checkpoint, "--clock", "realtime", "--timeline", picture)
     lines = [process.stdout.readline() for _ in range(3)]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest, errors = process.communicate(timeout=60)
     events = [json.loads(line) for line in [*lines, *rest.splitlines()]]
-    assert process.returncode == 0, errors
+    assert process.returncode == code, errors
     assert events[-1]["reason"] == "stopped"
-    assert "Traceback" not in errors
-    assert_is_picture(tmp_path / "session.png")
+    assert re.fullmatch(r"compiling \.\.\.\ncompiling: \d+ s\ndemo\.mp4 .*\nsmall\n", errors)
+    assert_is_picture(picture)
 
 
-def test_a_closed_pipe_is_no_error(checkpoint):
-    command = f"{sys.executable} serve.py --video {DEMO} --checkpoint {checkpoint} --json | head -n 2"
+@pytest.fixture
+def signals_restored():
+    """Signals as they were; after one, the command keeps its handlers until the process ends."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("signals_restored")
+def test_a_signal_cuts_an_answer_offline_and_keeps_what_was_said(
+    checkpoint, tmp_path, monkeypatch, capfd, number, code
+):
+    def answer_offline(engine, frames, prompt, **_):
+        for index, frame in enumerate(frames):
+            yield FrameSeen(stream_time=frame.time, wall_time=0.0, index=index, time=frame.time)
+        yield Turn(stream_time=29.0, wall_time=0.0, prompt=prompt)
+        yield Text(stream_time=29.0, wall_time=0.0, text="A")
+        signal.raise_signal(number)
+        while True:  # Until it is cut.
+            yield Text(stream_time=29.0, wall_time=0.0, text=" card")
+
+    monkeypatch.setattr(serve, "answer_offline", answer_offline)
+    picture = tmp_path / "session.png"
+    arguments = ["--offline", "--prompt", "What?", "--json", "--timeline", str(picture)]
+    monkeypatch.setattr(
+        sys, "argv", ["serve.py", "--video", str(DEMO), "--checkpoint", str(checkpoint), *arguments]
+    )
+    assert serve.main() == code
+    out, err = capfd.readouterr()
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [event["type"] for event in events[:32]] == ["frame"] * 30 + ["turn", "text"]
+    assert "Traceback" not in err
+    assert_is_picture(picture)
+
+
+@pytest.mark.parametrize("arguments", [["--json"], []])
+def test_a_closed_pipe_is_no_error(checkpoint, tmp_path, arguments):
+    picture = tmp_path / "session.png"
+    words = [sys.executable, "serve.py", "--video", DEMO, "--checkpoint", checkpoint, "--timeline", picture]
+    command = shlex.join(map(str, [*words, *arguments])) + " | head -n 2"
     result = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],
         capture_output=True,
@@ -163,8 +215,44 @@ def test_a_closed_pipe_is_no_error(checkpoint):
         cwd=ROOT,
     )
     assert result.returncode == 0, result.stderr
+    assert len(result.stderr.splitlines()) == (2 if arguments else 0)
+    assert_is_picture(picture)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_a_sentence_and_the_picture_is_drawn(checkpoint, tmp_path):
+    picture = tmp_path / "session.png"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [
+                *(sys.executable, "serve.py", "--video", DEMO, "--checkpoint", checkpoint),
+                *("--fps", "0.5", "--timeline", picture),
+            ],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=300,
+            check=False,
+            cwd=ROOT,
+        )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "serve.py: the output: No space left on device"
     assert "Traceback" not in result.stderr
-    assert "Exception" not in result.stderr
+    assert_is_picture(picture)
+
+
+def test_events_print_where_the_terminal_has_no_unicode(checkpoint, tmp_path):
+    arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--fps", "0.2", "--prompt", "Où est 猫?"]
+    # Without JAX's own settings, so that compiled programs are kept in the user's cache.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment |= {"PYTHONIOENCODING": "ascii", "XDG_CACHE_HOME": str(tmp_path)}
+    events = events_of(run(*arguments, "--json", env=environment))
+    assert events[0]["prompt"] == "Où est 猫?"
+    assert list((tmp_path / "moss_jax" / "compiled").iterdir())
+    shown = run(*arguments, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    assert r"  0:00  \u203a O\xf9 est \u732b?" in shown.stdout
+    assert "6 frames" in shown.stdout
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -194,7 +282,7 @@ def test_bad_videos(fails, tmp_path):
     empty.touch()
     text.write_text("this is not a video " * 100)
     cut.write_bytes(DEMO.read_bytes()[: DEMO.stat().st_size // 2])
-    for file in (tmp_path / "missing.mp4", empty, text, cut, tmp_path):
+    for file in (tmp_path / "missing.mp4", tmp_path / ("x" * 300), empty, text, cut, tmp_path):
         message = fails("--video", file)
         assert str(file) in message
         assert len(message.splitlines()) == 1
@@ -207,6 +295,23 @@ def test_bad_numbers_and_times(fails):
     assert "--prompt-at 30.5 is beyond the clip, which lasts 30.0 s" in late
     assert "must follow the --prompt" in fails("--video", DEMO, "--prompt-at", "1")
     assert "from 0 on" in fails("--video", DEMO, "--prompt", "hi", "--prompt-at=-1")
+    wide = fails("--video", DEMO, "--gin_param", "engine.text_capacity = 10000")
+    assert "engine.text_capacity can be at most 8192" in wide
+    assert "serve.py: --fps must be" in fails("--video", DEMO, "--fps", "nan")
+    assert "sampling.seed must be at least 0" in fails("--video", DEMO, "--gin_param", "sampling.seed = -1")
+
+
+def test_a_recording_that_was_joined_is_as_long_as_its_parts(fails, tmp_path):
+    with av.open(str(DEMO)) as source, av.open(str(tmp_path / "part.ts"), "w") as part:
+        stream = part.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                part.mux(packet)
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(2 * (tmp_path / "part.ts").read_bytes())
+    late = fails("--video", joined, "--prompt", "hi", "--prompt-at", "60.5")
+    assert "--prompt-at 60.5 is beyond the clip, which lasts 60.0 s" in late
 
 
 def test_unknown_weights(fails):

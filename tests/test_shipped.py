@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_a_source_tree_has_them_beside_the_package():
     assert shipped("configs/serve.gin") == ROOT / "configs" / "serve.gin"
+    assert shipped("assets/demo.mp4") == ROOT / "assets" / "demo.mp4"
     assert shipped("moss-tiny") == ROOT / "checkpoints" / "moss-tiny"
 
 
 def test_an_installed_package_has_them_inside(tmp_path, monkeypatch):
     package = tmp_path / "site-packages" / "moss_jax"
     monkeypatch.setattr(shipped_module, "PACKAGE", package)
-    for name in ("configs/serve.gin", "moss-tiny"):
+    for name in ("configs/serve.gin", "assets/demo.mp4", "moss-tiny"):
         with pytest.raises(ConfigError, match=f"{name} ships with moss_jax, but neither .* has it"):
             shipped(name)
         file = package / "_shipped" / name

@@ -66,6 +66,7 @@ def test_the_shipped_tabletop_config():
         ("train.stpes = 100", "the nearest valid name is steps"),
         ("train.steps = 0", "steps must be at least 1, not 0"),
         ("model.checkpoint = 'nowhere'", "there is no such folder"),
+        ("train.loss_terms = {'x_loss': 1}", "train.loss_terms must be some of z_loss; got x_loss"),
     ],
 )
 def test_bad_settings_exit_with_a_message(main, tmp_path, capsys, binding, message):
@@ -95,7 +96,7 @@ def test_the_command_from_another_folder(tmp_path, words):
     )
     name = "train.py" if words[0] != "-m" else "python -m moss_jax.train"
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"{name}: a mesh axis must have at least 1 device")
+    assert done.stderr.splitlines()[-1].startswith(f"{name}: mesh.data must be at least 1 device")
 
 
 def test_a_missing_cluster(main, tmp_path, capsys, monkeypatch):

@@ -1,8 +1,9 @@
-"""Loading and saving checkpoint folders: config.json, safetensors, tokenizer.json."""
+"""Loading and saving checkpoint folders: configs, safetensors, tokenizer."""
 
-import contextlib
+import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -22,12 +24,27 @@ from moss_jax.config import ConfigError, ModelConfig, RowsBeforeFirstFrame
 from moss_jax.convert import configs, hub, names
 from moss_jax.convert.hub import CheckpointError
 from moss_jax.nn import MossVideo, is_quantized
+from moss_jax.text import Tokenizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 # Maximum number of problems listed in an error.
 MAX_LISTED = 20
+
+# Types of tensors that are read, by their names in safetensors files.
+_FLOATS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+}
+# Buffers that follow from the config, and scales of activations in 8 bits, which are not computed in here.
+_IGNORED = re.compile(r"(.*\.)?(rotary_emb\.\w+|position_ids|input_scale|[kv]_scale)")
+# Scales of the weight of the same name: it is the stored tensor times its scale.
+_SCALE = re.compile(r"(.*\.weight)_scale(_inv)?")
 
 
 def load_config(path: str | os.PathLike, *, revision: str | None = None) -> ModelConfig:
@@ -40,13 +57,15 @@ def load_config(path: str | os.PathLike, *, revision: str | None = None) -> Mode
       CheckpointError: no such checkpoint, a missing or malformed config.json, or an unknown model type.
     """
     folder = hub.resolve(path, revision)
-    if not (folder / "config.json").is_file():
+    config = _read_json(folder / "config.json")
+    if config is None:
         raise CheckpointError(f"{folder} is not a checkpoint folder: it has no config.json")
-    preprocessor = folder / "preprocessor_config.json"
+    # transformers 5 nests the settings of the image processor in the first file, and only there.
+    preprocessor = (_read_json(folder / "processor_config.json") or {}).get("image_processor")
+    if preprocessor is None:
+        preprocessor = _read_json(folder / "preprocessor_config.json")
     try:
-        return configs.from_hugging_face(
-            _read_json(folder / "config.json"), _read_json(preprocessor) if preprocessor.is_file() else None
-        )
+        return configs.from_hugging_face(config, preprocessor)
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
@@ -74,8 +93,8 @@ def load(
       rows_before_first_frame, attention: see `ModelConfig`.
 
     Raises:
-      CheckpointError: no such checkpoint, or one that is damaged or does not match its config; the message
-        lists all files or tensors that are wrong.
+      CheckpointError: no such checkpoint, or one that is damaged, does not match its config or has values
+        that are not finite; the message says which files or tensors are wrong.
     """
     folder = hub.resolve(path, revision)
     base = load_config(folder)
@@ -89,16 +108,17 @@ def load(
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     abstract = nnx.eval_shape(lambda: MossVideo(config, rngs=nnx.Rngs(0), dtype=dtype))
     graph, params = nnx.split(abstract)
-    with contextlib.ExitStack() as files:
-        tensors = _open_tensors(folder, files)
-        entries = list(names.entries(config))
-        _check_tensors(folder, entries, tensors)
-        by_path = {entry.path: entry for entry in entries}
-        loaded = []
-        for place, variable in nnx.to_flat_state(params):
-            entry = by_path[place]
-            value = entry.join([tensors[name].get_tensor() for name in entry.names])
-            loaded.append((place, variable.replace(_put(value, variable, dtype, mesh))))
+    tensors = _open_tensors(folder)
+    entries = list(names.entries(config))
+    _check_tensors(folder, entries, tensors)
+    by_path = {entry.path: entry for entry in entries}
+    loaded, not_finite = [], []
+    for place, variable in nnx.to_flat_state(params):
+        entry = by_path[place]
+        parts = [tensors[name].read(dtype) for name in entry.names]
+        not_finite += [name for name, part in zip(entry.names, parts, strict=True) if not is_finite(part)]
+        loaded.append((place, variable.replace(_put(entry.join(parts), variable, dtype, mesh))))
+    require_finite(folder, not_finite, dtype)
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
@@ -109,76 +129,165 @@ def save(
     tokenizer: str | os.PathLike | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a checkpoint folder in Hugging Face layout, atomically.
+    """Writes a checkpoint folder in Hugging Face layout, which transformers opens as well.
+
+    The files appear in the folder when all of them are written; an error leaves nothing behind.
 
     Args:
       path: the folder, which must not exist yet or be empty.
       model: written in its own dtype.
-      tokenizer: a tokenizer.json to copy into the folder.
+      tokenizer: a tokenizer.json, or a folder that holds one, to copy into the folder.
       shard_bytes: maximum size of a safetensors file, unless a single tensor is larger.
 
     Returns:
       The folder.
 
     Raises:
-      CheckpointError: the folder is not empty, or the model is quantized.
+      CheckpointError: the folder is not empty or cannot be written, the model is quantized or not finite, or
+        the tokenizer is another model's.
+      TokenizerError: the tokenizer cannot be read.
     """
     if is_quantized(model):
         raise CheckpointError("a quantized model cannot be saved; save it before quantizing")
+    opened = None if tokenizer is None else Tokenizer.load(tokenizer)
+    size = model.config.decoder.vocab_size
+    if opened and opened.vocab_size != size:
+        raise CheckpointError(
+            f"{tokenizer} predicts {opened.vocab_size} tokens, the model {size}; they must belong together"
+        )
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; save to a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        config, preprocessor = configs.to_hugging_face(model.config)
-        config["torch_dtype"] = str(model.dtype)
-        _write_json(draft / "config.json", config)
-        _write_json(draft / "preprocessor_config.json", preprocessor)
-        _save_tensors(draft, names.to_hugging_face(model.config, nnx.state(model)), shard_bytes)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, draft / "tokenizer.json")
-        draft.chmod(0o755)
-        os.replace(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+        exists = folder.exists()
+        if exists and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder} exists and is not empty; save to a new folder")
+        # A folder that exists stays, since it may be a mount point, a link or the working directory.
+        beside = folder if exists else folder.absolute().parent
+        beside.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=beside))
+        try:
+            _write(draft, folder, model, opened, shard_bytes)
+            if exists:
+                # The config comes last: without it, the folder is no checkpoint.
+                for file in sorted(draft.iterdir(), key=lambda file: file.name == "config.json"):
+                    file.rename(folder / file.name)
+                draft.rmdir()
+            else:
+                draft.chmod(0o755)
+                draft.rename(folder)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be written, and nothing was left there: {error}") from error
     return folder
 
 
+def _write(
+    draft: Path, folder: Path, model: MossVideo, tokenizer: Tokenizer | None, shard_bytes: int
+) -> None:
+    """Writes the files of a checkpoint into `draft`; errors speak of `folder`."""
+    config, preprocessor = configs.to_hugging_face(model.config, tokenizer)
+    config["torch_dtype"] = str(model.dtype)
+    _write_json(draft / "config.json", config)
+    _write_json(draft / "preprocessor_config.json", preprocessor)
+    if tokenizer is not None:
+        tokenizer.save(draft)
+        max_length = model.config.decoder.max_positions
+        tokenizer_config = configs.tokenizer_to_hugging_face(tokenizer, max_length)
+        _write_json(draft / "tokenizer_config.json", tokenizer_config)
+        _write_json(draft / "generation_config.json", configs.generation_to_hugging_face(tokenizer))
+    not_finite = _save_tensors(draft, names.to_hugging_face(model.config, nnx.state(model)), shard_bytes)
+    require_finite(folder, not_finite, model.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor in an open file, read lazily."""
+    """A tensor in a mapped safetensors file.
 
-    def __init__(self, file: Any, name: str):
-        self._file, self._name = file, name
-        self.shape = tuple(file.get_slice(name).get_shape())
+    Attributes:
+      dtype: of the file, such as "BF16".
+      shape: of the tensor.
+      content: its bytes.
+      scale: of a tensor in 8 bits, [] or [1] for all of it, or [rows] or [rows, 1]; None for 1.
+    """
 
-    def get_tensor(self) -> np.ndarray:
-        return self._file.get_tensor(self._name)
+    dtype: str
+    shape: tuple[int, ...]
+    content: np.ndarray
+    scale: "_Tensor | None" = None
+
+    def read(self, dtype: np.dtype) -> np.ndarray:
+        """Returns the values in `dtype`, as a view of the file where that is the file's."""
+        values = self.content.view(_FLOATS[self.dtype]).reshape(self.shape)
+        if self.scale is None:
+            return values.astype(dtype, copy=False)
+        scale = self.scale.read(np.dtype(np.float32)).reshape(-1, *[1] * (values.ndim - 1))
+        return (values.astype(np.float32) * scale).astype(dtype)
+
+    def problem(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """Says why the tensor can't be read as one of this shape; None if it can."""
+        if self.dtype not in _FLOATS:
+            return f"{name} has type {self.dtype}; supported are {', '.join(_FLOATS)}"
+        if self.shape != shape:
+            return f"{name} has shape {list(self.shape)}, not {list(shape)}"
+        if self.scale is None:
+            return None
+        if self.scale.dtype not in _FLOATS:
+            return self.scale.problem(f"the scale of {name}", self.scale.shape)
+        if self.scale.shape not in ((), (1,), shape[:1], (*shape[:1], 1)):
+            return (
+                f"the scale of {name} has shape {list(self.scale.shape)}; it must be one number, or one a row"
+            )
+        return None
 
 
-def _open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """Opens all tensors of a folder; returns them by canonical name."""
-    if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict):
+def _open_tensors(folder: Path) -> dict[str, _Tensor]:
+    """Opens all tensors of a folder that are parameters or unknown; returns them by canonical name."""
+    index = _read_json(folder / INDEX)
+    if index is not None:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
             raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor names to shards")
-        shards = sorted(set(index.values()))
-    elif (folder / SINGLE).is_file():
+        shards = sorted(set(weight_map.values()))
+    elif (folder / SINGLE).exists():
         shards = [SINGLE]
     else:
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
     tensors, problems = {}, []
     for shard in shards:
         try:
-            file = files.enter_context(safe_open(folder / shard, framework="numpy"))
+            tensors |= {names.canonical(name): tensor for name, tensor in _open_file(folder / shard).items()}
         except (OSError, SafetensorError) as error:
             problems.append(f"{shard} is missing, truncated or damaged ({error})")
-            continue
-        tensors |= {names.canonical(name): _Tensor(file, name) for name in file.keys()}  # noqa: SIM118
     if problems:
         raise CheckpointError(f"{folder}: {'; '.join(problems)}")
+    for name in list(tensors):
+        if _IGNORED.fullmatch(name):
+            del tensors[name]
+        elif (match := _SCALE.fullmatch(name)) and match[1] in tensors:
+            tensors[match[1]] = dataclasses.replace(tensors[match[1]], scale=tensors.pop(name))
     return tensors
+
+
+def _open_file(file: Path) -> dict[str, _Tensor]:
+    """Maps a safetensors file and returns its tensors by name.
+
+    Raises:
+      OSError, SafetensorError: it cannot be read, or its header is damaged or does not match its length.
+    """
+    # The library checks the header, but calls any file that it cannot open missing, and reads no 8 bits.
+    with file.open("rb"), safe_open(file, framework="numpy"):
+        pass
+    content = np.asarray(np.memmap(file, np.uint8, "r"))
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:start].tobytes())
+    header.pop("__metadata__", None)
+    return {
+        name: _Tensor(
+            entry["dtype"], tuple(entry["shape"]), content[slice(*np.add(entry["data_offsets"], start))]
+        )
+        for name, entry in header.items()
+    }
 
 
 def _check_tensors(folder: Path, entries: list[names.Entry], tensors: dict[str, _Tensor]) -> None:
@@ -187,11 +296,8 @@ def _check_tensors(folder: Path, entries: list[names.Entry], tensors: dict[str, 
     }
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
+    found = (tensors[name].problem(name, shape) for name, shape in expected.items() if name in tensors)
+    problems += [problem for problem in found if problem]
     if problems:
         rest = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise CheckpointError(
@@ -201,17 +307,39 @@ def _check_tensors(folder: Path, entries: list[names.Entry], tensors: dict[str, 
         )
 
 
+def is_finite(x: np.ndarray) -> bool:
+    """Whether a floating-point array has neither NaN nor infinite values, at the speed of memory."""
+    # Such values, and they alone, have all bits of the exponent set. Blocks of this size stay in the cache.
+    bits, block = x.reshape(-1).view(f"u{x.itemsize}"), 1 << 16
+    exponent = np.array(np.inf, x.dtype).view(bits.dtype)
+    return all((bits[i : i + block] & exponent).max() < exponent for i in range(0, bits.size, block))
+
+
+def require_finite(source: str | os.PathLike, not_finite: list[str], dtype: DTypeLike) -> None:
+    """Raises CheckpointError if there are names of tensors that are not finite in `dtype`."""
+    if not_finite:
+        raise CheckpointError(
+            f"{source}: {len(not_finite)} of its tensors, the first of them {not_finite[0]}, have NaN or "
+            f"infinite values in {jnp.dtype(dtype)}; take a checkpoint from before the training diverged"
+        )
+
+
 def _put(value: np.ndarray, variable: nnx.Variable, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
-    # A copy, because `value` may be a view of the mapped file, which is closed afterwards.
+    # A copy, because `value` may be a view of the mapped file.
     value = np.array(value, dtype=dtype, order="C")
     if mesh is None:
         return jax.device_put(value)
     return jax.device_put(value, sharding.named_sharding(variable.get_metadata()["axes"], value.shape, mesh))
 
 
-def _save_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
-    """Writes shards as they fill up, and renames them once their number is known."""
+def _save_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> list[str]:
+    """Writes shards as they fill up, and renames them once their number is known.
+
+    Returns:
+      The names of the tensors that are not finite.
+    """
     parts: list[list[str]] = []
+    not_finite: list[str] = []
     pending: dict[str, np.ndarray] = {}
     total = 0
 
@@ -224,23 +352,28 @@ def _save_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard
         if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
             flush()
         pending[name] = tensor
+        not_finite += [] if is_finite(tensor) else [name]
         total += tensor.nbytes
     flush()
     if len(parts) == 1:
         (folder / "part-0").rename(folder / SINGLE)
-        return
+        return not_finite
     weight_map = {}
     for i, part in enumerate(parts):
         shard = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
         (folder / f"part-{i}").rename(folder / shard)
         weight_map |= dict.fromkeys(part, shard)
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return not_finite
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON object; None if there is no such file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object")

@@ -1,5 +1,7 @@
-"""Conversion between `ModelConfig` and `config.json` with `preprocessor_config.json`."""
+"""Conversion between `ModelConfig` and the JSON files of a checkpoint in Hugging Face layout."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from moss_jax.config import (
@@ -10,8 +12,12 @@ from moss_jax.config import (
     RopeConfig,
     VisionConfig,
 )
+from moss_jax.text import Tokenizer
 
 MODEL_TYPES = ("mllama", "video_mllama")
+BOS, EOS, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
+# PIL's number of the filter that `video.preprocess` resizes with.
+_BILINEAR = 2
 
 
 def from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any] | None = None) -> ModelConfig:
@@ -19,7 +25,8 @@ def from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any] | Non
 
     Args:
       config: content of `config.json`.
-      preprocessor: content of `preprocessor_config.json`; only `image_mean` and `image_std` are read.
+      preprocessor: settings of the image processor: the content of `preprocessor_config.json`, or what
+        `processor_config.json` has under `image_processor`.
 
     Raises:
       ConfigError: an unknown model type, a missing key or an unsupported value.
@@ -36,26 +43,34 @@ def from_hugging_face(config: dict[str, Any], preprocessor: dict[str, Any] | Non
             ),
             decoder=_decoder(config["text_config"]),
         )
+        ratios = config["vision_config"].get("supported_aspect_ratios")
+        listed = model.vision.num_aspect_ratio_ids - 1 if ratios is None else len(ratios)
     except KeyError as error:
         raise ConfigError(f"config.json lacks the key {error}") from error
     except (AttributeError, TypeError) as error:
         raise ConfigError(f"config.json holds a value of the wrong type ({error})") from error
-    ratios = config["vision_config"].get("supported_aspect_ratios")
-    if ratios is not None and len(ratios) + 1 != model.vision.num_aspect_ratio_ids:
+    if listed + 1 != model.vision.num_aspect_ratio_ids:
         raise ConfigError(
-            f"config.json lists {len(ratios)} aspect ratios, but {model.vision.max_num_tiles} tiles have "
+            f"config.json lists {listed} aspect ratios, but {model.vision.max_num_tiles} tiles have "
             f"{len(model.vision.supported_aspect_ratios)}"
         )
     return model
 
 
-def to_hugging_face(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns `config.json` and `preprocessor_config.json` of a model."""
+def to_hugging_face(
+    model: ModelConfig, tokenizer: Tokenizer | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns `config.json` and `preprocessor_config.json` of a model.
+
+    With a tokenizer, the config has the ids of its special tokens; without one it has no padding token, since
+    the ids that transformers assumes are those of the 11B.
+    """
     v, c, d = model.vision, model.compressor, model.decoder
     config = {
         "architectures": ["MllamaForConditionalGeneration"],
         "model_type": "mllama",
         "image_token_index": d.image_token_id,
+        "tie_word_embeddings": False,
         "mllama_pool_mode": c.mode,
         "mllama_pool_stride": c.stride,
         "vision_config": {
@@ -96,37 +111,108 @@ def to_hugging_face(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]
             "rope_theta": d.rope.theta,
             "tie_word_embeddings": False,
             "vocab_size": d.vocab_size,
+            **(token_ids(tokenizer) if tokenizer else {"pad_token_id": None}),
         },
     }
     preprocessor = {
+        "image_processor_type": "MllamaImageProcessor",
+        "processor_class": "MllamaProcessor",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
         "image_mean": list(v.image_mean),
         "image_std": list(v.image_std),
         "rescale_factor": 1 / 255,
-        "resample": 2,
+        "resample": _BILINEAR,
         "max_image_tiles": 1,
         "size": {"height": v.image_size, "width": v.image_size},
     }
     return config, preprocessor
 
 
+def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the ids of the tokens that begin a text, end a turn and pad, as `config.json` names them."""
+    special, pad = tokenizer.special, tokenizer.control.get(PAD, tokenizer.special.eot)
+    return {"bos_token_id": special.begin_of_text, "eos_token_id": special.eot, "pad_token_id": pad}
+
+
+def generation_to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns `generation_config.json`: greedy decoding up to the end of a turn."""
+    return {"do_sample": False, **token_ids(tokenizer)}
+
+
+def tokenizer_to_hugging_face(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
+    """Returns `tokenizer_config.json`, which says how transformers opens a `tokenizer.json`."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "MllamaProcessor",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD if PAD in tokenizer.control else EOS,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": max_length,
+    }
+
+
 def _vision(c: dict[str, Any], preprocessor: dict[str, Any]) -> VisionConfig:
     _expect(c, "vision_config", hidden_act="gelu", num_channels=3)
-    normalisation = {
-        key: tuple(preprocessor[key]) for key in ("image_mean", "image_std") if key in preprocessor
-    }
+    image_size = _size(c, "image_size")
     return VisionConfig(
-        image_size=c["image_size"],
-        patch_size=c["patch_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_layers=c["num_hidden_layers"],
-        num_global_layers=c["num_global_layers"],
-        num_heads=c["attention_heads"],
+        image_size=image_size,
+        patch_size=_size(c, "patch_size"),
+        hidden_size=_size(c, "hidden_size"),
+        intermediate_size=_size(c, "intermediate_size"),
+        num_layers=_size(c, "num_hidden_layers"),
+        num_global_layers=_size(c, "num_global_layers", least=0),
+        num_heads=_size(c, "attention_heads"),
         intermediate_layers=tuple(c["intermediate_layers_indices"]),
-        max_num_tiles=c["max_num_tiles"],
-        norm_eps=c["norm_eps"],
-        **normalisation,
+        max_num_tiles=_size(c, "max_num_tiles"),
+        norm_eps=_number(c, "norm_eps"),
+        **_normalisation(preprocessor, image_size),
     )
+
+
+def _normalisation(preprocessor: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """Returns mean and std, for pixels scaled to [0, 1], that give the pixels of an image processor.
+
+    An image processor computes (pixel * factor - mean) / std; a factor that is not 1/255 goes into both.
+
+    Raises:
+      ConfigError: it resizes in another way than `video.preprocess`.
+    """
+    where = "the image processor"
+    if not isinstance(preprocessor, dict):
+        raise ConfigError(f"{where} must be a JSON object, not {type(preprocessor).__name__}")
+    given = {key: value for key, value in preprocessor.items() if value is not None}
+    size = given.get("size", image_size)
+    size = {"height": size, "width": size} if isinstance(size, int) else size
+    sides = {side: size.get(side) for side in ("height", "width")}
+    _expect(sides, f"{where}.size", height=image_size, width=image_size)
+    _expect(given, where, do_resize=True, do_pad=True, resample=_BILINEAR)
+    try:
+        factor = float(given.get("rescale_factor", 1 / 255)) if given.get("do_rescale", True) else 1.0
+        if given.get("do_normalize", True):
+            mean = _per_channel(given.get("image_mean", VisionConfig.image_mean))
+            std = _per_channel(given.get("image_std", VisionConfig.image_std))
+        else:
+            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} has a value of the wrong type ({error})") from error
+    scale = factor * 255
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"{where}.rescale_factor is {factor}; it must be positive")
+    return {"image_mean": tuple(x / scale for x in mean), "image_std": tuple(x / scale for x in std)}
+
+
+def _per_channel(value: Any) -> tuple[float, ...]:
+    """Returns a number for each channel, of which VisionConfig checks that they are three."""
+    values = tuple(map(float, (value,) * 3 if isinstance(value, int | float) else value))
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{value} is not finite")
+    return values
 
 
 def _decoder(c: dict[str, Any]) -> DecoderConfig:
@@ -136,31 +222,47 @@ def _decoder(c: dict[str, Any]) -> DecoderConfig:
     kind = scaling.get("rope_type", "default")
     if kind not in ("llama3", "default"):
         raise ConfigError(f"rope_type {kind!r} is not supported; it is llama3 or default")
-    theta = scaling.get("rope_theta", c.get("rope_theta", RopeConfig.theta))
+    theta = _number({"rope_theta": RopeConfig.theta} | c | scaling, "rope_theta")
     rope = RopeConfig(theta=theta, factor=1)
     if kind == "llama3":
         rope = RopeConfig(
             theta=theta,
-            factor=scaling["factor"],
-            low_freq_factor=scaling["low_freq_factor"],
-            high_freq_factor=scaling["high_freq_factor"],
-            original_max_positions=scaling["original_max_position_embeddings"],
+            factor=_number(scaling, "factor"),
+            low_freq_factor=_number(scaling, "low_freq_factor"),
+            high_freq_factor=_number(scaling, "high_freq_factor"),
+            original_max_positions=_size(scaling, "original_max_position_embeddings"),
         )
     return DecoderConfig(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=c["num_attention_heads"],
-        num_kv_heads=c["num_key_value_heads"],
+        vocab_size=_size(c, "vocab_size"),
+        hidden_size=_size(c, "hidden_size"),
+        intermediate_size=_size(c, "intermediate_size"),
+        num_layers=_size(c, "num_hidden_layers"),
+        num_heads=_size(c, "num_attention_heads"),
+        num_kv_heads=_size(c, "num_key_value_heads"),
         cross_attention_layers=tuple(c["cross_attention_layers"]),
         rope=rope,
-        norm_eps=c["rms_norm_eps"],
-        max_positions=c["max_position_embeddings"],
+        norm_eps=_number(c, "rms_norm_eps"),
+        max_positions=_size(c, "max_position_embeddings"),
     )
 
 
-def _expect(section: dict[str, Any], name: str, **values: Any) -> None:
+def _size(section: dict[str, Any], key: str, *, least: int = 1) -> int:
+    """Returns a size; raises ConfigError if it is not an integer of at least `least`."""
+    value = section[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"config.json has {key} {value!r}; it must be an integer of at least {least}")
+    return value
+
+
+def _number(section: dict[str, Any], key: str) -> float:
+    """Returns a number; raises ConfigError if it is not a positive and finite one."""
+    value = section[key]
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"config.json has {key} {value!r}; it must be a positive number")
+    return value
+
+
+def _expect(section: Mapping[str, Any], name: str, **values: Any) -> None:
     """Raises ConfigError if the section has another value than the only one that the model supports."""
     for key, value in values.items():
         if section.get(key, value) != value:

@@ -41,7 +41,7 @@ def export(
     step: int | None = None,
     dtype: DTypeLike = "bfloat16",
 ) -> int:
-    """Writes the model of a training run as a checkpoint folder in Hugging Face layout, atomically.
+    """Writes the model of a training run in Hugging Face layout, as `checkpoint.save` does.
 
     Args:
       workdir: of the run.
@@ -53,8 +53,15 @@ def export(
       The step of the exported checkpoint.
 
     Raises:
-      CheckpointError: there is no such checkpoint, it is damaged, or `out` is not empty.
+      CheckpointError: there is no such checkpoint, it is damaged or not finite, or `out` is not empty, is
+        among the run's checkpoints or cannot be written.
+      TokenizerError: the run's tokenizer cannot be read.
     """
+    source = (Path(workdir) / CHECKPOINTS).resolve()
+    if Path(out).resolve().is_relative_to(source):
+        raise CheckpointError(
+            f"{out} is in {source}, which holds the run's own checkpoints; name another folder"
+        )
     folder = find_checkpoint(workdir, step)
     tokenizer = Path(workdir) / TOKENIZER_FILE
     if not tokenizer.is_file():
@@ -99,15 +106,18 @@ def load_model(folder: Path, *, dtype: DTypeLike) -> MossVideo:
     """Loads the model of a training checkpoint in `dtype`, on the default device.
 
     Raises:
-      CheckpointError: the checkpoint is damaged, or its parameters do not match its config.
+      CheckpointError: the checkpoint is damaged, or its parameters do not match its config or are not finite.
     """
     params = _read_arrays(folder, "params", dtype)
-    params = params["trained"] | params["frozen"]
-    config = read_json(folder, "config")
     try:
-        model_config = model_from_json(config["model"])
+        params = params["trained"] | params["frozen"]
+        model_config = model_from_json(read_json(folder, "config")["model"])
     except KeyError as error:
-        raise CheckpointError(f"{folder}: its config lacks the key {error}") from None
+        raise CheckpointError(f"{folder} lacks the key {error}") from None
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its config cannot be read ({error})") from error
+    not_finite = [name for name, x in params.items() if not checkpoint.is_finite(x)]
+    checkpoint.require_finite(folder, not_finite, dtype)
     graph, abstract = nnx.split(
         nnx.eval_shape(lambda: MossVideo(model_config, rngs=nnx.Rngs(0), dtype=dtype))
     )

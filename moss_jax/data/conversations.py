@@ -3,6 +3,8 @@
 B sequences, S tokens, F frames
 """
 
+import hashlib
+import os
 import sys
 from typing import NamedTuple
 
@@ -11,10 +13,10 @@ import numpy as np
 from moss_jax.config import ConfigError, ConversationConfig, FrameSampling
 from moss_jax.data.batch import Batch
 from moss_jax.data.pipeline import LoadedBatch
-from moss_jax.data.rows import DropReport, Medium, TrainingRow, read_rows
+from moss_jax.data.rows import DropReport, TrainingRow, read_rows
 from moss_jax.text import Tokenizer
 from moss_jax.text.labels import IGNORED
-from moss_jax.video import VideoError, clip_times, fit_frame, sample_at
+from moss_jax.video import VideoError, fit_frames, sample_at
 
 
 class ConversationBatches:
@@ -43,7 +45,7 @@ class ConversationBatches:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Reads all rows and the headers of their media, but decodes no frames.
+        """Reads all rows and the packets of their media once, which tell their frames; see `read_rows`.
 
         Args:
           config: files and sizes.
@@ -56,7 +58,7 @@ class ConversationBatches:
           process_count: number of processes.
 
         Raises:
-          ConfigError: a file is missing or is not a JSON list of rows, or the settings are invalid.
+          ConfigError: a file cannot be read or holds no rows, or the settings are invalid.
         """
         if not config.files:
             raise ConfigError(
@@ -67,7 +69,6 @@ class ConversationBatches:
         rows, self.report = read_rows(config, sampling, tokenizer)
         self._rows = rows
         self._config = config
-        self._sampling = sampling
         self._image_id = tokenizer.special.image
         self._image_size = image_size
         self._batch_size = batch_size
@@ -77,13 +78,23 @@ class ConversationBatches:
         # Bucket indices of each row, for its tokens and its frames: [rows, 2].
         self._buckets = np.stack(
             [
-                np.searchsorted(config.token_buckets, [row.max_tokens for row in rows]),
-                np.searchsorted(config.frame_buckets, [row.max_frames for row in rows]),
+                np.searchsorted(config.token_buckets, [row.num_tokens for row in rows]),
+                np.searchsorted(config.frame_buckets, [row.num_frames for row in rows]),
             ],
             axis=1,
         )
         self.batches_per_epoch = -(-len(rows) // batch_size)
         self._epoch_plan: tuple[int, list[np.ndarray]] = (-1, [])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the rows in their order, with the times and relative paths of their media."""
+        digest = hashlib.sha256()
+        for row in self._rows:
+            media = [(os.path.relpath(m.path, self._config.media_root), m.times) for m in row.media]
+            arrays = [x.tolist() for x in (row.tokens, row.is_target, row.swappable)]
+            digest.update(repr((arrays, media)).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         """Practically unlimited: epochs repeat."""
@@ -153,16 +164,13 @@ class ConversationBatches:
         """Decodes the frames of a row and places their tokens.
 
         Raises:
-          VideoError: a medium cannot be read, or has more frames than its header announces.
+          VideoError: a medium cannot be read.
         """
-        frames, counts = [], []
-        for medium in row.media:
-            fitted = self._fitted_frames(medium)
-            frames += fitted
-            counts.append(len(fitted))
-        if len(frames) > row.max_frames:
-            raise VideoError(f"it has {len(frames)} frames, but its headers announce {row.max_frames}")
-
+        frames = [
+            frame.rgb
+            for medium in row.media
+            for frame in fit_frames(sample_at(medium.path, medium.times), self._image_size)
+        ]
         tokens, is_target = row.tokens, row.is_target
         if row.realtime:
             tokens, is_target = tokens.copy(), is_target.copy()
@@ -171,18 +179,9 @@ class ConversationBatches:
                 values[swapped - 1], values[swapped] = values[swapped], values[swapped - 1]
         else:
             repeats = np.ones(len(tokens), int)
-            repeats[tokens == self._image_id] = counts
+            repeats[tokens == self._image_id] = [len(medium.times) for medium in row.media]
             tokens, is_target = np.repeat(tokens, repeats), np.repeat(is_target, repeats)
         return _Sequence(tokens, is_target, frames)
-
-    def _fitted_frames(self, medium: Medium) -> list[np.ndarray]:
-        times = clip_times(medium.path, self._sampling) if medium.times is None else medium.times
-        fitted, rgb = [], None
-        for frame in sample_at(medium.path, times):
-            # A frame sampled at several times is resized once.
-            fitted.append(fitted[-1] if frame.rgb is rgb else fit_frame(frame.rgb, self._image_size))
-            rgb = frame.rgb
-        return fitted
 
 
 class _Sequence(NamedTuple):

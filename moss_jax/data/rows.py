@@ -1,18 +1,19 @@
-"""Reads, validates and tokenizes conversations about videos from JSON files.
+"""Reads, validates and tokenizes conversations about videos from JSON and JSON-lines files.
 
 A row has turns in `messages` (role, content) or `conversations` (from, value), and its media in `videos` and
 `images`. An offline row has a marker for each medium. A real-time row has a marker for each frame of its only
-video, whose path and frame times are JSON in `videos[0]`, after `[RealTime QA][INFO]`.
+video, whose path and frame times are JSON in `videos[0]`, after `[RealTime QA][INFO]`. `chat.MARKERS` has the
+markers of each role; all else in a row, `<|eot_id|>` included, is text. docs/data.md shows rows of each form.
 """
 
 import collections
 import dataclasses
+import functools
 import itertools
 import json
-import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -21,8 +22,8 @@ from jaxtyping import Bool, Int
 
 from moss_jax.config import ConfigError, ConversationConfig, FrameSampling
 from moss_jax.text import Tokenizer, TokenizerError, header
-from moss_jax.text.chat import Role
-from moss_jax.video import VideoError, VideoInfo, probe
+from moss_jax.text.chat import MARKERS, Role
+from moss_jax.video import VideoError, clip_times, probe
 
 MALFORMED = "malformed row"
 MISMATCH = "mismatch of frames and markers"
@@ -33,6 +34,7 @@ TOO_LONG = "too long"
 NOTHING = "no targets"
 
 _REALTIME = "[RealTime QA][INFO]"
+_MESSAGES = ("messages", "conversations")
 _ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
@@ -42,7 +44,7 @@ _ROLES: dict[str, Role] = {
 }
 _LEADING_MARKERS = re.compile(r"(?:\s*(?:<\|video\|>|<\|image\|>))*\s*")
 _TIME = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
-_PROBING_THREADS = 16
+_READING_THREADS = 16
 # Seconds after the end of a video at which its last picture may still be sampled.
 _MAX_OVERRUN = 1.0
 # A report names every dropped row up to _MAX_NAMED in total, else the first few of each reason.
@@ -55,11 +57,11 @@ class Medium:
 
     Attributes:
       path: of the file.
-      times: at which frames are sampled, in seconds; None for a clip that is sampled as a whole.
+      times: at which frames are sampled, in seconds.
     """
 
     path: str
-    times: tuple[float, ...] | None = None
+    times: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,8 +75,7 @@ class TrainingRow:
       swappable: indices of the frames inside running text.
       media: in the order of their markers; a real-time row has one video.
       realtime: whether it is a real-time row.
-      max_tokens: upper bound of the number of tokens when every medium is expanded to its frames.
-      max_frames: upper bound of the number of frames.
+      num_tokens: of them when every medium is expanded to its frames.
     """
 
     name: str
@@ -83,8 +84,12 @@ class TrainingRow:
     swappable: Int[np.ndarray, " M"]
     media: tuple[Medium, ...]
     realtime: bool
-    max_tokens: int
-    max_frames: int
+    num_tokens: int
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames of all media."""
+        return sum(len(medium.times) for medium in self.media)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +132,18 @@ class _Dropped(Exception):
         self.reason = reason
 
 
+# Path and sampling times of a medium; None for a clip, whose times depend on its length.
+type _MediumDraft = tuple[str, tuple[float, ...] | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Draft:
-    """A row before its media are probed."""
+    """A row before its media are read."""
 
     tokens: np.ndarray
     is_target: np.ndarray
     swappable: np.ndarray
-    media: tuple[Medium, ...]
+    media: tuple[_MediumDraft, ...]
     num_markers: int
     realtime: bool
 
@@ -142,10 +151,12 @@ class _Draft:
 def read_rows(
     config: ConversationConfig, sampling: FrameSampling, tokenizer: Tokenizer
 ) -> tuple[list[TrainingRow], DropReport]:
-    """Reads the rows of all files and the headers of their media, and drops unusable rows.
+    """Reads the rows of all files and the packets of their media, and drops unusable rows.
+
+    Packets, because the length in a file's header may be missing or wrong; no frame is decoded but the first.
 
     Raises:
-      ConfigError: a file is missing or is not a JSON list of rows.
+      ConfigError: a file cannot be read or holds no rows.
     """
     drafts: list[tuple[str, _Draft | _Dropped]] = []
     for name, data in _read_files(config.files):
@@ -153,8 +164,10 @@ def read_rows(
             drafts.append((name, _parse(data, config.media_root, tokenizer)))
         except _Dropped as error:
             drafts.append((name, error))
-    infos = _probe_all(
-        medium.path for _, draft in drafts if isinstance(draft, _Draft) for medium in draft.media
+    media = [medium for _, draft in drafts if isinstance(draft, _Draft) for medium in draft.media]
+    lengths = _for_each(_length, (path for path, times in media if times is not None))
+    clips = _for_each(
+        functools.partial(clip_times, sampling=sampling), (path for path, times in media if times is None)
     )
     rows: list[TrainingRow] = []
     examples: dict[str, list[str]] = collections.defaultdict(list)
@@ -163,7 +176,7 @@ def read_rows(
         try:
             if isinstance(draft, _Dropped):
                 raise draft
-            rows.append(_finish(name, draft, infos, config, sampling))
+            rows.append(_finish(name, draft, lengths, clips, config, sampling))
         except _Dropped as error:
             dropped[error.reason] += 1
             if len(examples[error.reason]) < _MAX_NAMED:
@@ -174,15 +187,40 @@ def read_rows(
 def _read_files(files: Iterable[str]) -> Iterator[tuple[str, Any]]:
     for file in files:
         try:
-            with open(file, encoding="utf-8") as stream:
-                rows = json.load(stream)
+            with open(file, "rb") as stream:
+                rows = _parse_rows(stream.read())
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise ConfigError(f"{file} is not valid JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{file} is not valid JSON or JSON lines: {error}") from error
         if not isinstance(rows, list):
             raise ConfigError(f"{file} must hold a list of rows, not {type(rows).__name__}")
         yield from ((f"{file}[{i}]", row) for i, row in enumerate(rows))
+
+
+def _parse_rows(content: bytes) -> Any:
+    """Parses a JSON array, or JSON lines with a row on each, in UTF-8, UTF-16 or UTF-32, with or without BOM.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    text = content.decode(json.detect_encoding(content))
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+    else:
+        # A single line of JSON lines is a valid JSON text, too.
+        return [value] if isinstance(value, dict) and any(key in value for key in _MESSAGES) else value
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    return rows
 
 
 # --------------------------------------------------------------------------------- from JSON to tokens
@@ -211,11 +249,11 @@ def _parse(data: Any, media_root: str, tokenizer: Tokenizer) -> _Draft:
         path, times = _realtime_video(videos[0].removeprefix(_REALTIME), media_root)
         if num_videos != len(times):
             raise _Dropped(MISMATCH, f"it has {num_videos} <|video|> for {len(times)} frame times")
-        return _Draft(tokens, is_target, swappable, (Medium(path, times),), num_videos, realtime)
+        return _Draft(tokens, is_target, swappable, ((path, times),), num_videos, realtime)
     if num_videos != len(videos):
         raise _Dropped(MISMATCH, f"it has {num_videos} <|video|> for {len(videos)} videos")
-    clips = (Medium(os.path.join(media_root, path)) for path in videos)
-    stills = (Medium(os.path.join(media_root, path), times=(0.0,)) for path in images)
+    clips = ((os.path.join(media_root, path), None) for path in videos)
+    stills = ((os.path.join(media_root, path), (0.0,)) for path in images)
     media = tuple(next(clips if marker == special.video else stills) for marker in markers)
     return _Draft(tokens, is_target, swappable[:0], media, len(markers), realtime)
 
@@ -224,7 +262,7 @@ def _turns(data: Any) -> Iterator[tuple[Role, str]]:
     """Yields role and content of each turn."""
     if not isinstance(data, dict):
         raise _Dropped(MALFORMED, f"it must be an object with messages, not {type(data).__name__}")
-    messages = data.get("messages", data.get("conversations"))
+    messages = next((data[key] for key in _MESSAGES if key in data), None)
     if not isinstance(messages, list) or not messages:
         raise _Dropped(MALFORMED, "it has no messages")
     if data.get("system"):
@@ -255,7 +293,8 @@ def _tokenize(
     special = tokenizer.special
     tokens, is_target, swappable = [special.begin_of_text], [False], []
     for role, content in turns:
-        opening, body = header(tokenizer, role), tokenizer.encode_marked(_strip(role, content))
+        opening = header(tokenizer, role)
+        body = tokenizer.encode_marked(_strip(role, content), MARKERS[role])
         start, speaks = len(tokens) + len(opening), role == "assistant"
         tokens += [*opening, *body, special.eot]
         is_target += [False] * len(opening)
@@ -308,62 +347,61 @@ def _seconds(stamp: str) -> float:
 # ---------------------------------------------------------------------------------------------- media
 
 
-def _probe_all(paths: Iterable[str]) -> dict[str, VideoInfo | _Dropped]:
+def _for_each[Result](read: Callable[[str], Result], paths: Iterable[str]) -> dict[str, Result | _Dropped]:
+    """Reads each file once; what came of it by path."""
+
+    def attempt(path: str) -> Result | _Dropped:
+        try:
+            return read(path)
+        except VideoError as error:
+            missing = isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
+            return _Dropped(MISSING if missing else UNREADABLE, str(error))
+
     unique = list(dict.fromkeys(paths))
-    with futures.ThreadPoolExecutor(_PROBING_THREADS) as threads:
-        return dict(zip(unique, threads.map(_probe, unique), strict=True))
+    with futures.ThreadPoolExecutor(_READING_THREADS) as threads:
+        return dict(zip(unique, threads.map(attempt, unique), strict=True))
 
 
-def _probe(path: str) -> VideoInfo | _Dropped:
-    try:
-        return probe(path)
-    except VideoError as error:
-        return _Dropped(UNREADABLE if os.path.exists(path) else MISSING, str(error))
+def _length(path: str) -> float:
+    return probe(path).duration
 
 
 def _finish(
     name: str,
     draft: _Draft,
-    infos: dict[str, VideoInfo | _Dropped],
+    lengths: dict[str, float | _Dropped],
+    clips: dict[str, list[float] | _Dropped],
     config: ConversationConfig,
     sampling: FrameSampling,
 ) -> TrainingRow:
-    num_frames = sum(_max_frames(medium, infos[medium.path], sampling) for medium in draft.media)
+    media = []
+    for path, times in draft.media:
+        if times is None:
+            times = tuple(_found(clips[path]))
+        else:
+            _check_times(path, times, _found(lengths[path]), sampling)
+        media.append(Medium(path, times))
+    num_frames = sum(len(medium.times) for medium in media)
     limit = config.frame_buckets[-1]
     if num_frames > limit:
-        raise _Dropped(TOO_MANY, f"it has up to {num_frames} frames; the largest of frame_buckets is {limit}")
+        raise _Dropped(TOO_MANY, f"it has {num_frames} frames; the largest of frame_buckets is {limit}")
     num_tokens = len(draft.tokens) - draft.num_markers + num_frames
     if num_tokens > config.max_tokens:
-        raise _Dropped(TOO_LONG, f"it has up to {num_tokens} tokens; max_tokens is {config.max_tokens}")
+        raise _Dropped(TOO_LONG, f"it has {num_tokens} tokens; max_tokens is {config.max_tokens}")
     return TrainingRow(
-        name,
-        draft.tokens,
-        draft.is_target,
-        draft.swappable,
-        draft.media,
-        draft.realtime,
-        max_tokens=num_tokens,
-        max_frames=num_frames,
+        name, draft.tokens, draft.is_target, draft.swappable, tuple(media), draft.realtime, num_tokens
     )
 
 
-def _max_frames(medium: Medium, info: VideoInfo | _Dropped, sampling: FrameSampling) -> int:
-    """Returns an upper bound of the number of frames, by the header of the file."""
-    if isinstance(info, _Dropped):
-        raise info
-    if medium.times is None:
-        if info.is_image:
-            return 1
-        if info.duration is None:
-            return sampling.max_frames
-        # One more, because the duration in the header may be off by a frame.
-        count = math.ceil(info.duration * sampling.fps) + 1
-        return min(max(count, sampling.min_frames), sampling.max_frames)
-    if len(medium.times) > sampling.max_frames:
-        raise _Dropped(TOO_MANY, f"it has {len(medium.times)} frames; max_frames is {sampling.max_frames}")
-    if medium.times and info.duration is not None and medium.times[-1] > info.duration + _MAX_OVERRUN:
-        raise _Dropped(
-            MISMATCH,
-            f"it has a frame at {medium.times[-1]:g} s, but {medium.path} ends at {info.duration:.1f} s",
-        )
-    return len(medium.times)
+def _found[Result](result: Result | _Dropped) -> Result:
+    if isinstance(result, _Dropped):
+        raise result
+    return result
+
+
+def _check_times(path: str, times: tuple[float, ...], length: float, sampling: FrameSampling) -> None:
+    """Checks the frame times of a real-time row."""
+    if len(times) > sampling.max_frames:
+        raise _Dropped(TOO_MANY, f"it has {len(times)} frames; max_frames is {sampling.max_frames}")
+    if times and times[-1] > length + _MAX_OVERRUN:
+        raise _Dropped(MISMATCH, f"it has a frame at {times[-1]:g} s, but {path} ends at {length:.1f} s")

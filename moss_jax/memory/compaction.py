@@ -81,7 +81,7 @@ def regroup(
     share = counts / jnp.maximum(total, 1)[..., None]
     exists = jnp.arange(S) < length[:, None]
 
-    def mean(x: Float[Array, "B K S D"]) -> Float[Array, "B K S D"]:
+    def mean(x: Float[Array, "B K S ..."]) -> Float[Array, "B K S ..."]:
         """The mean of each group in float32, and 0 where there is none."""
         axes = tuple(range(3, x.ndim))
         parts = (

@@ -90,11 +90,23 @@ class MossVideo(nnx.Module):
         return self.decoder(tokens, features, frame_positions, keep)
 
     def encode(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
-        """Features of frames, each on its own; the frames of a batch may come from any streams."""
+        """Features of frames, each on its own; the frames of a batch may come from any streams.
+
+        Args:
+          pixels: normalised frames, as `video.preprocess` makes them from 8-bit ones.
+
+        Raises:
+          ValueError: they are integers, or of another size than the config's.
+        """
         return self._encode(pixels, "none")
 
     def _encode(self, pixels, keep):
         size = self.config.vision.image_size
+        if not jnp.issubdtype(pixels.dtype, jnp.floating):
+            raise ValueError(
+                f"encode takes normalised pixels in floating point, but got {pixels.dtype}; normalise frames "
+                "by moss_jax.video.preprocess with image_size, image_mean and image_std of config.vision"
+            )
         if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
             raise ValueError(f"encode takes normalised pixels [B, {size}, {size}, 3]; got {pixels.shape}")
         return self.projector(self.compressor(self.vision(pixels.astype(self.dtype), keep)))

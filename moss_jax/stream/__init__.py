@@ -1,7 +1,20 @@
 """Live streams: the engine, the session that runs its steps, and the events of a session."""
 
 from moss_jax.stream.engine import Engine, EngineLike
-from moss_jax.stream.events import Counters, End, Event, FrameSeen, Interrupted, NotAsked, Silence, Text, Turn
+from moss_jax.stream.events import (
+    Counters,
+    End,
+    Event,
+    FrameSeen,
+    FramesSkipped,
+    Interrupted,
+    NearCapacity,
+    NotAsked,
+    Silence,
+    Text,
+    Turn,
+    TurnLimit,
+)
 from moss_jax.stream.offline import answer_offline
 from moss_jax.stream.rows import PENDING, Row
 from moss_jax.stream.session import Session, SessionError
@@ -17,7 +30,9 @@ __all__ = [
     "EngineState",
     "Event",
     "FrameSeen",
+    "FramesSkipped",
     "Interrupted",
+    "NearCapacity",
     "NotAsked",
     "Row",
     "Sampled",
@@ -26,5 +41,6 @@ __all__ = [
     "Silence",
     "Text",
     "Turn",
+    "TurnLimit",
     "answer_offline",
 ]

@@ -6,7 +6,7 @@ B slots, P encoded frames, N vectors a frame, D width, V vocabulary
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -21,14 +21,7 @@ from moss_jax.memory.policies import make_policy
 from moss_jax.nn import MossVideo, for_decoding
 from moss_jax.stream.parameters import functionalize
 from moss_jax.stream.perception import ENCODE_BUCKETS, FrameEncoder
-from moss_jax.stream.placement import (
-    abstract_state,
-    mesh_in_use,
-    mesh_of,
-    place,
-    placement_of,
-    traced_on,
-)
+from moss_jax.stream.placement import abstract, mesh_of, place, placement_of, state_sharding, traced_on
 from moss_jax.stream.rows import (
     FRAME_BUCKETS,
     PENDING,
@@ -140,20 +133,33 @@ class Engine:
         self.frame_encoder = FrameEncoder(model, perception, self.placement)
         penalised = self.sampling.repetition_penalty != 1
         pure_start = functools.partial(start, model.config, model.dtype, penalised)
-        whole = None if mesh_of(self.placement) else self.placement
-        self._start = jax.jit(pure_start, static_argnums=0, out_shardings=whole)
+        # Programs return a state as the list of its arrays, so that each can be told where it goes.
+        arrays, self._structure = jax.tree.flatten(jax.eval_shape(functools.partial(pure_start, self.config)))
+        shardings = [state_sharding(x, self.placement) for x in arrays]
+        self._start = jax.jit(_flat(pure_start), static_argnums=0, out_shardings=shardings)
+
         # The state alone is returned, in the memory that it came in: where no buffer changes its address, the
         # device replays the step as a recorded graph. `keep_unused` keeps the logits, which a step does not
         # read, among the donated arguments.
-        pure_step = traced_on(self.placement, pure_step)
-        self._step = jax.jit(pure_step, donate_argnums=(2,), keep_unused=True)
-        self.programs = {"step": self._step, **self.frame_encoder.programs}
-        self._compact_text = jax.jit(traced_on(self.placement, compact_text), donate_argnums=0)
-        self._compact_bank = None
-        # The policy "full" has none.
-        if policy := make_policy(self.config.memory, model.config, self.config.bank_capacity):
-            compact = traced_on(self.placement, functools.partial(compact_bank, policy))
-            self._compact_bank = jax.jit(compact, donate_argnums=0)
+        def program(change: Callable[..., EngineState], state: int):
+            """Compiles a change of the state, which is argument number `state`."""
+            return jax.jit(
+                _flat(traced_on(self.placement, change)),
+                donate_argnums=(state,),
+                keep_unused=True,
+                out_shardings=shardings if mesh_of(self.placement) else None,
+            )
+
+        self._step = program(pure_step, 2)
+        self._compact_text = program(compact_text, 0)
+        policy = make_policy(self.config.memory, model.config, self.config.bank_capacity)
+        self._compact_bank = program(functools.partial(compact_bank, policy), 0) if policy else None
+        self.programs = {
+            "step": self._step,
+            "compact_text": self._compact_text,
+            **({"compact_bank": self._compact_bank} if self._compact_bank else {}),
+            **self.frame_encoder.programs,
+        }
         # Arguments of a step that appends pending tokens alone, by which slots take part.
         self._decode_arguments: dict[tuple[bool, ...], StepArguments] = {}
         # The session writes the frame of the dialogue; the model samples text, silence and the end of a turn.
@@ -174,8 +180,7 @@ class Engine:
 
     def start(self) -> EngineState:
         """A state of empty slots. Each slot's first row must begin with a real token."""
-        with mesh_in_use(self.placement):
-            return self._start(self.config)
+        return jax.tree.unflatten(self._structure, self._start(self.config))
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
         """Features of frames of any sizes, from any streams; those of one size are encoded in batches.
@@ -198,13 +203,8 @@ class Engine:
           features: of encoded frames, which the rows' frames index.
         """
         for slot, row in enumerate(rows):
-            if row and row.compact:
-                assert self._compact_bank is not None, "a session with the policy full never asks for it"
-                state = self._compact_bank(state, np.int32(slot))
-            if row and row.kept is not None:
-                kept = np.zeros(self.config.text_capacity, np.int32)
-                kept[: len(row.kept)] = row.kept
-                state = self._compact_text(state, np.int32(slot), kept, np.int32(len(row.kept)))
+            if row:
+                state = self._compact(state, slot, row)
         pieces = [list(split_row(row, self.tokenizer.special.image)) if row else [] for row in rows]
         count = max(map(len, pieces))
         # Short rows wait, so that the last piece is the last of every slot and the sample is made from it.
@@ -214,8 +214,21 @@ class Engine:
             if frames is not None and index is not None:
                 # Gathered beforehand, so that one program serves any number of encoded frames.
                 frames = dataclasses.replace(frames, features=gather(features, index))
-            state = self._step(self.parameters, self.rules, state, *arguments, frames)
+            arrays = self._step(self.parameters, self.rules, state, *arguments, frames)
+            state = jax.tree.unflatten(self._structure, arrays)
         return state, Sampled(_copy(state.pending), state.logits)
+
+    def _compact(self, state: EngineState, slot: int, row: Row) -> EngineState:
+        """Makes the room that a row asks for."""
+        if row.compact:
+            assert self._compact_bank is not None, "with the policy full there is no compaction to ask for"
+            state = jax.tree.unflatten(self._structure, self._compact_bank(state, np.int32(slot)))
+        if row.kept is not None:
+            kept = np.zeros(self.config.text_capacity, np.int32)
+            kept[: len(row.kept)] = row.kept
+            arrays = self._compact_text(state, np.int32(slot), kept, np.int32(len(row.kept)))
+            state = jax.tree.unflatten(self._structure, arrays)
+        return state
 
     def warm_up(self, frame_shape: tuple[int, int, int]) -> None:
         """Compiles the programs of a session of one slot with frames of this shape.
@@ -245,7 +258,9 @@ class Engine:
 
     def _lower(self, rows: Sequence[Row]) -> Iterator[jax.stages.Lowered]:
         """The step for each of these rows in every slot, yet to be compiled."""
-        state = abstract_state(jax.eval_shape(self.start), self.placement)
+        state = jax.tree.map(
+            lambda x: abstract(x, state_sharding(x, self.placement)), jax.eval_shape(self.start)
+        )
         vectors = self.model_config.vectors_per_frame, self.model_config.decoder.hidden_size
         for row in rows:
             *arguments, frames, index = self._arguments([row] * self.config.slots)
@@ -264,6 +279,10 @@ class Engine:
             arguments = jax.device_put(step_arguments(rows, image), self.placement)
             self._decode_arguments[taking_part] = arguments
         return self._decode_arguments[taking_part]
+
+
+def _flat[**Arguments](function: Callable[Arguments, EngineState]) -> Callable[Arguments, list[jax.Array]]:
+    return lambda *args, **kwargs: jax.tree.leaves(function(*args, **kwargs))
 
 
 @jax.jit

@@ -56,6 +56,15 @@ class FrameSeen(Event):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FramesSkipped(Event):
+    """The file has `count` frames from `time` on that cannot be decoded, and the frame before them stayed."""
+
+    type: ClassVar[str] = "skipped"
+    time: float
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Turn(Event):
     """A user turn has entered the context, and the assistant's has begun."""
 

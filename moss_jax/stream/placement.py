@@ -3,13 +3,12 @@
 B slots, K kv heads, D head
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from moss_jax.sharding import constrain, partition_spec
+from moss_jax.sharding import named_sharding
 
 
 def placement_of(parameters: Sequence[jax.Array]) -> SingleDeviceSharding | NamedSharding:
@@ -33,12 +32,6 @@ def place(parameters: Sequence[jax.Array], placement: Sharding) -> Sequence[jax.
     return parameters if mesh_of(placement) else jax.device_put(parameters, placement)
 
 
-def mesh_in_use(placement: Sharding) -> contextlib.AbstractContextManager:
-    """Puts the placement's mesh in use, if it has one."""
-    mesh = mesh_of(placement)
-    return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
-
-
 def traced_on[**Arguments, Result](
     placement: Sharding, function: Callable[Arguments, Result]
 ) -> Callable[Arguments, Result]:
@@ -54,28 +47,13 @@ def traced_on[**Arguments, Result](
     return on_mesh
 
 
-def constrain_state[State](state: State) -> State:
-    """Splits a state over the mesh in use, if there is one: by slot, keys and values by head as well."""
-    return jax.tree.map(lambda x: constrain(x, _state_axes(x)), state)
-
-
 def abstract(tree, placement: Sharding):
     """Shapes and dtypes of arrays with one placement, to lower programs with."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)
 
 
-def abstract_state[State](state: State, placement: Sharding) -> State:
-    """As `abstract`, of a state that `constrain_state` has split."""
+def state_sharding(x: jax.Array, placement: Sharding) -> Sharding:
+    """Of keys and values [B, K, rows, D], or of another array of a state, [B, ...]: by slot, and by head."""
+    axes = ("batch", "kv_heads", None, None) if x.ndim == 4 else ("batch", *[None] * (x.ndim - 1))
     mesh = mesh_of(placement)
-    if not mesh:
-        return abstract(state, placement)
-
-    def split(x):
-        return abstract(x, NamedSharding(mesh, partition_spec(_state_axes(x), x.shape, mesh)))
-
-    return jax.tree.map(split, state)
-
-
-def _state_axes(x: jax.Array) -> tuple[str | None, ...]:
-    """Logical axes of keys and values [B, K, rows, D], or of another array of a state, [B, ...]."""
-    return ("batch", "kv_heads", None, None) if x.ndim == 4 else ("batch", *[None] * (x.ndim - 1))
+    return named_sharding(axes, x.shape, mesh) if mesh else placement

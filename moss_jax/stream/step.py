@@ -18,7 +18,6 @@ from moss_jax.memory import StreamState, init_state, keep_tokens
 from moss_jax.memory.policies import Policy
 from moss_jax.nn.decoder import Decoder
 from moss_jax.ops.qarray import DTYPES
-from moss_jax.stream.placement import constrain_state
 from moss_jax.stream.rows import PENDING, StepFrames
 from moss_jax.stream.sampling import sample
 from moss_jax.text import SpecialTokens
@@ -83,7 +82,7 @@ def start(model: ModelConfig, dtype: DTypeLike, penalised: bool, config: EngineC
       penalised: whether there is a repetition penalty.
     """
     slots, vocab = config.slots, model.decoder.vocab_size
-    state = EngineState(
+    return EngineState(
         stream=init_state(
             model,
             slots,
@@ -97,7 +96,6 @@ def start(model: ModelConfig, dtype: DTypeLike, penalised: bool, config: EngineC
         logits=jnp.zeros((slots, vocab), jnp.float32),
         said=jnp.zeros((slots, vocab), bool) if penalised else None,
     )
-    return constrain_state(state)
 
 
 def step(
@@ -138,7 +136,7 @@ def step(
     # Said by the token itself, so that the host reads no other array.
     sampled = jnp.where(jnp.isfinite(logits).all(axis=-1), sampled, NOT_FINITE)
     pending = jnp.where(lengths > 0, sampled, state.pending)
-    return constrain_state(EngineState(stream=stream, pending=pending, logits=logits, said=said))
+    return EngineState(stream=stream, pending=pending, logits=logits, said=said)
 
 
 def compact_bank(policy: Policy, state: EngineState, slot: Int[Array, ""]) -> EngineState:

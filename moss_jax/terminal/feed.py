@@ -1,5 +1,6 @@
 """Feeds a session from a source of frames and timed prompts, in a thread of its own."""
 
+import bisect
 import collections
 import contextlib
 import heapq
@@ -7,7 +8,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from moss_jax.config import SessionConfig
-from moss_jax.stream import End, EngineLike, Event, FrameSeen, NotAsked, Session
+from moss_jax.stream import End, EngineLike, Event, FrameSeen, FramesSkipped, NotAsked, Session
 from moss_jax.text import chat
 from moss_jax.video import Frame
 
@@ -78,6 +79,32 @@ def run_session(
         feeder.close()
     if feeder.error:
         raise feeder.error
+
+
+def report_skipped(events: Iterable[Event], skipped: Sequence[float]) -> Generator[Event]:
+    """Adds the frames of a file that cannot be decoded to the events of its stream.
+
+    Args:
+      events: of `run_session` or `answer_offline`.
+      skipped: the times of those frames, in order; may grow as the file is read. Which events there are does
+        not depend on how far the reader is ahead.
+
+    Yields:
+      The events, with a `FramesSkipped` before the first frame that was sampled later.
+    """
+    told = 0
+    for event in events:
+        if isinstance(event, FrameSeen):
+            end = bisect.bisect_left(skipped, event.time)
+        elif isinstance(event, End) and event.reason in ("finished", "token_limit"):
+            end = len(skipped)
+        else:
+            end = told
+        if end > told:
+            stamp = {"slot": event.slot, "stream_time": event.stream_time, "wall_time": event.wall_time}
+            yield FramesSkipped(**stamp, time=skipped[told], count=end - told)
+            told = end
+        yield event
 
 
 class _Feeder(threading.Thread):

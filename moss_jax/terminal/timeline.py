@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -117,12 +116,19 @@ class Timeline:
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             FigureCanvasAgg(draw(self.events, self._thumbnails)).print_png(png)
         path = Path(path)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft = _draft(path)
         try:
             draft.write_bytes(png.getvalue())
             draft.replace(path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             draft.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    """The file beside a picture that is written first."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def check_path(path: str | os.PathLike) -> None:
@@ -134,11 +140,11 @@ def check_path(path: str | os.PathLike) -> None:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ConfigError(f"a timeline is written as .png, not as {path.name}")
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder")
+        _draft(path).touch()
+        _draft(path).unlink()
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 

@@ -4,12 +4,22 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable
-from typing import IO
+from typing import TextIO
 
 from rich.console import Console
 from rich.text import Text as Styled
 
-from moss_jax.stream import End, Event, FrameSeen, Interrupted, NotAsked, Silence, Text, Turn
+from moss_jax.stream import (
+    End,
+    Event,
+    FrameSeen,
+    FramesSkipped,
+    Interrupted,
+    NotAsked,
+    Silence,
+    Text,
+    Turn,
+)
 
 # Columns before the text, for a stream time such as " 12:34  ".
 MARGIN = 8
@@ -30,10 +40,11 @@ ENDINGS = {
 }
 
 
-def print_json(events: Iterable[Event], out: IO[str]) -> None:
-    """Writes one JSON object per line and flushes it."""
+def print_json(events: Iterable[Event], out: TextIO) -> None:
+    """Writes one JSON object per line and flushes it; in ASCII, unless the file takes any character."""
+    ensure_ascii = "utf" not in (out.encoding or "utf-8").lower()
     for event in events:
-        out.write(json.dumps(event.to_dict(), ensure_ascii=False) + "\n")
+        out.write(json.dumps(event.to_dict(), ensure_ascii=ensure_ascii) + "\n")
         out.flush()
 
 
@@ -44,8 +55,12 @@ def print_transcript(events: Iterable[Event], console: Console) -> None:
     arrives while the model is talking a small square in the text.
     """
     printer = TranscriptPrinter(console)
-    for event in events:
-        printer.add(event)
+    try:
+        for event in events:
+            printer.add(event)
+    finally:
+        # A stream that breaks off leaves no open line to what is printed next.
+        printer.end_line()
 
 
 class TranscriptPrinter:
@@ -64,10 +79,16 @@ class TranscriptPrinter:
                 if event.prompt:
                     self._start("turn", event.stream_time)
                     self._write(f"{PROMPT} {printable(event.prompt)}", "bold cyan")
-                    self._end_line()
+                    self.end_line()
             case FrameSeen():
                 if self._line == "text":
                     self._write(FRAME_WHILE_SPEAKING, "dim cyan")
+            case FramesSkipped():
+                self._start("skipped", event.stream_time)
+                when = clock(event.time)
+                frames = f"1 frame at {when}" if event.count == 1 else f"{event.count} frames from {when} on"
+                self._write(f"{frames} cannot be decoded", "dim red")
+                self.end_line()
             case Text():
                 if self._line != "text":
                     self._start("text", event.stream_time)
@@ -78,18 +99,18 @@ class TranscriptPrinter:
                 self._write(f"{SILENCE} ", "dim")
             case Interrupted():
                 self._write(" — cut", "dim red")
-                self._end_line()
+                self.end_line()
             case NotAsked():
                 self._start("turn", event.time)
                 self._write(f"{PROMPT} {printable(event.prompt)}", "dim cyan")
                 self._write(" — never asked", "dim red")
-                self._end_line()
+                self.end_line()
             case End():
-                self._end_line()
+                self.end_line()
                 self._console.print(Styled(f"\n{summary(event)}", style="dim"))
 
     def _start(self, line: str, stream_time: float) -> None:
-        self._end_line()
+        self.end_line()
         self._line = line
         self._print(Styled(f"{clock(stream_time):>{MARGIN - 2}}  ", style="dim"))
         self._column = MARGIN
@@ -106,7 +127,8 @@ class TranscriptPrinter:
             self._print(Styled(word, style=style))
             self._column += width
 
-    def _end_line(self) -> None:
+    def end_line(self) -> None:
+        """Ends the line that is open, if one is."""
         if self._column:
             self._console.print()
         self._column, self._line = 0, ""

@@ -19,6 +19,15 @@ You watch all the time, also when nobody asks anything.
 - When you cannot answer yet or have nothing more to say, output `<|silence|>`."""
 
 
+# The texts that are control tokens in the content of a turn. All else is text, so that no content can end its
+# turn or begin another. Media markers are for training rows: the prompts of a session are text throughout.
+MARKERS: dict[Role, tuple[str, ...]] = {
+    "system": ("<|silence|>",),
+    "user": ("<|image|>", "<|video|>"),
+    "assistant": ("<|image|>", "<|video|>", "<|silence|>", "<|...|>"),
+}
+
+
 def header(tokenizer: Tokenizer, role: Role) -> list[int]:
     """Returns the tokens that open a turn of `role`."""
     special = tokenizer.special
@@ -66,8 +75,7 @@ def _system_turn(tokenizer: Tokenizer, system: str | None) -> list[int]:
     text = (system or "").strip()
     if not text:
         return []
-    first, *rest = [tokenizer.encode(piece) for piece in text.split("<|silence|>")]
-    content = [*first, *(i for piece in rest for i in (tokenizer.special.silence, *piece))]
+    content = tokenizer.encode_marked(text, MARKERS["system"])
     return [*header(tokenizer, "system"), *content, tokenizer.special.eot]
 
 

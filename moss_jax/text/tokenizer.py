@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
 import string
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +61,14 @@ class Tokenizer:
       special: ids of the stream's special tokens.
       vocab_size: number of tokens that can be predicted; the id of `<|image|>`.
       content: the tokenizer.json that it was loaded from.
-      control_ids: ids of all special or added tokens. Only silence and `<|eot_id|>` are ever sampled.
+      control: ids of all special or added tokens, by text. Only silence and `<|eot_id|>` are ever sampled.
+      control_ids: the same ids as a set.
     """
 
     content: bytes
     special: SpecialTokens
     vocab_size: int
+    control: dict[str, int]
     control_ids: frozenset[int]
 
     def __init__(self, content: bytes, name: str = TOKENIZER_FILE):
@@ -92,6 +95,7 @@ class Tokenizer:
 
         self.special = _find_special(control, name)
         self.vocab_size = self.special.image
+        self.control = control
         self.control_ids = frozenset(control.values())
         byte_of = _byte_alphabet()
         try:
@@ -102,23 +106,26 @@ class Tokenizer:
             ) from None
         self._bytes |= dict.fromkeys(self.control_ids, b"")
         self._by_text = self.special.by_text()
-        self._marker = re.compile("(" + "|".join(map(re.escape, self._by_text)) + ")")
         self.content = content
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
         """Loads a tokenizer.json, or the one in a checkpoint folder.
 
         Raises:
-          TokenizerError: it does not exist or is invalid.
+          TokenizerError: it does not exist, cannot be read or is invalid.
         """
         path = Path(path)
         file = path / TOKENIZER_FILE if path.is_dir() else path
-        if not file.is_file():
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:
             raise TokenizerError(
                 f"no tokenizer at {file}; give a {TOKENIZER_FILE} or a checkpoint folder that holds one"
-            )
-        return cls(file.read_bytes(), str(file))
+            ) from None
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{file} cannot be read ({error}); it must be a {TOKENIZER_FILE}") from error
+        return cls(content, str(file))
 
     @classmethod
     def moss_tiny(cls) -> "Tokenizer":
@@ -147,15 +154,22 @@ class Tokenizer:
             ) from None
         return self._encoder.encode(text, add_special_tokens=False).ids
 
-    def encode_marked(self, text: str) -> list[int]:
-        """Encodes training text, in which the texts of `SpecialTokens` become control tokens.
+    def encode_marked(self, text: str, markers: Collection[str] | None = None) -> list[int]:
+        """Encodes text in which markers become control tokens; all else is plain text, as in `encode`.
+
+        Args:
+          text: such as `<|silence|><|video|>A red cup.`
+          markers: texts of `SpecialTokens`, such as `<|silence|>`; all of them if None.
 
         Raises:
           TokenizerError: the text is not valid Unicode.
         """
         ids = []
-        for piece in self._marker.split(text):
-            ids += [self._by_text[piece]] if piece in self._by_text else self.encode(piece)
+        markers = self._by_text if markers is None else markers
+        # With a group in the pattern, every second piece is a marker. `(?!)` matches nothing.
+        pieces = re.split(f"({'|'.join(map(re.escape, markers)) or '(?!)'})", text)
+        for i, piece in enumerate(pieces):
+            ids += [self._by_text[piece]] if i % 2 else self.encode(piece)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

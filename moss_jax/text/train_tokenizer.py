@@ -1,20 +1,18 @@
-"""Trains the tokenizer of the moss_tiny preset: `python -m moss_jax.text.train_tokenizer`.
+"""Trains the tokenizer of the moss_tiny preset: `python -m moss_jax.text.train_tokenizer --out FILE`.
 
 The corpus is generated from this file, and every run writes the same bytes.
 """
 
+import argparse
 import random
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moss_jax.config import moss_tiny
-from moss_jax.shipped import shipped
 from moss_jax.text.chat import SYSTEM_PROMPT
-from moss_jax.text.tokenizer import TOKENIZER_FILE
-
-OUTPUT = shipped("moss-tiny") / TOKENIZER_FILE
 
 PREDICTABLE_SPECIAL_TOKENS = [
     "<|begin_of_text|>",
@@ -230,5 +228,19 @@ def _expand(name: str, rng: random.Random) -> str:
     return re.sub(r"\{(\w+)\}", lambda found: _expand(found[1], rng), rng.choice(GRAMMAR[name]))
 
 
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m moss_jax.text.train_tokenizer",
+        description="Train the tokenizer of the moss_tiny preset; every run writes the same bytes.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="tokenizer.json to write")
+    args = parser.parse_args()
+    try:
+        args.out.write_text(train().to_str(pretty=True) + "\n", encoding="utf-8")
+    except OSError as error:
+        parser.error(f"--out cannot be written: {error}")
+
+
 if __name__ == "__main__":
-    OUTPUT.write_text(train().to_str(pretty=True) + "\n", encoding="utf-8")
+    main()

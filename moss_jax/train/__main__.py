@@ -3,11 +3,12 @@
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from moss_jax import gin_bindings
+from moss_jax import command, gin_bindings
 from moss_jax.config import (
     ConfigError,
     ConversationConfig,
@@ -21,32 +22,70 @@ from moss_jax.config import (
 )
 from moss_jax.convert import CheckpointError
 from moss_jax.data.pipeline import BatchError
+from moss_jax.ops.dispatch import Unsupported
 from moss_jax.text import TokenizerError
+from moss_jax.train.checkpoints import RunError
 from moss_jax.train.loop import DataError, RunConfig, run
 
-BAD_INPUT = (BatchError, CheckpointError, ConfigError, DataError, TokenizerError)
+BAD_INPUT = (BatchError, CheckpointError, ConfigError, DataError, TokenizerError, Unsupported)
 
 
-def main() -> int:
-    """Runs the command and returns its exit code."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code, as `command.run` says; 1 also for a run that cannot go on.
+
+    Args:
+      words: arguments of the command; those of this process if None.
+    """
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(words)
+    return command.run(parser.prog, lambda: train(args, parser.prog), BAD_INPUT)
+
+
+def train(args: argparse.Namespace, name: str) -> int:
+    """Trains as the command line says; returns the exit code."""
+    join_cluster(args)
+    set_up_logging()
+    command.cache_compilations(args.compilation_cache)
     try:
-        if args.distributed:
-            join_cluster()
-        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-        logging.getLogger("moss_jax").setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
         run(read_config(args.gin_file, args.gin_param), args.workdir, resume=args.resume)
-    except BAD_INPUT as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    except RunError as error:
+        command.tell(f"{name}: {error}")
+        return command.BAD_OUTPUT
+    except OSError as error:
+        if error.errno not in command.DISK_ERRORS:
+            raise
+        command.tell(
+            f"{name}: {args.workdir} cannot be written any more: {error.strerror}; make room and go on with "
+            "--resume"
+        )
+        return command.BAD_OUTPUT
     return 0
+
+
+def set_up_logging() -> None:
+    """Logs what `moss_jax` says in process 0, and warnings of others, as `NAME: MESSAGE`."""
+    logging.basicConfig()
+    # basicConfig does nothing where there is a handler, and orbax makes one when it is imported.
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    # A checkpoint that cannot be written is an error of ours; orbax and asyncio print it for every array.
+    logging.getLogger("absl").addFilter(_has_no_traceback)
+    logging.getLogger("asyncio").addFilter(_has_no_traceback)
+    logging.getLogger("moss_jax").setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
 
 
 def read_config(files: list[str], parameters: list[str]) -> RunConfig:
     """Reads the settings of a run from gin files and bindings."""
     gin_bindings.parse(files, parameters)
     settings = gin_bindings.settings
+    if settings(InitialModelConfig).checkpoint:
+        # It is used instead of the preset, which the recorded config must not name.
+        gin_bindings.parse(files, [*parameters, "model.preset = None"])
     data = settings(DataConfig)
     # Only settings that apply are read, so that the operative config has no others.
     tabletop = data.kind == "tabletop"
@@ -62,16 +101,45 @@ def read_config(files: list[str], parameters: list[str]) -> RunConfig:
     )
 
 
-def join_cluster() -> None:
-    """Makes this process one of several that train together.
+def join_cluster(args: argparse.Namespace) -> None:
+    """Makes this process one of several that train together, if the arguments say so.
 
     Raises:
-      ConfigError: no cluster was found.
+      ConfigError: the arguments are incomplete, or there is no such cluster.
     """
+    by_hand = (args.coordinator, args.processes, args.process_id)
+    if by_hand == (None, None, None):
+        if not args.distributed:
+            return
+        found = {}
+    elif None in by_hand:
+        raise ConfigError("--coordinator, --processes and --process-id belong together: give all three")
+    else:
+        host, _, port = args.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ConfigError(
+                f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234; got {args.coordinator}"
+            )
+        if not 0 <= args.process_id < args.processes:
+            raise ConfigError(
+                f"--process-id must be in [0, {args.processes}), the number of --processes; got "
+                f"{args.process_id}"
+            )
+        found = {
+            "coordinator_address": args.coordinator,
+            "num_processes": args.processes,
+            "process_id": args.process_id,
+            "cluster_detection_method": "deactivate",
+        }
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**found)
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"--distributed found no cluster to join: {error}") from error
+        if found:
+            raise ConfigError(f"--coordinator {args.coordinator} cannot be joined: {error}") from error
+        raise ConfigError(
+            f"--distributed found no cluster to join: {error} Without a cluster manager, give --coordinator, "
+            "--processes and --process-id"
+        ) from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -81,6 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m moss_jax.train" if program == "__main__.py" else program,
         description="Train a model.",
         epilog="configs/ has a gin file for each training stage.",
+        formatter_class=command.HelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -104,8 +173,20 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="for checkpoints, metrics, TensorBoard files and the loss curve",
     )
+    command.add_compilation_cache(parser)
     add("--resume", action="store_true", help="resume from the latest checkpoint in DIR, if there is one")
-    add("--distributed", action="store_true", help="join a cluster; start one process on each host")
+    add(
+        "--distributed",
+        action="store_true",
+        help="join the processes that Slurm, Open MPI, Kubernetes or a TPU pod has started",
+    )
+    add(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="join processes that were started by hand; the address of process 0, and a free port there",
+    )
+    add("--processes", type=int, metavar="N", help="their number")
+    add("--process-id", type=int, metavar="I", help="of this process, from 0 on")
     return parser
 
 

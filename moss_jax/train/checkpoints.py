@@ -5,7 +5,12 @@
 
 import dataclasses
 import logging
+import math
 import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +19,16 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moss_jax.convert import CheckpointError, run_checkpoint
-from moss_jax.train.step import TrainState
+from moss_jax.train.step import TrainState, part_norms
+
+# A checkpoint takes at least this share of what the one before took: how well it compresses may differ.
+MIN_SHARE = 0.9
 
 _logger = logging.getLogger(__name__)
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says why, and what there is to resume from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Checkpoints:
     """The checkpoints of a run. A context manager, whose exit waits for pending writes.
 
     Incomplete checkpoints are renamed to `STEP.damaged`, and temporary files of a killed run are removed.
+    The exit raises RunError if the last checkpoint could not be written.
 
     Args:
       workdir: of the run.
@@ -57,32 +70,51 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
+        # Step of the latest checkpoint that was begun.
+        self._begun = 0
+
     def __enter__(self) -> "Checkpoints":
+        self._hook, sys.unraisablehook = sys.unraisablehook, _drop_closed_loops(sys.unraisablehook)
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
+    def __exit__(self, _, raised: BaseException | None, __) -> None:
+        try:
+            self._manager.close()
+        except (OSError, ValueError) as error:
+            if not isinstance(raised, RunError):
+                raise self._failure(error) from error
+        finally:
+            sys.unraisablehook = self._hook
 
     def save(self, step: int, state: TrainState, *, position: dict[str, Any], config: dict[str, Any]) -> None:
         """Starts to write a checkpoint; `state` may be donated as soon as this returns.
 
-        Waits for the previous write and raises its error, if any.
+        Waits for the previous write.
 
         Args:
           step: number of steps done.
           state: after these steps.
           position: of the run in its data, as JSON.
           config: settings of the run, as JSON.
+
+        Raises:
+          RunError: the previous checkpoint could not be written, or the disk is too full for this one.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave({"trained": state.trained, "frozen": state.frozen}),
-                optimizer=ocp.args.StandardSave({"state": state.optimizer, "step": state.step}),
-                position=ocp.args.JsonSave(position),
-                config=ocp.args.JsonSave(config),
-            ),
-        )
+        try:
+            self._manager.wait_until_finished()
+            self._begun = step
+            self._check_space()
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave({"trained": state.trained, "frozen": state.frozen}),
+                    optimizer=ocp.args.StandardSave({"state": state.optimizer, "step": state.step}),
+                    position=ocp.args.JsonSave(position),
+                    config=ocp.args.JsonSave(config),
+                ),
+            )
+        except (OSError, ValueError) as error:
+            raise self._failure(error) from error
 
     def restore(self, abstract: TrainState) -> Restored | None:
         """Reads the latest readable checkpoint; returns None if there is no checkpoint.
@@ -91,26 +123,48 @@ class Checkpoints:
           abstract: shapes, dtypes and shardings of the state (`Trainer.abstract`).
 
         Raises:
-          CheckpointError: the latest checkpoint is of another model, or none can be read.
+          CheckpointError: the latest checkpoint is of another model, or its numbers are not finite, or none
+            can be read.
         """
         whole, _ = run_checkpoint.list_checkpoints(self._workdir)
         for folder in reversed(whole):
             try:
                 _check_parameters(folder, abstract)
-                return self._read(int(folder.name), abstract)
+                restored = self._read(int(folder.name), abstract)
+                _check_finite(folder, restored.state)
+                return restored
             except CheckpointError:
                 raise
             except (OSError, ValueError) as error:
                 # All processes must restore the same checkpoint, and only this one knows of the damage.
                 if jax.process_count() > 1:
                     raise CheckpointError(f"{folder} cannot be read: {error}") from error
-                _rename_damaged(folder, str(error).partition(" [tensorstore_spec")[0])
+                _rename_damaged(folder, _first_clause(error))
                 self._manager.reload()
         if whole:
             raise CheckpointError(
                 f"no checkpoint in {self._workdir} can be read; all were renamed to *.damaged"
             )
         return None
+
+    def _check_space(self) -> None:
+        """Raises OSError if the disk is too full: orbax would fail halfway, with an error for each array."""
+        whole, _ = run_checkpoint.list_checkpoints(self._workdir)
+        if not whole or jax.process_index() > 0:
+            return
+        size = sum(file.stat().st_size for file in whole[-1].rglob("*") if file.is_file())
+        free = shutil.disk_usage(self._workdir).free
+        if free < MIN_SHARE * size:
+            raise OSError(f"it takes {size / 2**20:,.1f} MiB, and the disk has {free / 2**20:,.1f} MiB left")
+
+    def _failure(self, error: Exception) -> RunError:
+        """Returns the error for a checkpoint that could not be written."""
+        whole, _ = run_checkpoint.list_checkpoints(self._workdir)
+        last = f"make room and go on from {whole[-1]} with --resume" if whole else "there is no earlier one"
+        # tensorstore says it all, with the error of the operating system as a number.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        reason = os.strerror(int(code[1])) if code else _first_clause(error)
+        return RunError(f"the checkpoint of step {self._begun} could not be written: {reason}; {last}")
 
     def _read(self, step: int, abstract: TrainState) -> Restored:
         read: Any = self._manager.restore(
@@ -144,6 +198,27 @@ def _check_parameters(folder: Path, abstract: TrainState) -> None:
             f"{folder} is of another model, or other parts were trained: its {kind} parameters differ in "
             f"{differ[0]}{more}. To train other parts of its model, export it and start a new run from that"
         )
+
+
+def _check_finite(folder: Path, state: TrainState) -> None:
+    """Raises CheckpointError for a checkpoint with a NaN or an infinity."""
+    moments = {f"optimizer/{i}": x for i, x in enumerate(jax.tree.leaves(state.optimizer))}
+    norms = jax.device_get(jax.jit(part_norms)(state.trained | state.frozen | moments))
+    if bad := [part for part, norm in norms.items() if not math.isfinite(norm)]:
+        raise CheckpointError(
+            f"{folder} has numbers that are not finite, in {', '.join(bad)}: a run cannot go on from it; "
+            "remove it to resume from the one before"
+        )
+
+
+def _drop_closed_loops(hook: Callable) -> Callable:
+    """Returns a hook without what tensorstore prints for every array that a failed write leaves unwritten."""
+    return lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
+
+
+def _first_clause(error: Exception) -> str:
+    """Returns an error without the specification that tensorstore appends."""
+    return str(error).partition(" [tensorstore_spec")[0]
 
 
 def _rename_damaged(folder: Path, reason: str) -> None:

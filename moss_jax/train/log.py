@@ -1,18 +1,25 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, a progress line, and the loss curve."""
 
+import contextlib
 import json
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import SupportsFloat
+from typing import NamedTuple, SupportsFloat
 
 import jax
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+from moss_jax.train.losses import count_of
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -39,8 +46,13 @@ class Log:
     ):
         self._steps, self._every, self._peak = steps, every, peak_flops
         self._metrics = _open_metrics(workdir / METRICS, start)
-        self._board = SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
-        self._board.add_text("config", "```\n" + config + "\n```", start)
+        # Not a SummaryWriter: when the disk is full its thread dies, and whoever calls it waits forever.
+        self._board = EventsWriter(str(workdir / "events"))
+        if start:
+            # TensorBoard drops what an earlier run wrote of later steps.
+            restart = SessionLog(status=SessionLog.START)
+            self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=restart))
+        self._write_summary(start, summary.text("config", "```\n" + config + "\n```"))
         self._console = Console(highlight=False)
         self._progress = Progress(
             TextColumn("step"),
@@ -51,9 +63,9 @@ class Log:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", total=steps, completed=start, numbers="compiling")
-        self._window: list[Mapping[str, float]] = []
+        self._window: list[_Record] = []
         self._dropped = 0
-        # The clock starts after the first step, so that compilation doesn't count.
+        # When the previous step was finished.
         self._clock: float | None = None
 
     def __enter__(self) -> "Log":
@@ -62,52 +74,90 @@ class Log:
 
     def __exit__(self, *_) -> None:
         self._progress.stop()
-        self._board.close()
-        self._metrics.close()
+        for file in (self._board, self._metrics):
+            with contextlib.suppress(OSError):  # of a full disk, which has been raised before
+                file.close()
 
     def record(
-        self, step: int, metrics: Mapping[str, SupportsFloat], *, flops: float = 0.0, dropped: int = 0
+        self,
+        step: int,
+        metrics: Mapping[str, SupportsFloat],
+        *,
+        finished: float,
+        compiled: bool = False,
+        flops: float = 0.0,
+        dropped: int = 0,
     ) -> None:
         """Records the metrics of a step; steps must be in order.
 
+        The mean losses of a step without such targets are left out, and a report's are means over the targets
+        of all its steps. `loss` itself is recorded of every step: without any target it is 0.
+
         Args:
           step: counted from 1.
-          metrics: scalars by name.
+          metrics: scalars by name, as of `Trainer.step`.
+          finished: when the device had finished the step, by `time.perf_counter`.
+          compiled: whether a program was compiled for the step, which rates leave out.
           flops: model FLOPs of the step.
           dropped: number of rows dropped so far.
         """
-        metrics = {name: float(value) for name, value in metrics.items()}
-        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        values = {name: float(value) for name, value in metrics.items()}
+        counts = {name: values.get(count_of(name) or "", 1.0) for name in values}
+        recorded = {name: value for name, value in values.items() if counts[name] or name == "loss"}
+        self._metrics.write(json.dumps({"step": step, **recorded}) + "\n")
         self._metrics.flush()
-        self._window.append({**metrics, "flops": flops})
-        self._dropped = dropped
-        if self._clock is None:
-            self._report(step, seconds=None)
-        elif step % self._every == 0 or step == self._steps:
-            self._report(step, seconds=time.perf_counter() - self._clock)
+        first = self._clock is None
+        seconds = None if self._clock is None or compiled else finished - self._clock
+        self._clock, self._dropped = finished, dropped
+        self._window.append(_Record(values, counts, flops, seconds))
+        if first or step % self._every == 0 or step == self._steps:
+            self._report(step)
 
-    def _report(self, step: int, *, seconds: float | None) -> None:
-        """Reports the means since the last report, and rates if the time is known."""
+    def _report(self, step: int) -> None:
+        """Reports the means since the last report, and the rates of the steps whose time is known."""
         window, self._window = self._window, []
-        self._clock = time.perf_counter()
-        total = {name: sum(metrics[name] for metrics in window) for name in window[0]}
-        scalars = {f"train/{name}": total[name] / len(window) for name in total if name != "flops"}
-        if seconds:
-            scalars["speed/steps_per_second"] = len(window) / seconds
-            scalars["speed/tokens_per_second"] = total["tokens"] / seconds
-            scalars["speed/frames_per_second"] = total["frames"] / seconds
+        scalars = {}
+        for name in window[0].values:
+            if count := sum(record.counts[name] for record in window):
+                total = sum(record.values[name] * record.counts[name] for record in window)
+                scalars[f"train/{name}"] = total / count
+        timed = [record for record in window if record.seconds is not None]
+        if seconds := sum(record.seconds or 0 for record in timed):
+            scalars["speed/steps_per_second"] = len(timed) / seconds
+            for unit in ("tokens", "frames"):
+                scalars[f"speed/{unit}_per_second"] = sum(r.values[unit] for r in timed) / seconds
             if self._peak:
-                scalars["speed/mfu"] = total["flops"] / seconds / self._peak
+                scalars["speed/mfu"] = sum(record.flops for record in timed) / seconds / self._peak
         if memory := (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
             scalars["memory/peak_gib"] = memory / 2**30
         if self._dropped:
             scalars["data/dropped_rows"] = self._dropped
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write_summary(step, Summary(value=values))
         numbers = _numbers(scalars)
         self._progress.update(self._task, completed=step, numbers=numbers)
         if not self._console.is_terminal:
             print(f"step {step}/{self._steps}  {numbers}", flush=True)
+
+    def _write_summary(self, step: int, content: Summary) -> None:
+        self._board.write_event(Event(wall_time=time.time(), step=step, summary=content))
+        self._board.flush()
+
+
+class _Record(NamedTuple):
+    """What a report needs to know of a step.
+
+    Attributes:
+      values: metrics by name.
+      counts: weight of each metric in a mean over several steps.
+      flops: model FLOPs.
+      seconds: since the step before was finished; None if a program was compiled in between.
+    """
+
+    values: dict[str, float]
+    counts: dict[str, float]
+    flops: float
+    seconds: float | None
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
@@ -124,7 +174,7 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
 
 def draw_curve(workdir: Path) -> Path | None:
     """Draws the loss over the steps into WORKDIR/loss.png; returns None if no step was recorded."""
-    rows = [row for row in read_metrics(workdir) if math.isfinite(row["loss"])]
+    rows = [row for row in read_metrics(workdir) if math.isfinite(row["loss"]) and row.get("targets", 1)]
     if not rows:
         return None
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
@@ -139,6 +189,10 @@ def draw_curve(workdir: Path) -> Path | None:
     axes.plot(steps, smooth, color="C0", label=f"mean of {width} steps")
     if min(losses) > 0:
         axes.set_yscale("log")
+        # Plain numbers, also where the losses span less than a decade.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
@@ -158,7 +212,7 @@ def _open_metrics(file: Path, start: int):
 def _numbers(scalars: Mapping[str, float]) -> str:
     """Formats the most important scalars on one line."""
     parts = [
-        f"loss {scalars['train/loss']:.4f}",
+        f"loss {scalars['train/loss']:.4f}" if "train/loss" in scalars else "no targets",
         f"grad {scalars['train/grad_norm']:.3g}",
         f"lr {scalars['train/learning_rate']:.2e}",
     ]

@@ -3,12 +3,15 @@
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import logging
 import math
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
 
 import jax
@@ -37,15 +40,17 @@ from moss_jax.data.conversations import ConversationBatches
 from moss_jax.data.pipeline import BatchSource, iterate
 from moss_jax.data.worlds import TabletopBatches
 from moss_jax.nn.compressor import Compressor
-from moss_jax.sharding import make_mesh
+from moss_jax.sharding import MESH_AXES, make_mesh
 from moss_jax.text import Tokenizer
-from moss_jax.train.checkpoints import Checkpoints
+from moss_jax.train.checkpoints import Checkpoints, RunError
 from moss_jax.train.flops import peak_flops, train_flops
 from moss_jax.train.log import Log, draw_curve
 from moss_jax.train.step import Trainer, TrainState
 
 # The metrics of a step are read this many steps later, so that the device never waits for the host.
 STEPS_IN_FLIGHT = 2
+# Locked in the folder of a run while it runs.
+LOCK = ".lock"
 # Rows that must have been loaded before the share of dropped ones can abort a run.
 MIN_ROWS = 20
 # Reasons for dropped rows that are counted separately.
@@ -92,21 +97,29 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
       resume: resume from the latest checkpoint in `workdir`, if there is one.
 
     Raises:
-      ConfigError: the settings are invalid.
+      ConfigError: the settings are invalid, or `workdir` cannot be written or is another run's.
       CheckpointError: a checkpoint cannot be used.
       TokenizerError: the tokenizer cannot be used.
       DataError: too many rows are unusable.
       BatchError: a batch could not be made.
+      RunError: a step gave numbers that are not finite, or a checkpoint could not be written.
     """
+    with _locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        _run(config, workdir, resume=resume)
+
+
+def _run(config: RunConfig, workdir: Path, *, resume: bool) -> None:
     train = config.train
     whole, broken = run_checkpoint.list_checkpoints(workdir)
     if (whole or broken) and not resume:
         raise ConfigError(
             f"{workdir} has checkpoints of an earlier run; resume it with --resume, or choose another folder"
         )
+    if resume and not whole:
+        _logger.warning("%s has no checkpoint to resume from: the run starts at step 1", workdir)
 
     # Build. Data comes first: errors in it show within seconds, and a large model takes minutes.
-    tokenizer, model_config = _load_model_config(config.model)
+    tokenizer, model_config = _load_model_config(config.model, workdir, whole[-1] if whole else None)
     source = _open_source(config, tokenizer, model_config)
     if tokenizer.vocab_size != model_config.decoder.vocab_size:
         raise ConfigError(
@@ -124,10 +137,15 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
             state, start = restored.state, int(restored.state.step)
             drops = DropCounts(**restored.position["drops"])
             _warn_of_changes(restored.config["gin"], config.text)
+            _warn_of_other_rows(restored.config.get("rows"), source)
             _logger.info("resuming after step %d of %d", start, train.steps)
         else:
             state, start, drops = _initial_state(trainer, config, model_config), 0, DropCounts()
-        checkpoint_config = {"gin": config.text, "model": run_checkpoint.model_to_json(model_config)}
+        checkpoint_config = {
+            "gin": config.text,
+            "model": run_checkpoint.model_to_json(model_config),
+            "rows": _rows_of(source),
+        }
         log = None
         if jax.process_index() == 0:
             (workdir / "config.gin").write_text(config.text)
@@ -136,6 +154,8 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
 
         # Iterate. `in_flight` has the steps whose metrics are not read yet.
         in_flight: deque[DispatchedStep] = deque()
+        timer = stack.enter_context(futures.ThreadPoolExecutor(1))
+        shapes = set()
 
         def read_metrics(*, all_but: int) -> None:
             while len(in_flight) > all_but:
@@ -145,7 +165,17 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
                 if step.number % train.log_every == 0:
                     drops.check(config.data.max_dropped_share)
                 if log:
-                    log.record(step.number, metrics, flops=step.flops, dropped=drops.dropped)
+                    log.record(
+                        step.number,
+                        metrics,
+                        finished=step.finished.result(),
+                        compiled=step.compiled,
+                        flops=step.flops,
+                        dropped=drops.dropped,
+                    )
+                # Before a checkpoint of this step or a later one is saved.
+                last = (step.number - 1) // train.checkpoint_every * train.checkpoint_every
+                _check_finite(step.number, metrics, max(start, last))
 
         stopping = stack.enter_context(_stop_signals())
         workers = config.data.workers
@@ -154,10 +184,23 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
         for step in range(start + 1, train.steps + 1):
             loaded = next(batches)
             batch = trainer.put(loaded.batch)
+            called = time.perf_counter()
             state, metrics = trainer.step(state, batch)
-            rows = len(loaded.batch.tokens)
-            flops = _step_flops(model_config, train, batch)
-            in_flight.append(DispatchedStep(step, metrics, flops, rows, loaded.dropped))
+            if compiled := (shape := batch.frames.shape[:2] + batch.tokens.shape[1:]) not in shapes:
+                shapes.add(shape)
+                seconds = time.perf_counter() - called
+                _logger.info("step %d compiled: %d rows, %d frames, %d tokens, %.1f s", step, *shape, seconds)
+            in_flight.append(
+                DispatchedStep(
+                    step,
+                    metrics,
+                    timer.submit(_await, metrics),
+                    compiled,
+                    flops=_step_flops(model_config, train, batch),
+                    rows=len(loaded.batch.tokens),
+                    dropped=loaded.dropped,
+                )
+            )
             read_metrics(all_but=STEPS_IN_FLIGHT)
 
             # Save.
@@ -181,6 +224,8 @@ class DispatchedStep:
     Attributes:
       number: counted from 1.
       metrics: on the device.
+      finished: when the device has finished it, by `time.perf_counter`.
+      compiled: whether its program was compiled for it, as for the first batch of each shape.
       flops: model FLOPs of the step.
       rows: number of rows that this process loaded.
       dropped: for each of these rows that could not be loaded, the reason.
@@ -188,6 +233,8 @@ class DispatchedStep:
 
     number: int
     metrics: dict[str, jax.Array]
+    finished: futures.Future[float]
+    compiled: bool
     flops: float
     rows: int
     dropped: tuple[str, ...]
@@ -238,9 +285,20 @@ def _too_many(max_share: float) -> str:
     return f"More than {max_share:.0%} of the rows are unusable: fix the data or raise data.max_dropped_share"
 
 
-def _load_model_config(initial: InitialModelConfig) -> tuple[Tokenizer, ModelConfig]:
-    """Loads the tokenizer and the config of the model, but no parameters."""
-    if initial.checkpoint:
+def _load_model_config(
+    initial: InitialModelConfig, workdir: Path, latest: Path | None
+) -> tuple[Tokenizer, ModelConfig]:
+    """Loads the tokenizer and the config of the model, but no parameters.
+
+    Args:
+      initial: the model that training starts from.
+      workdir: of the run.
+      latest: the checkpoint that the run resumes from, whose model stands then; None for a new run.
+    """
+    if latest:
+        config = run_checkpoint.model_from_json(run_checkpoint.read_json(latest, "config")["model"])
+        tokenizer = Tokenizer.load(workdir)
+    elif initial.checkpoint:
         folder = hub.resolve(initial.checkpoint)
         config, tokenizer = convert.load_config(folder), Tokenizer.load(folder)
     else:
@@ -250,6 +308,14 @@ def _load_model_config(initial: InitialModelConfig) -> tuple[Tokenizer, ModelCon
         mode=initial.pool or config.compressor.mode,
         stride=config.compressor.stride if initial.stride is None else initial.stride,
     )
+    if compressor != config.compressor and (origin := latest or initial.checkpoint):
+        _logger.warning(
+            "model.pool and model.stride override the frame compressor of %s: %s with stride %d, not %s with "
+            "stride %d",
+            origin,
+            *dataclasses.astuple(compressor),
+            *dataclasses.astuple(config.compressor),
+        )
     return tokenizer, dataclasses.replace(
         config, compressor=compressor, attention=initial.attention, remat=initial.remat
     )
@@ -285,7 +351,19 @@ def _open_source(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) ->
 
 
 def _make_mesh(config: MeshConfig) -> Mesh:
-    rest = jax.device_count() // math.prod(size for size in dataclasses.astuple(config) if size)
+    """Makes the mesh, in which an axis of 0 takes the devices that the others leave.
+
+    Raises:
+      ConfigError: the number of devices does not fit the axes.
+    """
+    fixed = {axis: size for axis, size in dataclasses.asdict(config).items() if size}
+    rest, left = divmod(jax.device_count(), math.prod(fixed.values()))
+    if len(fixed) < len(MESH_AXES) and left:
+        names = ", ".join(f"mesh.{axis} = {size}" for axis, size in fixed.items() if size > 1)
+        raise ConfigError(
+            f"{names} needs a multiple of {math.prod(fixed.values())} devices, but there "
+            f"{'is 1' if jax.device_count() == 1 else f'are {jax.device_count()}'}"
+        )
     try:
         return make_mesh(config.data or rest, config.fsdp or rest, config.tensor or rest)
     except ValueError as error:
@@ -335,12 +413,96 @@ def _warn_of_changes(before: str, after: str) -> None:
         _logger.warning("the settings differ from those of the checkpoint:\n  %s", "\n  ".join(lines))
 
 
+def _rows_of(source: BatchSource) -> dict[str, int | str] | None:
+    """Returns what a checkpoint keeps of the rows in files, by which other rows are noticed."""
+    if isinstance(source, ConversationBatches):
+        return {"count": source.report.kept, "fingerprint": source.fingerprint}
+    return None
+
+
+def _warn_of_other_rows(before: Mapping[str, int | str] | None, source: BatchSource) -> None:
+    """Warns of rows that differ from those of the checkpoint."""
+    after = _rows_of(source)
+    if before and after and before != after:
+        _logger.warning(
+            "the rows are not those of the checkpoint (%s then, %s now): from here on, batches differ from "
+            "those of an uninterrupted run, and rows may come twice or not at all in this epoch",
+            before["count"],
+            after["count"],
+        )
+
+
+def _check_finite(step: int, metrics: Mapping[str, float], last: int) -> None:
+    """Checks the metrics of a step, among them the norms of its gradient and of its new parameters.
+
+    Args:
+      step: counted from 1.
+      metrics: as of `Trainer.step`.
+      last: step of the last checkpoint; 0 if there is none.
+
+    Raises:
+      RunError: one of them is not finite.
+    """
+    bad = {name: float(value) for name, value in metrics.items() if not math.isfinite(value)}
+    if not bad:
+        return
+    found = [f"the loss is {bad['loss']}"] if "loss" in bad else []
+    for norm, of in (("grad_norm", "gradient"), ("param_norm", "parameters")):
+        if parts := [name.partition("/")[2] for name in bad if name.startswith(f"{norm}/")]:
+            found.append(f"the norm of the {of} of {', '.join(parts)} is {bad[f'{norm}/{parts[0]}']}")
+    resume = (
+        f"--resume goes on from the checkpoint of step {last}" if last else "there is no checkpoint before it"
+    )
+    raise RunError(
+        f"training diverged at step {step}: {'; '.join(found or bad)}. Nothing of this step was saved; "
+        f"{resume}. A lower optimizer.learning_rate may help, or a look at the data of this step"
+    )
+
+
+def _await(metrics: dict[str, jax.Array]) -> float:
+    """Waits for the metrics of a step and returns the time."""
+    jax.block_until_ready(metrics)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Creates the folder of a run and locks it until the context is left or the process ends.
+
+    Raises:
+      ConfigError: the folder cannot be written, or another run has locked it.
+    """
+    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a")
+    except OSError as error:
+        raise ConfigError(f"nothing can be written to {workdir}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another run is training in {workdir}; choose another folder") from None
+        except OSError as error:
+            _logger.warning("%s cannot be locked (%s): start no other run there", workdir, error.strerror)
+        try:
+            yield
+        finally:
+            # A run that failed before it wrote anything leaves nothing behind.
+            if missing and [path.name for path in workdir.iterdir()] == [LOCK]:
+                (workdir / LOCK).unlink()
+                with contextlib.suppress(OSError):
+                    for folder in missing:
+                        folder.rmdir()
+
+
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
     """Sets the event at SIGTERM or Ctrl-C, so that a step can finish; a second Ctrl-C interrupts."""
     event = threading.Event()
-    if jax.process_count() > 1:
-        # JAX handles SIGTERM itself, since all processes must stop after the same step.
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        # JAX handles SIGTERM itself, since all processes must stop after the same step. Only the main thread
+        # can handle signals, and Ray calls a training function in another.
         yield event
         return
 

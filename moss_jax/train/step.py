@@ -62,9 +62,11 @@ class Trainer:
     Attributes:
       step: `step(state, batch) -> (state, metrics)`, one optimizer step, jitted, which donates its state.
         Metrics are float32 scalars on the device: `loss`, the weighted loss that is minimised; the mean
-        cross-entropies `loss_text`, `loss_silence` and `loss_after_silence`; the mean of each additional loss
-        term over all targets, by its name; `grad_norm` before clipping; `learning_rate`; and the numbers of
-        `targets`, `tokens` and `frames`.
+        cross-entropies `loss_text`, `loss_silence` and `loss_after_silence`, and the numbers of their
+        targets, `targets_text`, `targets_silence` and `targets_after_silence`; the mean of each additional
+        loss term over all targets, by its name; `grad_norm` before clipping, and of each trained part of the
+        model `grad_norm/PART` and `param_norm/PART`, the norm of its new parameters; `learning_rate`; and the
+        numbers of `targets`, `tokens` and `frames`. A loss without targets is 0 (`losses.count_of`).
       shardings: sharding of each array of a state, as a `TrainState`.
 
     Raises:
@@ -86,7 +88,9 @@ class Trainer:
         self.silence_id = silence_id
         self._check_rows(train.batch_size)
         if unknown := [name for name, _ in train.loss_terms if name not in LOSS_TERMS]:
-            raise ConfigError(f"loss_terms must be some of {', '.join(LOSS_TERMS)}; got {', '.join(unknown)}")
+            raise ConfigError(
+                f"train.loss_terms must be some of {', '.join(LOSS_TERMS)}; got {', '.join(unknown)}"
+            )
         self._terms = {"cross_entropy": cross_entropy} | {
             name: LOSS_TERMS[name] for name, _ in train.loss_terms
         }
@@ -188,12 +192,18 @@ class Trainer:
         )
         gradient, losses = self._gradient_and_losses(state, batch, targets)
         updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
+        trained = cast(dict, optax.apply_updates(state.trained, updates))
         metrics = {
             "loss": self._weighted_sum(losses, targets),
             "loss_text": mean_over(losses["cross_entropy"], targets.text),
             "loss_silence": mean_over(losses["cross_entropy"], targets.silence),
             "loss_after_silence": mean_over(losses["cross_entropy"], targets.after_silence),
+            "targets_text": targets.text.sum(),
+            "targets_silence": targets.silence.sum(),
+            "targets_after_silence": targets.after_silence.sum(),
             "grad_norm": optax.tree.norm(gradient),
+            **{f"grad_norm/{part}": norm for part, norm in part_norms(gradient).items()},
+            **{f"param_norm/{part}": norm for part, norm in part_norms(trained).items()},
             "learning_rate": self._learning_rate(state.step),
             "targets": (targets.text | targets.silence).sum(),
             "tokens": _lengths(tokens).sum(),
@@ -203,7 +213,7 @@ class Trainer:
             metrics[name] = mean_over(losses[name], targets.text | targets.silence)
         state = TrainState(
             step=state.step + 1,
-            trained=cast(dict, optax.apply_updates(state.trained, updates)),
+            trained=trained,
             frozen=state.frozen,
             optimizer=optimizer,
         )
@@ -280,6 +290,14 @@ class Trainer:
                 f"{parts // self.config.accumulate} devices in {self.config.accumulate} micro-batches; "
                 f"make batch_size a multiple of {parts}"
             )
+
+
+def part_norms(params: dict[str, Float[Array, "..."]]) -> dict[str, Float[Array, ""]]:
+    """Returns the L2 norm of each part of the model (vision, compressor, ...), which any NaN makes NaN."""
+    parts: dict[str, list] = {}
+    for name, param in params.items():
+        parts.setdefault(name.partition("/")[0], []).append(param.astype(jnp.float32))
+    return {part: optax.tree.norm(arrays) for part, arrays in parts.items()}
 
 
 def _name(path: tuple) -> str:

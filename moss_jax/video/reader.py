@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import itertools
-import math
+import heapq
+import logging
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import av
 import numpy as np
@@ -16,14 +14,17 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from av.stream import Disposition
 
+from moss_jax.video.files import VideoError, check_file, damaged
+from moss_jax.video.stills import is_jpeg_stream, read_still
+from moss_jax.video.timeline import Span, Stamp, spans, stamped_packets
 from moss_jax.video.truncation import missing_part
+
+logger = logging.getLogger(__name__)
 
 # libav decodes text files as video of a terminal that prints them.
 _TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")
-
-
-class VideoError(ValueError):
-    """A file that cannot be read as video; the message is one sentence with its name and the reason."""
+# Ratios of width to height that pixels have on discs and tapes are well inside; others are mistakes.
+_PIXEL_ASPECTS = (0.1, 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,124 +49,168 @@ class DecodedFrame:
     Attributes:
       picture: the decoded frame, usually in YUV.
       time, duration: as in `Frame`.
+      pixel_aspect: width of a stored pixel as a multiple of its height.
     """
 
     picture: av.VideoFrame
     time: float
     duration: float | None = None
+    pixel_aspect: float = 1.0
 
     @functools.cached_property
     def rgb(self) -> np.ndarray:
-        """uint8 [H, W, 3], with the file's display rotation applied."""
-        rgb = self.picture.to_ndarray(format="rgb24")
-        return np.ascontiguousarray(np.rot90(rgb, _quarter_turns(self.picture)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """Presentation time and duration of a frame, in seconds; see `Frame`."""
-
-    time: float
-    duration: float | None
+        """uint8 [H, W, 3], as it is shown: with square pixels, turned and mirrored."""
+        width, height = self.picture.width, self.picture.height
+        if self.pixel_aspect > 1:
+            width = round(width * self.pixel_aspect)
+        else:
+            height = round(height / self.pixel_aspect)
+        return _turned(self.picture.to_ndarray(format="rgb24", width=width, height=height), self.picture)
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """Metadata of a video or image file.
+    """What a file holds.
 
     Attributes:
-      width, height: in pixels, after display rotation.
-      duration: in seconds; 0 for an image, None if the file does not declare it.
+      width, height: in pixels, as shown.
+      duration: seconds from the first frame to the end of the last, by the packets; 0 for an image.
       fps: average frame rate; None for an image or if the file does not declare it.
       is_image: whether it is a still image.
     """
 
     width: int
     height: int
-    duration: float | None
+    duration: float
     fps: float | None
     is_image: bool
 
 
 def probe(path: str | os.PathLike) -> VideoInfo:
-    """Reads a file's metadata, decodes its first frame and checks that the file is not truncated.
+    """Checks a file as `check` does, and reads its packets to tell how long it is.
 
     Raises:
-      VideoError: the file does not exist, is neither video nor image, is empty or truncated, or has no frame.
+      VideoError: as `check` does.
     """
-    with _open(path) as (container, stream):
-        if missing := missing_part(path):
-            raise VideoError(f"{path} {missing}; copy or download it again")
-        picture = next(_decode(container, stream), None)
-        if picture is None:
-            raise VideoError(_no_frames(path))
-        sideways = _quarter_turns(picture) % 2 == 1
-        is_image = _is_image(container)
-        return VideoInfo(
-            width=picture.height if sideways else picture.width,
-            height=picture.width if sideways else picture.height,
-            duration=0.0 if is_image else _declared_duration(container, stream),
-            fps=float(stream.average_rate) if stream.average_rate and not is_image else None,
-            is_image=is_image,
-        )
-
-
-def read(path: str | os.PathLike) -> Iterator[DecodedFrame]:
-    """Decodes a file frame by frame, in presentation order, starting at time 0.
-
-    The file is open from the first `next` until the iterator is exhausted, closed or dropped. Times are
-    monotonic: where a timestamp is missing or goes back, the frame starts at the end of the previous one.
-
-    Raises:
-      VideoError: as `probe` does; of a truncated or damaged file, after its intact frames.
-    """
-    with _open(path) as (container, stream):
-        missing, is_image, empty = missing_part(path), _is_image(container), True
-        pictures = _decode(container, stream, skip_partial=bool(missing))
-        stamped = ((_stamp(picture, container), picture.duration, picture) for picture in pictures)
-        for span, picture in _timed(itertools.islice(stamped, 1 if is_image else None), stream):
-            empty = False
-            # libav gives an image a duration of 1/25 s.
-            yield DecodedFrame(picture, span.time, None if is_image else span.duration)
-        if missing:
-            raise VideoError(f"{path} {missing}; copy or download it again")
-        if empty:
-            raise VideoError(_no_frames(path))
+    return scan(path)[0]
 
 
 def frame_spans(path: str | os.PathLike) -> list[Span]:
-    """Returns the time and duration of each frame of a file, from its packets, without decoding.
+    """Returns the time and duration of each frame of a file, from its packets; only the first is decoded.
 
     Raises:
-      VideoError: the file cannot be opened or read.
+      VideoError: as `check` does.
     """
+    return scan(path)[1]
+
+
+def scan(path: str | os.PathLike) -> tuple[VideoInfo, list[Span]]:
+    """Returns what `probe` and `frame_spans` do.
+
+    Raises:
+      VideoError: as `check` does.
+    """
+    first, is_image = _first_frame(path)
+    height, width, _ = first.rgb.shape
+    if is_image:
+        return VideoInfo(width, height, 0.0, None, True), [Span(0.0, None)]
     with _open(path) as (container, stream):
-        stamped = [
-            (_stamp(packet, container), packet.duration, None)
-            for packet in container.demux(stream)
-            if packet.size and not packet.is_discard
-        ]
-        stamped.sort(key=lambda item: item[0] or 0)
-        return [span for span, _ in _timed(stamped, stream)]
+        stamps = sorted(stamp for _, stamp in stamped_packets(container, stream) if stamp)
+        shown = [span for span, _ in spans(((stamp, None) for stamp in stamps), stream)]
+        fps = float(stream.average_rate) if stream.average_rate else None
+    return VideoInfo(width, height, shown[-1].time + (shown[-1].duration or 0.0), fps, False), shown
+
+
+def check(path: str | os.PathLike) -> None:
+    """Checks that a file is not truncated, and that a frame of it can be decoded.
+
+    Raises:
+      VideoError: the file cannot be read, is neither video nor image, is empty or truncated, or has no frame.
+    """
+    _first_frame(path)
+
+
+def _first_frame(path: str | os.PathLike) -> tuple[DecodedFrame, bool]:
+    """Checks a file; returns its first frame, and whether that is all of it: a still image."""
+    check_file(path)
+    if missing := missing_part(path):
+        raise VideoError(f"{path} {missing}; copy or download it again")
+    if still := _still(path):
+        return still, True
+    with _open(path) as (container, stream):
+        for _, (picture, _) in _decoded(container, stream):
+            if picture:
+                return DecodedFrame(picture, 0.0, pixel_aspect=_pixel_aspect(stream)), _is_image(container)
+    raise damaged(path)
+
+
+def read(path: str | os.PathLike, on_skip: Callable[[float], None] | None = None) -> Iterator[DecodedFrame]:
+    """Decodes a file frame by frame, in presentation order, starting at time 0.
+
+    The file is open from the first `next` until the iterator is exhausted, closed or dropped. The times are
+    those of `frame_spans`. A frame that cannot be decoded is skipped, and a warning is logged at the end: the
+    frame before it stays, or the first one comes earlier.
+
+    Args:
+      on_skip: called with the time of each frame that is skipped, before the next frame is yielded.
+
+    Raises:
+      VideoError: as `check` does; of a truncated file, or one of which most cannot be decoded, after its
+        intact frames.
+    """
+    check_file(path)
+    missing = missing_part(path)
+    if still := _still(path):
+        if missing:
+            raise VideoError(f"{path} {missing}; copy or download it again")
+        yield still
+        return
+    with _open(path) as (container, stream):
+        aspect, is_image = _pixel_aspect(stream), _is_image(container)
+        decoded = _decoded(container, stream)
+        newest: DecodedFrame | None = None
+        count, skipped, lost = 0, 0, None
+        try:
+            for span, (picture, failed) in spans(decoded, stream):
+                if picture is None:
+                    # What a decoder drops without an error (a second field, a hidden frame) isn't missed.
+                    lost = (lost[0] if lost else span.time, span.time + (span.duration or 0.0))
+                    skipped += failed
+                    if failed and on_skip:
+                        on_skip(span.time)
+                    continue
+                time = span.time if newest else 0.0
+                duration = span.duration and span.time + span.duration - time
+                # libav gives an image a duration of 1/25 s.
+                newest = DecodedFrame(picture, time, None if is_image else duration, aspect)
+                count, lost = count + 1, None
+                yield newest
+                if is_image:
+                    return
+        finally:
+            if skipped:
+                frames = "1 frame" if skipped == 1 else f"{skipped} frames"
+                logger.warning("%s is damaged: skipped %s that cannot be decoded", path, frames)
+        if missing:
+            raise VideoError(f"{path} {missing}; copy or download it again")
+        if newest is None:
+            raise damaged(path)
+        if skipped > count:
+            share = f"{skipped} of {count + skipped} frames cannot be decoded"
+            raise VideoError(f"{path} is damaged ({share}); copy or download it again")
+        if lost:
+            yield dataclasses.replace(newest, time=lost[0], duration=lost[1] - lost[0])
 
 
 @contextmanager
 def _open(path: str | os.PathLike) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     """Opens a file and finds its video stream; libav errors inside the context become VideoErrors."""
-    file = Path(path)
-    if not file.exists():
-        raise VideoError(f"{path} does not exist; give the path of a video or an image")
-    if not file.is_file():
-        kind = "a directory" if file.is_dir() else "not a regular file"
-        raise VideoError(f"{path} is {kind}; give the path of a video or an image")
-    if file.stat().st_size == 0:
-        raise VideoError(f"{path} is empty (0 bytes); copy or download it again")
     # "file:" and "none" keep names like "a:b.mp4" and "%d.jpg" from being read as protocols and patterns.
     try:
-        container = av.open(f"file:{os.fspath(path)}", options={"pattern_type": "none"})
+        # libav takes raw Motion JPEG for a still, unless its pictures are small.
+        name, demuxer = f"file:{os.fspath(path)}", "mjpeg" if is_jpeg_stream(path) else None
+        container = av.open(name, format=demuxer, options={"pattern_type": "none"})
     except (FFmpegError, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise VideoError(f"{path} is not readable by this user; change its permissions") from error
         if missing := missing_part(path):
             raise VideoError(f"{path} {missing}; copy or download it again") from error
         raise VideoError(f"{path} is neither a video nor an image in a known format") from error
@@ -185,7 +230,8 @@ def _video_stream(path: str | os.PathLike, container: InputContainer) -> av.Vide
         kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
         holds = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
         raise VideoError(f"{path} has no video stream, {holds}; give the path of a video or an image")
-    stream = streams[0]
+    # The first default stream, as in players, but rather not the single picture beside an AVIF sequence.
+    stream = max(streams, key=lambda s: (s.frames != 1, Disposition.default in s.disposition))
     if stream.codec_context is None:
         raise VideoError(f"{path} has an unknown video codec; convert it to H.264")
     if stream.codec_context.name in _TEXT_CODECS:
@@ -196,79 +242,77 @@ def _video_stream(path: str | os.PathLike, container: InputContainer) -> av.Vide
     return stream
 
 
-def _decode(
-    container: InputContainer, stream: av.VideoStream, *, skip_partial: bool = False
-) -> Iterator[av.VideoFrame]:
-    """Decodes a stream; an error is raised after the intact frames before it have been yielded.
+def _decoded(
+    container: InputContainer, stream: av.VideoStream
+) -> Iterator[tuple[Stamp, tuple[av.VideoFrame | None, bool]]]:
+    """Decodes a stream; yields the stamps of its packets in presentation order, with what became of each.
+
+    That is the packet's picture, or None, and whether decoding it failed.
 
     Slice threading (the default) is used, not frame threading: the latter delays one frame per thread, and
     PyAV drops errors when a call returns several frames.
     """
-    started = False
+    waiting: list[Stamp] = []
+    failed: set[int] = set()
+
+    def pop(picture: av.VideoFrame | None = None) -> tuple[Stamp, tuple[av.VideoFrame | None, bool]]:
+        stamp = heapq.heappop(waiting)
+        # A picture that was completed from others after an error is as good as none.
+        if picture is not None and not picture.is_corrupt:
+            return stamp, (picture, False)
+        return stamp, (None, picture is not None or stamp.index in failed)
+
+    def decode(packet: av.Packet | None, stamp: Stamp | None):
+        try:
+            pictures = stream.codec_context.decode(packet)
+        except FFmpegError:
+            if stamp:
+                failed.add(stamp.index)
+            return
+        for picture in pictures:
+            while waiting and (
+                waiting[0].index in failed if picture.pts is None else waiting[0].time < picture.pts
+            ):
+                yield pop()
+            # Any other picture belongs to a packet that is not shown.
+            if waiting and (picture.pts is None or waiting[0].time == picture.pts):
+                yield pop(picture)
+
     try:
-        for packet in container.demux(stream):
-            if skip_partial and packet.is_corrupt:
-                continue
-            try:
-                pictures = packet.decode()
-            except FFmpegError:
-                if not started:  # a recording may begin between two keyframes
-                    continue
-                raise
-            started = started or bool(pictures)
-            yield from pictures
+        for packet, stamp in stamped_packets(container, stream):
+            if stamp:
+                heapq.heappush(waiting, stamp)
+            yield from decode(packet, stamp)
     except FFmpegError:
-        delayed = stream.codec_context.decode(None)
-        yield from (picture for picture in delayed if not picture.is_corrupt)
+        # The rest of the file cannot be read.
+        yield from decode(None, None)
         raise
+    while waiting:
+        yield pop()
 
 
-def _timed[Item](
-    stamped: Iterable[tuple[int | None, int | None, Item]], stream: av.VideoStream
-) -> Iterator[tuple[Span, Item]]:
-    """Converts (timestamp, duration, item) in presentation order from stream time base to seconds."""
-    unit = float(stream.time_base)
-    total = stream.duration * unit if stream.duration else math.inf
-    typical = 1 / float(stream.average_rate) if stream.average_rate else 0.04
-    origin, time, end = None, 0.0, 0.0
-    for stamp, ticks, item in stamped:
-        if stamp is None:
-            time = end
-        else:
-            origin = stamp if origin is None else origin
-            elapsed = (stamp - origin) * unit
-            time = elapsed if elapsed >= time else end
-        duration = ticks * unit if ticks else None
-        if duration and time < total:
-            # MP4 stores durations in decoding order: with B-frames the last one may be another frame's.
-            duration = min(duration, total - time)
-        yield Span(time, duration), item
-        end = time + (duration or typical)
-
-
-def _stamp(item: av.Packet | av.VideoFrame, container: InputContainer) -> int | None:
-    # AVI has decoding timestamps only; presentation timestamps that libav derives are wrong with B-frames.
-    return item.dts if container.format.name == "avi" else item.pts
-
-
-def _declared_duration(container: InputContainer, stream: av.VideoStream) -> float | None:
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    # Matroska stores the duration of a stream in a tag: "00:01:02.048000000".
-    if tag := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
-        hours, minutes, seconds = map(float, tag.groups())
-        return 3600 * hours + 60 * minutes + seconds
-    return container.duration / av.time_base if container.duration else None
+def _still(path: str | os.PathLike) -> DecodedFrame | None:
+    rgb = read_still(path)
+    return None if rgb is None else DecodedFrame(av.VideoFrame.from_ndarray(rgb, format="rgb24"), 0.0)
 
 
 def _is_image(container: InputContainer) -> bool:
     return container.format.name == "image2" or container.format.name.endswith("_pipe")
 
 
-def _quarter_turns(picture: av.VideoFrame) -> int:
-    """Display rotation in counterclockwise quarter turns."""
-    return round(picture.rotation / 90)
+def _pixel_aspect(stream: av.VideoStream) -> float:
+    aspect = stream.sample_aspect_ratio
+    least, most = _PIXEL_ASPECTS
+    return float(aspect) if aspect and least <= float(aspect) <= most else 1.0
 
 
-def _no_frames(path: str | os.PathLike) -> str:
-    return f"{path} has no frame that can be decoded; copy or download it again"
+def _turned(rgb: np.ndarray, picture: av.VideoFrame) -> np.ndarray:
+    """Turns and mirrors a picture as the display matrix of its file says, in quarter turns."""
+    matrix = picture.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return rgb
+    # A pixel at (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32)
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        rgb, a, d = rgb.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])

@@ -1,15 +1,18 @@
 """Frame sampling: picks frames of a stream at a fixed rate, by presentation time."""
 
+import collections
 import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from moss_jax.config import FrameSampling
-from moss_jax.video.reader import DecodedFrame, Frame, Span, frame_spans, probe, read
+from moss_jax.video.preprocess import fit_frame
+from moss_jax.video.reader import DecodedFrame, Frame, check, read, scan
+from moss_jax.video.timeline import Span
 
 # Seconds. Matroska rounds timestamps to milliseconds: 2/30 s is stored as 0.067.
 _TOLERANCE = 1e-3
@@ -39,16 +42,21 @@ def sample_live(frames: Iterable[Frame | DecodedFrame], sampling: FrameSampling)
         yield Frame(_checked(frame.rgb), time, 1 / sampling.fps)
 
 
-def sample_file(path: str | os.PathLike, sampling: FrameSampling) -> Iterator[Frame]:
+def sample_file(
+    path: str | os.PathLike, sampling: FrameSampling, on_skip: Callable[[float], None] | None = None
+) -> Iterator[Frame]:
     """Checks a file at once, and returns an iterator over its frames sampled as by `sample_live`.
 
     An image gives one frame.
 
+    Args:
+      on_skip: called with the time of each frame that cannot be decoded; see `read`.
+
     Raises:
       VideoError: the file cannot be read; see `probe` and `read`.
     """
-    probe(path)
-    return sample_live(read(path), sampling)
+    check(path)
+    return sample_live(read(path, on_skip), sampling)
 
 
 def sample_clip(path: str | os.PathLike, sampling: FrameSampling) -> list[Frame]:
@@ -64,29 +72,32 @@ def sample_clip(path: str | os.PathLike, sampling: FrameSampling) -> list[Frame]
 
 
 def clip_times(path: str | os.PathLike, sampling: FrameSampling) -> list[float]:
-    """Returns the times of the frames of `sample_clip`; decodes only the first frame.
+    """Returns the times of the frames of `sample_clip`, from the packets; decodes only the first frame.
 
     Raises:
       VideoError: the file cannot be read; see `probe`.
     """
-    if probe(path).is_image:
+    info, spans = scan(path)
+    if info.is_image:
         return [0.0]
-    spans = frame_spans(path)
     grid = (k / sampling.fps for k in range(sampling.max_frames + 1))
     times = [time for time, _ in _pick(spans, grid)]
     if sampling.min_frames <= len(times) <= sampling.max_frames:
         return times
     count = min(max(len(times), sampling.min_frames), sampling.max_frames)
-    length = spans[-1].time + (spans[-1].duration or 0.0)
-    return [i * length / count for i in range(count)]
+    return [i * info.duration / count for i in range(count)]
 
 
-def sample_at(path: str | os.PathLike, times: Sequence[float]) -> Iterator[Frame]:
+def sample_at(
+    path: str | os.PathLike, times: Sequence[float], on_skip: Callable[[float], None] | None = None
+) -> Iterator[Frame]:
     """Yields the frame of a file that is shown at each of the given times; after its end, the last frame.
 
     Args:
       path: of the file.
       times: in seconds, nonnegative and ascending. Nothing is read beyond the last.
+      on_skip: called with the time of each frame that cannot be decoded; see `read`. With it, the file is
+        read to its end.
 
     Raises:
       VideoError: the file cannot be read; see `read`.
@@ -98,12 +109,27 @@ def sample_at(path: str | os.PathLike, times: Sequence[float]) -> Iterator[Frame
         newest = frame
         return frame
 
-    for time, frame in _pick(map(note, read(path)), times):
+    decoded = map(note, read(path, on_skip))
+    for time, frame in _pick(decoded, times):
         yield Frame(_checked(frame.rgb), time)
         count += 1
+    if on_skip:
+        collections.deque(decoded, maxlen=0)
     for time in times[count:]:
         assert newest is not None, "read raises VideoError if there is no frame"
         yield Frame(_checked(newest.rgb), time)
+
+
+def fit_frames(frames: Iterable[Frame], image_size: int) -> Iterator[Frame]:
+    """Resizes and pads frames by `fit_frame` as they come, so that no other is held at its full size.
+
+    A frame that comes several times in a row is resized once.
+    """
+    full, fitted = None, None
+    for frame in frames:
+        if fitted is None or frame.rgb is not full:
+            full, fitted = frame.rgb, fit_frame(frame.rgb, image_size)
+        yield Frame(fitted, frame.time, frame.duration)
 
 
 def _pick[T: Frame | DecodedFrame | Span](

@@ -1,10 +1,11 @@
-"""Detects truncated files by the sizes that their containers declare, without decoding.
+"""What a file's container declares about its structure, without decoding: whether the file is cut off.
 
 MP4 and QuickTime, AVI and WebP, Matroska and WebM declare their sizes. Other formats (MPEG-TS, FLV, GIF, raw
 streams) do not, nor do Matroska recordings of live streams; those are read to wherever they end.
 """
 
 import os
+from collections.abc import Iterator
 from typing import BinaryIO
 
 _ISO_FIRST_BOXES = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"wide", b"free", b"skip", b"pnot")
@@ -32,6 +33,30 @@ def missing_part(path: str | os.PathLike) -> str | None:
         return None
 
 
+def iso_boxes(path: str | os.PathLike) -> set[bytes]:
+    """Returns the kinds of the top-level boxes of an MP4, QuickTime, HEIC or AVIF file; of others none.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        is_iso = file.read(8)[4:] in _ISO_FIRST_BOXES
+        return {kind for kind, _ in _boxes(file, size)} if is_iso else set()
+
+
+def iso_brands(path: str | os.PathLike) -> set[bytes]:
+    """Returns the major and the compatible brands of such a file.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        length, kind = int.from_bytes(file.read(4)), file.read(4)
+        content = file.read(min(length, 4096) - 8) if kind == b"ftyp" and length > 8 else b""
+    return {content[i : i + 4] for i in range(0, len(content), 4) if i != 4}
+
+
 def _shortfall(size: int, declared: int | None) -> str | None:
     if declared is None or declared <= size:
         return None
@@ -39,7 +64,19 @@ def _shortfall(size: int, declared: int | None) -> str | None:
 
 
 def _missing_of_iso(file: BinaryIO, size: int) -> str | None:
-    offset, kinds = 0, set()
+    kinds = set()
+    for kind, end in _boxes(file, size):
+        kinds.add(kind)
+        if kind in (b"moov", b"moof", b"mdat") and end > size:
+            return _shortfall(size, end)
+    if b"mdat" in kinds and not kinds & {b"moov", b"moof", b"meta"}:
+        return "is cut off or was never finished: its index (the moov box) is missing"
+    return None
+
+
+def _boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
+    """Yields kind and end of each top-level box of an ISO file."""
+    offset = 0
     while offset + 8 <= size:
         file.seek(offset)
         header = file.read(16)
@@ -49,14 +86,9 @@ def _missing_of_iso(file: BinaryIO, size: int) -> str | None:
         elif length == 1:
             length = int.from_bytes(header[8:16])
         if length < 8:  # cameras append data of their own that are not boxes
-            break
+            return
         offset += length
-        kinds.add(kind)
-        if kind in (b"moov", b"moof", b"mdat") and offset > size:
-            return _shortfall(size, offset)
-    if b"mdat" in kinds and not kinds & {b"moov", b"moof", b"meta"}:
-        return "is cut off or was never finished: its index (the moov box) is missing"
-    return None
+        yield kind, offset
 
 
 def _riff_end(file: BinaryIO, size: int) -> int | None:

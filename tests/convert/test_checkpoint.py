@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 import moss_jax
 from moss_jax import CheckpointError
 from moss_jax.convert import checkpoint, configs, load_config, names
+from moss_jax.shipped import shipped
+from moss_jax.text import TokenizerError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -131,11 +135,152 @@ def test_the_normalisation_round_trips(golden, tmp_path):
     assert load_config(again).vision == vision
 
 
-def test_a_tokenizer_is_copied_along(golden, tmp_path):
-    tokenizer = tmp_path / "some.json"
-    tokenizer.write_text("{}")
-    saved = moss_jax.save(tmp_path / "saved", golden.model, tokenizer=tokenizer)
-    assert (saved / "tokenizer.json").read_text() == "{}"
+def test_the_shipped_checkpoint_is_what_save_writes(tmp_path):
+    folder = shipped("moss-tiny")
+    saved = moss_jax.save(tmp_path / "saved", moss_jax.load(folder, dtype="bfloat16"), tokenizer=folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == files
+    assert set(files) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(golden, tmp_path):
+    with pytest.raises(CheckpointError, match="predicts 1024 tokens, the model 320; they must belong"):
+        moss_jax.save(tmp_path / "saved", golden.model, tokenizer=shipped("moss-tiny"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="cannot be read as a tokenizer"):
+        moss_jax.save(tmp_path / "saved", golden.model, tokenizer=tmp_path)
+    assert not (tmp_path / "saved").exists()
+
+
+# --------------------------------------------------------------------------------------- tensors as they come
+
+Q, K, V = (f"language_model.model.layers.0.self_attn.{part}_proj.weight" for part in "qkv")
+
+
+def test_parts_of_one_parameter_may_differ_in_type(golden, folder):
+    types = {Q: np.float16, K: ml_dtypes.bfloat16, V: np.float64}
+    rewrite(folder, lambda tensors: tensors | {name: tensors[name].astype(t) for name, t in types.items()})
+    stored = load_file(folder / SINGLE)
+    loaded = dict(names.to_hugging_face(golden.model.config, nnx.state(moss_jax.load(folder))))
+    for name, tensor in stored.items():
+        np.testing.assert_array_equal(loaded[name], tensor.astype(np.float32), err_msg=name)
+    half = dict(
+        names.to_hugging_face(golden.model.config, nnx.state(moss_jax.load(folder, dtype="bfloat16")))
+    )
+    for name, tensor in stored.items():
+        np.testing.assert_array_equal(half[name], tensor.astype(ml_dtypes.bfloat16), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+@pytest.mark.parametrize(
+    ("suffix", "scale"),
+    [
+        ("", None),
+        ("_scale", np.float32(0.37)),
+        ("_scale_inv", np.full(1, 0.37, np.float32)),
+        ("_scale", np.linspace(0.1, 2, 64, dtype=np.float32)),
+        ("_scale", np.linspace(0.1, 2, 64).astype(ml_dtypes.bfloat16)[:, None]),
+    ],
+)
+def test_tensors_in_8_bits_with_and_without_scale(golden, folder, kind, suffix, scale):
+    stored = load_file(folder / SINGLE)[Q].astype(kind)
+    scales = {} if scale is None else {Q + suffix: np.asarray(scale)}
+    rewrite(folder, lambda tensors: tensors | {Q: stored} | scales)
+    factor = 1 if scale is None else np.asarray(scale, np.float32).reshape(-1, 1)
+    loaded = dict(names.to_hugging_face(golden.model.config, nnx.state(moss_jax.load(folder))))
+    np.testing.assert_array_equal(loaded[Q], stored.astype(np.float32) * factor)
+
+
+def test_buffers_that_follow_from_the_config_are_ignored(golden, folder):
+    buffers = {
+        "language_model.model.rotary_emb.inv_freq": np.ones(8, np.float32),
+        "model.language_model.layers.0.self_attn.rotary_emb.cos_cached": np.ones((4, 8), np.float32),
+        "vision_model.embeddings.position_ids": np.arange(17)[None],
+        Q.replace("weight", "input_scale"): np.ones(1, np.float32),
+    }
+    rewrite(folder, lambda tensors: tensors | buffers)
+    same(moss_jax.load(folder), golden.model)
+
+
+def test_types_and_scales_that_are_not_supported_are_named(folder):
+    odd = {
+        Q: np.zeros((64, 64), np.int8),
+        K: np.zeros((32, 64), ml_dtypes.float8_e4m3fn),
+        f"{K}_scale_inv": np.ones((1, 2), np.float32),
+    }
+    rewrite(folder, lambda tensors: tensors | odd)
+    refuses(
+        folder,
+        f"{Q} has type I8; supported are F64, F32, F16, BF16, F8_E4M3, F8_E5M2",
+        f"the scale of {K} has shape [1, 2]; it must be one number, or one a row",
+    )
+
+
+# ------------------------------------------------------------------------------- values that are not finite
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_every_value_that_is_not_finite_is_seen(dtype):
+    kind = np.dtype(dtype if dtype != "bfloat16" else ml_dtypes.bfloat16)
+    x = np.full((3, 70_000), ml_dtypes.finfo(kind).max, kind)
+    x[0, :3] = 0, -ml_dtypes.finfo(kind).max, ml_dtypes.finfo(kind).smallest_subnormal
+    assert checkpoint.is_finite(x)
+    for index in ((0, 0), (0, 65_535), (0, 65_536), (2, 69_999)):
+        for value in (np.nan, -np.nan, np.inf, -np.inf):
+            y = x.copy()
+            y[index] = value
+            assert not checkpoint.is_finite(y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_that_are_not_finite_are_refused(golden, folder, tmp_path, dtype):
+    def spoil(tensors):
+        for name, value in ((V, np.nan), ("multi_modal_projector.bias", np.inf)):
+            tensors[name].flat[-1] = value
+        return tensors
+
+    rewrite(folder, spoil)
+    with pytest.raises(CheckpointError) as error:
+        moss_jax.load(folder, dtype=dtype)
+    assert str(error.value) == (
+        f"{folder}: 2 of its tensors, the first of them {V}, have NaN or infinite values in {dtype}; "
+        "take a checkpoint from before the training diverged"
+    )
+
+
+def test_a_model_that_is_not_finite_is_not_saved(golden, tmp_path):
+    model = moss_jax.load(golden.folder)
+    model.projector.bias[...] = model.projector.bias[...].at[3].set(np.inf)
+    with pytest.raises(
+        CheckpointError, match=r"1 of its tensors, the first of them multi_modal_projector\.bias"
+    ):
+        moss_jax.save(tmp_path / "saved", model)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------ image processors
+
+
+def test_transformers_5_nests_the_image_processor_in_another_file(golden, folder):
+    """It wins over preprocessor_config.json, as in transformers."""
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "MllamaProcessor"}))
+    assert load_config(folder).vision.image_mean == (0.1, 0.2, 0.3)
+    nested = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 0.75]}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
+    vision = moss_jax.load(folder).config.vision
+    assert (vision.image_mean, vision.image_std) == ((0.5, 0.5, 0.5), (0.25, 0.5, 0.75))
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"resample": 3}}))
+    refuses(folder, "the image processor.resample is 3; only 2 is supported")
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": [1]}))
+    refuses(folder, "the image processor must be a JSON object")
 
 
 # -------------------------------------------------------------------------------------------------- errors
@@ -169,6 +314,33 @@ def test_a_long_list_of_problems_is_cut(folder):
     refuses(folder, "missing vision_model.class_embedding", f"and {142 - checkpoint.MAX_LISTED} more")
 
 
+def test_a_byte_order_mark_is_no_obstacle(golden, folder):
+    content = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(content, encoding="utf-8-sig")
+    assert load_config(folder) == golden.model.config
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", SINGLE, INDEX])
+def test_a_folder_where_a_file_is_meant(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    refuses(folder, name, "truncated or damaged" if name == SINGLE else "not readable JSON")
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE, "."])
+def test_files_without_permission(golden, unprivileged, name):
+    tensors = {"a": np.zeros(3, np.float32)}
+    config, _ = configs.to_hugging_face(golden.model.config)
+    (unprivileged / "mine").mkdir()
+    (unprivileged / "mine" / "config.json").write_text(json.dumps(config))
+    save_file(tensors, unprivileged / "mine" / SINGLE)
+    (unprivileged / "mine" / name).chmod(0)
+    try:
+        refuses(unprivileged / "mine", "denied")
+    finally:
+        (unprivileged / "mine").chmod(0o755)
+
+
 def test_a_truncated_file(folder):
     whole = (folder / SINGLE).read_bytes()
     for size in (0, 5, 1000, len(whole) - 1):
@@ -197,7 +369,7 @@ def test_no_folder_and_no_config(folder):
 
 
 def test_an_index_without_shards(folder):
-    for index in ({}, {"weight_map": ["model.safetensors"]}):
+    for index in ({}, {"weight_map": ["model.safetensors"]}, {"weight_map": {"a": 1}}):
         (folder / INDEX).write_text(json.dumps(index))
         refuses(folder, f"{INDEX} has no weight_map")
 
@@ -231,8 +403,56 @@ def test_saves_only_into_new_or_empty_folders(golden, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_failed_save_leaves_nothing_behind(golden, tmp_path, monkeypatch, error):
+def test_the_working_directory_is_saved_into_where_it_is_empty(golden, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    for name in ("here", "link"):
+        monkeypatch.chdir(tmp_path / name)
+        moss_jax.save(".", golden.model)
+        assert {path.name for path in Path.cwd().iterdir()} == {
+            "config.json",
+            "preprocessor_config.json",
+            SINGLE,
+        }
+        same(moss_jax.load("."), golden.model)
+        with pytest.raises(CheckpointError, match=r"^\. exists and is not empty; save to a new folder$"):
+            moss_jax.save(".", golden.model)
+        for file in Path.cwd().iterdir():
+            file.unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(golden, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    for taken in (tmp_path / "file" / "saved", tmp_path / "lost"):
+        with pytest.raises(
+            CheckpointError, match=f"^{taken} cannot be written, and nothing was left there: "
+        ):
+            moss_jax.save(taken, golden.model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "lost"]
+
+
+@pytest.mark.parametrize("name", ["new", "empty"])
+def test_a_full_disk_leaves_nothing_behind(golden, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"cannot be written, and nothing was left there: .*File too large"
+        ):
+            moss_jax.save(tmp_path / name, golden.model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+    moss_jax.save(tmp_path / name, golden.model)
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"), [(OSError, CheckpointError), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_a_failed_save_leaves_nothing_behind(golden, tmp_path, monkeypatch, error, seen):
     calls = []
 
     def fails_midway(*args, **kwargs):
@@ -242,7 +462,7 @@ def test_a_failed_save_leaves_nothing_behind(golden, tmp_path, monkeypatch, erro
         save_file(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "save_file", fails_midway)
-    with pytest.raises(error):
+    with pytest.raises(seen):
         moss_jax.save(tmp_path / "saved", golden.model, shard_bytes=200_000)
     assert len(calls) == 3
     assert not list(tmp_path.iterdir())

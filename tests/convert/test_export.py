@@ -1,5 +1,6 @@
 """Export of a training run to Hugging Face layout: the exported model is the trained one."""
 
+import json
 import shutil
 
 import jax
@@ -109,6 +110,50 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, workdir):
     assert not (tmp_path / "out").exists()
 
 
+def test_parameters_that_are_not_finite_are_refused(tmp_path, trainer, model, tokenizer):
+    """NaN in float32 weights, and a value that only float32 can hold."""
+    tokenizer.save(tmp_path / "run")
+    config = {"gin": "", "model": run_checkpoint.model_to_json(model.config)}
+    state, name = trainer.adopt(model), "projector/bias"
+    with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
+        for step, value in ((1, 3.4e38), (2, jnp.nan)):
+            state.trained[name] = state.trained[name].at[0].set(value)
+            checkpoints.save(step, state, position={"batch": step}, config=config)
+    out = tmp_path / "out"
+    for step, dtype in ((2, "float32"), (2, "bfloat16"), (1, "bfloat16")):
+        with pytest.raises(CheckpointError) as error:
+            run_checkpoint.export(tmp_path / "run", out, step=step, dtype=dtype)
+        says = (
+            f"checkpoints/{step}: 1 of its tensors, the first of them {name}, have NaN or infinite values in "
+        )
+        assert says + dtype in str(error.value)
+        assert not out.exists()
+    run_checkpoint.export(tmp_path / "run", out, step=1, dtype="float32")
+    assert moss_jax.load(out).projector.bias[0] == np.float32(3.4e38)
+
+
+@pytest.mark.parametrize("out", ["run", "run/checkpoints", "run/checkpoints/3", "run/checkpoints/2/params/x"])
+def test_a_run_is_not_exported_into_itself(tmp_path, workdir, out):
+    shutil.copytree(workdir, tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        CheckpointError, match=r"exists and is not empty|which holds the run's own checkpoints"
+    ):
+        run_checkpoint.export(tmp_path / "run", tmp_path / out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_config_that_cannot_be_read_is_refused(tmp_path, workdir):
+    damaged = shutil.copytree(workdir, tmp_path / "damaged")
+    config = damaged / run_checkpoint.CHECKPOINTS / "2" / "config" / "metadata"
+    value = json.loads(config.read_text())
+    value["model"]["config"]["model_type"] = "llama"
+    for text in (json.dumps(value), '{"gin": ""}', '{"model": 3}'):
+        config.write_text(text)
+        with pytest.raises(CheckpointError, match=r"its config cannot be read|lacks the key 'model'"):
+            run_checkpoint.export(damaged, tmp_path / "out")
+
+
 def test_the_command(tmp_path, workdir, monkeypatch, capsys):
     command = ["convert", "export", "--workdir", str(workdir), "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", command)
@@ -117,3 +162,10 @@ def test_the_command(tmp_path, workdir, monkeypatch, capsys):
     assert moss_jax.load(tmp_path / "out", dtype="bfloat16").dtype == jnp.bfloat16
     assert __main__.main() == 2
     assert "exists and is not empty" in capsys.readouterr().err
+    run = shutil.copytree(workdir, tmp_path / "run")
+    (run / "tokenizer.json").write_text("{")
+    monkeypatch.setattr(
+        "sys.argv", ["convert", "export", "--workdir", str(run), "--out", str(tmp_path / "new")]
+    )
+    assert __main__.main() == 2
+    assert "cannot be read as a tokenizer.json" in capsys.readouterr().err

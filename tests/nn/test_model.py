@@ -65,6 +65,15 @@ def test_one_pass_refuses_shapes_that_do_not_fit(model, tokens, pixels, position
         model(jnp.zeros(tokens, jnp.int32), jnp.zeros(pixels), jnp.zeros(positions, jnp.int32))
 
 
+def test_encode_refuses_frames_that_are_not_normalised(model):
+    size = model.config.vision.image_size
+    frames = np.zeros((1, size, size, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"got uint8; normalise frames by moss_jax\.video\.preprocess"):
+        model.encode(frames)
+    with pytest.raises(ValueError, match="got uint8"):
+        model(np.zeros((1, 4), np.int32), frames[None], np.zeros((1, 1), np.int32))
+
+
 def test_encode_refuses_shapes_that_do_not_fit(model):
     for shape in ((28, 28, 3), (1, 28, 28, 4), (1, 28, 14, 3)):
         with pytest.raises(ValueError, match=re.escape(f"[B, 28, 28, 3]; got {shape}")):

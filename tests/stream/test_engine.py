@@ -183,6 +183,7 @@ def test_control_tokens_are_never_sampled(make_engine, tokenizer):
         said.add(int(sampled.tokens[0]))
     assert len(said) > 100
     assert not said & (tokenizer.control_ids - allowed)
+    assert np.asarray(engine.allowed)[list(allowed)].all()
 
 
 def test_the_repetition_penalty_holds_within_a_turn_and_spares_punctuation(make_engine, tokenizer):
@@ -197,6 +198,10 @@ def test_the_repetition_penalty_holds_within_a_turn_and_spares_punctuation(make_
     assert len(words) == len(set(words)) > 10
     assert np.asarray(state.said)[0, words].all()
     assert not (np.asarray(state.said)[0] & exempt).any()
+    state, _ = engine.step(state, [Row([PENDING], new_turn=True)])
+    assert not np.asarray(state.said).any()
+    state, _ = engine.step(state, [Row([PENDING])])
+    assert np.asarray(state.said).any()
     state, _ = engine.step(state, [Row([PENDING, 1020, 5], new_turn=True)])
     assert not np.asarray(state.said).any()
 

@@ -49,6 +49,11 @@ def test_the_answer_ends_at_max_tokens_or_at_the_text_capacity(scripted, tokeniz
     engine = scripted([5] * 100, text_capacity=len(opening) + 4)
     end = list(answer_offline(engine, clip(2), "What?"))[-1]
     assert (end.reason, end.counters.tokens) == ("text_capacity", 4)
+    engine = scripted([5] * 100, text_capacity=len(opening) + 4)
+    end = list(answer_offline(engine, clip(2), "What?", max_tokens=4))[-1]
+    assert (end.reason, end.counters.tokens) == ("token_limit", 4)
+    with pytest.raises(SessionError, match="text capacity"):
+        answer_offline(scripted(text_capacity=len(opening)), clip(2), "What?")
     assert len(engine.state.context[0]) <= len(opening) + 4
 
 

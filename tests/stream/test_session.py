@@ -24,6 +24,7 @@ from moss_jax.stream import (
     Text,
     Turn,
 )
+from moss_jax.stream.conversation import Encoded, Inbound
 from moss_jax.text import chat
 
 SILENCE, EOT, IMAGE = 1021, 1020, 1024
@@ -339,6 +340,13 @@ def test_a_prompt_longer_than_the_capacity_is_refused_and_the_session_goes_on(sc
         Session(engine, SessionConfig(), system=None, prompt="what " * 300)
 
 
+def test_a_prompt_must_leave_room_for_a_token_that_answers(scripted, tokenizer):
+    length = len(chat.interjection(tokenizer, "What?"))
+    Session(scripted(text_capacity=length + 1), system=None).check_prompt("What?")
+    with pytest.raises(SessionError, match=f"takes {length} tokens and its answer at least 1"):
+        Session(scripted(text_capacity=length), system=None).check_prompt("What?")
+
+
 @pytest.mark.parametrize(
     "frame",
     [
@@ -370,7 +378,7 @@ def test_an_unknown_slot_is_refused(scripted):
 
 def test_a_running_lockstep_session_refuses_times_out_of_order(scripted):
     session = Session(scripted(), SessionConfig(clock="lockstep"))
-    for i, frame in enumerate(numbered(3)):
+    for i, frame in reversed(list(enumerate(numbered(3)))):
         session.push_frame(frame, float(i))
     events = iter(session)
     next(events)
@@ -394,6 +402,51 @@ def test_pushes_return_false_once_iteration_has_ended(scripted):
     next(events)
     events.close()
     assert session.push_prompt("hello?", 1.0) is False
+
+
+@pytest.mark.parametrize("how", ["finish", "stop"])
+def test_nothing_is_taken_once_the_input_is_declared_over(scripted, how):
+    engine = scripted()
+    session = Session(engine, SessionConfig(), system=None)
+    assert session.push_frame(numbered(1)[0], 0.0) is True
+    getattr(session, how)()
+    assert session.push_frame(numbered(2)[1], 1.0) is False
+    assert session.push_prompt("hello?", 1.0) is False
+    events = list(session)
+    assert not [e for e in events if isinstance(e, NotAsked) or (isinstance(e, Turn) and e.prompt)]
+    assert engine.seen == [0] * (how == "finish")
+
+
+def test_a_frame_without_a_time_was_taken_now(scripted):
+    session = Session(scripted(), SessionConfig(clock="realtime"))
+    watcher = Watcher(session)
+    watcher.wait_for(Silence)
+    before = session.now()
+    session.push_frame(numbered(1)[0])
+    after = session.now()
+    watcher.wait_for(FrameSeen)
+    session.stop()
+    watcher.join(60)
+    (seen,) = [e for e in watcher.events if isinstance(e, FrameSeen)]
+    assert 0 < before <= seen.time <= after
+
+
+def test_features_of_frames_of_several_slots_come_from_their_batches(scripted, monkeypatch):
+    """Those that the perception thread has encoded, and those that the step is to encode."""
+    engine = scripted()
+    monkeypatch.setattr(engine, "encode", lambda these: jnp.array([[[float(x[0, 0, 0])]] for x in these]))
+    session = Session(engine, SessionConfig(clock="realtime"))
+    batches = [jnp.full((count, 1, 1), 10.0 * count) + jnp.arange(count)[:, None, None] for count in (2, 3)]
+    places = [(0, 1), (1, 2), (0, 0), (1, 0)]
+    frames = [
+        Inbound(0.0, 1, order, rgb=numbered(1)[0], encoded=Encoded(batches[batch], index))
+        for order, (batch, index) in enumerate(places)
+    ]
+    fresh = [Inbound(0.0, 1, 9, rgb=rgb) for rgb in numbered(3)[1:]]
+    shown = [frames[0], fresh[0], *frames[1:], fresh[1]]
+    features, index = session._features(shown)
+    taken = [float(features[next(index), 0, 0]) for _ in shown]
+    assert taken == [21.0, 1.0, 32.0, 20.0, 30.0, 2.0]
 
 
 def test_a_failing_step_ends_the_session(scripted):

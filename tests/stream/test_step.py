@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moss_jax.config import EngineConfig, TokenSampling
-from moss_jax.stream import NOT_FINITE
+from moss_jax.stream import NOT_FINITE, PENDING
 from moss_jax.stream.step import SamplingRules, start, step
 
 SLOTS = 3
@@ -27,12 +27,15 @@ class GivenLogits:
         return self.given[:, None]
 
 
+def with_vocabulary(config, tokenizer):
+    decoder = dataclasses.replace(config.decoder, vocab_size=tokenizer.vocab_size)
+    return dataclasses.replace(config, decoder=decoder)
+
+
 @pytest.fixture
 def sample(small_config, tokenizer):
     """The pending tokens after a step that has sampled from these logits [B, V]."""
-    config = small_config()
-    decoder = dataclasses.replace(config.decoder, vocab_size=tokenizer.vocab_size)
-    config = dataclasses.replace(config, decoder=decoder)
+    config = with_vocabulary(small_config(), tokenizer)
     capacity = EngineConfig(SLOTS, text_capacity=8, bank_capacity=1)
 
     def sample(logits, *, lengths=(1,) * SLOTS, allowed=None, **sampling) -> list[int]:
@@ -84,6 +87,20 @@ def test_also_where_the_token_is_not_allowed(sample, logits, tokenizer):
 def test_a_slot_that_stands_still_keeps_its_token(sample, logits):
     logits[1] = np.nan
     assert sample(logits, lengths=[1, 0, 1]) == [10, 0, 12]
+
+
+def test_what_was_said_stays_said_where_nothing_is_appended(small_config, tokenizer):
+    """Slot 0 appends its pending token, slot 1 another, slot 2 none; 7 is pending in all and said in two."""
+    config, vocab = with_vocabulary(small_config(), tokenizer), tokenizer.vocab_size
+    rules = SamplingRules(jax.random.key(0), jnp.ones(vocab, bool), jnp.zeros(vocab, bool))
+    state = start(config, "float32", True, EngineConfig(SLOTS, text_capacity=8, bank_capacity=1))
+    said = state.said.at[jnp.array([1, 2]), 7].set(True)
+    state = dataclasses.replace(state, pending=jnp.full(SLOTS, 7), said=said)
+    tokens, no_turn = jnp.array([[PENDING], [5], [0]]), jnp.zeros(SLOTS, bool)
+    penalty, decoder = TokenSampling(repetition_penalty=2.0), GivenLogits(jnp.zeros((SLOTS, vocab)))
+    lengths = jnp.array([1, 1, 0])
+    after = step(penalty, tokenizer.special, decoder, rules, state, tokens, lengths, no_turn, None)
+    assert np.argwhere(np.asarray(after.said)).tolist() == [[0, 7], [1, 7], [2, 7]]
 
 
 def test_an_end_of_turn_is_sampled_as_silence(sample, logits, tokenizer):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from moss_jax.config import FrameSampling, SessionConfig
-from moss_jax.stream import End, FrameSeen, NotAsked, Session, SessionError, Turn
-from moss_jax.terminal.feed import READ_AHEAD, open_session, run_session
+from moss_jax.stream import Counters, End, FrameSeen, FramesSkipped, NotAsked, Session, SessionError, Turn
+from moss_jax.terminal.feed import READ_AHEAD, open_session, report_skipped, run_session
 from moss_jax.video import Frame, VideoError, sample_file, sample_live
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo.mp4"
@@ -256,3 +256,70 @@ def test_a_prompt_at_time_0_is_the_first_user_turn(scripted):
 def test_a_prompt_that_does_not_fit_is_refused_when_the_session_is_opened(scripted):
     with pytest.raises(SessionError, match="the text capacity is 200"):
         open_session(scripted(text_capacity=200), [(1.0, "what " * 300)], system=None)
+
+
+# ------------------------------------------------------------------- frames that cannot be decoded
+
+
+def seen(*times: float, reason="finished") -> list:
+    stamp = {"slot": 2, "wall_time": 9.0}
+    events = [FrameSeen(**stamp, stream_time=t + 0.25, index=i, time=t) for i, t in enumerate(times)]
+    return [*events, End(**stamp, stream_time=8.0, reason=reason, counters=Counters())]
+
+
+def told(events, skipped) -> list:
+    """Times of the frames, and (time, count) of the skipped ones before them."""
+    out = []
+    for event in report_skipped(events, skipped):
+        if isinstance(event, FramesSkipped):
+            out.append((event.time, event.count))
+        elif isinstance(event, FrameSeen):
+            out.append(event.time)
+    return out
+
+
+def test_skipped_frames_are_told_before_the_next_frame():
+    skipped = [0.2, 0.4, 1.0, 2.5, 3.1]
+    assert told(seen(0.0, 1.0, 2.0, 3.0), skipped) == [
+        0.0,
+        (0.2, 2),
+        1.0,
+        (1.0, 1),
+        2.0,
+        (2.5, 1),
+        3.0,
+        (3.1, 1),
+    ]
+    assert told(seen(0.0, 1.0), []) == [0.0, 1.0]
+    event = next(e for e in report_skipped(seen(0.0, 1.0), skipped) if isinstance(e, FramesSkipped))
+    assert (event.slot, event.stream_time, event.wall_time) == (2, 1.25, 9.0)
+
+
+def test_skipped_frames_that_are_read_ahead_are_not_told_when_a_stream_is_cut():
+    """How far the reader was ahead is chance."""
+    assert told(seen(0.0, 1.0, reason="bank_capacity"), [0.2, 1.5, 2.0]) == [0.0, (0.2, 1), 1.0]
+
+
+def test_skipped_frames_of_a_file_are_told_in_a_live_session(scripted, tmp_path):
+    with av.open(str(DEMO)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    data, wrecks = DEMO.read_bytes(), [packets[i] for i in (30, len(packets) - 1)]
+    for wreck in wrecks:
+        data = data.replace(bytes(wreck), bytes(wreck.size))
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    bad = sorted(float(wreck.pts * wreck.time_base) for wreck in wrecks)
+
+    def run() -> list[dict]:
+        skipped = []
+        frames = sample_file(tmp_path / "damaged.mp4", FrameSampling(fps=1), skipped.append)
+        return without_wall(
+            report_skipped(run_session(Session(scripted(), SessionConfig()), frames, []), skipped)
+        )
+
+    events = run()
+    assert [(e["time"], e["count"]) for e in events if e["type"] == "skipped"] == [
+        (pytest.approx(time), 1) for time in bad
+    ]
+    assert events[-2]["type"] == "skipped"
+    assert [e["time"] for e in events if e["type"] == "frame"] == list(range(30))
+    assert events == run()

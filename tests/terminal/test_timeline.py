@@ -408,6 +408,8 @@ def test_paths_that_cannot_be_written_are_refused(tmp_path):
         ("folder.png", "is a folder"),
         ("nowhere/session.png", "No such file"),
         ("file/session.png", "Not a directory"),
+        ("x" * 300 + ".png", "File name too long"),
+        ("x" * 250 + ".png", "File name too long"),  # that of the draft
     ]:
         with pytest.raises(ConfigError, match=why):
             check_path(tmp_path / name)

@@ -6,7 +6,17 @@ import json
 import pytest
 from rich.console import Console
 
-from moss_jax.stream import Counters, End, FrameSeen, Interrupted, NotAsked, Silence, Text, Turn
+from moss_jax.stream import (
+    Counters,
+    End,
+    FrameSeen,
+    FramesSkipped,
+    Interrupted,
+    NotAsked,
+    Silence,
+    Text,
+    Turn,
+)
 from moss_jax.terminal.transcript import print_json, print_transcript, printable
 
 
@@ -50,6 +60,26 @@ def test_a_transcript_line_by_line():
         "",
         "end of the stream · 3 frames, 5 tokens of text, 4 silences, 1 interruption · 6.3 s",
     ]
+
+
+def test_frames_that_cannot_be_decoded_have_a_line():
+    story = [
+        at(Text, 61, text="A red"),
+        at(FramesSkipped, 62, time=61.5, count=3),
+        at(Text, 62, text=" card"),
+        at(FramesSkipped, 63, time=62.9, count=1),
+        STORY[-1],
+    ]
+    assert transcript(story).splitlines()[:4] == [
+        "  1:01  A red",
+        "  1:02  3 frames from 1:01 on cannot be decoded",
+        "  1:02   card",
+        "  1:03  1 frame at 1:02 cannot be decoded",
+    ]
+    out = io.StringIO()
+    print_json(story[1:2], out)
+    event = {"type": "skipped", "slot": 0, "stream_time": 62, "wall_time": 6.2, "time": 61.5, "count": 3}
+    assert json.loads(out.getvalue()) == event
 
 
 def test_long_text_wraps_between_words_with_the_margin():

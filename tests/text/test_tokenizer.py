@@ -14,17 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moss_jax.config import moss_tiny
+from moss_jax.shipped import shipped
 from moss_jax.text import Tokenizer, TokenizerError, train_tokenizer
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 TINY = Tokenizer.moss_tiny()
+TINY_FILE = shipped("moss-tiny") / "tokenizer.json"
 MARKERS = list(TINY.special.by_text())
 # Every text that is a control token of moss_tiny, and reserved names of Llama 3.
 CONTROL_TEXTS = [*MARKERS, "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_3|>"]
 
 
 def tiny_json() -> dict:
-    return json.loads(train_tokenizer.OUTPUT.read_bytes())
+    return json.loads(TINY_FILE.read_bytes())
 
 
 def as_bytes(data: dict) -> bytes:
@@ -79,9 +81,11 @@ def test_tiny_has_every_byte_and_no_duplicates():
     assert len(set(ordinary)) == len(ordinary)
 
 
-def test_training_again_writes_the_same_file():
-    trained = train_tokenizer.train().to_str(pretty=True) + "\n"
-    assert trained.encode() == train_tokenizer.OUTPUT.read_bytes()
+def test_training_again_writes_the_same_file(tmp_path, monkeypatch):
+    out = tmp_path / "trained.json"
+    monkeypatch.setattr("sys.argv", ["train_tokenizer", "--out", str(out)])
+    train_tokenizer.main()
+    assert out.read_bytes() == TINY_FILE.read_bytes()
 
 
 def test_tiny_knows_the_words_of_its_world():
@@ -148,13 +152,20 @@ def test_lone_surrogate_is_refused():
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(MARKERS) | st.text(max_size=5)))
 def test_marked_text_is_the_reference_encoding(pieces):
-    reference = tokenizers.Tokenizer.from_file(str(train_tokenizer.OUTPUT))
+    reference = tokenizers.Tokenizer.from_file(str(TINY_FILE))
     text = "".join(pieces)
     assert TINY.encode_marked(text) == reference.encode(text, add_special_tokens=False).ids
 
 
 def test_other_control_tokens_are_not_marked():
     assert TINY.encode_marked("<|end_of_text|>") == TINY.encode("<|end_of_text|>")
+
+
+def test_only_the_markers_asked_for_become_control_tokens():
+    text = "<|silence|>a<|video|><|eot_id|>"
+    ids = TINY.encode_marked(text, ["<|video|>"])
+    assert ids == [*TINY.encode("<|silence|>a"), TINY.special.video, *TINY.encode("<|eot_id|>")]
+    assert TINY.encode_marked(text, []) == TINY.encode(text)
 
 
 def test_real_rows_keep_frames_silences_and_text():
@@ -183,7 +194,7 @@ def test_decode_leaves_control_tokens_out():
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 1023)))
 def test_decode_is_the_reference_decoding(ids):
-    reference = tokenizers.Tokenizer.from_file(str(train_tokenizer.OUTPUT))
+    reference = tokenizers.Tokenizer.from_file(str(TINY_FILE))
     assert TINY.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
 
@@ -238,7 +249,7 @@ def test_llama3_names_take_precedence_over_ids():
 def test_load_and_save_keep_the_file(tmp_path):
     saved = TINY.save(tmp_path / "checkpoint")
     assert saved == tmp_path / "checkpoint" / "tokenizer.json"
-    assert saved.read_bytes() == train_tokenizer.OUTPUT.read_bytes()
+    assert saved.read_bytes() == TINY_FILE.read_bytes()
     for path in (saved, saved.parent, str(saved.parent)):
         assert Tokenizer.load(path).special == TINY.special
 
@@ -257,6 +268,24 @@ def test_missing_file_is_refused(tmp_path):
         file = tmp_path / "tokenizer.json"
         expected = f"no tokenizer at {file}; give a tokenizer.json or a checkpoint folder that holds one"
         assert one_sentence(error) == expected
+
+
+def test_a_folder_where_a_file_is_meant_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").mkdir()
+    for path in (tmp_path, TINY_FILE / "x"):
+        with pytest.raises(
+            TokenizerError, match=r"cannot be read \(.*\); it must be a tokenizer\.json"
+        ) as error:
+            Tokenizer.load(path)
+        one_sentence(error)
+
+
+def test_a_file_without_permission_is_refused(unprivileged):
+    locked = unprivileged / "tokenizer.json"
+    locked.write_bytes(TINY.content)
+    locked.chmod(0)
+    with pytest.raises(TokenizerError, match=r"cannot be read .*Permission denied"):
+        Tokenizer.load(locked)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +308,7 @@ def test_corrupt_file_is_refused(tmp_path, content):
 
 def test_truncated_file_is_refused():
     with pytest.raises(TokenizerError) as error:
-        Tokenizer(train_tokenizer.OUTPUT.read_bytes()[:20_000])
+        Tokenizer(TINY_FILE.read_bytes()[:20_000])
     one_sentence(error)
 
 

@@ -135,7 +135,8 @@ def test_the_files_of_a_run(finished):
     saved = run_checkpoint.read_json(run_checkpoint.find_checkpoint(finished), "config")
     assert saved["gin"] == (finished / "config.gin").read_text()
     for row in read_metrics(finished):
-        assert {"loss", "loss_text", "loss_silence", "grad_norm", "learning_rate", "tokens"} <= set(row)
+        assert {"loss", "loss_silence", "grad_norm", "learning_rate", "tokens"} <= set(row)
+        assert ("loss_text" in row) == (row["targets_text"] > 0)
     with Image.open(finished / "loss.png") as image:
         assert image.format == "PNG"
         assert image.width > 500
@@ -148,9 +149,10 @@ def test_tensorboard_files(finished):
             for value in event.summary.value:
                 scalars.setdefault(value.tag, {})[event.step] = value.simple_value
     assert set(scalars["train/loss"]) == {1, 2, 4, 6}
-    losses = dict(runs.losses(finished))
-    assert scalars["train/loss"][1] == pytest.approx(losses[1])
-    assert scalars["train/loss"][4] == pytest.approx((losses[3] + losses[4]) / 2)
+    rows = {row["step"]: row for row in read_metrics(finished)}
+    assert scalars["train/loss"][1] == pytest.approx(rows[1]["loss"])
+    total = sum(rows[step]["loss"] * rows[step]["targets"] for step in (3, 4))
+    assert scalars["train/loss"][4] == pytest.approx(total / (rows[3]["targets"] + rows[4]["targets"]))
     assert scalars["speed/tokens_per_second"][4] > 0
     assert "config/text_summary" in scalars
 

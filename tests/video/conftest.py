@@ -49,6 +49,8 @@ def encode(draw) -> Callable[..., Path]:
         muxer: str | None = None,
         muxer_options: dict[str, str] | None = None,
         audio_seconds: float = 0.0,
+        pixel_aspect: str = "",
+        rotation: int = 0,
     ) -> Path:
         """Encodes frames 0, 1, … at `fps`, or at times in milliseconds."""
         unit = Fraction(1, 1000 if times_ms else fps)
@@ -58,6 +60,10 @@ def encode(draw) -> Callable[..., Path]:
             stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pix_fmt
             stream.codec_context.gop_size = gop
             stream.codec_context.time_base = unit
+            if pixel_aspect:
+                stream.codec_context.sample_aspect_ratio = Fraction(pixel_aspect.replace(":", "/"))
+            if rotation:
+                stream.set_display_rotation(rotation)
             sound = container.add_stream("aac", rate=48_000) if audio_seconds else None
             container.start_encoding()  # writes the header even if no frame follows
             for i in range(count):

@@ -4,6 +4,7 @@ import itertools
 import math
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -14,6 +15,8 @@ from moss_jax.video import (
     Frame,
     VideoError,
     clip_times,
+    fit_frame,
+    fit_frames,
     probe,
     sample_at,
     sample_clip,
@@ -266,6 +269,42 @@ def test_frames_at_given_times(film, number_of):
     assert [number_of(f.rgb) for f in frames] == [0, 12, 12, 49, 99, 99, 99]
     assert list(sample_at(film, [])) == []
     assert clip_times(film, FrameSampling(fps=0.5)) == [0, 2]
+
+
+def test_frames_are_fitted_one_by_one(film):
+    """So that a clip of large frames is never in memory at its full size."""
+    pulled = []
+
+    def source():
+        for frame in sample_at(film, [0, 0.5, 0.5, 1, 9, 10]):
+            pulled.append(frame)
+            yield frame
+
+    fitted = fit_frames(source(), 56)
+    for count in range(1, 7):
+        frame = next(fitted)
+        assert len(pulled) == count
+        assert frame.time == pulled[-1].time
+        np.testing.assert_array_equal(frame.rgb, fit_frame(pulled[-1].rgb, 56))
+    frames = list(fit_frames(pulled, 56))
+    # Repeated frames are one array.
+    assert frames[1].rgb is frames[2].rgb is not frames[3].rgb
+    assert frames[4].rgb is frames[5].rgb
+
+
+def test_a_file_is_read_to_its_end_for_the_frames_that_cannot_be_decoded(tmp_path, encode):
+    whole = encode(tmp_path / "whole.mkv", 50, codec="mjpeg", pix_fmt="yuvj420p")
+    with av.open(str(whole)) as container:
+        wreck = bytes([packet for packet in container.demux(video=0) if packet.size][45])
+    path = tmp_path / "damaged.mkv"
+    path.write_bytes(whole.read_bytes().replace(wreck, bytes(len(wreck))))
+    skipped = []
+    for frames in (
+        sample_at(path, [0, 1], skipped.append),
+        sample_file(path, FrameSampling(), skipped.append),
+    ):
+        assert [frame.time for frame in frames] == [0, 1]
+    assert skipped == pytest.approx([1.8, 1.8])
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared clips")

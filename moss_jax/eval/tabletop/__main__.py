@@ -7,11 +7,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
 
+from moss_jax import command
 from moss_jax.config import ConfigError, DecoderWeights, EncoderWeights
 from moss_jax.convert import CheckpointError
 from moss_jax.eval.tabletop.evaluation import EvaluationConfig, evaluate
@@ -20,8 +20,14 @@ from moss_jax.text import TokenizerError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    args = parse_arguments(arguments)
+    """Runs the command and returns its exit code, as `command.run` says."""
+    bad_input = (CheckpointError, ConfigError, TokenizerError)
+    return command.run("moss_jax.eval.tabletop", lambda: score(parse_arguments(arguments)), bad_input)
+
+
+def score(args: argparse.Namespace) -> None:
+    """Evaluates as the command line says, writes the result and prints it."""
+    command.cache_compilations(args.compilation_cache)
     config = EvaluationConfig(
         checkpoint=args.checkpoint,
         weights=args.weights,
@@ -35,16 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         blind_streams=0 if args.skip_blind else args.blind_streams,
     )
     log = Console(stderr=True, highlight=False, style="dim")
-    try:
-        result = evaluate(config, log.print)
-    except (CheckpointError, ConfigError, TokenizerError) as error:
-        print(f"moss_jax.eval.tabletop: {error}", file=sys.stderr)
-        return 2
-    print_tables(result, Console(highlight=False))
+    result = evaluate(config, log.print)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0
+    print_tables(result, command.PipeConsole(highlight=False))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,27 +52,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="python -m moss_jax.eval.tabletop",
         description="Score a model on held-out streams of the tabletop world.",
+        formatter_class=command.HelpFormatter,
     )
     default = EvaluationConfig()
     add = parser.add_argument
     add(
         "--checkpoint",
         metavar="DIR|REPO",
-        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION]; else the shipped model",
+        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION] (default: the small model "
+        "that ships with the package)",
     )
     add(
         "--weights",
         choices=get_args(DecoderWeights),
-        help="quantize the decoder's weights to 8 bits; else as loaded",
+        help="quantize the decoder's weights to 8 bits (default: as loaded)",
     )
     add(
         "--encoder-weights",
         choices=get_args(EncoderWeights),
-        help="quantize the vision encoder to 8 bits; else as loaded",
+        help="quantize the vision encoder to 8 bits (default: as loaded)",
     )
-    add("--streams", type=positive, default=default.streams, metavar="N")
+    positive = command.at_least(1)
+    add("--streams", type=positive, default=default.streams, metavar="N", help="number of streams")
     add("--seconds", type=positive, default=default.seconds, metavar="N", help="length of a stream")
-    add("--seed", type=int, default=default.seed, help="which held-out streams")
+    add("--seed", type=command.seed, default=default.seed, help="which held-out streams")
     add("--slots", type=positive, default=default.slots, metavar="N", help="streams side by side")
     add(
         "--tokens-per-second",
@@ -81,19 +84,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="N",
         help="speed of speech",
     )
-    add("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    add("--json", type=command.output_file, metavar="FILE", help="also write the result to this file")
     add("--skip-offline", action="store_true", help="ask no questions about whole clips")
     add("--skip-blind", action="store_true", help="leave out the run without frames")
-    add("--blind-streams", type=positive, metavar="N", help="streams of the run without frames; else all")
+    add(
+        "--blind-streams", type=positive, metavar="N", help="streams of the run without frames (default: all)"
+    )
+    command.add_compilation_cache(parser)
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    """Converts an argument to an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 if __name__ == "__main__":

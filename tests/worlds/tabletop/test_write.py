@@ -265,7 +265,10 @@ def test_the_truth_is_complete(dialogues):
 
 def run(monkeypatch, *args: object) -> None:
     monkeypatch.setattr(sys, "argv", ["tabletop", *map(str, args)])
-    runpy.run_module("moss_jax.worlds.tabletop", run_name="__main__")
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("moss_jax.worlds.tabletop", run_name="__main__")
+    if exit.value.code:
+        raise exit.value
 
 
 def test_the_command_writes_streams(monkeypatch, tmp_path, capsys, tokenizer):

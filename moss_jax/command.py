@@ -1,0 +1,275 @@
+"""Shared by the commands: exit codes, signals, output, flags, and compiled programs on disk."""
+
+import argparse
+import contextlib
+import errno
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from moss_jax.config import SEEDS
+
+BAD_OUTPUT, BAD_INPUT = 1, 2
+# Exit code of a process that a signal has ended, by the signal's number.
+SIGNALLED = 128
+# Errors of writing to a file that is open, which have no name of it.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+_logger = logging.getLogger(__name__)
+
+
+def run(name: str, body: Callable[[], int | None], bad_input: tuple[type[Exception], ...]) -> int:
+    """Runs the body of a command and returns its exit code, with a sentence on stderr where it failed.
+
+    The code is the body's, else 0; 1 if the output cannot be written, 2 for bad input, 130 after Ctrl-C. A
+    reader that closes the pipe behind stdout, as `head` does, is no failure.
+
+    Args:
+      name: of the command, which begins the sentence.
+      body: the command; it may raise.
+      bad_input: what it raises for bad input.
+    """
+    # Characters that the terminal can't show, and bytes of a path that are no text, are written as escapes.
+    sys.stdout = _escaping(sys.stdout)
+    sys.stderr = _escaping(sys.stderr)
+    try:
+        code = body() or 0
+        sys.stdout.flush()
+    except bad_input as error:
+        tell(f"{name}: {error}")
+        code = BAD_INPUT
+    except KeyboardInterrupt:
+        code = SIGNALLED + signal.SIGINT
+    except BrokenPipeError:
+        code = 0
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_ERRORS:
+            raise
+        tell(f"{name}: {error.filename or 'the output'}: {error.strerror}")
+        code = BAD_OUTPUT
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                # What is left goes nowhere, so that the interpreter can flush it at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def _escaping(stream):
+    if stream is None:  # Closed by the shell, as in `command >&-`.
+        return open(os.devnull, "w", encoding="utf-8")
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
+def tell(text: str, end: str = "\n") -> None:
+    """Prints on stderr, if anyone reads it; a command goes on without."""
+    with contextlib.suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+class PipeConsole(Console):
+    """A console on stdout that leaves a closed pipe to `run`."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises what the base class would exit for."""
+        raise BrokenPipeError
+
+
+@contextlib.contextmanager
+def progress(task: str) -> Iterator[None]:
+    """Shows on stderr what takes a while: with a running clock on a terminal, else a line at either end."""
+    started = time.monotonic()
+    done = threading.Event()
+
+    def show(begin: str = "", end: str = "\n") -> None:
+        tell(f"{begin}{task}: {time.monotonic() - started:.0f} s", end=end)
+
+    def tick() -> None:
+        while not done.wait(1):
+            show("\r", end="")
+
+    clock = threading.Thread(target=tick, name="progress", daemon=True)
+    terminal = sys.stderr.isatty()
+    if terminal:
+        clock.start()
+    else:
+        tell(f"{task} ...")
+    try:
+        yield
+    finally:
+        done.set()
+        if terminal:
+            clock.join()
+        show("\r" if terminal else "")
+
+
+# ---------------------------------------------------------------------------------------- signals
+
+
+def leave(number: int) -> None:
+    """Ends the process with the exit code of a signal, whatever its threads are doing."""
+    os._exit(SIGNALLED + number)
+
+
+@contextlib.contextmanager
+def on_stop_signal(handle: Callable[[int], object]) -> Iterator[None]:
+    """Calls `handle` with the number of the first SIGINT or SIGTERM; at the second, the process ends at once.
+
+    It is called in a thread of its own, so that it is even while the main thread compiles a program, where
+    Python runs no handlers of signals. After a signal this stays so until the process ends.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    came = threading.Event()
+
+    def watch() -> None:
+        with reader, writer:
+            if number := reader.recv(1):
+                came.set()
+                handle(number[0])
+            if number := reader.recv(1):
+                leave(number[0])
+
+    thread = threading.Thread(target=watch, name="signals", daemon=True)
+    thread.start()
+    # With a handler in Python, the interpreter writes the number to the socket at once.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    descriptor = signal.set_wakeup_fd(writer.fileno())
+    try:
+        yield
+    finally:
+        if not came.is_set():
+            signal.set_wakeup_fd(descriptor)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            writer.shutdown(socket.SHUT_WR)
+            thread.join()
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of each flag that has one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default is None or action.default is False or action.default in ([], "", math.inf)
+        return action.help if unset else super()._get_help_string(action)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of flags: a whole number with a lower bound."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return convert
+
+
+def seed(text: str) -> int:
+    """A type of flags: the seed of a random number generator."""
+    value = at_least(0)(text)
+    if value not in SEEDS:
+        raise argparse.ArgumentTypeError(f"must be less than 2**63, not {value}")
+    return value
+
+
+def output_file(text: str) -> Path:
+    """A type of flags: a file to write, whose folder is made; refused at once if it can't be written."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from error
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """Checks that a file can be written, without changing it.
+
+    Raises:
+      OSError: it cannot.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not path.exists():
+        path.touch()
+        path.unlink()
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+# ------------------------------------------------------------------------------ compiled programs
+
+
+def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that `cache_compilations` reads."""
+    parser.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="folder that keeps compiled programs for the next run; empty for none (default: "
+        "$JAX_COMPILATION_CACHE_DIR, or moss_jax in $XDG_CACHE_HOME or ~/.cache)",
+    )
+
+
+def cache_compilations(folder: str | None) -> None:
+    """Has JAX keep the programs that this process compiles in a folder, and take from there what it has.
+
+    It changes a setting of the whole process, so it is for commands. If the folder can't be written, it warns
+    and changes nothing.
+
+    Args:
+      folder: "" for none; None for the one that JAX is set to already, or else a folder of the user's cache.
+    """
+    if folder is None and jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        path = str(_prepared(default_cache() if folder is None else Path(folder))) if folder != "" else None
+    except (OSError, RuntimeError) as error:
+        _logger.warning("compiled programs are not kept for the next run: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", path)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # Each program of the small model compiles within JAX's default of one second.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _prepared(folder: Path) -> Path:
+    """Makes a folder, if it is missing, and writes to it; raises OSError if it can't."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0")
+    return folder.resolve()
+
+
+def default_cache() -> Path:
+    """The folder for compiled programs in the user's cache, as the XDG base directory specification has it.
+
+    Raises:
+      RuntimeError: there is no home folder.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache if cache.is_absolute() else Path.home() / ".cache") / "moss_jax" / "compiled"
