@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from moss_jax.config import ConfigError, DecoderConfig, EngineConfig, ModelConfig
+from moss_jax.config import ConfigError, DecoderConfig, EngineConfig, MemoryConfig, ModelConfig
 from moss_jax.memory import MemoryBank, StreamState, TextCache
 from moss_jax.nn.compressor import Compressor
 from moss_jax.nn.decoder import Append, KeysValues, SelfLayer
@@ -53,7 +53,9 @@ def twin_of(config: ModelConfig) -> ModelConfig:
 def room(config: ModelConfig, *, tokens: int, frames: int, slots: int = 1) -> EngineConfig:
     """Capacities of a twin for this many tokens and frames."""
     places = tokens + frames * config.vectors_per_frame
-    return EngineConfig(slots=slots, text_capacity=-(-places // TILE) * TILE, bank_capacity=frames)
+    # Its rows are tokens and vectors of frames alike, of which a session knows no kinds.
+    memory = MemoryConfig("full", text="full")
+    return EngineConfig(slots, -(-places // TILE) * TILE, frames, memory)
 
 
 class Arrivals(NamedTuple):

@@ -18,7 +18,6 @@ EncoderWeights = Literal["fp8"]
 ModelPart = Literal["vision", "compressor", "projector", "decoder"]
 ComputeDtype = Literal["bfloat16", "float32"]
 DataKind = Literal["tabletop", "conversations"]
-MemoryPolicy = Literal["full", "window", "pyramid", "merge"]
 TextMemory = Literal["full", "window"]
 BankDtype = Literal["int8", "fp8"]
 
@@ -461,9 +460,9 @@ class MemoryConfig:
     """What a stream keeps when it runs out of room.
 
     Attributes:
-      policy: for the frames. "full" forgets nothing, so the stream ends when the bank is full. "window" keeps
-        the newest frames. "pyramid" keeps the newest whole, older ones coarser, and merges the oldest.
-        "merge" merges vectors at the same place of neighbouring frames that are alike.
+      policy: for the frames, a name in `memory.policies`. "full" forgets nothing, so the stream ends when the
+        bank is full. "window" keeps the newest frames. "pyramid" keeps the newest whole, older ones coarser,
+        and merges the oldest. "merge" merges vectors at the same place of neighbouring frames that are alike.
       low_water: share of the bank and of the text cache that a compaction leaves in use.
       pyramid_shares: of what is left, the share of each level: whole frames, 1/4, 1/16 of the grid, one
         vector.
@@ -475,7 +474,7 @@ class MemoryConfig:
       text_said: share of the text cache for what the model has said before.
     """
 
-    policy: MemoryPolicy = "pyramid"
+    policy: str = "pyramid"
     low_water: float = 0.875
     pyramid_shares: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
     bank_dtype: BankDtype | None = None
@@ -505,8 +504,8 @@ class MemoryConfig:
 
     @property
     def merges(self) -> bool:
-        """Whether vectors of the bank may stand for several."""
-        return self.policy in ("pyramid", "merge")
+        """Whether vectors of the bank may stand for several, so that their counts are kept."""
+        return self.policy not in ("full", "window")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,11 +24,11 @@ from moss_jax.config import (
     EngineConfig,
     FrameSampling,
     MemoryConfig,
-    MemoryPolicy,
     SessionConfig,
     TokenSampling,
 )
 from moss_jax.convert import CheckpointError, open_model
+from moss_jax.memory.policies import FULL, POLICIES
 from moss_jax.shipped import shipped
 from moss_jax.stream import End, Engine, Event, SessionError, answer_offline
 from moss_jax.stream.events import EndReason
@@ -258,7 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--offline", action="store_true", help="prefill the whole clip, then answer")
     add(
         "--memory",
-        choices=get_args(MemoryPolicy),
+        choices=(FULL, *POLICIES),
         help="what is kept of the frames when the memory bank is full; with full, the stream ends then "
         f"(default: {settings(MemoryConfig).policy})",
     )

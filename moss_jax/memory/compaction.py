@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moss_jax.memory.bank import NO_POSITION, MemoryBank
-from moss_jax.ops.qarray import QArray, dequantize
+from moss_jax.ops.qarray import QArray
 
 # Target of a vector that is forgotten.
 FORGET = -1
@@ -81,24 +81,31 @@ def regroup(
     share = counts / jnp.maximum(total, 1)[..., None]
     exists = jnp.arange(S) < length[:, None]
 
-    def mean(x: Float[Array, "B K S ..."]) -> Float[Array, "B K S ..."]:
-        """The mean of each group in float32, and 0 where there is none."""
+    def total_of(x: Float[Array, "B K S"] | Float[Array, "B K S D"], weights: Float[Array, "M B K S"]):
+        """The weighted sum of each group in float32, and 0 where there is none."""
         axes = tuple(range(3, x.ndim))
         parts = (
-            jnp.expand_dims(share[:, None, :, m], axes)
-            * jnp.take_along_axis(x, jnp.expand_dims(source[:, None, :, m], axes), axis=2)
-            for m in range(most)
+            jnp.expand_dims(weight, axes)
+            * jnp.take_along_axis(x, jnp.expand_dims(source[:, None, :, m], axes), axis=2).astype(jnp.float32)
+            for m, weight in enumerate(weights)
         )
         # What lies in empty places may be anything, NaN too.
         return jnp.where(jnp.expand_dims(exists[:, None], axes), sum(parts), 0)
 
+    shares = jnp.moveaxis(share, 2, 0)[:, :, None]  # [M, B, 1, S]
+
     def merged(x: Float[Array, "B K S D"] | QArray) -> Float[Array, "B K S D"] | QArray:
         if not isinstance(x, QArray):
-            return mean(x.astype(jnp.float32)).astype(x.dtype)
+            return total_of(x, shares).astype(x.dtype)
         # The mean of the scales is a scale that the mean of the vectors fits, and a vector alone stays as it
         # is. To look for the largest number instead would take a second pass.
-        scale = mean(x.scale)
-        values = mean(dequantize(x)) / jnp.where(scale > 0, scale, 1)[..., None]
+        scale = total_of(x.scale, shares)
+        weights = shares * jnp.moveaxis(
+            jnp.take_along_axis(x.scale[..., None], source[:, None], axis=2), 3, 0
+        )
+        # Else XLA computes them anew for each number of a vector.
+        weights = jax.lax.optimization_barrier(weights / jnp.where(scale > 0, scale, 1))
+        values = total_of(x.values, weights)
         rounded = values if jnp.issubdtype(x.dtype, jnp.floating) else jnp.round(values)
         return QArray(rounded.astype(x.dtype), scale)
 

@@ -163,7 +163,7 @@ def test_slots_do_not_touch_one_another(name):
 
 
 def test_the_window_keeps_the_newest_frames_bit_for_bit():
-    memory = MemoryConfig("window", low_water=0.5)
+    memory = MemoryConfig("window", low_water=0.6)
     stream = Stream(memory)
     stream.append(31)
     kept = np.unique(stream.held("positions")) // 3
@@ -288,6 +288,11 @@ def test_levels_of_the_models():
     one = dataclasses.replace(moss_tiny(), compressor=CompressorConfig(stride=8))
     levels = make_levels(one, (0.5, 0.2, 0.2, 0.1), 100)
     assert [(level.vectors, level.budget) for level in levels] == [(2, 25), (1, 50)]
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="must be one of 'full', 'window', 'pyramid', 'merge'; got 'ring'"):
+        make_policy(MemoryConfig("ring"), model(), FRAMES)
 
 
 def test_a_bank_too_small_for_a_pyramid_is_refused():

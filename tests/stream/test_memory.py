@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stream.test_session import Watcher
 
 from moss_jax.config import MemoryConfig, SessionConfig
 from moss_jax.stream import (
@@ -24,6 +25,7 @@ from moss_jax.stream import (
     TurnLimit,
 )
 from moss_jax.stream.text_memory import Kind, tokens_to_keep
+from moss_jax.text import chat
 
 WINDOW = MemoryConfig("window", low_water=0.75, text_recent=0.4)
 
@@ -265,3 +267,70 @@ def test_silences_go_first_and_answers_last():
     assert left(14) == (0, 5, 0, 5)
     assert left(9) == (0, 0, 0, 5)
     assert left(6) == (0, 0, 0, 2)
+
+
+def watched(engine, **settings):
+    session = Session(engine, SessionConfig(clock="realtime", **settings), system=None)
+    return session, Watcher(session)
+
+
+def spoken(engine, tokenizer):
+    """The context behind the opening, without the last token, which may be in it or pending."""
+    return engine.state.context[0][len(chat.opening(tokenizer, system=None)) :]
+
+
+def test_a_realtime_answer_is_cut_though_the_next_step_is_under_way(scripted, tokenizer):
+    special, word = tokenizer.special, tokenizer.encode(" a")[0]
+    engine = scripted([special.silence, *[word] * 5, special.silence, word, special.silence])
+    session, watcher = watched(engine, max_tokens_per_turn=4)
+    watcher.wait_for(Silence, 1)
+    for count in (2, 3):
+        session.push_frame(np.zeros((4, 4, 3), np.uint8))
+        watcher.wait_for(Silence, count)
+    session.finish()
+    watcher.join(60)
+    assert len(of(watcher.events, TurnLimit)) == 1
+    frame, silence = special.image, special.silence
+    talk = spoken(engine, tokenizer)
+    # Where the next step was under way, its token is dropped; the silence follows all the same.
+    assert talk[: 2 + 4 + 2] == [silence, frame, *[word] * 4, silence, frame]
+
+
+def test_a_realtime_answer_may_be_interrupted(scripted, tokenizer):
+    special, word = tokenizer.special, tokenizer.encode(" a")[0]
+    engine = scripted([special.silence, *[word] * 10_000])
+    session, watcher = watched(engine, max_tokens_per_turn=10_000)
+    watcher.wait_for(Silence, 1)
+    session.push_frame(np.zeros((4, 4, 3), np.uint8))
+    watcher.wait_for(Text, 3)
+    session.interrupt()
+    watcher.wait_for(Interrupted, 1)
+    said = len(of(watcher.events, Text))
+    engine.script[0].clear()
+    session.push_frame(np.zeros((4, 4, 3), np.uint8))
+    watcher.wait_for(FrameSeen, 2)
+    session.finish()
+    watcher.join(60)
+    (cut,) = of(watcher.events, Interrupted)
+    assert cut.said == " a" * said
+    talk = spoken(engine, tokenizer)
+    first = talk.index(word)
+    assert talk[first : first + said + 2] == [*[word] * said, special.silence, special.image]
+
+
+def test_a_realtime_stream_outlives_its_capacities(scripted, tokenizer):
+    """Talking all the while, so that steps are dispatched before their tokens are known."""
+    special, word = tokenizer.special, tokenizer.encode(" a")[0]
+    engine = scripted(
+        ([word] * 6 + [special.silence]) * 500, text_capacity=96, bank_capacity=8, memory=WINDOW
+    )
+    session, watcher = watched(engine, inbox_frames=1000)
+    for number in range(100):
+        session.push_frame(np.full((4, 4, 3), number, np.uint8))
+        watcher.wait_for(FrameSeen, number + 1)
+    session.finish()
+    watcher.join(60)
+    assert of(watcher.events, End)[0].reason == "finished"
+    assert engine.seen == list(range(100))
+    assert len(engine.state.context[0]) <= 96
+    assert engine.compactions >= (100 - 8) // 2 - 1

@@ -6,7 +6,7 @@ write a function in a file of its own and name it in `POLICIES`.
 
 from collections.abc import Callable
 
-from moss_jax.config import MemoryConfig, ModelConfig
+from moss_jax.config import ConfigError, MemoryConfig, ModelConfig
 from moss_jax.memory.bank import MemoryBank
 from moss_jax.memory.policies.merge import merge
 from moss_jax.memory.policies.pyramid import pyramid
@@ -14,14 +14,15 @@ from moss_jax.memory.policies.window import window
 
 type Policy = Callable[[MemoryBank], MemoryBank]
 
-# By name: from the settings, the model, and the whole frames that the bank has room for, to the policy.
+FULL = "full"
+# The others by name: from the settings, the model, and the whole frames that the bank has room for.
 POLICIES: dict[str, Callable[[MemoryConfig, ModelConfig, int], Policy]] = {
     "window": window,
     "pyramid": pyramid,
     "merge": merge,
 }
 
-__all__ = ["POLICIES", "Policy", "make_policy"]
+__all__ = ["FULL", "POLICIES", "Policy", "make_policy"]
 
 
 def make_policy(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy | None:
@@ -31,6 +32,11 @@ def make_policy(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy
       frames: whole frames that the bank has room for.
 
     Raises:
-      ConfigError: the bank is too small for the policy.
+      ConfigError: there is no such policy, or the bank is too small for it.
     """
-    return POLICIES[memory.policy](memory, model, frames) if memory.policy != "full" else None
+    if memory.policy == FULL:
+        return None
+    if memory.policy not in POLICIES:
+        names = ", ".join(map(repr, (FULL, *POLICIES)))
+        raise ConfigError(f"memory.policy must be one of {names}; got {memory.policy!r}")
+    return POLICIES[memory.policy](memory, model, frames)
