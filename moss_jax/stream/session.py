@@ -68,6 +68,7 @@ class Session:
         self._started: float | None = None
         self._iterated = False
         self._failure: BaseException | None = None
+        self.opening_length = 0
         opening = chat.opening(engine.tokenizer, system=system, prompt=prompt)
         self._check_length(opening)
         self.opening_length = len(opening)
@@ -330,10 +331,16 @@ class Session:
         return float(time)
 
     def _check_length(self, tokens: list[int]) -> None:
+        capacity, memory = self._engine.config.text_capacity, self._engine.config.memory
         # One more for the token that answers.
-        capacity = self._engine.config.text_capacity
         if len(tokens) + 1 > capacity:
             raise SessionError(
                 f"the prompt takes {len(tokens)} tokens and its answer at least 1, but the text capacity "
                 f"is {capacity}"
+            )
+        # What is pending comes before a prompt, at most an answer's last token and the silence after a cut.
+        if memory.text == "window" and self.opening_length + 2 + len(tokens) > capacity:
+            raise SessionError(
+                f"the prompt takes {len(tokens)} tokens, but the text capacity of {capacity} has room for "
+                f"{capacity - self.opening_length - 2} beside the opening, which is never forgotten"
             )

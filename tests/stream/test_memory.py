@@ -19,6 +19,7 @@ from moss_jax.stream import (
     NotAsked,
     Row,
     Session,
+    SessionError,
     Silence,
     Text,
     Turn,
@@ -98,6 +99,25 @@ def test_the_host_knows_what_every_token_is(scripted, tokenizer):
     assert tokenizer.encode("Well?")[0] in old
     # Those that have grown old since the last compaction, at most.
     assert old.count(special.image) <= 160 - int(WINDOW.low_water * 160)
+
+
+def test_a_prompt_that_never_fits_is_refused_and_the_stream_goes_on(scripted, tokenizer):
+    engine = scripted(text_capacity=64, bank_capacity=8, memory=WINDOW)
+    session = Session(engine, SessionConfig(tokens_per_second=4), system=None)
+    room = 64 - session.opening_length - 2
+    text = " a" * 50
+    while len(chat.interjection(tokenizer, text)) > room:
+        with pytest.raises(SessionError, match=f"has room for {room} beside the opening"):
+            session.push_prompt(text, 30.0)
+        text = text[2:]
+    for second in range(60):
+        session.push_frame(np.zeros((4, 4, 3), np.uint8), float(second))
+    session.push_prompt(text, 30.5)
+    session.finish()
+    events = list(session)
+    assert [event.prompt for event in of(events, Turn)] == ["", text]
+    assert of(events, End)[0].reason == "finished"
+    assert len(of(events, FrameSeen)) == 60
 
 
 def test_capacities_end_a_stream_that_asks_for_it(scripted):
