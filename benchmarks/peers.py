@@ -51,7 +51,7 @@ from matplotlib.figure import Figure
 from report import add_out, make_parser, publish
 from twin import TILE, Twin, room, twin_of
 
-from moss_jax.config import PRESETS, EngineConfig
+from moss_jax.config import PRESETS, EngineConfig, MemoryConfig
 from moss_jax.nn import MossVideo, quantize
 from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.stream.rows import FRAME_BUCKETS
@@ -230,7 +230,7 @@ class Ours(Peer):
 
     def room(self, tokens: int, frames: int) -> EngineConfig:
         tokens, frames = (-(-n // TILE) * TILE for n in (tokens, frames))
-        return EngineConfig(text_capacity=tokens, bank_capacity=frames)
+        return EngineConfig(1, tokens, frames, MemoryConfig("full"))
 
     def about(self) -> dict:
         return {"parameters": sum(p.size for p in jax.tree.leaves(nnx.state(self.model)))}

@@ -48,8 +48,15 @@ from inputs import FRAME, padded_tokenizer, random_frames
 from report import add_out, device, first_line, known, make_parser, publish, say
 from timing import measure_ceilings
 
-from moss_jax.config import PRESETS, DecoderWeights, EncoderWeights, EngineConfig, SessionConfig
-from moss_jax.memory import StreamState
+from moss_jax.config import (
+    PRESETS,
+    DecoderWeights,
+    EncoderWeights,
+    EngineConfig,
+    MemoryConfig,
+    SessionConfig,
+)
+from moss_jax.memory import StreamState, policies
 from moss_jax.nn import MossVideo, quantize
 from moss_jax.stream import (
     Engine,
@@ -106,15 +113,18 @@ class FilledEngine(Engine):
         """
         state, held = super().start(), self.held
 
-        def fill(part, **others):
+        def fill(part, rows, **others):
             keys, values = (tuple(map(add_noise, x)) for x in (part.keys, part.values))
-            return dataclasses.replace(part, keys=keys, values=values, length=part.length + held, **others)
+            return dataclasses.replace(part, keys=keys, values=values, length=part.length + rows, **others)
 
         text, bank = state.stream.text, state.stream.bank
         if held:
-            places = jnp.arange(bank.capacity)[None]
-            bank = fill(bank, positions=jnp.where(places < held, places, bank.positions))
-            text = fill(text)
+            vectors = self.model_config.vectors_per_frame
+            frame, place = jnp.divmod(jnp.arange(bank.capacity)[None], vectors)
+            positions = jnp.where(frame < held, frame, bank.positions)
+            counts = None if bank.counts is None else jnp.where(frame < held, 1.0, bank.counts)
+            bank = fill(bank, held * vectors, positions=positions, places=place, counts=counts)
+            text = fill(text, held, position=text.position + held)
         return jax.device_put(dataclasses.replace(state, stream=StreamState(text, bank)), self.placement)
 
     def num_programs(self) -> int:
@@ -349,6 +359,12 @@ def main() -> None:
     parser.add_argument(
         "--encoder-weights", choices=get_args(EncoderWeights), help="8-bit format of the vision encoder"
     )
+    parser.add_argument(
+        "--memory",
+        choices=(policies.FULL, *policies.POLICIES),
+        default=MemoryConfig.policy,
+        help="policy of the bank; none of the measures reaches a compaction",
+    )
     parser.add_argument("--perception-device", type=int, help="index of the device that encodes frames")
     parser.add_argument("--budget", type=float, help="seconds after which nothing new starts")
     add_out(parser)
@@ -383,12 +399,13 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     prompt, floors, parameters = prompt_text(tokenizer), Floors(model, ceilings), tree_bytes(nnx.state(model))
     started = time.monotonic()
     apart = args.perception_device
-    engine = FilledEngine(model, tokenizer, perception_device=None if apart is None else jax.devices()[apart])
+    # One capacity for all, since that of a session is static; beyond what any measure needs.
+    most = counts[-1]
+    capacity = EngineConfig(1, most + TEXT_ROOM, most + FRAMES_ROOM, MemoryConfig(args.memory))
+    perception = None if apart is None else jax.devices()[apart]
+    engine = FilledEngine(model, tokenizer, capacity, perception_device=perception)
     del model
     engine_s = time.monotonic() - started
-    # One capacity for all, since that of a session is static.
-    most = counts[-1]
-    engine.config = EngineConfig(text_capacity=most + TEXT_ROOM, bank_capacity=most + FRAMES_ROOM)
     engine.begin_with(0, "text")
     state = tree_bytes(jax.eval_shape(engine.start))
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from moss_jax.config import ConfigError, DecoderConfig, EngineConfig, ModelConfig
+from moss_jax.config import ConfigError, DecoderConfig, EngineConfig, MemoryConfig, ModelConfig
 from moss_jax.memory import MemoryBank, StreamState, TextCache
 from moss_jax.nn.compressor import Compressor
 from moss_jax.nn.decoder import Append, KeysValues, SelfLayer
@@ -53,7 +53,9 @@ def twin_of(config: ModelConfig) -> ModelConfig:
 def room(config: ModelConfig, *, tokens: int, frames: int, slots: int = 1) -> EngineConfig:
     """Capacities of a twin for this many tokens and frames."""
     places = tokens + frames * config.vectors_per_frame
-    return EngineConfig(slots=slots, text_capacity=-(-places // TILE) * TILE, bank_capacity=frames)
+    # Its rows are tokens and vectors of frames alike, of which a session knows no kinds.
+    memory = MemoryConfig("full", text="full")
+    return EngineConfig(slots, -(-places // TILE) * TILE, frames, memory)
 
 
 class Arrivals(NamedTuple):
@@ -95,7 +97,8 @@ class TwinDecoder(nnx.Module):
     ) -> Arrivals:
         """Keeps the first `count` frames for `decode`, which places them by the `<|image|>` tokens."""
         del positions
-        bank = dataclasses.replace(bank, length=jnp.minimum(bank.length + count, bank.capacity))
+        held = bank.length + count * features.shape[2]
+        bank = dataclasses.replace(bank, length=jnp.minimum(held, bank.capacity))
         return Arrivals(bank, features, count)
 
     def decode(
@@ -118,7 +121,8 @@ class TwinDecoder(nnx.Module):
         keys, values = zip(*now, strict=True)
         length = jnp.minimum(text.length + count, text.capacity)
         hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)  # [B, T, D]
-        return hidden, StreamState(text=TextCache(keys, values, length, text.capacity), bank=bank)
+        text = TextCache(keys, values, length, length, text.capacity)
+        return hidden, StreamState(text=text, bank=bank)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of the next token, float32."""

@@ -18,6 +18,8 @@ EncoderWeights = Literal["fp8"]
 ModelPart = Literal["vision", "compressor", "projector", "decoder"]
 ComputeDtype = Literal["bfloat16", "float32"]
 DataKind = Literal["tabletop", "conversations"]
+TextMemory = Literal["full", "window"]
+BankDtype = Literal["int8", "fp8"]
 
 MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
 
@@ -454,18 +456,73 @@ class TokenSampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """What a stream keeps when it runs out of room.
+
+    Attributes:
+      policy: for the frames, a name in `memory.policies`. "full" forgets nothing, so the stream ends when the
+        bank is full. "window" keeps the newest frames. "pyramid" keeps the newest whole, older ones coarser,
+        and merges the oldest. "merge" merges vectors at the same place of neighbouring frames that are alike.
+      low_water: share of the bank and of the text cache that a compaction leaves in use.
+      pyramid_shares: of what is left, the share of each level: whole frames, 1/4, 1/16 of the grid, one
+        vector.
+      bank_dtype: stores keys and values of the bank in 8 bits; None for the dtype of the model.
+      text: for the tokens. "full" forgets none, so the stream ends when the text cache is full. "window"
+        keeps the opening and the newest; of older ones silences and frames go first, then what was asked,
+        and what the model said last.
+      text_recent: share of the text cache whose newest tokens are all kept.
+      text_said: share of the text cache for what the model has said before.
+    """
+
+    policy: str = "pyramid"
+    low_water: float = 0.875
+    pyramid_shares: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
+    bank_dtype: BankDtype | None = None
+    text: TextMemory = "window"
+    text_recent: float = 0.5
+    text_said: float = 0.25
+
+    def __post_init__(self):
+        _convert_fields(self)
+        _require(0 < self.low_water < 1, f"low_water {self.low_water} must be in (0, 1)")
+        _require(
+            0 < self.text_recent < self.low_water and 0 <= self.text_said <= 1,
+            f"text_recent {self.text_recent} must be between 0 and low_water {self.low_water}, "
+            f"and text_said {self.text_said} in [0, 1]",
+        )
+        _require(
+            len(self.pyramid_shares) >= 2
+            and all(share > 0 for share in self.pyramid_shares)
+            and sum(self.pyramid_shares) <= 1 + 1e-6,
+            "pyramid_shares are at least two positive numbers whose sum is at most 1, "
+            f"not {self.pyramid_shares}",
+        )
+
+    def low_mark(self, capacity: int) -> int:
+        """What a compaction leaves of `capacity` whole frames, or tokens: at least 1 less."""
+        return min(int(self.low_water * capacity), capacity - 1)
+
+    @property
+    def merges(self) -> bool:
+        """Whether vectors of the bank may stand for several, so that their counts are kept."""
+        return self.policy not in ("full", "window")
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Capacities of the engine's state; a stream that reaches one ends, and says so.
 
     Attributes:
       slots: concurrent streams.
       text_capacity: tokens in the text cache of a slot, including the `<|image|>` token of each frame.
-      bank_capacity: frames in the memory bank of a slot.
+      bank_capacity: whole frames in the memory bank of a slot.
+      memory: what a slot keeps beyond that.
     """
 
     slots: int = 1
     text_capacity: int = 4096
     bank_capacity: int = 256
+    memory: MemoryConfig = MemoryConfig()
 
     def __post_init__(self):
         _convert_fields(self)
@@ -483,16 +540,18 @@ class SessionConfig:
       tail_seconds: how long an answer may continue after the end of the stream.
       inbox_frames: frames that may be queued in a realtime session before the oldest is dropped. Prompts are
         never dropped, and a lockstep session drops nothing.
+      max_tokens_per_turn: tokens after which an answer is cut and the stream goes on silent.
     """
 
     clock: Clock = "lockstep"
     tokens_per_second: int = 32
     tail_seconds: float = 1.0
     inbox_frames: int = 8
+    max_tokens_per_turn: int = 1024
 
     def __post_init__(self):
         _convert_fields(self)
-        _require_at_least(1, self, "tokens_per_second", "inbox_frames")
+        _require_at_least(1, self, "tokens_per_second", "inbox_frames", "max_tokens_per_turn")
         _require(self.tail_seconds >= 0, f"tail_seconds {self.tail_seconds} must not be negative")
 
 

@@ -17,6 +17,7 @@ from moss_jax.config import (
     EngineConfig,
     FrameSampling,
     InitialModelConfig,
+    MemoryConfig,
     MeshConfig,
     OptimizerConfig,
     SessionConfig,
@@ -28,6 +29,7 @@ from moss_jax.shipped import shipped
 
 _NAMES = {
     EngineConfig: "engine",
+    MemoryConfig: "memory",
     FrameSampling: "frames",
     SessionConfig: "session",
     TokenSampling: "sampling",

@@ -23,10 +23,12 @@ from moss_jax.config import (
     EncoderWeights,
     EngineConfig,
     FrameSampling,
+    MemoryConfig,
     SessionConfig,
     TokenSampling,
 )
 from moss_jax.convert import CheckpointError, open_model
+from moss_jax.memory.policies import FULL, POLICIES
 from moss_jax.shipped import shipped
 from moss_jax.stream import End, Engine, Event, SessionError, answer_offline
 from moss_jax.stream.events import EndReason
@@ -102,7 +104,8 @@ def open_stream(args: argparse.Namespace) -> Stream:
     gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
     sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
     session_config = override(gin_bindings.settings(SessionConfig), clock=args.clock)
-    engine_config = dataclasses.replace(gin_bindings.settings(EngineConfig), slots=1)
+    memory = override(gin_bindings.settings(MemoryConfig), policy=args.memory)
+    engine_config = dataclasses.replace(gin_bindings.settings(EngineConfig), slots=1, memory=memory)
     token_sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
 
     info = probe(args.video)
@@ -253,6 +256,12 @@ def parse_arguments() -> argparse.Namespace:
         help=f"the stream's own clock, or the wall's (default: {settings(SessionConfig).clock})",
     )
     add("--offline", action="store_true", help="prefill the whole clip, then answer")
+    add(
+        "--memory",
+        choices=(FULL, *POLICIES),
+        help="what is kept of the frames when the memory bank is full; with full, the stream ends then "
+        f"(default: {settings(MemoryConfig).policy})",
+    )
     add(
         "--checkpoint",
         metavar="DIR|REPO",

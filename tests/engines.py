@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moss_jax.config import EngineConfig, TokenSampling
+from moss_jax.config import EngineConfig, MemoryConfig, TokenSampling
 from moss_jax.nn import MossVideo
 from moss_jax.stream import PENDING, Engine, Row, Sampled
 from moss_jax.text import Tokenizer
 from moss_jax.video import preprocess
+
+FORGETS_NOTHING = MemoryConfig(policy="full", text="full")
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +37,16 @@ def make_engine(model, tokenizer) -> Callable[..., Engine]:
     """Engines over the one small model, cached by their settings, so that programs compile once."""
     made: dict = {}
 
-    def make(*, slots=1, text_capacity=512, bank_capacity=32, perception_device=None, **sampling) -> Engine:
-        config = EngineConfig(slots=slots, text_capacity=text_capacity, bank_capacity=bank_capacity)
+    def make(
+        *,
+        slots=1,
+        text_capacity=512,
+        bank_capacity=32,
+        memory=FORGETS_NOTHING,
+        perception_device=None,
+        **sampling,
+    ) -> Engine:
+        config = EngineConfig(slots, text_capacity, bank_capacity, memory)
         key = (config, TokenSampling(**sampling), perception_device)
         if key not in made:
             made[key] = Engine(model, tokenizer, *key[:2], perception_device=perception_device)
@@ -103,6 +113,7 @@ class ScriptedEngine:
         script = script if isinstance(script, Mapping) else {0: script}
         self.script = {slot: collections.deque(tokens) for slot, tokens in script.items()}
         self.seen: list[int] = []
+        self.compactions = 0
         self.state = ScriptedState([], [])
         self.before_step: Callable[[], None] = lambda: None
 
@@ -124,6 +135,9 @@ class ScriptedEngine:
         for slot, row in enumerate(rows):
             if row is None:
                 continue
+            if row.kept is not None:
+                state.context[slot] = [state.context[slot][i] for i in row.kept]
+            self.compactions += row.compact
             tokens = [state.pending[slot] if t == PENDING else t for t in row.tokens]
             assert sum(t == special.image for t in tokens) == len(row.frames)
             self.seen += [features[i] for i in row.frames]
@@ -138,7 +152,9 @@ class ScriptedEngine:
 
 @pytest.fixture
 def scripted(tokenizer) -> Callable[..., ScriptedEngine]:
-    def make(script=(), *, slots=1, text_capacity=4096, bank_capacity=256) -> ScriptedEngine:
-        return ScriptedEngine(tokenizer, script, EngineConfig(slots, text_capacity, bank_capacity))
+    def make(
+        script=(), *, slots=1, text_capacity=4096, bank_capacity=256, memory=FORGETS_NOTHING
+    ) -> ScriptedEngine:
+        return ScriptedEngine(tokenizer, script, EngineConfig(slots, text_capacity, bank_capacity, memory))
 
     return make

@@ -114,10 +114,13 @@ def test_the_transcript_has_a_heading_and_a_summary(checkpoint):
     assert "6 frames" in result.stdout
 
 
-def test_a_full_bank_is_no_end_of_the_clip(checkpoint):
+def test_a_full_bank_ends_no_stream_but_one_that_may_not_forget(checkpoint):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--fps", "10", "--json"]
     arguments += ["--prompt", "And now?", "--prompt-at", "29"]
-    *events, late, end = events_of(run(*arguments))
+    *events, end = events_of(run(*arguments))
+    assert [e["time"] for e in events if e["type"] == "frame"][-1] == 29.9
+    assert end["reason"] == "finished"
+    *events, late, end = events_of(run(*arguments, "--memory", "full"))
     assert [e["time"] for e in events if e["type"] == "frame"][-1] == 25.5
     assert (late["type"], late["prompt"], late["time"]) == ("not_asked", "And now?", 29.0)
     assert end["reason"] == "bank_capacity"

@@ -99,7 +99,7 @@ def test_streaming_is_one_pass(engine, one_pass, frames, tokenizer):
         for at, logits in found[slot]:
             np.testing.assert_allclose(logits, expected[at], rtol=0, atol=TOLERANCE)
         assert int(state.stream.text.length[slot]) == len(told[slot]) + len(seen[slot]) * (vectors - 1)
-        assert int(state.stream.bank.length[slot]) == len(seen[slot])
+        assert int(state.stream.bank.length[slot]) == len(seen[slot]) * vectors
         blind = one_pass(told[slot], [np.zeros_like(frame) for frame in seen[slot]])
         assert np.abs(blind - expected)[found[slot][-1][0]].max() > 0.1
 

@@ -79,13 +79,20 @@ class _RecordedAttention(nnx.Module):
         return self.attention.project(features, rope)
 
     def __call__(
-        self, residual: Residual, norm: Norm, rope: Rotation, frames: KeysValues, kv_range: KeyRange
+        self,
+        residual: Residual,
+        norm: Norm,
+        rope: Rotation,
+        frames: KeysValues,
+        kv_range: KeyRange,
+        bias: None = None,
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T E"]]:
         queries, _ = self.attention.queries(residual, norm, rope)
+        assert isinstance(frames.keys, Array)
         weights = _softmax_over_range(queries, frames.keys, kv_range)
         weights = weights.reshape(*weights.shape[:-1], self.num_frames, -1)  # [B, H, T, F, N]
         self.weights = nnx.Intermediate(weights if self.per_vector else weights.sum(axis=-1))
-        return self.attention(residual, norm, rope, frames, kv_range)
+        return self.attention(residual, norm, rope, frames, kv_range, bias)
 
 
 def _softmax_over_range(

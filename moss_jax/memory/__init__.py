@@ -1,9 +1,9 @@
 """The state of a stream: frozen pytrees, made by `init_state`, passed in, returned, never mutated."""
 
-from moss_jax.memory.bank import NO_POSITION, MemoryBank, frames_visible, remember_frames
+from moss_jax.memory.bank import NO_POSITION, MemoryBank, remember_frames, vectors_visible
+from moss_jax.memory.room import CapacityError, check_room
 from moss_jax.memory.state import StreamState, init_state
-from moss_jax.memory.text import ROWS_MULTIPLE, TextCache
-from moss_jax.memory.writes import CapacityError, check_room, write_row, write_rows
+from moss_jax.memory.text import ROWS_MULTIPLE, TextCache, keep_tokens
 
 __all__ = [
     "NO_POSITION",
@@ -13,9 +13,8 @@ __all__ = [
     "StreamState",
     "TextCache",
     "check_room",
-    "frames_visible",
     "init_state",
+    "keep_tokens",
     "remember_frames",
-    "write_row",
-    "write_rows",
+    "vectors_visible",
 ]

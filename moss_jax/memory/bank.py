@@ -1,6 +1,6 @@
-"""The memory bank: keys and values of the frames, for every cross-attention layer.
+"""The memory bank: keys and values of what was seen, for every cross-attention layer.
 
-B slots, K kv heads, T tokens, F frames, N vectors a frame, D head
+B slots, K kv heads, T tokens, F frames, S vectors, D head
 """
 
 import dataclasses
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moss_jax.memory.writes import targets, write_rows
+from moss_jax.ops.qarray import QArray, quantize
+from moss_jax.ops.writes import targets, write_rows
 
 # Position of an empty place in the bank: no token comes after it.
 NO_POSITION = jnp.iinfo(jnp.int32).max
@@ -18,22 +19,38 @@ NO_POSITION = jnp.iinfo(jnp.int32).max
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MemoryBank:
-    """Keys and values of the frames so far, for every cross-attention layer.
+    """Keys and values of the vectors so far, for every cross-attention layer, in order of position.
+
+    A frame has any number of vectors, which share its position. What a token sees is a prefix of the bank.
 
     Attributes:
-      keys, values: one [B, K, F*N, D] array a layer, frame after frame; keys are rotated and normalised.
-      positions: position of each frame's `<|image|>` token, ascending; NO_POSITION where there is no frame.
-      length: frames held.
+      keys, values: one [B, K, S, D] array a layer, QArrays if the bank is stored in 8 bits; keys are rotated
+        and normalised.
+      positions: of each vector, that of its frame's `<|image|>` token; ascending, NO_POSITION where there is
+        no vector.
+      places: index of each vector in its frame, as the compressor ordered them.
+      counts: vectors that each vector stands for, whose logarithm is added to its scores; None where nothing
+        is ever merged.
+      length: vectors held.
     """
 
-    keys: tuple[Float[Array, "B K FN D"], ...]
-    values: tuple[Float[Array, "B K FN D"], ...]
-    positions: Int[Array, "B F"]
+    keys: tuple[Float[Array, "B K S D"] | QArray, ...]
+    values: tuple[Float[Array, "B K S D"] | QArray, ...]
+    positions: Int[Array, "B S"]
+    places: Int[Array, "B S"]
+    counts: Float[Array, "B S"] | None
     length: Int[Array, " B"]
 
     @property
     def capacity(self) -> int:
+        """Vectors that a slot has room for."""
         return self.positions.shape[1]
+
+    @property
+    def bias(self) -> Float[Array, "B S"] | None:
+        """What attention adds to the scores of each vector."""
+        # Empty places are out of every range, but their logarithm should be a number all the same.
+        return None if self.counts is None else jnp.log(jnp.maximum(self.counts, 1))
 
 
 def remember_frames(
@@ -43,29 +60,46 @@ def remember_frames(
     positions: Int[Array, "B F"],
     count: Int[Array, " B"],
 ) -> MemoryBank:
-    """Appends the first `count[b]` of F frames to slot `b`: the policy "full", which keeps every frame."""
+    """Appends the first `count[b]` of F frames to slot `b`, as far as there is room.
+
+    Args:
+      keys, values: of each layer, frame after frame, all with the same number of vectors.
+      positions: of the frames; not before those that the bank holds.
+    """
     slots, frames = positions.shape
-    vectors = bank.keys[0].shape[2] // bank.capacity
+    vectors = keys[0].shape[2] // frames
+    count = count * vectors
 
     def append(buffers, rows):
         return tuple(
-            write_rows(buffer, row, bank.length * vectors, count * vectors)
+            jax.tree.map(
+                lambda old, new: write_rows(old, new, bank.length, count),
+                buffer,
+                quantize(row, buffer.dtype, axes=3) if isinstance(buffer, QArray) else row,
+            )
             for buffer, row in zip(buffers, rows, strict=True)
         )
 
-    at = targets(bank.length, count, frames, bank.capacity)
+    at = targets(bank.length, count, frames * vectors, bank.capacity)
+    slot = jnp.arange(slots)[:, None]
+
+    def write(old, new):
+        return old.at[slot, at].set(new, mode="drop", unique_indices=True)
+
     return MemoryBank(
         keys=append(bank.keys, keys),
         values=append(bank.values, values),
-        positions=bank.positions.at[jnp.arange(slots)[:, None], at].set(
-            positions, mode="drop", unique_indices=True
-        ),
+        positions=write(bank.positions, jnp.repeat(positions, vectors, axis=1)),
+        places=write(bank.places, jnp.tile(jnp.arange(vectors, dtype=jnp.int32), frames)),
+        counts=None if bank.counts is None else write(bank.counts, 1.0),
         length=jnp.minimum(bank.length + count, bank.capacity),
     )
 
 
-def frames_visible(
-    frame_positions: Int[Array, "B F"], token_positions: Int[Array, "B T"]
-) -> Int[Array, "B T"]:
-    """Number of frames that each token sees: frame `f` is visible to the tokens from its position on."""
-    return (frame_positions[:, None, :] <= token_positions[:, :, None]).sum(axis=-1, dtype=jnp.int32)
+def vectors_visible(positions: Int[Array, "B S"], token_positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Number of vectors that each token sees: those whose position is not after its own.
+
+    Args:
+      positions: of vectors, or of frames, to count those.
+    """
+    return (positions[:, None, :] <= token_positions[:, :, None]).sum(axis=-1, dtype=jnp.int32)

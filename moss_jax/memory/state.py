@@ -8,8 +8,9 @@ from jaxtyping import DTypeLike
 
 from moss_jax.config import ModelConfig
 from moss_jax.memory.bank import NO_POSITION, MemoryBank
+from moss_jax.memory.room import CapacityError
 from moss_jax.memory.text import ROWS_MULTIPLE, TextCache
-from moss_jax.memory.writes import CapacityError
+from moss_jax.ops.qarray import QArray
 
 
 @jax.tree_util.register_dataclass
@@ -26,14 +27,24 @@ class StreamState:
 
 
 def init_state(
-    config: ModelConfig, slots: int, *, text_capacity: int, bank_capacity: int, dtype: DTypeLike
+    config: ModelConfig,
+    slots: int,
+    *,
+    text_capacity: int,
+    bank_capacity: int,
+    dtype: DTypeLike,
+    bank_dtype: DTypeLike | None = None,
+    merges: bool = False,
 ) -> StreamState:
     """An empty state.
 
     Args:
       slots: streams side by side.
       text_capacity: tokens that a slot can hold.
-      bank_capacity: frames that a slot can hold.
+      bank_capacity: whole frames that a slot has room for.
+      dtype: of keys and values.
+      bank_dtype: of those in the bank: int8 or float8_e4m3fn with a scale for each vector; None for `dtype`.
+      merges: whether the bank counts how many vectors each of its vectors stands for.
 
     Raises:
       CapacityError: a size below 1, or more tokens than the model has positions for.
@@ -47,25 +58,31 @@ def init_state(
             f"text_capacity {text_capacity} exceeds the {decoder.max_positions} positions of the model"
         )
 
-    def buffers(layers: int, capacity: int) -> tuple[jax.Array, ...]:
-        # One buffer each: donated arrays must not share memory.
-        shape = (slots, decoder.num_kv_heads, capacity, decoder.head_dim)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+    # One buffer each: donated arrays must not share memory.
+    def buffer(capacity: int) -> jax.Array:
+        return jnp.zeros((slots, decoder.num_kv_heads, capacity, decoder.head_dim), dtype)
+
+    def bank_buffer() -> jax.Array | QArray:
+        x = buffer(vectors)
+        return x if bank_dtype is None else QArray(x.astype(bank_dtype), jnp.zeros(x.shape[:3], jnp.float32))
 
     self_layers, cross_layers = decoder.num_self_attention_layers, len(decoder.cross_attention_layers)
     vectors = bank_capacity * config.vectors_per_frame
     rows = -(-(text_capacity + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
     return StreamState(
         text=TextCache(
-            keys=buffers(self_layers, rows),
-            values=buffers(self_layers, rows),
+            keys=tuple(buffer(rows) for _ in range(self_layers)),
+            values=tuple(buffer(rows) for _ in range(self_layers)),
             length=jnp.zeros(slots, jnp.int32),
+            position=jnp.zeros(slots, jnp.int32),
             capacity=text_capacity,
         ),
         bank=MemoryBank(
-            keys=buffers(cross_layers, vectors),
-            values=buffers(cross_layers, vectors),
-            positions=jnp.full((slots, bank_capacity), NO_POSITION, jnp.int32),
+            keys=tuple(bank_buffer() for _ in range(cross_layers)),
+            values=tuple(bank_buffer() for _ in range(cross_layers)),
+            positions=jnp.full((slots, vectors), NO_POSITION, jnp.int32),
+            places=jnp.zeros((slots, vectors), jnp.int32),
+            counts=jnp.zeros((slots, vectors), jnp.float32) if merges else None,
             length=jnp.zeros(slots, jnp.int32),
         ),
     )

@@ -10,19 +10,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from moss_jax.config import DecoderConfig, Remat, RowsBeforeFirstFrame
-from moss_jax.memory import (
-    MemoryBank,
-    StreamState,
-    TextCache,
-    frames_visible,
-    remember_frames,
-)
+from moss_jax.memory import MemoryBank, StreamState, TextCache, remember_frames, vectors_visible
 from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, RMSNorm, gate, normal, remat
 from moss_jax.nn.rope import rotation
 from moss_jax.ops.attention import KeyRange, append_and_attend, attention
 from moss_jax.ops.linear import norm_linear
 from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.post_attention import post_attention
+from moss_jax.ops.qarray import QArray
 from moss_jax.ops.rotary import Rotation, rotate
 from moss_jax.sharding import constrain
 
@@ -30,8 +25,8 @@ from moss_jax.sharding import constrain
 class KeysValues(NamedTuple):
     """Keys and values of one layer, [B, K, S, D]."""
 
-    keys: Float[Array, "B K S D"]
-    values: Float[Array, "B K S D"]
+    keys: Float[Array, "B K S D"] | QArray
+    values: Float[Array, "B K S D"] | QArray
 
 
 class Append(NamedTuple):
@@ -79,10 +74,13 @@ class SelfAttention(nnx.Module):
         assert isinstance(qkv, Array)
         if past is not None:
             assert append is not None
+            assert isinstance(past.keys, Array)
+            assert isinstance(past.values, Array)
             heads, *now = append_and_attend(
                 qkv,
                 rope,
-                *past,
+                past.keys,
+                past.values,
                 append.start,
                 append.tokens,
                 capacity=append.capacity,
@@ -133,11 +131,17 @@ class CrossAttention(nnx.Module):
         return rotate(self.q_norm(q), rope), x
 
     def __call__(
-        self, residual: Residual, norm: Norm, rope: Rotation, frames: KeysValues, kv_range: KeyRange
+        self,
+        residual: Residual,
+        norm: Norm,
+        rope: Rotation,
+        frames: KeysValues,
+        kv_range: KeyRange,
+        bias: Float[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B T H head"], Float[Array, "B T D"]]:
         """Attends to the frames in range; results of all heads, and the residual sum."""
         q, x = self.queries(residual, norm, rope)
-        return attention(q, *frames, kv_range, implementation=self.implementation), x
+        return attention(q, *frames, kv_range, bias=bias, implementation=self.implementation), x
 
 
 class SelfLayer(nnx.Module):
@@ -186,9 +190,10 @@ class CrossLayer(nnx.Module):
         frames: KeysValues,
         kv_range: KeyRange,
         sees: Bool[Array, "B T"],
+        bias: Float[Array, "B S"] | None = None,
     ) -> Residual:
         """Rows that see no frame get no MLP branch, and from an empty range no attention either."""
-        heads, x = self.attention(residual, self.attention_norm.params, rope, frames, kv_range)
+        heads, x = self.attention(residual, self.attention_norm.params, rope, frames, kv_range, bias)
         return post_attention(
             x,
             heads,
@@ -240,14 +245,14 @@ class Decoder(nnx.Module):
         B, T = tokens.shape
         vectors = features.shape[2]
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        visible = frames_visible(frame_positions, positions)
+        visible = vectors_visible(frame_positions, positions)  # Counts frames here.
         attended = visible
         if self.rows_before_first_frame == "attend":
             present = (frame_positions < T).sum(axis=-1, dtype=jnp.int32)
             attended = jnp.where(visible > 0, visible, present[:, None])
         rope = self._rotation(frame_positions)
         frames = [remat(layer.attention.project, keep)(features, rope) for layer in self._cross_layers()]
-        hidden, _ = self._run(tokens, positions, frames, attended * vectors, visible > 0, None, None, keep)
+        hidden, _ = self._run(tokens, positions, frames, attended * vectors, visible > 0, keep=keep)
         return hidden
 
     def remember(
@@ -269,23 +274,34 @@ class Decoder(nnx.Module):
         """Appends the first `count` tokens of each slot and attends to text and bank as they then stand."""
         text, bank = state.text, state.bank
         row = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        positions = text.length[:, None] + row
+        positions = text.position[:, None] + row
         real = row < count[:, None]
-        visible = jnp.where(real, frames_visible(bank.positions, positions), 0)
+        visible = jnp.where(real, vectors_visible(bank.positions, positions), 0)
         append = Append(text.length, count, text.capacity)
-        vectors = bank.keys[0].shape[2] // bank.capacity
         past = [KeysValues(k, v) for k, v in zip(text.keys, text.values, strict=True)]
         frames = [KeysValues(k, v) for k, v in zip(bank.keys, bank.values, strict=True)]
-        hidden, now = self._run(tokens, positions, frames, visible * vectors, visible > 0, past, append)
+        hidden, now = self._run(tokens, positions, frames, visible, visible > 0, bank.bias, past, append)
         keys, values = zip(*now, strict=True)
         length = jnp.minimum(text.length + count, text.capacity)
-        return hidden, StreamState(text=TextCache(keys, values, length, text.capacity), bank=bank)
+        text = TextCache(keys, values, length, text.position + length - text.length, text.capacity)
+        return hidden, StreamState(text=text, bank=bank)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the next token, float32."""
         return self.lm_head(hidden, out_dtype=jnp.float32)
 
-    def _run(self, tokens, positions, frames, frame_keys, sees, past, append, keep: Remat = "none"):
+    def _run(
+        self,
+        tokens,
+        positions,
+        frames,
+        frame_keys,
+        sees,
+        bias=None,
+        past=None,
+        append=None,
+        keep: Remat = "none",
+    ):
         """Runs all layers; returns the final hidden states and each text layer's keys and values."""
         rope = self._rotation(positions)
         frame_range = KeyRange(jnp.zeros_like(frame_keys), frame_keys)
@@ -296,7 +312,7 @@ class Decoder(nnx.Module):
         residual = Residual(constrain(self.embedding[tokens], ("batch", None, None)))
         for layer in self.layers:
             if isinstance(layer, CrossLayer):
-                residual = remat(layer, keep)(residual, rope, next(frames), frame_range, sees)
+                residual = remat(layer, keep)(residual, rope, next(frames), frame_range, sees, bias)
             else:
                 residual, kv = remat(layer, keep)(residual, rope, next(past), append)
                 now.append(kv)

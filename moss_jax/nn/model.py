@@ -153,7 +153,8 @@ class MossVideo(nnx.Module):
         if position.ndim == 1:
             features, position, mask = features[:, None], position[:, None], mask[:, None]
         count = jnp.sum(mask, axis=-1, dtype=jnp.int32)
-        check_room("memory bank", state.bank.length, count, state.bank.capacity)
+        vectors = count * self.config.vectors_per_frame
+        check_room("memory bank", state.bank.length, vectors, state.bank.capacity)
         bank = self.decoder.remember(state.bank, features.astype(self.dtype), position, count)
         return dataclasses.replace(state, bank=bank)
 

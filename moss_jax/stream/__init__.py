@@ -8,10 +8,12 @@ from moss_jax.stream.events import (
     FrameSeen,
     FramesSkipped,
     Interrupted,
+    NearCapacity,
     NotAsked,
     Silence,
     Text,
     Turn,
+    TurnLimit,
 )
 from moss_jax.stream.offline import answer_offline
 from moss_jax.stream.rows import PENDING, Row
@@ -30,6 +32,7 @@ __all__ = [
     "FrameSeen",
     "FramesSkipped",
     "Interrupted",
+    "NearCapacity",
     "NotAsked",
     "Row",
     "Sampled",
@@ -38,5 +41,6 @@ __all__ = [
     "Silence",
     "Text",
     "Turn",
+    "TurnLimit",
     "answer_offline",
 ]

@@ -16,15 +16,20 @@ from moss_jax.stream.events import (
     Event,
     FrameSeen,
     Interrupted,
+    NearCapacity,
     NotAsked,
     Silence,
     Text,
     Turn,
+    TurnLimit,
 )
 from moss_jax.stream.rows import PENDING
 from moss_jax.stream.step import NOT_FINITE
+from moss_jax.stream.text_memory import Kind, tokens_to_keep
 from moss_jax.text import Detokenizer, Tokenizer
 
+# Share of a capacity in use from which on a stream that will end of it says so.
+NEARLY = 0.9
 # Stream times that are closer than this are one instant.
 INSTANT = 1e-6
 
@@ -71,6 +76,7 @@ class Plan:
 
     Attributes:
       speculative: the row is only the token of the step in flight, which may turn out to be a silence.
+      compact, kept: as in `Row`.
       end: why the stream ends here.
     """
 
@@ -79,6 +85,8 @@ class Plan:
     frames: list[Inbound] = dataclasses.field(default_factory=list)
     new_turn: bool = False
     speculative: bool = False
+    compact: bool = False
+    kept: list[int] | None = None
     end: EndReason | None = None
 
 
@@ -99,6 +107,7 @@ class Conversation:
       ended: the stream is over.
       latest: the latest time of anything pushed.
       speaking: whether the model is in the middle of an answer.
+      interrupted: whether an answer in progress is to be cut.
     """
 
     def __init__(
@@ -114,7 +123,7 @@ class Conversation:
         self.slot = slot
         self.finished = self.stopped = self.ended = False
         self.latest = 0.0
-        self.speaking = False
+        self.speaking = self.interrupted = False
         self._config = config
         self._capacity = capacity
         self._special = tokenizer.special
@@ -123,10 +132,17 @@ class Conversation:
         self._prompt = prompt
         self._inbox: list[Inbound] = []
         self._counts = dict.fromkeys((f.name for f in dataclasses.fields(Counters)), 0)
-        # The begin of the next row: the pending token, unless it has been appended already.
-        self._pending = [PENDING]
-        self._said = ""
-        self._text_length = 0
+        # The begin of the next row, and what it is: the pending token, unless it has been appended already.
+        self._pending, self._pending_kinds = [PENDING], [Kind.UNKNOWN]
+        # Whether an answer has been cut, so that a silence follows its last token.
+        self._is_cut = False
+        self._said, self._said_tokens = "", 0
+        # The text cache, token by token, and where in it is a token that the host does not have yet.
+        self._kinds: list[Kind] = []
+        self._unknown: int | None = None
+        # Frames that may be appended before the bank is compacted.
+        self._frame_room = capacity.bank_capacity
+        self._warned: set[str] = set()
         # The lockstep clock: the instant of the last thing that happened, and the tokens since.
         self._instant, self._ticks = 0.0, 0
         self._finished_at = 0.0
@@ -171,8 +187,12 @@ class Conversation:
             return self._end(self._end_reason)
         if self._opening is not None:
             tokens, self._opening = self._opening, None
-            self._text_length = len(tokens)
+            self._kinds = [Kind.PINNED] * len(tokens)
             return Plan([self._turn(self._prompt)], tokens, new_turn=True)
+        if self.interrupted and not in_flight:
+            self.interrupted = False
+            if self.speaking:
+                return Plan(list(self._cut()))
         if due := self._pop_due(perception_async):
             return self._append(due, in_flight)
         if self.speaking and may_continue and self._may_sample():
@@ -198,24 +218,56 @@ class Conversation:
             self._end_reason = "not_finite"
             return
         if plan.speculative and not self.speaking:
-            # The row turned out to be a silence: it has been appended, and the token after it is dropped.
-            self._pending = []
+            # The row was the last token of the answer: it has been appended, and the one after it is dropped.
+            self._pending, self._pending_kinds = self._after_dropped()
             return
-        self._wall = wall
+        self._wall, self._is_cut = wall, False
         at = self._now()
         self._ticks += 1
-        self._pending = [PENDING]
-        if token == self._special.silence:
-            self.speaking, self._said = False, ""
-            self._detokenizer.flush()
+        kind = Kind.SILENCE if token == self._special.silence else Kind.SAID
+        self._pending, self._pending_kinds = [PENDING], [kind]
+        if self._unknown is not None:
+            self._kinds[self._unknown], self._unknown = kind, None
+        if kind is Kind.SILENCE:
+            self._hush()
             self._counts["silences"] += 1
             yield Silence(slot=self.slot, stream_time=at, wall_time=wall)
             return
         self.speaking = True
+        self._said_tokens += 1
         self._counts["tokens"] += 1
         if text := self._detokenizer.push(token):
             self._said += text
             yield Text(slot=self.slot, stream_time=at, wall_time=wall, text=text)
+        if self.interrupted:
+            self.interrupted = False
+            yield from self._cut()
+        elif self._said_tokens >= self._config.max_tokens_per_turn:
+            yield TurnLimit(slot=self.slot, stream_time=at, wall_time=wall, tokens=self._said_tokens)
+            self._cut_off()
+            self._counts["silences"] += 1
+            yield Silence(slot=self.slot, stream_time=at, wall_time=wall)
+
+    def _cut(self) -> Iterator[Event]:
+        """Ends the answer in progress at the token that is pending."""
+        yield from self._interrupt()
+        self._cut_off()
+
+    def _cut_off(self) -> None:
+        """Has a silence follow the pending token, as if the model had stopped there."""
+        self._hush()
+        self._is_cut = True
+        self._pending = [*self._pending, self._special.silence]
+        self._pending_kinds = [*self._pending_kinds, Kind.SILENCE]
+
+    def _after_dropped(self) -> tuple[list[int], list[Kind]]:
+        """The begin of a row after a sample that is dropped: nothing, or the silence after a cut."""
+        return [self._special.silence] * self._is_cut, [Kind.SILENCE] * self._is_cut
+
+    def _hush(self) -> None:
+        """Notes that no answer is in progress."""
+        self.speaking, self._said, self._said_tokens = False, "", 0
+        self._detokenizer.flush()
 
     def _pop_due(self, perception_async: bool) -> list[Inbound]:
         """Removes from the inbox what has happened by now."""
@@ -242,23 +294,28 @@ class Conversation:
 
     def _append(self, due: list[Inbound], in_flight: Plan | None) -> Plan | None:
         """Plans the row and the events of what is due, as far as there is room; the end if there is none."""
-        begin = list(self._pending)
+        begin, kinds = self._pending, self._pending_kinds
         if in_flight:
             # Its token will be pending, unless it is to be dropped; see `on_token`.
-            begin = [] if in_flight.speculative and not self.speaking else [PENDING]
-        plan = Plan(tokens=begin, speculative=bool(in_flight) and not due)
+            is_dropped = in_flight.speculative and not self.speaking
+            begin, kinds = self._after_dropped() if is_dropped else ([PENDING], [Kind.UNKNOWN])
+        plan, kinds = Plan(tokens=[*begin], speculative=bool(in_flight) and not due), [*kinds]
+        if not self._make_room(plan, len(kinds)):
+            if plan.speculative:
+                self._end_reason = None  # If it is a silence, nothing needs the room.
+                return None
+            self._inbox += due
+            return self._end("text_capacity")
         for index, inbound in enumerate(due):
             is_frame = inbound.rgb is not None
             tokens = [self._special.image] if is_frame else inbound.tokens
-            if is_frame and self._counts["frames"] == self._capacity.bank_capacity:
-                self._end_reason = "bank_capacity"
-            elif self._text_length + len(plan.tokens) + len(tokens) > self._capacity.text_capacity:
-                self._end_reason = "text_capacity"
-            if self._end_reason:
-                # Back into the inbox, whose prompts are named at the end.
-                self._inbox += due[index:]
+            if not self._make_room(plan, len(kinds) + len(tokens), is_frame=is_frame):
+                # Back into the inbox, for the next row, or so that prompts are named at the end.
+                for left in due[index:]:
+                    heapq.heappush(self._inbox, left)
                 break
             plan.tokens += tokens
+            kinds += [Kind.FRAME if is_frame else Kind.ASKED] * len(tokens)
             if inbound.time > self._instant:
                 self._instant, self._ticks = inbound.time, 0
             if is_frame:
@@ -266,25 +323,65 @@ class Conversation:
                 number = self._counts["frames"]
                 plan.events.append(FrameSeen(**self._stamp(), index=number, time=inbound.time))
                 self._counts["frames"] += 1
+                self._frame_room -= 1
             else:
                 plan.new_turn = True
                 plan.events.append(self._turn(inbound.prompt))
-        if plan.speculative and self._text_length + len(plan.tokens) > self._capacity.text_capacity:
-            return None  # If it is a silence, nothing needs the room.
-        if self._text_length + len(plan.tokens) > self._capacity.text_capacity:
-            self._end_reason = "text_capacity"
         if self._end_reason and not plan.events:
             return self._end(self._end_reason)
-        self._text_length += len(plan.tokens)
+        self._is_cut = False
+        if Kind.UNKNOWN in kinds:
+            self._unknown = len(self._kinds)
+        self._kinds += kinds
+        plan.events += self._warnings()
         return plan
+
+    def _make_room(self, plan: Plan, tokens: int, *, is_frame: bool = False) -> bool:
+        """Whether a row of so many tokens fits, and one more frame; what is to be compacted before it.
+
+        If it never will, sets why the stream ends.
+        """
+        capacity, memory = self._capacity, self._capacity.memory
+        if is_frame and not self._frame_room:
+            if memory.policy == "full":
+                self._end_reason = "bank_capacity"
+                return False
+            if plan.frames:
+                return False
+            plan.compact = True
+            self._frame_room = capacity.bank_capacity - memory.low_mark(capacity.bank_capacity)
+        if len(self._kinds) + tokens <= capacity.text_capacity:
+            return True
+        if memory.text == "window" and plan.kept is None:
+            room = min(memory.low_mark(capacity.text_capacity), capacity.text_capacity - tokens)
+            plan.kept = tokens_to_keep(self._kinds, room, memory, capacity.text_capacity)
+            self._kinds = [self._kinds[i] for i in plan.kept]
+        if len(self._kinds) + tokens <= capacity.text_capacity:
+            return True
+        if memory.text == "full" or not plan.events:
+            self._end_reason = "text_capacity"
+        return False
+
+    def _warnings(self) -> Iterator[Event]:
+        """An event for each capacity that will end the stream and is nearly used up, once."""
+        capacity, memory = self._capacity, self._capacity.memory
+        used = {}
+        if memory.policy == "full":
+            used["bank_capacity"] = self._counts["frames"]
+        if memory.text == "full":
+            used["text_capacity"] = len(self._kinds)
+        for setting, count in used.items():
+            size = getattr(capacity, setting)
+            if count >= NEARLY * size and setting not in self._warned:
+                self._warned.add(setting)
+                yield NearCapacity(**self._stamp(), setting=setting, left=size - count, capacity=size)
 
     def _interrupt(self) -> Iterator[Event]:
         """Cuts the answer in progress, if there is one."""
         if self.speaking:
             self._counts["interruptions"] += 1
             yield Interrupted(**self._stamp(), said=self._said)
-        self.speaking, self._said = False, ""
-        self._detokenizer.flush()
+        self._hush()
 
     def _may_sample(self) -> bool:
         """Whether an answer in progress gets another token now."""

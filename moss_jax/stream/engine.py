@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from moss_jax.config import ConfigError, EngineConfig, TokenSampling
+from moss_jax.memory.policies import make_policy
 from moss_jax.nn import MossVideo, for_decoding
 from moss_jax.stream.parameters import functionalize
 from moss_jax.stream.perception import ENCODE_BUCKETS, FrameEncoder
@@ -30,7 +31,15 @@ from moss_jax.stream.rows import (
     split_row,
     step_arguments,
 )
-from moss_jax.stream.step import EngineState, Sampled, SamplingRules, start, step
+from moss_jax.stream.step import (
+    EngineState,
+    Sampled,
+    SamplingRules,
+    compact_bank,
+    compact_text,
+    start,
+    step,
+)
 from moss_jax.text import Tokenizer
 
 
@@ -128,16 +137,29 @@ class Engine:
         arrays, self._structure = jax.tree.flatten(jax.eval_shape(functools.partial(pure_start, self.config)))
         shardings = [state_sharding(x, self.placement) for x in arrays]
         self._start = jax.jit(_flat(pure_start), static_argnums=0, out_shardings=shardings)
+
         # The state alone is returned, in the memory that it came in: where no buffer changes its address, the
         # device replays the step as a recorded graph. `keep_unused` keeps the logits, which a step does not
         # read, among the donated arguments.
-        self._step = jax.jit(
-            _flat(traced_on(self.placement, pure_step)),
-            donate_argnums=(2,),
-            keep_unused=True,
-            out_shardings=shardings if mesh_of(self.placement) else None,
-        )
-        self.programs = {"step": self._step, **self.frame_encoder.programs}
+        def program(change: Callable[..., EngineState], state: int):
+            """Compiles a change of the state, which is argument number `state`."""
+            return jax.jit(
+                _flat(traced_on(self.placement, change)),
+                donate_argnums=(state,),
+                keep_unused=True,
+                out_shardings=shardings if mesh_of(self.placement) else None,
+            )
+
+        self._step = program(pure_step, 2)
+        self._compact_text = program(compact_text, 0)
+        policy = make_policy(self.config.memory, model.config, self.config.bank_capacity)
+        self._compact_bank = program(functools.partial(compact_bank, policy), 0) if policy else None
+        self.programs = {
+            "step": self._step,
+            "compact_text": self._compact_text,
+            **({"compact_bank": self._compact_bank} if self._compact_bank else {}),
+            **self.frame_encoder.programs,
+        }
         # Arguments of a step that appends pending tokens alone, by which slots take part.
         self._decode_arguments: dict[tuple[bool, ...], StepArguments] = {}
         # The session writes the frame of the dialogue; the model samples text, silence and the end of a turn.
@@ -180,6 +202,9 @@ class Engine:
           rows: one for each slot, at least one of them not None; the caller checks that they fit.
           features: of encoded frames, which the rows' frames index.
         """
+        for slot, row in enumerate(rows):
+            if row:
+                state = self._compact(state, slot, row)
         pieces = [list(split_row(row, self.tokenizer.special.image)) if row else [] for row in rows]
         count = max(map(len, pieces))
         # Short rows wait, so that the last piece is the last of every slot and the sample is made from it.
@@ -192,6 +217,18 @@ class Engine:
             arrays = self._step(self.parameters, self.rules, state, *arguments, frames)
             state = jax.tree.unflatten(self._structure, arrays)
         return state, Sampled(_copy(state.pending), state.logits)
+
+    def _compact(self, state: EngineState, slot: int, row: Row) -> EngineState:
+        """Makes the room that a row asks for."""
+        if row.compact:
+            assert self._compact_bank is not None, "with the policy full there is no compaction to ask for"
+            state = jax.tree.unflatten(self._structure, self._compact_bank(state, np.int32(slot)))
+        if row.kept is not None:
+            kept = np.zeros(self.config.text_capacity, np.int32)
+            kept[: len(row.kept)] = row.kept
+            arrays = self._compact_text(state, np.int32(slot), kept, np.int32(len(row.kept)))
+            state = jax.tree.unflatten(self._structure, arrays)
+        return state
 
     def warm_up(self, frame_shape: tuple[int, int, int]) -> None:
         """Compiles the programs of a session of one slot with frames of this shape.
@@ -216,6 +253,8 @@ class Engine:
                 # The state is dropped each time, so that there is never room needed for two.
                 sampled = self.step(self.start(), [row] * self.config.slots, features)[1]
                 jax.block_until_ready(sampled)
+        memory = Row([PENDING], compact=self._compact_bank is not None, kept=[0])
+        jax.block_until_ready(self.step(self.start(), [memory] * self.config.slots)[1])
 
     def _lower(self, rows: Sequence[Row]) -> Iterator[jax.stages.Lowered]:
         """The step for each of these rows in every slot, yet to be compiled."""

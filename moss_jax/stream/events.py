@@ -89,10 +89,32 @@ class Silence(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interrupted(Event):
-    """A prompt has cut an answer; `said` is its text so far, which stays in the context."""
+    """A prompt or the caller has cut an answer; `said` is its text so far, which stays in the context."""
 
     type: ClassVar[str] = "interrupted"
     said: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TurnLimit(Event):
+    """An answer has been cut after `tokens` (`SessionConfig.max_tokens_per_turn`); silence follows."""
+
+    type: ClassVar[str] = "turn_limit"
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NearCapacity(Event):
+    """The stream ends soon: of a capacity that will end it, `left` of `capacity` are left.
+
+    Attributes:
+      setting: the field of `EngineConfig`, in frames or in tokens.
+    """
+
+    type: ClassVar[str] = "near_capacity"
+    setting: Literal["bank_capacity", "text_capacity"]
+    left: int
+    capacity: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

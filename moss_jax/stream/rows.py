@@ -30,11 +30,15 @@ class Row:
       tokens: may begin with PENDING.
       frames: for each `<|image|>` among the tokens, in order, the index of its frame in the encoded features.
       new_turn: whether the repetition penalty starts afresh.
+      compact: whether the memory policy is run on the slot's bank before.
+      kept: indices of the tokens that stay in the slot's text cache, ascending; None for all.
     """
 
     tokens: Sequence[int]
     frames: Sequence[int] = ()
     new_turn: bool = False
+    compact: bool = False
+    kept: Sequence[int] | None = None
 
 
 @jax.tree_util.register_dataclass

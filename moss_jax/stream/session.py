@@ -68,6 +68,7 @@ class Session:
         self._started: float | None = None
         self._iterated = False
         self._failure: BaseException | None = None
+        self.opening_length = 0
         opening = chat.opening(engine.tokenizer, system=system, prompt=prompt)
         self._check_length(opening)
         self.opening_length = len(opening)
@@ -130,6 +131,17 @@ class Session:
         with self._changed:
             for conversation in self._select(slot):
                 conversation.finish(self.now())
+            self._changed.notify_all()
+
+    def interrupt(self, slot: int | None = None) -> None:
+        """Cuts the answer in progress at its next token, if there is one; the stream goes on silent.
+
+        Args:
+          slot: None for all.
+        """
+        with self._changed:
+            for conversation in self._select(slot):
+                conversation.interrupted = conversation.speaking
             self._changed.notify_all()
 
     def stop(self, slot: int | None = None) -> None:
@@ -228,7 +240,8 @@ class Session:
         features, index = self._features(inbound) if inbound else (None, iter(()))
         rows: list[Row | None] = [None] * len(self._conversations)
         for slot, plan in plans.items():
-            rows[slot] = Row(plan.tokens, [next(index) for _ in plan.frames], plan.new_turn)
+            frames = [next(index) for _ in plan.frames]
+            rows[slot] = Row(plan.tokens, frames, plan.new_turn, plan.compact, plan.kept)
         return self._engine.step(state, rows, features)
 
     def _features(self, frames: list[Inbound]) -> tuple[Float[Array, "P N D"], Iterator[int]]:
@@ -318,10 +331,16 @@ class Session:
         return float(time)
 
     def _check_length(self, tokens: list[int]) -> None:
+        capacity, memory = self._engine.config.text_capacity, self._engine.config.memory
         # One more for the token that answers.
-        capacity = self._engine.config.text_capacity
         if len(tokens) + 1 > capacity:
             raise SessionError(
                 f"the prompt takes {len(tokens)} tokens and its answer at least 1, but the text capacity "
                 f"is {capacity}"
+            )
+        # What is pending comes before a prompt, at most an answer's last token and the silence after a cut.
+        if memory.text == "window" and self.opening_length + 2 + len(tokens) > capacity:
+            raise SessionError(
+                f"the prompt takes {len(tokens)} tokens, but the text capacity of {capacity} has room for "
+                f"{capacity - self.opening_length - 2} beside the opening, which is never forgotten"
             )

@@ -7,14 +7,17 @@ B slots, T tokens, V vocabulary
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key
 
 from moss_jax.config import EngineConfig, ModelConfig, TokenSampling
-from moss_jax.memory import StreamState, init_state
+from moss_jax.memory import StreamState, init_state, keep_tokens
+from moss_jax.memory.policies import Policy
 from moss_jax.nn.decoder import Decoder
+from moss_jax.ops.qarray import DTYPES
 from moss_jax.stream.rows import PENDING, StepFrames
 from moss_jax.stream.sampling import sample
 from moss_jax.text import SpecialTokens
@@ -86,6 +89,8 @@ def start(model: ModelConfig, dtype: DTypeLike, penalised: bool, config: EngineC
             text_capacity=config.text_capacity,
             bank_capacity=config.bank_capacity,
             dtype=dtype,
+            bank_dtype=DTYPES[config.memory.bank_dtype] if config.memory.bank_dtype else None,
+            merges=config.memory.merges,
         ),
         pending=jnp.zeros(slots, jnp.int32),
         logits=jnp.zeros((slots, vocab), jnp.float32),
@@ -132,3 +137,23 @@ def step(
     sampled = jnp.where(jnp.isfinite(logits).all(axis=-1), sampled, NOT_FINITE)
     pending = jnp.where(lengths > 0, sampled, state.pending)
     return EngineState(stream=stream, pending=pending, logits=logits, said=said)
+
+
+def compact_bank(policy: Policy, state: EngineState, slot: Int[Array, ""]) -> EngineState:
+    """Runs a memory policy on the bank of one slot."""
+    bank = _replace_slot(state.stream.bank, slot, policy)
+    return dataclasses.replace(state, stream=dataclasses.replace(state.stream, bank=bank))
+
+
+def compact_text(
+    state: EngineState, slot: Int[Array, ""], kept: Int[Array, " C"], length: Int[Array, ""]
+) -> EngineState:
+    """Drops tokens from the text cache of one slot, all but the first `length` of `kept`."""
+    text = _replace_slot(state.stream.text, slot, lambda text: keep_tokens(text, kept[None], length[None]))
+    return dataclasses.replace(state, stream=dataclasses.replace(state.stream, text=text))
+
+
+def _replace_slot[Tree](tree: Tree, slot: Int[Array, ""], change: Callable[[Tree], Tree]) -> Tree:
+    """Changes one slot of a tree of arrays [B, ...], given to `change` as the only one."""
+    changed = change(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), tree))
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, slot, 0), tree, changed)

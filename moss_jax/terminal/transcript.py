@@ -15,10 +15,12 @@ from moss_jax.stream import (
     FrameSeen,
     FramesSkipped,
     Interrupted,
+    NearCapacity,
     NotAsked,
     Silence,
     Text,
     Turn,
+    TurnLimit,
 )
 
 # Columns before the text, for a stream time such as " 12:34  ".
@@ -99,6 +101,13 @@ class TranscriptPrinter:
                 self._write(f"{SILENCE} ", "dim")
             case Interrupted():
                 self._write(" — cut", "dim red")
+                self.end_line()
+            case TurnLimit():
+                self._write(f" — cut after {event.tokens} tokens", "dim red")
+                self.end_line()
+            case NearCapacity():
+                self._start("near", event.stream_time)
+                self._write(f"{event.left} of engine.{event.setting} = {event.capacity} left", "dim red")
                 self.end_line()
             case NotAsked():
                 self._start("turn", event.time)

@@ -54,4 +54,5 @@ def test_behind_the_blindfold_the_bank_stays_empty(make_engine, tokenizer, frame
     for wrapped, seen in ((engine, 1), (Blindfold(engine), 0)):
         state, _ = wrapped.step(wrapped.start(), row, wrapped.encode(frames[:1]))
         assert np.asarray(state.stream.text.length).tolist() == [2]
-        assert np.asarray(state.stream.bank.length).tolist() == [seen]
+        vectors = engine.model_config.vectors_per_frame
+        assert np.asarray(state.stream.bank.length).tolist() == [seen * vectors]

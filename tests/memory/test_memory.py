@@ -14,11 +14,11 @@ from moss_jax.memory import (
     NO_POSITION,
     CapacityError,
     check_room,
-    frames_visible,
     init_state,
     remember_frames,
-    write_rows,
+    vectors_visible,
 )
+from moss_jax.ops.writes import write_rows
 
 B, K, C, T, D = 3, 2, 7, 4, 3
 
@@ -57,9 +57,9 @@ def state(small_config):
 
 def test_an_empty_state(state, small_config):
     config = small_config()
-    assert (state.slots, state.text.capacity, state.bank.capacity) == (2, 6, 3)
     assert [x.shape for x in state.text.keys + state.text.values] == [(2, 2, 128, 8)] * 2
     vectors = 3 * config.vectors_per_frame
+    assert (state.slots, state.text.capacity, state.bank.capacity) == (2, 6, vectors)
     assert [x.shape for x in state.bank.keys + state.bank.values] == [(2, 2, vectors, 8)] * 4
     assert {x.dtype for x in state.text.keys + state.bank.values} == {jnp.dtype("bfloat16")}
     assert not state.text.length.any()
@@ -111,9 +111,10 @@ def test_frames_are_appended_slot_by_slot(state):
             held[b] += [
                 (positions[b][i], rows[b, :, i * vectors : (i + 1) * vectors]) for i in range(count[b])
             ][: 3 - len(held[b])]
-    assert bank.length.tolist() == [3, 3]
+    assert bank.length.tolist() == [3 * vectors, 3 * vectors]
     for b in range(2):
-        assert bank.positions[b].tolist() == [position for position, _ in held[b]]
+        assert bank.positions[b].tolist() == [position for position, _ in held[b] for _ in range(vectors)]
+        assert bank.places[b].tolist() == [*range(vectors)] * 3
         frames = np.concatenate([frame for _, frame in held[b]], axis=1)
         for added, buffer in enumerate(bank.keys + bank.values):
             np.testing.assert_array_equal(buffer[b], frames + added)
@@ -136,14 +137,14 @@ def test_a_token_sees_the_frames_up_to_its_own(frames, tokens):
         [sum(frame <= token for frame in row) for token in wanted]
         for row, wanted in zip(frames, tokens, strict=True)
     ]
-    visible = frames_visible(jnp.array(frames), jnp.array(tokens))
+    visible = vectors_visible(jnp.array(frames), jnp.array(tokens))
     assert visible.tolist() == expected
     assert visible.dtype == jnp.int32
 
 
 def test_no_token_sees_a_frame_that_is_not_there():
     last = jnp.array([[NO_POSITION - 1]])
-    assert frames_visible(jnp.array([[0, NO_POSITION]], jnp.int32), last).tolist() == [[1]]
+    assert vectors_visible(jnp.array([[0, NO_POSITION]], jnp.int32), last).tolist() == [[1]]
 
 
 def test_check_room():

@@ -63,7 +63,7 @@ def test_streaming_logits(golden, compiled, platform):
         logits.append(out[0, 0])
     close(np.stack(logits), golden.vectors["logits_streaming_row0"])
     assert state.text.length == tokens.shape[1]
-    assert state.bank.length == len(positions)
+    assert state.bank.length == len(positions) * features.shape[1]
 
 
 def test_a_named_implementation_of_attention(golden, compiled):

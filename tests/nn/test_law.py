@@ -328,7 +328,7 @@ def test_a_sequence_without_frames(compiled, small_config, random_model):
 def streamed(model, config):
     """A state whose slot 0 is full of text and of frames, and slot 1 nearly so."""
     _, state = stream(model, make(config, FIXED_LENGTHS, FIXED_POSITIONS), FIXED_PLAN)
-    np.testing.assert_array_equal(state.bank.length, [4, 3, 0])
+    np.testing.assert_array_equal(state.bank.length, np.array([4, 3, 0]) * config.vectors_per_frame)
     return state
 
 
@@ -340,10 +340,11 @@ def test_full_slots_are_refused_eagerly(compiled, small_config, random_model):
         eager.decode(state, np.zeros((SLOTS, 1), np.int32))
     with pytest.raises(CapacityError, match="slot 0 holds 24 and would get 3 more, slot 1 holds 22 and"):
         eager.decode(state, np.zeros((SLOTS, 3), np.int32))
-    with pytest.raises(CapacityError, match=r"bank has room for 4: slot 0 holds 4 and would get 1 more;"):
+    # In vectors, two a frame.
+    with pytest.raises(CapacityError, match=r"bank has room for 8: slot 0 holds 8 and would get 2 more;"):
         eager.remember(state, frame, np.full(SLOTS, 24))
     frames, mask = frame[:, None].repeat(2, axis=1), np.array([[False], [True], [True]]).repeat(2, axis=1)
-    with pytest.raises(CapacityError, match="slot 1 holds 3 and would get 2 more"):
+    with pytest.raises(CapacityError, match="slot 1 holds 6 and would get 4 more"):
         eager.remember(state, frames, np.full((SLOTS, 2), 24), mask=mask)
 
 
@@ -370,8 +371,8 @@ def test_overflow_inside_jit_spoils_nothing(compiled, small_config, random_model
     features = rng.standard_normal((SLOTS, GROUP, vectors, config.decoder.hidden_size), np.float32)
     positions = np.tile([24, 25], (SLOTS, 1))
     after = model.remember(state, features, positions, mask=np.ones((SLOTS, GROUP), bool))
-    np.testing.assert_array_equal(after.bank.length, [4, 4, 2])
-    np.testing.assert_array_equal(after.bank.positions[1], [4, 9, 16, 24])
+    np.testing.assert_array_equal(after.bank.length, np.array([4, 4, 2]) * vectors)
+    np.testing.assert_array_equal(after.bank.positions[1], np.repeat([4, 9, 16, 24], vectors))
     unchanged(state, after, [0])
     unchanged(state.text, after.text, slice(None))
     unchanged_rows(state.bank, after.bank, [4 * vectors, 3 * vectors, 0])

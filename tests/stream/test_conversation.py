@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moss_jax.config import EngineConfig, SessionConfig
+from moss_jax.config import EngineConfig, MemoryConfig, SessionConfig
 from moss_jax.stream import PENDING, FrameSeen, Interrupted, Silence, Text
 from moss_jax.stream.conversation import Conversation, Encoded, Inbound, Plan
 
@@ -16,7 +16,7 @@ def start(tokenizer):
     """A realtime dialogue after its opening, whose first token is `token`."""
 
     def start(token: int, *, text_capacity=64, **config) -> Conversation:
-        capacity = EngineConfig(text_capacity=text_capacity, bank_capacity=64)
+        capacity = EngineConfig(1, text_capacity, 64, MemoryConfig("full", text="full"))
         config = SessionConfig(clock="realtime", **config)
         conversation = Conversation(tokenizer, capacity, config, 0, opening=OPENING, prompt="")
         opening = move(conversation)

@@ -12,10 +12,12 @@ from moss_jax.stream import (
     FrameSeen,
     FramesSkipped,
     Interrupted,
+    NearCapacity,
     NotAsked,
     Silence,
     Text,
     Turn,
+    TurnLimit,
 )
 from moss_jax.terminal.transcript import print_json, print_transcript, printable
 
@@ -156,3 +158,14 @@ def test_json_is_one_object_per_event():
     assert [line["type"] for line in lines] == [event.type for event in STORY]
     assert lines[7] == {"type": "text", "slot": 0, "stream_time": 61.5, "wall_time": 6.15, "text": "A red"}
     assert lines[-1]["counters"]["interruptions"] == 1
+
+
+def test_limits_are_told_where_they_cut():
+    limit = at(TurnLimit, 3, tokens=2)
+    near = at(NearCapacity, 4, setting="bank_capacity", left=2, capacity=20)
+    lines = transcript([at(Text, 3, text="a b"), limit, at(Silence, 3), near]).splitlines()
+    assert lines == [
+        "  0:03  a b — cut after 2 tokens",
+        "  0:03  · ",
+        "  0:04  2 of engine.bank_capacity = 20 left",
+    ]

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from moss_jax.memory import write_row, write_rows
 from moss_jax.ops.attention import base, cudnn, mosaic_gpu, mosaic_tpu, xla
 from moss_jax.ops.attention.base import (
     AppendArguments,
@@ -31,6 +30,7 @@ from moss_jax.ops.attention.xla import XlaConfig
 from moss_jax.ops.dispatch import Implementation, Op
 from moss_jax.ops.qarray import QArray
 from moss_jax.ops.rotary import Rotation, rotate
+from moss_jax.ops.writes import write_row, write_rows
 from moss_jax.sharding import partition_spec
 
 # Prefixes of the partition specs of a call's arguments, by field, and of its result.

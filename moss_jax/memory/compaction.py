@@ -1,0 +1,121 @@
+"""Compaction: the one way in which a memory bank gets smaller.
+
+B slots, K kv heads, S vectors, M vectors that become one, D head
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moss_jax.memory.bank import NO_POSITION, MemoryBank
+from moss_jax.ops.qarray import QArray
+
+# Target of a vector that is forgotten.
+FORGET = -1
+
+
+class Frames(NamedTuple):
+    """The frames of a bank, seen from its vectors, [B, S] each; empty places belong to no frame.
+
+    Attributes:
+      index: of each vector's frame, 0 for the oldest.
+      size: vectors of that frame.
+      is_first: whether it is the first vector of its frame.
+      held: whether there is a vector.
+    """
+
+    index: Int[Array, "B S"]
+    size: Int[Array, "B S"]
+    is_first: Bool[Array, "B S"]
+    held: Bool[Array, "B S"]
+
+
+def frames_of(bank: MemoryBank) -> Frames:
+    """Finds the frames of a bank: runs of vectors that share a position."""
+    held = jnp.arange(bank.capacity) < bank.length[:, None]
+    before = jnp.pad(bank.positions[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    is_first = held & (bank.positions != before)
+    index = jnp.cumsum(is_first, axis=1, dtype=jnp.int32) - 1
+    sizes = jax.vmap(lambda index, held: jnp.zeros_like(index).at[index].add(held, mode="drop"))(
+        index, held.astype(jnp.int32)
+    )
+    return Frames(index, jnp.take_along_axis(sizes, index, axis=1, mode="clip"), is_first, held)
+
+
+def regroup(
+    bank: MemoryBank, target: Int[Array, "B S"], places: Int[Array, "B S"], *, most: int
+) -> MemoryBank:
+    """Makes each new vector the mean of the vectors that have it as their target.
+
+    Each counts as often as it stands for vectors already, so a vector is always the mean of what was
+    appended, however often it has been merged. It gets the position of the newest of them.
+
+    Args:
+      target: index of the new vector that each vector becomes part of, or FORGET. The targets in use are
+        0, 1, … without a gap, in the order of the newest vectors that they are made of.
+      places: of the new vectors in their frames, at the index of each vector that becomes part of them.
+      most: the largest number of vectors that become one.
+    """
+    S = bank.capacity
+    held = jnp.arange(S) < bank.length[:, None]
+    target = jnp.where(held & (target >= 0), target, S)
+    length = jnp.max(jnp.where(target < S, target + 1, 0), axis=1)
+    # Ascending targets are groups side by side; new vector `i` is made of the vectors order[first[i] + m].
+    order = jnp.argsort(target, axis=1, stable=True)
+    ordered = jnp.take_along_axis(target, order, axis=1)
+    first = jax.vmap(lambda ordered: jnp.searchsorted(ordered, jnp.arange(S + 1)))(ordered)
+    member = first[:, :-1, None] + jnp.arange(most)  # [B, S, M]
+    is_member = member < first[:, 1:, None]
+    # Where a group has fewer members, its first stands in with a share of 0: others may be NaN.
+    member = jnp.minimum(jnp.where(is_member, member, first[:, :-1, None]), S - 1)
+    source = jnp.take_along_axis(order[:, :, None], member, axis=1)
+
+    def pick(x):
+        return jnp.take_along_axis(x[:, :, None], source, axis=1)
+
+    counts = jnp.where(is_member, 1 if bank.counts is None else pick(bank.counts), 0)
+    total = jnp.sum(counts, axis=2)
+    share = counts / jnp.maximum(total, 1)[..., None]
+    exists = jnp.arange(S) < length[:, None]
+
+    def total_of(x: Float[Array, "B K S"] | Float[Array, "B K S D"], weights: Float[Array, "M B K S"]):
+        """The weighted sum of each group in float32, and 0 where there is none."""
+        axes = tuple(range(3, x.ndim))
+        parts = (
+            jnp.expand_dims(weight, axes)
+            * jnp.take_along_axis(x, jnp.expand_dims(source[:, None, :, m], axes), axis=2).astype(jnp.float32)
+            for m, weight in enumerate(weights)
+        )
+        # What lies in empty places may be anything, NaN too.
+        return jnp.where(jnp.expand_dims(exists[:, None], axes), sum(parts), 0)
+
+    shares = jnp.moveaxis(share, 2, 0)[:, :, None]  # [M, B, 1, S]
+
+    def merged(x: Float[Array, "B K S D"] | QArray) -> Float[Array, "B K S D"] | QArray:
+        if not isinstance(x, QArray):
+            return total_of(x, shares).astype(x.dtype)
+        # The mean of the scales is a scale that the mean of the vectors fits, and a vector alone stays as it
+        # is. To look for the largest number instead would take a second pass.
+        scale = total_of(x.scale, shares)
+        weights = shares * jnp.moveaxis(
+            jnp.take_along_axis(x.scale[..., None], source[:, None], axis=2), 3, 0
+        )
+        # Else XLA computes them anew for each number of a vector.
+        weights = jax.lax.optimization_barrier(weights / jnp.where(scale > 0, scale, 1))
+        values = total_of(x.values, weights)
+        rounded = values if jnp.issubdtype(x.dtype, jnp.floating) else jnp.round(values)
+        return QArray(rounded.astype(x.dtype), scale)
+
+    newest = jnp.max(jnp.where(is_member, pick(bank.positions), -1), axis=2)
+    return dataclasses.replace(
+        bank,
+        keys=tuple(map(merged, bank.keys)),
+        values=tuple(map(merged, bank.values)),
+        positions=jnp.where(exists, newest, NO_POSITION).astype(jnp.int32),
+        places=jnp.where(exists, pick(places)[:, :, 0], 0),
+        counts=None if bank.counts is None else jnp.where(exists, total, 0),
+        length=length.astype(jnp.int32),
+    )

@@ -1,0 +1,58 @@
+"""The policy "merge": vectors at the same place of neighbouring frames become one where they are alike.
+
+B slots, K kv heads, S vectors, D head
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moss_jax.config import MemoryConfig, ModelConfig
+from moss_jax.memory.bank import MemoryBank
+from moss_jax.memory.compaction import regroup
+from moss_jax.ops.qarray import dequantize
+
+
+def merge(memory: MemoryConfig, model: ModelConfig, frames: int):
+    """Merges the likest pairs until the low-water mark is reached."""
+    return functools.partial(merge_alike, low=memory.low_mark(frames) * model.vectors_per_frame)
+
+
+def merge_alike(bank: MemoryBank, *, low: int) -> MemoryBank:
+    """Merges pairs of vectors until at most `low` are left, those first whose values are most alike.
+
+    Of the vectors of one place, the first and the second are a pair, the third and the fourth, and so on.
+    The older one of a pair becomes part of the newer one, or both stay.
+    """
+    vector = jnp.arange(bank.capacity)
+    held = vector < bank.length[:, None]
+    # Vectors of one place side by side, in order of time; what is empty at the end.
+    place = jnp.where(held, bank.places, jnp.iinfo(jnp.int32).max)
+    order = jnp.argsort(place, axis=1, stable=True)
+    ordered = jnp.take_along_axis(place, order, axis=1)
+    rank = vector - jax.vmap(lambda x: jnp.searchsorted(x, x))(ordered)
+    follows = jnp.pad(ordered[:, 1:] == ordered[:, :-1], ((0, 0), (0, 1)))
+    newer = jnp.pad(order[:, 1:], ((0, 0), (0, 1)))
+    is_pair = jnp.take_along_axis(held, order, axis=1) & follows & (rank % 2 == 0)
+    # Back in the bank's order.
+    back = jnp.argsort(order, axis=1)
+    is_pair, newer = (jnp.take_along_axis(x, back, axis=1) for x in (is_pair, newer))
+    alike = jnp.where(is_pair, likeness(dequantize(bank.values[len(bank.values) // 2]), newer), -jnp.inf)
+    excess = jnp.maximum(bank.length - low, 0)[:, None]
+    chosen = is_pair & (jnp.argsort(jnp.argsort(-alike, axis=1, stable=True), axis=1) < excess)
+    target = jnp.cumsum(held & ~chosen, axis=1) - 1
+    target = jnp.where(chosen, jnp.take_along_axis(target, newer, axis=1), target)
+    return regroup(bank, jnp.where(held, target, -1), bank.places, most=2)
+
+
+def likeness(values: Float[Array, "B K S D"], other: Array) -> Float[Array, "B S"]:
+    """Cosine of each vector, all heads together, and another of the same slot."""
+    paired = jnp.take_along_axis(values, other[:, None, :, None], axis=2)
+
+    def sums(x):
+        return jnp.sum(x, axis=(1, 3))
+
+    lengths = jnp.sqrt(sums(values**2) * sums(paired**2))
+    return sums(values * paired) / jnp.maximum(lengths, 1e-30)

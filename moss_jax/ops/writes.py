@@ -1,0 +1,43 @@
+"""Masked writes into the buffers of a stream's state.
+
+B slots, K kv heads, T rows, C capacity, D head
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+
+def write_rows(
+    buffer: Num[Array, "B K C ..."],
+    rows: Num[Array, "B K T ..."],
+    start: Int[Array, " B"],
+    count: Int[Array, " B"],
+) -> Num[Array, "B K C ..."]:
+    """Writes the first `count[b]` of `rows[b]` to `buffer[b]` from `start[b]` on, as far as there is room."""
+    slots, _, capacity = buffer.shape[:3]
+    at = targets(start, count, rows.shape[2], capacity)
+    return buffer.at[jnp.arange(slots)[:, None], :, at].set(
+        rows.swapaxes(1, 2).astype(buffer.dtype), mode="drop", unique_indices=True
+    )
+
+
+def write_row(
+    buffer: Float[Array, "B K C D"], row: Float[Array, "B K 1 D"], at: Int[Array, " B"]
+) -> Float[Array, "B K C D"]:
+    """Writes a row to each `buffer[b]` at `at[b]`, which must be in bounds.
+
+    It doesn't read the row that it replaces: that would be one more kernel for each of many small writes.
+    """
+    if len(buffer) == 1:
+        return jax.lax.dynamic_update_slice(buffer, row.astype(buffer.dtype), (0, 0, at[0], 0))
+    return buffer.at[jnp.arange(len(buffer)), :, at].set(
+        row[:, :, 0].astype(buffer.dtype), mode="promise_in_bounds", unique_indices=True
+    )
+
+
+def targets(start: Int[Array, " B"], count: Int[Array, " B"], rows: int, capacity: int) -> Int[Array, "B T"]:
+    """Target index of each row; rows that are not written get distinct ones past the end."""
+    row = jnp.arange(rows)
+    at = start[:, None] + row
+    return jnp.where((row < count[:, None]) & (at < capacity), at, capacity + row)
