@@ -224,7 +224,8 @@ def test_stages_of_the_11b(stage):
     assert optimizer.final_share == 0
     assert ("decoder" in train.trainable) == (stage != "stage1_alignment")
     model = gin_bindings.settings(InitialModelConfig)
-    assert (model.preset, model.pool, model.stride, model.remat) == ("moss_video_11b", "average", 4, "full")
+    # Pooling is the checkpoint's, unless a run sets it.
+    assert (model.preset, model.pool, model.stride, model.remat) == ("moss_video_11b", None, None, "full")
 
 
 def test_silence_weight_of_the_realtime_stage():
