@@ -457,7 +457,7 @@ class TokenSampling:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """What a stream keeps when it runs out of room.
+    """Compaction of the memory bank and eviction from the KV cache, which a stream out of room goes on by.
 
     Attributes:
       policy: for the frames, a name in `memory.policies`. "full" forgets nothing, so the stream ends when the
@@ -471,7 +471,7 @@ class MemoryConfig:
         keeps the opening and the newest; of older ones silences and frames go first, then what was asked,
         and what the model said last.
       text_recent: share of the text cache whose newest tokens are all kept.
-      text_said: share of the text cache for what the model has said before.
+      text_assistant: share of the text cache for what the model has said before.
     """
 
     policy: str = "pyramid"
@@ -480,15 +480,15 @@ class MemoryConfig:
     bank_dtype: BankDtype | None = None
     text: TextMemory = "window"
     text_recent: float = 0.5
-    text_said: float = 0.25
+    text_assistant: float = 0.25
 
     def __post_init__(self):
         _convert_fields(self)
         _require(0 < self.low_water < 1, f"low_water {self.low_water} must be in (0, 1)")
         _require(
-            0 < self.text_recent < self.low_water and 0 <= self.text_said <= 1,
+            0 < self.text_recent < self.low_water and 0 <= self.text_assistant <= 1,
             f"text_recent {self.text_recent} must be between 0 and low_water {self.low_water}, "
-            f"and text_said {self.text_said} in [0, 1]",
+            f"and text_assistant {self.text_assistant} in [0, 1]",
         )
         _require(
             len(self.pyramid_shares) >= 2
@@ -499,7 +499,8 @@ class MemoryConfig:
         )
 
     def low_mark(self, capacity: int) -> int:
-        """What a compaction leaves of `capacity` whole frames, or tokens: at least 1 less."""
+        """Low-water mark of a capacity, in whole frames or tokens: what a compaction leaves in use."""
+        # Never all of it, or nothing could be appended.
         return min(int(self.low_water * capacity), capacity - 1)
 
     @property

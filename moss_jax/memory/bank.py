@@ -48,7 +48,7 @@ class MemoryBank:
 
     @property
     def bias(self) -> Float[Array, "B S"] | None:
-        """What attention adds to the scores of each vector."""
+        """Attention bias of each vector: the logarithm of its count; None without counts."""
         # Empty places are out of every range, but their logarithm should be a number all the same.
         return None if self.counts is None else jnp.log(jnp.maximum(self.counts, 1))
 

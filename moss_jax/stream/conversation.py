@@ -23,9 +23,9 @@ from moss_jax.stream.events import (
     Turn,
     TurnLimit,
 )
+from moss_jax.stream.eviction import Kind, tokens_to_keep
 from moss_jax.stream.rows import PENDING
 from moss_jax.stream.step import NOT_FINITE
-from moss_jax.stream.text_memory import Kind, tokens_to_keep
 from moss_jax.text import Detokenizer, Tokenizer
 
 # Share of a capacity in use from which on a stream that will end of it says so.
@@ -224,7 +224,7 @@ class Conversation:
         self._wall, self._is_cut = wall, False
         at = self._now()
         self._ticks += 1
-        kind = Kind.SILENCE if token == self._special.silence else Kind.SAID
+        kind = Kind.SILENCE if token == self._special.silence else Kind.ASSISTANT
         self._pending, self._pending_kinds = [PENDING], [kind]
         if self._unknown is not None:
             self._kinds[self._unknown], self._unknown = kind, None
@@ -315,7 +315,7 @@ class Conversation:
                     heapq.heappush(self._inbox, left)
                 break
             plan.tokens += tokens
-            kinds += [Kind.FRAME if is_frame else Kind.ASKED] * len(tokens)
+            kinds += [Kind.FRAME if is_frame else Kind.USER] * len(tokens)
             if inbound.time > self._instant:
                 self._instant, self._ticks = inbound.time, 0
             if is_frame:
@@ -337,9 +337,14 @@ class Conversation:
         return plan
 
     def _make_room(self, plan: Plan, tokens: int, *, is_frame: bool = False) -> bool:
-        """Whether a row of so many tokens fits, and one more frame; what is to be compacted before it.
+        """Checks that a row fits, and schedules in the plan the compactions that must come before it.
 
-        If it never will, sets why the stream ends.
+        Args:
+          tokens: of the row.
+          is_frame: whether they bring one more frame.
+
+        Returns:
+          Whether it fits. If it never will, the end reason is set.
         """
         capacity, memory = self._capacity, self._capacity.memory
         if is_frame and not self._frame_room:

@@ -145,7 +145,7 @@ class Log:
 
 
 class _Record(NamedTuple):
-    """What a report needs to know of a step.
+    """Metrics of one step and their weights, as a report averages them.
 
     Attributes:
       values: metrics by name.

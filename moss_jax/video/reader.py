@@ -70,7 +70,7 @@ class DecodedFrame:
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds.
+    """Properties of a video or an image file, measured and as declared.
 
     Attributes:
       width, height: in pixels, as shown.

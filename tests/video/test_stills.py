@@ -8,22 +8,12 @@ import numpy as np
 import pillow_heif
 import pytest
 from PIL import Image
+from video.test_reader import ORIENTATIONS
 
 from moss_jax.config import FrameSampling
 from moss_jax.video import VideoError, frame_spans, probe, read, sample_clip, sample_file
 
 SAMPLING = FrameSampling(fps=1, min_frames=4, max_frames=8)
-# Stored picture by EXIF orientation → as it is shown.
-UPRIGHT = {
-    1: lambda rgb: rgb,
-    2: lambda rgb: rgb[:, ::-1],
-    3: lambda rgb: rgb[::-1, ::-1],
-    4: lambda rgb: rgb[::-1],
-    5: lambda rgb: rgb.swapaxes(0, 1),
-    6: lambda rgb: np.rot90(rgb, -1),
-    7: lambda rgb: np.rot90(rgb, 2).swapaxes(0, 1),
-    8: lambda rgb: np.rot90(rgb),
-}
 
 
 def quarters(height: int = 192, width: int = 256, seed: int = 0) -> np.ndarray:
@@ -168,15 +158,15 @@ def test_an_animation_is_a_video_and_one_picture_of_it_a_still(tmp_path, format)
 # ------------------------------------------------------------------------------------- orientation
 
 
-@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_a_photo_is_shown_upright(tmp_path, format, orientation):
     path, rgb = tmp_path / f"photo.{format.lower()}", quarters()
     path.write_bytes(saved(rgb, format, exif=exif(orientation)))
-    assert_still(path, UPRIGHT[orientation](rgb), tolerance=6)
+    assert_still(path, ORIENTATIONS[orientation](rgb), tolerance=6)
 
 
-@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_heic_is_shown_upright(tmp_path, orientation):
     path, rgb = tmp_path / "photo.heic", quarters()
     photo = pillow_heif.from_bytes("RGB", (256, 192), rgb.tobytes())
@@ -184,7 +174,7 @@ def test_a_heic_is_shown_upright(tmp_path, orientation):
     photo.save(path, tile_size=64)
     data = path.read_bytes()
     assert (b"irot" in data or b"imir" in data) == (orientation != 1)
-    assert_still(path, UPRIGHT[orientation](rgb))
+    assert_still(path, ORIENTATIONS[orientation](rgb))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

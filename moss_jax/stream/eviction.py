@@ -1,4 +1,4 @@
-"""What stays in the text cache: the opening, the newest tokens, and of the others first what was said."""
+"""KV-cache eviction of the text: the opening is pinned, a recent window kept, answers are evicted last."""
 
 import enum
 import itertools
@@ -8,25 +8,25 @@ from moss_jax.config import MemoryConfig
 
 
 class Kind(enum.Enum):
-    """What a token of the text cache is.
+    """Kind of a token in the text cache, by which eviction chooses.
 
-    `SAID` is of an answer, `ASKED` of a user turn with its headers, `PINNED` of the opening; `UNKNOWN` is a
-    token that has been appended before the host has it.
+    `PINNED` is of the opening, `USER` of a user turn with its headers, `ASSISTANT` of an answer; `UNKNOWN` is
+    a token that has been appended before the host has it.
     """
 
     PINNED = enum.auto()
     FRAME = enum.auto()
     SILENCE = enum.auto()
-    ASKED = enum.auto()
-    SAID = enum.auto()
+    USER = enum.auto()
+    ASSISTANT = enum.auto()
     UNKNOWN = enum.auto()
 
 
 def tokens_to_keep(kinds: Sequence[Kind], room: int, memory: MemoryConfig, capacity: int) -> list[int]:
     """Indices of the tokens that stay, ascending; at most `room`, unless the opening alone is more.
 
-    Turns and answers go as a whole, the oldest first: silences and frames, then answers beyond the budget for
-    them, then what was asked, then the other answers. The newest tokens go only if all that is not enough.
+    Evicts the oldest first: silences and frames, then answers beyond their budget, then user turns, then the
+    other answers, turns and answers as a whole. The recent window goes only if all that is not enough.
 
     Args:
       kinds: of the tokens in the cache.
@@ -45,16 +45,16 @@ def tokens_to_keep(kinds: Sequence[Kind], room: int, memory: MemoryConfig, capac
 
     old = [run for kind, run in _runs(kinds) if run.start < recent and kind in (Kind.FRAME, Kind.SILENCE)]
     drop(range(i, i + 1) for run in old for i in run if i < recent)
-    asked, said = (
+    user, assistant = (
         [run for kind, run in _runs(kinds) if kind is of and run.stop <= recent]
-        for of in (Kind.ASKED, Kind.SAID)
+        for of in (Kind.USER, Kind.ASSISTANT)
     )
     # The oldest answers beyond the budget.
-    lengths = list(itertools.accumulate(map(len, reversed(said))))
-    within = sum(length <= int(memory.text_said * capacity) for length in lengths)
-    drop(iter(said[: len(said) - within]))
-    drop(iter(asked))
-    drop(iter(said))
+    lengths = list(itertools.accumulate(map(len, reversed(assistant))))
+    within = sum(length <= int(memory.text_assistant * capacity) for length in lengths)
+    drop(iter(assistant[: len(assistant) - within]))
+    drop(iter(user))
+    drop(iter(assistant))
     drop(range(i, i + 1) for i, kind in enumerate(kinds) if kind is not Kind.PINNED and i not in dropped)
     return [i for i in range(len(kinds)) if i not in dropped]
 
