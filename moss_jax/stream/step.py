@@ -121,7 +121,7 @@ def step(
     stream = state.stream
     if frames is not None:
         assert frames.features is not None
-        position = stream.text.length[:, None] + frames.offset
+        position = stream.text.position[:, None] + frames.offset
         bank = decoder.remember(stream.bank, frames.features, position, jnp.asarray(frames.count))
         stream = dataclasses.replace(stream, bank=bank)
     hidden, stream = decoder.decode(stream, tokens, lengths)
@@ -129,7 +129,7 @@ def step(
     logits = decoder.logits(last[:, None])[:, 0]
     keys = None
     if sampling.temperature:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rules.key, stream.text.length)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rules.key, stream.text.position)
     sampled = sample(logits, sampling, keys=keys, allowed=rules.allowed, said=said)
     # A turn that the model ends stays open, so the token to append is the silence that it was trained with.
     sampled = jnp.where(sampled == special.eot, special.silence, sampled)

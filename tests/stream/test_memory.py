@@ -240,6 +240,19 @@ def test_dropped_tokens_have_no_influence_and_others_keep_their_positions(make_e
     assert np.isfinite(np.asarray(sampled.logits)).all()
 
 
+def test_a_frame_after_dropped_tokens_has_the_position_of_its_token(make_engine, frames):
+    """Tokens that stay keep their positions, so the next ones go on from there, frames like words."""
+    engine = make_engine(bank_capacity=8, memory=WINDOW)
+    special = engine.tokenizer.special
+    row = Row([special.begin_of_text, *[special.silence] * 9, special.image], [0])
+    state, _ = engine.step(engine.start(), [row], engine.encode(frames[:1]))
+    row = Row([special.silence, special.image], [0], kept=range(3))
+    state, _ = engine.step(state, [row], engine.encode(frames[1:2]))
+    held = int(state.stream.bank.length[0])
+    assert sorted(set(np.asarray(state.stream.bank.positions[0, :held]).tolist())) == [10, 12]
+    assert int(state.stream.text.position[0]) == 13
+
+
 def test_compactions_leave_other_slots_alone(make_engine, frames):
     engine = make_engine(slots=2, bank_capacity=8, memory=WINDOW)
     special = engine.tokenizer.special
