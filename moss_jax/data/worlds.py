@@ -25,7 +25,7 @@ SPEEDS = (3, 4, 5, 6, 8, 8, 12, 16, 32)
 NO_SYSTEM = 0.1
 # Seconds up to which a stream is a short one, and the share of questions about the past in longer ones.
 SHORT = 32
-PAST_SHARE = 0.4
+PAST_SHARE = 0.5
 
 
 class TabletopBatches:
