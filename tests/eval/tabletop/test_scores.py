@@ -491,9 +491,14 @@ def history() -> World:
         *[Table((ring,))] * 5,
         *[Table((ring, card))] * 15,
     )
-    changes = ((5, "cover", "star"), (10, "uncover", "star"), (15, "leave", "star"))
-    changes = (*changes, (20, "appear", "ring"), (25, "appear", CARD))
-    return World(tables, tuple(TableEvent(*change) for change in changes))
+    events = (
+        TableEvent(5, "cover", "star"),
+        TableEvent(10, "uncover", "star"),
+        TableEvent(15, "leave", "star"),
+        TableEvent(20, "appear", "ring"),
+        TableEvent(25, "appear", CARD),
+    )
+    return World(tables, events)
 
 
 @pytest.mark.parametrize(
