@@ -83,9 +83,8 @@ def take_photographs(
     for number in range(start * fps, stop * fps):
         impairment = stream.world.impairment(number // fps)
         if impairment and impairment.kind == "frozen":
-            number, kind = impairment.start * fps, None
-        else:
-            kind = impairment.kind if impairment else None
+            number = impairment.start * fps
+        kind = impairment.kind if impairment and impairment.kind != "frozen" else None
         scene = stream.world.scene(number / fps)
         if picture is None or painted != (scene, kind):
             picture = paint(scene, stream.look, size)
