@@ -23,7 +23,7 @@ from moss_jax.stream import Engine, EngineLike, Event, Text, answer_offline
 from moss_jax.text import Tokenizer
 from moss_jax.video import Frame
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
-from moss_jax.worlds.tabletop.dialogue import Dialogue, converse
+from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, truth_of
 from moss_jax.worlds.tabletop.language import understand
 
 # Seconds of the shortest clip to ask about offline, as in training.
@@ -164,7 +164,7 @@ def offline_accuracy(
         events: Iterable[Event] = answer_offline(engine, clip, request.text, max_tokens=TAIL_TOKENS)
         text = "".join(event.text for event in events if isinstance(event, Text))
         said = understand(text, request.subject)
-        truth = stream.world.truth[probe.second]
+        truth = truth_of(request, stream.world, probe.second)
         offline.append(said is not None and scores.is_right_answer(request, said.facts, truth))
         live.append(probe.right)
     return {

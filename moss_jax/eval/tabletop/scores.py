@@ -20,8 +20,18 @@ from typing import Any
 from moss_jax.stream import End, Event, FrameSeen, Interrupted, Silence, Text, Turn
 from moss_jax.text import Tokenizer
 from moss_jax.worlds.tabletop import TabletopStream
-from moss_jax.worlds.tabletop.dialogue import LISTED, Dialogue, Request, narrate, true_answer
-from moss_jax.worlds.tabletop.language import HIDDEN, LIVE, PAST, WAIT, Facts, Sentence, agrees, understand
+from moss_jax.worlds.tabletop.dialogue import LISTED, Dialogue, Request, narrate, true_answer, truth_of
+from moss_jax.worlds.tabletop.language import (
+    HIDDEN,
+    LIVE,
+    LONG_PAST,
+    PAST,
+    WAIT,
+    Facts,
+    Sentence,
+    agrees,
+    understand,
+)
 
 # Seconds in which the speaker must react, and in which an alert counts as in time.
 REACT = 3
@@ -30,6 +40,8 @@ CALL = 2
 EPSILON = 1e-6
 # All frames of a stream, and -1 for what comes before the first.
 ALWAYS = range(-1, sys.maxsize)
+# The right answer to a question about the present as long as the camera shows nothing.
+UNSEEN = "unseen"
 
 
 # ------------------------------------------------------------------------------- what was said
@@ -305,40 +317,51 @@ def probes(stream: TabletopStream, said: StreamTranscript, rate: SpeechRate) -> 
     A past question is probed once, at its deadline or at the next request, unless that request comes more
     than a second before the deadline. The answer is right if the first statement asserts exactly the facts of
     the ideal answer at the frame at which it began.
+
+    While nothing has been visible since a live question, the right answer is that nothing can be seen.
     """
-    truth = stream.world.truth
+    truth, clear = stream.world.truth, stream.world.clear
     for number, request in enumerate(stream.requests):
         until = _until(stream, number)
         asked = frame_seen(request)
+        first_clear = next((f for f in range(max(asked, 0), stream.world.seconds) if clear[f]), math.inf)
+
+        def value_at(frame: int, request: Request = request, first_clear: float = first_clear) -> Hashable:
+            return right_answer(request, truth[frame]) if frame >= first_clear else UNSEEN
+
         statements = [s for s in said.statements if s.request == number and s.facts]
         if request.kind in LIVE:
             for second in range(asked + 1, math.ceil(min(until, stream.world.seconds))):
-                deadline = rate.seconds_to_answer(request, truth[second])
+                # What was answered before the view went has taken the time of that answer.
+                seen = truth[second] if second < first_clear else {**truth[second], "view": "clear"}
+                deadline = rate.seconds_to_answer(request, seen)
                 settled = range(max(asked, math.ceil(second - deadline), 0), second)
-                value = right_answer(request, truth[second])
-                if second < request.time + deadline or any(
-                    right_answer(request, truth[f]) != value for f in settled
-                ):
+                value = value_at(second)
+                if second < request.time + deadline or any(value_at(f) != value for f in settled):
                     continue
                 stated: dict[str, str] = {}
                 for statement in statements:
                     if statement.end <= second + EPSILON:
                         stated.update(statement.facts)
-                right = all(is_true({key: stated.get(key, "")}, truth[second]) for key in request.keys)
+                keys = ("view",) if value == UNSEEN else request.keys
+                right = all(is_true({key: stated.get(key, "")}, truth[second]) for key in keys)
                 yield Probe(number, request.kind, second, value, right)
         elif request.kind in PAST and asked >= 0:
-            deadline = rate.seconds_to_answer(request, truth[asked])
+            then = truth_of(request, stream.world, asked)
+            deadline = rate.seconds_to_answer(request, then)
             if until - request.time < deadline - 1:
                 continue
             at = min(request.time + deadline, until)
             first = next((s for s in statements if s.end <= at + EPSILON), None)
-            right = first is not None and is_right_answer(request, first.facts, truth[max(first.frame, 0)])
-            yield Probe(number, request.kind, asked, right_answer(request, truth[asked]), right)
+            right = first is not None and is_right_answer(
+                request, first.facts, truth_of(request, stream.world, max(first.frame, 0))
+            )
+            yield Probe(number, request.kind, asked, right_answer(request, then), right)
 
 
 def is_right_answer(request: Request, facts: Facts, truth: Facts) -> bool:
     """Whether asserted facts are the right answer to a question."""
-    if request.kind in PAST:
+    if request.kind in PAST or truth["view"] == "none":
         return dict(facts) == dict(true_answer(request, truth).facts)
     return all(key in facts and agrees(key, facts[key], truth) for key in request.keys)
 
@@ -350,6 +373,12 @@ def right_answer(request: Request, truth: Facts) -> Hashable:
         return tuple(HIDDEN if truth[key] in ("none", "covered") else truth[key] for key in LISTED)
     if request.kind == "seen":
         return truth[f"seen:{request.subject}"]
+    if request.kind == "order":
+        # Whether it was the one that the question names first.
+        return truth["earlier"] == request.subject
+    if request.kind in LONG_PAST:
+        said = true_answer(request, truth)
+        return said.name, *((gap, value) for gap, value in said.fields if value != request.subject)
     return truth[request.keys[0] if request.keys else request.kind]
 
 
@@ -440,7 +469,7 @@ def revisions(
                     if frame <= s.frame
                     and s.time <= frame + REACT + EPSILON
                     and key in s.facts
-                    and _true_when_said(s, {key: s.facts[key]}, truth)
+                    and _true_when_said(s, {key: s.facts[key]}, stream)
                 ]
                 made.append(bool(new))
                 delays += new[:1]
@@ -450,7 +479,7 @@ def revisions(
 def corrections(stream: TabletopStream, said: StreamTranscript, during: range = ALWAYS) -> Ratio:
     """Share of the corrections in mid-sentence that are understood and true."""
     found = [s for s in said.statements if s.frame in during and s.correction and not s.cut]
-    return Ratio.count(bool(s.facts) and _true_when_said(s, s.facts, stream.world.truth) for s in found)
+    return Ratio.count(bool(s.facts) and _true_when_said(s, s.facts, stream) for s in found)
 
 
 def stale(stream: TabletopStream, said: StreamTranscript, during: range = ALWAYS) -> Ratio:
@@ -465,7 +494,7 @@ def stale(stream: TabletopStream, said: StreamTranscript, during: range = ALWAYS
         for s in said.statements
         if s.frame in during and s.facts and (s.request < 0 or kinds[s.request] != "event")
     ]
-    return Ratio.count(not _true_when_said(s, s.facts, stream.world.truth) for s in found)
+    return Ratio.count(not _true_when_said(s, s.facts, stream) for s in found)
 
 
 def narration(
@@ -518,12 +547,16 @@ def is_true(facts: Facts, truth: Facts) -> bool:
     return all((key in truth or key == "some") and agrees(key, value, truth) for key, value in facts.items())
 
 
-def _true_when_said(statement: Statement, facts: Facts, truth: Sequence[Facts]) -> bool:
+def _true_when_said(statement: Statement, facts: Facts, stream: TabletopStream) -> bool:
     """Whether facts of a statement were true on any frame from its beginning to its end.
 
     A statement that a change overtakes may go on with what has become true.
     """
-    return any(is_true(facts, truth[f]) for f in range(max(statement.frame, 0), statement.end_frame + 1))
+    frames = range(max(statement.frame, 0), statement.end_frame + 1)
+    if statement.request < 0:
+        return any(is_true(facts, stream.world.truth[f]) for f in frames)
+    request = stream.requests[statement.request]
+    return any(is_true(facts, truth_of(request, stream.world, f)) for f in frames)
 
 
 def _until(stream: TabletopStream, number: int) -> float:

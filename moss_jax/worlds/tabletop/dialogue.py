@@ -16,9 +16,11 @@ from moss_jax.text import Tokenizer, chat
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop import language
 from moss_jax.worlds.tabletop.language import (
+    AGO,
     HIDDEN,
     LIVE,
     PAST,
+    SPANS,
     WAIT,
     Facts,
     Sentence,
@@ -46,6 +48,8 @@ class Request:
       kind: a key of `language.ASK`.
       subject: the kind of thing that it is about, if any.
       awaited: of an alert, the sentence that is due as soon as it is true.
+      other: the other kind of thing in a question about the order of two.
+      span: of a question about a time ago, how long, in seconds.
     """
 
     time: float
@@ -53,6 +57,8 @@ class Request:
     kind: str
     subject: str = ""
     awaited: Sentence | None = None
+    other: str = ""
+    span: int = 0
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -111,8 +117,22 @@ class Dialogue:
 # --------------------------------------------------------------------------------------- requests
 
 
+# Mean time between two requests of a user, in seconds: shortest and longest.
+PACE = (2.5, 11.0)
+# Share of the groups of requests, and how far an alert looks ahead, in seconds.
+GROUPS = {"live": 0.48, "past": 0.16, "narrate": 0.11, "alert": 0.18, "watch": 0.07}
+DENSE_GROUPS = {"live": 0.9, "past": 0.1}
+HORIZON = 32
+
+
 def draw_requests(
-    rng: np.random.Generator, world: World, *, first_turn: float = 0.0, dense: bool = False
+    rng: np.random.Generator,
+    world: World,
+    *,
+    first_turn: float = 0.0,
+    dense: bool = False,
+    past: float | None = None,
+    pace: tuple[float, float] = PACE,
 ) -> tuple[Request, ...]:
     """Samples the requests of a stream.
 
@@ -121,6 +141,9 @@ def draw_requests(
       world: that they are about.
       first_turn: probability of a request at time 0, before the first frame.
       dense: only questions, in quick succession.
+      past: share of questions about the past, all kinds of them; None for the usual share of those in
+        `language.RECENT_PAST`.
+      pace: shortest and longest time from most requests to the next, in seconds.
 
     Returns:
       The requests in order of time.
@@ -129,31 +152,36 @@ def draw_requests(
     requests = []
     time = rng.uniform(0.05, 0.8) if dense else rng.uniform(0.05, max(1, min(8, end)))
     if rng.random() < first_turn:
-        requests.append(draw_request(rng, world, 0.0))
+        requests.append(draw_request(rng, world, 0.0, past=past))
     while time < end + 0.5:
         # Never at the time of a frame, where the order of the two would be undefined.
         time = np.floor(time) + np.clip(time % 1, 0.05, 0.95)
-        requests.append(draw_request(rng, world, float(round(time, 2)), dense=dense))
+        requests.append(draw_request(rng, world, float(round(time, 2)), dense=dense, past=past))
         if dense:
             time += rng.uniform(0.5, 1.2)
         elif rng.random() < 0.15:
             time += rng.uniform(0.3, 1.5)
         else:
-            time += rng.uniform(2.5, 11)
+            time += rng.uniform(*pace)
     return tuple(requests)
 
 
-def draw_request(rng: np.random.Generator, world: World, time: float, *, dense: bool = False) -> Request:
-    """Samples one request that makes sense at this time."""
+def draw_request(
+    rng: np.random.Generator, world: World, time: float, *, dense: bool = False, past: float | None = None
+) -> Request:
+    """Samples one request that makes sense at this time; see `draw_requests`."""
     frame = -1 if time == 0 else int(time)
-    group = ("live", "past", "narrate", "alert", "watch")[
-        rng.choice(5, p=[0.9, 0.1, 0, 0, 0] if dense else [0.48, 0.16, 0.11, 0.18, 0.07])
-    ]
+    shares = DENSE_GROUPS if dense else GROUPS
+    if past is not None:
+        scale = (1 - past) / (1 - shares["past"])
+        shares = {group: past if group == "past" else scale * share for group, share in shares.items()}
+    groups = list(shares)
+    group = groups[rng.choice(len(groups), p=list(shares.values()))]
     match group:
         case "live":
             return _live(rng, world, time, frame, dense)
         case "past" if frame >= 0:
-            return _past(rng, world, time, frame)
+            return _past(rng, world, time, frame, long=past is not None)
         case "alert":
             return _alert(rng, world, time, frame)
         case "watch" if frame >= 0:
@@ -166,13 +194,13 @@ def draw_question(rng: np.random.Generator, world: World) -> Request:
     """Samples a question about a whole clip."""
     frame = world.seconds - 1
     if rng.random() < 0.35:
-        return _past(rng, world, float(frame), frame)
+        return _past(rng, world, float(frame), frame, long=False)
     return _live(rng, world, float(frame), frame, dense=False)
 
 
 def _live(rng: np.random.Generator, world: World, time: float, frame: int, dense: bool) -> Request:
     """Samples a question about the present, more often one whose answer will soon change."""
-    changing = [e for e in world.events if frame < e.frame <= frame + 8]
+    changing = world.events_between(frame + 1, frame + 9)
     if changing and not dense and rng.random() < 0.6:
         event = changing[0]
         kinds = {
@@ -194,15 +222,23 @@ def _live(rng: np.random.Generator, world: World, time: float, frame: int, dense
     return Request(time, language.ask(rng, kind, k=subject), kind, subject)
 
 
-def _past(rng: np.random.Generator, world: World, time: float, frame: int) -> Request:
-    """Samples a question about the past."""
+def _past(rng: np.random.Generator, world: World, time: float, frame: int, long: bool) -> Request:
+    """Samples a question about the past; a long one, with all kinds of them."""
     table, truth = world.tables[frame], world.truth[frame]
     kinds = ["event", "event", "seen"]
     if truth["digit"] not in ("none", "covered"):
         kinds += ["previous"] * (3 if truth["previous"] != "none" else 1)
     if table.covered or rng.random() < 0.1:
         kinds += ["under"] * 4
-    kind = pick(rng, kinds)
+    if long:
+        kinds = sorted(set(kinds))
+        return _long_past(rng, world, time, frame, kinds)
+    return _recent_past(rng, world, time, frame, pick(rng, kinds))
+
+
+def _recent_past(rng: np.random.Generator, world: World, time: float, frame: int, kind: str) -> Request:
+    """Samples a question of a kind in `language.RECENT_PAST`."""
+    truth = world.truth[frame]
     subject = ""
     if kind == "seen":
         gone = [s for s in SHAPES if truth[f"seen:{s}"] == "yes" and truth[f"there:{s}"] == "none"]
@@ -210,15 +246,100 @@ def _past(rng: np.random.Generator, world: World, time: float, frame: int) -> Re
     return Request(time, language.ask(rng, kind, k=subject), kind, subject)
 
 
+def _long_past(
+    rng: np.random.Generator, world: World, time: float, frame: int, kinds: Sequence[str]
+) -> Request:
+    """Samples a question about the past, of one of these kinds or of a kind in `language.LONG_PAST`."""
+    truth = world.truth[frame]
+    seen = [kind for kind in (*SHAPES, CARD) if truth[f"seen:{kind}"] == "yes"]
+    pairs = [(a, b) for a in seen for b in seen if a != b and world.sightings[a][0] != world.sightings[b][0]]
+    spans = [span for span in SPANS if frame - span - _slack(span) >= 0]
+    weights = {
+        **dict.fromkeys(kinds, 1.0),
+        # After long enough, everything has been seen.
+        "seen": 0.3 if len(seen) > len(SHAPES) else 1.0,
+        "first": 0.3 if truth["first"] == "none" else 1.0,
+        "order": 1.5 * bool(pairs),
+        "times": 1.5,
+        "last place": 1.5,
+        "last colour": 1.5,
+        "was under": 0.2 if truth["was under"] == "none" else 1.5,
+        "ago": 3.0 * bool(spans),
+    }
+    names = [name for name, weight in weights.items() if weight]
+    odds = np.array([weights[name] for name in names])
+    kind = names[rng.choice(len(names), p=odds / odds.sum())]
+    if kind == "ago":
+        request = _ago(rng, world, time, frame, pick(rng, spans))
+        if request:
+            return request
+        # Nothing stayed the same for long enough around that time.
+        kind = "last place"
+    match kind:
+        case "order":
+            k, j = pick(rng, pairs)
+            return Request(time, language.ask(rng, kind, k=k, j=j), kind, k, other=j)
+        case "times" | "last place" | "last colour":
+            things = [*SHAPES] if kind == "last colour" else [*SHAPES, CARD]
+            known = [thing for thing in things if thing in seen]
+            away = [thing for thing in known if truth[f"there:{thing}"] != "yes"]
+            if kind != "times" and away and rng.random() < 0.6:
+                known = away
+            k = pick(rng, known if known and rng.random() < 0.9 else things)
+            return Request(time, language.ask(rng, kind, k=k), kind, k)
+        case "first" | "was under":
+            return Request(time, language.ask(rng, kind), kind)
+        case _:
+            return _recent_past(rng, world, time, frame, kind)
+
+
+def _ago(rng: np.random.Generator, world: World, time: float, frame: int, span: int) -> Request | None:
+    """Samples a question about a time ago, around which the answer was the same; None if there is none.
+
+    More often about a thing that was there, and about an answer that is another now.
+    """
+    slack, then = _slack(span), frame - span
+    around = _distinct(world, then - slack, then + slack + 1)
+    if any(truth["view"] == "none" for truth in around):
+        return None
+    topics = [("digit ago", "digit", CARD)]
+    topics += [("place ago", f"place:{kind}", kind) for kind in (*SHAPES, CARD)]
+    topics += [("colour ago", f"colour:{kind}", kind) for kind in SHAPES]
+    now, past = world.truth[frame], world.truth[then]
+    topics = [t for t in topics if len({truth[t[1]] for truth in around}) == 1]
+    if not topics:
+        return None
+    # The number first: it changes so often that it seldom qualifies, and places and colours are many.
+    number = topics[0][0] == "digit ago" and rng.random() < 0.5
+    topics = topics[:1] if number else topics
+    there = [t for t in topics if past[t[1]] != "none"]
+    topics = there if there and rng.random() < 0.85 else topics
+    other = [t for t in topics if past[t[1]] != now[t[1]]]
+    topics = other if other and rng.random() < 0.6 else topics
+    kind, _, subject = pick(rng, topics)
+    return Request(time, language.ask(rng, kind, k=subject, s=SPANS[span]), kind, subject, span=span)
+
+
+def _slack(span: int) -> int:
+    """How far around a time ago the answer must have been the same, in seconds."""
+    return max(2, span // 6)
+
+
+def _distinct(world: World, start: int, stop: int) -> list[Facts]:
+    """The facts of a range of seconds, once where nothing changed from one to the next."""
+    found = world.truth[start:stop]
+    return [truth for n, truth in enumerate(found) if n == 0 or truth is not found[n - 1]]
+
+
 def _alert(rng: np.random.Generator, world: World, time: float, frame: int) -> Request:
-    """Samples a request for an alert, more often about a moment that will come."""
+    """Samples a request for an alert, more often about a moment that will come soon."""
     before = world.truth[frame] if frame >= 0 else None
     possible = _awaitable()
+    coming = _distinct(world, frame + 1, min(frame + 1 + HORIZON, world.seconds))
     later = [
         s
         for s in possible
-        if any(holds(s.facts, world.truth[g]) for g in range(frame + 1, world.seconds))
-        and not (before and holds(s.facts, before))
+        if any(holds(s.facts, truth) for truth in coming) and not (before and holds(s.facts, before))
     ]
     if later and rng.random() < 0.75:
         # By kind first: otherwise digits and shapes, which are many, would crowd out the rest.
@@ -255,8 +376,100 @@ def _some_kind(rng: np.random.Generator, table: Table, card: bool) -> str:
 # ------------------------------------------------------------------------------------- sentences
 
 
+def truth_of(request: Request, world: World, second: int) -> Facts:
+    """The facts of a second, with those about the past that a question at this second asks for.
+
+    These are, in addition to the keys of `World.truth`:
+
+    was digit, was place:KIND, was colour:SHAPE, was there:KIND
+                 those facts at the time that the question is about
+    earlier      the one of the question's two things that was visible first, or none
+    """
+    truth, k = world.truth[second], request.subject
+    match request.kind:
+        case "last place" | "last colour":
+            topic = request.kind.removeprefix("last ")
+            return {**truth, f"was {topic}:{k}": truth[f"{request.kind}:{k}"]}
+        case "order":
+            first = {
+                kind: world.sightings[kind][0]
+                for kind in (k, request.other)
+                if truth[f"seen:{kind}"] == "yes"
+            }
+            return {**truth, "earlier": min(first, key=lambda kind: first[kind], default="none")}
+        case kind if kind in AGO:
+            then = world.truth[max(second - request.span, 0)]
+            about = {"digit": "was digit", f"place:{k}": f"was place:{k}", f"there:{k}": f"was there:{k}"}
+            if k != CARD:
+                about[f"colour:{k}"] = f"was colour:{k}"
+            return {**truth, **{was: then[key] for key, was in about.items()}}
+        case _:
+            return truth
+
+
+def evidence(request: Request, world: World, second: int) -> int | None:
+    """The latest second at which what a question needs was visible.
+
+    Args:
+      request: the question.
+      world: that it is about.
+      second: at which it is asked.
+
+    Returns:
+      The second itself for a question about the present. None if the answer is that there was nothing, if
+      the evidence is spread over the whole stream, or if the request is no question.
+    """
+    truth, k = world.truth[second], request.subject
+    match request.kind:
+        case kind if kind in LIVE:
+            return second
+        case "seen" | "last place" | "last colour":
+            return world.last_sighting(k, second)
+        case "previous" if truth["previous"] != "none":
+            shown = _numbers(world, second)
+            return next(s for s, number in reversed(shown) if number != shown[-1][1])
+        case "event":
+            events = world.events_between(0, second + 1)
+            return events[-1].frame if events else None
+        case "under" | "was under" if truth[request.kind] != "none":
+            covers = [e for e in world.events_between(0, second + 1) if e.change == "cover"]
+            cover = covers[-1 if request.kind == "under" or truth["under"] == "none" else -2]
+            return world.last_sighting(cover.kind, cover.frame - 1)
+        case "first" if truth["first"] != "none":
+            shown = _numbers(world, second)
+            # The first run ends before another number, or before a second that shows none.
+            return next(
+                s
+                for (s, _), following in zip(shown, [*shown[1:], None], strict=True)
+                if following != (s + 1, truth["first"])
+            )
+        case "order":
+            return max(world.sightings[kind][0] for kind in (k, request.other))
+        case kind if kind in AGO:
+            return second - request.span
+        case _:
+            return None
+
+
+def _numbers(world: World, second: int) -> list[tuple[int, str]]:
+    """The seconds up to this one at which a number was visible, and the number."""
+    return [(s, world.truth[s]["digit"]) for s in world.sightings[CARD] if s <= second]
+
+
 def true_answer(request: Request, truth: Facts) -> Sentence:
-    """The true answer to a question; "Okay." to a request that is no question."""
+    """The true answer to a question; "Okay." to a request that is no question.
+
+    Args:
+      request: of the user.
+      truth: the facts of now, from `truth_of`; for most kinds of request those of `World.truth` do.
+    """
+    if request.kind in LIVE and truth["view"] == "none":
+        return sentence("blind")
+    return _answer(request, truth)
+
+
+def _answer(request: Request, truth: Facts) -> Sentence:
+    """The true answer, whether the camera shows anything or not."""
     k = request.subject
     match request.kind:
         case "list":
@@ -289,13 +502,44 @@ def true_answer(request: Request, truth: Facts) -> Sentence:
                 return sentence("nothing happened")
             change, kind, value = truth["event"].split(":")
             return narrate(TableEvent(0, cast(EventKind, change), kind, value), truth)
+        case "first":
+            value = truth["first"]
+            return sentence("no first") if value == "none" else sentence("first", d=value)
+        case "order":
+            return sentence("earlier", k=truth["earlier"])
+        case "times":
+            value = truth[f"times:{k}"]
+            name = {"0": "never", "1": "once", "2": "twice"}.get(value)
+            return sentence(name, k=k) if name else sentence("times", k=k, m=value)
+        case "was under":
+            value = truth["was under"]
+            return sentence("never covered") if value == "none" else sentence("was under", k=value)
+        case "last place" | "place ago":
+            return _was("place", k, "p", truth, ever=request.kind == "last place")
+        case "last colour" | "colour ago":
+            return _was("colour", k, "c", truth, ever=request.kind == "last colour")
+        case "digit ago":
+            value = truth["was digit"]
+            if value == "none":
+                return sentence("was no card")
+            return sentence("was covered", k=CARD) if value == "covered" else sentence("was digit", d=value)
         case _:
             return sentence("okay")
 
 
+def _was(topic: str, k: str, gap: str, truth: Facts, *, ever: bool) -> Sentence:
+    """What a thing was like: when it was last visible if it `ever` was, or a time ago."""
+    value = truth[f"was {topic}:{k}"]
+    if value == "none":
+        return sentence("unseen" if ever else "was none", k=k)
+    if value == "covered":
+        return sentence("was covered", k=k)
+    return sentence(f"was {topic}", k=k, **{gap: value})
+
+
 def updated_answer(request: Request, truth: Facts) -> Sentence:
     """The update to a live question whose answer has changed."""
-    said = true_answer(request, truth)
+    said = _answer(request, truth)
     if said.name == "no card":
         return sentence("now none", k=CARD)
     return dataclasses.replace(said, name=f"now {said.name}")
@@ -430,6 +674,7 @@ class Assistant:
             tokens, self._said = self._tokenizer.encode(_interjected(now.text(self._variant))), []
             self.utterances.append(Utterance(time, self.frame, self.frame, self._number, now, cut=True))
         self._rest = tokens[len(self._said) :]
+        self._acknowledged = True
         self._told.update(now.facts)
 
     def _begin(self, time: float) -> None:
@@ -448,8 +693,7 @@ class Assistant:
             if self.frame < 0:
                 return None
             if not self._acknowledged:
-                self._acknowledged = True
-                return max(self._asked_at, 0), true_answer(request, self._truth)
+                return self._first_answer(request)
             self._updating = True
             return None if self._changed() is None else (self.frame, self._answer_or_update())
         if not self._acknowledged:
@@ -468,6 +712,15 @@ class Assistant:
             if holds(told.facts, self._truth):
                 return frame, told
         return None
+
+    def _first_answer(self, request: Request) -> tuple[int, Sentence] | None:
+        """The answer to a question; as long as nothing is visible, that, once, and the answer later."""
+        said = true_answer(request, truth_of(request, self._world, self.frame))
+        if said.name != "blind":
+            self._acknowledged = True
+        elif self._told:
+            return None
+        return (self.frame if self._told else max(self._asked_at, 0)), said
 
     def _answer_or_update(self) -> Sentence:
         if not self._updating:
@@ -593,7 +846,7 @@ def converse_offline(
     tokens = chat.offline_opening(tokenizer, system=system, num_frames=world.seconds, prompt=request.text)
     begin = tokens.index(tokenizer.special.image)
     last = world.seconds - 1
-    said = true_answer(request, world.truth[last])
+    said = true_answer(request, truth_of(request, world, last))
     reply = [*tokenizer.encode(said.text(int(rng.integers(2)))), tokenizer.special.eot]
     return Dialogue(
         tokens=tokens + reply,

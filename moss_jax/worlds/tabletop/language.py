@@ -1,7 +1,11 @@
 """The language of the tabletop world: one table of wordings serves to generate sentences and to parse them.
 
 A sentence asserts facts, with the keys of `World.truth`. In the wordings, {k} is a kind of thing, {c} a
-colour, {p} a place, {w} a direction, {d} a number on a card, {n} a number of shapes and {l} a list of things.
+colour, {p} a place, {w} a direction, {d} a number on a card, {n} a number of shapes, {m} a number of times
+and {l} a list of things; {j} is another kind of thing and {s} a time ago, in requests alone.
+
+What a sentence in the past tense is about depends on the question: "It was red." asserts `was colour:KIND`,
+which `dialogue.truth_of` gives for the time that the question is about.
 """
 
 import dataclasses
@@ -17,6 +21,13 @@ from moss_jax.worlds.tabletop.world import CARD
 Facts = Mapping[str, str]
 
 NUMBERS = ("no", "one", "two", "three", "four")
+# How often something appeared, from three times on.
+TIMES = {
+    "3": "three", "4": "four", "5": "five", "6": "six", "7": "seven", "8": "eight", "9": "nine",
+    "many": "many",
+}  # fmt: skip
+# Times that questions go back to, in seconds.
+SPANS = {10: "ten seconds ago", 60: "a minute ago", 300: "five minutes ago"}
 PLACE_WORDS = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 WAY_WORDS = {"left": "to the left", "middle": "to the middle", "right": "to the right"}
 # Introduces a statement that replaces the one in progress.
@@ -64,6 +75,23 @@ SAY: dict[str, tuple[str, ...]] = {
     "under": ("The {k}.", "The {k} is under it."),
     "nothing under": ("There is no cover.",),
     "nothing happened": ("Nothing has happened yet.",),
+    "first": ("The first number was {d}.",),
+    "no first": ("There was no number.",),
+    "earlier": ("The {k} came first.",),
+    "never": ("Never so far.",),
+    "once": ("It came once.",),
+    "twice": ("It came twice.",),
+    "times": ("It came {m} times.",),
+    "was place": ("It was {p}.", "The {k} was {p}."),
+    "was colour": ("It was {c}.", "The {k} was {c}."),
+    "was digit": ("It was a {d}.", "The card showed {d}."),
+    "was no card": ("There was no card.",),
+    "was none": ("It was not there.",),
+    "was covered": ("It was covered.",),
+    "unseen": ("I have not seen it.",),
+    "was under": ("The {k} was under it.",),
+    "never covered": ("Nothing was covered before.",),
+    "blind": ("I can't see anything.",),
     "alert there": ("Now! The {k} is here.",),
     "alert none": ("Now! The {k} is gone.",),
     "alert covered": ("Now! The {k} is covered.",),
@@ -102,6 +130,7 @@ class Sentence:
             "p": PLACE_WORDS.get(values.get("p", ""), ""),
             "w": WAY_WORDS.get(values.get("p", ""), ""),
             "n": NUMBERS[int(values.get("n", 0))],
+            "m": TIMES.get(values.get("m", ""), ""),
             "l": values.get("l", ""),
         }
         return _articles(wordings[variant % len(wordings)].format(**words))
@@ -150,6 +179,36 @@ class Sentence:
                 return {"under": "none"}
             case "nothing happened":
                 return {"event": "none"}
+            case "first":
+                return {"first": d}
+            case "no first":
+                return {"first": "none"}
+            case "earlier":
+                return {"earlier": k}
+            case "never" | "once" | "twice":
+                return {f"times:{k}": str(("never", "once", "twice").index(self.name))}
+            case "times":
+                return {f"times:{k}": v["m"]}
+            case "was place":
+                return {f"was place:{k}": p}
+            case "was colour":
+                return {f"was colour:{k}": c}
+            case "was digit":
+                return {"was digit": d}
+            case "was no card":
+                return {"was digit": "none"}
+            case "was none":
+                return {f"was there:{k}": "none"}
+            case "was covered":
+                return {f"was there:{k}": "covered"}
+            case "unseen":
+                return {f"seen:{k}": "none"}
+            case "was under":
+                return {"was under": k}
+            case "never covered":
+                return {"was under": "none"}
+            case "blind":
+                return {"view": "none"}
             case "alert colour":
                 return {"some": c}
             case _:  # "okay"
@@ -237,6 +296,7 @@ _VALUES = (
     {words: place for place, words in PLACE_WORDS.items()}
     | {words: place for place, words in WAY_WORDS.items()}
     | {word: str(number) for number, word in enumerate(NUMBERS)}
+    | {word: times for times, word in TIMES.items()}
 )
 
 
@@ -251,6 +311,7 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
         "w": "|".join(WAY_WORDS.values()),
         "d": r"\d",
         "n": "|".join(NUMBERS),
+        "m": "|".join(TIMES.values()),
         "l": rf"{thing}(?:, {thing})*(?: and {thing})?",
     }
     patterns = []
@@ -306,6 +367,33 @@ ASK: dict[str, tuple[str, ...]] = {
         "What happened last?", "What was the last change?", "What has just happened?", "What changed?",
         "What did I do?",
     ),
+    "first": (
+        "What was the first number on the card?", "Which number did the card show first?",
+        "What was the very first number?",
+    ),
+    "order": (
+        "Which came first, the {k} or the {j}?", "Which did you see first, the {k} or the {j}?",
+        "What was there first, the {k} or the {j}?",
+    ),
+    "times": (
+        "How many times did the {k} appear?", "How often has the {k} come?", "How often did the {k} appear?",
+    ),
+    "last place": (
+        "Where was the {k} last?", "Where did you last see the {k}?",
+        "Where was the {k} when you last saw it?",
+    ),
+    "last colour": (
+        "What colour did the {k} have?", "Which colour did the {k} have last?", "What colour was the {k}?",
+    ),
+    "was under": (
+        "What was under the cover before?", "What was covered before?", "What did the cover hide before?",
+    ),
+    "digit ago": (
+        "What number was on the card {s}?", "Which number did the card show {s}?",
+        "What did the card show {s}?",
+    ),
+    "place ago": ("Where was the {k} {s}?", "On which side was the {k} {s}?"),
+    "colour ago": ("What colour was the {k} {s}?", "Which colour did the {k} have {s}?"),
     "narrate": (
         "Tell me what changes.", "Tell me everything that happens.", "Narrate what happens.",
         "Describe what is happening.", "Keep me posted.", "Say what changes.",
@@ -342,7 +430,10 @@ ASK: dict[str, tuple[str, ...]] = {
 
 # Questions about the present, whose answers are kept up to date, and about the past.
 LIVE = ("digit", "count", "colour", "place", "there", "list")
-PAST = ("previous", "seen", "under", "event")
+RECENT_PAST = ("previous", "seen", "under", "event")
+AGO = ("digit ago", "place ago", "colour ago")
+LONG_PAST = ("first", "order", "times", "last place", "last colour", "was under", *AGO)
+PAST = (*RECENT_PAST, *LONG_PAST)
 
 
 def ask(rng: np.random.Generator, kind: str, **fields: str) -> str:

@@ -14,6 +14,7 @@ photograph; C colour channels.
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -403,6 +404,37 @@ def paint(scene: Scene, look: Look, size: int) -> Float[np.ndarray, "P P 3"]:
     picture = np.empty((*canvas.picture.shape[1:], 3), np.float32)
     np.multiply(canvas.picture, canvas.light, out=picture.transpose(2, 0, 1))
     return picture
+
+
+# Brightness of the pictures of a camera that is covered or blinded, in 8-bit levels.
+BLACK, OVEREXPOSED = 3.0, 252.0
+# A strong blur: width of the Gaussian in picture widths, and the side of the grid that it is computed on.
+BLUR, BLUR_GRID = 0.3, 16
+
+
+def impair(
+    picture: Float[np.ndarray, "P P 3"], kind: Literal["black", "blurred", "overexposed"]
+) -> Float[np.ndarray, "P P 3"]:
+    """Renders what a camera with a covered lens, far out of focus, or in blinding light sees of a picture.
+
+    Args:
+      picture: from `paint`.
+      kind: of impairment.
+
+    Returns:
+      A picture for `photograph`, on which nothing can be recognised.
+    """
+    if kind != "blurred":
+        return np.full_like(picture, BLACK if kind == "black" else OVEREXPOSED)
+    side = len(picture)
+    edges = np.linspace(0, side, min(BLUR_GRID, side), endpoint=False).astype(int)
+    sums = np.add.reduceat(np.add.reduceat(picture, edges, axis=0), edges, axis=1)
+    cells = np.diff(edges, append=side).astype(np.float32)
+    small = sums / (cells[:, None] * cells)[:, :, None]
+    at, centres = (np.arange(side) + 0.5) / side, (edges + cells / 2) / side
+    weights = np.exp(-(((at[:, None] - centres) / BLUR) ** 2) / 2)
+    weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return np.einsum("pi,ijc,qj->pqc", weights, small, weights, optimize=True)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,19 +1,27 @@
 """Streams of the tabletop world: a world, the camera on it, and the requests of a user."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
 
 from moss_jax.worlds.tabletop import digits
-from moss_jax.worlds.tabletop.dialogue import Request, draw_requests
-from moss_jax.worlds.tabletop.render import Look, Scene, paint, photograph
-from moss_jax.worlds.tabletop.world import World, generate
+from moss_jax.worlds.tabletop.dialogue import PACE, Request, draw_requests
+from moss_jax.worlds.tabletop.render import Look, impair, paint, photograph
+from moss_jax.worlds.tabletop.world import IMPAIRMENTS, Impairment, World, generate, pick
 
 # First entry of a stream's seed: no stream of evaluation is one of training, whatever the other entries.
 TRAINING, EVALUATION = 0, 1
+# Streams longer than this, in seconds, vary in the rate of events and in the user's pace.
+VARIED = 60
+# Range of the rates of events, per second, and of the mean times between two requests, in seconds.
+RATES, PACES = (0.01, 0.6), (4.0, 60.0)
+# Range of the lengths of the quiet and busy stretches of a stream whose rate of events changes, in seconds.
+STRETCHES = (20.0, 240.0)
+# Share of the training streams with an impaired camera, and the length of a stream that may have one.
+IMPAIRED, SHORTEST_IMPAIRED = 0.12, 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,33 +40,70 @@ class TabletopStream:
     requests: tuple[Request, ...]
     noise: int
 
-    def frames(self, size: int) -> UInt8[np.ndarray, "F H W 3"]:
-        """Renders the frames of the whole seconds, `size` pixels wide and high."""
-        scenes = (self.world.scene(float(second)) for second in range(self.world.seconds))
-        return np.stack(list(take_photographs(scenes, self.look, seed=self.noise, size=size)))
+    @property
+    def impairments(self) -> tuple[Impairment, ...]:
+        """When the camera is impaired, in order of time."""
+        return self.world.impairments
+
+    def frames(self, size: int, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "F H W 3"]:
+        """Renders the frames of whole seconds, in a time that is proportional to their number.
+
+        Args:
+          size: width and height of the frames, in pixels.
+          start: the first second.
+          stop: the second after the last; None for the whole rest.
+
+        Returns:
+          The frames; those of a range are the same as in the whole stream.
+
+        Raises:
+          ValueError: the stream has no such range of seconds.
+        """
+        stop = self.world.seconds if stop is None else stop
+        if not 0 <= start < stop <= self.world.seconds:
+            raise ValueError(
+                f"0 <= start < stop <= {self.world.seconds} must hold, not start {start} and stop {stop}"
+            )
+        return np.stack(list(take_photographs(self, size=size, start=start, stop=stop)))
 
 
 def take_photographs(
-    scenes: Iterable[Scene], look: Look, *, seed: int, size: int
+    stream: TabletopStream, *, size: int, start: int, stop: int, fps: int = 1
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-    """Renders scenes in order, and paints those alone that differ from the scene before.
+    """Renders a range of seconds in order, and paints anew only what differs from the frame before.
 
     Args:
-      scenes: to be photographed.
-      look: of the stream.
-      seed: of the camera's noise and shake.
+      stream: to be rendered.
       size: side of the photographs, in pixels.
+      start: the first second.
+      stop: the second after the last.
+      fps: photographs a second.
     """
-    rng = np.random.default_rng(seed)
-    for _, same in itertools.groupby(scenes):
-        picture = None
-        for scene in same:
-            picture = paint(scene, look, size) if picture is None else picture
-            yield photograph(picture, look, rng, size)
+    painted = picture = None
+    for number in range(start * fps, stop * fps):
+        impairment = stream.world.impairment(number // fps)
+        if impairment and impairment.kind == "frozen":
+            number, kind = impairment.start * fps, None
+        else:
+            kind = impairment.kind if impairment else None
+        scene = stream.world.scene(number / fps)
+        if picture is None or painted != (scene, kind):
+            picture = paint(scene, stream.look, size)
+            picture = impair(picture, kind) if kind else picture
+            painted = scene, kind
+        # Each photograph has its own seed, so that a range is the same as in the whole.
+        yield photograph(picture, stream.look, np.random.default_rng([stream.noise, number]), size)
 
 
 def draw_stream(
-    rng: np.random.Generator, seconds: int, *, split: int = TRAINING, dense: bool = False
+    rng: np.random.Generator,
+    seconds: int,
+    *,
+    split: int = TRAINING,
+    dense: bool = False,
+    past: float | None = None,
+    varied: bool | None = None,
+    impaired: float | None = None,
 ) -> TabletopStream:
     """Samples a stream.
 
@@ -67,15 +112,77 @@ def draw_stream(
       seconds: length of the stream.
       split: TRAINING or EVALUATION; their handwritten digits are disjoint.
       dense: many events, and requests in quick succession.
+      past: share of questions about the past among the requests, which then are of all kinds; None for the
+        usual share of those in `language.RECENT_PAST`.
+      varied: draw the rate of events, which may also change, and the user's pace from wide ranges; None if
+        the stream is longer than a minute.
+      impaired: probability of an impaired camera; None for the usual one in a training stream of more than
+        12 seconds and 0 in others.
+
+    Raises:
+      ValueError: a share that is no share, or an impaired camera in a stream of less than 4 seconds.
     """
+    for name, share in (("past", past), ("impaired", impaired)):
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"{name} must be between 0 and 1; got {share}")
+    if impaired is None:
+        usual = split == TRAINING and not dense and seconds > SHORTEST_IMPAIRED
+        impaired = IMPAIRED if usual else 0.0
+    if impaired and seconds < 4:
+        raise ValueError(f"a stream with an impaired camera needs at least 4 seconds; got {seconds}")
+    if varied is None:
+        varied = seconds > VARIED and not dense
     indices = digits.training_indices() if split == TRAINING else digits.held_out_indices()
     rate, gap = (0.5, 1) if dense else (rng.uniform(0.1, 0.6), int(rng.integers(1, 5)))
-    world = generate(rng, seconds, digit_indices=indices, rate=rate, gap=gap)
+    pace = PACE
+    if varied:
+        rate = _rates(rng, seconds)
+        mean = _log_uniform(rng, *PACES)
+        pace = (0.4 * mean, 1.6 * mean)
+    impairments = _impairments(rng, seconds) if impaired and rng.random() < impaired else ()
+    world = generate(rng, seconds, digit_indices=indices, rate=rate, gap=gap, impairments=impairments)
     first_turn = 0.3 if split == TRAINING and not dense else 0.0
-    requests = draw_requests(rng, world, first_turn=first_turn, dense=dense)
+    requests = draw_requests(rng, world, first_turn=first_turn, dense=dense, past=past, pace=pace)
     return TabletopStream(world, Look.draw(rng), requests, int(rng.integers(2**31)))
 
 
-def evaluation_stream(seed: int, index: int, seconds: int) -> TabletopStream:
-    """Returns held-out stream `index` of a seed."""
-    return draw_stream(np.random.default_rng([EVALUATION, seed, index]), seconds, split=EVALUATION)
+def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+def _rates(rng: np.random.Generator, seconds: int) -> list[float]:
+    """Samples the rate of events in each second: the same for all, or with quiet and busy stretches."""
+    if rng.random() < 0.5:
+        return [_log_uniform(rng, *RATES)] * seconds
+    rates: list[float] = []
+    while len(rates) < seconds:
+        rates += [_log_uniform(rng, *RATES)] * round(_log_uniform(rng, *STRETCHES))
+    return rates[:seconds]
+
+
+def _impairments(rng: np.random.Generator, seconds: int) -> tuple[Impairment, ...]:
+    """Samples when the camera is impaired: once, and in long streams again and for longer."""
+    longest = max(2.0, min(15.0 if seconds <= VARIED else 60.0, seconds / 3))
+    found: list[Impairment] = []
+    for _ in range(1 + rng.poisson(seconds / 600)):
+        length = round(_log_uniform(rng, 2.0, longest))
+        start = int(rng.integers(1, seconds - length))
+        drawn = Impairment(start, start + length, pick(rng, IMPAIRMENTS))
+        # With a second of sight between two.
+        if all(drawn.stop < other.start or other.stop < drawn.start for other in found):
+            found.append(drawn)
+    return tuple(sorted(found, key=lambda i: i.start))
+
+
+def evaluation_stream(
+    seed: int,
+    index: int,
+    seconds: int,
+    *,
+    past: float | None = None,
+    varied: bool | None = None,
+    impaired: float = 0.0,
+) -> TabletopStream:
+    """Returns held-out stream `index` of a seed; see `draw_stream`."""
+    rng = np.random.default_rng([EVALUATION, seed, index])
+    return draw_stream(rng, seconds, split=EVALUATION, past=past, varied=varied, impaired=impaired)

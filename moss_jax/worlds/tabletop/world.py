@@ -5,12 +5,13 @@ Changes happen only between two whole seconds, so the frame of second k, the fir
 complete.
 """
 
+import bisect
 import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,8 +25,12 @@ CELLS = tuple(itertools.product(range(len(PLACES)), range(ROWS)))
 MAX_SHAPES = 4
 # Seconds before the first frame that shows a change at which its motion begins and ends.
 BEGINS, ENDS = 0.85, 0.15
+# Appearances that are counted; more are "many".
+MOST_TIMES = 9
 
 EventKind = Literal["appear", "leave", "move", "colour", "digit", "cover", "uncover"]
+ImpairmentKind = Literal["black", "blurred", "overexposed", "frozen"]
+IMPAIRMENTS = get_args(ImpairmentKind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,21 +123,81 @@ class TableEvent:
 
 
 @dataclasses.dataclass(frozen=True)
+class Impairment:
+    """An interval in which the camera shows nothing, or one and the same image.
+
+    Nothing changes on the table meanwhile.
+
+    Attributes:
+      start: its first second; at least 1, so that what is on the table has been seen.
+      stop: the first second after it.
+      kind: of impairment; "frozen" repeats the image of the first second.
+    """
+
+    start: int
+    stop: int
+    kind: ImpairmentKind
+
+    def __post_init__(self):
+        if not 1 <= self.start < self.stop:
+            raise ValueError(f"an impairment needs 1 <= start < stop, not {self.start} and {self.stop}")
+        if self.kind not in IMPAIRMENTS:
+            raise ValueError(f"kind must be one of {', '.join(IMPAIRMENTS)}; got {self.kind!r}")
+
+
+@dataclasses.dataclass(frozen=True)
 class World:
-    """The states of the table over a stretch of time.
+    """The states of the table over a stretch of time, and when the camera on it is impaired.
 
     Attributes:
       tables: the state at each whole second.
       events: in order of time.
+      impairments: in order of time, disjoint, without events in them.
     """
 
     tables: tuple[Table, ...]
     events: tuple[TableEvent, ...]
+    impairments: tuple[Impairment, ...] = ()
 
     @property
     def seconds(self) -> int:
         """The length of the stretch."""
         return len(self.tables)
+
+    def impairment(self, second: int) -> Impairment | None:
+        """The impairment of the camera at a second, if any."""
+        return next((i for i in self.impairments if i.start <= second < i.stop), None)
+
+    @functools.cached_property
+    def clear(self) -> tuple[bool, ...]:
+        """For each second, whether the camera shows the table."""
+        found = [True] * self.seconds
+        for impairment in self.impairments:
+            if impairment.kind != "frozen":
+                seconds = range(impairment.start, min(impairment.stop, self.seconds))
+                found[impairment.start : impairment.stop] = [False] * len(seconds)
+        return tuple(found)
+
+    @functools.cached_property
+    def sightings(self) -> dict[str, tuple[int, ...]]:
+        """For each kind of thing, the seconds at which the camera shows it, in order."""
+        found: dict[str, list[int]] = {kind: [] for kind in (*SHAPES, CARD)}
+        for second, (table, clear) in enumerate(zip(self.tables, self.clear, strict=True)):
+            for thing in table.visible if clear else ():
+                found[thing.kind].append(second)
+        return {kind: tuple(seconds) for kind, seconds in found.items()}
+
+    def last_sighting(self, kind: str, second: int) -> int | None:
+        """The last second up to this one at which a kind of thing was visible."""
+        seconds = self.sightings[kind]
+        number = bisect.bisect_right(seconds, second)
+        return seconds[number - 1] if number else None
+
+    def events_between(self, start: int, stop: int) -> tuple[TableEvent, ...]:
+        """The events with start <= frame < stop."""
+        first = bisect.bisect_left(self.events, start, key=lambda event: event.frame)
+        last = bisect.bisect_left(self.events, stop, key=lambda event: event.frame)
+        return self.events[first:last]
 
     @functools.cached_property
     def truth(self) -> tuple[dict[str, str], ...]:
@@ -152,7 +217,13 @@ class World:
 
 
 def generate(
-    rng: np.random.Generator, seconds: int, *, digit_indices: np.ndarray, rate: float, gap: int
+    rng: np.random.Generator,
+    seconds: int,
+    *,
+    digit_indices: np.ndarray,
+    rate: float | Sequence[float],
+    gap: int,
+    impairments: tuple[Impairment, ...] = (),
 ) -> World:
     """Samples a world.
 
@@ -160,18 +231,23 @@ def generate(
       rng: the source of randomness.
       seconds: length of the world, with one state a second.
       digit_indices: of the digit images that its cards may show.
-      rate: probability of a change in a second.
+      rate: probability of a change in a second, one for all or one for each.
       gap: least number of seconds between two changes.
+      impairments: of the camera, in order of time; nothing changes in them.
     """
+    rates = itertools.repeat(rate, seconds) if isinstance(rate, int | float) else rate
+    still = {second for i in impairments for second in range(i.start, i.stop)}
     table = _first_table(rng, digit_indices)
     tables, events, last = [table], [], 0
-    for frame in range(1, seconds):
-        if frame - last >= gap and rng.random() < rate:
+    for frame, chance in enumerate(rates):
+        if frame == 0:
+            continue
+        if frame - last >= gap and frame not in still and rng.random() < chance:
             table, event = _change(rng, table, frame, digit_indices)
             events.append(event)
             last = frame
         tables.append(table)
-    return World(tuple(tables), tuple(events))
+    return World(tuple(tables), tuple(events), impairments)
 
 
 def pick[T](rng: np.random.Generator, options: Sequence[T]) -> T:
@@ -284,39 +360,68 @@ def _change(
 def _truth(world: World) -> Iterator[dict[str, str]]:
     """Yields the facts of each second, which sentences are about, as strings.
 
-    there:KIND   yes, covered or none
-    colour:SHAPE a colour, covered or none
-    place:KIND   left, middle or right, covered or none
-    digit        what the card shows, covered or none
-    count        number of visible shapes
-    under        the kind of the thing under the cover, or none
-    previous     the number before the one that is or was last visible, or none
-    seen:SHAPE   yes if it has been visible, or none
-    event        the last change as CHANGE:KIND:VALUE, or none
+    there:KIND         yes, covered or none
+    colour:SHAPE       a colour, covered or none
+    place:KIND         left, middle or right, covered or none
+    digit              what the card shows, covered or none
+    count              number of visible shapes
+    under              the kind of the thing under the cover, or none
+    was under          the kind of the thing under the cover before, or none
+    first              the first number that was visible, or none
+    previous           the number before the one that is or was last visible, or none
+    seen:KIND          yes if it has been visible, or none
+    last place:KIND    where it was when last visible, or none
+    last colour:SHAPE  the colour it had when last visible, or none
+    times:KIND         how many times it appeared: a number, or many
+    event              the last change as CHANGE:KIND:VALUE, or none
+    view               clear, or none while the camera shows nothing
+
+    Seconds without a change share one dictionary.
     """
     events = {event.frame: event for event in world.events}
     shown: list[str] = []
-    seen: set[str] = set()
-    last = "none"
+    # Facts that stay until something changes them.
+    history = {"was under": "none", "event": "none"}
+    for kind in (*SHAPES, CARD):
+        history |= {f"seen:{kind}": "none", f"last place:{kind}": "none"}
+        if kind != CARD:
+            history[f"last colour:{kind}"] = "none"
+    appeared = dict.fromkeys((*SHAPES, CARD), 0)
+    facts: dict[str, str] = {}
+    before: Table | None = None
     for frame, table in enumerate(world.tables):
-        if event := events.get(frame):
-            last = f"{event.change}:{event.kind}:{event.value}"
-        facts = {"count": str(len(table.shapes)), "under": table.covered or "none", "event": last}
+        event = events.get(frame)
+        view = "clear" if world.clear[frame] else "none"
+        if table is before and event is None and view == facts["view"]:
+            yield facts
+            continue
+        if event:
+            history["event"] = f"{event.change}:{event.kind}:{event.value}"
+            appeared[event.kind] += event.change == "appear"
+        if before and before.covered and before.covered != table.covered:
+            history["was under"] = before.covered
+        facts = {"count": str(len(table.shapes)), "under": table.covered or "none", "view": view}
         for kind in (*SHAPES, CARD):
             thing = table.find(kind)
             state = "none" if thing is None else "covered" if kind == table.covered else "yes"
             visible = thing if state == "yes" else None
             facts[f"there:{kind}"] = state
             facts[f"place:{kind}"] = visible.place if visible else state
+            facts[f"times:{kind}"] = str(appeared[kind]) if appeared[kind] <= MOST_TIMES else "many"
+            if visible:
+                history |= {f"seen:{kind}": "yes", f"last place:{kind}": visible.place}
             if kind == CARD:
                 facts["digit"] = visible.label if visible else state
                 if visible and (not shown or shown[-1] != visible.label):
                     shown.append(visible.label)
             else:
                 facts[f"colour:{kind}"] = visible.colour if visible else state
-                seen |= {kind} if visible else set()
-                facts[f"seen:{kind}"] = "yes" if kind in seen else "none"
+                if visible:
+                    history[f"last colour:{kind}"] = visible.colour
+        facts["first"] = shown[0] if shown else "none"
         facts["previous"] = shown[-2] if len(shown) > 1 else "none"
+        facts |= history
+        before = table
         yield facts
 
 

@@ -20,6 +20,7 @@ MAX_NOISE = 1.5
 def write_video(stream: TabletopStream, path: Path, *, size: int) -> None:
     """Writes a stream as H.264, `size` pixels wide and high, at 15 frames a second with changes in motion."""
     look = dataclasses.replace(stream.look, noise=min(stream.look.noise, MAX_NOISE))
+    stream = dataclasses.replace(stream, look=look)
     # The same stream gives the same file: the encoder's output depends on the number of threads, and with its
     # macroblock tree, on processors with AVX-512, on the contents of memory.
     options = {"crf": "28", "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
@@ -28,8 +29,8 @@ def write_video(stream: TabletopStream, path: Path, *, size: int) -> None:
         video.width = video.height = size
         video.pix_fmt = "yuv420p"
         # The last frame is shown for a second, as the others are.
-        scenes = (stream.world.scene(i / FPS) for i in range(FPS * stream.world.seconds))
-        for i, rgb in enumerate(take_photographs(scenes, look, seed=stream.noise, size=size)):
+        photographs = take_photographs(stream, size=size, start=0, stop=stream.world.seconds, fps=FPS)
+        for i, rgb in enumerate(photographs):
             frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, FPS)
             container.mux(video.encode(frame))
@@ -76,6 +77,7 @@ def ground_truth(stream: TabletopStream, dialogue: Dialogue) -> dict[str, Any]:
     return {
         "seconds": stream.world.seconds,
         "events": [dataclasses.asdict(event) for event in stream.world.events],
+        "impairments": [dataclasses.asdict(impairment) for impairment in stream.impairments],
         "facts": list(stream.world.truth),
         "requests": [
             {
@@ -84,6 +86,8 @@ def ground_truth(stream: TabletopStream, dialogue: Dialogue) -> dict[str, Any]:
                 "kind": r.kind,
                 "subject": r.subject,
                 "awaited": dict(r.awaited.facts) if r.awaited else None,
+                "other": r.other,
+                "span": r.span,
             }
             for r in stream.requests
         ],

@@ -14,7 +14,7 @@ from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 from moss_jax.worlds.tabletop.dialogue import Dialogue, Request
-from moss_jax.worlds.tabletop.language import LIVE, PAST, sentence, understand
+from moss_jax.worlds.tabletop.language import LIVE, RECENT_PAST, sentence, understand
 from moss_jax.worlds.tabletop.render import TABLES, Look
 from moss_jax.worlds.tabletop.world import CARD, Table, TableEvent, Thing, World
 
@@ -111,7 +111,7 @@ def test_the_ideal_assistant_has_a_perfect_score(tokenizer, speed):
     assert result["alerts"]["recall"]["n"] > 3
     assert result["silence"]["n"] > 200
     assert result["revision"]["n"] > 15
-    assert set(result["by_kind"]) == {*LIVE, *PAST}
+    assert set(result["by_kind"]) == {*LIVE, *RECENT_PAST}
 
 
 def test_the_transcript_of_the_ideal_assistant_is_what_it_said(cases):

@@ -26,11 +26,14 @@ from moss_jax.worlds.tabletop.dialogue import (
     list_of,
     narrate,
     true_answer,
+    truth_of,
 )
 from moss_jax.worlds.tabletop.language import (
     ASK,
     LIVE,
+    LONG_PAST,
     PAST,
+    RECENT_PAST,
     SAY,
     WAIT,
     Sentence,
@@ -210,10 +213,10 @@ def statements(speech: Speech, tokenizer, expected: int) -> list[Statement]:
     return found
 
 
-def draw(seed: int, speed: int, tokenizer) -> Case:
+def draw(seed: int, speed: int, tokenizer, past: float | None = None) -> Case:
     rng = np.random.default_rng(seed)
     dense = seed % 4 == 3
-    stream = draw_stream(rng, 6 if dense else 24, dense=dense)
+    stream = draw_stream(rng, 6 if dense else 24, dense=dense, past=past, impaired=0.0)
     dialogue = converse(
         stream.world,
         stream.requests,
@@ -228,7 +231,9 @@ def draw(seed: int, speed: int, tokenizer) -> Case:
 @pytest.fixture(scope="module")
 def cases(tokenizer) -> list[Case]:
     speeds = sorted(set(SPEEDS))
-    return [draw(seed, speeds[seed // 4 % len(speeds)], tokenizer) for seed in range(320)]
+    drawn = [draw(seed, speeds[seed // 4 % len(speeds)], tokenizer) for seed in range(320)]
+    # With questions about all of the past.
+    return drawn + [draw(seed, 8, tokenizer, past=0.8) for seed in range(2000, 2120)]
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +367,8 @@ def test_both_wordings_are_used(cases, tokenizer):
 
 def test_all_sentences_occur(cases):
     said = {u.sentence.name for case in cases for u in case.dialogue.utterances}
-    assert set(SAY) - said <= {"now empty"}
+    # Too rare in 24 seconds, or about an impaired camera.
+    assert set(SAY) - said <= {"now empty", "times", "was covered", "blind"}
 
 
 def test_what_is_said_is_true(cases, tokenizer):
@@ -375,7 +381,7 @@ def test_what_is_said_is_true(cases, tokenizer):
                 assert utterance.sentence.name == "okay"
                 continue
             assert utterance.frame >= 0
-            if holds(facts, case.truth[utterance.frame]):
+            if holds(facts, truth_of(request, case.stream.world, utterance.frame)):
                 if not statement.cut and request.keys:
                     assert holds(facts, case.truth[statement.end_frame])
                 continue
@@ -455,7 +461,8 @@ def test_each_request_is_answered_at_once(cases):
             if request.kind in LIVE:
                 assert set(request.keys) <= set(facts)
             elif request.kind in PAST:
-                assert first.sentence == true_answer(request, case.truth[first.frame])
+                truth = truth_of(request, case.stream.world, first.frame)
+                assert first.sentence == true_answer(request, truth)
             else:
                 assert first.sentence.name == "okay"
             assert first.due == (
@@ -485,10 +492,13 @@ def test_answers_about_the_past(cases):
                     assert said.sentence == narrate(happened[-1], case.truth[said.frame])
                 else:
                     assert said.sentence.name == "nothing happened"
+            elif request.kind in LONG_PAST:
+                truth = truth_of(request, world, said.frame)
+                assert holds(said.sentence.facts, truth)
             else:
                 key = f"seen:{request.subject}" if request.kind == "seen" else request.kind
                 assert dict(said.sentence.facts) == {key: case.truth[said.frame][key]}
-    assert min(kinds[kind] for kind in PAST) > 10
+    assert min(kinds[kind] for kind in PAST) > 5
 
 
 def told_by(case: Case, glance: Glance) -> dict[str, str]:
@@ -824,7 +834,7 @@ def test_offline_the_whole_clip_comes_first(tokenizer):
         assert tokens[first + 9 : -len(learnt)] == question
         assert ("Look." in tokenizer.decode(tokens)) == (seed % 2 == 0)
         assert len(dialogue.speaking) == 9
-    assert kinds == {*LIVE, *PAST}
+    assert kinds == {*LIVE, *RECENT_PAST}
 
 
 # ---------------------------------------------------------------------------------- requests

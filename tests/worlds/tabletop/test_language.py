@@ -18,6 +18,8 @@ from moss_jax.worlds.tabletop.language import (
     NUMBERS,
     PAST,
     SAY,
+    SPANS,
+    TIMES,
     WAIT,
     Facts,
     Sentence,
@@ -33,7 +35,13 @@ from moss_jax.worlds.tabletop.world import CARD, PLACES, generate
 
 KINDS = (*SHAPES, CARD)
 # Sentences about shapes, never about the card.
-OF_SHAPES = ("colour", "now colour", "turn", "now also", "appear", "seen", "not seen", "there")
+OF_SHAPES = (
+    "colour", "now colour", "turn", "now also", "appear", "seen", "not seen", "there", "was colour",
+)  # fmt: skip
+# Sentences whose subject no wording names.
+UNNAMED = (
+    "there", "seen", "not seen", "never", "once", "twice", "times", "was none", "was covered", "unseen",
+)  # fmt: skip
 
 
 def gaps(wording: str) -> set[str]:
@@ -46,7 +54,7 @@ def fields_of(name: str) -> set[str]:
     fields = {"p" if field == "w" else field for field in fields}
     if name in ("one", "now one"):
         fields.add("n")
-    return fields | ({"k"} if name in ("there", "seen", "not seen") else set())
+    return fields | ({"k"} if name in UNNAMED else set())
 
 
 def values_of(name: str, field: str) -> tuple[str, ...]:
@@ -56,6 +64,7 @@ def values_of(name: str, field: str) -> tuple[str, ...]:
         "c": COLOURS,
         "p": PLACES,
         "d": tuple("0123456789"),
+        "m": tuple(TIMES),
         "n": ("1",) if name.endswith("one") else ("0", "2", "3", "4"),
         "l": tuple(dict.fromkeys(lists)),
     }[field]
@@ -138,7 +147,9 @@ def test_every_sentence_but_okay_asserts_something():
 
 
 def test_facts_have_the_keys_of_the_truth():
-    keys = set(truths(0)[0]) | {"some"}
+    keys = set(truths(0)[0]) | {"some", "earlier", "was digit"}
+    keys |= {f"was {topic}:{kind}" for topic in ("place", "there") for kind in KINDS}
+    keys |= {f"was colour:{shape}" for shape in SHAPES}
     for said in EVERYTHING:
         assert set(said.facts) <= keys
 
@@ -167,6 +178,24 @@ def test_facts_have_the_keys_of_the_truth():
         ("A card with a 2 appears on the right.", {"digit": "2", "place:card": "right"}),
         ("Now! Something is black.", {"some": "black"}),
         ("Now there is also a card with an 8.", {"digit": "8"}),
+        ("The first number was 3.", {"first": "3"}),
+        ("There was no number.", {"first": "none"}),
+        ("The ring came first.", {"earlier": "ring"}),
+        ("Never so far.", {"times:star": "0"}),
+        ("It came twice.", {"times:star": "2"}),
+        ("It came seven times.", {"times:star": "7"}),
+        ("It came many times.", {"times:star": "many"}),
+        ("It was on the left.", {"was place:star": "left"}),
+        ("The ring was in the middle.", {"was place:ring": "middle"}),
+        ("It was red.", {"was colour:star": "red"}),
+        ("It was an 8.", {"was digit": "8"}),
+        ("There was no card.", {"was digit": "none"}),
+        ("It was not there.", {"was there:star": "none"}),
+        ("It was covered.", {"was there:star": "covered"}),
+        ("I have not seen it.", {"seen:star": "none"}),
+        ("The ring was under it.", {"was under": "ring"}),
+        ("Nothing was covered before.", {"was under": "none"}),
+        ("I can't see anything.", {"view": "none"}),
         ("Okay.", {}),
     ],
 )
@@ -289,7 +318,7 @@ def test_a_list_holds_while_the_visible_things_stay_the_same(seed):
 
 # --------------------------------------------------------------------------- the user's requests
 
-FIELDS = {"k": KINDS, "d": tuple("0123456789"), "c": COLOURS}
+FIELDS = {"k": KINDS, "j": KINDS, "s": tuple(SPANS.values()), "d": tuple("0123456789"), "c": COLOURS}
 
 
 def requests(kind: str):

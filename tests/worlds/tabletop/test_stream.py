@@ -133,6 +133,6 @@ def test_photographs_of_a_noisy_camera_differ(held_out):
     stream = next(s for s in held_out if s.look.noise > 3)
     frames = stream.frames(32)
     assert all((a != b).any() for a, b in itertools.combinations(frames, 2))
-    # But only by noise.
+    # But only by noise and shake.
     difference = np.abs(frames - calm(stream).frames(32).astype(float)).mean()
-    assert 1 < difference < 12
+    assert 1 < difference < 20

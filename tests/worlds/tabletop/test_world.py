@@ -179,7 +179,7 @@ def test_a_seed_determines_a_world_of_the_given_length():
 
 
 def truth_of(tables: tuple[Table, ...]) -> dict[str, str]:
-    """The truth after these tables, without the event."""
+    """The truth after these tables, without events."""
     now = {thing.kind: thing for thing in tables[-1].things}
     hidden = tables[-1].covered
     in_sight = [{t.kind: t for t in table.things if t.kind != table.covered} for table in tables]
@@ -194,13 +194,22 @@ def truth_of(tables: tuple[Table, ...]) -> dict[str, str]:
         "digit": of(CARD, lambda card: str(digits.label(card.digit))),
         "under": hidden or "none",
         "previous": numbers[-2] if len(numbers) > 1 else "none",
+        "first": numbers[0] if numbers else "none",
+        "view": "clear",
     }
+    covers = [kind for kind, _ in itertools.groupby(table.covered for table in tables)]
+    covers = [kind for kind in covers[:-1] if kind]
+    truth["was under"] = covers[-1] if covers else "none"
     for kind in (*SHAPES, CARD):
         truth[f"there:{kind}"] = of(kind, lambda _: "yes")
         truth[f"place:{kind}"] = of(kind, lambda thing: ("left", "middle", "right")[thing.cell[0]])
+        last = next((sight[kind] for sight in reversed(in_sight) if kind in sight), None)
+        truth[f"seen:{kind}"] = "yes" if last else "none"
+        truth[f"last place:{kind}"] = ("left", "middle", "right")[last.cell[0]] if last else "none"
+        if kind != CARD:
+            truth[f"last colour:{kind}"] = last.colour if last else "none"
     for shape in SHAPES:
         truth[f"colour:{shape}"] = of(shape, lambda thing: thing.colour)
-        truth[f"seen:{shape}"] = "yes" if any(shape in sight for sight in in_sight) else "none"
     return truth
 
 
@@ -210,7 +219,13 @@ def test_truth_follows_from_the_tables(worlds):
         events = {event.frame: f"{event.change}:{event.kind}:{event.value}" for event in world.events}
         for frame, facts in enumerate(world.truth):
             last = events.get(frame, last)
-            assert facts == truth_of(world.tables[: frame + 1]) | {"event": last}
+            times = collections.Counter(
+                event.kind for event in world.events if event.frame <= frame and event.change == "appear"
+            )
+            expected = truth_of(world.tables[: frame + 1]) | {"event": last}
+            for kind in (*SHAPES, CARD):
+                expected[f"times:{kind}"] = str(times[kind]) if times[kind] < 10 else "many"
+            assert facts == expected
 
 
 def test_truth_of_a_short_story():
