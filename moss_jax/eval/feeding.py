@@ -7,30 +7,17 @@ import multiprocessing
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent import futures
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from moss_jax.stream import End, Event, FrameSeen, Session
-from moss_jax.worlds.base import TimedPrompt
+from moss_jax.worlds.base import LongStream
 
 # Seconds that are rendered at once, segments that are rendered ahead of what is pushed, and seconds that are
 # pushed before the slowest stream has seen them.
 SEGMENT, AHEAD, LEAD = 16, 2, 64
-
-
-class LongStream(Protocol):
-    """A stream of a world that can be rendered in parts."""
-
-    @property
-    def requests(self) -> Sequence[TimedPrompt]:
-        """The prompts, in order of time."""
-        ...
-
-    def frames(self, size: int, start: int, stop: int, /) -> UInt8[np.ndarray, "F H W 3"]:
-        """Renders the frames of seconds `start` to `stop`, as far as there are any."""
-        ...
 
 
 class Renderer:

@@ -8,6 +8,17 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from moss_jax.eval.memory.ages import WHOLE
+
+GUESS = "best constant guess"
+# Baselines of the figure, in grey.
+STYLES: dict[str, dict[str, Any]] = {
+    "full": {"color": "0.2", "linestyle": "-"},
+    "recent-4": {"color": "0.35", "linestyle": "-."},
+    GUESS: {"color": "0.5", "linestyle": "--"},
+    "empty bank": {"color": "0.65", "linestyle": ":"},
+}
+
 
 def print_tables(result: Mapping[str, Any], console: Console) -> None:
     """Prints the result of `evaluate`."""
@@ -59,20 +70,16 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, found in _rows(result):
-        by_age = found["by_age"]
-        is_guess = found is result["constant_guess"]
-        axes.plot(
-            range(len(totals)),
-            [by_age[age]["right"] / by_age[age]["total"] for age in totals],
-            marker="o",
-            markersize=4,
-            label=name,
-            **({"color": "0.5", "linestyle": "--"} if is_guess else {}),
-        )
-    axes.set_xticks(range(len(totals)), [f"{age}\\nn = {found['total']}" for age, found in totals.items()])
-    axes.set(ylim=(0, 1.02), ylabel="right answers", xlabel="age of the evidence")
+        shares = [found["by_age"][age]["right"] / found["by_age"][age]["total"] for age in totals]
+        # What is spread over the whole stream has no age, so no line leads there.
+        aged = len(shares) - (WHOLE in totals)
+        style = STYLES.get(name, {"marker": "o"})
+        (line,) = axes.plot(range(aged), shares[:aged], markersize=4, label=name, **style)
+        axes.plot(range(aged, len(shares)), shares[aged:], "o", markersize=4, color=line.get_color())
+    axes.set_xticks(range(len(totals)), [f"{age}\nn = {found['total']}" for age, found in totals.items()])
+    axes.set(xlabel="age of the evidence", ylabel="right answers", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -96,4 +103,4 @@ def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The name and the counts of every run, and of the constant guess."""
     for run in result["runs"]:
         yield label(run), run
-    yield "best constant guess", result["constant_guess"]
+    yield GUESS, result["constant_guess"]
