@@ -703,6 +703,56 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SegmentsConfig:
+    """Training on long streams segment by segment, with the memory carried from one to the next.
+
+    Each row of a batch goes through one stream after another. A step continues every row by some segments,
+    with gradients through all of them, compactions included; what was carried in has none (truncated
+    backpropagation through time). Memories differ from row to row, so that one model serves all.
+
+    Attributes:
+      per_step: segments of a step and row; 0 trains on whole sequences in one pass.
+      frames: of a segment, at most; the bank is compacted where a segment would not fit.
+      tokens: of a segment, at most. A segment ends before a frame.
+      streams: lengths of streams in segments, of which each row has one.
+      memories: policy, whole frames in the bank and storage ("model", "int8" or "fp8"), of which each row has
+        one, in turn; with as many rows as memories times lengths, there is one row of each pair.
+      text_capacities: tokens that a text cache holds; each stream draws one.
+      max_skip: the largest gap in a stream's positions, which makes the model used to distances far beyond
+        the segments that it is trained on; drawn log-uniformly for `skips` of the segments.
+      skips: share of the segments that begin with a gap, in half of the streams.
+    """
+
+    per_step: int = 0
+    frames: int = 8
+    tokens: int = 128
+    streams: tuple[int, ...] = (4, 8, 24, 80)
+    memories: tuple[tuple[str, int, Literal["model", "int8", "fp8"]], ...] = (("pyramid", 64, "model"),)
+    text_capacities: tuple[int, ...] = (384, 768, 1536)
+    max_skip: int = 2**17
+    skips: float = 0.125
+
+    def __post_init__(self):
+        _convert_fields(self)
+        _require_at_least(0, self, "per_step")
+        _require_at_least(1, self, "frames", "tokens", "max_skip")
+        _require_share(self, "skips")
+        for name in ("streams", "text_capacities", "memories"):
+            _require(bool(getattr(self, name)), f"{name} must not be empty")
+        _require(min(self.streams) >= 1, f"streams {self.streams} have at least one segment each")
+        _require(
+            min(self.text_capacities) > 2 * self.tokens,
+            f"text_capacities {self.text_capacities} must have room for two segments of {self.tokens} tokens",
+        )
+        for policy, frames, _ in self.memories:
+            _require(
+                frames > self.frames,
+                f"memories has {policy!r} of {frames} frames; it must hold more than the {self.frames} of a "
+                "segment",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The source of training batches.
 

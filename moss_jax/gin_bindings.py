@@ -20,6 +20,7 @@ from moss_jax.config import (
     MemoryConfig,
     MeshConfig,
     OptimizerConfig,
+    SegmentsConfig,
     SessionConfig,
     TabletopConfig,
     TokenSampling,
@@ -40,6 +41,7 @@ _NAMES = {
     DataConfig: "data",
     ConversationConfig: "conversations",
     TabletopConfig: "tabletop",
+    SegmentsConfig: "segments",
 }
 _CLASS_NAMES = {kind.__name__: name for kind, name in _NAMES.items()}
 _BOUND = {

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from moss_jax.config import EngineConfig, SessionConfig
+from moss_jax.memory.eviction import Kind, tokens_to_keep
 from moss_jax.stream.events import (
     Counters,
     End,
@@ -23,7 +24,6 @@ from moss_jax.stream.events import (
     Turn,
     TurnLimit,
 )
-from moss_jax.stream.eviction import Kind, tokens_to_keep
 from moss_jax.stream.rows import PENDING
 from moss_jax.stream.step import NOT_FINITE
 from moss_jax.text import Detokenizer, Tokenizer

@@ -17,6 +17,7 @@ from moss_jax.config import (
     InitialModelConfig,
     MeshConfig,
     OptimizerConfig,
+    SegmentsConfig,
     TabletopConfig,
     TrainConfig,
 )
@@ -104,6 +105,7 @@ def read_config(files: list[str], parameters: list[str]) -> RunConfig:
     data = settings(DataConfig)
     # Only settings that apply are read, so that the operative config has no others.
     tabletop = data.kind == "tabletop"
+    segments = settings(SegmentsConfig) if tabletop else None
     return RunConfig(
         train=settings(TrainConfig),
         optimizer=settings(OptimizerConfig),
@@ -112,6 +114,7 @@ def read_config(files: list[str], parameters: list[str]) -> RunConfig:
         data=data,
         source=settings(TabletopConfig) if tabletop else settings(ConversationConfig),
         sampling=None if tabletop else settings(FrameSampling),
+        segments=segments if segments and segments.per_step else None,
         text=gin_bindings.operative(),
     )
 

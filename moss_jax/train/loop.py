@@ -31,6 +31,7 @@ from moss_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    SegmentsConfig,
     TabletopConfig,
     TrainConfig,
 )
@@ -38,7 +39,7 @@ from moss_jax.convert import hub, run_checkpoint
 from moss_jax.data.batch import Batch
 from moss_jax.data.conversations import ConversationBatches
 from moss_jax.data.pipeline import BatchSource, iterate
-from moss_jax.data.worlds import TabletopBatches
+from moss_jax.data.worlds import TabletopBatches, TabletopSegments
 from moss_jax.nn.compressor import Compressor
 from moss_jax.sharding import MESH_AXES, make_mesh, row_share
 from moss_jax.text import Tokenizer
@@ -75,6 +76,7 @@ class RunConfig:
       data: the kind of data, and its workers.
       source: settings of that kind of data.
       sampling: frame sampling of conversations; None for the tabletop world, which has its own.
+      segments: of long streams; None to train on whole sequences.
       text: the operative gin config, saved with every checkpoint.
     """
 
@@ -85,6 +87,7 @@ class RunConfig:
     data: DataConfig
     source: TabletopConfig | ConversationConfig
     sampling: FrameSampling | None
+    segments: SegmentsConfig | None
     text: str
 
 
@@ -128,7 +131,14 @@ def _run(config: RunConfig, workdir: Path, *, resume: bool) -> None:
             f"the model predicts {model_config.decoder.vocab_size} tokens, but its tokenizer has "
             f"{tokenizer.vocab_size}; set model.checkpoint to a folder with a model and its tokenizer.json"
         )
-    trainer = Trainer(model_config, train, config.optimizer, mesh, silence_id=tokenizer.special.silence)
+    trainer = Trainer(
+        model_config,
+        train,
+        config.optimizer,
+        mesh,
+        silence_id=tokenizer.special.silence,
+        segments=config.segments,
+    )
 
     with contextlib.ExitStack() as stack:
         # Restore.
@@ -337,6 +347,10 @@ def _open_source(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig, me
         if config.source.image_size != size:
             raise ConfigError(
                 f"tabletop.image_size {config.source.image_size} must be the model's image_size {size}"
+            )
+        if config.segments:
+            return TabletopSegments(
+                config.source, config.segments, tokenizer, batch_size=batch_size, seed=seed, **share
             )
         return TabletopBatches(config.source, tokenizer, batch_size=batch_size, seed=seed, **share)
     assert config.sampling is not None

@@ -81,8 +81,9 @@ def find_targets(
     counted = following != IGNORED
     silence = following == silence_id
     weights = jnp.where(silence, silence_weight, 1.0) * counted / jnp.maximum(counted.sum(), 1)
-    # Index of the latest token that is not a frame, at each token; 0, a frame, if there is none.
-    said = jax.lax.cummax(jnp.where(tokens == image_id, 0, jnp.arange(tokens.shape[1])), axis=1)
+    # Index of the latest token that is neither a frame nor padding, at each token; 0 if there is none.
+    passed = (tokens == image_id) | (tokens == 0)
+    said = jax.lax.cummax(jnp.where(passed, 0, jnp.arange(tokens.shape[1])), axis=1)
     silent = jnp.take_along_axis(tokens, said, axis=1) == silence_id
     text = counted & ~silence
     return Targets(jnp.where(counted, following, 0), weights, text, silence, text & silent)

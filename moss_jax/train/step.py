@@ -17,12 +17,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from moss_jax.config import ConfigError, ModelConfig, OptimizerConfig, TrainConfig
+from moss_jax.config import ConfigError, ModelConfig, OptimizerConfig, SegmentsConfig, TrainConfig
 from moss_jax.data.batch import Batch
+from moss_jax.memory import StreamState
 from moss_jax.nn import MossVideo
 from moss_jax.sharding import RULES, named_sharding, row_share
 from moss_jax.train.losses import LOSS_TERMS, Targets, cross_entropy, find_targets, mean_over, token_losses
 from moss_jax.train.optimizer import learning_rate, make_optimizer
+from moss_jax.train.segments import empty_memory, make_memories, run_segments
 from moss_jax.video import preprocess
 
 # Logits that a device holds at once: 1 GiB of float32. More are computed in chunks.
@@ -39,12 +41,14 @@ class TrainState:
       trained: float32 master weights of the trained parameters.
       frozen: the other parameters, in the compute dtype.
       optimizer: optimizer state of the trained parameters.
+      memory: of the streams that the next batch goes on with; None where batches are whole sequences.
     """
 
     step: Int[Array, ""]
     trained: dict[str, Float[Array, "..."]]
     frozen: dict[str, Float[Array, "..."]]
     optimizer: Any
+    memory: StreamState | None = None
 
 
 class Trainer:
@@ -58,6 +62,7 @@ class Trainer:
       optimizer: settings of the optimizer.
       mesh: from `sharding.make_mesh`.
       silence_id: id of the tokenizer's `<|silence|>`.
+      segments: of long streams, which batches then consist of; None for batches of whole sequences.
 
     Attributes:
       step: `step(state, batch) -> (state, metrics)`, one optimizer step, jitted, which donates its state.
@@ -67,10 +72,11 @@ class Trainer:
         loss term over all targets, by its name; `grad_norm` before clipping, and of each trained part of the
         model `grad_norm/PART` and `param_norm/PART`, the norm of its new parameters; `learning_rate`; and the
         numbers of `targets`, `tokens` and `frames`. A loss without targets is 0 (`losses.count_of`).
-      shardings: sharding of each array of a state, as a `TrainState`.
+      shardings: sharding of each array of a state, as a `TrainState`; one for all of its memory.
 
     Raises:
-      ConfigError: the mesh does not divide the batch, there is nothing to train, or a loss term is unknown.
+      ConfigError: the mesh or the memories of `segments` do not divide the batch, there is nothing to train,
+        or a loss term is unknown.
     """
 
     def __init__(
@@ -81,12 +87,21 @@ class Trainer:
         mesh: Mesh,
         *,
         silence_id: int,
+        segments: SegmentsConfig | None = None,
     ):
         self.model_config = model_config
         self.config = train
         self.mesh = mesh
         self.silence_id = silence_id
         self._check_rows(train.batch_size)
+        self.segments = segments
+        if segments:
+            self._memories = make_memories(segments, model_config)
+            if train.accumulate > 1 or train.batch_size % len(self._memories):
+                raise ConfigError(
+                    f"train.batch_size must be a multiple of the {len(self._memories)} segments.memories "
+                    f"and train.accumulate 1; got {train.batch_size} and {train.accumulate}"
+                )
         if unknown := [name for name, _ in train.loss_terms if name not in LOSS_TERMS]:
             raise ConfigError(
                 f"train.loss_terms must be some of {', '.join(LOSS_TERMS)}; got {', '.join(unknown)}"
@@ -103,7 +118,10 @@ class Trainer:
         abstract = self.abstract()
         if not abstract.trained:
             raise ConfigError(f"trainable names only parts without parameters: {', '.join(train.trainable)}")
-        self.shardings = jax.tree.map(lambda array: array.sharding, abstract)
+        memory = self._batch_sharding() if segments else None  # One for all of its arrays.
+        without = dataclasses.replace(abstract, memory=None)
+        shardings = jax.tree.map(lambda array: array.sharding, without)
+        self.shardings = dataclasses.replace(shardings, memory=memory)
         self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, self._replicated()))
 
     def init(self, seed: int) -> TrainState:
@@ -138,6 +156,7 @@ class Trainer:
             trained=trained,
             frozen=place(abstract.frozen),
             optimizer=jax.jit(self._optimizer.init, out_shardings=self.shardings.optimizer)(trained),
+            memory=jax.jit(self._empty_memory, out_shardings=self.shardings.memory)(),
         )
 
     def abstract(self) -> TrainState:
@@ -161,7 +180,16 @@ class Trainer:
             trained,
             transform_non_params=lambda x: array(x.shape, x.dtype, self._replicated()),
         )
-        return TrainState(array((), jnp.int32, self._replicated()), trained, frozen, optimizer)
+        memory = jax.tree.map(
+            lambda x: array(x.shape, x.dtype, self._batch_sharding()), jax.eval_shape(self._empty_memory)
+        )
+        return TrainState(array((), jnp.int32, self._replicated()), trained, frozen, optimizer, memory)
+
+    def _empty_memory(self) -> StreamState | None:
+        """The memory before the first step."""
+        if self.segments is None:
+            return None
+        return empty_memory(self.segments, self.model_config, self.config.batch_size, self._dtype)
 
     def model(self, state: TrainState, dtype: DTypeLike) -> MossVideo:
         """Returns the model with copies of a state's parameters, which survive the donation of the state."""
@@ -190,7 +218,7 @@ class Trainer:
             image_id=self.model_config.decoder.image_token_id,
             silence_weight=self.config.silence_weight,
         )
-        gradient, losses = self._gradient_and_losses(state, batch, targets)
+        gradient, losses, memory = self._gradient_and_losses(state, batch, targets)
         updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
         trained = cast(dict, optax.apply_updates(state.trained, updates))
         metrics = {
@@ -206,7 +234,7 @@ class Trainer:
             **{f"param_norm/{part}": norm for part, norm in part_norms(trained).items()},
             "learning_rate": self._learning_rate(state.step),
             "targets": (targets.text | targets.silence).sum(),
-            "tokens": _lengths(tokens).sum(),
+            "tokens": _lengths(tokens).sum() if batch.segments is None else batch.segments.lengths.sum(),
             "frames": (batch.frame_positions < tokens.shape[1]).sum(),
         }
         for name, _ in self.config.loss_terms:
@@ -216,6 +244,7 @@ class Trainer:
             trained=trained,
             frozen=state.frozen,
             optimizer=optimizer,
+            memory=memory,
         )
         return state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
@@ -228,8 +257,8 @@ class Trainer:
 
     def _gradient_and_losses(
         self, state: TrainState, batch: Batch, targets: Targets
-    ) -> tuple[dict[str, Float[Array, "..."]], dict[str, Float[Array, "B S"]]]:
-        """Returns the gradient of the loss, and each loss term at each token."""
+    ) -> tuple[dict[str, Float[Array, "..."]], dict[str, Float[Array, "B S"]], StreamState | None]:
+        """Returns the gradient of the loss, each loss term at each token, and the memory of the streams."""
 
         def loss(trained, batch, targets):
             model = self._merge({name: x.astype(self._dtype) for name, x in trained.items()} | state.frozen)
@@ -238,20 +267,21 @@ class Trainer:
                 batch.frames, image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std
             )
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                hidden = model.hidden(batch.tokens, pixels, batch.frame_positions)
+                hidden, memory = self._hidden(model, state.memory, batch, pixels)
             chunks = self._chunks(*batch.tokens.shape)
             losses = token_losses(hidden, targets.ids, model.decoder.logits, terms=self._terms, chunks=chunks)
-            return self._weighted_sum(losses, targets), losses
+            return self._weighted_sum(losses, targets), (losses, memory)
 
         def add_gradient(total, part):
             # The weights are normalised over the whole batch, so gradients of micro-batches simply add up.
-            gradient, losses = jax.grad(loss, has_aux=True)(state.trained, *part)
+            gradient, (losses, memory) = jax.grad(loss, has_aux=True)(state.trained, *part)
             total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
-            return jax.lax.with_sharding_constraint(total, self.shardings.trained), losses
+            return jax.lax.with_sharding_constraint(total, self.shardings.trained), (losses, memory)
 
         count = self.config.accumulate
         if count == 1:
-            return add_gradient(None, (batch, targets))
+            gradient, (losses, memory) = add_gradient(None, (batch, targets))
+            return gradient, losses, memory
 
         def split(x):  # [B, ...] to [A, B/A, ...]; the rows of a device stay on it
             x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
@@ -261,8 +291,21 @@ class Trainer:
             return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
         zero = jax.tree.map(jnp.zeros_like, state.trained)
-        gradient, losses = jax.lax.scan(add_gradient, zero, jax.tree.map(split, (batch, targets)))
-        return gradient, jax.tree.map(join, losses)
+        gradient, (losses, _) = jax.lax.scan(add_gradient, zero, jax.tree.map(split, (batch, targets)))
+        return gradient, jax.tree.map(join, losses), None
+
+    def _hidden(
+        self, model: MossVideo, memory: StreamState | None, batch: Batch, pixels: Float[Array, "B F H W 3"]
+    ) -> tuple[Float[Array, "B S D"], StreamState | None]:
+        """Returns the hidden states of a batch, and the memory of its streams."""
+        tokens, frame_positions = jnp.asarray(batch.tokens), jnp.asarray(batch.frame_positions)
+        if memory is None:
+            return model.hidden(tokens, pixels, frame_positions), None
+        assert batch.segments is not None
+        B, F = frame_positions.shape
+        features = model.encode(pixels.reshape(B * F, *pixels.shape[2:]))
+        features = features.reshape(B, F, *features.shape[1:])
+        return run_segments(model, memory, tokens, features, frame_positions, batch.segments, self._memories)
 
     def _merge(self, params: dict[str, Array]) -> MossVideo:
         """Returns the model with these parameters."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from stream.test_session import Watcher
 
 from moss_jax.config import MemoryConfig, SessionConfig
+from moss_jax.memory.eviction import Kind, tokens_to_keep
 from moss_jax.stream import (
     PENDING,
     End,
@@ -25,7 +26,6 @@ from moss_jax.stream import (
     Turn,
     TurnLimit,
 )
-from moss_jax.stream.eviction import Kind, tokens_to_keep
 from moss_jax.text import chat
 
 WINDOW = MemoryConfig("window", low_water=0.75, text_recent=0.4)

@@ -7,6 +7,7 @@ or announces an awaited moment.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -21,6 +22,7 @@ from moss_jax.worlds.tabletop.language import (
     LIVE,
     PAST,
     SPANS,
+    TIMES,
     WAIT,
     Facts,
     Sentence,
@@ -30,7 +32,7 @@ from moss_jax.worlds.tabletop.language import (
     sentence,
 )
 from moss_jax.worlds.tabletop.render import COLOURS, SHAPES
-from moss_jax.worlds.tabletop.world import CARD, EventKind, Table, TableEvent, World, pick
+from moss_jax.worlds.tabletop.world import CARD, PLACES, EventKind, Table, TableEvent, World, pick
 
 # Tolerance of comparisons of times, in seconds.
 EPSILON = 1e-6
@@ -85,6 +87,7 @@ class Utterance:
       request: index of the request that it serves.
       sentence: to be said.
       cut: replaces a statement in progress.
+      slip: wrong, to be taken back.
     """
 
     time: float
@@ -93,6 +96,7 @@ class Utterance:
     request: int
     sentence: Sentence
     cut: bool = False
+    slip: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +227,7 @@ def _live(rng: np.random.Generator, world: World, time: float, frame: int, dense
 
 
 def _past(rng: np.random.Generator, world: World, time: float, frame: int, long: bool) -> Request:
-    """Samples a question about the past; a long one, with all kinds of them."""
+    """Samples a question about the past: of a kind in `language.RECENT_PAST`, or if `long` of any."""
     table, truth = world.tables[frame], world.truth[frame]
     kinds = ["event", "event", "seen"]
     if truth["digit"] not in ("none", "covered"):
@@ -231,8 +235,7 @@ def _past(rng: np.random.Generator, world: World, time: float, frame: int, long:
     if table.covered or rng.random() < 0.1:
         kinds += ["under"] * 4
     if long:
-        kinds = sorted(set(kinds))
-        return _long_past(rng, world, time, frame, kinds)
+        return _long_past(rng, world, time, frame, sorted(set(kinds)))
     return _recent_past(rng, world, time, frame, pick(rng, kinds))
 
 
@@ -593,17 +596,20 @@ class Assistant:
       world: that it watches.
       tokenizer: of the model.
       rng: for the choice of words.
+      slips: probability that an answer begins with a wrong value and is then corrected.
 
     Attributes:
       frame: the last frame seen; -1 before the first.
       utterances: what it has said so far.
+      learnt: whether the last token is an example to learn from; not the wrong part of a slip.
     """
 
-    def __init__(self, world: World, tokenizer: Tokenizer, rng: np.random.Generator):
-        self._world, self._tokenizer, self._rng = world, tokenizer, rng
+    def __init__(self, world: World, tokenizer: Tokenizer, rng: np.random.Generator, slips: float = 0.0):
+        self._world, self._tokenizer, self._rng, self._slips = world, tokenizer, rng, slips
         self._events = {event.frame: event for event in world.events}
         self.frame = -1
         self.utterances: list[Utterance] = []
+        self.learnt = True
         self._number = -1
         self._request: Request | None = None
         self._asked_at = -1
@@ -616,6 +622,8 @@ class Assistant:
         self._rest: list[int] = []
         self._variant = 0
         self._seen_since = False
+        # During a slip: the number of its tokens that are right.
+        self._right: int | None = None
 
     def on_request(self, request: Request) -> None:
         """Takes a request, which cuts the utterance in progress."""
@@ -623,7 +631,7 @@ class Assistant:
         self._request, self._asked_at = request, self.frame
         self._told, self._untold = {}, []
         self._acknowledged = self._called = self._updating = False
-        self._said, self._rest = [], []
+        self._said, self._rest, self._right = [], [], None
 
     def on_frame(self, frame: int) -> None:
         """Takes a frame."""
@@ -634,11 +642,15 @@ class Assistant:
 
     def next_token(self, time: float) -> int | None:
         """Returns the token said at this time of the stream, or None for silence."""
-        if self._rest and self._seen_since and self._is_false():
+        if self._right is not None:
+            if not self._rest:
+                self._take_back(time)
+        elif self._rest and self._seen_since and self._is_false():
             self._correct(time)
         self._seen_since = False
         if not self._rest and not self._said:
             self._begin(time)
+        self.learnt = self._right is None or len(self._said) < self._right
         if not self._rest:
             self._said = []
             return None
@@ -683,9 +695,31 @@ class Assistant:
             return
         due, said = found
         self._variant = int(self._rng.integers(2))
+        if self._slips and not self._updating and self._request.kind in (*LIVE, *PAST):
+            wrong = mistaken(self._rng, said, self._request) if self._rng.random() < self._slips else None
+            if wrong:
+                self._slip(time, due, said, wrong)
+                return
         self._rest = self._tokenizer.encode(said.text(self._variant))
         self._told.update(said.facts)
         self.utterances.append(Utterance(time, self.frame, due, self._number, said))
+
+    def _slip(self, time: float, due: int, right: Sentence, wrong: Sentence) -> None:
+        """Begins an answer with a wrong value, which ends soon after that or as a whole sentence."""
+        tokens = self._tokenizer.encode(wrong.text(self._variant))
+        as_right = self._tokenizer.encode(right.text(self._variant))
+        self._right = next(n for n, token in enumerate(tokens) if as_right[n : n + 1] != [token])
+        whole = self._rng.random() < 0.5
+        self._rest = tokens if whole else tokens[: self._right + int(self._rng.integers(1, 5))]
+        self.utterances.append(Utterance(time, self.frame, due, self._number, wrong, slip=True))
+
+    def _take_back(self, time: float) -> None:
+        """Goes on from a slip with what is true now."""
+        self._right = None
+        said = _answer(self._active, truth_of(self._active, self._world, self.frame))
+        self._rest, self._said = self._tokenizer.encode(_interjected(said.text(self._variant))), []
+        self._told.update(said.facts)
+        self.utterances.append(Utterance(time, self.frame, self.frame, self._number, said, cut=True))
 
     def _due(self, request: Request) -> tuple[int, Sentence] | None:
         """The sentence to say now, and the frame since which it has been due."""
@@ -737,9 +771,38 @@ class Assistant:
         )
 
 
+def mistaken(rng: np.random.Generator, said: Sentence, request: Request) -> Sentence | None:
+    """The answer to a question with one value wrong; None if it has none that could be."""
+    values = said.values
+    options = {
+        "c": COLOURS,
+        "p": PLACES,
+        "d": tuple("0123456789"),
+        "n": ("0", "2", "3", "4"),
+        "m": tuple(TIMES),
+    }
+    if said.name in ("under", "was under"):
+        options = {"k": SHAPES}
+    elif said.name == "earlier":
+        options = {"k": (request.subject, request.other)}
+    if things := values.get("l"):
+        colours = [word for word in re.findall(r"\w+", things) if word in COLOURS]
+        if not colours:
+            return None
+        old = pick(rng, colours)
+        new = pick(rng, [colour for colour in COLOURS if colour != old])
+        return sentence(said.name, l=re.sub(rf"\b{old}\b", new, things, count=1))
+    gaps = [gap for gap in options if gap in values]
+    if not gaps:
+        return None
+    gap = pick(rng, gaps)
+    values[gap] = pick(rng, [value for value in options[gap] if value != values[gap]])
+    return sentence("count" if said.name == "one" else said.name, **values)
+
+
 def _interjected(text: str) -> str:
     """A sentence as it replaces one in progress."""
-    return WAIT + text[0].lower() + text[1:]
+    return WAIT + (text if text.startswith("I ") else text[0].lower() + text[1:])
 
 
 # ----------------------------------------------------------------------------------- sequences
@@ -754,6 +817,7 @@ def converse(
     rng: np.random.Generator,
     system: str | None = chat.SYSTEM_PROMPT,
     max_tokens: int | None = None,
+    slips: float = 0.0,
 ) -> Dialogue:
     """Plays a live session of the ideal assistant.
 
@@ -765,10 +829,16 @@ def converse(
       rng: for the choice of words.
       system: system prompt; None for none.
       max_tokens: maximum length of the sequence, which is cut there; None for no limit.
+      slips: probability that an answer begins with a wrong value, without loss on it, and is then corrected.
+
+    Raises:
+      ValueError: `slips` is no probability.
     """
+    if not 0 <= slips <= 1:
+        raise ValueError(f"slips must be between 0 and 1; got {slips}")
     special = tokenizer.special
     requests = list(requests)
-    assistant = Assistant(world, tokenizer, rng)
+    assistant = Assistant(world, tokenizer, rng, slips)
     # A request at time 0 is the first user turn.
     first = requests.pop(0) if requests and requests[0].time == 0 else None
     if first:
@@ -790,7 +860,7 @@ def converse(
         if talking and assistant.frame >= 0:
             speaking[assistant.frame] = True
         tokens.append(special.silence if token is None else token)
-        learnt.append(True)
+        learnt.append(assistant.learnt)
 
     next_token()
     while inputs:

@@ -17,7 +17,7 @@ TRAINING, EVALUATION = 0, 1
 # Streams longer than this, in seconds, vary in the rate of events and in the user's pace.
 VARIED = 60
 # Range of the rates of events, per second, and of the mean times between two requests, in seconds.
-RATES, PACES = (0.01, 0.6), (4.0, 60.0)
+RATES, PACES = (0.01, 0.6), (3.0, 30.0)
 # Range of the lengths of the quiet and busy stretches of a stream whose rate of events changes, in seconds.
 STRETCHES = (20.0, 240.0)
 # Share of the training streams with an impaired camera, and the length of a stream that may have one.
@@ -83,9 +83,8 @@ def take_photographs(
     for number in range(start * fps, stop * fps):
         impairment = stream.world.impairment(number // fps)
         if impairment and impairment.kind == "frozen":
-            number, kind = impairment.start * fps, None
-        else:
-            kind = impairment.kind if impairment else None
+            number = impairment.start * fps
+        kind = impairment.kind if impairment and impairment.kind != "frozen" else None
         scene = stream.world.scene(number / fps)
         if picture is None or painted != (scene, kind):
             picture = paint(scene, stream.look, size)

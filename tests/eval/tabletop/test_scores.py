@@ -12,11 +12,11 @@ from moss_jax.eval.tabletop import ideal_dialogue, scores
 from moss_jax.eval.tabletop.scores import Ratio, SpeechRate, Statement, StreamTranscript
 from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text, Turn
 from moss_jax.text.labels import IGNORED
-from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
+from moss_jax.worlds.tabletop import TabletopStream, digits, evaluation_stream
 from moss_jax.worlds.tabletop.dialogue import Dialogue, Request
-from moss_jax.worlds.tabletop.language import LIVE, RECENT_PAST, sentence, understand
+from moss_jax.worlds.tabletop.language import LIVE, LONG_PAST, RECENT_PAST, sentence, understand
 from moss_jax.worlds.tabletop.render import TABLES, Look
-from moss_jax.worlds.tabletop.world import CARD, Table, TableEvent, Thing, World
+from moss_jax.worlds.tabletop.world import CARD, Impairment, Table, TableEvent, Thing, World
 
 SPEED = 8
 
@@ -33,7 +33,7 @@ class Case:
 def replay(stream: TabletopStream, tokenizer, speed: int) -> Case:
     ideal = ideal_dialogue(stream, tokenizer, speed)
     drawn = [token for token in ideal.labels if token != IGNORED]
-    engine = ScriptedEngine(tokenizer, drawn, EngineConfig(1, 4096, 64))
+    engine = ScriptedEngine(tokenizer, drawn, EngineConfig(1, 8192, 1024))
     (events,) = play({1: engine}, [stream], image_size=8, tokens_per_second=speed)
     return Case(stream, ideal, scores.transcribe(events, stream.requests))
 
@@ -112,6 +112,28 @@ def test_the_ideal_assistant_has_a_perfect_score(tokenizer, speed):
     assert result["silence"]["n"] > 200
     assert result["revision"]["n"] > 15
     assert set(result["by_kind"]) == {*LIVE, *RECENT_PAST}
+
+
+@pytest.mark.parametrize(("seconds", "impaired"), [(32, 1.0), (400, 0.0), (400, 1.0)])
+def test_the_ideal_assistant_is_perfect_about_the_past_and_with_an_impaired_camera(
+    tokenizer, seconds, impaired
+):
+    found, unseen = [], 0
+    for index in range(2000 // seconds):
+        stream = evaluation_stream(2, index, seconds, past=0.5, impaired=impaired)
+        case = replay(stream, tokenizer, SPEED)
+        found.append(
+            scores.score(stream, case.said, case.ideal, tokenizer=tokenizer, tokens_per_second=SPEED)
+        )
+        unseen += sum(probe.value == scores.UNSEEN for probe in found[-1].probes)
+    result = scores.summary(found)
+    # In so few streams there may be no alert.
+    assert all(value in (None, name != "stale") for name, value in values(result).items())
+    assert result["accuracy"]["value"] == result["silence"]["value"] == 1
+    assert len(set(result["by_kind"]) & set(LONG_PAST)) >= 7
+    # No constant guess comes near.
+    assert result["constant_guess"]["value"] < 0.7
+    assert (unseen > 0) == (impaired > 0)
 
 
 def test_the_transcript_of_the_ideal_assistant_is_what_it_said(cases):
@@ -473,3 +495,113 @@ def test_a_request_cuts_the_answer_in_progress():
     ]
     assert found.statements[1].facts == {"digit": "3"}
     assert not found.whole
+
+
+# ------------------------------------------------------------------- the long past, and no view
+
+
+@pytest.fixture
+def history() -> World:
+    """A red star on the left is covered, uncovered, and gone; then a blue ring and a card with a 3 come."""
+    star, ring = Thing("star", (0, 0), "red"), Thing("ring", (2, 0), "blue")
+    card = Thing(CARD, (1, 1), digit=next(i for i in range(99) if digits.label(i) == 3))
+    tables = (
+        *[Table((star,))] * 5,
+        *[Table((star,), covered="star")] * 5,
+        *[Table((star,))] * 5,
+        *[Table()] * 5,
+        *[Table((ring,))] * 5,
+        *[Table((ring, card))] * 15,
+    )
+    events = (
+        TableEvent(5, "cover", "star"),
+        TableEvent(10, "uncover", "star"),
+        TableEvent(15, "leave", "star"),
+        TableEvent(20, "appear", "ring"),
+        TableEvent(25, "appear", CARD),
+    )
+    return World(tables, events)
+
+
+@pytest.mark.parametrize(
+    ("request_", "right", "wrong"),
+    [
+        (Request(35.5, "?", "first"), "The first number was 3.", "There was no number."),
+        (
+            Request(35.5, "?", "order", "ring", other="star"),
+            "The star came first.",
+            "The ring came first.",
+        ),
+        (Request(35.5, "?", "times", "ring"), "It came once.", "It came three times."),
+        (Request(35.5, "?", "times", "star"), "Never so far.", "It came once."),
+        (Request(35.5, "?", "last place", "star"), "The star was on the left.", "It is on the left."),
+        (Request(35.5, "?", "last place", "cross"), "I have not seen it.", "It was on the left."),
+        (Request(35.5, "?", "last colour", "star"), "It was red.", "It was blue."),
+        (Request(35.5, "?", "was under"), "The star was under it.", "Nothing was covered before."),
+        (Request(35.5, "?", "digit ago", CARD, span=10), "It was a 3.", "There was no card."),
+        (Request(31.5, "?", "digit ago", CARD, span=10), "There was no card.", "It was a 3."),
+        (Request(22.5, "?", "place ago", "star", span=10), "It was on the left.", "It was not there."),
+        (Request(17.5, "?", "colour ago", "star", span=10), "It was covered.", "It was red."),
+        (Request(28.5, "?", "colour ago", "star", span=10), "It was not there.", "I have not seen it."),
+    ],
+)
+def test_answers_about_the_long_past_are_judged(history, tokenizer, request_, right, wrong):
+    stream = TabletopStream(history, Look(0, TABLES[0]), (request_,), 0)
+    rate = SpeechRate(tokenizer, SPEED)
+    values = set()
+    for text, is_right in ((right, True), (wrong, False)):
+        said = said_once(text, request_)
+        (probe,) = scores.probes(stream, said, rate)
+        assert probe.right == is_right
+        assert probe.kind == request_.kind
+        values.add(probe.value)
+        # What is false of the past is stale as well.
+        stale = scores.stale(stream, said)
+        assert stale.total == 1
+        if is_right:
+            assert stale.hits == 0
+    assert len(values) == 1
+
+
+def said_once(text: str, request: Request) -> StreamTranscript:
+    """A transcript of one statement, said at once."""
+    frame = int(request.time)
+    statement = Statement(
+        text, request.time, frame, request.time + 1, frame + 1, 0, sentence=understand(text, request.subject)
+    )
+    return StreamTranscript((statement,), frozenset({frame}))
+
+
+def test_a_constant_guess_knows_no_subject():
+    """Places of different things are the same answer, and of two things the first named is one."""
+    truth = {"last place:star": "left", "last place:ring": "left", "earlier": "star"}
+    truth |= {"was place:star": "left", "was place:ring": "left"}
+    values = {scores.right_answer(Request(1.0, "?", "last place", k), truth) for k in ("star", "ring")}
+    assert len(values) == 1
+    first = scores.right_answer(Request(1.0, "?", "order", "star", other="ring"), truth)
+    assert first != scores.right_answer(Request(1.0, "?", "order", "ring", other="star"), truth)
+
+
+@pytest.mark.parametrize(
+    ("at", "text", "right_without_view"),
+    [
+        (6.5, "I can't see anything.", True),
+        (6.5, "The ring is blue.", False),
+        (2.5, "The ring is blue.", True),
+        (2.5, "I can't see anything.", False),
+    ],
+)
+def test_without_a_view_an_answer_is_wrong_unless_it_was_given_before(
+    tokenizer, at, text, right_without_view
+):
+    ring = Table((Thing("ring", (2, 0), "blue"),))
+    world = World((ring,) * 20, (), (Impairment(5, 13, "black"),))
+    request = Request(at, "?", "colour", "ring")
+    stream = TabletopStream(world, Look(0, TABLES[0]), (request,), 0)
+    said = said_once(text, request)
+    probes = list(scores.probes(stream, said, SpeechRate(tokenizer, SPEED)))
+    blind = [p for p in probes if p.second < 13]
+    clear = [p for p in probes if p.second >= 13]
+    assert {p.right for p in blind} == {right_without_view}
+    assert {p.right for p in clear} == {"ring" in text}
+    assert {p.value for p in blind} == {scores.UNSEEN if at > 5 else "blue"}

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from moss_jax.worlds.tabletop.dialogue import (
     converse_offline,
     draw_question,
     draw_requests,
+    evidence,
     list_of,
     narrate,
     true_answer,
@@ -33,8 +35,11 @@ from moss_jax.worlds.tabletop.language import (
     LIVE,
     LONG_PAST,
     PAST,
+    PLACE_WORDS,
     RECENT_PAST,
     SAY,
+    SPANS,
+    TIMES,
     WAIT,
     Sentence,
     agrees,
@@ -43,7 +48,7 @@ from moss_jax.worlds.tabletop.language import (
     understand,
 )
 from moss_jax.worlds.tabletop.stream import TabletopStream, draw_stream
-from moss_jax.worlds.tabletop.world import CARD, Table, TableEvent, Thing, World, generate
+from moss_jax.worlds.tabletop.world import CARD, Impairment, Table, TableEvent, Thing, World, generate
 
 # ------------------------------------------------------------------------- reading a sequence back
 
@@ -927,3 +932,340 @@ def test_list_of_the_visible_things():
         true_answer(ask_for("list", 1.0), truth).text()
         == "There is a blue circle, a red star and a card with an 8."
     )
+
+
+# ------------------------------------------------------------------ questions about the long past
+
+
+@pytest.fixture(scope="module")
+def long_past() -> list[tuple[World, Request]]:
+    """Questions about the past of long streams, some of them with an impaired camera."""
+    drawn = []
+    for seed in range(40):
+        stream = draw_stream(np.random.default_rng(seed), 480, past=0.8, impaired=0.5)
+        asked = [request for request in stream.requests if request.kind in PAST]
+        drawn += [(stream.world, request) for request in asked]
+    return drawn
+
+
+def was_visible(world: World, kind: str, second: int) -> Thing | None:
+    """The thing of a kind at a second, if the camera shows it."""
+    found = [thing for thing in world.tables[second].visible if thing.kind == kind]
+    return found[0] if found and world.clear[second] else None
+
+
+def test_every_kind_of_question_about_the_past_is_asked(long_past):
+    kinds = collections.Counter(request.kind for _, request in long_past)
+    assert set(kinds) == set(PAST)
+    assert min(kinds[kind] for kind in LONG_PAST) > 15
+    assert {request.span for _, request in long_past} == {0, *SPANS}
+
+
+def test_answers_about_the_long_past_follow_from_the_tables(long_past):
+    """Recomputed from the tables and events alone, second by second."""
+    judged = collections.Counter()
+    for world, request in long_past:
+        now, k = int(request.time), request.subject
+        said = true_answer(request, truth_of(request, world, now))
+        seen = [s for s in range(now + 1) if k and was_visible(world, k, s)]
+        last = was_visible(world, k, seen[-1]) if seen else None
+        match request.kind:
+            case "first":
+                numbers = [c.label for s in range(now + 1) if (c := was_visible(world, CARD, s))]
+                expected = f"The first number was {numbers[0]}." if numbers else "There was no number."
+            case "order":
+                first = {kind: world.sightings[kind][0] for kind in (k, request.other)}
+                assert len(set(first.values())) == 2
+                assert max(first.values()) <= now
+                expected = f"The {min(first, key=lambda kind: first[kind])} came first."
+            case "times":
+                count = sum(e.frame <= now and e.kind == k and e.change == "appear" for e in world.events)
+                words = ["Never so far.", "It came once.", "It came twice."]
+                words += [f"It came {word} times." for word in list(TIMES.values())[:-1]]
+                expected = words[count] if count < 10 else "It came many times."
+            case "last place":
+                expected = f"It was {PLACE_WORDS[last.place]}." if last else "I have not seen it."
+            case "last colour":
+                expected = f"It was {last.colour}." if last else "I have not seen it."
+            case "was under":
+                covers = [e.kind for e in world.events if e.frame <= now and e.change == "cover"]
+                covers = covers[:-1] if world.tables[now].covered else covers
+                expected = f"The {covers[-1]} was under it." if covers else "Nothing was covered before."
+            case "digit ago" | "place ago" | "colour ago":
+                then = world.tables[now - request.span]
+                thing = next((thing for thing in then.things if thing.kind == k), None)
+                if thing is None:
+                    expected = "There was no card." if request.kind == "digit ago" else "It was not there."
+                elif then.covered == k:
+                    expected = "It was covered."
+                elif request.kind == "digit ago":
+                    expected = f"It was a{'n' if thing.label == '8' else ''} {thing.label}."
+                elif request.kind == "place ago":
+                    expected = f"It was {PLACE_WORDS[thing.place]}."
+                else:
+                    expected = f"It was {thing.colour}."
+            case _:
+                continue
+        assert said.text() == expected
+        assert holds(said.facts, truth_of(request, world, now))
+        judged[request.kind] += 1
+    assert set(judged) == set(LONG_PAST)
+
+
+def test_a_time_ago_is_asked_about_where_the_answer_was_the_same_around_it(long_past):
+    """And where the camera showed it."""
+    found = 0
+    for world, request in long_past:
+        if not request.span:
+            continue
+        then, slack = int(request.time) - request.span, max(2, request.span / 6)
+        around = range(math.floor(then - slack), math.ceil(then + slack) + 1)
+        assert around[0] >= 0
+        topic = {"digit ago": "digit"}.get(request.kind, f"{request.kind.split()[0]}:{request.subject}")
+        assert len({world.truth[second][topic] for second in around}) == 1
+        assert all(world.clear[second] for second in around)
+        assert SPANS[request.span] in request.text
+        found += 1
+    assert found > 100
+
+
+def test_an_answer_of_the_assistant_is_that_of_its_question(tokenizer):
+    for seed in range(8):
+        stream = draw_stream(np.random.default_rng(seed), 300, past=1.0, impaired=1.0)
+        world = stream.world
+        dialogue = converse(
+            world, stream.requests, tokenizer, tokens_per_second=16, rng=np.random.default_rng(0)
+        )
+        for utterance in dialogue.utterances:
+            request = stream.requests[utterance.request]
+            if request.kind in PAST:
+                assert utterance.sentence == true_answer(request, truth_of(request, world, utterance.frame))
+                assert utterance.frame == int(request.time)
+
+
+def test_evidence_is_the_latest_second_that_showed_the_answer(long_past):
+    judged = collections.Counter()
+    for world, request in long_past:
+        now, k = int(request.time), request.subject
+        truth = world.truth[now]
+        found = evidence(request, world, now)
+        judged[request.kind, found is None] += 1
+        if found is None:
+            # Nothing was ever there, or it takes the whole stream to know.
+            said = true_answer(request, truth_of(request, world, now))
+            nothing = ("no previous", "no first", "not seen", "unseen", "nothing under", "never covered")
+            assert request.kind == "times" or said.name in (*nothing, "nothing happened")
+            continue
+        assert 0 <= found <= now
+        assert world.clear[found]
+        match request.kind:
+            case "seen" | "last place" | "last colour":
+                assert was_visible(world, k, found)
+                assert not any(was_visible(world, k, s) for s in range(found + 1, now + 1))
+            case "previous":
+                assert world.truth[found]["digit"] == truth["previous"]
+                later = {c.label for s in range(found + 1, now + 1) if (c := was_visible(world, CARD, s))}
+                assert len(later) == 1
+                assert later != {truth["previous"]}
+            case "first":
+                run = [was_visible(world, CARD, s) for s in range(world.sightings[CARD][0], found + 1)]
+                assert all(shown and shown.label == truth["first"] for shown in run)
+                after = was_visible(world, CARD, found + 1) if found < now else None
+                assert after is None or found == now or after.label != truth["first"]
+            case "event":
+                assert found == [event.frame for event in world.events if event.frame <= now][-1]
+            case "under" | "was under":
+                assert was_visible(world, truth[request.kind], found)
+                cover = next(event for event in world.events if event.frame > found)
+                assert (cover.change, cover.kind) == ("cover", truth[request.kind])
+            case "order":
+                known = [world.truth[s] for s in (found - 1, found)]
+                both = [all(t[f"seen:{kind}"] == "yes" for kind in (k, request.other)) for t in known]
+                assert both == [False, True]
+            case _:
+                assert found == now - request.span
+    for kind in (*RECENT_PAST, "first", "last place", "last colour", "was under"):
+        assert judged[kind, False] > 5
+    assert judged["times", False] == 0
+    assert judged["was under", True] > 0
+
+
+def test_evidence_of_other_requests():
+    world = World((Table((star("red"),)),) * 9, ())
+    for kind in LIVE:
+        assert evidence(Request(5.5, "", kind, "star"), world, 5) == 5
+    assert evidence(Request(5.5, "", "narrate"), world, 5) is None
+    assert evidence(Request(5.5, "", "watch"), world, 5) is None
+
+
+# ----------------------------------------------------------------------------- an impaired camera
+
+
+def say(world: World, requests: list[Request], tokenizer, **settings) -> list[tuple[int, str]]:
+    """What the assistant says: the frame at which each sentence begins, and its text."""
+    dialogue = converse(
+        world, requests, tokenizer, tokens_per_second=32, rng=np.random.default_rng(0), **settings
+    )
+    return [(utterance.frame, utterance.sentence.text()) for utterance in dialogue.utterances]
+
+
+def dark(*tables: Table, events=(), start=4, stop=8) -> World:
+    return World(tables, tuple(events), (Impairment(start, stop, "black"),))
+
+
+def test_nothing_can_be_seen_and_the_answer_follows_with_the_view(tokenizer):
+    world = dark(*[RED] * 12)
+    for kind, answer in (
+        ("colour", "It is red."),
+        ("place", "It is on the left."),
+        ("there", "Yes, there is."),
+        ("list", "There is a red star."),
+        ("count", "There is one shape."),
+        ("digit", "There is no card."),
+    ):
+        request = Request(5.5, "?", kind, CARD if kind == "digit" else "star")
+        assert say(world, [request], tokenizer) == [(5, "I can't see anything."), (8, answer)]
+
+
+def test_an_answer_is_kept_while_nothing_can_be_seen(tokenizer):
+    """It is neither retracted nor repeated; what changes as the view comes back is told."""
+    request = Request(2.5, "?", "colour", "star")
+    assert say(dark(*[RED] * 12), [request], tokenizer) == [(2, "It is red.")]
+    event = TableEvent(8, "colour", "star", "blue")
+    world = dark(*[RED] * 8, *[BLUE] * 4, events=[event])
+    assert say(world, [request], tokenizer) == [(2, "It is red."), (8, "Now it is blue.")]
+
+
+def test_the_past_is_remembered_while_nothing_can_be_seen(tokenizer):
+    world = dark(*[RED] * 12)
+    assert say(world, [Request(6.5, "?", "last colour", "star")], tokenizer) == [(6, "It was red.")]
+    assert say(world, [Request(6.5, "?", "seen", "ring")], tokenizer) == [(6, "No, not so far.")]
+
+
+def test_alerts_and_narrations_wait_for_something_to_see(tokenizer):
+    event = TableEvent(8, "colour", "star", "blue")
+    world = dark(*[RED] * 8, *[BLUE] * 4, events=[event])
+    assert say(world, [Request(5.5, "?", "narrate")], tokenizer) == [
+        (5, "Okay."),
+        (8, "The star turns blue."),
+    ]
+    awaited = sentence("alert colour", c="blue")
+    alert = Request(5.5, "?", "alert colour", awaited=awaited)
+    assert say(world, [alert], tokenizer) == [(5, "Okay."), (8, "Now! Something is blue.")]
+
+
+def test_a_frozen_camera_changes_nothing(tokenizer):
+    world = World((RED,) * 12, (), (Impairment(4, 8, "frozen"),))
+    assert say(world, [Request(5.5, "?", "colour", "star")], tokenizer) == [(5, "It is red.")]
+
+
+def test_speech_goes_over_to_the_answer_as_the_view_comes_back(tokenizer):
+    request = Request(7.9, "?", "colour", "star")
+    dialogue = converse(
+        dark(*[RED] * 14), [request], tokenizer, tokens_per_second=3, rng=np.random.default_rng(0)
+    )
+    first, second = dialogue.utterances
+    assert first.sentence.name == "blind"
+    assert second.cut
+    assert second.frame == 8
+    assert holds(second.sentence.facts, {"colour:star": "red"})
+
+
+# ------------------------------------------------------------------------------------------ slips
+
+
+@pytest.fixture(scope="module")
+def slipped(tokenizer) -> list[tuple[TabletopStream, Dialogue]]:
+    drawn = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        stream = draw_stream(rng, 60, past=0.5)
+        dialogue = converse(
+            stream.world, stream.requests, tokenizer, tokens_per_second=16, rng=rng, slips=0.5
+        )
+        drawn.append((stream, dialogue))
+    return drawn
+
+
+def test_slips_are_wrong_and_taken_back(slipped):
+    slips = taken_back = 0
+    for stream, dialogue in slipped:
+        said = dialogue.utterances
+        for slip, following in itertools.zip_longest(said, said[1:]):
+            if not slip or not slip.slip:
+                continue
+            request = stream.requests[slip.request]
+            assert request.kind in (*LIVE, *PAST)
+            assert not holds(slip.sentence.facts, truth_of(request, stream.world, slip.frame))
+            slips += 1
+            if following and following.request == slip.request:
+                assert following.cut
+                assert not following.slip
+                # What is said may go on with what becomes true meanwhile.
+                frames = range(following.frame, min(following.frame + 3, stream.world.seconds))
+                truths = [truth_of(request, stream.world, frame) for frame in frames]
+                assert any(holds(following.sentence.facts, truth) for truth in truths)
+                taken_back += 1
+    # The others were cut by the next request.
+    assert slips > 80
+    assert taken_back > 0.9 * slips
+
+
+def test_there_is_no_loss_on_the_wrong_part_of_a_slip(slipped, tokenizer):
+    """But on the words before it, and on the correction from its first token."""
+    found = 0
+    special = tokenizer.special
+    for stream, dialogue in slipped:
+        world, slips = stream.world, [u for u in dialogue.utterances if u.slip]
+        asked = [(stream.requests[u.request], u.frame) for u in slips]
+        meant = [true_answer(request, truth_of(request, world, frame)) for request, frame in asked]
+        texts = {u.sentence.text(variant) for u in dialogue.utterances if not u.slip for variant in range(2)}
+        wrong_texts = {u.sentence.text(variant) for u in slips for variant in range(2)}
+        words, learnt = [], []
+        for token, label in zip(dialogue.tokens, dialogue.labels, strict=True):
+            if token == special.image or tokenizer.decode([token]) == "\n\n":
+                continue
+            if token not in tokenizer.control_ids:
+                words.append(token)
+                learnt.append(label == token)
+                continue
+            said = tokenizer.decode(words)
+            if WAIT in said and any(learnt):
+                begin, correction = said.split(WAIT, 1)
+                count = len(tokenizer.encode(begin))
+                ignored = [n for n in range(len(words)) if not learnt[n]]
+                if ignored:
+                    found += 1
+                    # One stretch, up to the words that take it back.
+                    assert ignored == list(range(ignored[0], count))
+                    right = tokenizer.decode(words[: ignored[0]])
+                    assert any(a.text(v).startswith(right) for a in meant for v in range(2))
+                    assert any(text.startswith(begin) for text in wrong_texts)
+                    if token == special.silence:
+                        # The correction may in turn be overtaken by a change.
+                        last = correction.split(WAIT)[-1]
+                        assert last[0].upper() + last[1:] in texts
+            words, learnt = [], []
+    assert found > 60
+
+
+def test_slips_come_as_often_as_asked(tokenizer):
+    shares = []
+    for slips in (0.0, 0.3, 1.0):
+        answers = wrong = 0
+        for seed in range(30):
+            rng = np.random.default_rng(seed)
+            stream = draw_stream(rng, 40, impaired=0.0)
+            dialogue = converse(
+                stream.world, stream.requests, tokenizer, tokens_per_second=16, rng=rng, slips=slips
+            )
+            for number, request in enumerate(stream.requests):
+                said = [u for u in dialogue.utterances if u.request == number]
+                if request.kind in LIVE and said and "d" in said[0].sentence.values:
+                    answers, wrong = answers + 1, wrong + said[0].slip
+        shares.append(wrong / answers)
+    assert shares[0] == 0
+    assert 0.1 < shares[1] < 0.5
+    assert shares[2] == 1
+    with pytest.raises(ValueError, match="slips must be between 0 and 1; got 2"):
+        converse(stream.world, (), tokenizer, tokens_per_second=8, rng=rng, slips=2)

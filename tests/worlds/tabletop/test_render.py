@@ -20,6 +20,7 @@ from moss_jax.worlds.tabletop.render import (
     Item,
     Look,
     Scene,
+    impair,
     paint,
     photograph,
 )
@@ -238,3 +239,28 @@ def test_digits_stay_readable():
         for index, k in zip(held_out, nearest, strict=True)
     ]
     assert np.mean(right) >= 0.9
+
+
+# ------------------------------------------------------------------------------ impaired pictures
+
+
+@pytest.mark.parametrize("kind", ["black", "blurred", "overexposed"])
+@pytest.mark.parametrize("size", [8, 33, 112])
+def test_nothing_can_be_recognised_in_an_impaired_picture(kind, size):
+    """A card in the middle of the table is no brighter than what is around it by more than a few levels."""
+    look = Look(0, TABLES[2], shake=0.02)
+    with_card = paint(Scene((Item("card", 0.5, 0.5, digit=5),)), look, size)
+    empty = paint(Scene(), look, size)
+    assert np.abs(with_card - empty).max() > 60
+    impaired = [impair(picture, kind) for picture in (with_card, empty)]
+    assert impaired[0].shape == with_card.shape
+    assert impaired[0].dtype == np.float32
+    assert np.isfinite(impaired[0]).all()
+    assert np.abs(impaired[0] - impaired[1]).max() < 30
+    # No edges: neighbouring pixels are nearly alike, more so in larger pictures.
+    assert np.abs(np.diff(impaired[0], axis=0)).max() < 100 / size
+
+
+def test_a_strong_blur_keeps_the_light_of_the_picture():
+    flat = np.full((50, 50, 3), (10.0, 90.0, 170.0), np.float32)
+    np.testing.assert_allclose(impair(flat, "blurred"), flat, rtol=1e-4)

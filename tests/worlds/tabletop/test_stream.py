@@ -7,9 +7,16 @@ import numpy as np
 import pytest
 
 from moss_jax.worlds.tabletop import digits, evaluation_stream
+from moss_jax.worlds.tabletop.language import LONG_PAST, PAST
 from moss_jax.worlds.tabletop.render import paint
-from moss_jax.worlds.tabletop.stream import EVALUATION, TRAINING, TabletopStream, draw_stream
-from moss_jax.worlds.tabletop.world import CARD
+from moss_jax.worlds.tabletop.stream import (
+    EVALUATION,
+    TRAINING,
+    TabletopStream,
+    draw_stream,
+    take_photographs,
+)
+from moss_jax.worlds.tabletop.world import CARD, IMPAIRMENTS, Impairment
 
 SECONDS = 32
 
@@ -136,3 +143,137 @@ def test_photographs_of_a_noisy_camera_differ(held_out):
     # But only by noise and shake.
     difference = np.abs(frames - calm(stream).frames(32).astype(float)).mean()
     assert 1 < difference < 20
+
+
+# ------------------------------------------------------------------------------- ranges of frames
+
+
+def test_frames_of_a_range_are_those_of_the_whole():
+    stream = training_stream(4, 0, impaired=1.0)
+    whole = stream.frames(24)
+    for start, stop in ((0, 1), (0, 9), (5, 6), (7, SECONDS), (3, None)):
+        np.testing.assert_array_equal(stream.frames(24, start, stop), whole[start:stop])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 3), (5, 2), (0, SECONDS + 1)])
+def test_a_range_that_the_stream_does_not_have_is_refused(start, stop):
+    with pytest.raises(ValueError, match="0 <= start < stop <= 32"):
+        evaluation_stream(0, 0, SECONDS).frames(24, start, stop)
+
+
+# ---------------------------------------------------------------------------- long, varied streams
+
+
+def test_long_streams_vary_in_their_events_and_in_the_pace_of_the_user():
+    streams = [draw_stream(np.random.default_rng(seed), 400) for seed in range(40)]
+    events = np.array([len(stream.world.events) for stream in streams]) / 400
+    requests = np.array([len(stream.requests) for stream in streams]) / 400
+    assert events.min() < 0.03
+    assert events.max() > 0.2
+    assert requests.min() < 1 / 20
+    assert requests.max() > 1 / 8
+
+
+def test_a_long_stream_has_quiet_stretches_and_busy_ones():
+    """At least in some streams: events in one minute, and none for the next."""
+    changing = 0
+    for seed in range(20):
+        stream = draw_stream(np.random.default_rng(seed), 600)
+        counts = np.bincount([event.frame // 60 for event in stream.world.events], minlength=10)
+        changing += counts.max() >= 12 and counts.min() <= 3
+    assert changing > 3
+
+
+def test_the_variety_can_be_chosen():
+    """How much streams differ in their number of requests."""
+
+    def spread(seconds, **settings):
+        streams = [draw_stream(np.random.default_rng(seed), seconds, **settings) for seed in range(40)]
+        counts = [len(stream.requests) for stream in streams]
+        return np.std(counts) / np.mean(counts)
+
+    assert spread(200) > 3 * spread(200, varied=False)
+    assert spread(32, varied=True) > 1.5 * spread(32)
+
+
+def test_the_share_of_questions_about_the_past_can_be_chosen():
+    for past in (0.0, 0.4, 1.0):
+        streams = [draw_stream(np.random.default_rng(s), 200, past=past, varied=False) for s in range(20)]
+        kinds = [request.kind for stream in streams for request in stream.requests if request.time > 0]
+        assert abs(np.mean([kind in PAST for kind in kinds]) - past) < 0.07
+    # All kinds come up where they are asked for, and the recent ones alone where they are not.
+    assert set(kinds) == set(PAST)
+    usual = {r.kind for s in range(40) for r in evaluation_stream(0, s, 32).requests}
+    assert not usual & set(LONG_PAST)
+
+
+# ----------------------------------------------------------------------------- an impaired camera
+
+
+def test_a_part_of_the_longer_training_streams_has_an_impaired_camera():
+    drawn = [draw_stream(np.random.default_rng(seed), 13) for seed in range(400)]
+    assert 0.08 < np.mean([bool(stream.impairments) for stream in drawn]) < 0.17
+    assert not any(draw_stream(np.random.default_rng(s), 12).impairments for s in range(50))
+    assert not any(evaluation_stream(0, index, 640).impairments for index in range(10))
+    assert all(evaluation_stream(0, index, 64, impaired=1.0).impairments for index in range(10))
+
+
+def test_impairments_are_disjoint_and_nothing_changes_in_them():
+    kinds = set()
+    for seed in range(60):
+        seconds = (4, 20, 700)[seed % 3]
+        stream = draw_stream(np.random.default_rng(seed), seconds, impaired=1.0)
+        events = {event.frame for event in stream.world.events}
+        last = 0
+        for impairment in stream.impairments:
+            kinds.add(impairment.kind)
+            assert last < impairment.start < impairment.stop < seconds
+            assert 2 <= impairment.stop - impairment.start <= 60
+            assert events.isdisjoint(range(impairment.start, impairment.stop))
+            last = impairment.stop
+    assert kinds == set(IMPAIRMENTS)
+
+
+@pytest.mark.parametrize("kind", IMPAIRMENTS)
+def test_frames_show_the_impairment(held_out, kind):
+    stream = next(s for s in held_out if len(s.world.events) > 8)
+    world = dataclasses.replace(stream.world, impairments=(Impairment(6, 12, kind),))
+    frames = dataclasses.replace(stream, world=world).frames(32).astype(float)
+    usual = stream.frames(32).astype(float)
+    np.testing.assert_array_equal(frames[:6], usual[:6])
+    np.testing.assert_array_equal(frames[12:], usual[12:])
+    if kind == "frozen":
+        assert (frames[6:12] == usual[6]).all()
+    else:
+        # Each frame has its own noise, and no more structure than that.
+        assert all((a != b).any() for a, b in itertools.pairwise(frames[6:12]))
+        levels = {"black": (0, 20), "overexposed": (240, 256), "blurred": (30, 240)}[kind]
+        assert levels[0] <= frames[6:12].mean() <= levels[1]
+
+
+def test_a_frozen_camera_repeats_its_image_at_any_frame_rate(held_out):
+    stream = held_out[0]
+    world = dataclasses.replace(stream.world, impairments=(Impairment(2, 4, "frozen"),))
+    stream = dataclasses.replace(stream, world=world)
+    found = list(take_photographs(stream, size=24, start=1, stop=5, fps=4))
+    assert len(found) == 16
+    assert all((image == found[4]).all() for image in found[4:12])
+    assert (found[3] != found[4]).any()
+    assert (found[12] != found[4]).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"past": 1.5}, "past must be between 0 and 1; got 1.5"),
+        ({"impaired": -1}, "impaired must be between 0 and 1; got -1"),
+    ],
+)
+def test_shares_that_are_none_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        training_stream(0, **settings)
+
+
+def test_a_stream_too_short_for_an_impairment_is_refused():
+    with pytest.raises(ValueError, match="at least 4 seconds; got 3"):
+        draw_stream(np.random.default_rng(0), 3, impaired=0.5)

@@ -19,6 +19,7 @@ from moss_jax.worlds.tabletop.world import (
     MAX_SHAPES,
     PLACES,
     EventKind,
+    Impairment,
     Table,
     TableEvent,
     Thing,
@@ -374,3 +375,105 @@ def test_motion_is_monotonic_and_symmetric():
     xs = [world.scene(t).items[0].x for t in np.linspace(0, 1, 101)]
     assert xs == sorted(xs)
     assert (xs[0], xs[-1]) == pytest.approx((1 / 6, 5 / 6))
+
+
+# ------------------------------------------------------------- sightings, rates and impairments
+
+
+def test_seconds_at_which_things_were_visible(worlds):
+    for world in worlds[:10]:
+        for kind in (*SHAPES, CARD):
+            seconds = [f for f, table in enumerate(world.tables) if kind in {t.kind for t in table.visible}]
+            assert world.sightings[kind] == tuple(seconds)
+            for second in range(world.seconds):
+                before = [s for s in seconds if s <= second]
+                assert world.last_sighting(kind, second) == (before[-1] if before else None)
+
+
+def test_events_between_two_seconds(worlds):
+    world = max(worlds, key=lambda world: len(world.events))
+    for start, stop in itertools.combinations(range(world.seconds + 1), 2):
+        assert world.events_between(start, stop) == tuple(
+            event for event in world.events if start <= event.frame < stop
+        )
+
+
+def test_the_rate_may_change_from_second_to_second():
+    rates = [0.0] * 50 + [1.0] * 10 + [0.0] * 40
+    world = generate(
+        np.random.default_rng(0), 100, digit_indices=digits.training_indices(), rate=rates, gap=1
+    )
+    assert [event.frame for event in world.events] == list(range(50, 60))
+
+
+def test_nothing_changes_while_the_camera_is_impaired():
+    impairments = (Impairment(3, 6, "black"), Impairment(9, 12, "frozen"))
+    world = generate(
+        np.random.default_rng(0),
+        15,
+        digit_indices=digits.training_indices(),
+        rate=1.0,
+        gap=1,
+        impairments=impairments,
+    )
+    assert [event.frame for event in world.events] == [1, 2, 6, 7, 8, 12, 13, 14]
+    assert [world.impairment(second) for second in (2, 3, 5, 6, 11, 14)] == [
+        None, impairments[0], impairments[0], None, impairments[1], None,
+    ]  # fmt: skip
+    # A frozen camera shows a table.
+    assert world.clear == (*[True] * 3, *[False] * 3, *[True] * 9)
+    assert [facts["view"] for facts in world.truth] == ["clear" if c else "none" for c in world.clear]
+    # Nothing is seen meanwhile, and nothing else is different afterwards.
+    assert not {3, 4, 5} & set().union(*world.sightings.values())
+    assert world.truth[4] == world.truth[2] | {"view": "none"}
+    assert dataclasses.replace(world, impairments=()).truth[6:] == world.truth[6:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 3, "black"), "1 <= start < stop, not 0 and 3"),
+        ((4, 4, "black"), "1 <= start < stop, not 4 and 4"),
+        ((1, 2, "dirty"), "kind must be one of black, blurred, overexposed, frozen; got 'dirty'"),
+    ],
+)
+def test_impairments_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Impairment(*arguments)
+
+
+def test_the_history_of_a_short_story():
+    """A star comes and leaves three times under changing covers, and a card shows two numbers."""
+    star, moved = Thing("star", (0, 0), "red"), Thing("star", (2, 0), "blue")
+    card, other = (Thing(CARD, (1, 1), digit=digit_image(number)) for number in (3, 5))
+    tables = (
+        Table(),
+        Table((star,)),
+        Table((star, card)),
+        Table((star, card), covered="star"),
+        Table((star, card)),
+        Table((card,)),
+        Table((card, moved)),
+        Table((card, moved), covered=CARD),
+        Table((card, moved)),
+        Table((other, moved)),
+    )
+    events = tuple(TableEvent(frame, "appear", kind) for frame, kind in ((1, "star"), (2, CARD), (6, "star")))
+    truth = World(tables, events).truth
+
+    def of(key):
+        return [facts[key] for facts in truth]
+
+    assert of("first") == ["none"] * 2 + ["3"] * 8
+    assert of("times:star") == ["0"] + ["1"] * 5 + ["2"] * 4
+    assert of("times:ring") == ["0"] * 10
+    assert of("last place:star") == ["none"] + ["left"] * 5 + ["right"] * 4
+    assert of("last colour:star") == ["none"] + ["red"] * 5 + ["blue"] * 4
+    assert of("was under") == ["none"] * 4 + ["star"] * 4 + [CARD] * 2
+
+
+def test_appearances_beyond_nine_are_many():
+    star = Table((Thing("star", (0, 0), "red"),))
+    events = tuple(TableEvent(frame, "appear", "star") for frame in range(1, 12))
+    truth = World((Table(), *[star] * 11), events).truth
+    assert [facts["times:star"] for facts in truth] == [*map(str, range(10)), "many", "many"]

@@ -1,0 +1,165 @@
+"""The forward pass over segments of long streams: the verbs of a live stream, with gradients.
+
+B rows, K segments, T tokens of a segment, F frames of a segment, N vectors a frame, D width
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moss_jax.config import ConfigError, MemoryConfig, ModelConfig, SegmentsConfig
+from moss_jax.data.batch import Segments
+from moss_jax.memory import NO_POSITION, MemoryBank, StreamState, init_state, keep_tokens
+from moss_jax.memory.policies import Policy, make_policy
+from moss_jax.nn import MossVideo
+from moss_jax.ops.qarray import DTYPES, dequantize, quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class RowMemory:
+    """The memory of some rows.
+
+    Attributes:
+      compact: the policy, run before a segment for which there is no room.
+      room: vectors in use up to which a segment fits.
+      dtype: that keys and values are rounded to; None for none.
+    """
+
+    compact: Policy
+    room: int
+    dtype: jnp.dtype | None
+
+
+def make_memories(segments: SegmentsConfig, model: ModelConfig) -> tuple[RowMemory, ...]:
+    """The memories that the rows of a batch have, in turn.
+
+    Raises:
+      ConfigError: a policy is unknown or never makes room, or its bank is too small.
+    """
+
+    def make(policy: str, frames: int, dtype: str) -> RowMemory:
+        # As much room is made as a segment needs. The text is cut by the data, not by these settings.
+        low = (frames - segments.frames) / frames
+        memory = MemoryConfig(policy, low_water=low, text_recent=low / 2)
+        try:
+            compact = make_policy(memory, model, frames)
+        except ConfigError as error:
+            raise ConfigError(f"segments.memories has {(policy, frames, dtype)}: {error}") from error
+        if compact is None:
+            raise ConfigError(f"segments.memories has {policy!r}, which makes no room for another segment")
+        room = memory.low_mark(frames) * model.vectors_per_frame
+        return RowMemory(compact, room, DTYPES.get(dtype))
+
+    return tuple(make(*memory) for memory in segments.memories)
+
+
+def empty_memory(segments: SegmentsConfig, model: ModelConfig, rows: int, dtype) -> StreamState:
+    """The memory of rows that have seen nothing."""
+    return init_state(
+        model,
+        rows,
+        text_capacity=max(segments.text_capacities),
+        bank_capacity=max(frames for _, frames, _ in segments.memories),
+        dtype=dtype,
+        merges=True,
+    )
+
+
+def run_segments(
+    model: MossVideo,
+    memory: StreamState,
+    tokens: Int[Array, "B KT"],
+    features: Float[Array, "B KF N D"],
+    frame_positions: Int[Array, "B KF"],
+    segments: Segments,
+    memories: Sequence[RowMemory],
+) -> tuple[Float[Array, "B KT D"], StreamState]:
+    """Hidden states of segments that continue the streams of a memory, and the memory behind them.
+
+    Args:
+      memory: carried from the segments before; has no gradients.
+      frame_positions: index of each frame's token in its row, B x KT or more for absent frames.
+      memories: of the rows, in turn.
+    """
+    B, KT = tokens.shape
+    K = segments.lengths.shape[1]
+    T = KT // K
+
+    def split(x):  # [B, K ...] to [K, B, ...]
+        return x.reshape(B, K, -1, *x.shape[2:]).swapaxes(0, 1)
+
+    offsets = split(frame_positions) - jnp.arange(K, dtype=jnp.int32)[:, None, None] * T
+    per_segment = jax.tree.map(lambda x: jnp.asarray(x).swapaxes(0, 1), segments)
+
+    def run(memory: StreamState, segment):
+        tokens, features, offsets, changes = segment
+        text, bank = _begin(memory, changes.begins)
+        text = keep_tokens(text, changes.kept, changes.kept_length)
+        text = dataclasses.replace(text, position=text.position + changes.skipped)
+        bank = _by_rows(bank, memories, _make_room)
+        positions = text.position[:, None] + offsets
+        state = model.remember(StreamState(text, bank), features, positions, mask=offsets < T)
+        state = dataclasses.replace(state, bank=_by_rows(state.bank, memories, _round))
+        hidden, state = model.decoder.decode(state, tokens, changes.lengths)
+        return state, hidden
+
+    xs = split(tokens), split(features), offsets, per_segment
+    memory, hidden = jax.lax.scan(run, jax.lax.stop_gradient(memory), xs)
+    return hidden.swapaxes(0, 1).reshape(B, KT, -1), jax.lax.stop_gradient(memory)
+
+
+def _begin(memory: StreamState, begins):
+    """Empties the rows that begin a new stream."""
+    text, bank = memory.text, memory.bank
+
+    def empty(x, value=0):
+        return jnp.where(begins.reshape(-1, *(1,) * (x.ndim - 1)), value, x)
+
+    text = dataclasses.replace(text, length=empty(text.length), position=empty(text.position))
+    bank = dataclasses.replace(
+        bank,
+        positions=empty(bank.positions, NO_POSITION),
+        counts=None if bank.counts is None else empty(bank.counts),
+        length=empty(bank.length),
+    )
+    return text, bank
+
+
+def _by_rows(bank: MemoryBank, memories: Sequence[RowMemory], change) -> MemoryBank:
+    """Changes the banks by the memories of their rows."""
+    # Row `b` has memory `b` modulo their number, so that each device of a mesh has rows of all.
+    count = len(memories)
+
+    def rows(i):
+        return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, i], bank)
+
+    changed = [change(rows(i), memory) for i, memory in enumerate(memories)]
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *changed)
+
+
+def _make_room(bank: MemoryBank, memory: RowMemory) -> MemoryBank:
+    """Compacts the banks in which another segment would not fit."""
+    full = bank.length > memory.room
+    return jax.tree.map(
+        lambda new, old: jnp.where(full.reshape(-1, *(1,) * (old.ndim - 1)), new, old),
+        memory.compact(bank),
+        bank,
+    )
+
+
+def _round(bank: MemoryBank, memory: RowMemory) -> MemoryBank:
+    """Rounds keys and values as storing them in 8 bits would, with straight-through gradients."""
+    dtype = memory.dtype
+    if dtype is None:
+        return bank
+
+    def rounded(x):
+        stored = dequantize(quantize(jax.lax.stop_gradient(x), dtype, axes=3), x.dtype)
+        return x + jax.lax.stop_gradient(stored - x)
+
+    return dataclasses.replace(
+        bank, keys=tuple(map(rounded, bank.keys)), values=tuple(map(rounded, bank.values))
+    )
