@@ -76,6 +76,7 @@ def feed(session: Session, renderer: Renderer, group: Sequence[int], begin: int)
     feeder = _Feeder(session, renderer, group, begin)
     feeder.start()
     try:
+        feeder.wait()
         for event in session:
             feeder.note(event)
             yield event
@@ -92,14 +93,15 @@ class _Feeder(threading.Thread):
         super().__init__(name="feeder", daemon=True)
         self._session, self._renderer, self._group = session, renderer, group
         self._prompts = [collections.deque(renderer.streams[index].requests[begin:]) for index in group]
-        # Frames that each slot has seen, of those whose stream is not over.
+        # Frames that each slot has seen, of those whose stream is not over, and that all have been given.
         self._seen = dict.fromkeys(range(len(group)), 0)
+        self._pushed = 0
         self._progress = threading.Condition()
-        self._closed = False
+        self._done = self._closed = False
         self.failure: BaseException | None = None
 
     def note(self, event: Event) -> None:
-        """Takes an event of the session."""
+        """Takes an event of the session, which goes on as `wait` returns."""
         if isinstance(event, FrameSeen | End):
             with self._progress:
                 if isinstance(event, End):
@@ -107,6 +109,15 @@ class _Feeder(threading.Thread):
                 else:
                     self._seen[event.slot] = event.index + 1
                 self._progress.notify()
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits while there is a stream that has seen all of its frames and may get more.
+
+        Otherwise the others would go on without it, in steps that serve ever fewer of them.
+        """
+        with self._progress:
+            self._progress.wait_for(lambda: self._done or not (self._is_starving() and self._may_push()))
 
     def close(self) -> None:
         """Ends the thread."""
@@ -122,6 +133,10 @@ class _Feeder(threading.Thread):
             self.failure = error
             # It would wait for frames for ever.
             self._session.stop()
+        finally:
+            with self._progress:
+                self._done = True
+                self._progress.notify()
 
     def _push_all(self) -> None:
         segments = (
@@ -132,21 +147,28 @@ class _Feeder(threading.Thread):
         while rendered:
             start, frames = rendered.popleft()
             rendered.extend(itertools.islice(segments, 1))
-            if not self._wait_for(start - LEAD):
-                return
+            with self._progress:
+                self._progress.wait_for(lambda: self._closed or self._may_push())
+                if self._closed or not self._seen:
+                    return
             for slot, future in enumerate(frames):
                 for second, rgb in enumerate(future.result(), start):
                     self._push_prompts(slot, until=second)
                     self._session.push_frame(rgb, float(second), slot=slot)
+            with self._progress:
+                self._pushed = start + SEGMENT
+                self._progress.notify()
         for slot in range(len(self._group)):
             self._push_prompts(slot, until=math.inf)
         self._session.finish()
 
-    def _wait_for(self, second: int) -> bool:
-        """Waits until all streams are at a second or over; whether there is anything left to push for."""
-        with self._progress:
-            self._progress.wait_for(lambda: self._closed or all(at >= second for at in self._seen.values()))
-            return not self._closed and bool(self._seen)
+    def _may_push(self) -> bool:
+        """Whether the slowest stream has come so far that another segment may be pushed."""
+        return min(self._seen.values(), default=self._pushed) >= self._pushed - LEAD
+
+    def _is_starving(self) -> bool:
+        """Whether a stream has seen all that it can: the last frame waits until it is known what follows."""
+        return max(self._seen.values(), default=0) >= self._pushed - 1
 
     def _push_prompts(self, slot: int, *, until: float) -> None:
         prompts = self._prompts[slot]

@@ -75,15 +75,20 @@ def without_wall(played):
 
 @pytest.mark.parametrize("processes", [0, 1])
 def test_streams_fed_while_they_play_give_the_same_events(scripted, tokenizer, processes):
-    settings = {"image_size": 4, "tokens_per_second": 4}
-    engine = talkative(scripted, tokenizer)
-    expected = play({3: engine}, STREAMS, **settings)
-    seen = engine.seen
-    with renderer(STREAMS, processes) as rendered:
+    def run(**renderer):
+        steps = []
         engine = talkative(scripted, tokenizer)
-        played = play({3: engine}, STREAMS, **settings, renderer=rendered)
+        engine.before_step = lambda: steps.append(1)
+        played = play({3: engine}, STREAMS, image_size=4, tokens_per_second=4, **renderer)
+        return played, sorted(engine.seen), len(steps)
+
+    expected, seen, steps = run()
+    with renderer(STREAMS, processes) as rendered:
+        played, seen_late, steps_late = run(renderer=rendered)
     assert without_wall(played) == without_wall(expected)
-    assert sorted(engine.seen) == sorted(seen)
+    assert seen_late == seen
+    # No stream goes on while another waits for the renderer.
+    assert steps_late == steps
     for stream, events in zip(STREAMS, played, strict=True):
         assert [e.index for e in events if isinstance(e, FrameSeen)] == list(range(SECONDS))
         prompts = [e.prompt for e in events if isinstance(e, Turn)]

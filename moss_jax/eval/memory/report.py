@@ -27,14 +27,17 @@ def print_tables(result: Mapping[str, Any], console: Console) -> None:
         f"{result['minutes']:g} min · {result['device']}",
         markup=False,
     )
-    for title, key in (("age of the evidence", "by_age"), ("question", "by_kind")):
-        names = list(result["constant_guess"][key])
-        table = Table(title, "all", *names)
-        for name, found in _rows(result):
-            table.add_row(name, share(found["all"]), *(share(found[key].get(x)) for x in names))
-        total = result["constant_guess"]
-        table.add_row("n", str(total["all"]["total"]), *(str(total[key][x]["total"]) for x in names))
-        console.print(table)
+    rows, totals = list(_rows(result)), result["constant_guess"]
+    ages = totals["by_age"]
+    table = Table("age of the evidence", "all", *ages)
+    for name, found in rows:
+        table.add_row(name, share(found["all"]), *(share(found["by_age"][age]) for age in ages))
+    table.add_row("n", *(str(count["total"]) for count in (totals["all"], *ages.values())))
+    console.print(table)
+    table = Table("question", "n", *(name for name, _ in rows))
+    for kind, count in totals["by_kind"].items():
+        table.add_row(kind, str(count["total"]), *(share(found["by_kind"][kind]) for _, found in rows))
+    console.print(table)
     table = Table(
         "last minute (first)", "right about now", "alerts, F1", "silent", "revised", "false statements"
     )
