@@ -6,15 +6,17 @@ Sessions run in lockstep, so what a model says depends on the streams and the we
 import collections
 import dataclasses
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from moss_jax.config import SessionConfig
+from moss_jax.eval.feeding import Renderer, feed
 from moss_jax.stream import EngineLike, Event, Row, Sampled, Session
-from moss_jax.worlds.base import WorldStream
+from moss_jax.worlds.base import TimedPrompt, WorldStream
 
 # Tokens that an answer may still take after the end of a stream.
 TAIL_TOKENS = 48
@@ -26,28 +28,37 @@ def play(
     *,
     image_size: int,
     tokens_per_second: int,
+    renderer: Renderer | None = None,
 ) -> list[list[Event]]:
     """Plays streams in live sessions, as many at a time as there are slots.
 
     Args:
-      engines: by number of slots; one of them has a single slot.
+      engines: by number of slots; a stream that is alone goes to the smallest, others to the largest.
       streams: with their prompts, which are given at their times.
       image_size: side of the frames, in pixels.
       tokens_per_second: speed of speech.
+      renderer: of the same streams, to render and push their frames while they play; None renders and pushes
+        all frames of a session beforehand. The events are the same.
 
     Returns:
       The events of each stream, in the order of `streams`.
     """
     events: list[list[Event]] = [[] for _ in streams]
     for first_turn, group in session_groups(streams, max(engines)):
-        session = open_session(
-            engines[max(engines) if len(group) > 1 else 1],
-            [streams[index] for index in group],
-            first_turn=first_turn,
-            image_size=image_size,
-            tokens_per_second=tokens_per_second,
-        )
-        for event in session:
+        engine = engines[max(engines) if len(group) > 1 else min(engines)]
+        session = open_session(engine, first_turn=first_turn, tokens_per_second=tokens_per_second)
+        for slot in range(len(group), engine.config.slots):
+            session.finish(slot)
+        # The first turn is in the session already.
+        begin = int(bool(first_turn))
+        if renderer is None:
+            for slot, index in enumerate(group):
+                push(session, slot, streams[index].frames(image_size), streams[index].requests[begin:])
+            session.finish()
+            found: Iterable[Event] = session
+        else:
+            found = feed(session, renderer, group, begin)
+        for event in found:
             # Slots beyond the group have no stream.
             if event.slot < len(group):
                 events[group[event.slot]].append(event)
@@ -73,28 +84,27 @@ def first_turn_of(stream: WorldStream) -> str:
     return stream.requests[0].text if stream.requests and not stream.requests[0].time else ""
 
 
-def open_session(
-    engine: EngineLike,
-    streams: Sequence[WorldStream],
-    *,
-    first_turn: str,
-    image_size: int,
-    tokens_per_second: int,
-) -> Session:
-    """Opens a lockstep session over streams with the same first turn, one a slot, and pushes all of them."""
+def open_session(engine: EngineLike, *, first_turn: str, tokens_per_second: int) -> Session:
+    """Opens a lockstep session into which streams with this first turn can be pushed, one a slot."""
     config = SessionConfig(
         clock="lockstep",
         tokens_per_second=tokens_per_second,
         tail_seconds=TAIL_TOKENS / tokens_per_second,
     )
-    session = Session(engine, config, prompt=first_turn)
-    for slot, stream in enumerate(streams):
-        for second, rgb in enumerate(stream.frames(image_size)):
-            session.push_frame(rgb, float(second), slot=slot)
-        for request in stream.requests[bool(first_turn) :]:
-            session.push_prompt(request.text, request.time, slot=slot)
-    session.finish()
-    return session
+    return Session(engine, config, prompt=first_turn)
+
+
+def push(
+    session: Session,
+    slot: int,
+    frames: Iterable[UInt8[np.ndarray, "H W 3"]],
+    requests: Iterable[TimedPrompt],
+) -> None:
+    """Pushes all frames and requests of a stream."""
+    for second, rgb in enumerate(frames):
+        session.push_frame(rgb, float(second), slot=slot)
+    for request in requests:
+        session.push_prompt(request.text, request.time, slot=slot)
 
 
 class Blindfold:
@@ -111,7 +121,8 @@ class Blindfold:
 
     def step(self, state: Any, rows: Sequence[Row | None], features: None = None) -> tuple[Any, Sampled]:
         """Steps the engine, with the frames taken out of the rows."""
-        return self._engine.step(state, [row and dataclasses.replace(row, frames=()) for row in rows])
+        blind = [row and dataclasses.replace(row, frames=(), compact=False) for row in rows]
+        return self._engine.step(state, blind)
 
 
 def library_versions() -> dict[str, str]:

@@ -32,3 +32,11 @@ class WorldStream(Protocol):
     def frames(self, size: int) -> UInt8[np.ndarray, "F H W 3"]:
         """Renders all frames, `size` pixels wide and high."""
         ...
+
+
+class LongStream(WorldStream, Protocol):
+    """A stream that can be rendered in parts."""
+
+    def frames(self, size: int, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "F H W 3"]:
+        """Renders the frames of seconds `start` to `stop`, `size` pixels wide and high; all by default."""
+        ...

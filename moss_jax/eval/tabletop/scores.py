@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 import statistics
+import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -37,6 +38,8 @@ REACT = 3
 CALL = 2
 # Tolerance of comparisons of times, in seconds.
 EPSILON = 1e-6
+# All frames of a stream, and -1 for what comes before the first.
+ALWAYS = range(-1, sys.maxsize)
 # The right answer to a question about the present as long as the camera shows nothing.
 UNSEEN = "unseen"
 
@@ -249,8 +252,9 @@ def score(
     *,
     tokenizer: Tokenizer,
     tokens_per_second: int,
+    during: range = ALWAYS,
 ) -> Score:
-    """Scores what was said over a stream.
+    """Scores what was said over a stream, or over a part of it.
 
     Args:
       stream: with its truth.
@@ -258,21 +262,25 @@ def score(
       ideal: what the ideal assistant says over the stream at the same speed.
       tokenizer: of the model.
       tokens_per_second: speed of speech.
+      during: the seconds that count: of probes, of moments that are awaited, of idle frames, of changes, and
+        of the frames at which statements begin.
     """
     rate = SpeechRate(tokenizer, tokens_per_second)
-    revision, delays = revisions(stream, said)
-    alert_recall, alert_precision = alerts(stream, said)
-    narration_recall, narration_precision = narration(stream, said, ideal)
+    revision, delays = revisions(stream, said, during)
+    alert_recall, alert_precision = alerts(stream, said, during)
+    narration_recall, narration_precision = narration(stream, said, ideal, during)
     return Score(
-        probes=tuple(probes(stream, said, rate)),
+        probes=tuple(probe for probe in probes(stream, said, rate) if probe.second in during),
         alert_recall=alert_recall,
         alert_precision=alert_precision,
-        silence=silence(stream, said, ideal),
+        silence=silence(stream, said, ideal, during),
         revision=revision,
         delays=delays,
-        corrections=corrections(stream, said),
-        stale=stale(stream, said),
-        understood=Ratio.count(s.sentence is not None for s in said.statements if not s.cut),
+        corrections=corrections(stream, said, during),
+        stale=stale(stream, said, during),
+        understood=Ratio.count(
+            s.sentence is not None for s in said.statements if s.frame in during and not s.cut
+        ),
         narration_recall=narration_recall,
         narration_precision=narration_precision,
         cut_short=not said.whole,
@@ -374,7 +382,7 @@ def right_answer(request: Request, truth: Facts) -> Hashable:
     return truth[request.keys[0] if request.keys else request.kind]
 
 
-def alerts(stream: TabletopStream, said: StreamTranscript) -> tuple[Ratio, Ratio]:
+def alerts(stream: TabletopStream, said: StreamTranscript, during: range = ALWAYS) -> tuple[Ratio, Ratio]:
     """Recall and precision of alerts.
 
     The awaited moment is the first frame after the request on which the awaited facts are true. An alert that
@@ -393,21 +401,23 @@ def alerts(stream: TabletopStream, said: StreamTranscript) -> tuple[Ratio, Ratio
         moment = next((f for f in after if is_true(awaited, truth[f])), None)
         if moment is None:
             continue
-        called = any(
-            s.is_alert
+        called = [
+            s.frame
+            for s in said.statements
+            if s.request == number
+            and s.is_alert
             and dict(s.facts) == dict(awaited)
             and moment <= s.frame
             and s.time <= moment + CALL + EPSILON
-            for s in said.statements
-            if s.request == number
-        )
-        right += called
-        if moment + CALL <= until and is_true(awaited, truth[moment + 1]):
-            due.append(called)
-    return Ratio.count(due), Ratio(right, sum(s.is_alert for s in said.statements))
+        ]
+        right += bool(called) and called[0] in during
+        if moment in during and moment + CALL <= until and is_true(awaited, truth[moment + 1]):
+            due.append(bool(called))
+    made = sum(s.is_alert for s in said.statements if s.frame in during)
+    return Ratio.count(due), Ratio(right, made)
 
 
-def silence(stream: TabletopStream, said: StreamTranscript, ideal: Dialogue) -> Ratio:
+def silence(stream: TabletopStream, said: StreamTranscript, ideal: Dialogue, during: range = ALWAYS) -> Ratio:
     """Share of the idle frames after which nothing is said before the next frame.
 
     A frame is idle if no request came in the 3 seconds before it or comes before the next frame, and if the
@@ -416,21 +426,22 @@ def silence(stream: TabletopStream, said: StreamTranscript, ideal: Dialogue) -> 
     busy = {frame for frame, speaks in enumerate(ideal.speaking) if speaks} | {
         u.due for u in ideal.utterances
     }
+    asked = {int(r.time) + since for r in stream.requests for since in range(REACT + 1)}
     idle = [
         frame
         for frame in range(stream.world.seconds)
-        if not any(frame - REACT <= r.time < frame + 1 for r in stream.requests)
-        and busy.isdisjoint(range(frame - REACT, frame + 1))
+        if frame in during and frame not in asked and busy.isdisjoint(range(frame - REACT, frame + 1))
     ]
     return Ratio.count(frame not in said.speaking for frame in idle)
 
 
-def revisions(stream: TabletopStream, said: StreamTranscript) -> tuple[Ratio, tuple[float, ...]]:
+def revisions(
+    stream: TabletopStream, said: StreamTranscript, during: range = ALWAYS
+) -> tuple[Ratio, tuple[float, ...]]:
     """Share of the answers that were revised when they became false, and the delays of the revisions.
 
     A revision is due at a frame that makes a stated fact false: one that the model has asserted since the
-      live
-    question was asked and that was true until then. It is not due if a request or the end comes within 3
+    live question was asked and that was true until then. It is not due if a request or the end comes within 3
     seconds, or if the fact is true again by then. It is made if a statement that asserts the new truth begins
     within 3 seconds.
     """
@@ -440,6 +451,8 @@ def revisions(stream: TabletopStream, said: StreamTranscript) -> tuple[Ratio, tu
         last = min(_until(stream, number), end) - REACT
         statements = [s for s in said.statements if s.request == number and s.facts]
         for frame in range(max(frame_seen(request) + 1, 1), math.floor(last) + 1):
+            if frame not in during:
+                continue
             stated: dict[str, str] = {}
             for statement in statements:
                 if statement.frame < frame:
@@ -463,24 +476,30 @@ def revisions(stream: TabletopStream, said: StreamTranscript) -> tuple[Ratio, tu
     return Ratio.count(made), tuple(delays)
 
 
-def corrections(stream: TabletopStream, said: StreamTranscript) -> Ratio:
+def corrections(stream: TabletopStream, said: StreamTranscript, during: range = ALWAYS) -> Ratio:
     """Share of the corrections in mid-sentence that are understood and true."""
-    found = [s for s in said.statements if s.correction and not s.cut]
+    found = [s for s in said.statements if s.frame in during and s.correction and not s.cut]
     return Ratio.count(bool(s.facts) and _true_when_said(s, s.facts, stream) for s in found)
 
 
-def stale(stream: TabletopStream, said: StreamTranscript) -> Ratio:
+def stale(stream: TabletopStream, said: StreamTranscript, during: range = ALWAYS) -> Ratio:
     """Share of the statements that were false on every frame from their beginning to their end.
 
     Only statements that assert something count. Before the first frame nothing is true. Answers to "What
     happened last?" are left to the accuracy.
     """
     kinds = [request.kind for request in stream.requests]
-    found = [s for s in said.statements if s.facts and (s.request < 0 or kinds[s.request] != "event")]
+    found = [
+        s
+        for s in said.statements
+        if s.frame in during and s.facts and (s.request < 0 or kinds[s.request] != "event")
+    ]
     return Ratio.count(not _true_when_said(s, s.facts, stream) for s in found)
 
 
-def narration(stream: TabletopStream, said: StreamTranscript, ideal: Dialogue) -> tuple[Ratio, Ratio]:
+def narration(
+    stream: TabletopStream, said: StreamTranscript, ideal: Dialogue, during: range = ALWAYS
+) -> tuple[Ratio, Ratio]:
     """Recall and precision of narrating events, while that is asked for.
 
     Recall is over the events that the ideal assistant narrates, except those in the last 3 seconds before the
@@ -510,10 +529,11 @@ def narration(stream: TabletopStream, said: StreamTranscript, ideal: Dialogue) -
                 and statement.time <= frame + REACT + EPSILON
                 and facts == dict(statement.facts)
             ]
-            precision.append(bool(of))
+            if statement.frame in during:
+                precision.append(bool(of))
             told |= set(of[:1])
         due = [u.due for u in ideal.utterances if u.request == number and u.sentence.facts]
-        recall += [frame in told for frame in due if frame + REACT <= min(until, end)]
+        recall += [frame in told for frame in due if frame in during and frame + REACT <= min(until, end)]
     return Ratio.count(recall), Ratio.count(precision)
 
 

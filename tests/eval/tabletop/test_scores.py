@@ -150,6 +150,28 @@ def test_the_transcript_of_the_ideal_assistant_is_what_it_said(cases):
         assert speaking == case.said.speaking - {-1}
 
 
+def test_the_scores_of_parts_add_up_to_those_of_the_whole(cases, tokenizer):
+    """With some statements taken away, so that not all is right."""
+    settings = {"tokenizer": tokenizer, "tokens_per_second": SPEED}
+    ratios = [f.name for f in dataclasses.fields(scores.Score) if isinstance(f.default, Ratio)]
+    totals = dict.fromkeys(ratios, Ratio())
+    for number, case in enumerate(cases):
+        said = rewrite(case, lambda s, r, n=number: None if (s.frame + n) % 5 == 0 else s)
+        whole, *parts = (
+            scores.score(case.stream, said, case.ideal, **settings, during=during)
+            for during in (scores.ALWAYS, range(-1, 9), range(9, 20), range(20, 32))
+        )
+        for name in ratios:
+            assert sum((getattr(part, name) for part in parts), Ratio()) == getattr(whole, name)
+            totals[name] += getattr(whole, name)
+        assert sorted(p.second for part in parts for p in part.probes) == sorted(
+            p.second for p in whole.probes
+        )
+        assert all(9 <= probe.second < 20 for probe in parts[1].probes)
+        assert sum((part.delays for part in parts), ()) == whole.delays
+    assert all(totals[name].value > 0 for name in ratios if name != "stale")
+
+
 # ------------------------------------------------------------------------------------- mistakes
 
 

@@ -1,0 +1,5 @@
+"""Evaluation of memory: what a model still answers by the age of the evidence, under each memory policy."""
+
+from moss_jax.eval.memory.evaluation import MemoryEvaluationConfig, evaluate
+
+__all__ = ["MemoryEvaluationConfig", "evaluate"]

@@ -1,0 +1,282 @@
+"""The evaluation of memory: the same long streams under one memory policy after the other.
+
+A model answers about the past from three sources: what the bank holds, what the text cache still holds of
+the dialogue, and what is likely anyway. Baselines tell them apart: the last four frames alone, an empty bank,
+a bank that forgets nothing, and the best constant guess.
+"""
+
+import dataclasses
+import functools
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moss_jax.config import BankDtype, EngineConfig, MemoryConfig
+from moss_jax.convert import open_model
+from moss_jax.eval.feeding import Renderer
+from moss_jax.eval.harness import Blindfold, library_versions, play
+from moss_jax.eval.memory import ages
+from moss_jax.eval.memory.stopwatch import Stopwatch
+from moss_jax.eval.tabletop import ideal_dialogue, scores
+from moss_jax.eval.tabletop.scores import Score, StreamTranscript
+from moss_jax.memory.policies import make_policy
+from moss_jax.stream import Engine, Event
+from moss_jax.text import Tokenizer
+from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
+from moss_jax.worlds.tabletop.language import LIVE
+
+# The bank of the policy that sees the newest frames alone.
+RECENT = 4
+# Seconds at the end of a stream, and at its beginning, whose figures are given apart.
+MINUTE = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEvaluationConfig:
+    """Settings of an evaluation of memory.
+
+    Attributes:
+      checkpoint: folder in Hugging Face layout; None for the shipped model.
+      minutes: length of a stream.
+      streams: number of held-out streams.
+      seed: selects them.
+      past: share of the questions that are about the past.
+      policies: names in `memory.policies`, to be compared.
+      budgets: sizes of the bank, in whole frames; each policy runs with each.
+      bank_dtypes: of keys and values, None for the dtype of the model; each policy runs with each.
+      slots: streams side by side.
+      tokens_per_second: speed of speech.
+      text_capacity: tokens in the text cache, which forgets as that of a live stream does.
+      render_processes: that render the frames; 0 for a thread of this process.
+    """
+
+    checkpoint: Path | None = None
+    minutes: float = 10.0
+    streams: int = 32
+    seed: int = 0
+    past: float = 0.5
+    policies: tuple[str, ...] = ("pyramid",)
+    budgets: tuple[int, ...] = (64,)
+    bank_dtypes: tuple[BankDtype | None, ...] = (None,)
+    slots: int = 8
+    tokens_per_second: int = 8
+    text_capacity: int = 1024
+    # A few suffice for a GPU; on a small CPU, the model needs it all.
+    render_processes: int = min((os.cpu_count() or 1) // 4, 4)
+
+    @property
+    def seconds(self) -> int:
+        """Length of a stream, in seconds."""
+        return round(60 * self.minutes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A memory that the streams are played with.
+
+    Attributes:
+      name: of the policy, or of the baseline.
+      policy: a name in `memory.policies`.
+      frames: size of the bank, in whole frames.
+      bank_dtype: of its keys and values.
+      blind: leaves the bank empty.
+    """
+
+    name: str
+    policy: str
+    frames: int
+    bank_dtype: BankDtype | None = None
+    blind: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.frames} frames{f' in {self.bank_dtype}' if self.bank_dtype else ''}"
+
+    def engine_config(self, config: MemoryEvaluationConfig) -> EngineConfig:
+        """Capacities of the engine."""
+        memory = MemoryConfig(self.policy, bank_dtype=self.bank_dtype, text="window")
+        slots = min(config.slots, config.streams)
+        return EngineConfig(slots, config.text_capacity, self.frames, memory)
+
+
+def variants(config: MemoryEvaluationConfig) -> list[Variant]:
+    """The policies at each size and dtype, with "window" at the same bytes beside them, and the baselines.
+
+    "recent-4" is the policy "window" with a bank of four frames: a compaction leaves three, before the next
+    frame comes in, so the four newest are visible at any time. "full" has room for the whole stream.
+    """
+    compared = [
+        Variant(policy, policy, frames, bank_dtype)
+        for frames in config.budgets
+        for bank_dtype in config.bank_dtypes
+        for policy in (*config.policies, "window")
+    ]
+    return list(
+        dict.fromkeys(
+            [
+                *compared,
+                Variant("full", "full", config.seconds),
+                Variant(f"recent-{RECENT}", "window", RECENT),
+                Variant("empty bank", "window", RECENT, blind=True),
+            ]
+        )
+    )
+
+
+def evaluate(config: MemoryEvaluationConfig, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Plays the streams with each memory and scores what is said.
+
+    Args:
+      config: settings.
+      log: receives a line when each run begins.
+
+    Returns:
+      Settings, scores and versions, JSON-ready.
+
+    Raises:
+      CheckpointError, TokenizerError: the checkpoint can't be used.
+      ConfigError: there is no such policy, a bank is too small for it, or the text capacity is beyond the
+        model's positions.
+    """
+    opened = open_model(config.checkpoint)
+    model, tokenizer = opened.model, opened.tokenizer
+    compared = variants(config)
+    for variant in compared:
+        # Settings that don't fit are refused before anything has run.
+        engine_config = variant.engine_config(config)
+        make_policy(engine_config.memory, model.config, engine_config.bank_capacity)
+    log(f"{config.streams} streams of {config.minutes:g} min, {config.slots} side by side")
+    streams = [
+        evaluation_stream(config.seed, index, config.seconds, past=config.past)
+        for index in range(config.streams)
+    ]
+    judge = Judge(streams, tokenizer, config.tokens_per_second)
+    image_size = model.config.vision.image_size
+    runs, engine = [], None
+    with Renderer(
+        streams, seconds=config.seconds, image_size=image_size, processes=config.render_processes
+    ) as renderer:
+        for variant in compared:
+            log(str(variant))
+            if engine is None or engine.config != variant.engine_config(config):
+                engine = Engine(model, tokenizer, variant.engine_config(config))
+            watch = Stopwatch(
+                Blindfold(engine) if variant.blind else engine, functools.partial(programs_compiled, engine)
+            )
+            started = time.monotonic()
+            played = play(
+                {engine.config.slots: watch},
+                streams,
+                image_size=image_size,
+                tokens_per_second=config.tokens_per_second,
+                renderer=renderer,
+            )
+            wall = time.monotonic() - started
+            runs.append(
+                {
+                    "memory": variant.name,
+                    "frames": variant.frames,
+                    "bank_dtype": variant.bank_dtype,
+                    **bytes_of_a_stream(engine),
+                    **watch.times(),
+                    "wall_s": wall,
+                    "times_real_time": config.streams * config.seconds / wall,
+                    **judge.figures(played),
+                }
+            )
+    return {
+        "checkpoint": opened.name,
+        **{name: value for name, value in dataclasses.asdict(config).items() if name != "checkpoint"},
+        "image_size": image_size,
+        "dtype": str(model.dtype),
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        "versions": library_versions(),
+        "constant_guess": judge.constant_guess(),
+        "runs": runs,
+    }
+
+
+class Judge:
+    """Scores what is said over the same streams, run after run.
+
+    Args:
+      streams: with their truth, all of one length.
+      tokenizer: of the model.
+      tokens_per_second: speed of speech.
+    """
+
+    def __init__(self, streams: Sequence[TabletopStream], tokenizer: Tokenizer, tokens_per_second: int):
+        self._streams, self._tokenizer, self._speed = streams, tokenizer, tokens_per_second
+        self._ideals = [ideal_dialogue(stream, tokenizer, tokens_per_second) for stream in streams]
+
+    def figures(self, played: Sequence[Iterable[Event]]) -> dict[str, Any]:
+        """The figures of a run, JSON-ready.
+
+        Args:
+          played: the events of each stream.
+        """
+        said = [
+            scores.transcribe(events, stream.requests)
+            for events, stream in zip(played, self._streams, strict=True)
+        ]
+        end = self._streams[0].world.seconds
+        return {
+            "streams_cut_short": sum(not transcript.whole for transcript in said),
+            **ages.summary(self._answers(said)),
+            "first_minute": present(self._scores(said, range(-1, MINUTE))),
+            "last_minute": present(self._scores(said, range(end - MINUTE, end))),
+        }
+
+    def constant_guess(self) -> dict[str, Any]:
+        """The counts of the best constant guess, JSON-ready."""
+        # What is asked, and what would be right, doesn't depend on what is said.
+        nothing = StreamTranscript((), frozenset())
+        return ages.constant_guess(self._answers([nothing] * len(self._streams)))
+
+    def _answers(self, said: Sequence[StreamTranscript]) -> list[ages.Answer]:
+        rate = scores.SpeechRate(self._tokenizer, self._speed)
+        return [
+            answer
+            for stream, transcript in zip(self._streams, said, strict=True)
+            for answer in ages.answers(stream, scores.probes(stream, transcript, rate))
+        ]
+
+    def _scores(self, said: Sequence[StreamTranscript], during: range) -> list[Score]:
+        settings = {"tokenizer": self._tokenizer, "tokens_per_second": self._speed, "during": during}
+        return [
+            scores.score(stream, transcript, ideal, **settings)
+            for stream, transcript, ideal in zip(self._streams, said, self._ideals, strict=True)
+        ]
+
+
+def bytes_of_a_stream(engine: Engine) -> dict[str, int]:
+    """What one slot holds: keys, values and scales of the bank, and those of the text cache."""
+    stream = jax.eval_shape(engine.start).stream
+
+    def size(arrays: Any) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays)) // engine.config.slots
+
+    return {
+        "bank_bytes": size((stream.bank.keys, stream.bank.values)),
+        "text_bytes": size((stream.text.keys, stream.text.values)),
+    }
+
+
+def programs_compiled(engine: Engine) -> int:
+    """The number of programs that an engine has compiled so far."""
+    # jitted functions have no public count.
+    return sum(p._cache_size() for p in engine.programs.values())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def present(found: Sequence[Score]) -> dict[str, Any]:
+    """Five figures of the tabletop evaluation that take no long memory, answers about the present first."""
+    figures = scores.summary(found)
+    live = [[probe for probe in score.probes if probe.kind in LIVE] for score in found]
+    return {
+        "accuracy": scores.accuracy(live)["accuracy"],
+        **{name: figures[name] for name in ("alerts", "silence", "revision", "stale")},
+    }
