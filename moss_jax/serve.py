@@ -24,6 +24,7 @@ from moss_jax.config import (
     EngineConfig,
     FrameSampling,
     MemoryConfig,
+    SelectionConfig,
     SessionConfig,
     TokenSampling,
 )
@@ -103,7 +104,12 @@ def open_stream(args: argparse.Namespace) -> Stream:
     """Opens video and model, and compiles what a realtime stream can't wait for."""
     gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
     sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
-    session_config = override(gin_bindings.settings(SessionConfig), clock=args.clock)
+    selection = override(gin_bindings.settings(SelectionConfig), enabled=args.select or None)
+    session_config = override(gin_bindings.settings(SessionConfig), clock=args.clock, selection=selection)
+    rate = f"{sampling.fps:g}"
+    if not args.offline:
+        session_config, sampling = adapt_rate(session_config, sampling)
+        rate += f" to {sampling.fps:g}" * (f"{sampling.fps:g}" != rate)
     memory = override(gin_bindings.settings(MemoryConfig), policy=args.memory)
     engine_config = dataclasses.replace(gin_bindings.settings(EngineConfig), slots=1, memory=memory)
     token_sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
@@ -141,7 +147,7 @@ def open_stream(args: argparse.Namespace) -> Stream:
     length = f" · {info.duration:.1f} s" if info.duration else ""
     mode = "offline" if args.offline else session_config.clock
     heading = (
-        f"{Path(args.video).name} · {info.width}×{info.height}{length} · {sampling.fps:g} fps · {mode}\n"
+        f"{Path(args.video).name} · {info.width}×{info.height}{length} · {rate} fps · {mode}\n"
         f"{opened.name}\n"
     )
     # Times of the frames that cannot be decoded.
@@ -172,6 +178,23 @@ def open_stream(args: argparse.Namespace) -> Stream:
     if picture:
         events = tap(events, picture.add)
     return Stream(heading, events, stop, picture)
+
+
+def adapt_rate(session: SessionConfig, sampling: FrameSampling) -> tuple[SessionConfig, FrameSampling]:
+    """Has frames sampled at the highest rate at which selection takes them; `frames.fps` becomes its base rate.
+
+    Raises:
+      ConfigError: the highest rate is below the base rate.
+    """
+    selection = session.selection
+    if not selection.enabled or selection.max_fps is None:
+        return session, sampling
+    try:
+        selection = dataclasses.replace(selection, fps=sampling.fps)
+    except ConfigError as error:
+        raise ConfigError(f"selection.{error}") from error
+    sampling = dataclasses.replace(sampling, fps=selection.max_fps)
+    return dataclasses.replace(session, selection=selection), sampling
 
 
 def show(stream: Stream, args: argparse.Namespace) -> None:
@@ -262,6 +285,7 @@ def parse_arguments() -> argparse.Namespace:
         help="what is kept of the frames when the memory bank is full; with full, the stream ends then "
         f"(default: {settings(MemoryConfig).policy})",
     )
+    add("--select", action="store_true", help="do not show the model frames in which nothing has changed")
     add(
         "--checkpoint",
         metavar="DIR|REPO",

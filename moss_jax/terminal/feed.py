@@ -8,7 +8,16 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from moss_jax.config import SessionConfig
-from moss_jax.stream import End, EngineLike, Event, FrameSeen, FramesSkipped, NotAsked, Session
+from moss_jax.stream import (
+    End,
+    EngineLike,
+    Event,
+    FrameSeen,
+    FramesSkipped,
+    FrameUnseen,
+    NotAsked,
+    Session,
+)
 from moss_jax.text import chat
 from moss_jax.video import Frame
 
@@ -67,7 +76,7 @@ def run_session(
     feeder.start()
     try:
         for event in session:
-            if isinstance(event, FrameSeen):
+            if isinstance(event, FrameSeen | FrameUnseen):
                 feeder.room.release()
             if isinstance(event, End):
                 yield from feeder.not_asked(event)
@@ -94,7 +103,7 @@ def report_skipped(events: Iterable[Event], skipped: Sequence[float]) -> Generat
     """
     told = 0
     for event in events:
-        if isinstance(event, FrameSeen):
+        if isinstance(event, FrameSeen | FrameUnseen):
             end = bisect.bisect_left(skipped, event.time)
         elif isinstance(event, End) and event.reason in ("finished", "token_limit"):
             end = len(skipped)
