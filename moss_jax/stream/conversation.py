@@ -332,11 +332,12 @@ class Conversation:
             and self._inbox[0].time <= limit
             and _fits_step(due, self._inbox[0], perception_async=perception_async)
         ):
-            inbound = heapq.heappop(self._inbox)
-            if inbound.unseen == "rate":
-                self._pass_over(inbound)
+            if self._inbox[0].unseen != "rate":
+                due.append(heapq.heappop(self._inbox))
+            elif not due:
+                self._pass_over(heapq.heappop(self._inbox))
             else:
-                due.append(inbound)
+                break  # Events come in the order of the frames.
         return due
 
     def _pass_over(self, frame: Inbound) -> None:

@@ -37,8 +37,8 @@ def test_a_thumbnail_holds_the_means_of_its_cells():
     assert thumbnail(rgb[:5, :7]).shape == (5, 7, 3)
     np.testing.assert_array_equal(thumbnail(rgb[:5, :7]), rgb[:5, :7])
     # Of a large frame a part of the pixels is read.
-    large = picture(height=1024, width=1920)
-    np.testing.assert_allclose(thumbnail(large), large.reshape(64, 16, 64, 30, 3).mean((1, 3)), atol=16)
+    large = np.repeat(np.repeat(picture(), 8, axis=0), 8, axis=1)
+    assert np.abs(thumbnail(large) - thumbnail(picture())).mean() < 3
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (2, 3), (9, 300)])
