@@ -537,8 +537,8 @@ class SelectionConfig:
 
     Attributes:
       enabled: whether frames are selected; if not, every frame is shown.
-      min_change: change since the frame that was encoded last, as `memory.selection.change` measures it, below
-        which a frame is not encoded.
+      min_change: change since the frame that was encoded last, as `memory.selection.change` measures it,
+        below which a frame is not encoded.
       max_gap: seconds after which a frame is encoded whatever its change.
       min_distance: distance to the features of the frame that was remembered last, as
         `memory.selection.feature_distance` measures it, below which a frame is not remembered; None does not

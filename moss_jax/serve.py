@@ -33,7 +33,7 @@ from moss_jax.memory.policies import FULL, POLICIES
 from moss_jax.shipped import shipped
 from moss_jax.stream import End, Engine, Event, SessionError, answer_offline
 from moss_jax.stream.events import EndReason
-from moss_jax.terminal.feed import open_session, report_skipped, run_session
+from moss_jax.terminal.feed import adapt_rate, open_session, report_skipped, run_session
 from moss_jax.terminal.transcript import print_json, print_transcript
 from moss_jax.text import TokenizerError, chat
 from moss_jax.video import VideoError, VideoInfo, clip_times, fit_frames, probe, sample_at, sample_file
@@ -147,8 +147,7 @@ def open_stream(args: argparse.Namespace) -> Stream:
     length = f" · {info.duration:.1f} s" if info.duration else ""
     mode = "offline" if args.offline else session_config.clock
     heading = (
-        f"{Path(args.video).name} · {info.width}×{info.height}{length} · {rate} fps · {mode}\n"
-        f"{opened.name}\n"
+        f"{Path(args.video).name} · {info.width}×{info.height}{length} · {rate} fps · {mode}\n{opened.name}\n"
     )
     # Times of the frames that cannot be decoded.
     skipped: list[float] = []
@@ -178,23 +177,6 @@ def open_stream(args: argparse.Namespace) -> Stream:
     if picture:
         events = tap(events, picture.add)
     return Stream(heading, events, stop, picture)
-
-
-def adapt_rate(session: SessionConfig, sampling: FrameSampling) -> tuple[SessionConfig, FrameSampling]:
-    """Has frames sampled at the highest rate at which selection takes them; `frames.fps` becomes its base rate.
-
-    Raises:
-      ConfigError: the highest rate is below the base rate.
-    """
-    selection = session.selection
-    if not selection.enabled or selection.max_fps is None:
-        return session, sampling
-    try:
-        selection = dataclasses.replace(selection, fps=sampling.fps)
-    except ConfigError as error:
-        raise ConfigError(f"selection.{error}") from error
-    sampling = dataclasses.replace(sampling, fps=selection.max_fps)
-    return dataclasses.replace(session, selection=selection), sampling
 
 
 def show(stream: Stream, args: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
 """Selection of the frames of a live stream: which are encoded, and which of those are remembered.
 
-Whether a frame is encoded is decided on the host, by how much a thumbnail of it differs from that of the frame that
-was encoded last. Sensors, lamps and tripods change pictures as well, so the exposure is matched, the two are aligned,
-and edges may move by less than a cell. What is left counts where it is largest, so that a small thing in a corner
-weighs as much as a large one in the middle.
+Whether a frame is encoded is decided on the host, by how much a thumbnail of it differs from that of the
+frame that was encoded last. Noise, lamps and a shaking camera change pictures as well, so the exposure is
+matched, the two are aligned, and edges may move by less than a cell. What is left counts where it is largest,
+so that a small thing in a corner weighs as much as a large one in the middle.
 
 H, W height and width of a frame; R, C rows and columns of a thumbnail; N vectors a frame; D width
 """
@@ -50,7 +50,7 @@ def thumbnail(rgb: UInt8[np.ndarray, "H W 3"]) -> Thumbnail:
 def change(before: Thumbnail, after: Thumbnail) -> float:
     """Measures the largest local change between two frames, as a share of the full scale: 0 to 1.
 
-    Colours count, since a red and a purple may be the same grey. Frames of different shapes have changed by 1.
+    Colours count, since a red and a purple may be the same grey. Thumbnails of different shapes differ by 1.
     """
     if before.shape != after.shape:
         return 1.0

@@ -178,8 +178,8 @@ class Conversation:
     def receive(self, inbound: Inbound) -> None:
         """Puts a frame or a prompt into the inbox; a full realtime inbox drops its oldest frame.
 
-        Frames are selected here, in the order in which they come. One that has been selected is dropped for a later
-        one of its kind alone, so the frame that others are compared with is never lost.
+        Frames are selected here, in the order in which they come. One that has been selected is dropped for
+        a later one of its kind alone, so the frame that others are compared with is never lost.
         """
         self.latest = max(self.latest, inbound.time)
         if inbound.is_frame:

@@ -28,8 +28,8 @@ class Row:
 
     Attributes:
       tokens: may begin with PENDING.
-      frames: for each `<|image|>` among the tokens, in order, the index of its frame in the encoded features, or
-        None for a token without a frame; empty if none has one.
+      frames: for each `<|image|>` among the tokens, in order, the index of its frame in the encoded features,
+        or None for a token without a frame; empty if none has one.
       new_turn: whether the repetition penalty starts afresh.
       compact: whether the memory policy is run on the slot's bank before.
       kept: indices of the tokens that stay in the slot's text cache, ascending; None for all.

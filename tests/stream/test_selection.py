@@ -414,14 +414,12 @@ def one_pass_at(model):
 def test_the_law_holds_with_image_tokens_without_frames(
     make_engine, one_pass_at, frames, monkeypatch, min_distance
 ):
-    """A session gives the logits of one pass over its tokens, in which the frames that were shown have theirs."""
+    """A session gives the logits of one pass over its tokens and the frames that were shown."""
     engine = make_engine()
     steps = recording(engine, monkeypatch)
     shown = [frames[k] for k in (0, 0, 1, 1, 1, 2, 0)]
     selection = dataclasses.replace(ON, min_distance=min_distance, min_change=0.0 if min_distance else 0.08)
-    session = open_session(
-        engine, shown, selection=selection, prompts=[(2.5, "What?")], tokens_per_second=5
-    )
+    session = open_session(engine, shown, selection=selection, prompts=[(2.5, "What?")], tokens_per_second=5)
     events = list(session)
     reason = "alike" if min_distance else "still"
     reasons = ["seen", reason, "seen", reason, reason, "seen", "seen"]
