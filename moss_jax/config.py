@@ -549,7 +549,7 @@ class SelectionConfig:
 
     enabled: bool = False
     min_change: float = 0.08
-    max_gap: float = 10.0
+    max_gap: float = 3.0
     min_distance: float | None = None
     fps: float = 1.0
     max_fps: float | None = None

@@ -15,7 +15,6 @@ from moss_jax.stream import (
     PENDING,
     Counters,
     End,
-    Engine,
     FrameSeen,
     FrameUnseen,
     Row,
@@ -24,11 +23,10 @@ from moss_jax.stream import (
     Silence,
     Text,
 )
-from moss_jax.stream.engine import gather, pick_frame
 from moss_jax.text import chat
 
 SILENCE, IMAGE = 1021, 1024
-ON = SelectionConfig(enabled=True)
+ON = SelectionConfig(enabled=True, max_gap=1000)
 
 
 def level(value: int) -> np.ndarray:
@@ -254,7 +252,7 @@ def test_frames_above_the_rate_take_no_place_in_the_queue(scripted):
 
 def test_a_talking_realtime_session_tells_of_frames_above_the_rate(scripted, tokenizer):
     (word,) = words(tokenizer, " the")
-    selection = dataclasses.replace(ON, max_fps=1.0, max_gap=1000)
+    selection = dataclasses.replace(ON, max_fps=1.0)
     session = Session(
         scripted([word] * 10**5, text_capacity=10**6),
         SessionConfig(clock="realtime", selection=selection),
@@ -299,7 +297,7 @@ def test_what_frames_are_compared_with_stays_in_the_queue(scripted):
 
 def test_many_threads_may_push(scripted):
     engine = scripted(text_capacity=10**5)
-    selection = dataclasses.replace(ON, max_gap=1000)
+    selection = ON
     config = SessionConfig(clock="realtime", inbox_frames=10**4, selection=selection)
     watcher = Watcher(session := Session(engine, config, system=None))
     pushers = [
@@ -459,26 +457,6 @@ def test_rows_of_any_mix_give_the_logits_of_one_pass(make_engine, one_pass_at, f
     assert int(state.stream.bank.length[0]) == 4 * vectors
 
 
-def test_a_warm_session_that_selects_compiles_nothing(model, tokenizer, frames):
-    engine = Engine(model, tokenizer)
-    engine.warm_up(frames[0].shape)
-    programs = *engine.programs.values(), gather, pick_frame
-    compiled = [program._cache_size() for program in programs]
-    features = engine.encode(frames[:1])
-    state, _ = engine.step(engine.start(), [Row([1015] * 100)])
-    for row in (
-        Row([IMAGE], [None]),
-        Row([PENDING, IMAGE], [None]),
-        Row([PENDING, IMAGE, IMAGE, IMAGE], [None, 0, None]),
-        Row([PENDING, *[IMAGE] * 40], [None] * 39 + [0]),
-        Row([IMAGE] * 300, [None] * 300),
-    ):
-        state, _ = engine.step(state, [row], features)
-    for count in (1, 3, 9, 16, 30, 40):
-        engine.distance(features, 0, engine.encode((frames * 3)[:count]), count - 1)
-    assert [program._cache_size() for program in programs] == compiled
-
-
 def test_identical_frames_have_no_distance(make_engine, frames):
     engine = make_engine()
     features = engine.encode([frames[0], frames[1], frames[0]])
@@ -493,7 +471,7 @@ def test_a_realtime_session_that_selects_gives_the_logits_of_one_pass(
     engine = make_engine(perception_device=jax.devices()[0] if perception_async else None)
     engine.encode(frames[:1])
     steps = recording(engine, monkeypatch)
-    config = SessionConfig(clock="realtime", selection=dataclasses.replace(ON, max_gap=1000))
+    config = SessionConfig(clock="realtime", selection=ON)
     watcher = Watcher(session := Session(engine, config, system=None))
     order = [0, 0, 1, 1, 2, 2]
     for count, k in enumerate(order, 1):
