@@ -305,9 +305,7 @@ class Trainer:
         B, F = frame_positions.shape
         features = model.encode(pixels.reshape(B * F, *pixels.shape[2:]))
         features = features.reshape(B, F, *features.shape[1:])
-        return run_segments(
-            model, memory, tokens, features, frame_positions, batch.segments, self._memories
-        )
+        return run_segments(model, memory, tokens, features, frame_positions, batch.segments, self._memories)
 
     def _merge(self, params: dict[str, Array]) -> MossVideo:
         """Returns the model with these parameters."""

@@ -6,12 +6,11 @@ import pytest
 
 from moss_jax.config import ConfigError, SelectionConfig
 from moss_jax.memory.selection import Selection, change, feature_distance, select, thumbnail
-from moss_jax.worlds.tabletop import digits
+from moss_jax.worlds.tabletop import TabletopStream, digits
 from moss_jax.worlds.tabletop.render import Look
-from moss_jax.worlds.tabletop.stream import take_photographs
-from moss_jax.worlds.tabletop.world import generate
+from moss_jax.worlds.tabletop.world import Impairment, generate
 
-ON = SelectionConfig(enabled=True)
+ON = SelectionConfig(enabled=True, max_gap=1000)
 STREAMS, SECONDS = 32, 24
 
 
@@ -103,18 +102,16 @@ def tables():
     for seed in range(STREAMS):
         rng = np.random.default_rng([3, seed])
         world = generate(rng, SECONDS, digit_indices=digits.held_out_indices(), rate=0.5, gap=2)
-        scenes = (world.scene(float(second)) for second in range(SECONDS))
-        streams.append((world, list(take_photographs(scenes, Look.draw(rng), seed=seed, size=112))))
+        streams.append((world, TabletopStream(world, Look.draw(rng), (), seed).frames(112)))
     return streams
 
 
 def test_on_a_table_every_event_is_encoded_and_next_to_nothing_else(tables):
-    config = SelectionConfig(enabled=True, max_gap=1000)
     events, still, encoded = {}, 0, 0
     for world, frames in tables:
         state, at = Selection(), {event.frame: event.change for event in world.events}
         for second, frame in enumerate(frames):
-            reason, state = select(config, state, float(second), thumbnail(frame))
+            reason, state = select(ON, state, float(second), thumbnail(frame))
             if second == 0 or second in at:
                 assert reason is None, at[second]
                 events[at.get(second, "first")] = events.get(at.get(second, "first"), 0) + 1
@@ -124,6 +121,24 @@ def test_on_a_table_every_event_is_encoded_and_next_to_nothing_else(tables):
     assert min(events.values()) >= 10
     assert still > 300
     assert encoded < 0.1 * still
+
+
+@pytest.mark.parametrize("kind", ["black", "overexposed", "blurred"])
+def test_a_camera_that_goes_blind_and_sees_again_is_a_change(kind):
+    seen = 0
+    for seed in range(20):
+        rng = np.random.default_rng([4, seed])
+        impairments = (Impairment(3, 6, kind),)
+        indices = digits.held_out_indices()
+        world = generate(rng, 8, digit_indices=indices, rate=0.0, gap=1, impairments=impairments)
+        if not world.tables[0].things:
+            continue  # A blurred table is a table.
+        frames, state = TabletopStream(world, Look.draw(rng), (), seed).frames(112), Selection()
+        for second, frame in enumerate(frames):
+            reason, state = select(ON, state, float(second), thumbnail(frame))
+            assert reason is None or second not in (3, 6)
+            seen += second in (3, 6)
+    assert seen >= 20
 
 
 def test_a_still_stream_has_a_heartbeat():
