@@ -17,7 +17,7 @@ from moss_jax.config import (
 )
 from moss_jax.convert import open_model
 from moss_jax.stream import End, Engine, Event, Text, answer_offline
-from moss_jax.terminal.feed import open_session, report_skipped, run_session
+from moss_jax.terminal.feed import adapt_rate, open_session, report_skipped, run_session
 from moss_jax.terminal.transcript import ENDINGS
 from moss_jax.text import chat
 from moss_jax.video import clip_times, fit_frames, sample_at, sample_file
@@ -106,7 +106,8 @@ def watch(
         A prompt that is due after the end of the stream gives an event `NotAsked`.
       checkpoint: see `open_engine`; it is loaded and compiled at each call.
       engine: takes the place of the checkpoint.
-      frames: their rate; the bounds on their number apply to `ask` alone.
+      frames: their rate, while nothing changes if the session has a `selection.max_fps`; the bounds on their
+        number apply to `ask` alone.
       session: clock and bounds; by default lockstep, where the events depend on the input alone, with 10 s
         for the last answer.
       system: system prompt; None for none.
@@ -117,11 +118,12 @@ def watch(
       VideoError: the video cannot be read.
     """
     skipped: list[float] = []
-    shown = sample_file(video, frames or FrameSampling(), skipped.append)
+    session, frames = adapt_rate(session or SessionConfig(tail_seconds=10.0), frames or FrameSampling())
+    shown = sample_file(video, frames, skipped.append)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     timed = [(0.0, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     engine = engine or open_engine(checkpoint)
-    opened, later = open_session(engine, timed, session or SessionConfig(tail_seconds=10.0), system=system)
+    opened, later = open_session(engine, timed, session, system=system)
     return report_skipped(run_session(opened, shown, later), skipped)
 
 

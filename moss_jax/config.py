@@ -20,6 +20,7 @@ ComputeDtype = Literal["bfloat16", "float32"]
 DataKind = Literal["tabletop", "conversations"]
 TextMemory = Literal["full", "window"]
 BankDtype = Literal["int8", "fp8"]
+UnseenReason = Literal["still", "alike", "rate"]
 
 MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
 
@@ -531,6 +532,44 @@ class EngineConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SelectionConfig:
+    """Which frames of a live stream are shown to the model.
+
+    Attributes:
+      enabled: whether frames are selected; if not, every frame is shown.
+      min_change: change since the frame that was encoded last, as `memory.selection.change` measures it,
+        below which a frame is not encoded.
+      max_gap: seconds after which a frame is encoded whatever its change.
+      min_distance: distance to the features of the frame that was remembered last, as
+        `memory.selection.feature_distance` measures it, below which a frame is not remembered; None does not
+        measure it, which would have the host wait for the features of each frame.
+      fps: frames per second that enter while nothing changes. Applies where there is a `max_fps`.
+      max_fps: frames per second that enter while something changes; None leaves the rate to the source.
+    """
+
+    enabled: bool = False
+    min_change: float = 0.08
+    max_gap: float = 3.0
+    min_distance: float | None = None
+    fps: float = 1.0
+    max_fps: float | None = None
+
+    def __post_init__(self):
+        _convert_fields(self)
+        _require(0 <= self.min_change <= 1, f"min_change must be in [0, 1], not {self.min_change:g}")
+        _require(self.max_gap > 0, f"max_gap must be a positive number of seconds, not {self.max_gap:g}")
+        _require(
+            self.min_distance is None or self.min_distance >= 0,
+            f"min_distance must be at least 0, or None; got {self.min_distance}",
+        )
+        _require(0 < self.fps < math.inf, f"fps must be a positive number, not {self.fps:g}")
+        _require(
+            self.max_fps is None or self.fps <= self.max_fps < math.inf,
+            f"max_fps must be a number from fps {self.fps:g} on, or None; got {self.max_fps}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class SessionConfig:
     """The clock and the queue of a live session.
 
@@ -542,6 +581,7 @@ class SessionConfig:
       inbox_frames: frames that may be queued in a realtime session before the oldest is dropped. Prompts are
         never dropped, and a lockstep session drops nothing.
       max_tokens_per_turn: tokens after which an answer is cut and the stream goes on silent.
+      selection: which frames are shown to the model.
     """
 
     clock: Clock = "lockstep"
@@ -549,6 +589,7 @@ class SessionConfig:
     tail_seconds: float = 1.0
     inbox_frames: int = 8
     max_tokens_per_turn: int = 1024
+    selection: SelectionConfig = SelectionConfig()
 
     def __post_init__(self):
         _convert_fields(self)

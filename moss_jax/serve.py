@@ -24,6 +24,7 @@ from moss_jax.config import (
     EngineConfig,
     FrameSampling,
     MemoryConfig,
+    SelectionConfig,
     SessionConfig,
     TokenSampling,
 )
@@ -32,7 +33,7 @@ from moss_jax.memory.policies import FULL, POLICIES
 from moss_jax.shipped import shipped
 from moss_jax.stream import End, Engine, Event, SessionError, answer_offline
 from moss_jax.stream.events import EndReason
-from moss_jax.terminal.feed import open_session, report_skipped, run_session
+from moss_jax.terminal.feed import adapt_rate, open_session, report_skipped, run_session
 from moss_jax.terminal.transcript import print_json, print_transcript
 from moss_jax.text import TokenizerError, chat
 from moss_jax.video import VideoError, VideoInfo, clip_times, fit_frames, probe, sample_at, sample_file
@@ -103,7 +104,12 @@ def open_stream(args: argparse.Namespace) -> Stream:
     """Opens video and model, and compiles what a realtime stream can't wait for."""
     gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
     sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
-    session_config = override(gin_bindings.settings(SessionConfig), clock=args.clock)
+    selection = override(gin_bindings.settings(SelectionConfig), enabled=args.select or None)
+    session_config = override(gin_bindings.settings(SessionConfig), clock=args.clock, selection=selection)
+    rate = f"{sampling.fps:g}"
+    if not args.offline:
+        session_config, sampling = adapt_rate(session_config, sampling)
+        rate += f" to {sampling.fps:g}" * (f"{sampling.fps:g}" != rate)
     memory = override(gin_bindings.settings(MemoryConfig), policy=args.memory)
     engine_config = dataclasses.replace(gin_bindings.settings(EngineConfig), slots=1, memory=memory)
     token_sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
@@ -141,8 +147,7 @@ def open_stream(args: argparse.Namespace) -> Stream:
     length = f" · {info.duration:.1f} s" if info.duration else ""
     mode = "offline" if args.offline else session_config.clock
     heading = (
-        f"{Path(args.video).name} · {info.width}×{info.height}{length} · {sampling.fps:g} fps · {mode}\n"
-        f"{opened.name}\n"
+        f"{Path(args.video).name} · {info.width}×{info.height}{length} · {rate} fps · {mode}\n{opened.name}\n"
     )
     # Times of the frames that cannot be decoded.
     skipped: list[float] = []
@@ -262,6 +267,7 @@ def parse_arguments() -> argparse.Namespace:
         help="what is kept of the frames when the memory bank is full; with full, the stream ends then "
         f"(default: {settings(MemoryConfig).policy})",
     )
+    add("--select", action="store_true", help="do not show the model frames in which nothing has changed")
     add(
         "--checkpoint",
         metavar="DIR|REPO",

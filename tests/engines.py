@@ -126,6 +126,9 @@ class ScriptedEngine:
         # A frame is identified by its first pixel.
         return [int(frame[0, 0, 0]) for frame in frames]
 
+    def distance(self, before: Sequence[int], i: int, after: Sequence[int], j: int) -> float:
+        return abs(after[j] - before[i]) / 255
+
     def step(
         self, state: ScriptedState, rows: Sequence[Row | None], features: Sequence[int] = ()
     ) -> tuple[ScriptedState, Sampled]:
@@ -140,7 +143,7 @@ class ScriptedEngine:
             self.compactions += row.compact
             tokens = [state.pending[slot] if t == PENDING else t for t in row.tokens]
             assert sum(t == special.image for t in tokens) == len(row.frames)
-            self.seen += [features[i] for i in row.frames]
+            self.seen += [features[i] for i in row.frames if i is not None]
             state.context[slot] += tokens
             script = self.script.get(slot)
             # The sample after a speculative silence is dropped, so it does not come from the script.

@@ -14,6 +14,7 @@ from moss_jax.config import (
     InitialModelConfig,
     MeshConfig,
     OptimizerConfig,
+    SelectionConfig,
     SessionConfig,
     TabletopConfig,
     TokenSampling,
@@ -38,6 +39,11 @@ def test_parameters_win_over_files(tmp_path):
     assert gin_bindings.settings(TokenSampling) == TokenSampling()
     gin_bindings.parse()
     assert gin_bindings.settings(SessionConfig) == SessionConfig()
+
+
+def test_the_selection_of_frames_is_bound():
+    gin_bindings.parse([], ["selection.enabled = True", "selection.max_fps = 4"])
+    assert gin_bindings.settings(SelectionConfig) == SelectionConfig(enabled=True, max_fps=4.0)
 
 
 def test_training_configs_are_bound_to_short_names():

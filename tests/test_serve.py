@@ -114,6 +114,20 @@ def test_the_transcript_has_a_heading_and_a_summary(checkpoint):
     assert "6 frames" in result.stdout
 
 
+def test_frames_in_which_nothing_changes_may_be_left_out(checkpoint, tmp_path):
+    arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--prompt", "What?", "--select"]
+    *events, end = events_of(run(*arguments, "--json", "--timeline", tmp_path / "session.png"))
+    frames = [event for event in events if event["type"] in ("frame", "unseen")]
+    assert [event["time"] for event in frames] == list(range(30))
+    unseen = [event for event in frames if event["type"] == "unseen"]
+    assert {event["reason"] for event in unseen} == {"still"}
+    assert 10 <= len(unseen) == end["counters"]["frames_still"] <= 25
+    assert_is_picture(tmp_path / "session.png")
+    result = run(*arguments, "--gin_param", "selection.max_fps = 4")
+    assert "30.0 s · 1 to 4 fps · lockstep" in result.stdout
+    assert re.search(r"\d+ frames still, \d+ frames above the rate", result.stdout)
+
+
 def test_a_full_bank_ends_no_stream_but_one_that_may_not_forget(checkpoint):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--fps", "10", "--json"]
     arguments += ["--prompt", "And now?", "--prompt-at", "29"]

@@ -10,7 +10,7 @@ G query heads per kv head, H = K * G, D head
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ class Recorder:
     Attributes:
       tokens: read by the model, in order. It reads a token that it has sampled with the next row.
       said: index of each token of its own text; it sampled token `i` after reading those before it.
-      frames: seen by the model, one for each `<|image|>` among the tokens.
+      frames: seen by the model, in order.
 
     Raises:
       ValueError: the engine has more than one slot.
@@ -132,18 +132,23 @@ class Recorder:
         self.tokens: list[int] = []
         self.said: list[int] = []
         self.frames: list[UInt8[np.ndarray, "H W 3"]] = []
+        self._positions: list[int] = []
         self._encoded: Sequence[UInt8[np.ndarray, "H W 3"]] = ()
         self._sampled = PENDING
 
     def start(self) -> EngineState:
         """Starts the engine and a new recording."""
-        self.tokens, self.said, self.frames = [], [], []
+        self.tokens, self.said, self.frames, self._positions = [], [], [], []
         return self._engine.start()
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
         """Encodes frames and keeps them for the rows that refer to them."""
         self._encoded = frames
         return self._engine.encode(frames)
+
+    def distance(self, *frames: Any) -> float:
+        """As the engine's."""
+        return self._engine.distance(*frames)
 
     def step(
         self, state: EngineState, rows: Sequence[Row | None], features: Float[Array, "P N D"] | None = None
@@ -152,12 +157,14 @@ class Recorder:
         (row,) = rows
         assert row
         state, sampled = self._engine.step(state, rows, features)
+        for offset, index in row.placed(self.tokenizer.special.image).items():
+            self._positions.append(len(self.tokens) + offset)
+            self.frames.append(self._encoded[index])
         for token in row.tokens:
             if token == PENDING:
                 self.said.append(len(self.tokens))
                 token = self._sampled
             self.tokens.append(token)
-        self.frames += [self._encoded[index] for index in row.frames]
         self._sampled = int(sampled.tokens[0])
         return state, sampled
 
@@ -166,11 +173,10 @@ class Recorder:
     ) -> tuple[Int[np.ndarray, "1 T"], Float[Array, "1 F H W 3"], Int[np.ndarray, "1 F"]]:
         """The recorded tokens, pixels and frame positions, as the model's one-pass call takes them."""
         tokens = np.asarray([self.tokens], np.int32)
-        positions = np.flatnonzero(tokens[0] == self.tokenizer.special.image).astype(np.int32)
         vision = self._engine.model_config.vision
         size = vision.image_size
         fitted = [
             preprocess(jnp.asarray(frame), image_size=size, mean=vision.image_mean, std=vision.image_std)
             for frame in self.frames
         ]
-        return tokens, jnp.stack(fitted)[None], positions[None]
+        return tokens, jnp.stack(fitted)[None], np.asarray([self._positions], np.int32)

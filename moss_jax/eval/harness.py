@@ -5,6 +5,7 @@ Sessions run in lockstep, so what a model says depends on the streams and the we
 
 import collections
 import dataclasses
+import math
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -118,6 +119,10 @@ class Blindfold:
 
     def encode(self, frames: Sequence[np.ndarray]) -> None:
         """Encodes nothing."""
+
+    def distance(self, *_: Any) -> float:
+        """Frames have no features, so none is like another."""
+        return math.inf
 
     def step(self, state: Any, rows: Sequence[Row | None], features: None = None) -> tuple[Any, Sampled]:
         """Steps the engine, with the frames taken out of the rows."""

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from moss_jax.config import EngineConfig, SessionConfig
+from moss_jax.config import EngineConfig, SessionConfig, UnseenReason
+from moss_jax.memory import selection
 from moss_jax.memory.eviction import Kind, tokens_to_keep
 from moss_jax.stream.events import (
     Counters,
@@ -16,6 +17,7 @@ from moss_jax.stream.events import (
     EndReason,
     Event,
     FrameSeen,
+    FrameUnseen,
     Interrupted,
     NearCapacity,
     NotAsked,
@@ -49,7 +51,9 @@ class Inbound:
     Attributes:
       kind: 0 for a prompt, 1 for a frame.
       order: of pushing, among those of one time and kind.
-      rgb: None for a prompt.
+      rgb: None for a prompt, and for a frame that the model is not shown.
+      thumbnail: of a frame; None where frames are not selected.
+      unseen: why the model is not shown a frame; None if it is.
       tokens: that a prompt appends.
       claimed: whether the perception thread encodes the frame.
       encoded: a frame's features, once the perception thread has them.
@@ -59,10 +63,17 @@ class Inbound:
     kind: int
     order: int
     rgb: UInt8[np.ndarray, "H W 3"] | None = dataclasses.field(default=None, compare=False)
+    thumbnail: selection.Thumbnail | None = dataclasses.field(default=None, compare=False)
+    unseen: UnseenReason | None = dataclasses.field(default=None, compare=False)
     prompt: str = dataclasses.field(default="", compare=False)
     tokens: list[int] = dataclasses.field(default_factory=list, compare=False)
     claimed: bool = dataclasses.field(default=False, compare=False)
     encoded: Encoded | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def is_frame(self) -> bool:
+        """Whether it is a frame and no prompt."""
+        return self.kind == 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,6 +86,7 @@ class Plan:
     """The next move of a slot: the row to append (empty if the stream just ended) and the events of it.
 
     Attributes:
+      frames: of the row's `<|image|>` tokens, those that the model is not shown included.
       speculative: the row is only the token of the step in flight, which may turn out to be a silence.
       compact, kept: as in `Row`.
       end: why the stream ends here.
@@ -88,6 +100,11 @@ class Plan:
     compact: bool = False
     kept: list[int] | None = None
     end: EndReason | None = None
+
+    @property
+    def seen(self) -> list[Inbound]:
+        """The frames that the model is shown."""
+        return [frame for frame in self.frames if not frame.unseen]
 
 
 class Conversation:
@@ -106,6 +123,7 @@ class Conversation:
       stopped: the stream ends at the next token.
       ended: the stream is over.
       latest: the latest time of anything pushed.
+      latest_frame: of any frame.
       speaking: whether the model is in the middle of an answer.
       interrupted: whether an answer in progress is to be cut.
     """
@@ -122,7 +140,7 @@ class Conversation:
     ):
         self.slot = slot
         self.finished = self.stopped = self.ended = False
-        self.latest = 0.0
+        self.latest = self.latest_frame = 0.0
         self.speaking = self.interrupted = False
         self._config = config
         self._capacity = capacity
@@ -131,6 +149,9 @@ class Conversation:
         self._opening: list[int] | None = opening
         self._prompt = prompt
         self._inbox: list[Inbound] = []
+        self._selection = selection.Selection()
+        # Events of frames that no row is made for, until they are told.
+        self._passed: list[Event] = []
         self._counts = dict.fromkeys((f.name for f in dataclasses.fields(Counters)), 0)
         # The begin of the next row, and what it is: the pending token, unless it has been appended already.
         self._pending, self._pending_kinds = [PENDING], [Kind.UNKNOWN]
@@ -155,15 +176,33 @@ class Conversation:
         self.finished, self._finished_at = True, wall
 
     def receive(self, inbound: Inbound) -> None:
-        """Puts a frame or a prompt into the inbox; a full realtime inbox drops its oldest frame."""
+        """Puts a frame or a prompt into the inbox; a full realtime inbox drops its oldest frame.
+
+        Frames are selected here, in the order in which they come. One that has been selected is dropped for
+        a later one of its kind alone, so the frame that others are compared with is never lost.
+        """
         self.latest = max(self.latest, inbound.time)
-        if inbound.rgb is not None and self._config.clock == "realtime":
-            waiting = [i for i in self._inbox if i.rgb is not None]
-            if len(waiting) >= self._config.inbox_frames:
-                self._inbox.remove(min(waiting))
+        if inbound.is_frame:
+            self.latest_frame = max(self.latest_frame, inbound.time)
+            self._select(inbound)
+        heapq.heappush(self._inbox, inbound)
+        if inbound.is_frame and inbound.unseen != "rate" and self._config.clock == "realtime":
+            waiting = [i for i in self._inbox if i.is_frame and i.unseen != "rate"]
+            if len(waiting) > self._config.inbox_frames:
+                older = [i for i in waiting if i is not inbound]
+                self._inbox.remove(min([i for i in waiting if i.unseen] or older))
                 heapq.heapify(self._inbox)
                 self._counts["frames_dropped"] += 1
-        heapq.heappush(self._inbox, inbound)
+
+    def _select(self, frame: Inbound) -> None:
+        """Decides whether a frame is to be encoded."""
+        if frame.thumbnail is None:
+            return
+        frame.unseen, self._selection = selection.select(
+            self._config.selection, self._selection, frame.time, frame.thumbnail
+        )
+        if frame.unseen:
+            frame.rgb = None
 
     def unclaimed_frames(self) -> list[Inbound]:
         """Frames in the inbox that the perception thread has not claimed."""
@@ -199,16 +238,20 @@ class Conversation:
             return self._append([], in_flight)
         if self.finished and not self._inbox and not in_flight:
             return self._end("finished")
+        if self._passed and not in_flight:
+            return Plan()
         return None
 
     def events(self, plan: Plan) -> Iterator[Event]:
         """The events of a plan, to be read after those of the tokens before it."""
+        while self._passed:
+            yield self._passed.pop(0)
         for event in plan.events:
             if isinstance(event, Turn):
                 yield from self._interrupt()
             yield event
         if plan.end:
-            for prompt in sorted(i for i in self._inbox if i.rgb is None):
+            for prompt in sorted(i for i in self._inbox if not i.is_frame):
                 yield NotAsked(**self._stamp(), prompt=prompt.prompt, time=prompt.time)
             yield End(**self._stamp(), reason=plan.end, counters=Counters(**self._counts))
 
@@ -289,8 +332,40 @@ class Conversation:
             and self._inbox[0].time <= limit
             and _fits_step(due, self._inbox[0], perception_async=perception_async)
         ):
-            due.append(heapq.heappop(self._inbox))
+            if self._inbox[0].unseen != "rate":
+                due.append(heapq.heappop(self._inbox))
+            elif not due:
+                self._pass_over(heapq.heappop(self._inbox))
+            else:
+                break  # Events come in the order of the frames.
         return due
+
+    def _pass_over(self, frame: Inbound) -> None:
+        """Notes a frame that came too early."""
+        if frame.time > self._now():
+            self._instant, self._ticks = frame.time, 0
+        self._passed.append(self._frame_event(frame))
+
+    def _frame_event(self, frame: Inbound) -> FrameSeen | FrameUnseen:
+        """Counts a frame; the event of it."""
+        number = sum(self._counts[f"frames{suffix}"] for suffix in ("", "_still", "_alike", "_rate"))
+        if frame.unseen:
+            self._counts[f"frames_{frame.unseen}"] += 1
+            return FrameUnseen(**self._stamp(), index=number, time=frame.time, reason=frame.unseen)
+        self._counts["frames"] += 1
+        return FrameSeen(**self._stamp(), index=number, time=frame.time)
+
+    def withdraw(self, plan: Plan, frame: Inbound) -> None:
+        """Takes a frame out of a plan whose events have not been read: its features are like those before."""
+        frame.unseen = "alike"
+        events = [i for i, event in enumerate(plan.events) if isinstance(event, FrameSeen | FrameUnseen)]
+        place = events[plan.frames.index(frame)]
+        seen = plan.events[place]
+        assert isinstance(seen, FrameSeen)
+        plan.events[place] = FrameUnseen(**vars(seen), reason="alike")
+        self._counts["frames"] -= 1
+        self._counts["frames_alike"] += 1
+        self._frame_room += 1
 
     def _append(self, due: list[Inbound], in_flight: Plan | None) -> Plan | None:
         """Plans the row and the events of what is due, as far as there is room; the end if there is none."""
@@ -307,9 +382,10 @@ class Conversation:
             self._inbox += due
             return self._end("text_capacity")
         for index, inbound in enumerate(due):
-            is_frame = inbound.rgb is not None
+            is_frame = inbound.is_frame
             tokens = [self._special.image] if is_frame else inbound.tokens
-            if not self._make_room(plan, len(kinds) + len(tokens), is_frame=is_frame):
+            is_seen = is_frame and not inbound.unseen
+            if not self._make_room(plan, len(kinds) + len(tokens), is_frame=is_seen):
                 # Back into the inbox, for the next row, or so that prompts are named at the end.
                 for left in due[index:]:
                     heapq.heappush(self._inbox, left)
@@ -320,10 +396,8 @@ class Conversation:
                 self._instant, self._ticks = inbound.time, 0
             if is_frame:
                 plan.frames.append(inbound)
-                number = self._counts["frames"]
-                plan.events.append(FrameSeen(**self._stamp(), index=number, time=inbound.time))
-                self._counts["frames"] += 1
-                self._frame_room -= 1
+                plan.events.append(self._frame_event(inbound))
+                self._frame_room -= is_seen
             else:
                 plan.new_turn = True
                 plan.events.append(self._turn(inbound.prompt))
@@ -341,7 +415,7 @@ class Conversation:
 
         Args:
           tokens: of the row.
-          is_frame: whether they bring one more frame.
+          is_frame: whether they bring one more frame that the model is shown.
 
         Returns:
           Whether it fits. If it never will, the end reason is set.
@@ -351,7 +425,7 @@ class Conversation:
             if memory.policy == "full":
                 self._end_reason = "bank_capacity"
                 return False
-            if plan.frames:
+            if plan.seen:
                 return False
             plan.compact = True
             self._frame_room = capacity.bank_capacity - memory.low_mark(capacity.bank_capacity)

@@ -60,7 +60,7 @@ class StepInFlight:
         self.plans, self.begun = plans, time.monotonic()
         self._tokens, self._timer = tokens, timer
         tokens.copy_to_host_async()
-        self._kind = (max(len(p.tokens) for p in plans.values()), sum(len(p.frames) for p in plans.values()))
+        self._kind = (max(len(p.tokens) for p in plans.values()), sum(len(p.seen) for p in plans.values()))
         if self._kind == DECODE:
             # Other steps are dispatched as soon as there is reason to; only decode steps are timed.
             timer.record_dispatch(self.begun - dispatch_started)

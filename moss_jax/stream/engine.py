@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from moss_jax.config import ConfigError, EngineConfig, TokenSampling
 from moss_jax.memory.policies import make_policy
+from moss_jax.memory.selection import feature_distance
 from moss_jax.nn import MossVideo, for_decoding
 from moss_jax.stream.parameters import functionalize
 from moss_jax.stream.perception import ENCODE_BUCKETS, FrameEncoder
@@ -63,6 +64,10 @@ class EngineLike(Protocol):
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]], /) -> Any:
         """Features of frames, with that of frame `i` at index `i`."""
+        ...
+
+    def distance(self, before: Any, index_before: int, after: Any, index_after: int, /) -> float:
+        """Distance of the features of two encoded frames; asked for where `selection.min_distance` is set."""
         ...
 
     def step(self, state: Any, rows: Sequence[Row | None], features: Any = None, /) -> tuple[Any, Sampled]:
@@ -189,6 +194,18 @@ class Engine:
         """
         return self.frame_encoder.encode(frames)
 
+    def distance(
+        self,
+        before: Float[Array, "P N D"],
+        index_before: int,
+        after: Float[Array, "Q N D"],
+        index_after: int,
+    ) -> float:
+        """Waits for the features of two encoded frames; their distance by `feature_distance`."""
+        return float(
+            _distance(pick_frame(before, np.int32(index_before)), pick_frame(after, np.int32(index_after)))
+        )
+
     def step(
         self,
         state: EngineState,
@@ -248,6 +265,8 @@ class Engine:
         one, few, many = ENCODE_BUCKETS
         # Up to a large batch behind a small one; the features of several batches are concatenated.
         encoded = [self.encode([frame] * count) for count in (one, *range(few, few + many + 1, few))]
+        for features in encoded:
+            self.distance(features, 0, features, 0)
         for row, features in itertools.product(rows, {len(x): x for x in encoded}.values()):
             if row.frames or features is encoded[0]:
                 # The state is dropped each time, so that there is never room needed for two.
@@ -273,7 +292,8 @@ class Engine:
         """As `step_arguments`; those of a decode step, the most frequent one, stay on the device."""
         image = self.tokenizer.special.image
         if any(row and (list(row.tokens) != [PENDING] or row.new_turn) for row in rows):
-            return step_arguments(rows, image)
+            # Arguments from the host would need another program of one token than those on the device.
+            return step_arguments(rows, image, least=2)
         taking_part = tuple(row is not None for row in rows)
         if taking_part not in self._decode_arguments:
             arguments = jax.device_put(step_arguments(rows, image), self.placement)
@@ -289,6 +309,15 @@ def _flat[**Arguments](function: Callable[Arguments, EngineState]) -> Callable[A
 def gather(features: Float[Array, "P N D"], index: Int[Array, "B F"]) -> Float[Array, "B F N D"]:
     """The features of each slot's frames."""
     return features[index]
+
+
+@jax.jit
+def pick_frame(features: Float[Array, "P N D"], index: Int[Array, ""]) -> Float[Array, "N D"]:
+    """The features of one frame, so that their comparison is one program for any number of encoded ones."""
+    return features[index]
+
+
+_distance = jax.jit(feature_distance)
 
 
 @jax.jit

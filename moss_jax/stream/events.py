@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, ClassVar, Literal
 
+from moss_jax.config import UnseenReason
+
 EndReason = Literal["finished", "stopped", "text_capacity", "bank_capacity", "not_finite", "token_limit"]
 
 
@@ -12,6 +14,7 @@ class Counters:
 
     Attributes:
       frames, frames_dropped: seen by the model, and pushed out of a full inbox.
+      frames_still, frames_alike, frames_rate: not shown to the model, by the reason of their `FrameUnseen`.
       prompts: user turns that were not empty.
       tokens: tokens of text.
       silences: times that the model had nothing (more) to say.
@@ -20,6 +23,9 @@ class Counters:
 
     frames: int = 0
     frames_dropped: int = 0
+    frames_still: int = 0
+    frames_alike: int = 0
+    frames_rate: int = 0
     prompts: int = 0
     tokens: int = 0
     silences: int = 0
@@ -53,6 +59,22 @@ class FrameSeen(Event):
     type: ClassVar[str] = "frame"
     index: int
     time: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrameUnseen(Event):
+    """Frame number `index` of the stream, taken at `time`, was not shown to the model (`SelectionConfig`).
+
+    Attributes:
+      reason: "still" where it looks like the frame that was encoded last, "alike" where its features are like
+        those of the frame that was remembered last; its `<|image|>` token alone enters the context. "rate"
+        where it came too early; nothing enters.
+    """
+
+    type: ClassVar[str] = "unseen"
+    index: int
+    time: float
+    reason: UnseenReason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,17 +28,26 @@ class Row:
 
     Attributes:
       tokens: may begin with PENDING.
-      frames: for each `<|image|>` among the tokens, in order, the index of its frame in the encoded features.
+      frames: for each `<|image|>` among the tokens, in order, the index of its frame in the encoded features,
+        or None for a token without a frame; empty if none has one.
       new_turn: whether the repetition penalty starts afresh.
       compact: whether the memory policy is run on the slot's bank before.
       kept: indices of the tokens that stay in the slot's text cache, ascending; None for all.
     """
 
     tokens: Sequence[int]
-    frames: Sequence[int] = ()
+    frames: Sequence[int | None] = ()
     new_turn: bool = False
     compact: bool = False
     kept: Sequence[int] | None = None
+
+    def placed(self, image: int) -> dict[int, int]:
+        """The index of each frame by the offset of its token in the row."""
+        if not self.frames:
+            return {}
+        offsets = [i for i, token in enumerate(self.tokens) if token == image]
+        pairs = zip(offsets, self.frames, strict=True)
+        return {offset: frame for offset, frame in pairs if frame is not None}
 
 
 @jax.tree_util.register_dataclass
@@ -72,16 +81,18 @@ class StepArguments(NamedTuple):
     feature_index: Int[Array, "B F"] | Int[np.ndarray, "B F"] | None
 
 
-def step_arguments(rows: Sequence[Row | None], image: int) -> StepArguments:
+def step_arguments(rows: Sequence[Row | None], image: int, *, least: int = 1) -> StepArguments:
     """Pads rows to the arguments of one step; slots whose row is None get length 0.
 
     Args:
       rows: one for each slot, each no longer than the largest bucket.
       image: id of the `<|image|>` token.
+      least: tokens that rows without frames are padded to at least.
     """
     slots = len(rows)
-    length = bucket(max(len(row.tokens) for row in rows if row), TOKEN_BUCKETS)
-    most_frames = max(len(row.frames) for row in rows if row)
+    length = bucket(max(least, *(len(row.tokens) for row in rows if row)), TOKEN_BUCKETS)
+    placed = {slot: row.placed(image) for slot, row in enumerate(rows) if row}
+    most_frames = max(map(len, placed.values()))
     lengths = np.zeros(slots, np.int32)
     new_turn = np.zeros(slots, bool)
     frames = index = None
@@ -91,11 +102,10 @@ def step_arguments(rows: Sequence[Row | None], image: int) -> StepArguments:
         index, offset = np.zeros((slots, padded), np.int32), np.zeros((slots, padded), np.int32)
         count = np.zeros(slots, np.int32)
         frames = StepFrames(features=None, offset=offset, count=count)
-        for slot, row in enumerate(rows):
-            if row and row.frames:
-                count[slot] = len(row.frames)
-                index[slot, : len(row.frames)] = row.frames
-                offset[slot, : len(row.frames)] = [i for i, token in enumerate(row.tokens) if token == image]
+        for slot, of_slot in placed.items():
+            count[slot] = len(of_slot)
+            offset[slot, : len(of_slot)] = list(of_slot)
+            index[slot, : len(of_slot)] = list(of_slot.values())
     tokens = np.zeros((slots, length), np.int32)
     for slot, row in enumerate(rows):
         if row:
@@ -109,14 +119,17 @@ def split_row(row: Row, image: int) -> Iterator[Row]:
     """Cuts a row into pieces that fit the buckets.
 
     A session runs on one program for each token bucket and one for each frame bucket, not for their product.
-    So a run of frames and the tokens around it share a piece as far as the program of the frames has room.
+    So a run of frames and the tokens around it share a piece as far as the program of the frames has room. A
+    token without a frame is a token like others.
     """
-    start = end = taken = frames = 0
+    start = end = frames = 0
+    placed = row.placed(image)
 
     def piece() -> Row:
-        return Row(row.tokens[start:end], row.frames[taken : taken + frames], row.new_turn and start == 0)
+        offsets = [i for i in range(start, end) if row.tokens[i] == image] if frames else []
+        return Row(row.tokens[start:end], [placed.get(i) for i in offsets], row.new_turn and start == 0)
 
-    for is_frame, run in itertools.groupby(row.tokens, lambda token: token == image):
+    for is_frame, run in itertools.groupby(range(len(row.tokens)), placed.__contains__):
         left = len(list(run))
         while left:
             count = min(left, (FRAME_BUCKETS if is_frame else TOKEN_BUCKETS)[-1])
@@ -124,7 +137,7 @@ def split_row(row: Row, image: int) -> Iterator[Row]:
                 count -= 1  # A rest of one token would need another program than a single pending token.
             if end > start and end - start + count > _token_room(frames + count * is_frame):
                 yield piece()
-                start, taken, frames = end, taken + frames, 0
+                start, frames = end, 0
             end, frames, left = end + count, frames + count * is_frame, left - count
     yield piece()
 

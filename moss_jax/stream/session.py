@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from moss_jax.config import SessionConfig
+from moss_jax.memory.selection import thumbnail
 from moss_jax.stream.conversation import Conversation, Encoded, Inbound, Plan
 from moss_jax.stream.dispatch_timer import DispatchTimer, StepInFlight
 from moss_jax.stream.engine import EngineLike
@@ -65,6 +66,8 @@ class Session:
         self._engine = engine
         self._changed = threading.Condition()
         self._order = itertools.count()
+        # By slot, the features of the frame that was remembered last, where they are compared.
+        self._remembered: dict[int, Encoded] = {}
         self._started: float | None = None
         self._iterated = False
         self._failure: BaseException | None = None
@@ -82,7 +85,8 @@ class Session:
     ) -> bool:
         """Shows the model a frame, taken at `time` seconds of the stream (now, if None).
 
-        The frame is copied, so the caller may reuse its memory at once.
+        The frame is copied, so the caller may reuse its memory at once. Where frames are selected
+        (`SessionConfig.selection`), it may be that the model is not shown it; an event says so.
 
         Returns:
           False if the slot's stream is over, so that a feeder knows when to stop.
@@ -93,7 +97,9 @@ class Session:
         rgb = np.asarray(rgb)
         if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3 or not rgb.size:
             raise SessionError(f"a frame is uint8 RGB [height, width, 3]; got {rgb.dtype} {list(rgb.shape)}")
-        return self._push(Inbound(self._time(time), 1, next(self._order), rgb=rgb.copy()), slot)
+        small = thumbnail(rgb) if self.config.selection.enabled else None
+        inbound = Inbound(self._time(time), 1, next(self._order), rgb=rgb.copy(), thumbnail=small)
+        return self._push(inbound, slot)
 
     def push_prompt(self, text: str, time: float | None = None, *, slot: int = 0) -> bool:
         """Asks the model something at `time` seconds of the stream (now, if None); cuts its answer, if any.
@@ -236,13 +242,32 @@ class Session:
 
     def _dispatch(self, state: Any, plans: Mapping[int, Plan]) -> tuple[Any, Sampled]:
         """Dispatches one step for the slots that have a plan."""
-        inbound = [frame for plan in plans.values() for frame in plan.frames]
+        inbound = [frame for plan in plans.values() for frame in plan.seen]
         features, index = self._features(inbound) if inbound else (None, iter(()))
         rows: list[Row | None] = [None] * len(self._conversations)
         for slot, plan in plans.items():
-            frames = [next(index) for _ in plan.frames]
+            frames = [None if frame.unseen else next(index) for frame in plan.frames]
+            self._withdraw_alike(slot, plan, frames, features)
             rows[slot] = Row(plan.tokens, frames, plan.new_turn, plan.compact, plan.kept)
         return self._engine.step(state, rows, features)
+
+    def _withdraw_alike(self, slot: int, plan: Plan, frames: list[int | None], features: Any) -> None:
+        """Sets to None the frames of a row whose features are like those of the frame remembered before.
+
+        The host waits for the features, and for the step in flight before them.
+        """
+        threshold = self.config.selection.min_distance
+        if not self.config.selection.enabled or threshold is None:
+            return
+        for place, index in enumerate(frames):
+            if index is None:
+                continue
+            before = self._remembered.get(slot)
+            if before and self._engine.distance(before.features, before.index, features, index) < threshold:
+                self._conversations[slot].withdraw(plan, plan.frames[place])
+                frames[place] = None
+            else:
+                self._remembered[slot] = Encoded(features, index)
 
     def _features(self, frames: list[Inbound]) -> tuple[Float[Array, "P N D"], Iterator[int]]:
         """Features of frames, encoded here unless they are already, and the index of each."""
@@ -305,11 +330,8 @@ class Session:
             (target,) = self._select(slot)
             if target.ended or target.finished or target.stopped:
                 return False
-            if self._iterated and self.config.clock == "lockstep" and inbound.time < target.latest:
-                raise SessionError(
-                    f"a running lockstep session takes frames and prompts in order of time: "
-                    f"{inbound.time:g} s came after {target.latest:g} s"
-                )
+            if self.config.clock == "lockstep":
+                _check_order(target, inbound, iterated=self._iterated)
             target.receive(inbound)
             self._changed.notify_all()
             return True
@@ -344,3 +366,21 @@ class Session:
                 f"the prompt takes {len(tokens)} tokens, but the text capacity of {capacity} has room for "
                 f"{capacity - self.opening_length - 2} beside the opening, which is never forgotten"
             )
+
+
+def _check_order(conversation: Conversation, inbound: Inbound, *, iterated: bool) -> None:
+    """Refuses what a lockstep session gets too late.
+
+    Args:
+      iterated: whether the session runs.
+    """
+    if iterated and inbound.time < conversation.latest:
+        raise SessionError(
+            f"a running lockstep session takes frames and prompts in order of time: "
+            f"{inbound.time:g} s came after {conversation.latest:g} s"
+        )
+    if inbound.thumbnail is not None and inbound.time < conversation.latest_frame:
+        raise SessionError(
+            f"a lockstep session that selects frames takes them in order of time: "
+            f"{inbound.time:g} s came after {conversation.latest_frame:g} s"
+        )

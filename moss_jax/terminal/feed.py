@@ -3,12 +3,22 @@
 import bisect
 import collections
 import contextlib
+import dataclasses
 import heapq
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
-from moss_jax.config import SessionConfig
-from moss_jax.stream import End, EngineLike, Event, FrameSeen, FramesSkipped, NotAsked, Session
+from moss_jax.config import ConfigError, FrameSampling, SessionConfig
+from moss_jax.stream import (
+    End,
+    EngineLike,
+    Event,
+    FrameSeen,
+    FramesSkipped,
+    FrameUnseen,
+    NotAsked,
+    Session,
+)
 from moss_jax.text import chat
 from moss_jax.video import Frame
 
@@ -16,6 +26,25 @@ from moss_jax.video import Frame
 READ_AHEAD = 16
 # Seconds. As `video.sampling` allows them, at both ends of a frame.
 TOLERANCE = 2e-3
+
+
+def adapt_rate(session: SessionConfig, sampling: FrameSampling) -> tuple[SessionConfig, FrameSampling]:
+    """Has a source sampled at the highest rate that the session's selection of frames takes, if it has one.
+
+    The source's own rate becomes that at which frames enter while nothing changes.
+
+    Raises:
+      ConfigError: the highest rate is below the source's own.
+    """
+    selection = session.selection
+    if not selection.enabled or selection.max_fps is None:
+        return session, sampling
+    try:
+        selection = dataclasses.replace(selection, fps=sampling.fps)
+    except ConfigError as error:
+        raise ConfigError(f"selection.{error}") from error
+    sampling = dataclasses.replace(sampling, fps=selection.max_fps)
+    return dataclasses.replace(session, selection=selection), sampling
 
 
 def open_session(
@@ -67,7 +96,7 @@ def run_session(
     feeder.start()
     try:
         for event in session:
-            if isinstance(event, FrameSeen):
+            if isinstance(event, FrameSeen | FrameUnseen):
                 feeder.room.release()
             if isinstance(event, End):
                 yield from feeder.not_asked(event)
@@ -94,7 +123,7 @@ def report_skipped(events: Iterable[Event], skipped: Sequence[float]) -> Generat
     """
     told = 0
     for event in events:
-        if isinstance(event, FrameSeen):
+        if isinstance(event, FrameSeen | FrameUnseen):
             end = bisect.bisect_left(skipped, event.time)
         elif isinstance(event, End) and event.reason in ("finished", "token_limit"):
             end = len(skipped)

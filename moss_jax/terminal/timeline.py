@@ -25,7 +25,7 @@ from matplotlib.transforms import Affine2D
 from PIL import Image
 
 from moss_jax.config import ConfigError
-from moss_jax.stream import End, Event, FrameSeen, Interrupted, Silence, Text, Turn
+from moss_jax.stream import End, Event, FrameSeen, FrameUnseen, Interrupted, Silence, Text, Turn
 from moss_jax.terminal.transcript import PROMPT, clock, printable, summary
 
 WIDTH = 1600
@@ -420,7 +420,7 @@ class _Page:
             (frame.time, thumbnails[frame.time]) for frame in of(FrameSeen) if frame.time in thumbnails
         ]
 
-        times = [frame.time for frame in of(FrameSeen)]
+        times = [event.time for event in events if isinstance(event, FrameSeen | FrameUnseen)]
         self.spacing = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
         self.length = max(event.stream_time for event in events)
         if times:

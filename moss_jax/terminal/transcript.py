@@ -54,7 +54,7 @@ def print_transcript(events: Iterable[Event], console: Console) -> None:
     """Writes a transcript, event by event.
 
     Each line begins with the stream time and belongs to one speaker. A silence is a dot, and a frame that
-    arrives while the model is talking a small square in the text.
+    the model sees while it is talking a small square in the text.
     """
     printer = TranscriptPrinter(console)
     try:
@@ -158,6 +158,9 @@ def summary(end: End) -> str:
     counts = [
         (c.frames, "frame", "frames"),
         (c.frames_dropped, "frame dropped", "frames dropped"),
+        (c.frames_still, "frame still", "frames still"),
+        (c.frames_alike, "frame alike", "frames alike"),
+        (c.frames_rate, "frame above the rate", "frames above the rate"),
         (c.tokens, "token of text", "tokens of text"),
         (c.silences, "silence", "silences"),
         (c.interruptions, "interruption", "interruptions"),

@@ -9,7 +9,7 @@ import pytest
 
 from moss_jax.config import ConfigError, EngineConfig
 from moss_jax.stream import PENDING, Engine, Row
-from moss_jax.stream.engine import gather
+from moss_jax.stream.engine import gather, pick_frame
 from moss_jax.stream.perception import ENCODE_BUCKETS
 from moss_jax.stream.rows import FRAME_BUCKETS, TOKEN_BUCKETS
 from moss_jax.text import Tokenizer
@@ -147,7 +147,7 @@ def test_rows_and_batches_of_all_sizes_share_few_programs(model, tokenizer, fram
 def test_warm_up_compiles_all_programs_of_a_session(model, tokenizer, frames):
     engine = Engine(model, tokenizer)
     engine.warm_up(frames[0].shape)
-    programs = *engine.programs.values(), gather
+    programs = *engine.programs.values(), gather, pick_frame
     compiled = [program._cache_size() for program in programs]
     state, _ = engine.step(engine.start(), [Row([1015] * 321)])
     for i in range(3):
@@ -156,6 +156,13 @@ def test_warm_up_compiles_all_programs_of_a_session(model, tokenizer, frames):
     for count, words in ((3, 12), (1, 64), (9, 3), (16, 1), (24, 1), (40, 2)):
         row = Row([PENDING, *[5] * words, *[IMAGE] * count], range(count), new_turn=True)
         state, _ = engine.step(state, [row], engine.encode((frames * 3)[:count]))
+    # Tokens without frames are text.
+    for row in (Row([IMAGE], [None]), Row([PENDING, IMAGE], [None]), Row([IMAGE] * 300, [None] * 300)):
+        state, _ = engine.step(state, [row])
+    alone = engine.encode(frames[:1])
+    state, _ = engine.step(state, [Row([PENDING, *[IMAGE] * 40], [None] * 39 + [0])], alone)
+    for count in (1, 3, 9, 16, 30, 40):
+        engine.distance(alone, 0, engine.encode((frames * 3)[:count]), count - 1)
     assert [program._cache_size() for program in programs] == compiled
 
 

@@ -1,11 +1,39 @@
 """Planning of rows: how they are cut to the buckets."""
 
+import numpy as np
 import pytest
 
 from moss_jax.stream import PENDING, Row
-from moss_jax.stream.rows import FRAME_BUCKETS, TOKEN_BUCKETS, split_row
+from moss_jax.stream.rows import FRAME_BUCKETS, TOKEN_BUCKETS, split_row, step_arguments
 
 IMAGE = 1024
+
+
+@pytest.mark.parametrize("framed", [0.0, 0.1, 0.9, 1.0])
+def test_tokens_without_frames_are_cut_like_text(framed):
+    rng = np.random.default_rng(0)
+    frames = [i if rng.random() < framed else None for i in range(700)]
+    row = Row([PENDING, *[IMAGE] * 500, 7, 8, *[IMAGE] * 200], frames, new_turn=True)
+    pieces = list(split_row(row, IMAGE))
+    assert [token for piece in pieces for token in piece.tokens] == row.tokens
+    assert [piece.new_turn for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    found = [frame for piece in pieces for frame in piece.frames or [None] * piece.tokens.count(IMAGE)]
+    assert found == frames
+    for piece in pieces:
+        tokens, _, _, padded, index = step_arguments([piece], IMAGE)
+        assert tokens.shape[1] in TOKEN_BUCKETS
+        assert (padded is None) == (index is None) == (not any(f is not None for f in piece.frames))
+    if not framed:
+        assert [len(piece.tokens) for piece in pieces] == [320, 320, 63]
+
+
+def test_where_the_frames_of_a_row_are():
+    rows = [Row([PENDING, IMAGE, 7, IMAGE, IMAGE], [None, 4, 2]), None, Row([IMAGE, IMAGE])]
+    arguments = step_arguments(rows, IMAGE)
+    assert arguments.frames.count.tolist() == [2, 0, 0]
+    assert arguments.frames.offset[0, :2].tolist() == [3, 4]
+    assert arguments.feature_index[0, :2].tolist() == [4, 2]
+    assert step_arguments([Row([IMAGE], [None])], IMAGE).frames is None
 
 
 @pytest.mark.parametrize("lead", [[], [PENDING], [PENDING, 7]], ids=str)

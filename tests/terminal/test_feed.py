@@ -9,9 +9,19 @@ import av
 import numpy as np
 import pytest
 
-from moss_jax.config import FrameSampling, SessionConfig
-from moss_jax.stream import Counters, End, FrameSeen, FramesSkipped, NotAsked, Session, SessionError, Turn
-from moss_jax.terminal.feed import READ_AHEAD, open_session, report_skipped, run_session
+from moss_jax.config import ConfigError, FrameSampling, SelectionConfig, SessionConfig
+from moss_jax.stream import (
+    Counters,
+    End,
+    FrameSeen,
+    FramesSkipped,
+    FrameUnseen,
+    NotAsked,
+    Session,
+    SessionError,
+    Turn,
+)
+from moss_jax.terminal.feed import READ_AHEAD, adapt_rate, open_session, report_skipped, run_session
 from moss_jax.video import Frame, VideoError, sample_file, sample_live
 
 DEMO = Path(__file__).parents[2] / "assets" / "demo.mp4"
@@ -90,6 +100,43 @@ def test_a_long_lockstep_source_is_read_only_a_little_ahead(scripted):
             seen += 1
             assert pulled <= seen + READ_AHEAD + 2
     assert seen == 200
+
+
+@pytest.mark.parametrize("clock", ["lockstep", "realtime"])
+def test_frames_that_the_model_is_not_shown_are_read_only_a_little_ahead(scripted, clock):
+    """At 20 frames a second more come too early than the reader may be ahead."""
+    pulled, told = 0, []
+
+    def source():
+        nonlocal pulled
+        for i in range(60):
+            pulled += 1
+            yield Frame(np.full((4, 4, 3), 200 * (i >= 50), np.uint8), i / 20)
+
+    selection = SelectionConfig(enabled=True, max_fps=4.0)
+    session = Session(scripted(), SessionConfig(clock=clock, selection=selection))
+    for event in run_session(session, source(), [(2.0, "What?")]):
+        if isinstance(event, FrameSeen | FrameUnseen):
+            told.append(event)
+            assert clock == "realtime" or pulled <= len(told) + READ_AHEAD + 2
+    assert [event.index for event in told] == list(range(60))
+    assert [event.index for event in told if isinstance(event, FrameSeen)] == [0, 50]
+    still = [event.time for event in told if isinstance(event, FrameUnseen) and event.reason == "still"]
+    assert still == pytest.approx([0.9, 1.9, 2.9], abs=0.1)
+
+
+def test_a_source_is_sampled_at_the_highest_rate_that_selection_takes():
+    sampling = FrameSampling(fps=2.0)
+    for selection in (SelectionConfig(), SelectionConfig(enabled=True), SelectionConfig(max_fps=8.0)):
+        config = SessionConfig(selection=selection)
+        assert adapt_rate(config, sampling) == (config, sampling)
+    config = SessionConfig(tokens_per_second=7, selection=SelectionConfig(enabled=True, max_fps=8.0))
+    config, sampling = adapt_rate(config, sampling)
+    assert (config.tokens_per_second, config.selection.fps, sampling.fps) == (7, 2.0, 8.0)
+    with pytest.raises(
+        ConfigError, match=r"^selection\.max_fps must be a number from fps 9 on, or None; got 8"
+    ):
+        adapt_rate(config, FrameSampling(fps=9.0))
 
 
 def test_realtime_follows_the_timestamps_of_the_source(scripted):

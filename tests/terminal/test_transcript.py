@@ -11,6 +11,7 @@ from moss_jax.stream import (
     End,
     FrameSeen,
     FramesSkipped,
+    FrameUnseen,
     Interrupted,
     NearCapacity,
     NotAsked,
@@ -61,6 +62,19 @@ def test_a_transcript_line_by_line():
         "  1:02  · ",
         "",
         "end of the stream · 3 frames, 5 tokens of text, 4 silences, 1 interruption · 6.3 s",
+    ]
+
+
+def test_frames_that_the_model_is_not_shown_are_counted():
+    unseen = [
+        at(FrameUnseen, 62, index=i, time=62.0, reason=reason) for i, reason in enumerate(("still", "rate"))
+    ]
+    counters = Counters(frames=1, frames_still=1, frames_rate=2)
+    story = [at(Text, 61, text="A red"), *unseen, at(Text, 62, text=" card")]
+    assert transcript([*story, at(End, 63, reason="finished", counters=counters)]).splitlines() == [
+        "  1:01  A red card",
+        "",
+        "end of the stream · 1 frame, 1 frame still, 2 frames above the rate · 6.3 s",
     ]
 
 

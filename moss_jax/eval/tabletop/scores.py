@@ -17,7 +17,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from moss_jax.stream import End, Event, FrameSeen, Interrupted, Silence, Text, Turn
+from moss_jax.stream import End, Event, FrameSeen, FrameUnseen, Interrupted, Silence, Text, Turn
 from moss_jax.text import Tokenizer
 from moss_jax.worlds.tabletop import TabletopStream
 from moss_jax.worlds.tabletop.dialogue import LISTED, Dialogue, Request, narrate, true_answer, truth_of
@@ -126,7 +126,7 @@ def transcribe(events: Iterable[Event], requests: Sequence[Request]) -> StreamTr
 
     for event in events:
         match event:
-            case FrameSeen():
+            case FrameSeen() | FrameUnseen():
                 frame = event.index
             case Text():
                 pieces.append(_Piece(event.text, event.stream_time, frame))
