@@ -762,6 +762,8 @@ class SegmentsConfig:
       max_skip: the largest gap in a stream's positions, which makes the model used to distances far beyond
         the segments that it is trained on; drawn log-uniformly for `skips` of the segments.
       skips: share of the segments that begin with a gap, in half of the streams.
+      selected: share of the streams whose frames are selected, as `SelectionConfig` does it: where nothing
+        changes, `<|image|>` tokens come without a frame.
     """
 
     per_step: int = 0
@@ -772,12 +774,13 @@ class SegmentsConfig:
     text_capacities: tuple[int, ...] = (384, 768, 1536)
     max_skip: int = 2**17
     skips: float = 0.125
+    selected: float = 0.3
 
     def __post_init__(self):
         _convert_fields(self)
         _require_at_least(0, self, "per_step")
         _require_at_least(1, self, "frames", "tokens", "max_skip")
-        _require_share(self, "skips")
+        _require_share(self, "skips", "selected")
         for name in ("streams", "text_capacities", "memories"):
             _require(bool(getattr(self, name)), f"{name} must not be empty")
         _require(min(self.streams) >= 1, f"streams {self.streams} have at least one segment each")

@@ -39,7 +39,8 @@ from moss_jax.convert import hub, run_checkpoint
 from moss_jax.data.batch import Batch
 from moss_jax.data.conversations import ConversationBatches
 from moss_jax.data.pipeline import BatchSource, iterate
-from moss_jax.data.worlds import TabletopBatches, TabletopSegments
+from moss_jax.data.segments import TabletopSegments
+from moss_jax.data.worlds import TabletopBatches
 from moss_jax.nn.compressor import Compressor
 from moss_jax.sharding import MESH_AXES, make_mesh, row_share
 from moss_jax.text import Tokenizer

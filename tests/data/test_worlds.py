@@ -5,14 +5,13 @@ import dataclasses
 import itertools
 import pickle
 
-import jax
 import numpy as np
 import pytest
 
-from moss_jax.config import ConfigError, SegmentsConfig, TabletopConfig
+from moss_jax.config import ConfigError, TabletopConfig
 from moss_jax.data.batch import Batch
 from moss_jax.data.pipeline import iterate
-from moss_jax.data.worlds import TabletopBatches, TabletopSegments
+from moss_jax.data.worlds import TabletopBatches
 from moss_jax.text import Tokenizer, chat
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop.language import WAIT, understand
@@ -245,93 +244,3 @@ def test_workers_give_the_same_batches(make):
     assert all(map(equal, *drawn.values()))
     assert drawn[0][0].tokens.shape == (2, 128)
     assert drawn[0][1].tokens.shape == (2, 320)
-
-
-# -------------------------------------------------------------------------------- long streams
-
-SEGMENTS = SegmentsConfig(
-    per_step=2,
-    frames=4,
-    tokens=160,
-    streams=(2, 5),
-    memories=(("window", 8, "model"),),
-    text_capacities=(330, 500),
-    skips=0.3,
-)
-
-
-@pytest.fixture(scope="module")
-def make_segments(tokenizer):
-    def make(*, batch_size=4, **share) -> TabletopSegments:
-        return TabletopSegments(CONFIG, SEGMENTS, tokenizer, batch_size=batch_size, seed=0, **share)
-
-    return make
-
-
-def pieces(source: TabletopSegments, row: int, count: int) -> list[dict]:
-    """The first segments of a row, in order."""
-    found = []
-    for step in range(-(-count // SEGMENTS.per_step)):
-        batch = source[step].batch
-        for k in range(SEGMENTS.per_step):
-            length, T, F = int(batch.segments.lengths[row, k]), SEGMENTS.tokens, SEGMENTS.frames
-            places = batch.frame_positions[row, k * F : (k + 1) * F]
-            found.append(
-                {
-                    "tokens": batch.tokens[row, k * T : k * T + length].tolist(),
-                    "rest": batch.tokens[row, k * T + length : (k + 1) * T],
-                    "begins": bool(batch.segments.begins[row, k]),
-                    "frames": [p - k * T for p in places if p < 2 * T],
-                    "kept": batch.segments.kept[row, k, : batch.segments.kept_length[row, k]].tolist(),
-                    "skipped": int(batch.segments.skipped[row, k]),
-                    "pixels": batch.frames[row, k * F : (k + 1) * F],
-                }
-            )
-    return found[:count]
-
-
-def test_segments_go_on_where_the_last_ended(make_segments, tokenizer):
-    """Behind one another, segments are whole streams, each frame at its token, and the text fits."""
-    source, special = make_segments(), tokenizer.special
-    for row in range(4):
-        cache = []
-        for piece in pieces(source, row, 12):
-            if piece["begins"]:
-                cache = []
-                assert piece["tokens"][0] == special.begin_of_text
-                assert not piece["kept"]
-            assert not piece["rest"].any()
-            assert [i for i, token in enumerate(piece["tokens"]) if token == special.image] == piece["frames"]
-            assert all(image.any() for image in piece["pixels"][: len(piece["frames"])])
-            if not piece["begins"] and piece["tokens"]:
-                assert piece["frames"][:1] == [0] or len(piece["tokens"]) == SEGMENTS.tokens
-            assert piece["kept"] == sorted(set(piece["kept"]))
-            assert piece["kept"][-1:] <= [len(cache) - 1]
-            cache = [cache[i] for i in piece["kept"]] + piece["tokens"]
-            assert len(cache) <= max(SEGMENTS.text_capacities)
-            assert cache[0] == special.begin_of_text
-
-
-def test_segments_depend_on_their_step_alone(make_segments):
-    source = make_segments()
-    ahead = source[7].batch
-    in_order = [make_segments()[step].batch for step in (3, 7)][1]
-    for a, b in zip(jax.tree.leaves(ahead), jax.tree.leaves(in_order), strict=True):
-        np.testing.assert_array_equal(a, b)
-    copy = pickle.loads(pickle.dumps(source))[7].batch
-    np.testing.assert_array_equal(copy.tokens, ahead.tokens)
-
-
-def test_processes_share_the_rows_of_segments(make_segments):
-    whole = make_segments()[5].batch
-    halves = [make_segments(process_index=i, process_count=2)[5].batch for i in range(2)]
-    np.testing.assert_array_equal(np.concatenate([half.tokens for half in halves]), whole.tokens)
-    np.testing.assert_array_equal(np.concatenate([half.frames for half in halves]), whole.frames)
-
-
-def test_streams_of_all_lengths_begin_and_some_skip_positions(make_segments):
-    found = [piece for row in range(4) for piece in pieces(make_segments(), row, 30)]
-    assert 30 < sum(piece["begins"] for piece in found) < 60
-    skipped = [piece["skipped"] for piece in found if piece["skipped"]]
-    assert 5 < len(skipped) < 40
-    assert max(skipped) <= SEGMENTS.max_skip

@@ -1,0 +1,236 @@
+"""Batches of segments of long tabletop streams, each of which goes on where the one before ended.
+
+B sequences, K segments, S tokens, F frames
+"""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from moss_jax.config import ConfigError, MemoryConfig, SegmentsConfig, TabletopConfig
+from moss_jax.data.batch import Batch, Segments
+from moss_jax.data.pipeline import LoadedBatch
+from moss_jax.data.worlds import NO_SYSTEM, SPEEDS
+from moss_jax.memory.eviction import Kind, tokens_to_keep
+from moss_jax.text import Tokenizer, chat
+from moss_jax.text.labels import IGNORED
+from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offline, draw_question
+from moss_jax.worlds.tabletop.stream import TRAINING, TabletopStream, draw_stream
+
+# Seconds up to which a stream is a short one, and the share of questions about the past in longer ones.
+SHORT = 32
+PAST_SHARE = 0.5
+# Longest times without a frame in streams whose frames are selected, in seconds.
+MAX_GAPS = (2, 3, 5, 10, 30)
+
+
+@dataclasses.dataclass(frozen=True)
+class CutStream:
+    """A stream cut into segments, each with what happens to the memory before it.
+
+    Attributes:
+      shown: for each second, whether the model is shown its frame.
+      bounds: index of the token at which each segment begins, and of the end of the last.
+      skipped: positions that are left out before each segment.
+      kept: of each segment, the tokens that stay in the text cache before it.
+    """
+
+    stream: TabletopStream
+    dialogue: Dialogue
+    shown: list[bool]
+    bounds: list[int]
+    skipped: list[int]
+    kept: list[list[int]]
+
+
+class TabletopSegments:
+    """Random access to batches of segments: row `b` of each continues that of the batch before.
+
+    Args:
+      config: of the streams; of its lengths and the warm-up, nothing is used.
+      segments: lengths of streams and segments, and what is drawn for each.
+      tokenizer, batch_size, seed, process_index, process_count: as for `TabletopBatches`.
+    """
+
+    def __init__(
+        self,
+        config: TabletopConfig,
+        segments: SegmentsConfig,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size % process_count:
+            raise ConfigError(f"batch_size {batch_size} must be a multiple of the {process_count} processes")
+        self.config, self.segments, self.seed = config, segments, seed
+        self._content = tokenizer.content
+        self._tokenizer: Tokenizer | None = None
+        self._rows = batch_size // process_count
+        self._process = process_index
+        # The stream that each row is in, with its number: drawn once for all its segments.
+        self._streams: dict[int, tuple[int, CutStream]] = {}
+
+    def __len__(self) -> int:
+        return 2**31 - 1
+
+    def __getstate__(self):
+        # Each process reads its own tokenizer and draws its own streams.
+        return self.__dict__ | {"_tokenizer": None, "_streams": {}}
+
+    def __getitem__(self, step: int) -> LoadedBatch:
+        config, rows, K = self.segments, self._rows, self.segments.per_step
+        S, F, size = K * config.tokens, K * config.frames, self.config.image_size
+        batch = Batch(
+            tokens=np.zeros((rows, S), np.int32),
+            labels=np.full((rows, S), IGNORED, np.int32),
+            frames=np.zeros((rows, F, size, size, 3), np.uint8),
+            frame_positions=np.full((rows, F), S, np.int32),
+            segments=Segments(
+                begins=np.zeros((rows, K), bool),
+                lengths=np.zeros((rows, K), np.int32),
+                skipped=np.zeros((rows, K), np.int32),
+                kept=np.zeros((rows, K, max(config.text_capacities)), np.int32),
+                kept_length=np.zeros((rows, K), np.int32),
+            ),
+        )
+        for row in range(rows):
+            for k in range(K):
+                self._fill(batch, row, k, step * K + k)
+        return LoadedBatch(batch)
+
+    def _fill(self, batch: Batch, row: int, k: int, place: int) -> None:
+        """Fills in segment `k` of a row, number `place` of all segments of that row."""
+        config, segments = self.segments, batch.segments
+        assert segments is not None
+        number = self._process * self._rows + row
+        group = number // len(config.memories)
+        length = config.streams[group % len(config.streams)]
+        # The first stream of a row is shorter, so that not all rows of one length begin at the same step.
+        missing = number * config.per_step % length
+        index, segment = divmod(place + missing, length)
+        segment -= missing if index == 0 else 0
+        cut = self._stream(number, index, length)
+        dialogue, (begin, end) = cut.dialogue, cut.bounds[segment : segment + 2]
+        at = k * config.tokens
+        batch.tokens[row, at : at + end - begin] = dialogue.tokens[begin:end]
+        batch.labels[row, at : at + end - begin] = dialogue.labels[begin:end]
+        seconds = range(*(bisect.bisect_left(dialogue.frame_positions, bound) for bound in (begin, end)))
+        shown = [second for second in seconds if cut.shown[second]]
+        frames = slice(k * config.frames, k * config.frames + len(shown))
+        batch.frame_positions[row, frames] = [dialogue.frame_positions[s] - begin + at for s in shown]
+        size = self.config.image_size
+        if len(shown) == len(seconds) > 0:
+            batch.frames[row, frames] = cut.stream.frames(size, seconds.start, seconds.stop)
+        elif shown:
+            batch.frames[row, frames] = np.concatenate([cut.stream.frames(size, s, s + 1) for s in shown])
+        kept = cut.kept[segment]
+        segments.begins[row, k] = segment == 0
+        segments.lengths[row, k] = end - begin
+        segments.skipped[row, k] = cut.skipped[segment]
+        segments.kept[row, k, : len(kept)] = kept
+        segments.kept_length[row, k] = len(kept)
+
+    def _stream(self, number: int, index: int, length: int) -> CutStream:
+        """Stream `index` of a row, of `length` segments."""
+        if number not in self._streams or self._streams[number][0] != index:
+            rng = np.random.default_rng([TRAINING, self.seed, number, index])
+            self._streams[number] = index, self._draw(rng, length)
+        return self._streams[number][1]
+
+    def _draw(self, rng: np.random.Generator, length: int) -> CutStream:
+        config = self.segments
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self._content)
+        seconds = length * config.frames
+        is_short = seconds <= SHORT
+        stream = draw_stream(rng, seconds, past=None if is_short else PAST_SHARE)
+        if is_short and rng.random() < self.config.offline_share:
+            question = draw_question(rng, stream.world)
+            dialogue = converse_offline(stream.world, question, self._tokenizer, rng=rng)
+        else:
+            dialogue = converse(
+                stream.world,
+                stream.requests,
+                self._tokenizer,
+                tokens_per_second=int(rng.choice(SPEEDS)),
+                rng=rng,
+                system=None if rng.random() < NO_SYSTEM else chat.SYSTEM_PROMPT,
+            )
+        bounds = list(segment_bounds(dialogue, config.tokens, config.frames, length))
+        skips = np.zeros(length, int)
+        if rng.random() < 0.5:
+            gaps = np.exp(rng.uniform(np.log(config.frames), np.log(config.max_skip), length))
+            skips = np.where(rng.random(length) < config.skips, gaps, 0).astype(int)
+        capacity = int(rng.choice(config.text_capacities))
+        kept = list(kept_tokens(dialogue, bounds, capacity, self._tokenizer.special.silence))
+        gap = int(rng.choice(MAX_GAPS)) if rng.random() < self.segments.selected else 1
+        return CutStream(stream, dialogue, shown_seconds(stream, gap), bounds, skips.tolist(), kept)
+
+
+def segment_bounds(dialogue: Dialogue, tokens: int, frames: int, count: int) -> Iterator[int]:
+    """Where each of `count` segments begins, and the end of the last.
+
+    A segment is as long as it can be and ends before a frame, whose token is never a target. What is left
+    behind the last is dropped; if nothing is left before, segments are empty.
+    """
+    ends = [*dialogue.frame_positions, len(dialogue.tokens)]
+    at = 0
+    yield at
+    for _ in range(count):
+        most = min(bisect.bisect_left(dialogue.frame_positions, at) + frames, len(ends) - 1)
+        fitting = [end for end in ends[max(most - frames, 0) : most + 1] if at < end <= at + tokens]
+        # More tokens between two frames than fit are cut where they are.
+        at = fitting[-1] if fitting else min(at + tokens, len(dialogue.tokens))
+        yield at
+
+
+def shown_seconds(stream: TabletopStream, max_gap: int) -> list[bool]:
+    """For each second, whether its frame is shown: where something changed, or after `max_gap` seconds.
+
+    As a live session selects frames, but by the truth instead of the pictures.
+    """
+    world = stream.world
+    shown = [0]
+    for second in range(1, world.seconds):
+        views = [(world.tables[s], world.impairment(s)) for s in (shown[-1], second)]
+        if views[0] != views[1] or second - shown[-1] >= max_gap:
+            shown.append(second)
+    chosen = set(shown)
+    return [second in chosen for second in range(world.seconds)]
+
+
+def kept_tokens(dialogue: Dialogue, bounds: list[int], capacity: int, silence: int) -> Iterator[list[int]]:
+    """Tokens that stay in a text cache before each segment, by the rules of a live stream."""
+    kinds: list[Kind] = []
+    memory, all_kinds = MemoryConfig(), kinds_of(dialogue, silence)
+    for begin, end in itertools.pairwise(bounds):
+        kept = list(range(len(kinds)))
+        if len(kinds) + end - begin > capacity:
+            room = min(memory.low_mark(capacity), capacity - (end - begin))
+            kept = tokens_to_keep(kinds, room, memory, capacity)
+        yield kept
+        kinds = [kinds[i] for i in kept] + all_kinds[begin:end]
+
+
+def kinds_of(dialogue: Dialogue, silence: int) -> list[Kind]:
+    """Kind of each token, for the eviction from the text cache."""
+    image = set(dialogue.frame_positions)
+    opening = next((i for i, label in enumerate(dialogue.labels) if label != IGNORED), len(dialogue.labels))
+    return [
+        Kind.FRAME
+        if i in image
+        else Kind.PINNED
+        if i < opening
+        else Kind.SILENCE
+        if token == silence
+        else Kind.USER
+        if label == IGNORED
+        else Kind.ASSISTANT
+        for i, (token, label) in enumerate(zip(dialogue.tokens, dialogue.labels, strict=True))
+    ]
