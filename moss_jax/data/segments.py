@@ -21,7 +21,7 @@ from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offli
 from moss_jax.worlds.tabletop.stream import TRAINING, TabletopStream, draw_stream
 
 # Seconds up to which a stream is a short one, and the share of questions about the past in longer ones.
-SHORT = 32
+SHORT = 40
 PAST_SHARE = 0.5
 # Longest times without a frame in streams whose frames are selected, in seconds.
 MAX_GAPS = (2, 3, 5, 10, 30)
