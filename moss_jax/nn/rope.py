@@ -1,30 +1,56 @@
-"""Rotary position embedding with the llama3 frequency scaling."""
+"""Rotary position embedding with the llama3 frequency scaling, for positions without end.
+
+B batch/slot, T tokens, R pairs of channels
+"""
 
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moss_jax.config import RopeConfig
 from moss_jax.ops.rotary import Rotation
 
+# log2 of the positions in a block, whose angles are float32 products; as many as the original has in all.
+BLOCK_BITS = 17
 
-def frequencies(config: RopeConfig, head_dim: int) -> Float[Array, " R"]:
-    """Radians a position for each pair of channels.
+
+def frequencies(config: RopeConfig, head_dim: int) -> Float[np.ndarray, " R"]:
+    """Radians a position for each pair of channels, float32, the same on every platform.
 
     Waves longer than the original context are slowed by `factor`, those much shorter are left alone, and a
     linear ramp joins the two (Llama 3.1; `rope_type: llama3` in transformers).
     """
-    base = config.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    one = np.float32(1)
+    base = (config.theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     if config.factor == 1:
         return base
-    turns = config.original_max_positions * base / (2 * math.pi)
-    keep = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
-    keep = jnp.clip(keep, 0, 1)
-    return base * (keep + (1 - keep) / config.factor)
+    # Products with reciprocals, as XLA divides by a scalar.
+    turns = np.float32(config.original_max_positions) * base * (one / np.float32(2 * math.pi))
+    ramp = one / np.float32(config.high_freq_factor - config.low_freq_factor)
+    keep = np.clip((turns - np.float32(config.low_freq_factor)) * ramp, 0, 1)
+    return base * (keep + (1 - keep) * (one / np.float32(config.factor)))
 
 
 def rotation(positions: Int[Array, "B T"], config: RopeConfig, head_dim: int) -> Rotation:
-    """The rotation of each position."""
-    angles = positions[..., None].astype(jnp.float32) * frequencies(config, head_dim)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    """The rotation of each position.
+
+    A float32 product of position and frequency is off by up to 2^-8 at the last position of the original,
+    and by more beyond. So a position is the start of its block and the rest, and its rotation those two one
+    after the other: in the first block that of the product alone, bit for bit, and in all others as exact.
+    """
+    positions = jnp.asarray(positions, jnp.int32)[..., None]
+    radians = frequencies(config, head_dim)
+    block, rest = positions >> BLOCK_BITS, positions & ((1 << BLOCK_BITS) - 1)
+    near = rest.astype(jnp.float32) * radians
+    # A turn is 2^32 units, so the int32 product drops whole turns by overflowing. The units of one block are
+    # rounded by up to a half, which puts the last of 2^14 blocks off by 2^-19 turns.
+    turns = radians.astype(np.float64) * 2**BLOCK_BITS / (2 * math.pi)
+    units = np.round(turns % 1 * 2**32).astype(np.int64).astype(np.int32)
+    far = (block * units).astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
+    cos, sin = jnp.cos(far), jnp.sin(far)
+    return Rotation(
+        jnp.cos(near) * cos - jnp.sin(near) * sin,
+        jnp.sin(near) * cos + jnp.cos(near) * sin,
+    )

@@ -324,7 +324,7 @@ class Conversation:
             # A silent stream has nothing to do before the next event, so its clock jumps there.
             limit = max(first, now) + INSTANT
             # Until something later is known, more may yet be pushed for this instant.
-            if not self.finished and max(self._inbox).time <= limit:
+            if not self.finished and self.latest <= limit:
                 return []
         due = []
         while (

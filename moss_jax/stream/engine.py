@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from moss_jax.config import ConfigError, EngineConfig, TokenSampling
@@ -42,6 +42,9 @@ from moss_jax.stream.step import (
     step,
 )
 from moss_jax.text import Tokenizer
+
+# Arguments of decode steps that are kept on the device, one for each set of slots that take part.
+DECODE_ARGUMENTS = 64
 
 
 class EngineLike(Protocol):
@@ -165,8 +168,9 @@ class Engine:
             **({"compact_bank": self._compact_bank} if self._compact_bank else {}),
             **self.frame_encoder.programs,
         }
-        # Arguments of a step that appends pending tokens alone, by which slots take part.
-        self._decode_arguments: dict[tuple[bool, ...], StepArguments] = {}
+        # Those last used alone, since of many slots there is no end of sets that take part.
+        decode_arguments = functools.partial(_decode_arguments, special.image, self.placement)
+        self._decode_arguments = functools.lru_cache(maxsize=DECODE_ARGUMENTS)(decode_arguments)
         # The session writes the frame of the dialogue; the model samples text, silence and the end of a turn.
         never = tokenizer.control_ids - {special.silence, special.eot}
         allowed = np.ones(tokenizer.vocab_size, bool)
@@ -294,11 +298,13 @@ class Engine:
         if any(row and (list(row.tokens) != [PENDING] or row.new_turn) for row in rows):
             # Arguments from the host would need another program of one token than those on the device.
             return step_arguments(rows, image, least=2)
-        taking_part = tuple(row is not None for row in rows)
-        if taking_part not in self._decode_arguments:
-            arguments = jax.device_put(step_arguments(rows, image), self.placement)
-            self._decode_arguments[taking_part] = arguments
-        return self._decode_arguments[taking_part]
+        return self._decode_arguments(tuple(row is not None for row in rows))
+
+
+def _decode_arguments(image: int, placement: Sharding, taking_part: tuple[bool, ...]) -> StepArguments:
+    """Arguments of a step that appends the pending token alone in the slots that take part, on the device."""
+    rows = [Row([PENDING]) if takes_part else None for takes_part in taking_part]
+    return jax.device_put(step_arguments(rows, image), placement)
 
 
 def _flat[**Arguments](function: Callable[Arguments, EngineState]) -> Callable[Arguments, list[jax.Array]]:

@@ -116,12 +116,18 @@ def unchanged_rows(before, after, lengths):
             np.testing.assert_array_equal(old[b, :, :length], new[b, :, :length])
 
 
-def stream(model, these: Sequences, plan):
-    """Feeds the sequences by the plan, the last chunk over and over; returns the logits and the state."""
+def stream(model, these: Sequences, plan, begin=0):
+    """Feeds the sequences by the plan, the last chunk over and over; returns the logits and the state.
+
+    Args:
+      begin: position of the first token.
+    """
     features = np.asarray(model.encode(these.pixels.reshape(-1, *these.pixels.shape[2:])))
     features = features.reshape(SLOTS, FRAMES, *features.shape[1:])
     frames = (these.positions < LENGTH).sum(axis=1)
     state = model.init_state(SLOTS, text_capacity=LENGTH, bank_capacity=FRAMES)
+    text = dataclasses.replace(state.text, position=state.text.position + begin)
+    state = dataclasses.replace(state, text=text)
     at, seen = np.zeros(SLOTS, int), np.zeros(SLOTS, int)
     logits = np.zeros((*these.tokens.shape, model.config.decoder.vocab_size), np.float32)
     rounds = iter(plan)
@@ -130,7 +136,7 @@ def stream(model, these: Sequences, plan):
         chunk = next(rounds, whole)
         counts = np.minimum(chunk.counts, these.lengths - at)
         due = (these.positions < (at + counts)[:, None]).sum(axis=1)
-        state, seen = remember(model, state, these, features, seen, due, frames, chunk)
+        state, seen = remember(model, state, these, features, seen, due, frames, chunk, begin)
 
         tokens = np.zeros((SLOTS, chunk.width), np.int32)
         for b, n in enumerate(counts):
@@ -149,7 +155,7 @@ def stream(model, these: Sequences, plan):
     return logits, state
 
 
-def remember(model, state, these, features, seen, due, frames, chunk):
+def remember(model, state, these, features, seen, due, frames, chunk, begin):
     """Remembers the frames that are due and some ahead of time; frames that are masked are NaN."""
     target = np.maximum(seen, np.minimum(due + chunk.ahead, frames))
     while (seen < target).any():
@@ -158,7 +164,7 @@ def remember(model, state, these, features, seen, due, frames, chunk):
         positions = np.zeros((SLOTS, GROUP), np.int32)
         for b, n in enumerate(count):
             group[b, :n] = features[b, seen[b] : seen[b] + n]
-            positions[b, :n] = these.positions[b, seen[b] : seen[b] + n]
+            positions[b, :n] = begin + these.positions[b, seen[b] : seen[b] + n]
         mask = np.arange(GROUP) < count[:, None]
         before = state
         if chunk.one_by_one:
@@ -205,6 +211,24 @@ def test_any_chunking(golden, compiled, small_config, random_model, with_golden)
 
 def test_on_each_platform(golden, compiled, platform):
     hold(compiled(golden.model), make(golden.model.config, FIXED_LENGTHS, FIXED_POSITIONS), FIXED_PLAN)
+
+
+# Across the border of two blocks of angles; after a year at three positions a second; up to the last of all.
+@pytest.mark.parametrize("begin", [2**17 - 10, 10**8, NO_POSITION - LENGTH])
+def test_far_out(compiled, small_config, random_model, begin):
+    """Distances are what counts, so a stream that begins anywhere gives the logits of the one-pass call."""
+    model = random_model(small_config())
+    for i in model.config.decoder.cross_attention_layers:
+        # Keys of frames have their norm after their rotation, so with weights that differ within a pair of
+        # channels the position itself counts a little.
+        model.decoder.layers[i].attention.k_norm.weight[...] = np.ones(8, np.float32)
+    model = compiled(model)
+    these = make(model.config, FIXED_LENGTHS, FIXED_POSITIONS)
+    expected = np.asarray(model(these.tokens, these.pixels, these.positions))
+    real = np.arange(LENGTH) < these.lengths[:, None]
+    off = np.abs(stream(model, these, FIXED_PLAN, begin)[0] - expected)[real]
+    # Angles are off by up to 2^-7, and the logits are of order one.
+    assert off.max() < 0.01
 
 
 @pytest.mark.gpu

@@ -81,3 +81,54 @@ def test_a_score_depends_on_the_distance_alone(first, second, shift):
         return float((rotate(q, at) * rotate(k, of)).sum())
 
     assert score(first, second) == pytest.approx(score(first + shift, second + shift), abs=2e-3)
+
+
+MODELS = [PRESETS["moss_video_11b"]().decoder, PRESETS["moss_tiny"]().decoder]
+# Products are rounded by up to 2^-8 at the end of a block, and a block's own angle by 2^-19 turns; cosines
+# and sines, and the products of two, add some units of float32. A distance has two ends.
+FAR_BOUND = 2 * (2**-8 + 2 * math.pi * 2**-19 + 10 * 2**-24)
+
+
+@pytest.mark.parametrize("decoder", MODELS, ids=["moss_video_11b", "moss_tiny"])
+def test_the_positions_of_the_original_have_its_angles(decoder):
+    """Float32 products of position and frequency, bit for bit."""
+    rng = np.random.default_rng(0)
+    positions = np.concatenate([np.arange(4096), rng.integers(4096, 2**17, 4096), [2**17 - 1]])
+    angles = jnp.asarray(positions, jnp.float32)[None, :, None] * frequencies(decoder.rope, decoder.head_dim)
+    turned = rotation(jnp.asarray(positions)[None], decoder.rope, decoder.head_dim)
+    np.testing.assert_array_equal(turned.cos, jnp.cos(angles))
+    np.testing.assert_array_equal(turned.sin, jnp.sin(angles))
+
+
+def complex_rotation(positions, decoder) -> np.ndarray:
+    turned = rotation(jnp.asarray(positions)[None], decoder.rope, decoder.head_dim)
+    return np.asarray(turned.cos, np.float64)[0] + 1j * np.asarray(turned.sin, np.float64)[0]
+
+
+@pytest.mark.parametrize("decoder", MODELS, ids=["moss_video_11b", "moss_tiny"])
+@pytest.mark.parametrize("begin", [10**6, 10**7, 10**9, 2**31 - 1 - 2**18])
+def test_distances_far_out_are_as_exact_as_near(decoder, begin):
+    """Against float64, also across the borders of blocks."""
+    rng = np.random.default_rng(0)
+    distances = np.concatenate([np.arange(200), rng.integers(200, 2**17, 800)])
+    starts = begin + rng.integers(0, 2**17, len(distances))
+    between = complex_rotation(starts + distances, decoder) * complex_rotation(starts, decoder).conj()
+    radians = frequencies(decoder.rope, decoder.head_dim)
+    assert radians.dtype == np.float32
+    exact = np.exp(1j * distances[:, None] * radians.astype(np.float64))
+    assert abs(between - exact).max() < FAR_BOUND
+
+
+@pytest.mark.parametrize("decoder", MODELS, ids=["moss_video_11b", "moss_tiny"])
+def test_scores_far_out_are_those_near(decoder):
+    width, rng = decoder.head_dim, np.random.default_rng(0)
+    q, k = rng.standard_normal((2, 1, 1, width)).astype(np.float32)
+
+    def score(first, distance):
+        at, of = (rotation(jnp.array([[p]]), decoder.rope, width) for p in (first + distance, first))
+        return float((rotate(q, at) * rotate(k, of)).sum())
+
+    lengths = [np.hypot(*x[0, 0].reshape(2, width // 2)) for x in (q, k)]  # Of each pair of channels.
+    bound = 2 * FAR_BOUND * (lengths[0] * lengths[1]).sum()
+    for distance in (0, 1, 17, 1000, 100_000):
+        assert abs(score(10**8 + 10**3, distance) - score(10**3, distance)) < bound
