@@ -119,13 +119,13 @@ def load_slot(state: StreamState, saved: Mapping[str, np.ndarray]) -> dict[str, 
         room = state.text.capacity if part == "text" else state.bank.capacity
         if length.shape or not 0 <= length <= room:
             raise ValueError(f"{part}.length is not a number of rows from 0 to {room}")
-        loaded[name] = np.full((1, *like.shape[1:]), NO_POSITION if name == "bank.positions" else 0, like.dtype)
-        rows = _rows(like.ndim - 1, int(length))
-        if x.shape != loaded[name][0][rows].shape or x.dtype != like.dtype:
-            raise ValueError(
-                f"{name} is {x.dtype} {list(x.shape)}, not {like.dtype} {list(loaded[name][0][rows].shape)}"
-            )
-        loaded[name][0][rows] = x
+        # Behind the rows in use, a slot is as an empty one.
+        new = np.full((1, *like.shape[1:]), NO_POSITION if name == "bank.positions" else 0, like.dtype)
+        rows = (0, *_rows(like.ndim - 1, int(length)))
+        if (x.shape, x.dtype) != (new[rows].shape, like.dtype):
+            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}, not {like.dtype} {list(new[rows].shape)}")
+        new[rows] = x
+        loaded[name] = new
     return loaded
 
 

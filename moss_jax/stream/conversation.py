@@ -150,11 +150,13 @@ class Conversation:
         self._end_reason: EndReason | None = None
         self._wall = 0.0
 
-    def save(self) -> tuple[dict[str, Any], list[UInt8[np.ndarray, "H W 3"]]]:
+    def save(self, wall: float) -> tuple[dict[str, Any], list[UInt8[np.ndarray, "H W 3"]]]:
         """The dialogue between two steps, as JSON-ready values, and the frames in the inbox.
 
-        It goes on at a time that is not before anything that has happened.
+        Args:
+          wall: seconds since the session began.
         """
+        self._wall = wall
         inbox = sorted(self._inbox)
         saved = {
             "clock": self._config.clock,
@@ -198,7 +200,7 @@ class Conversation:
         Raises:
           ValueError: they are not what `save` returns.
         """
-        types = {name: type(value) for name, value in self.save()[0].items()}
+        types = {name: type(value) for name, value in self.save(0.0)[0].items()}
         if wrong := {n for n in types.keys() | saved.keys() if type(saved.get(n)) is not types.get(n)}:
             raise ValueError(f"{', '.join(sorted(wrong))} is missing, unknown or of the wrong type")
         if saved["counts"].keys() != self._counts.keys():
