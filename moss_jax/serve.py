@@ -131,7 +131,9 @@ def open_stream(args: argparse.Namespace) -> Stream:
     if args.offline and prompts[0].at:
         raise ConfigError("--offline reads the whole clip before it answers, so --prompt-at has no meaning")
     if args.offline and (args.save or args.resume):
-        raise ConfigError("--offline begins and ends with one answer; --save and --continue are for live streams")
+        raise ConfigError(
+            "--offline begins and ends with one answer; --save and --continue are for live streams"
+        )
     if args.resume and args.system is not None:
         raise ConfigError("--continue goes on with the system prompt that the stream has; leave out --system")
 
@@ -171,10 +173,13 @@ def open_stream(args: argparse.Namespace) -> Stream:
         frames = sample_at(args.video, times, skipped.append)
         if picture:
             frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
-        # Fitted while they are read: at full size, a clip of 4K may take more memory than there is.
-        clip = list(fit_frames(frames, engine.model_config.vision.image_size))
+        # Fitted while they are read: at full size, a chunk of 4K may take more memory than there is.
+        clip = fit_frames(frames, engine.model_config.vision.image_size)
+        if not (args.json and sys.stdout.isatty()):  # Where events would go through the bar.
+            clip = command.counted("frames", clip, len(times))
         stopped = threading.Event()
-        events = answer_offline(engine, clip, prompts[0].text, system=args.system)
+        clip = itertools.takewhile(lambda _: not stopped.is_set(), clip)
+        events = answer_offline(engine, clip, prompts[0].text, num_frames=len(times), system=args.system)
         events, stop = itertools.takewhile(lambda _: not stopped.is_set(), events), stopped.set
     else:
         system = chat.SYSTEM_PROMPT if args.system is None else args.system

@@ -95,6 +95,17 @@ def test_offline_prefills_the_clip_and_then_answers(checkpoint, tmp_path):
     assert_is_picture(tmp_path / "session.png")
 
 
+def test_a_long_clip_is_seen_at_its_rate_unless_nothing_may_be_forgotten(checkpoint):
+    arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--json", "--offline", "--prompt", "What?"]
+    arguments += ["--gin_param", "engine.bank_capacity = 16", "--fps", "2"]
+    result = run(*arguments)
+    assert [e["time"] for e in events_of(result) if e["type"] == "frame"] == [i / 2 for i in range(60)]
+    # No bar: this is no terminal.
+    assert len(result.stderr.splitlines()) == 2
+    frames = [e["time"] for e in events_of(run(*arguments, "--memory", "full")) if e["type"] == "frame"]
+    assert frames == pytest.approx([30 * i / 16 for i in range(16)])
+
+
 def test_frames_that_cannot_be_decoded_are_told(checkpoint, tmp_path):
     with av.open(str(DEMO)) as container:
         wreck = [packet for packet in container.demux(video=0) if packet.size][30]
@@ -288,7 +299,9 @@ def test_a_saved_stream_goes_on_with_the_next_video(checkpoint, films, tmp_path)
     common += ["--gin_param", "sampling.temperature = 0.8", "--gin_param", "engine.bank_capacity = 4"]
     # No time for the last answer at the end of the first, so that it goes on where it was.
     common += ["--gin_param", "session.tail_seconds = 0", "--gin_param", "session.tokens_per_second = 6"]
-    expected = events_of(run("--video", whole, *common, "--prompt", "What?", "--prompt", "And?", "--prompt-at", 8.5))
+    expected = events_of(
+        run("--video", whole, *common, "--prompt", "What?", "--prompt", "And?", "--prompt-at", 8.5)
+    )
     begun = run("--video", first, *common, "--prompt", "What?", "--save", path)
     assert begun.stderr.endswith(f"saved at 0:06: --continue {path} goes on from there\n")
     *before, end = events_of(begun)

@@ -91,7 +91,7 @@ def init_state(
 
 
 def save_slot(state: StreamState, slot: int) -> dict[str, np.ndarray]:
-    """What one slot holds, on the host, by names such as "bank.keys.0": the rows in use, without those behind."""
+    """What one slot holds, on the host, by names such as "bank.keys.0": no more rows than are in use."""
     lengths = {"text": int(state.text.length[slot]), "bank": int(state.bank.length[slot])}
     saved = {}
     for name, x in _named(state):
@@ -136,5 +136,5 @@ def _named(state: StreamState) -> Iterator[tuple[str, jax.Array]]:
 
 
 def _rows(ndim: int, length: int) -> tuple[slice, ...]:
-    """Index of the first rows of an array of one slot: [K, rows, D], [K, rows] or [rows]; of all of a number."""
+    """Index of the first rows of an array of one slot: [K, rows, D], [K, rows] or [rows], or a number."""
     return (*[slice(None)] * (ndim > 1), *[slice(length)] * (ndim > 0))

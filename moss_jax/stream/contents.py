@@ -9,8 +9,8 @@ from moss_jax.stream.eviction import Kind, tokens_to_keep
 if TYPE_CHECKING:
     from moss_jax.stream.conversation import Plan
 
-# Whether something can be appended in a row: "next_row" if only in the row after it, else the capacity that is
-# used up for good.
+# Whether something can be appended in a row: "next_row" if only in the one after it, else the capacity that
+# is used up for good.
 Fit = Literal["fits", "next_row", "bank_capacity", "text_capacity"]
 
 
@@ -59,4 +59,4 @@ class SlotContents:
             self.kinds = [self.kinds[i] for i in plan.kept]
         if len(self.kinds) + tokens <= capacity.text_capacity:
             return "fits"
-        return "text_capacity" if memory.text == "full" or not plan.events else "next_row"
+        return "text_capacity" if memory.text == "full" or not (plan.frames or plan.new_turn) else "next_row"

@@ -127,7 +127,9 @@ class Engine:
         self.dtype = model.dtype
         self.perception_device = perception_device
         # Some parameters that training changes and quantization does not, to tell models of one config apart.
-        parts = model.decoder.norm.weight, model.projector.bias
+        bias = model.projector.bias
+        assert bias is not None
+        parts = model.decoder.norm.weight, bias
         self._weights = hashlib.sha256(b"".join(np.asarray(x[...]).tobytes() for x in parts)).hexdigest()
         special = tokenizer.special
         pure_step = functools.partial(step, self.sampling, special)
@@ -240,9 +242,7 @@ class Engine:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a saved stream goes on with alone, as JSON-ready values by name: the model and all that a token
-        depends on beside the input.
-        """
+        """What a saved stream must find again, as JSON-ready values by name: the model, capacities, sampling."""
         model = dataclasses.asdict(self.model_config)
         for implementation in ("attention", "remat"):
             del model[implementation]

@@ -124,7 +124,11 @@ def read_stream(path: str | os.PathLike) -> SavedStream:
             f"{path} is no saved stream, or is truncated or damaged ({error}); give a file that was saved"
         ) from error
     if (found := metadata.get("format", "")) != FORMAT:
-        other = f"is a stream of the format {found!r}" if found.startswith("moss_jax stream") else "is no saved stream"
+        other = (
+            f"is a stream of the format {found!r}"
+            if found.startswith("moss_jax stream")
+            else "is no saved stream"
+        )
         raise SavedStreamError(f"{path} {other}; this version reads {FORMAT!r}")
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     try:
@@ -160,7 +164,11 @@ def check_settings(path: str | os.PathLike, saved: Mapping[str, Any], settings: 
     ]
     more = f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     is_model = any(name.startswith(("model.", "tokenizer")) for name in names)
-    remedy = "open the checkpoint that it was saved with" if is_model else "give the settings that it was saved with"
+    remedy = (
+        "open the checkpoint that it was saved with"
+        if is_model
+        else "give the settings that it was saved with"
+    )
     raise SavedStreamError(
         f"{path} does not fit this engine: {', '.join(differences[:_MAX_LISTED])}{more}; {remedy}"
     )

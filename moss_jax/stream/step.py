@@ -163,7 +163,7 @@ def slot_to_host(state: EngineState, slot: int) -> dict[str, np.ndarray]:
 
 
 def slot_from_host(state: EngineState, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Arrays of one slot [1, ...], in the order of those of a state, made of what `slot_to_host` has returned.
+    """Arrays of one slot [1, ...], in the order of a state, made of what `slot_to_host` has returned.
 
     Args:
       state: with the capacities that the slot is to have; only its shapes and dtypes are read.
@@ -182,9 +182,7 @@ def slot_from_host(state: EngineState, saved: Mapping[str, np.ndarray]) -> list[
 def put_slot(state: EngineState, slot: Int[Array, ""], arrays: Sequence[Array]) -> EngineState:
     """Replaces all that one slot holds by the arrays of `slot_from_host`."""
     old, structure = jax.tree.flatten(state)
-    new = [
-        jax.lax.dynamic_update_slice_in_dim(x, part, slot, 0) for x, part in zip(old, arrays, strict=True)
-    ]
+    new = [jax.lax.dynamic_update_slice_in_dim(x, part, slot, 0) for x, part in zip(old, arrays, strict=True)]
     return jax.tree.unflatten(structure, new)
 
 

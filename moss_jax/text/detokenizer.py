@@ -33,7 +33,7 @@ class Detokenizer:
 
     @property
     def incomplete(self) -> bytes:
-        """The bytes so far of a character that the tokens have not completed. Setting it drops those before."""
+        """The bytes so far of a character that the tokens have not completed; setting it drops those."""
         return self._decoder.getstate()[0]
 
     @incomplete.setter

@@ -39,7 +39,9 @@ CONFIG = SessionConfig(tokens_per_second=6)
 
 def push(session, frames, seconds, prompts=(), *, slot=0):
     """Pushes a frame a second and prompts, in order of time."""
-    timed = [(float(s), 1, frames[s % len(frames)]) for s in seconds] + [(at, 0, text) for at, text in prompts]
+    timed = [(float(s), 1, frames[s % len(frames)]) for s in seconds] + [
+        (at, 0, text) for at, text in prompts
+    ]
     for at, is_frame, item in sorted(timed, key=lambda x: x[:2]):
         (session.push_frame if is_frame else session.push_prompt)(item, at, slot=slot)
 
@@ -239,7 +241,9 @@ def test_settings_that_differ_are_named(saved, make_engine, model, tokenizer):
             Session(engine, CONFIG, resume={0: path})
         return str(refused.value)
 
-    assert "engine.bank_capacity is 8 there and 16 here" in refusal(make_engine(bank_capacity=16, memory=WINDOW))
+    assert "engine.bank_capacity is 8 there and 16 here" in refusal(
+        make_engine(bank_capacity=16, memory=WINDOW)
+    )
     other = dataclasses.replace(WINDOW, policy="merge", bank_dtype="int8")
     message = refusal(make_engine(bank_capacity=8, memory=other))
     assert "memory.bank_dtype is None there and 'int8' here" in message
