@@ -134,6 +134,10 @@ def open_stream(args: argparse.Namespace) -> Stream:
         raise ConfigError(
             "--offline begins and ends with one answer; --save and --continue are for live streams"
         )
+    if args.resume and not args.resume.is_file():
+        raise ConfigError(
+            f"--continue goes on with a file that --save has written; there is no {args.resume}"
+        )
     if args.resume and args.system is not None:
         raise ConfigError("--continue goes on with the system prompt that the stream has; leave out --system")
 
@@ -184,9 +188,7 @@ def open_stream(args: argparse.Namespace) -> Stream:
     else:
         system = chat.SYSTEM_PROMPT if args.system is None else args.system
         timed = [(prompt.at, prompt.text) for prompt in prompts]
-        session, later = open_session(
-            engine, timed, session_config, system=system, resume=args.resume or None
-        )
+        session, later = open_session(engine, timed, session_config, system=system, resume=args.resume)
         start = session.start_time
         if args.resume:
             heading += f"continues {args.resume} at {clock(start)}\n"

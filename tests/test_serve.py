@@ -342,7 +342,7 @@ def test_a_signal_saves_the_stream(checkpoint, tmp_path, number, code):
 def test_streams_that_cannot_go_on(fails, checkpoint, tmp_path, films):
     path = tmp_path / "day.safetensors"
     arguments = ["--video", films[1], "--checkpoint", checkpoint]
-    assert "No such file" in fails(*arguments, "--continue", path)
+    assert f"there is no {path}" in fails(*arguments, "--continue", path)
     path.write_text("this is no stream " * 100)
     assert "is no saved stream" in fails(*arguments, "--continue", path)
     assert "leave out --system" in fails(*arguments, "--continue", path, "--system", "Watch.")

@@ -242,7 +242,7 @@ class Engine:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a saved stream must find again, as JSON-ready values by name: the model, capacities, sampling."""
+        """What a saved stream must find again, as JSON-ready values by name."""
         model = dataclasses.asdict(self.model_config)
         for implementation in ("attention", "remat"):
             del model[implementation]

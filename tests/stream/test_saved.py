@@ -29,7 +29,7 @@ from moss_jax.stream import (
     Text,
     Turn,
 )
-from moss_jax.stream.conversation import Conversation
+from moss_jax.stream.conversation import Conversation, Inbound
 from moss_jax.stream.eviction import Kind
 from moss_jax.stream.saved import SavedStream, SavedStreamError, read_stream, write_stream
 
@@ -61,15 +61,15 @@ def until(session, is_enough) -> list:
     return events
 
 
-CUTS = {
-    "at the beginning": lambda event, events: True,
-    "in mid-answer": lambda event, events: len([e for e in events if isinstance(e, Text)]) == 9,
-    "before a compaction": lambda event, events: isinstance(event, FrameSeen) and event.index == 7,
-    "after compactions": lambda event, events: isinstance(event, FrameSeen) and event.index == 21,
-}
+# At the beginning, in mid-answer, before a compaction, and after several.
+CUTS = (
+    lambda event, events: True,
+    lambda event, events: sum(e["type"] == "text" for e in events) == 9,
+    lambda event, events: isinstance(event, FrameSeen) and event.index == 7,
+    lambda event, events: isinstance(event, FrameSeen) and event.index == 21,
+)
 
 
-@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(
     "memory",
     [
@@ -79,36 +79,40 @@ CUTS = {
     ],
     ids=lambda memory: memory.policy,
 )
-def test_a_resumed_stream_goes_on_as_one_that_was_never_cut(make_engine, frames, tmp_path, memory, cut):
-    """Event for event and token for token, sampled and penalised, in another slot of a larger engine, too."""
-    sampling = {"temperature": 0.9, "repetition_penalty": 1.2}
-    engine = make_engine(text_capacity=96, bank_capacity=8, memory=memory, **sampling)
-    prompts = [(2.5, "What is it?"), (11.25, "And now?")]
-    whole = Session(engine, CONFIG, system="Watch.", prompt="Hello?")
-    push(whole, frames, range(30), prompts)
-    whole.finish()
-    expected = told(whole)
+def test_a_resumed_stream_goes_on_as_one_that_was_never_cut(make_engine, frames, tmp_path, memory):
+    """Event for event and token for token, sampled and penalised; for a while in a larger engine."""
+    settings = {"text_capacity": 96, "bank_capacity": 8, "memory": memory}
+    settings |= {"temperature": 0.9, "repetition_penalty": 1.2}
+    engine, larger = make_engine(**settings), make_engine(slots=2, **settings)
+    prompts, path = [(2.5, "What is it?"), (11.25, "And now?")], tmp_path / "stream"
+
+    def start() -> Session:
+        session = Session(engine, CONFIG, system="Watch.", prompt="Hello?")
+        push(session, frames, range(30), prompts)
+        session.finish()
+        return session
+
+    expected = told(start())
     assert sum(e["type"] == "text" for e in expected) > 30
-
-    session = Session(engine, CONFIG, system="Watch.", prompt="Hello?")
-    push(session, frames, range(30), prompts)
-    session.finish()
-    before = until(session, CUTS[cut])
-    assert not isinstance(before[-1], End)
-    assert 0 < len(before) < len(expected)
-    session.save(tmp_path / "stream")
-    resumed = Session(engine, CONFIG, resume={0: tmp_path / "stream"})
-    resumed.finish()
-    assert told(before) + told(resumed) == expected
-
-    if cut == "in mid-answer":
-        larger = make_engine(slots=3, text_capacity=96, bank_capacity=8, memory=memory, **sampling)
-        beside = Session(larger, CONFIG, system=None, prompt="Who?", resume={1: tmp_path / "stream"})
-        push(beside, frames, range(3), slot=0)
-        beside.finish()
-        events = list(beside)
-        assert [e.prompt for e in events if e.slot == 0 and isinstance(e, Turn)] == ["Who?"]
-        assert told(before) + told(events, slot=1) == expected
+    session, slot, events = start(), 0, []
+    for number, is_cut in enumerate(CUTS):
+        before, is_paused = len(events), False
+        for event in session:
+            events += told([event], slot)
+            if event.slot == slot and not is_paused and is_cut(event, events):
+                session.pause()
+                is_paused = True
+        assert is_paused
+        assert events[-1]["type"] != "end"
+        assert len(events) > before
+        session.save(path, slot)
+        if number == 1:
+            slot, session = 1, Session(larger, CONFIG, system=None, prompt="Who?", resume={1: path})
+            push(session, frames, range(30))
+        else:
+            slot, session = 0, Session(engine, CONFIG, resume={0: path})
+        session.finish()
+    assert events + told(session) == expected
 
 
 def test_input_may_come_after_the_cut(make_engine, frames, tmp_path):
@@ -458,16 +462,14 @@ def test_a_dialogue_comes_back(tokenizer, answers, inbox):
     def make() -> Conversation:
         return Conversation(tokenizer, capacity, CONFIG, 0, opening=opening, prompt="Hello?")
 
-    def inbound(conversation, time, text=None):
-        from moss_jax.stream.conversation import Inbound
-
+    def inbound(time, text=None) -> Inbound:
         if text is None:
             return Inbound(time, 1, 0, rgb=np.full((2, 2, 3), int(time), np.uint8))
         return Inbound(time, 0, 0, prompt=text, tokens=[7, 8])
 
     conversation, second = make(), 0.0
     for answer in answers:
-        conversation.receive(inbound(conversation, second))
+        conversation.receive(inbound(second))
         conversation.finish(0.0)
         for token in answer:
             plan = conversation.plan(0.0, None, may_continue=True, perception_async=False)
@@ -477,21 +479,16 @@ def test_a_dialogue_comes_back(tokenizer, answers, inbox):
             list(conversation.on_token(plan, tokenizer.special.silence if token == -2 else token, 0.0))
         second += 1
     for after, is_prompt in inbox:
-        conversation.receive(inbound(conversation, second + after, "Well?" if is_prompt else None))
+        conversation.receive(inbound(second + after, "Well?" if is_prompt else None))
     dialogue, frames = conversation.save(0.0)
     dialogue = json.loads(json.dumps(dialogue))
     again = make()
-    again.resume(
-        dialogue,
-        frames,
-        lambda time, text: inbound(again, time, text),
-        lambda time, rgb: dataclasses.replace(inbound(again, time), rgb=rgb),
-    )
+    again.resume(dialogue, frames, inbound, lambda time, rgb: dataclasses.replace(inbound(time), rgb=rgb))
     other, other_frames = again.save(0.0)
     assert other == dialogue
     assert [x.tolist() for x in other_frames] == [x.tolist() for x in frames]
     assert again.opening_length == 3
-    assert again.text_length == dialogue["kinds"].__len__()
+    assert again.text_length == len(dialogue["kinds"])
     if dialogue["kinds"]:
         assert [Kind[k] for k in dialogue["kinds"][:3]] == [Kind.PINNED] * 3
 
