@@ -16,6 +16,7 @@ from moss_jax.config import (
     TokenSampling,
 )
 from moss_jax.convert import open_model
+from moss_jax.memory.policies import FULL
 from moss_jax.stream import End, Engine, Event, Text, answer_offline
 from moss_jax.terminal.feed import adapt_rate, open_session, report_skipped, run_session
 from moss_jax.terminal.transcript import ENDINGS
@@ -64,7 +65,7 @@ def ask(
     Args:
       checkpoint: see `open_engine`; it is loaded and compiled at each call.
       engine: takes the place of the checkpoint.
-      frames: which frames of the video the model sees.
+      frames: which frames of the video the model sees; one a second by default, however long it is.
       system: system prompt; None for none, as offline dialogues are trained.
       max_tokens: limit on the answer.
 
@@ -76,11 +77,13 @@ def ask(
     """
     capacity = engine.config if engine else EngineConfig()
     # Before a model is loaded, to refuse a bad file at once.
-    times = clip_times(video, frames_that_fit(frames or FrameSampling(), capacity))
+    times = clip_times(video, frames_that_fit(frames or FrameSampling(max_frames=None), capacity))
     engine = engine or open_engine(checkpoint)
-    # Fitted while they are read: at full size, a clip of 4K may take more memory than there is.
-    clip = list(fit_frames(sample_at(video, times), engine.model_config.vision.image_size))
-    *events, end = answer_offline(engine, clip, prompt, system=system, max_tokens=max_tokens)
+    # Fitted while they are read: at full size, a chunk of 4K may take more memory than there is.
+    clip = fit_frames(sample_at(video, times), engine.model_config.vision.image_size)
+    *events, end = answer_offline(
+        engine, clip, prompt, num_frames=len(times), system=system, max_tokens=max_tokens
+    )
     if isinstance(end, End) and end.reason == "not_finite":
         raise FloatingPointError(ENDINGS[end.reason])
     return "".join(event.text for event in events if isinstance(event, Text))
@@ -128,5 +131,12 @@ def watch(
 
 
 def frames_that_fit(frames: FrameSampling, capacity: EngineConfig) -> FrameSampling:
-    """Limits the frames of a clip to those that the bank has room for."""
-    return dataclasses.replace(frames, max_frames=min(frames.max_frames, capacity.bank_capacity))
+    """Limits the frames of a clip to those that the bank has room for, if it may forget none."""
+    if capacity.memory.policy != FULL:
+        return frames
+    most = (
+        capacity.bank_capacity
+        if frames.max_frames is None
+        else min(frames.max_frames, capacity.bank_capacity)
+    )
+    return dataclasses.replace(frames, max_frames=most)

@@ -12,11 +12,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from moss_jax.config import SEEDS
 
@@ -116,6 +126,37 @@ def progress(task: str) -> Iterator[None]:
         if terminal:
             clock.join()
         show("\r" if terminal else "")
+
+
+class _Rate(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+def counted[T](task: str, items: Iterable[T], total: int) -> Iterator[T]:
+    """Passes items on; where stderr is a terminal, a bar shows how many, their rate and the time left.
+
+    Args:
+      task: what is counted.
+      total: number of items.
+    """
+    console = Console(file=sys.stderr)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not (sys.stderr.isatty() and console.is_terminal),
+    )
+    with bar:
+        yield from bar.track(items, total=total, description=task)
 
 
 # ---------------------------------------------------------------------------------------- signals

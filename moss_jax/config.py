@@ -404,12 +404,13 @@ class FrameSampling:
     Attributes:
       fps: frames per second of video, by timestamp.
       min_frames: lower bound, met by an offline clip by sampling it more densely.
-      max_frames: upper bound, met by an offline clip by sampling it more sparsely. A live stream has none.
+      max_frames: upper bound, met by an offline clip by sampling it more sparsely; None for no bound. A live
+        stream has none.
     """
 
     fps: float = 1.0
     min_frames: int = 1
-    max_frames: int = 256
+    max_frames: int | None = 256
 
     def __post_init__(self):
         _convert_fields(self)
@@ -418,7 +419,7 @@ class FrameSampling:
             f"fps must be a positive number of frames per second, not {self.fps:g}",
         )
         _require(
-            1 <= self.min_frames <= self.max_frames,
+            1 <= self.min_frames <= (self.min_frames if self.max_frames is None else self.max_frames),
             f"min_frames {self.min_frames} must be at least 1 and at most max_frames {self.max_frames}",
         )
 

@@ -31,10 +31,18 @@ from moss_jax.config import (
 from moss_jax.convert import CheckpointError, open_model
 from moss_jax.memory.policies import FULL, POLICIES
 from moss_jax.shipped import shipped
-from moss_jax.stream import End, Engine, Event, SessionError, answer_offline
+from moss_jax.stream import (
+    End,
+    Engine,
+    Event,
+    SavedStreamError,
+    Session,
+    SessionError,
+    answer_offline,
+)
 from moss_jax.stream.events import EndReason
 from moss_jax.terminal.feed import adapt_rate, open_session, report_skipped, run_session
-from moss_jax.terminal.transcript import print_json, print_transcript
+from moss_jax.terminal.transcript import clock, print_json, print_transcript
 from moss_jax.text import TokenizerError, chat
 from moss_jax.video import VideoError, VideoInfo, clip_times, fit_frames, probe, sample_at, sample_file
 
@@ -43,7 +51,7 @@ if TYPE_CHECKING:
 
     from moss_jax.terminal.timeline import Timeline
 
-BAD_INPUT = (CheckpointError, ConfigError, SessionError, TokenizerError, VideoError)
+BAD_INPUT = (CheckpointError, ConfigError, SavedStreamError, SessionError, TokenizerError, VideoError)
 
 
 def main() -> int:
@@ -75,7 +83,12 @@ def run() -> int:
         stream.events, lambda event: reasons.append(event.reason) if isinstance(event, End) else None
     )
     with command.on_stop_signal(stop):
-        show(dataclasses.replace(stream, events=events), args)
+        try:
+            show(dataclasses.replace(stream, events=events), args)
+        finally:
+            # Also if it could not be printed, or the rest of the video cannot be read.
+            if args.save and stream.session and stream.session.can_save and "not_finite" not in reasons:
+                save(stream.session, args.save)
     if "not_finite" in reasons:
         return 1
     # Ctrl-C is how one ends a live stream, but it cuts an answer offline.
@@ -92,12 +105,14 @@ class Stream:
       events: runs the stream.
       stop: ends the events soon; from any thread.
       picture: gets the frames and the events, if a picture was asked for.
+      session: of a live stream.
     """
 
     heading: str
     events: Iterator[Event]
     stop: Callable[[], object]
     picture: "Timeline | None"
+    session: Session | None
 
 
 def open_stream(args: argparse.Namespace) -> Stream:
@@ -121,6 +136,16 @@ def open_stream(args: argparse.Namespace) -> Stream:
         raise ConfigError(f"--offline answers one --prompt about the whole clip, not {len(prompts)}")
     if args.offline and prompts[0].at:
         raise ConfigError("--offline reads the whole clip before it answers, so --prompt-at has no meaning")
+    if args.offline and (args.save or args.resume):
+        raise ConfigError(
+            "--offline begins and ends with one answer; --save and --continue are for live streams"
+        )
+    if args.resume and not args.resume.is_file():
+        raise ConfigError(
+            f"--continue goes on with a file that --save has written; there is no {args.resume}"
+        )
+    if args.resume and args.system is not None:
+        raise ConfigError("--continue goes on with the system prompt that the stream has; leave out --system")
 
     perception = None
     if args.perception_device is not None:
@@ -151,32 +176,41 @@ def open_stream(args: argparse.Namespace) -> Stream:
     )
     # Times of the frames that cannot be decoded.
     skipped: list[float] = []
+    session = None
     if args.offline:
         times = clip_times(args.video, frames_that_fit(sampling, engine_config))
         frames = sample_at(args.video, times, skipped.append)
         if picture:
             frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
-        # Fitted while they are read: at full size, a clip of 4K may take more memory than there is.
-        clip = list(fit_frames(frames, engine.model_config.vision.image_size))
+        # Fitted while they are read: at full size, a chunk of 4K may take more memory than there is.
+        clip = fit_frames(frames, engine.model_config.vision.image_size)
+        if not (args.json and sys.stdout.isatty()):  # Where events would go through the bar.
+            clip = command.counted("frames", clip, len(times))
         stopped = threading.Event()
-        events = answer_offline(engine, clip, prompts[0].text, system=args.system)
+        clip = itertools.takewhile(lambda _: not stopped.is_set(), clip)
+        events = answer_offline(engine, clip, prompts[0].text, num_frames=len(times), system=args.system)
         events, stop = itertools.takewhile(lambda _: not stopped.is_set(), events), stopped.set
     else:
         system = chat.SYSTEM_PROMPT if args.system is None else args.system
         timed = [(prompt.at, prompt.text) for prompt in prompts]
-        session, later = open_session(engine, timed, session_config, system=system)
+        session, later = open_session(engine, timed, session_config, system=system, resume=args.resume)
+        start = session.start_time
+        if args.resume:
+            heading += f"continues {args.resume} at {clock(start)}\n"
         if session_config.clock == "realtime":
             # Compiled beforehand, since the clip goes on meanwhile.
             with command.progress("compiling"):
                 engine.warm_up((info.height, info.width, 3))
-        frames = sample_file(args.video, sampling, skipped.append)
+        frames = sample_file(args.video, sampling, lambda time: skipped.append(start + time))
+        frames = (dataclasses.replace(frame, time=start + frame.time) for frame in frames)
         if picture:
             frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
-        events, stop = run_session(session, frames, later), session.stop
+        events = run_session(session, frames, later)
+        stop = session.pause if args.save else session.stop
     events = report_skipped(events, skipped)
     if picture:
         events = tap(events, picture.add)
-    return Stream(heading, events, stop, picture)
+    return Stream(heading, events, stop, picture, session)
 
 
 def show(stream: Stream, args: argparse.Namespace) -> None:
@@ -190,13 +224,19 @@ def show(stream: Stream, args: argparse.Namespace) -> None:
             console.print(stream.heading, style="dim", markup=False)
             print_transcript(stream.events, console)
     except OSError:
-        # They can't be printed any more, but the picture of them is still wanted.
-        if stream.picture:
+        # They can't be printed any more, but the picture of them and the stream are still wanted.
+        if stream.picture or args.save:
             collections.deque(stream.events, maxlen=0)
         raise
     finally:
         if stream.picture and stream.picture.events:
             stream.picture.save(args.timeline)
+
+
+def save(session: Session, path: Path) -> None:
+    """Saves the stream of a session, and says so."""
+    at = session.save(path)
+    command.tell(f"saved at {clock(at)}: --continue {path} goes on from there")
 
 
 def tap[T](items: Iterable[T], keep: Callable[[T], None]) -> Iterator[T]:
@@ -248,7 +288,7 @@ def parse_arguments() -> argparse.Namespace:
         action=SetTime,
         type=float,
         metavar="SECONDS",
-        help="stream time of the --prompt before it (default: 0)",
+        help="time in the video of the --prompt before it (default: 0)",
     )
     add(
         "--fps",
@@ -296,6 +336,19 @@ def parse_arguments() -> argparse.Namespace:
         help="system prompt; empty for none (default: moss_jax.text.chat.SYSTEM_PROMPT, with --offline none)",
     )
     add("--seed", type=command.seed, help=f"seed of the sampling (default: {settings(TokenSampling).seed})")
+    add(
+        "--save",
+        type=command.output_file,
+        metavar="FILE",
+        help="save the stream at its end, also after Ctrl-C or SIGTERM, for --continue",
+    )
+    add(
+        "--continue",
+        dest="resume",
+        type=Path,
+        metavar="FILE",
+        help="go on with a saved stream: the video follows on what it has seen, and its clock goes on",
+    )
     add("--json", action="store_true", help="print one JSON object per event instead of a transcript")
     add("--timeline", type=Path, metavar="FILE", help="draw frames, prompts and answers over time, as a .png")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings that override the defaults")

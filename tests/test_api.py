@@ -35,8 +35,8 @@ def test_ask_holds_a_clip_at_the_size_of_the_tile(engine, monkeypatch):
     clips = []
 
     def answer(engine, frames, *args, **kwargs):
-        clips.append(frames)
-        return answer_offline(engine, frames, *args, **kwargs)
+        clips.append(list(frames))
+        return answer_offline(engine, clips[-1], *args, **kwargs)
 
     monkeypatch.setattr(moss_jax.api, "answer_offline", answer)
     answered = moss_jax.ask(DEMO, "What do you see?", engine=engine, frames=EIGHT_SECONDS)

@@ -26,6 +26,25 @@ def write_streams() -> None:
     runpy.run_module("moss_jax.worlds.tabletop", run_name="__main__")
 
 
+class Terminal(io.StringIO):
+    """A stand-in for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_is_counted_shows_on_a_terminal_alone(monkeypatch):
+    for out, is_shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", out)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "100")
+        counted = command.counted("frames", iter("abc"), 3)
+        assert out.getvalue() == ""
+        assert list(counted) == ["a", "b", "c"]
+        assert ("frames" in out.getvalue()) == is_shown
+        assert ("3/3" in out.getvalue()) == is_shown
+
+
 # ------------------------------------------------------------------------------ exit codes, output
 
 

@@ -16,7 +16,10 @@ from PIL import Image
 
 import moss_jax
 from moss_jax import serve
+from moss_jax.config import FrameSampling
 from moss_jax.stream import Counters, FrameSeen, Text, Turn
+from moss_jax.stream.saved import read_stream
+from moss_jax.video import sample_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "assets" / "demo.mp4"
@@ -90,6 +93,17 @@ def test_offline_prefills_the_clip_and_then_answers(checkpoint, tmp_path):
     assert types[:31] == ["frame"] * 30 + ["turn"]
     assert types[-1] == "end"
     assert_is_picture(tmp_path / "session.png")
+
+
+def test_a_long_clip_is_seen_at_its_rate_unless_nothing_may_be_forgotten(checkpoint):
+    arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--json", "--offline", "--prompt", "What?"]
+    arguments += ["--gin_param", "engine.bank_capacity = 16", "--fps", "2"]
+    result = run(*arguments)
+    assert [e["time"] for e in events_of(result) if e["type"] == "frame"] == [i / 2 for i in range(60)]
+    # No bar: this is no terminal.
+    assert len(result.stderr.splitlines()) == 2
+    frames = [e["time"] for e in events_of(run(*arguments, "--memory", "full")) if e["type"] == "frame"]
+    assert frames == pytest.approx([30 * i / 16 for i in range(16)])
 
 
 def test_frames_that_cannot_be_decoded_are_told(checkpoint, tmp_path):
@@ -270,6 +284,91 @@ def test_events_print_where_the_terminal_has_no_unicode(checkpoint, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert r"  0:00  \u203a O\xf9 est \u732b?" in shown.stdout
     assert "6 frames" in shown.stdout
+
+
+# --------------------------------------------------------------------------- saving and resuming
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory) -> list[Path]:
+    """Twelve seconds of the demo clip, and its two halves, without loss."""
+    folder = tmp_path_factory.mktemp("films")
+    frames = [frame.rgb for frame in sample_clip(DEMO, FrameSampling(max_frames=30))][:12]
+    for name, part in (("whole", frames), ("first", frames[:6]), ("second", frames[6:])):
+        with av.open(str(folder / f"{name}.mkv"), "w") as film:
+            stream = film.add_stream("ffv1", rate=1)
+            stream.height, stream.width = part[0].shape[:2]
+            stream.pix_fmt = "bgr0"
+            for rgb in part:
+                film.mux(stream.encode(av.VideoFrame.from_ndarray(rgb).reformat(format="bgr0")))
+            film.mux(stream.encode())
+    return [folder / f"{name}.mkv" for name in ("whole", "first", "second")]
+
+
+def test_a_saved_stream_goes_on_with_the_next_video(checkpoint, films, tmp_path):
+    """In another process, in mid-answer, after compactions: as one stream of both videos."""
+    whole, first, second = films
+    path = tmp_path / "day.safetensors"
+    common = ["--checkpoint", checkpoint, "--json", "--seed", 3]
+    common += ["--gin_param", "sampling.temperature = 0.8", "--gin_param", "engine.bank_capacity = 4"]
+    # No time for the last answer at the end of the first, so that it goes on where it was.
+    common += ["--gin_param", "session.tail_seconds = 0", "--gin_param", "session.tokens_per_second = 6"]
+    expected = events_of(
+        run("--video", whole, *common, "--prompt", "What?", "--prompt", "And?", "--prompt-at", 8.5)
+    )
+    begun = run("--video", first, *common, "--prompt", "What?", "--save", path)
+    assert begun.stderr.endswith(f"saved at 0:06: --continue {path} goes on from there\n")
+    *before, end = events_of(begun)
+    assert end["reason"] == "finished"
+    went_on = run(
+        *("--video", second, *common, "--prompt", "And?", "--prompt-at", 2.5),
+        *("--continue", path, "--save", path, "--timeline", tmp_path / "session.png"),
+    )
+    after = events_of(went_on)
+    assert f"continues {path} at 0:06" in went_on.stderr
+    assert [e | {"wall_time": 0} for e in (*before, *after)] == [e | {"wall_time": 0} for e in expected]
+    assert [e["time"] for e in after if e["type"] == "frame"] == [6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
+    assert sum(e["type"] == "text" for e in after) > 10
+    assert read_stream(path).dialogue["start_time"] == 12.0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_stream(checkpoint, tmp_path, number, code):
+    path = tmp_path / "day.safetensors"
+    process = start(
+        *("--checkpoint", checkpoint, "--clock", "realtime", "--save", path),
+        *("--prompt", "What?", "--prompt", "And?", "--prompt-at", 20),
+    )
+    lines = [process.stdout.readline() for _ in range(3)]
+    process.send_signal(number)
+    rest, errors = process.communicate(timeout=60)
+    events = [json.loads(line) for line in [*lines, *rest.splitlines()]]
+    assert process.returncode == code, errors
+    # It is not over, but its video is.
+    assert not [e for e in events if e["type"] == "end"]
+    assert [e["prompt"] for e in events if e["type"] == "not_asked"] == ["And?"]
+    assert f"--continue {path} goes on from there" in errors
+    stream = read_stream(path)
+    assert stream.dialogue["counts"]["frames"] == sum(e["type"] == "frame" for e in events)
+    assert stream.dialogue["start_time"] >= events[-1]["stream_time"]
+
+
+def test_streams_that_cannot_go_on(fails, checkpoint, tmp_path, films):
+    path = tmp_path / "day.safetensors"
+    arguments = ["--video", films[1], "--checkpoint", checkpoint]
+    assert f"there is no {path}" in fails(*arguments, "--continue", path)
+    path.write_text("this is no stream " * 100)
+    assert "is no saved stream" in fails(*arguments, "--continue", path)
+    assert "leave out --system" in fails(*arguments, "--continue", path, "--system", "Watch.")
+    for flag in ("--save", "--continue"):
+        assert "for live streams" in fails(*arguments, "--offline", "--prompt", "What?", flag, path)
+    assert "cannot be written" in fails(*arguments, "--save", tmp_path)
+    assert run(*arguments, "--save", path).returncode == 0
+    message = fails(*arguments, "--continue", path, "--memory", "merge")
+    assert "memory.policy is 'pyramid' there and 'merge' here" in message
+    assert len(message.splitlines()) == 1
+    message = fails("--video", films[1], "--continue", path)
+    assert "open the checkpoint that it was saved with" in message
 
 
 # ------------------------------------------------------------------------------------ bad input

@@ -401,7 +401,7 @@ def _found[Result](result: Result | _Dropped) -> Result:
 
 def _check_times(path: str, times: tuple[float, ...], length: float, sampling: FrameSampling) -> None:
     """Checks the frame times of a real-time row."""
-    if len(times) > sampling.max_frames:
+    if sampling.max_frames is not None and len(times) > sampling.max_frames:
         raise _Dropped(TOO_MANY, f"it has {len(times)} frames; max_frames is {sampling.max_frames}")
     if times and times[-1] > length + _MAX_OVERRUN:
         raise _Dropped(MISMATCH, f"it has a frame at {times[-1]:g} s, but {path} ends at {length:.1f} s")

@@ -2,7 +2,7 @@
 
 from moss_jax.memory.bank import NO_POSITION, MemoryBank, remember_frames, vectors_visible
 from moss_jax.memory.room import CapacityError, check_room
-from moss_jax.memory.state import StreamState, init_state
+from moss_jax.memory.state import StreamState, init_state, load_slot, save_slot
 from moss_jax.memory.text import ROWS_MULTIPLE, TextCache, keep_tokens
 
 __all__ = [
@@ -15,6 +15,8 @@ __all__ = [
     "check_room",
     "init_state",
     "keep_tokens",
+    "load_slot",
     "remember_frames",
+    "save_slot",
     "vectors_visible",
 ]

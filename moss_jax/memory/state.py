@@ -1,9 +1,11 @@
 """The whole state of a batch of streams: the text cache and the memory bank of every slot."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import DTypeLike
 
 from moss_jax.config import ModelConfig
@@ -86,3 +88,53 @@ def init_state(
             length=jnp.zeros(slots, jnp.int32),
         ),
     )
+
+
+def save_slot(state: StreamState, slot: int) -> dict[str, np.ndarray]:
+    """What one slot holds, on the host, by names such as "bank.keys.0": no more rows than are in use."""
+    lengths = {"text": int(state.text.length[slot]), "bank": int(state.bank.length[slot])}
+    saved = {}
+    for name, x in _named(state):
+        x = np.asarray(x[slot])
+        saved[name] = x[_rows(x.ndim, lengths[name.partition(".")[0]])]
+    return saved
+
+
+def load_slot(state: StreamState, saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of one slot [1, ...], by name, made of what `save_slot` has returned.
+
+    Args:
+      state: with the capacities that the slot is to have; only its shapes and dtypes are read.
+
+    Raises:
+      ValueError: naming an array that is missing, unknown, or of another shape or dtype.
+    """
+    named = dict(_named(state))
+    if wrong := named.keys() ^ saved.keys():
+        raise ValueError(f"there should {'' if min(wrong) in named else 'not '}be an array {min(wrong)}")
+    loaded = {}
+    for name, like in named.items():
+        part = name.partition(".")[0]
+        x, length = saved[name], saved[f"{part}.length"]
+        room = state.text.capacity if part == "text" else state.bank.capacity
+        if length.shape or not 0 <= length <= room:
+            raise ValueError(f"{part}.length is not a number of rows from 0 to {room}")
+        # Behind the rows in use, a slot is as an empty one.
+        new = np.full((1, *like.shape[1:]), NO_POSITION if name == "bank.positions" else 0, like.dtype)
+        rows = (0, *_rows(like.ndim - 1, int(length)))
+        if (x.shape, x.dtype) != (new[rows].shape, like.dtype):
+            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}, not {like.dtype} {list(new[rows].shape)}")
+        new[rows] = x
+        loaded[name] = new
+    return loaded
+
+
+def _named(state: StreamState) -> Iterator[tuple[str, jax.Array]]:
+    """The arrays of a state with their names."""
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        yield jax.tree_util.keystr(path, simple=True, separator="."), x
+
+
+def _rows(ndim: int, length: int) -> tuple[slice, ...]:
+    """Index of the first rows of an array of one slot: [K, rows, D], [K, rows] or [rows], or a number."""
+    return (*[slice(None)] * (ndim > 1), *[slice(length)] * (ndim > 0))

@@ -18,6 +18,7 @@ from moss_jax.stream.events import (
 )
 from moss_jax.stream.offline import answer_offline
 from moss_jax.stream.rows import PENDING, Row
+from moss_jax.stream.saved import SavedStreamError
 from moss_jax.stream.session import Session, SessionError
 from moss_jax.stream.step import NOT_FINITE, EngineState, Sampled
 
@@ -38,6 +39,7 @@ __all__ = [
     "NotAsked",
     "Row",
     "Sampled",
+    "SavedStreamError",
     "Session",
     "SessionError",
     "Silence",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, UInt8
 
 from moss_jax.config import EngineConfig, SessionConfig, UnseenReason
 from moss_jax.memory import selection
-from moss_jax.memory.eviction import Kind, tokens_to_keep
+from moss_jax.memory.eviction import Kind
+from moss_jax.stream.contents import SlotContents
 from moss_jax.stream.events import (
     Counters,
     End,
@@ -122,6 +123,7 @@ class Conversation:
       finished: nothing more will be pushed.
       stopped: the stream ends at the next token.
       ended: the stream is over.
+      start_time: from which the stream goes on, where it was saved before; else 0.
       latest: the latest time of anything pushed.
       latest_frame: of any frame.
       speaking: whether the model is in the middle of an answer.
@@ -140,7 +142,7 @@ class Conversation:
     ):
         self.slot = slot
         self.finished = self.stopped = self.ended = False
-        self.latest = self.latest_frame = 0.0
+        self.start_time = self.latest = self.latest_frame = 0.0
         self.speaking = self.interrupted = False
         self._config = config
         self._capacity = capacity
@@ -158,11 +160,9 @@ class Conversation:
         # Whether an answer has been cut, so that a silence follows its last token.
         self._is_cut = False
         self._said, self._said_tokens = "", 0
-        # The text cache, token by token, and where in it is a token that the host does not have yet.
-        self._kinds: list[Kind] = []
+        self._contents = SlotContents(capacity)
+        # Where in the text cache is a token that the host does not have yet.
         self._unknown: int | None = None
-        # Frames that may be appended before the bank is compacted.
-        self._frame_room = capacity.bank_capacity
         self._warned: set[str] = set()
         # The lockstep clock: the instant of the last thing that happened, and the tokens since.
         self._instant, self._ticks = 0.0, 0
@@ -170,6 +170,116 @@ class Conversation:
         # Why the stream ends at the next move: a capacity, once what fitted has been appended, or the logits.
         self._end_reason: EndReason | None = None
         self._wall = 0.0
+
+    def save(
+        self, wall: float
+    ) -> tuple[dict[str, Any], list[UInt8[np.ndarray, "H W 3"]], selection.Thumbnail | None]:
+        """The dialogue between two steps, as JSON-ready values.
+
+        With it the frames in the inbox that the model is yet to be shown, and the thumbnail that the next
+        frame is compared with.
+
+        Args:
+          wall: seconds since the session began.
+        """
+        self._wall = wall
+        inbox = sorted(self._inbox)
+        saved = {
+            "clock": self._config.clock,
+            "tokens_per_second": self._config.tokens_per_second,
+            "start_time": max(self._now(), self.latest),
+            "latest_frame": self.latest_frame,
+            "instant": self._instant,
+            "ticks": self._ticks,
+            # Empty once it has been appended.
+            "opening": self._opening or [],
+            "prompt": self._prompt,
+            "kinds": [kind.name for kind in self._contents.kinds],
+            "frame_room": self._contents.frame_room,
+            "pending": self._pending,
+            "pending_kinds": [kind.name for kind in self._pending_kinds],
+            "is_cut": self._is_cut,
+            "speaking": self.speaking,
+            "interrupted": self.interrupted,
+            "said": self._said,
+            "said_tokens": self._said_tokens,
+            "incomplete": self._detokenizer.incomplete.hex(),
+            "counts": self._counts,
+            "warned": sorted(self._warned),
+            "selection": [self._selection.time, self._selection.due, self._selection.earliest],
+            # Of each prompt its time and text; of each frame its time, None, and why it is not shown, if so.
+            "inbox": [[i.time, None if i.is_frame else i.prompt, i.unseen] for i in inbox],
+        }
+        return saved, [i.rgb for i in inbox if i.rgb is not None], self._selection.thumbnail
+
+    def resume(
+        self,
+        saved: dict[str, Any],
+        frames: Sequence[UInt8[np.ndarray, "H W 3"]],
+        thumbnail: selection.Thumbnail | None,
+        make_prompt: Callable[[float, str], Inbound],
+        make_frame: Callable[[float, UInt8[np.ndarray, "H W 3"] | None, UnseenReason | None], Inbound],
+    ) -> None:
+        """Goes on with a dialogue that `save` has returned, in the place of a new one.
+
+        Args:
+          saved, frames, thumbnail: as `save` has returned them.
+          make_prompt, make_frame: make those in the inbox.
+
+        Raises:
+          ValueError: they are not what `save` returns.
+        """
+        types = {name: type(value) for name, value in self.save(0.0)[0].items()}
+        if wrong := {n for n in types.keys() | saved.keys() if type(saved.get(n)) is not types.get(n)}:
+            raise ValueError(f"{', '.join(sorted(wrong))} is missing, unknown or of the wrong type")
+        if saved["counts"].keys() != self._counts.keys():
+            raise ValueError(f"counts are of {', '.join(saved['counts'])}, not of {', '.join(self._counts)}")
+        if sum(prompt is None and not unseen for _, prompt, unseen in saved["inbox"]) != len(frames):
+            raise ValueError(f"the inbox should not hold {len(frames)} frames")
+        if not 0 <= saved["frame_room"] <= self._capacity.bank_capacity:
+            raise ValueError(f"frame_room cannot be {saved['frame_room']}")
+        self.start_time = self.latest = saved["start_time"]
+        self._wall = self.start_time
+        self._instant, self._ticks = saved["instant"], saved["ticks"]
+        if (saved["clock"], saved["tokens_per_second"]) != (
+            self._config.clock,
+            self._config.tokens_per_second,
+        ):
+            self._instant, self._ticks = self.start_time, 0
+        self._opening, self._prompt = saved["opening"] or None, saved["prompt"]
+        self._contents.kinds = [Kind[name] for name in saved["kinds"]]
+        self._contents.frame_room = saved["frame_room"]
+        self._pending = saved["pending"]
+        self._pending_kinds = [Kind[name] for name in saved["pending_kinds"]]
+        self._is_cut, self.speaking, self.interrupted = (
+            saved[name] for name in ("is_cut", "speaking", "interrupted")
+        )
+        self._said, self._said_tokens = saved["said"], saved["said_tokens"]
+        self._detokenizer.incomplete = bytes.fromhex(saved["incomplete"])
+        self._counts, self._warned = dict(saved["counts"]), set(saved["warned"])
+        self.latest_frame = saved["latest_frame"]
+        self._selection = selection.Selection(thumbnail, *saved["selection"])
+        left = iter(frames)
+        for time, prompt, unseen in saved["inbox"]:
+            if prompt is not None:
+                inbound = make_prompt(time, prompt)
+            else:
+                inbound = make_frame(time, None if unseen else next(left), unseen)
+            heapq.heappush(self._inbox, inbound)
+
+    @property
+    def opening_length(self) -> int:
+        """Tokens of the opening, which are never evicted."""
+        return len(self._opening or ()) or self._contents.kinds.count(Kind.PINNED)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens in the text cache."""
+        return len(self._contents.kinds)
+
+    def is_finite(self) -> bool:
+        """Whether all logits have been finite."""
+        return self._end_reason != "not_finite"
 
     def finish(self, wall: float) -> None:
         """Notes that nothing more will be pushed."""
@@ -226,7 +336,7 @@ class Conversation:
             return self._end(self._end_reason)
         if self._opening is not None:
             tokens, self._opening = self._opening, None
-            self._kinds = [Kind.PINNED] * len(tokens)
+            self._contents.append([Kind.PINNED] * len(tokens))
             return Plan([self._turn(self._prompt)], tokens, new_turn=True)
         if self.interrupted and not in_flight:
             self.interrupted = False
@@ -270,7 +380,7 @@ class Conversation:
         kind = Kind.SILENCE if token == self._special.silence else Kind.ASSISTANT
         self._pending, self._pending_kinds = [PENDING], [kind]
         if self._unknown is not None:
-            self._kinds[self._unknown], self._unknown = kind, None
+            self._contents.kinds[self._unknown], self._unknown = kind, None
         if kind is Kind.SILENCE:
             self._hush()
             self._counts["silences"] += 1
@@ -365,7 +475,7 @@ class Conversation:
         plan.events[place] = FrameUnseen(**vars(seen), reason="alike")
         self._counts["frames"] -= 1
         self._counts["frames_alike"] += 1
-        self._frame_room += 1
+        self._contents.frame_room += 1
 
     def _append(self, due: list[Inbound], in_flight: Plan | None) -> Plan | None:
         """Plans the row and the events of what is due, as far as there is room; the end if there is none."""
@@ -397,7 +507,7 @@ class Conversation:
             if is_frame:
                 plan.frames.append(inbound)
                 plan.events.append(self._frame_event(inbound))
-                self._frame_room -= is_seen
+                self._contents.append([], frames=int(is_seen))
             else:
                 plan.new_turn = True
                 plan.events.append(self._turn(inbound.prompt))
@@ -405,41 +515,17 @@ class Conversation:
             return self._end(self._end_reason)
         self._is_cut = False
         if Kind.UNKNOWN in kinds:
-            self._unknown = len(self._kinds)
-        self._kinds += kinds
+            self._unknown = len(self._contents.kinds)
+        self._contents.append(kinds)
         plan.events += self._warnings()
         return plan
 
     def _make_room(self, plan: Plan, tokens: int, *, is_frame: bool = False) -> bool:
-        """Checks that a row fits, and schedules in the plan the compactions that must come before it.
-
-        Args:
-          tokens: of the row.
-          is_frame: whether they bring one more frame that the model is shown.
-
-        Returns:
-          Whether it fits. If it never will, the end reason is set.
-        """
-        capacity, memory = self._capacity, self._capacity.memory
-        if is_frame and not self._frame_room:
-            if memory.policy == "full":
-                self._end_reason = "bank_capacity"
-                return False
-            if plan.seen:
-                return False
-            plan.compact = True
-            self._frame_room = capacity.bank_capacity - memory.low_mark(capacity.bank_capacity)
-        if len(self._kinds) + tokens <= capacity.text_capacity:
-            return True
-        if memory.text == "window" and plan.kept is None:
-            room = min(memory.low_mark(capacity.text_capacity), capacity.text_capacity - tokens)
-            plan.kept = tokens_to_keep(self._kinds, room, memory, capacity.text_capacity)
-            self._kinds = [self._kinds[i] for i in plan.kept]
-        if len(self._kinds) + tokens <= capacity.text_capacity:
-            return True
-        if memory.text == "full" or not plan.events:
-            self._end_reason = "text_capacity"
-        return False
+        """As `SlotContents.make_room`: whether a row fits; if it never will, the end reason is set."""
+        fit = self._contents.make_room(plan, tokens, is_frame=is_frame)
+        if fit in ("bank_capacity", "text_capacity"):
+            self._end_reason = fit
+        return fit == "fits"
 
     def _warnings(self) -> Iterator[Event]:
         """An event for each capacity that will end the stream and is nearly used up, once."""
@@ -448,7 +534,7 @@ class Conversation:
         if memory.policy == "full":
             used["bank_capacity"] = self._counts["frames"]
         if memory.text == "full":
-            used["text_capacity"] = len(self._kinds)
+            used["text_capacity"] = len(self._contents.kinds)
         for setting, count in used.items():
             size = getattr(capacity, setting)
             if count >= NEARLY * size and setting not in self._warned:

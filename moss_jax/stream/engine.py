@@ -5,8 +5,9 @@ B slots, P encoded frames, N vectors a frame, D width, V vocabulary
 
 import dataclasses
 import functools
+import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -38,6 +39,9 @@ from moss_jax.stream.step import (
     SamplingRules,
     compact_bank,
     compact_text,
+    put_slot,
+    slot_from_host,
+    slot_to_host,
     start,
     step,
 )
@@ -130,6 +134,11 @@ class Engine:
         self.tokenizer = tokenizer
         self.dtype = model.dtype
         self.perception_device = perception_device
+        # Some parameters that training changes and quantization does not, to tell models of one config apart.
+        bias = model.projector.bias
+        assert bias is not None
+        parts = model.decoder.norm.weight, bias
+        self._weights = hashlib.sha256(b"".join(np.asarray(x[...]).tobytes() for x in parts)).hexdigest()
         special = tokenizer.special
         pure_step = functools.partial(step, self.sampling, special)
         parameters, pure_step = functionalize(for_decoding(model.decoder), pure_step)
@@ -160,6 +169,7 @@ class Engine:
 
         self._step = program(pure_step, 2)
         self._compact_text = program(compact_text, 0)
+        self._put_slot = program(put_slot, 0)
         policy = make_policy(self.config.memory, model.config, self.config.bank_capacity)
         self._compact_bank = program(functools.partial(compact_bank, policy), 0) if policy else None
         self.programs = {
@@ -251,6 +261,44 @@ class Engine:
             state = jax.tree.unflatten(self._structure, arrays)
         return state
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a saved stream must find again, as JSON-ready values by name."""
+        model = dataclasses.asdict(self.model_config)
+        for implementation in ("attention", "remat"):
+            del model[implementation]
+        config = dataclasses.asdict(self.config)
+        del config["slots"]
+        settings = {
+            "model": model | {"dtype": str(self.dtype), "weights": self._weights},
+            "tokenizer": hashlib.sha256(self.tokenizer.content).hexdigest(),
+            "memory": config.pop("memory"),
+            "engine": config,
+            "sampling": dataclasses.asdict(self.sampling),
+        }
+        return dict(_flat_items(settings))
+
+    def save_slot(self, state: EngineState, slot: int) -> dict[str, np.ndarray]:
+        """All that one slot holds, on the host, by name."""
+        return slot_to_host(state, slot)
+
+    def check_slot(self, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Arrays for `load_slot`, made of what `save_slot` has returned for an engine of the same `settings`.
+
+        Raises:
+          ValueError: naming an array that does not fit.
+        """
+        return slot_from_host(jax.eval_shape(self.start), saved)
+
+    def load_slot(self, state: EngineState, slot: int, arrays: Sequence[np.ndarray]) -> EngineState:
+        """Replaces all that one slot holds.
+
+        Args:
+          state: is donated.
+          arrays: of `check_slot`.
+        """
+        return jax.tree.unflatten(self._structure, self._put_slot(state, np.int32(slot), list(arrays)))
+
     def warm_up(self, frame_shape: tuple[int, int, int]) -> None:
         """Compiles the programs of a session of one slot with frames of this shape.
 
@@ -305,6 +353,15 @@ def _decode_arguments(image: int, placement: Sharding, taking_part: tuple[bool, 
     """Arguments of a step that appends the pending token alone in the slots that take part, on the device."""
     rows = [Row([PENDING]) if takes_part else None for takes_part in taking_part]
     return jax.device_put(step_arguments(rows, image), placement)
+
+
+def _flat_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dicts by their dotted names, tuples as lists."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat_items(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 def _flat[**Arguments](function: Callable[Arguments, EngineState]) -> Callable[Arguments, list[jax.Array]]:

@@ -2,9 +2,13 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
+from moss_jax.config import EngineConfig
+from moss_jax.memory.eviction import Kind
+from moss_jax.stream.contents import SlotContents
+from moss_jax.stream.conversation import Inbound, Plan
 from moss_jax.stream.engine import EngineLike
 from moss_jax.stream.events import Counters, End, EndReason, Event, FrameSeen, Text, Turn
 from moss_jax.stream.rows import FRAME_BUCKETS, PENDING, Row
@@ -16,72 +20,108 @@ from moss_jax.video import Frame
 
 def answer_offline(
     engine: EngineLike,
-    frames: Sequence[Frame],
+    frames: Iterable[Frame],
     prompt: str,
     *,
+    num_frames: int | None = None,
     system: str | None = None,
     max_tokens: int = 512,
 ) -> Iterator[Event]:
     """Prefills slot 0 with a clip and a prompt about it, then decodes the answer.
 
+    A clip that is longer than the capacities goes through the memory of a live stream: the bank is compacted,
+    tokens are evicted, as the engine's `MemoryConfig` says.
+
     Args:
-      frames: of the clip, in order of time.
+      frames: of the clip, in order of time. They are read as the clip is encoded, so that a long one from an
+        iterator is never in memory as a whole.
+      num_frames: how many an iterator has, if that is known, to refuse at once what will not fit.
       system: system prompt; None for none, as offline dialogues are trained.
       max_tokens: limit on the answer.
 
     Raises:
-      SessionError: the clip and the prompt don't fit the engine's capacities, or there is no frame.
+      SessionError: the clip and the prompt don't fit capacities that may forget nothing, the prompt alone
+        doesn't fit, or there is no frame.
     """
-    tokens = chat.offline_opening(engine.tokenizer, system=system, num_frames=len(frames), prompt=prompt)
-    config = engine.config
-    if not frames:
+    special = engine.tokenizer.special
+    opening = chat.offline_opening(engine.tokenizer, system=system, num_frames=1, prompt=prompt)
+    at = opening.index(special.image)
+    before, after = opening[:at], opening[at + 1 :]
+    num_frames = len(frames) if isinstance(frames, Sized) else num_frames
+    _check_fit(engine.config, num_frames, len(before) + len(after))
+    return _answer(engine, frames, prompt, before, after, max_tokens)
+
+
+def _check_fit(config: EngineConfig, num_frames: int | None, tokens: int) -> None:
+    """Refuses what is known not to fit.
+
+    Args:
+      tokens: beside those of the frames.
+    """
+    if num_frames == 0:
         raise SessionError("there is no frame to answer about")
-    if len(frames) > config.bank_capacity:
-        raise SessionError(f"the clip has {len(frames)} frames; the bank has room for {config.bank_capacity}")
-    if len(tokens) + 1 > config.text_capacity:
+    if num_frames is not None and config.memory.policy == "full" and num_frames > config.bank_capacity:
+        raise SessionError(f"the clip has {num_frames} frames; the bank has room for {config.bank_capacity}")
+    if config.memory.text == "full":
+        tokens += num_frames or 0
+    if tokens + 1 > config.text_capacity:
         raise SessionError(
-            f"clip and prompt take {len(tokens)} tokens, more than the text capacity of "
+            f"clip and prompt take {tokens} tokens, more than the text capacity of "
             f"{config.text_capacity} leaves room for"
         )
-    return _answer(engine, frames, prompt, tokens, max_tokens)
 
 
 def _answer(
-    engine: EngineLike, frames: Sequence[Frame], prompt: str, tokens: list[int], max_tokens: int
+    engine: EngineLike,
+    frames: Iterable[Frame],
+    prompt: str,
+    before: list[int],
+    after: list[int],
+    max_tokens: int,
 ) -> Iterator[Event]:
-    """The events of an answer whose input fits."""
-    room = engine.config.text_capacity - len(tokens)
+    """The events of an answer.
+
+    Args:
+      before, after: tokens around the frames.
+    """
     started = time.monotonic()
 
     def stamp(stream_time: float) -> dict[str, Any]:
         return {"stream_time": stream_time, "wall_time": time.monotonic() - started}
 
-    special = engine.tokenizer.special
-    other_slots = [None] * (engine.config.slots - 1)
-    state, sampled = engine.start(), None
-    appended, first_frame = 0, tokens.index(special.image)
-    chunk = FRAME_BUCKETS[-1]
-    for i in range(0, len(frames), chunk):
-        part = frames[i : i + chunk]
+    special, capacity = engine.tokenizer.special, engine.config
+    other_slots = [None] * (capacity.slots - 1)
+    contents = SlotContents(capacity)
+    state, sampled, end_time, num_frames = engine.start(), None, 0.0, 0
+    for part, is_last in _in_chunks(frames, FRAME_BUCKETS[-1]):
+        # Of the chunk before, whose end is waited for while this one is under way: frames are read while the
+        # device encodes, but never far ahead of it.
+        waited = sampled
         features = engine.encode([frame.rgb for frame in part])
-        # The tokens before the frames go with the first chunk, the prompt with the last.
-        is_last = i + len(part) == len(frames)
-        end = len(tokens) if is_last else first_frame + i + len(part)
-        row = Row(tokens[appended:end], range(len(part)), new_turn=is_last)
-        state, sampled = engine.step(state, [row, *other_slots], features)
-        appended = end
-        for index, frame in enumerate(part, start=i):
-            yield FrameSeen(**stamp(frame.time), index=index, time=frame.time)
-    assert sampled is not None
-    end_time = frames[-1].time
+        begin, end = [] if num_frames else before, after if is_last else []
+        for plan in _plans(contents, begin, part, special.image, end):
+            row = Row(plan.tokens, [x.order for x in plan.frames], plan.new_turn, plan.compact, plan.kept)
+            state, sampled = engine.step(state, [row, *other_slots], features)
+            for inbound in plan.frames:
+                end_time = inbound.time
+                yield FrameSeen(**stamp(end_time), index=num_frames, time=end_time)
+                num_frames += 1
+        if waited:
+            waited.tokens.block_until_ready()
+    if sampled is None:
+        raise SessionError("there is no frame to answer about")
     yield Turn(**stamp(end_time), prompt=prompt)
+    room = capacity.text_capacity - len(contents.kinds) if capacity.memory.text == "full" else max_tokens
     detokenizer = Detokenizer(engine.tokenizer)
     reason: EndReason = "token_limit" if max_tokens <= room else "text_capacity"
     count = 0
     for count in itertools.count():
         # The next step is dispatched before this token is on the host, so that the device never waits.
         sampled.tokens.copy_to_host_async()
-        state, following = engine.step(state, [Row([PENDING]), *other_slots])
+        plan = Plan()
+        contents.make_room(plan, 1)
+        contents.append([Kind.ASSISTANT])
+        state, following = engine.step(state, [Row([PENDING], kept=plan.kept), *other_slots])
         token, sampled = int(sampled.tokens[0]), following
         if token in (special.silence, NOT_FINITE):
             reason = "finished" if token == special.silence else "not_finite"
@@ -91,5 +131,52 @@ def _answer(
         if count + 1 >= min(max_tokens, room):
             count += 1
             break
-    counters = Counters(frames=len(frames), prompts=bool(prompt), tokens=count)
+    counters = Counters(frames=num_frames, prompts=bool(prompt), tokens=count)
     yield End(**stamp(end_time), reason=reason, counters=counters)
+
+
+def _in_chunks(frames: Iterable[Frame], size: int) -> Iterator[tuple[list[Frame], bool]]:
+    """Chunks of frames, each with whether it is the last."""
+    frames = iter(frames)
+    following = next(frames, None)
+    while following is not None:
+        chunk = [following, *itertools.islice(frames, size - 1)]
+        following = next(frames, None)
+        yield chunk, following is None
+
+
+def _plans(
+    contents: SlotContents, before: list[int], frames: list[Frame], image: int, after: list[int]
+) -> Iterator[Plan]:
+    """The rows of frames that are encoded together: one, or as many as there are compactions.
+
+    Args:
+      before, after: tokens around the frames; none where more frames come before or after.
+
+    Raises:
+      SessionError: there is no room, and nothing may be forgotten.
+    """
+    plan, kinds = Plan(tokens=[*before]), [Kind.PINNED] * len(before)
+    parts: list[tuple[list[int], Frame | None]] = [([image], frame) for frame in frames]
+    for index, (tokens, frame) in enumerate([*parts, (after, None)]):
+        fit = contents.make_room(plan, len(kinds) + len(tokens), is_frame=frame is not None)
+        if fit == "next_row":
+            contents.append(kinds)
+            yield plan
+            plan, kinds = Plan(), []
+            fit = contents.make_room(plan, len(tokens), is_frame=frame is not None)
+        if fit != "fits":
+            raise SessionError(
+                f'the clip is longer than engine.{fit} has room for; with the memory policy and text "full" '
+                f"nothing is forgotten: sample fewer frames, or choose another (memory.policy, memory.text)"
+            )
+        plan.tokens += tokens
+        if frame is None:
+            kinds += [Kind.USER] * len(tokens)
+            plan.new_turn = bool(tokens)
+        else:
+            kinds.append(Kind.FRAME)
+            plan.frames.append(Inbound(frame.time, 1, index, rgb=frame.rgb))
+            contents.append([], frames=1)
+    contents.append(kinds)
+    yield plan

@@ -10,6 +10,7 @@ silence, the speculative step has appended it, which is right, and its own sampl
 """
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,14 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from moss_jax.config import SessionConfig
+from moss_jax.config import SessionConfig, UnseenReason
 from moss_jax.memory.selection import thumbnail
 from moss_jax.stream.conversation import Conversation, Encoded, Inbound, Plan
 from moss_jax.stream.dispatch_timer import DispatchTimer, StepInFlight
-from moss_jax.stream.engine import EngineLike
+from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import Event
 from moss_jax.stream.perception import ENCODE_BUCKETS
 from moss_jax.stream.rows import Row
+from moss_jax.stream.saved import (
+    SavedStream,
+    SavedStreamError,
+    check_settings,
+    read_stream,
+    write_stream,
+)
 from moss_jax.stream.step import Sampled
 from moss_jax.text import chat
 
@@ -49,9 +57,15 @@ class Session:
       config: clock and bounds.
       system: system prompt; None for none.
       prompt: content of the first user turn. If it is empty, the model watches unasked.
+      resume: files that `save` has written, by the slot that goes on with each; system and prompt are for the
+        other slots. The clock goes on as well: from `start_time`.
 
     Attributes:
-      opening_length: tokens of system prompt, first turn and header.
+      opening_length: tokens of system prompt, first turn and header, of the slot with the most.
+
+    Raises:
+      SessionError: the prompt does not fit, or there is no such slot.
+      SavedStreamError: a file cannot be read or does not fit the engine.
     """
 
     def __init__(
@@ -61,6 +75,7 @@ class Session:
         *,
         system: str | None = chat.SYSTEM_PROMPT,
         prompt: str = "",
+        resume: Mapping[int, str | os.PathLike] | None = None,
     ):
         self.config = config or SessionConfig()
         self._engine = engine
@@ -71,14 +86,21 @@ class Session:
         self._started: float | None = None
         self._iterated = False
         self._failure: BaseException | None = None
+        # All that the slots hold, once the loop is over.
+        self._state: Any = None
+        self._ended_at = 0.0
+        self._paused = False
         self.opening_length = 0
         opening = chat.opening(engine.tokenizer, system=system, prompt=prompt)
-        self._check_length(opening)
-        self.opening_length = len(opening)
+        if len(resume or ()) < engine.config.slots:
+            self._check_length(opening)
         self._conversations = [
             Conversation(engine.tokenizer, engine.config, self.config, slot, opening=opening, prompt=prompt)
             for slot in range(engine.config.slots)
         ]
+        # By slot, the arrays that it begins with.
+        self._resumed = {slot: self._resume(slot, path) for slot, path in (resume or {}).items()}
+        self.opening_length = max(c.opening_length for c in self._conversations)
 
     def push_frame(
         self, rgb: UInt8[np.ndarray, "H W 3"], time: float | None = None, *, slot: int = 0
@@ -124,20 +146,106 @@ class Session:
         self._check_length(tokens)
         return tokens
 
-    def now(self) -> float:
-        """Seconds since the session began; 0 before it is iterated."""
-        return 0.0 if self._started is None else time.monotonic() - self._started
+    @property
+    def start_time(self) -> float:
+        """Seconds of the stream at which the session begins: where a saved stream ended, the latest, or 0."""
+        return max(c.start_time for c in self._conversations)
 
-    def finish(self, slot: int | None = None) -> None:
+    def now(self) -> float:
+        """Seconds since the session began; before it is iterated, those at which it begins.
+
+        In realtime, the clock of a saved stream goes on.
+        """
+        before = self.start_time if self.config.clock == "realtime" else 0.0
+        return before if self._started is None else before + time.monotonic() - self._started
+
+    def finish(self, slot: int | None = None, *, time: float | None = None) -> None:
         """Declares the input complete: what waits is still seen, the answer is finished, then comes `End`.
 
         Args:
           slot: None for all.
+          time: seconds of the stream that the input lasts, for where it goes on if it is saved; None for the
+            time of the last frame or prompt.
         """
         with self._changed:
             for conversation in self._select(slot):
                 conversation.finish(self.now())
+                conversation.latest = max(conversation.latest, time or 0.0)
             self._changed.notify_all()
+
+    def pause(self) -> None:
+        """Ends the iteration after the step in flight, without `End`, so that streams can be saved.
+
+        What waits in an inbox is saved as well.
+        """
+        with self._changed:
+            self._paused = True
+            self._changed.notify_all()
+
+    @property
+    def can_save(self) -> bool:
+        """Whether `save` may be called: the iteration is over, and not by an error."""
+        return self._state is not None
+
+    def save(self, path: str | os.PathLike, slot: int = 0) -> float:
+        """Writes the stream of a slot to a file, which another session resumes, also of another process.
+
+        If it cannot be written, a file that was there is as it was.
+
+        Returns:
+          Seconds of the stream at which it goes on.
+
+        Raises:
+          SessionError: the iteration is not over, or the stream ended because its logits were not finite.
+          OSError: the file cannot be written.
+        """
+        (conversation,) = self._select(slot)
+        if not self.can_save:
+            raise SessionError("a stream is saved when its iteration is over: pause it, and read all events")
+        if not conversation.is_finite():
+            raise SessionError("a stream whose logits are not finite cannot go on, so it is not saved")
+        engine = self._saving_engine()
+        dialogue, frames, small = conversation.save(self._ended_at)
+        compared = {} if small is None else {"thumbnail": small}
+        if remembered := self._remembered.get(slot):
+            compared["features"] = np.asarray(remembered.features[remembered.index])
+        arrays = engine.save_slot(self._state, slot)
+        write_stream(path, SavedStream(engine.settings, dialogue, arrays, frames, compared))
+        return dialogue["start_time"]
+
+    def _resume(self, slot: int, path: str | os.PathLike) -> list[np.ndarray]:
+        """Has a slot go on with the dialogue of a file; the arrays that it holds."""
+        (conversation,) = self._select(slot)
+        engine = self._saving_engine()
+        saved = read_stream(path)
+        check_settings(path, saved.settings, engine.settings)
+
+        def make_prompt(time: float, text: str) -> Inbound:
+            tokens = chat.interjection(engine.tokenizer, text)
+            return Inbound(time, 0, next(self._order), prompt=text, tokens=tokens)
+
+        def make_frame(
+            time: float, rgb: UInt8[np.ndarray, "H W 3"] | None, unseen: UnseenReason | None
+        ) -> Inbound:
+            return Inbound(time, 1, next(self._order), rgb=rgb, unseen=unseen)
+
+        try:
+            arrays = engine.check_slot(saved.arrays)
+            small = saved.compared.get("thumbnail")
+            conversation.resume(saved.dialogue, saved.frames, small, make_prompt, make_frame)
+            if (features := saved.compared.get("features")) is not None:
+                self._remembered[slot] = Encoded(jnp.asarray(features)[None], 0)
+            length = int(saved.arrays["text.length"])
+            if length != conversation.text_length:
+                raise ValueError(f"there are {length} tokens, of which {conversation.text_length} are known")
+        except (KeyError, TypeError, ValueError) as error:
+            raise SavedStreamError(f"{path} is not as it was saved: {error}") from error
+        return arrays
+
+    def _saving_engine(self) -> Engine:
+        if not isinstance(self._engine, Engine):
+            raise SessionError(f"the streams of a {type(self._engine).__name__} cannot be saved or resumed")
+        return self._engine
 
     def interrupt(self, slot: int | None = None) -> None:
         """Cuts the answer in progress at its next token, if there is one; the stream goes on silent.
@@ -183,6 +291,8 @@ class Session:
 
     def _live(self) -> Iterator[Event]:
         state, timer, in_flight = self._engine.start(), DispatchTimer(), None
+        while self._resumed:
+            state = self._saving_engine().load_slot(state, *self._resumed.popitem())
         while plans := self._next_plans(in_flight):
             rows = {slot: plan for slot, plan in plans.items() if plan.tokens}
             before, in_flight = in_flight, None
@@ -203,6 +313,10 @@ class Session:
             if in_flight and self.config.clock == "lockstep":
                 yield from self._on_tokens(in_flight, in_flight.wait())
                 in_flight = None
+        # Where the session is paused, of frames that came too early.
+        for conversation in self._conversations:
+            yield from conversation.events(Plan())
+        self._state, self._ended_at = state, self.now()
 
     def _on_tokens(self, step: StepInFlight, tokens: np.ndarray) -> Iterator[Event]:
         for slot, plan in step.plans.items():
@@ -219,8 +333,10 @@ class Session:
             while True:
                 if self._failure:
                     raise self._failure
-                if not step and all(c.ended for c in self._conversations):
+                if not step and (self._paused or all(c.ended for c in self._conversations)):
                     return {}
+                if step and self._paused:
+                    return dict.fromkeys(step.plans, Plan())
                 wall, time_left = self.now(), step.time_left() if step else None
                 may_continue = time_left is None or time_left <= 0
                 in_flight = step.plans if step else {}
@@ -374,10 +490,12 @@ def _check_order(conversation: Conversation, inbound: Inbound, *, iterated: bool
     Args:
       iterated: whether the session runs.
     """
-    if iterated and inbound.time < conversation.latest:
+    # A saved stream has been running until it was saved.
+    latest = conversation.latest if iterated else conversation.start_time
+    if inbound.time < latest:
         raise SessionError(
             f"a running lockstep session takes frames and prompts in order of time: "
-            f"{inbound.time:g} s came after {conversation.latest:g} s"
+            f"{inbound.time:g} s came after {latest:g} s"
         )
     if inbound.thumbnail is not None and inbound.time < conversation.latest_frame:
         raise SessionError(

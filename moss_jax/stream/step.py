@@ -7,14 +7,15 @@ B slots, T tokens, V vocabulary
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key
 
 from moss_jax.config import EngineConfig, ModelConfig, TokenSampling
-from moss_jax.memory import StreamState, init_state, keep_tokens
+from moss_jax.memory import StreamState, init_state, keep_tokens, load_slot, save_slot
 from moss_jax.memory.policies import Policy
 from moss_jax.nn.decoder import Decoder
 from moss_jax.ops.qarray import DTYPES
@@ -24,6 +25,8 @@ from moss_jax.text import SpecialTokens
 
 # In the place of a token that was to be sampled from logits that hold NaN or an infinity.
 NOT_FINITE = -2
+# What the state of an engine has beside that of the streams, in the order of its fields.
+OWN = ("pending", "logits", "said")
 
 
 @jax.tree_util.register_dataclass
@@ -151,6 +154,36 @@ def compact_text(
     """Drops tokens from the text cache of one slot, all but the first `length` of `kept`."""
     text = _replace_slot(state.stream.text, slot, lambda text: keep_tokens(text, kept[None], length[None]))
     return dataclasses.replace(state, stream=dataclasses.replace(state.stream, text=text))
+
+
+def slot_to_host(state: EngineState, slot: int) -> dict[str, np.ndarray]:
+    """All that one slot holds, on the host, by name."""
+    own = {name: x for name in OWN if (x := getattr(state, name)) is not None}
+    return save_slot(state.stream, slot) | {name: np.asarray(x[slot]) for name, x in own.items()}
+
+
+def slot_from_host(state: EngineState, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Arrays of one slot [1, ...], in the order of a state, made of what `slot_to_host` has returned.
+
+    Args:
+      state: with the capacities that the slot is to have; only its shapes and dtypes are read.
+
+    Raises:
+      ValueError: naming an array that does not fit.
+    """
+    own = {name: x for name in OWN if (x := getattr(state, name)) is not None}
+    for name, x in own.items():
+        if name not in saved or (saved[name].shape, saved[name].dtype) != (x.shape[1:], x.dtype):
+            raise ValueError(f"there should be an array {name}, {x.dtype} {list(x.shape[1:])}")
+    stream = load_slot(state.stream, {name: x for name, x in saved.items() if name not in own})
+    return [*stream.values(), *(saved[name][None] for name in own)]
+
+
+def put_slot(state: EngineState, slot: Int[Array, ""], arrays: Sequence[Array]) -> EngineState:
+    """Replaces all that one slot holds by the arrays of `slot_from_host`."""
+    old, structure = jax.tree.flatten(state)
+    new = [jax.lax.dynamic_update_slice_in_dim(x, part, slot, 0) for x, part in zip(old, arrays, strict=True)]
+    return jax.tree.unflatten(structure, new)
 
 
 def _replace_slot[Tree](tree: Tree, slot: Int[Array, ""], change: Callable[[Tree], Tree]) -> Tree:

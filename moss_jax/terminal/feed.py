@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import heapq
+import os
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
@@ -53,26 +54,32 @@ def open_session(
     config: SessionConfig | None = None,
     *,
     system: str | None = chat.SYSTEM_PROMPT,
+    resume: str | os.PathLike | None = None,
 ) -> tuple[Session, list[tuple[float, str]]]:
     """Makes a session whose first user turn is the first prompt at time 0, if there is one.
 
     Args:
       engine: of one slot.
-      prompts: (stream time in seconds, text) pairs.
+      prompts: (seconds since the session began, text) pairs.
       system: system prompt; None for none.
+      resume: file of a saved stream that goes on, with the opening that it has.
 
     Returns:
-      The session and the prompts that are still to be pushed, in order of time.
+      The session and the prompts that are still to be pushed, in order of time, with their stream times.
 
     Raises:
       SessionError: a prompt is longer than the text capacity.
+      SavedStreamError: the file cannot be read or does not fit the engine.
     """
     prompts = sorted(prompts, key=lambda prompt: prompt[0])
-    first = prompts.pop(0)[1] if prompts and prompts[0][0] == 0 else ""
-    session = Session(engine, config, system=system, prompt=first)
+    if resume is not None:
+        session = Session(engine, config, resume={0: resume})
+    else:
+        first = prompts.pop(0)[1] if prompts and prompts[0][0] == 0 else ""
+        session = Session(engine, config, system=system, prompt=first)
     for _, text in prompts:
         session.check_prompt(text)
-    return session, prompts
+    return session, [(session.start_time + at, text) for at, text in prompts]
 
 
 def run_session(
@@ -87,15 +94,17 @@ def run_session(
         is shown for its duration or, if that is unknown, for as long as the one before it.
 
     Yields:
-      The session's events, and `NotAsked` for each prompt that it has not taken.
+      The session's events, and `NotAsked` for each prompt that it has not taken, also when it is paused.
 
     Raises:
       Exception: whatever reading the frames raises, after the events of the frames before.
     """
     feeder = _Feeder(session, frames, prompts)
     feeder.start()
+    last = Event(stream_time=session.start_time, wall_time=session.now())
     try:
         for event in session:
+            last = event
             if isinstance(event, FrameSeen | FrameUnseen):
                 feeder.room.release()
             if isinstance(event, End):
@@ -104,6 +113,8 @@ def run_session(
                     # The stream ended because its source failed, so the error takes the place of the event.
                     break
             yield event
+        if not isinstance(last, End):
+            yield from feeder.not_asked(last)
     finally:
         feeder.close()
     if feeder.error:
@@ -155,6 +166,8 @@ class _Feeder(threading.Thread):
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._realtime = session.config.clock == "realtime"
+        # Until when the frames are shown that the session has taken.
+        self._shown_until = 0.0
 
     def run(self) -> None:
         try:
@@ -163,15 +176,16 @@ class _Feeder(threading.Thread):
         except Exception as error:  # Raised again by the thread that reads the events.
             self.error = error
         finally:
-            self._session.finish()
+            self._session.finish(time=self._shown_until)
 
     def _reader(self) -> Generator[tuple[float, int, Frame | None]]:
         """The frames by time, and None at the end of the last."""
-        time = shown = 0.0
+        time = self._session.start_time
+        shown = 0.0
         for frame in self._frames:
             shown = frame.time - time if frame.duration is None else frame.duration
             time = frame.time
-            yield time, 1, frame
+            yield time, 1, dataclasses.replace(frame, duration=shown)
         yield time + shown + TOLERANCE, 2, None
 
     def _push(self, frames: Iterator[tuple[float, int, Frame | None]]) -> None:
@@ -189,7 +203,8 @@ class _Feeder(threading.Thread):
             if self._closed.is_set():
                 return
             if isinstance(item, Frame):
-                alive = self._session.push_frame(item.rgb, at)
+                if alive := self._session.push_frame(item.rgb, at):
+                    self._shown_until = at + (item.duration or 0.0)
             else:
                 with self._lock:
                     if alive := self._session.push_prompt(item, at):
@@ -197,10 +212,10 @@ class _Feeder(threading.Thread):
             if not alive:
                 return
 
-    def not_asked(self, end: End) -> list[NotAsked]:
-        """The prompts that the session has not taken before its end."""
+    def not_asked(self, last: Event) -> list[NotAsked]:
+        """The prompts that the session has not taken before its last event."""
         with self._lock:
-            stamp = {"slot": end.slot, "stream_time": end.stream_time, "wall_time": end.wall_time}
+            stamp = {"slot": last.slot, "stream_time": last.stream_time, "wall_time": last.wall_time}
             return [NotAsked(**stamp, prompt=text, time=at) for at, text in self._prompts]
 
     def close(self) -> None:

@@ -30,3 +30,13 @@ class Detokenizer:
         # Complete characters are emitted at once, so only an incomplete one can be left.
         self._decoder.reset()
         return ""
+
+    @property
+    def incomplete(self) -> bytes:
+        """The bytes so far of a character that the tokens have not completed; setting it drops those."""
+        return self._decoder.getstate()[0]
+
+    @incomplete.setter
+    def incomplete(self, rest: bytes) -> None:
+        self._decoder.reset()
+        self._decoder.decode(rest)

@@ -80,11 +80,13 @@ def clip_times(path: str | os.PathLike, sampling: FrameSampling) -> list[float]:
     info, spans = scan(path)
     if info.is_image:
         return [0.0]
-    grid = (k / sampling.fps for k in range(sampling.max_frames + 1))
+    most = sampling.max_frames
+    grid = (k / sampling.fps for k in (itertools.count() if most is None else range(most + 1)))
     times = [time for time, _ in _pick(spans, grid)]
-    if sampling.min_frames <= len(times) <= sampling.max_frames:
+    count = max(len(times), sampling.min_frames)
+    count = count if most is None else min(count, most)
+    if len(times) == count:
         return times
-    count = min(max(len(times), sampling.min_frames), sampling.max_frames)
     return [i * info.duration / count for i in range(count)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
-import dataclasses
+import dataclasses, os, tempfile
 import jax, numpy as np
 import moss_jax
 from moss_jax.config import EngineConfig, SessionConfig
@@ -31,14 +31,29 @@ def run(mesh):
     events = [dataclasses.replace(event, wall_time=0) for event in session]
     features = engine.encode(list(frames[:4]))
     state, sampled = engine.step(engine.start(), rows, features)
-    return engine, events, state, np.asarray(sampled.logits)
+    return engine, session, events, state, np.asarray(sampled.logits)
 
-_, expected, _, alone = run(None)
-engine, events, state, logits = run(make_mesh(2, 2, 2))
+single, _, expected, _, alone = run(None)
+engine, session, events, state, logits = run(make_mesh(2, 2, 2))
 assert sum(isinstance(event, Text) for event in events) > 8
 assert events == expected
 # float32 sums of 768 products at most, in another order, of logits up to 30.
 np.testing.assert_allclose(logits, alone, atol=1e-3)
+
+# A stream that is saved there goes on there and on one device.
+path = os.path.join(tempfile.mkdtemp(), "stream")
+at = session.save(path, slot=2)
+
+def go_on(engine):
+    session = Session(engine, SessionConfig(tokens_per_second=4), system=None, resume={1: path})
+    for i, frame in enumerate(frames[:6]):
+        session.push_frame(frame, at + i, slot=1)
+    session.finish()
+    return [dataclasses.replace(event, wall_time=0) for event in session if event.slot == 1]
+
+found = go_on(engine)
+assert found == go_on(single)
+assert sum(isinstance(event, Text) for event in found) > 2
 
 def parts(x):
     return len({str(shard.index) for shard in x.addressable_shards})

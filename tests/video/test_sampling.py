@@ -226,6 +226,12 @@ def test_a_long_clip_is_spread_to_max_frames(film, number_of):
     assert [f.time for f in sample_file(film, sampling)] == pytest.approx(np.arange(40) / 10)
 
 
+def test_a_clip_without_bound_is_sampled_at_its_rate(film):
+    frames = sample_clip(film, FrameSampling(fps=10, max_frames=None))
+    assert [f.time for f in frames] == pytest.approx(np.arange(40) / 10)
+    assert len(sample_clip(film, FrameSampling(fps=1, min_frames=10, max_frames=None))) == 10
+
+
 def test_a_short_clip_is_spread_to_min_frames(film, number_of):
     frames = sample_clip(film, FrameSampling(fps=1, min_frames=10))
     assert [f.time for f in frames] == pytest.approx(np.arange(10) * 0.4)

@@ -1,0 +1,62 @@
+"""What a slot holds, as the host keeps count of it: when bank and text must be compacted, and what stays."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from moss_jax.config import EngineConfig
+from moss_jax.memory.eviction import Kind, tokens_to_keep
+
+if TYPE_CHECKING:
+    from moss_jax.stream.conversation import Plan
+
+# Whether something can be appended in a row: "next_row" if only in the one after it, else the capacity that
+# is used up for good.
+Fit = Literal["fits", "next_row", "bank_capacity", "text_capacity"]
+
+
+class SlotContents:
+    """Tokens in the text cache of a slot, and room in its bank.
+
+    Args:
+      capacity: of the slot.
+
+    Attributes:
+      kinds: of the tokens in the text cache.
+      frame_room: frames that may be appended before the bank is compacted.
+    """
+
+    def __init__(self, capacity: EngineConfig):
+        self.kinds: list[Kind] = []
+        self.frame_room = capacity.bank_capacity
+        self._capacity = capacity
+
+    def append(self, kinds: Sequence[Kind], *, frames: int = 0) -> None:
+        """Counts tokens and frames that a row appends."""
+        self.kinds += kinds
+        self.frame_room -= frames
+
+    def make_room(self, plan: "Plan", tokens: int, *, is_frame: bool = False) -> Fit:
+        """Checks that a row fits, and schedules in its plan the compactions that must come before it.
+
+        Args:
+          plan: of the row so far; its tokens have not been counted yet, its frames have.
+          tokens: of the row.
+          is_frame: whether they bring one more frame that the model is shown.
+        """
+        capacity, memory = self._capacity, self._capacity.memory
+        if is_frame and not self.frame_room:
+            if memory.policy == "full":
+                return "bank_capacity"
+            if plan.seen:
+                return "next_row"
+            plan.compact = True
+            self.frame_room = capacity.bank_capacity - memory.low_mark(capacity.bank_capacity)
+        if len(self.kinds) + tokens <= capacity.text_capacity:
+            return "fits"
+        if memory.text == "window" and plan.kept is None:
+            room = min(memory.low_mark(capacity.text_capacity), capacity.text_capacity - tokens)
+            plan.kept = tokens_to_keep(self.kinds, room, memory, capacity.text_capacity)
+            self.kinds = [self.kinds[i] for i in plan.kept]
+        if len(self.kinds) + tokens <= capacity.text_capacity:
+            return "fits"
+        return "text_capacity" if memory.text == "full" or not (plan.frames or plan.new_turn) else "next_row"

@@ -1,0 +1,197 @@
+"""Streams in files: one safetensors file holds all that a slot goes on with.
+
+Its tensors are the arrays of the slot, the frames that wait in its inbox, and what the next frame is compared
+with; its metadata are the format, the settings of the engine and the dialogue, as JSON, and a checksum of all
+of them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+FORMAT = "moss_jax stream 1"
+# Prefixes of the names of frames, and of what the next one is compared with.
+INBOX, COMPARED = "inbox.", "compared."
+# Dtypes by their names in safetensors files.
+_DTYPES = {
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F32": np.dtype(np.float32),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Maximum number of differences listed in an error.
+_MAX_LISTED = 8
+
+
+class SavedStreamError(ValueError):
+    """A file is no stream that the engine can go on with; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedStream:
+    """What the file of a stream holds.
+
+    Attributes:
+      settings: of the engine, by name.
+      dialogue: as JSON-ready values.
+      arrays: of the slot, by name.
+      frames: in the inbox, in its order.
+      compared: what the next frame is compared with, by name: "thumbnail" of the frame that was encoded last,
+        "features" of the one that was remembered last; empty where frames are not selected.
+    """
+
+    settings: dict[str, Any]
+    dialogue: dict[str, Any]
+    arrays: Mapping[str, np.ndarray]
+    frames: list[np.ndarray]
+    compared: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def write_stream(path: str | os.PathLike, saved: SavedStream) -> None:
+    """Writes a stream to a file, in the place of one that exists. If that fails, the old file is as it was.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    # The file itself, where the path is a link to it.
+    path = Path(path).resolve()
+    tensors = dict(saved.arrays) | {f"{INBOX}{i}": frame for i, frame in enumerate(saved.frames)}
+    tensors |= {f"{COMPARED}{name}": x for name, x in saved.compared.items()}
+    # Those of the widest numbers first, so that all are aligned.
+    tensors = {
+        name: np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape)
+        for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    }
+    metadata = {
+        "format": FORMAT,
+        "settings": json.dumps(saved.settings),
+        "dialogue": json.dumps(saved.dialogue),
+    }
+    metadata["checksum"] = _checksum(metadata, tensors)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        header[name] = {"dtype": _NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    draft = path.with_name(f".{path.name}.saving")
+    try:
+        with draft.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for x in tensors.values():
+                file.write(_bytes(x))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        # Named by the file that was asked for; a full disk has none.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+
+
+def read_stream(path: str | os.PathLike) -> SavedStream:
+    """Reads the file of a stream whole.
+
+    Raises:
+      SavedStreamError: it cannot be read, is no stream, is of another format, or is damaged.
+    """
+    path = Path(path)
+    damaged = f"{path} is truncated or damaged; it cannot be continued"
+    try:
+        # The library checks that header and length belong together, but reads no 8 bits.
+        with path.open("rb"), safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        content = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise SavedStreamError(f"{path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise SavedStreamError(
+            f"{path} is no saved stream, or is truncated or damaged ({error}); give a file that was saved"
+        ) from error
+    if (found := metadata.get("format", "")) != FORMAT:
+        other = (
+            f"is a stream of the format {found!r}"
+            if found.startswith("moss_jax stream")
+            else "is no saved stream"
+        )
+        raise SavedStreamError(f"{path} {other}; this version reads {FORMAT!r}")
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    try:
+        header = json.loads(content[8:start].tobytes())
+        del header["__metadata__"]
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            x = content[start + begin : start + end].view(_DTYPES[entry["dtype"]])
+            tensors[name] = x.reshape(entry["shape"])
+        if metadata.pop("checksum", "") != _checksum(metadata, tensors):
+            raise SavedStreamError(damaged)
+        settings, dialogue = json.loads(metadata["settings"]), json.loads(metadata["dialogue"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SavedStreamError(damaged) from error
+    names = sorted((name for name in tensors if name.startswith(INBOX)), key=lambda n: int(n[len(INBOX) :]))
+    frames = [tensors.pop(name) for name in names]
+    compared = {
+        name.removeprefix(COMPARED): tensors.pop(name) for name in list(tensors) if name.startswith(COMPARED)
+    }
+    return SavedStream(settings, dialogue, tensors, frames, compared)
+
+
+def check_settings(path: str | os.PathLike, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Checks that a stream was saved with the settings of the engine that is to go on with it.
+
+    Raises:
+      SavedStreamError: naming what differs.
+    """
+    names = [n for n in sorted(saved.keys() | settings.keys()) if saved.get(n) != settings.get(n)]
+    if not names:
+        return
+    opaque = ("model.weights", "tokenizer")
+    differences = [
+        f"{n} is another" if n in opaque else f"{n} is {saved.get(n)!r} there and {settings.get(n)!r} here"
+        for n in names
+    ]
+    more = f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    is_model = any(name.startswith(("model.", "tokenizer")) for name in names)
+    remedy = (
+        "open the checkpoint that it was saved with"
+        if is_model
+        else "give the settings that it was saved with"
+    )
+    raise SavedStreamError(
+        f"{path} does not fit this engine: {', '.join(differences[:_MAX_LISTED])}{more}; {remedy}"
+    )
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> str:
+    """CRC-32 of the metadata, and of the tensors with their names, in whatever order they are."""
+    checksum = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        checksum = zlib.crc32(f"{name} {x.dtype} {x.shape}".encode(), checksum)
+        checksum = zlib.crc32(_bytes(x), checksum)
+    return f"{checksum:08x}"
+
+
+def _bytes(x: np.ndarray) -> memoryview:
+    return memoryview(x.reshape(-1).view(np.uint8))
