@@ -78,7 +78,10 @@ def regroup(
 
     counts = jnp.where(is_member, 1 if bank.counts is None else pick(bank.counts), 0)
     total = jnp.sum(counts, axis=2)
-    share = counts / jnp.maximum(total, 1)[..., None]
+    # XLA multiplies by the reciprocal of a divisor that is broadcast, and c * (1 / c) is not always 1: what
+    # stands alone would drift, compaction after compaction.
+    is_alone = counts == total[..., None]
+    share = jnp.where(is_alone, 1, counts / jnp.maximum(total, 1)[..., None])
     exists = jnp.arange(S) < length[:, None]
 
     def total_of(x: Float[Array, "B K S"] | Float[Array, "B K S D"], weights: Float[Array, "M B K S"]):

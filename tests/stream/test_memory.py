@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream.test_session import Watcher
 
@@ -61,6 +61,51 @@ def test_a_stream_outlives_its_capacities(scripted, tokenizer, speech):
     assert engine.compactions == (200 - 8 + 1) // 2  # Each makes room for 2 of 8 frames.
     assert len(engine.state.context[0]) <= 96
     assert len(of(events, Text)) >= 150 * speech
+
+
+@st.composite
+def streams(draw):
+    """Frames, prompts and what is said, of any stream."""
+    frames = draw(st.integers(1, 60))
+    prompts = [(second + 0.5, "And now?") for second in sorted(draw(st.sets(st.integers(0, frames - 1))))]
+    return frames, prompts, draw(st.lists(st.booleans(), max_size=300))
+
+
+def test_what_a_text_cache_holds_is_in_order_whatever_happens(scripted, tokenizer):
+    """Of the tokens of the whole stream, by number: the opening, then others in order of position."""
+    special, word = tokenizer.special, tokenizer.encode(" a")[0]
+
+    @settings(max_examples=15)
+    @given(streams())
+    def hold(stream):
+        frames, prompts, spoken = stream
+        script = [word if speaks else special.silence for speaks in spoken]
+        engine = scripted(script, text_capacity=96, bank_capacity=8, memory=WINDOW)
+        step, numbers, said = engine.step, [], {"tokens": 0, "frames": 0}
+        opening = len(chat.opening(tokenizer, system=None))
+
+        def numbered(state, rows, features=()):
+            (row,) = rows
+            if row.kept is not None:
+                numbers[:] = [numbers[i] for i in row.kept]
+            if row.compact:
+                said["frames"] = min(said["frames"], WINDOW.low_mark(8))
+            numbers.extend(range(said["tokens"], said["tokens"] + len(row.tokens)))
+            said["tokens"] += len(row.tokens)
+            said["frames"] += len(row.frames)
+            assert numbers[:opening] == list(range(opening))
+            assert numbers == sorted(set(numbers))
+            assert len(numbers) <= 96
+            assert said["frames"] <= 8
+            state, sampled = step(state, rows, features)
+            assert len(state.context[0]) == len(numbers)
+            return state, sampled
+
+        engine.step = numbered
+        (end,) = of(play(engine, frames, prompts, tokens_per_second=8), End)
+        assert (end.reason, end.counters.frames) == ("finished", frames)
+
+    hold()
 
 
 def test_the_opening_and_the_newest_tokens_stay(scripted, tokenizer):

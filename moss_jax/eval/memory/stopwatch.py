@@ -22,7 +22,7 @@ class Stopwatch:
         self._engine, self._compiled = engine, compiled
         self.config, self.tokenizer = engine.config, engine.tokenizer
         self.perception_device = engine.perception_device
-        self.start = engine.start
+        self.start, self.distance = engine.start, engine.distance
         self._began: float | None = None
         # Seconds of the steps that bring no frame, and of those that do.
         self._tokens: list[float] = []
