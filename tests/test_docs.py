@@ -90,8 +90,8 @@ def snippets() -> list:
 
 # What a block prints on some line.
 PRINTS = {
-    "moss_jax.ask(": "I see a card with an 8.",  # The offline answer.
-    "one_pass": "I see a yellow ring and a card with an 8.",  # By the three verbs, over the first frames.
+    "moss_jax.ask(": "a card with an 8.",  # The offline answer.
+    "one_pass": "a yellow ring and a card with an 8.",  # By the three verbs, over the first frames.
     "session.push_prompt": "Text(slot=0",
 }
 

@@ -162,7 +162,7 @@ def test_the_demo_corrects_itself_alerts_and_is_silent():
     _, *arguments = shlex.split(command.replace("\\\n", " "))
     events = events_of(run(*arguments, "--json"))
     said = "".join({"turn": "\n", "silence": "\n"}.get(e["type"], e.get("text", "")) for e in events)
-    assert "I see a yellow ring and a card with - wait, now there is a blue circle" in said
+    assert "a yellow ring and a card with - wait, now there is a blue circle" in said
     assert said.endswith("Now! The ring is gone.\n")
     alerts = [e["stream_time"] for e in events if e["type"] == "text" and e["stream_time"] > 25]
     assert 29 <= alerts[0] < 30
