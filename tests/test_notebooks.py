@@ -78,7 +78,9 @@ assert [word for _, word in digits] == [stream.world.truth[frame]["digit"] for f
 # The card lies at the left, in the lower half.
 for (i, _), frame in zip(digits, newest):
     grid = in_frame[i - 1, frame, 1:].reshape(4, 4)
-    assert grid[2:, 0].sum() > 0.5 * grid.sum()
+    assert grid.argmax() in (8, 12)
+    # These 2 of 16 places; evenly spread they would have an eighth.
+    assert grid[2:, 0].sum() > 0.3 * grid.sum()
 """
     notebook = run(path, check, folder=tmp_path)
     transcript = texts(notebook)["transcript"]

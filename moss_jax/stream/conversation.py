@@ -258,7 +258,9 @@ class Conversation:
         self._detokenizer.incomplete = bytes.fromhex(saved["incomplete"])
         self._counts, self._warned = dict(saved["counts"]), set(saved["warned"])
         self.latest_frame = saved["latest_frame"]
-        self._selection = selection.Selection(thumbnail, *saved["selection"])
+        # Without selection, the thumbnail would soon be of an older frame than the last.
+        if self._config.selection.enabled:
+            self._selection = selection.Selection(thumbnail, *saved["selection"])
         left = iter(frames)
         for time, prompt, unseen in saved["inbox"]:
             if prompt is not None:

@@ -233,7 +233,9 @@ class Session:
             arrays = engine.check_slot(saved.arrays)
             small = saved.compared.get("thumbnail")
             conversation.resume(saved.dialogue, saved.frames, small, make_prompt, make_frame)
-            if (features := saved.compared.get("features")) is not None:
+            features = saved.compared.get("features")
+            # Those of a stream that goes on without comparing would soon be of an older frame.
+            if features is not None and self._min_distance is not None:
                 self._remembered[slot] = Encoded(jnp.asarray(features)[None], 0)
             length = int(saved.arrays["text.length"])
             if length != conversation.text_length:
@@ -367,13 +369,17 @@ class Session:
             rows[slot] = Row(plan.tokens, frames, plan.new_turn, plan.compact, plan.kept)
         return self._engine.step(state, rows, features)
 
+    @property
+    def _min_distance(self) -> float | None:
+        return self.config.selection.min_distance if self.config.selection.enabled else None
+
     def _withdraw_alike(self, slot: int, plan: Plan, frames: list[int | None], features: Any) -> None:
         """Sets to None the frames of a row whose features are like those of the frame remembered before.
 
         The host waits for the features, and for the step in flight before them.
         """
-        threshold = self.config.selection.min_distance
-        if not self.config.selection.enabled or threshold is None:
+        threshold = self._min_distance
+        if threshold is None:
             return
         for place, index in enumerate(frames):
             if index is None:

@@ -140,6 +140,66 @@ def test_selection_goes_on_where_it_was(make_engine, frames, tmp_path):
     assert events + told(session) == expected
 
 
+@pytest.mark.parametrize(
+    ("reason", "selection"),
+    [
+        ("still", SelectionConfig(enabled=True)),
+        ("alike", SelectionConfig(enabled=True, min_change=0.0, min_distance=1e-6)),
+        ("rate", SelectionConfig(enabled=True, max_fps=1.0)),
+    ],
+)
+def test_frames_after_the_cut_are_compared_with_those_before(
+    make_engine, frames, tmp_path, reason, selection
+):
+    """Cut between frames that are alike; those after it are pushed only when the stream has been resumed."""
+    engine, path = make_engine(text_capacity=96, bank_capacity=8, memory=WINDOW), tmp_path / "stream"
+    config = dataclasses.replace(CONFIG, selection=selection)
+
+    def push_halves(session: Session, halves: range) -> None:
+        for half in halves:
+            session.push_frame(frames[half // 5 % len(frames)], half / 2)
+
+    whole = Session(engine, config, system=None)
+    push_halves(whole, range(40))
+    whole.finish()
+    expected = told(whole)
+    assert reason in {e.get("reason") for e in expected}
+    session, events, begin = Session(engine, config, system=None), [], 0
+    for end in (8, 14, 23, 31):
+        push_halves(session, range(begin, end))
+        # The last frames wait until it is known what comes next.
+        events += told(until(session, lambda event, _, n=end - 3: getattr(event, "index", 0) >= n))
+        session.save(path)
+        session, begin = Session(engine, config, resume={0: path}), end
+    push_halves(session, range(begin, 40))
+    session.finish()
+    assert events + told(session) == expected
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [SelectionConfig(enabled=True), SelectionConfig(enabled=True, min_change=0.0, min_distance=1e-6)],
+    ids=["still", "alike"],
+)
+def test_nothing_is_compared_with_a_frame_from_before_selection_was_off(
+    make_engine, frames, tmp_path, selection
+):
+    engine, path = make_engine(), tmp_path / "stream"
+    reasons = []
+    for begin, frame, selects in ((0.0, 0, selection), (1.0, 1, SelectionConfig()), (2.0, 0, selection)):
+        resume = {0: path} if begin else None
+        config = dataclasses.replace(CONFIG, selection=selects, tail_seconds=0)
+        session = Session(engine, config, system=None, resume=resume)
+        for time in (begin, begin + 0.5):
+            session.push_frame(frames[frame], time)
+        session.finish()
+        reasons += [e.get("reason", "seen") for e in told(session) if e["type"] in ("frame", "unseen")]
+        session.save(path)
+    unseen = reasons[1]
+    assert unseen in ("still", "alike")
+    assert reasons == ["seen", unseen, "seen", "seen", "seen", unseen]
+
+
 def test_input_may_come_after_the_cut(make_engine, frames, tmp_path):
     """A stream that waits for input is paused, saved twice over, and goes on with what is pushed then."""
     engine = make_engine(temperature=1.0, top_k=50)
