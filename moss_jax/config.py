@@ -746,7 +746,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentsConfig:
-    """Training on long streams segment by segment, with the memory carried from one to the next.
+    """Training on long tabletop streams segment by segment, with the memory carried from one to the next.
 
     Each row of a batch goes through one stream after another. A step continues every row by some segments,
     with gradients through all of them, compactions included; what was carried in has none (truncated
@@ -763,8 +763,8 @@ class SegmentsConfig:
       max_skip: the largest gap in a stream's positions, which makes the model used to distances far beyond
         the segments that it is trained on; drawn log-uniformly for `skips` of the segments.
       skips: share of the segments that begin with a gap, in half of the streams.
-      selected: share of the streams whose frames are selected, as `SelectionConfig` does it: where nothing
-        changes, `<|image|>` tokens come without a frame.
+      selected: share of the streams in which `<|image|>` tokens come without a frame where nothing changes,
+        as in a session whose frames are selected (`SelectionConfig`), but by the truth of the stream.
     """
 
     per_step: int = 0

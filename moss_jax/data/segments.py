@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moss_jax.config import ConfigError, MemoryConfig, SegmentsConfig, TabletopConfig
+from moss_jax.config import MemoryConfig, SegmentsConfig, TabletopConfig
 from moss_jax.data.batch import Batch, Segments
 from moss_jax.data.pipeline import LoadedBatch
-from moss_jax.data.worlds import NO_SYSTEM, SPEEDS
+from moss_jax.data.worlds import NO_SYSTEM, SPEEDS, TabletopSource
 from moss_jax.memory.eviction import Kind, tokens_to_keep
 from moss_jax.text import Tokenizer, chat
 from moss_jax.text.labels import IGNORED
@@ -46,42 +46,23 @@ class CutStream:
     kept: list[list[int]]
 
 
-class TabletopSegments:
-    """Random access to batches of segments: row `b` of each continues that of the batch before.
+class TabletopSegments(TabletopSource):
+    """Random access to batches of segments, by step: each row continues that of the batch before.
 
     Args:
-      config: of the streams; of its lengths and the warm-up, nothing is used.
+      config: of the streams; neither its lengths nor its warm-up apply.
       segments: lengths of streams and segments, and what is drawn for each.
-      tokenizer, batch_size, seed, process_index, process_count: as for `TabletopBatches`.
+      tokenizer, source: as for `TabletopSource`.
     """
 
-    def __init__(
-        self,
-        config: TabletopConfig,
-        segments: SegmentsConfig,
-        tokenizer: Tokenizer,
-        *,
-        batch_size: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        if batch_size % process_count:
-            raise ConfigError(f"batch_size {batch_size} must be a multiple of the {process_count} processes")
-        self.config, self.segments, self.seed = config, segments, seed
-        self._content = tokenizer.content
-        self._tokenizer: Tokenizer | None = None
-        self._rows = batch_size // process_count
-        self._process = process_index
+    def __init__(self, config: TabletopConfig, segments: SegmentsConfig, tokenizer: Tokenizer, **source: int):
+        super().__init__(config, tokenizer, **source)
+        self.segments = segments
         # The stream that each row is in, with its number: drawn once for all its segments.
         self._streams: dict[int, tuple[int, CutStream]] = {}
 
-    def __len__(self) -> int:
-        return 2**31 - 1
-
     def __getstate__(self):
-        # Each process reads its own tokenizer and draws its own streams.
-        return self.__dict__ | {"_tokenizer": None, "_streams": {}}
+        return super().__getstate__() | {"_streams": {}}
 
     def __getitem__(self, step: int) -> LoadedBatch:
         config, rows, K = self.segments, self._rows, self.segments.per_step
@@ -145,8 +126,6 @@ class TabletopSegments:
 
     def _draw(self, rng: np.random.Generator, length: int) -> CutStream:
         config = self.segments
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self._content)
         seconds = length * config.frames
         is_short = seconds <= SHORT
         stream = draw_stream(rng, seconds, past=None if is_short else PAST_SHARE)

@@ -19,8 +19,8 @@ SPEEDS = (3, 4, 5, 6, 8, 8, 12, 16, 32)
 NO_SYSTEM = 0.1
 
 
-class TabletopBatches:
-    """Random access to the batches of a training run, by step; see `pipeline.iterate`.
+class TabletopSource:
+    """Base of the tabletop batch sources: which rows this process makes, and with which tokenizer.
 
     Args:
       config: of the streams.
@@ -48,7 +48,7 @@ class TabletopBatches:
             raise ConfigError(f"batch_size {batch_size} must be a multiple of the {process_count} processes")
         self.config, self.seed = config, seed
         self._content = tokenizer.content
-        self._tokenizer: Tokenizer | None = None
+        self._read: Tokenizer | None = None
         self._rows = batch_size // process_count
         self._process = process_index
 
@@ -57,11 +57,19 @@ class TabletopBatches:
 
     def __getstate__(self):
         # Each process reads its own tokenizer.
-        return self.__dict__ | {"_tokenizer": None}
+        return self.__dict__ | {"_read": None}
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self._read is None:
+            self._read = Tokenizer(self._content)
+        return self._read
+
+
+class TabletopBatches(TabletopSource):
+    """Random access to batches of whole streams, by step; see `pipeline.iterate`."""
 
     def __getitem__(self, step: int) -> LoadedBatch:
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self._content)
         config = self.config
         short = step < config.warmup_batches
         rows = self._rows * (config.warmup_factor if short else 1)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from moss_jax.stream import End, Event, FrameSeen, Session
+from moss_jax.stream import End, Event, FrameSeen, FrameUnseen, Session
 from moss_jax.worlds.base import LongStream
 
 # Seconds that are rendered at once, segments that are rendered ahead of what is pushed, and seconds that are
@@ -102,7 +102,7 @@ class _Feeder(threading.Thread):
 
     def note(self, event: Event) -> None:
         """Takes an event of the session, which goes on as `wait` returns."""
-        if isinstance(event, FrameSeen | End):
+        if isinstance(event, FrameSeen | FrameUnseen | End):
             with self._progress:
                 if isinstance(event, End):
                     self._seen.pop(event.slot, None)

@@ -83,7 +83,7 @@ def _aligned(before: Thumbnail, after: Thumbnail) -> tuple[Thumbnail, Thumbnail]
 
 
 def _overlap(picture: Thumbnail, dy: int, dx: int) -> Thumbnail:
-    """What is left of a picture that is moved by an offset."""
+    """The part of a picture that stays in view when it is shifted by an offset."""
     rows, columns = picture.shape[:2]
     return picture[max(-dy, 0) : rows - max(dy, 0), max(-dx, 0) : columns - max(dx, 0)]
 
@@ -112,7 +112,7 @@ def feature_distance(before: Float[Array, "N D"], after: Float[Array, "N D"]) ->
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What the selection of a stream goes by.
+    """State of the frame selection of one stream.
 
     Attributes:
       thumbnail: of the frame that was encoded last; None before the first.

@@ -91,7 +91,7 @@ def init_state(
 
 
 def save_slot(state: StreamState, slot: int) -> dict[str, np.ndarray]:
-    """What one slot holds, on the host, by names such as "bank.keys.0": no more rows than are in use."""
+    """Copies one slot's arrays to the host, by names such as "bank.keys.0", cut to the rows in use."""
     lengths = {"text": int(state.text.length[slot]), "bank": int(state.bank.length[slot])}
     saved = {}
     for name, x in _named(state):
@@ -101,7 +101,7 @@ def save_slot(state: StreamState, slot: int) -> dict[str, np.ndarray]:
 
 
 def load_slot(state: StreamState, saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays of one slot [1, ...], by name, made of what `save_slot` has returned.
+    """Pads the arrays that `save_slot` has returned to a slot's capacity: [1, ...] each, by name.
 
     Args:
       state: with the capacities that the slot is to have; only its shapes and dtypes are read.

@@ -1,4 +1,4 @@
-"""What a slot holds, as the host keeps count of it: when bank and text must be compacted, and what stays."""
+"""Host-side bookkeeping of a slot: when its bank and its text cache must be compacted, and what stays."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal

@@ -263,7 +263,7 @@ class Engine:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a saved stream must find again, as JSON-ready values by name."""
+        """Settings that a saved stream depends on, JSON-ready, by name."""
         model = dataclasses.asdict(self.model_config)
         for implementation in ("attention", "remat"):
             del model[implementation]
@@ -279,11 +279,11 @@ class Engine:
         return dict(_flat_items(settings))
 
     def save_slot(self, state: EngineState, slot: int) -> dict[str, np.ndarray]:
-        """All that one slot holds, on the host, by name."""
+        """Copies all arrays of one slot to the host, by name."""
         return slot_to_host(state, slot)
 
     def check_slot(self, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Arrays for `load_slot`, made of what `save_slot` has returned for an engine of the same `settings`.
+        """Pads the arrays of `save_slot`, of an engine with the same `settings`, for `load_slot`.
 
         Raises:
           ValueError: naming an array that does not fit.
@@ -291,7 +291,7 @@ class Engine:
         return slot_from_host(jax.eval_shape(self.start), saved)
 
     def load_slot(self, state: EngineState, slot: int, arrays: Sequence[np.ndarray]) -> EngineState:
-        """Replaces all that one slot holds.
+        """Writes saved arrays into one slot.
 
         Args:
           state: is donated.

@@ -86,7 +86,7 @@ class Session:
         self._started: float | None = None
         self._iterated = False
         self._failure: BaseException | None = None
-        # All that the slots hold, once the loop is over.
+        # State of the engine, once the loop is over.
         self._state: Any = None
         self._ended_at = 0.0
         self._paused = False
@@ -315,9 +315,6 @@ class Session:
             if in_flight and self.config.clock == "lockstep":
                 yield from self._on_tokens(in_flight, in_flight.wait())
                 in_flight = None
-        # Where the session is paused, of frames that came too early.
-        for conversation in self._conversations:
-            yield from conversation.events(Plan())
         self._state, self._ended_at = state, self.now()
 
     def _on_tokens(self, step: StepInFlight, tokens: np.ndarray) -> Iterator[Event]:

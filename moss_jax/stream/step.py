@@ -25,7 +25,7 @@ from moss_jax.text import SpecialTokens
 
 # In the place of a token that was to be sampled from logits that hold NaN or an infinity.
 NOT_FINITE = -2
-# What the state of an engine has beside that of the streams, in the order of its fields.
+# Fields of `EngineState` beside `stream`, in order.
 OWN = ("pending", "logits", "said")
 
 
@@ -157,13 +157,13 @@ def compact_text(
 
 
 def slot_to_host(state: EngineState, slot: int) -> dict[str, np.ndarray]:
-    """All that one slot holds, on the host, by name."""
+    """Copies all arrays of one slot to the host, by name."""
     own = {name: x for name in OWN if (x := getattr(state, name)) is not None}
     return save_slot(state.stream, slot) | {name: np.asarray(x[slot]) for name, x in own.items()}
 
 
 def slot_from_host(state: EngineState, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Arrays of one slot [1, ...], in the order of a state, made of what `slot_to_host` has returned.
+    """Pads the arrays that `slot_to_host` has returned to a slot's capacity: [1, ...] each, in state order.
 
     Args:
       state: with the capacities that the slot is to have; only its shapes and dtypes are read.
@@ -180,7 +180,7 @@ def slot_from_host(state: EngineState, saved: Mapping[str, np.ndarray]) -> list[
 
 
 def put_slot(state: EngineState, slot: Int[Array, ""], arrays: Sequence[Array]) -> EngineState:
-    """Replaces all that one slot holds by the arrays of `slot_from_host`."""
+    """Writes the arrays of `slot_from_host` into one slot."""
     old, structure = jax.tree.flatten(state)
     new = [jax.lax.dynamic_update_slice_in_dim(x, part, slot, 0) for x, part in zip(old, arrays, strict=True)]
     return jax.tree.unflatten(structure, new)

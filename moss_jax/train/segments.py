@@ -4,15 +4,15 @@ B rows, K segments, T tokens of a segment, F frames of a segment, N vectors a fr
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from moss_jax.config import ConfigError, MemoryConfig, ModelConfig, SegmentsConfig
 from moss_jax.data.batch import Segments
-from moss_jax.memory import NO_POSITION, MemoryBank, StreamState, init_state, keep_tokens
+from moss_jax.memory import NO_POSITION, MemoryBank, StreamState, TextCache, init_state, keep_tokens
 from moss_jax.memory.policies import Policy, make_policy
 from moss_jax.nn import MossVideo
 from moss_jax.ops.qarray import DTYPES, dequantize, quantize
@@ -56,7 +56,7 @@ def make_memories(segments: SegmentsConfig, model: ModelConfig) -> tuple[RowMemo
     return tuple(make(*memory) for memory in segments.memories)
 
 
-def empty_memory(segments: SegmentsConfig, model: ModelConfig, rows: int, dtype) -> StreamState:
+def empty_memory(segments: SegmentsConfig, model: ModelConfig, rows: int, dtype: DTypeLike) -> StreamState:
     """The memory of rows that have seen nothing."""
     return init_state(
         model,
@@ -77,11 +77,11 @@ def run_segments(
     segments: Segments,
     memories: Sequence[RowMemory],
 ) -> tuple[Float[Array, "B KT D"], StreamState]:
-    """Hidden states of segments that continue the streams of a memory, and the memory behind them.
+    """Hidden states of segments that continue the streams of a memory, and the memory after them.
 
     Args:
       memory: carried from the segments before; has no gradients.
-      frame_positions: index of each frame's token in its row, B x KT or more for absent frames.
+      frame_positions: index of each frame's token in its row, KT for absent frames.
       memories: of the rows, in turn.
     """
     B, KT = tokens.shape
@@ -111,7 +111,7 @@ def run_segments(
     return hidden.swapaxes(0, 1).reshape(B, KT, -1), jax.lax.stop_gradient(memory)
 
 
-def _begin(memory: StreamState, begins):
+def _begin(memory: StreamState, begins: Bool[Array, " B"]) -> tuple[TextCache, MemoryBank]:
     """Empties the rows that begin a new stream."""
     text, bank = memory.text, memory.bank
 
@@ -128,7 +128,11 @@ def _begin(memory: StreamState, begins):
     return text, bank
 
 
-def _by_rows(bank: MemoryBank, memories: Sequence[RowMemory], change) -> MemoryBank:
+def _by_rows(
+    bank: MemoryBank,
+    memories: Sequence[RowMemory],
+    change: Callable[[MemoryBank, RowMemory], MemoryBank],
+) -> MemoryBank:
     """Changes the banks by the memories of their rows."""
     # Row `b` has memory `b` modulo their number, so that each device of a mesh has rows of all.
     count = len(memories)

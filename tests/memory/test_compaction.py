@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from banks import empty_bank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moss_jax.config import CompressorConfig, MemoryConfig, moss_tiny
-from moss_jax.memory import NO_POSITION, init_state, remember_frames, vectors_visible
+from moss_jax.memory import NO_POSITION, remember_frames, vectors_visible
 from moss_jax.memory.policies import POLICIES, make_policy
-from moss_jax.ops.qarray import DTYPES
 
 FRAMES = 12  # Whole frames of the banks here.
 GROUP = 3  # Frames of an append, at most.
@@ -38,16 +38,7 @@ HEAD = model().decoder.head_dim
 
 
 def empty(memory, dtype="float32", frames=FRAMES):
-    stored = DTYPES[memory.bank_dtype] if memory.bank_dtype else None
-    return init_state(
-        model(),
-        1,
-        text_capacity=8,
-        bank_capacity=frames,
-        dtype=dtype,
-        bank_dtype=stored,
-        merges=memory.merges,
-    ).bank
+    return empty_bank(model(), memory, frames, dtype=dtype)
 
 
 append = jax.jit(remember_frames)
@@ -88,13 +79,17 @@ def in_order(memory, bank, frames):
     assert length <= bank.capacity
     assert (np.diff(positions[:length]) >= 0).all()
     assert (positions[length:] == NO_POSITION).all()
-    assert not length or positions[length - 1] == 3 * (frames - 1)
+    assert not length or positions[length - 1] == 3 * (frames - 1)  # The newest frame is always there.
+    places = np.asarray(bank.places[0, :length])
+    for of_frame in np.split(places, np.flatnonzero(np.diff(positions[:length])) + 1):
+        assert (np.diff(of_frame) > 0).all()
     assert all(
         np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves((bank.keys, bank.values))
     )
     if memory.merges:
         counts = np.asarray(bank.counts[0])
         assert counts.sum() == counts[:length].sum() == frames * VECTORS
+        assert not counts[length:].any()
     else:
         kept = np.unique(positions[:length]) // 3
         assert kept.tolist() == list(range(frames - len(kept), frames))

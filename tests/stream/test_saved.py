@@ -116,7 +116,7 @@ def test_a_resumed_stream_goes_on_as_one_that_was_never_cut(make_engine, frames,
 
 
 def test_selection_goes_on_where_it_was(make_engine, frames, tmp_path):
-    """Frames that are not shown, told or still in the inbox, and those that the next are compared with."""
+    """All frames are pushed before the first cut: those that are not shown are told, or wait in the file."""
     engine, path = make_engine(text_capacity=96, bank_capacity=8, memory=WINDOW), tmp_path / "stream"
     selection = SelectionConfig(enabled=True, min_distance=0.05, max_gap=6.0, max_fps=1.0)
     config = dataclasses.replace(CONFIG, selection=selection)

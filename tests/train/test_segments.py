@@ -59,8 +59,8 @@ def segments_of(kept=None, **changes) -> Segments:
     return dataclasses.replace(segments, **changes)
 
 
-def run(model, config, tokens, features, segments, present, memory=None):
-    flat = np.where(present, FRAMES + np.arange(K)[:, None] * T, K * T).reshape(B, K * F)
+def run(model, config, tokens, features, segments, present, memory=None, offsets=FRAMES):
+    flat = np.where(present, offsets + np.arange(K)[:, None] * T, K * T).reshape(B, K * F)
     memory = memory or empty_memory(config, model.config, B, jnp.float32)
     hidden, memory = run_segments(
         model,
@@ -71,7 +71,7 @@ def run(model, config, tokens, features, segments, present, memory=None):
         jax.tree.map(jnp.asarray, segments),
         make_memories(config, model.config),
     )
-    return np.asarray(hidden).reshape(B, K, T, -1), memory
+    return hidden.reshape(B, K, T, -1), memory
 
 
 def features_of(model, seed: int = 1):
@@ -154,23 +154,12 @@ def test_full_banks_are_compacted_and_gradients_pass_through(model):
     tokens, _, _, present = make_streams()
     present = np.ones_like(present)
     offsets = np.broadcast_to(np.array([0, 3]), FRAMES.shape)
-    flat = (offsets + np.arange(K)[:, None] * T).reshape(B, K * F)
-    memories = make_memories(config, model.config)
     # No text stays, through which the oldest frames would have an influence all the same.
     segments = segments_of(kept_length=np.zeros((B, K), np.int32))
 
     def last(features):
-        memory = empty_memory(config, model.config, B, jnp.float32)
-        hidden, memory = run_segments(
-            model,
-            memory,
-            jnp.asarray(tokens.reshape(B, K * T)),
-            features,
-            jnp.asarray(flat),
-            jax.tree.map(jnp.asarray, segments),
-            memories,
-        )
-        return (hidden[:, -T:] ** 2).sum(), memory
+        hidden, memory = run(model, config, tokens, features, segments, present, offsets=offsets)
+        return (hidden[:, -1] ** 2).sum(), memory
 
     gradient, memory = jax.jit(jax.grad(last, has_aux=True))(features_of(model))
     size = np.abs(np.asarray(gradient)).sum(axis=(2, 3))

@@ -12,18 +12,16 @@ from typing import get_args
 from rich.console import Console
 
 from moss_jax import command
-from moss_jax.config import BankDtype, ConfigError
-from moss_jax.convert import CheckpointError
+from moss_jax.config import BankDtype
+from moss_jax.eval.arguments import BAD_INPUT, make_parser
 from moss_jax.eval.memory.evaluation import MemoryEvaluationConfig, evaluate
 from moss_jax.eval.memory.report import draw, print_tables
 from moss_jax.memory.policies import POLICIES
-from moss_jax.text import TokenizerError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code, as `command.run` says."""
-    bad_input = (CheckpointError, ConfigError, TokenizerError)
-    return command.run("moss_jax.eval.memory", lambda: score(parse_arguments(arguments)), bad_input)
+    return command.run("moss_jax.eval.memory", lambda: score(parse_arguments(arguments)), BAD_INPUT)
 
 
 def score(args: argparse.Namespace) -> None:
@@ -54,24 +52,15 @@ def score(args: argparse.Namespace) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line; `sys.argv` if None."""
-    parser = argparse.ArgumentParser(
-        prog="python -m moss_jax.eval.memory",
-        description="Score what a model still answers about the past of long tabletop streams, by "
-        "the age of the evidence, under one memory policy after the other.",
-        formatter_class=command.HelpFormatter,
-    )
     default = MemoryEvaluationConfig()
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        metavar="DIR|REPO",
-        help="folder in Hugging Face layout, or repo id as OWNER/NAME[@REVISION] (default: the small model "
-        "that ships with the package)",
+    parser = make_parser(
+        "moss_jax.eval.memory",
+        "Score what a model still answers about the past of long tabletop streams, by "
+        "the age of the evidence, under one memory policy after the other.",
+        default,
     )
-    positive = command.at_least(1)
+    add, positive = parser.add_argument, command.at_least(1)
     add("--minutes", type=_minutes, default=default.minutes, metavar="M", help="length of a stream")
-    add("--streams", type=positive, default=default.streams, metavar="N", help="number of streams")
-    add("--seed", type=command.seed, default=default.seed, help="which held-out streams")
     add(
         "--past",
         type=_share,
@@ -100,14 +89,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="DTYPE[,...]",
         help=f"of keys and values in the bank: {', '.join(DTYPE_NAMES)}",
     )
-    add("--slots", type=positive, default=default.slots, metavar="N", help="streams side by side")
-    add(
-        "--tokens-per-second",
-        type=positive,
-        default=default.tokens_per_second,
-        metavar="N",
-        help="speed of speech",
-    )
     add(
         "--text-capacity",
         type=positive,
@@ -122,14 +103,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="N",
         help="processes that render the frames; 0 for a thread",
     )
-    add("--json", type=command.output_file, metavar="FILE", help="also write the result to this file")
     add(
         "--figure",
         type=command.output_file,
         metavar="FILE",
         help="also draw right answers over the age of the evidence (.png, .svg or .pdf)",
     )
-    command.add_compilation_cache(parser)
     return parser.parse_args(arguments)
 
 

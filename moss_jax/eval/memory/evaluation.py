@@ -254,7 +254,7 @@ class Judge:
 
 
 def bytes_of_a_stream(engine: Engine) -> dict[str, int]:
-    """What one slot holds: keys, values and scales of the bank, and those of the text cache."""
+    """Bytes of one slot's memory bank (keys, values, scales) and of its KV cache."""
     stream = jax.eval_shape(engine.start).stream
 
     def size(arrays: Any) -> int:

@@ -87,7 +87,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 
 def label(run: Mapping[str, Any]) -> str:
-    """What a run is called: its memory, the size of the bank where it was chosen, and its dtype."""
+    """Label of a run: the memory, the size of its bank unless that is the baseline's own, and its dtype."""
     chosen = "" if run["memory"].startswith(("recent", "full", "empty")) else f" {run['frames']}"
     return f"{run['memory']}{chosen}{' ' + run['bank_dtype'] if run['bank_dtype'] else ''}"
 
