@@ -17,7 +17,8 @@ from moss_jax.data.worlds import NO_SYSTEM, SPEEDS, TabletopSource
 from moss_jax.memory.eviction import Kind, tokens_to_keep
 from moss_jax.text import Tokenizer, chat
 from moss_jax.text.labels import IGNORED
-from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offline, draw_question
+from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offline
+from moss_jax.worlds.tabletop.requests import draw_question
 from moss_jax.worlds.tabletop.stream import TRAINING, TabletopStream, draw_stream
 
 # Seconds up to which a stream is a short one, and the share of questions about the past in longer ones.

@@ -10,7 +10,8 @@ from moss_jax.data.batch import Batch
 from moss_jax.data.pipeline import LoadedBatch
 from moss_jax.text import Tokenizer, chat
 from moss_jax.text.labels import IGNORED
-from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offline, draw_question
+from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offline
+from moss_jax.worlds.tabletop.requests import draw_question
 from moss_jax.worlds.tabletop.stream import TRAINING, TabletopStream, draw_stream
 
 # Speeds of speech, in tokens per second of the stream.

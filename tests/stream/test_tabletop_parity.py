@@ -9,8 +9,9 @@ from moss_jax.stream import End, Session, Text
 from moss_jax.text import chat
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop import evaluation_stream
-from moss_jax.worlds.tabletop.dialogue import Request, converse
+from moss_jax.worlds.tabletop.dialogue import converse
 from moss_jax.worlds.tabletop.language import WAIT
+from moss_jax.worlds.tabletop.requests import Request
 from moss_jax.worlds.tabletop.stream import draw_stream
 
 

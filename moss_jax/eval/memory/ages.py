@@ -11,7 +11,7 @@ from typing import Any
 
 from moss_jax.eval.tabletop.scores import Probe, Ratio
 from moss_jax.worlds.tabletop import TabletopStream
-from moss_jax.worlds.tabletop.dialogue import evidence
+from moss_jax.worlds.tabletop.answers import evidence
 from moss_jax.worlds.tabletop.language import LIVE, PAST
 
 # Upper bounds in seconds: evidence that is on the last frame, and so on.

@@ -23,7 +23,8 @@ from moss_jax.stream import Engine, EngineLike, Event, Text, answer_offline
 from moss_jax.text import Tokenizer
 from moss_jax.video import Frame
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
-from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, truth_of
+from moss_jax.worlds.tabletop.answers import truth_of
+from moss_jax.worlds.tabletop.dialogue import Dialogue, converse
 from moss_jax.worlds.tabletop.language import understand
 
 # Seconds of the shortest clip to ask about offline, as in training.

@@ -20,7 +20,8 @@ from typing import Any
 from moss_jax.stream import End, Event, FrameSeen, FrameUnseen, Interrupted, Silence, Text, Turn
 from moss_jax.text import Tokenizer
 from moss_jax.worlds.tabletop import TabletopStream
-from moss_jax.worlds.tabletop.dialogue import LISTED, Dialogue, Request, narrate, true_answer, truth_of
+from moss_jax.worlds.tabletop.answers import narrate, true_answer, truth_of
+from moss_jax.worlds.tabletop.dialogue import Dialogue
 from moss_jax.worlds.tabletop.language import (
     HIDDEN,
     LIVE,
@@ -32,6 +33,7 @@ from moss_jax.worlds.tabletop.language import (
     agrees,
     understand,
 )
+from moss_jax.worlds.tabletop.requests import LISTED, Request
 
 # Seconds in which the speaker must react, and in which an alert counts as in time.
 REACT = 3

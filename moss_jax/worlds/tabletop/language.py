@@ -5,7 +5,7 @@ colour, {p} a place, {w} a direction, {d} a number on a card, {n} a number of sh
 and {l} a list of things; {j} is another kind of thing and {s} a time ago, in requests alone.
 
 What a sentence in the past tense is about depends on the question: "It was red." asserts `was colour:KIND`,
-which `dialogue.truth_of` gives for the time that the question is about.
+which `answers.truth_of` gives for the time that the question is about.
 """
 
 import dataclasses

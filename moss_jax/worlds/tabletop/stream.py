@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from moss_jax.worlds.tabletop import digits
-from moss_jax.worlds.tabletop.dialogue import PACE, Request, draw_requests
 from moss_jax.worlds.tabletop.render import Look, impair, paint, photograph
+from moss_jax.worlds.tabletop.requests import PACE, Request, draw_requests
 from moss_jax.worlds.tabletop.world import IMPAIRMENTS, Impairment, World, generate, pick
 
 # First entry of a stream's seed: no stream of evaluation is one of training, whatever the other entries.

@@ -7,8 +7,8 @@ import pytest
 from moss_jax.eval.memory.ages import Answer, answers, bucket, constant_guess, summary
 from moss_jax.eval.tabletop.scores import Probe
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
-from moss_jax.worlds.tabletop.dialogue import Request
 from moss_jax.worlds.tabletop.render import TABLES, Look
+from moss_jax.worlds.tabletop.requests import Request
 from moss_jax.worlds.tabletop.world import Table, Thing, World
 
 

@@ -13,9 +13,10 @@ from moss_jax.eval.tabletop.scores import Ratio, SpeechRate, Statement, StreamTr
 from moss_jax.stream import Counters, End, FrameSeen, Interrupted, Silence, Text, Turn
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop import TabletopStream, digits, evaluation_stream
-from moss_jax.worlds.tabletop.dialogue import Dialogue, Request
+from moss_jax.worlds.tabletop.dialogue import Dialogue
 from moss_jax.worlds.tabletop.language import LIVE, LONG_PAST, RECENT_PAST, sentence, understand
 from moss_jax.worlds.tabletop.render import TABLES, Look
+from moss_jax.worlds.tabletop.requests import Request
 from moss_jax.worlds.tabletop.world import CARD, Impairment, Table, TableEvent, Thing, World
 
 SPEED = 8

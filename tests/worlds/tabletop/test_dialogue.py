@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -16,37 +15,23 @@ from moss_jax.data.worlds import SPEEDS
 from moss_jax.text import chat
 from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop import digits
-from moss_jax.worlds.tabletop.dialogue import (
-    Dialogue,
-    Request,
-    Utterance,
-    converse,
-    converse_offline,
-    draw_question,
-    draw_requests,
-    evidence,
-    list_of,
-    narrate,
-    true_answer,
-    truth_of,
-)
+from moss_jax.worlds.tabletop.answers import narrate, true_answer, truth_of
+from moss_jax.worlds.tabletop.dialogue import Dialogue, Utterance, converse, converse_offline
 from moss_jax.worlds.tabletop.language import (
-    ASK,
     LIVE,
     LONG_PAST,
     PAST,
-    PLACE_WORDS,
     RECENT_PAST,
     SAY,
-    SPANS,
-    TIMES,
     WAIT,
     Sentence,
     agrees,
     holds,
+    list_of,
     sentence,
     understand,
 )
+from moss_jax.worlds.tabletop.requests import Request, draw_question
 from moss_jax.worlds.tabletop.stream import TabletopStream, draw_stream
 from moss_jax.worlds.tabletop.world import CARD, Impairment, Table, TableEvent, Thing, World, generate
 
@@ -842,89 +827,6 @@ def test_offline_the_whole_clip_comes_first(tokenizer):
     assert kinds == {*LIVE, *RECENT_PAST}
 
 
-# ---------------------------------------------------------------------------------- requests
-
-
-@pytest.fixture(scope="module")
-def asked(cases) -> list[tuple[World, Request]]:
-    drawn = [(case.stream.world, request) for case in cases for request in case.stream.requests]
-    for seed in range(200):
-        rng = np.random.default_rng([seed, 1])
-        world = generate(rng, 24, digit_indices=digits.training_indices(), rate=0.4, gap=2)
-        drawn += [(world, request) for request in draw_requests(rng, world, first_turn=0.5)]
-    return drawn
-
-
-def test_every_kind_of_request_is_made(asked):
-    kinds = collections.Counter(request.kind for _, request in asked)
-    assert set(kinds) == set(ASK)
-    assert min(kinds.values()) > 5
-
-
-def test_requests_come_between_the_frames(cases):
-    for case in cases:
-        times = [request.time for request in case.stream.requests]
-        assert times == sorted(set(times))
-        for time in times:
-            assert time == 0 or 0.04 < time % 1 < 0.96
-            assert time < case.stream.world.seconds
-
-
-def test_requests_make_sense(asked):
-    for world, request in asked:
-        frame = int(request.time) if request.time else -1
-        truth = world.truth[frame] if frame >= 0 else None
-        if request.kind in ("colour", "there", "seen"):
-            assert request.subject not in ("", CARD)
-        if request.kind in ("list", "count", "narrate", "watch"):
-            assert request.subject == ""
-        if request.subject and request.kind != "digit":
-            assert request.subject in request.text
-        if request.kind in PAST:
-            assert truth is not None
-        if request.kind == "previous":
-            assert truth
-            assert truth["digit"] not in ("none", "covered")
-        assert (request.awaited is not None) == request.kind.startswith("alert")
-        if request.awaited:
-            assert request.awaited.name == request.kind
-            assert request.awaited.values.get("k", "") == request.subject
-            assert all(value in request.text for value in request.awaited.values.values())
-            # What is awaited is not true yet.
-            assert truth is None or not holds(request.awaited.facts, truth)
-    alerts = [(world, request) for world, request in asked if request.awaited]
-    comes = [
-        any(holds(r.awaited.facts, truth) for truth in world.truth[int(r.time) :]) for world, r in alerts
-    ]
-    assert 0.5 < np.mean(comes) < 0.9
-
-
-def test_the_share_of_first_turns_can_be_chosen():
-    rng = np.random.default_rng(0)
-    world = generate(rng, 10, digit_indices=digits.training_indices(), rate=0.4, gap=2)
-    for share in (0.0, 0.3, 1.0):
-        first = [draw_requests(rng, world, first_turn=share)[0].time == 0 for _ in range(200)]
-        assert abs(np.mean(first) - share) < 0.1
-
-
-def test_dense_requests_are_questions_in_quick_succession():
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        world = generate(rng, 8, digit_indices=digits.training_indices(), rate=0.5, gap=1)
-        requests = draw_requests(rng, world, dense=True)
-        assert {request.kind for request in requests} <= {*LIVE, *PAST}
-        assert len(requests) >= 6
-        assert max(b.time - a.time for a, b in itertools.pairwise(requests)) < 1.5
-        assert requests[0].time < 1
-
-
-def test_a_short_stream_can_be_asked_about():
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        world = generate(rng, 1, digit_indices=digits.training_indices(), rate=0.5, gap=1)
-        assert all(r.time < 1 for r in draw_requests(rng, world, first_turn=0.5, dense=seed % 2 == 0))
-
-
 def test_list_of_the_visible_things():
     truth = World((Table((star("red"), card(8), Thing("circle", (0, 1), "blue"))),), ()).truth[0]
     assert list_of(truth) == "a blue circle, a red star and a card with a 8"
@@ -932,101 +834,6 @@ def test_list_of_the_visible_things():
         true_answer(ask_for("list", 1.0), truth).text()
         == "There is a blue circle, a red star and a card with an 8."
     )
-
-
-# ------------------------------------------------------------------ questions about the long past
-
-
-@pytest.fixture(scope="module")
-def long_past() -> list[tuple[World, Request]]:
-    """Questions about the past of long streams, some of them with an impaired camera."""
-    drawn = []
-    for seed in range(40):
-        stream = draw_stream(np.random.default_rng(seed), 480, past=0.8, impaired=0.5)
-        asked = [request for request in stream.requests if request.kind in PAST]
-        drawn += [(stream.world, request) for request in asked]
-    return drawn
-
-
-def was_visible(world: World, kind: str, second: int) -> Thing | None:
-    """The thing of a kind at a second, if the camera shows it."""
-    found = [thing for thing in world.tables[second].visible if thing.kind == kind]
-    return found[0] if found and world.clear[second] else None
-
-
-def test_every_kind_of_question_about_the_past_is_asked(long_past):
-    kinds = collections.Counter(request.kind for _, request in long_past)
-    assert set(kinds) == set(PAST)
-    assert min(kinds[kind] for kind in LONG_PAST) > 15
-    assert {request.span for _, request in long_past} == {0, *SPANS}
-
-
-def test_answers_about_the_long_past_follow_from_the_tables(long_past):
-    """Recomputed from the tables and events alone, second by second."""
-    judged = collections.Counter()
-    for world, request in long_past:
-        now, k = int(request.time), request.subject
-        said = true_answer(request, truth_of(request, world, now))
-        seen = [s for s in range(now + 1) if k and was_visible(world, k, s)]
-        last = was_visible(world, k, seen[-1]) if seen else None
-        match request.kind:
-            case "first":
-                numbers = [c.label for s in range(now + 1) if (c := was_visible(world, CARD, s))]
-                expected = f"The first number was {numbers[0]}." if numbers else "There was no number."
-            case "order":
-                first = {kind: world.sightings[kind][0] for kind in (k, request.other)}
-                assert len(set(first.values())) == 2
-                assert max(first.values()) <= now
-                expected = f"The {min(first, key=lambda kind: first[kind])} came first."
-            case "times":
-                count = sum(e.frame <= now and e.kind == k and e.change == "appear" for e in world.events)
-                words = ["Never so far.", "It came once.", "It came twice."]
-                words += [f"It came {word} times." for word in list(TIMES.values())[:-1]]
-                expected = words[count] if count < 10 else "It came many times."
-            case "last place":
-                expected = f"It was {PLACE_WORDS[last.place]}." if last else "I have not seen it."
-            case "last colour":
-                expected = f"It was {last.colour}." if last else "I have not seen it."
-            case "was under":
-                covers = [e.kind for e in world.events if e.frame <= now and e.change == "cover"]
-                covers = covers[:-1] if world.tables[now].covered else covers
-                expected = f"The {covers[-1]} was under it." if covers else "Nothing was covered before."
-            case "digit ago" | "place ago" | "colour ago":
-                then = world.tables[now - request.span]
-                thing = next((thing for thing in then.things if thing.kind == k), None)
-                if thing is None:
-                    expected = "There was no card." if request.kind == "digit ago" else "It was not there."
-                elif then.covered == k:
-                    expected = "It was covered."
-                elif request.kind == "digit ago":
-                    expected = f"It was a{'n' if thing.label == '8' else ''} {thing.label}."
-                elif request.kind == "place ago":
-                    expected = f"It was {PLACE_WORDS[thing.place]}."
-                else:
-                    expected = f"It was {thing.colour}."
-            case _:
-                continue
-        assert said.text() == expected
-        assert holds(said.facts, truth_of(request, world, now))
-        judged[request.kind] += 1
-    assert set(judged) == set(LONG_PAST)
-
-
-def test_a_time_ago_is_asked_about_where_the_answer_was_the_same_around_it(long_past):
-    """And where the camera showed it."""
-    found = 0
-    for world, request in long_past:
-        if not request.span:
-            continue
-        then, slack = int(request.time) - request.span, max(2, request.span / 6)
-        around = range(math.floor(then - slack), math.ceil(then + slack) + 1)
-        assert around[0] >= 0
-        topic = {"digit ago": "digit"}.get(request.kind, f"{request.kind.split()[0]}:{request.subject}")
-        assert len({world.truth[second][topic] for second in around}) == 1
-        assert all(world.clear[second] for second in around)
-        assert SPANS[request.span] in request.text
-        found += 1
-    assert found > 100
 
 
 def test_an_answer_of_the_assistant_is_that_of_its_question(tokenizer):
@@ -1041,61 +848,6 @@ def test_an_answer_of_the_assistant_is_that_of_its_question(tokenizer):
             if request.kind in PAST:
                 assert utterance.sentence == true_answer(request, truth_of(request, world, utterance.frame))
                 assert utterance.frame == int(request.time)
-
-
-def test_evidence_is_the_latest_second_that_showed_the_answer(long_past):
-    judged = collections.Counter()
-    for world, request in long_past:
-        now, k = int(request.time), request.subject
-        truth = world.truth[now]
-        found = evidence(request, world, now)
-        judged[request.kind, found is None] += 1
-        if found is None:
-            # Nothing was ever there, or it takes the whole stream to know.
-            said = true_answer(request, truth_of(request, world, now))
-            nothing = ("no previous", "no first", "not seen", "unseen", "nothing under", "never covered")
-            assert request.kind == "times" or said.name in (*nothing, "nothing happened")
-            continue
-        assert 0 <= found <= now
-        assert world.clear[found]
-        match request.kind:
-            case "seen" | "last place" | "last colour":
-                assert was_visible(world, k, found)
-                assert not any(was_visible(world, k, s) for s in range(found + 1, now + 1))
-            case "previous":
-                assert world.truth[found]["digit"] == truth["previous"]
-                later = {c.label for s in range(found + 1, now + 1) if (c := was_visible(world, CARD, s))}
-                assert len(later) == 1
-                assert later != {truth["previous"]}
-            case "first":
-                run = [was_visible(world, CARD, s) for s in range(world.sightings[CARD][0], found + 1)]
-                assert all(shown and shown.label == truth["first"] for shown in run)
-                after = was_visible(world, CARD, found + 1) if found < now else None
-                assert after is None or found == now or after.label != truth["first"]
-            case "event":
-                assert found == [event.frame for event in world.events if event.frame <= now][-1]
-            case "under" | "was under":
-                assert was_visible(world, truth[request.kind], found)
-                cover = next(event for event in world.events if event.frame > found)
-                assert (cover.change, cover.kind) == ("cover", truth[request.kind])
-            case "order":
-                known = [world.truth[s] for s in (found - 1, found)]
-                both = [all(t[f"seen:{kind}"] == "yes" for kind in (k, request.other)) for t in known]
-                assert both == [False, True]
-            case _:
-                assert found == now - request.span
-    for kind in (*RECENT_PAST, "first", "last place", "last colour", "was under"):
-        assert judged[kind, False] > 5
-    assert judged["times", False] == 0
-    assert judged["was under", True] > 0
-
-
-def test_evidence_of_other_requests():
-    world = World((Table((star("red"),)),) * 9, ())
-    for kind in LIVE:
-        assert evidence(Request(5.5, "", kind, "star"), world, 5) == 5
-    assert evidence(Request(5.5, "", "narrate"), world, 5) is None
-    assert evidence(Request(5.5, "", "watch"), world, 5) is None
 
 
 # ----------------------------------------------------------------------------- an impaired camera

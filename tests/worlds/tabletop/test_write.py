@@ -18,8 +18,9 @@ from moss_jax.text import chat
 from moss_jax.text.labels import IGNORED
 from moss_jax.video import probe, sample_file
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
-from moss_jax.worlds.tabletop.dialogue import Dialogue, Request, converse
+from moss_jax.worlds.tabletop.dialogue import Dialogue, converse
 from moss_jax.worlds.tabletop.language import WAIT
+from moss_jax.worlds.tabletop.requests import Request
 from moss_jax.worlds.tabletop.write import FPS, MAX_NOISE, ground_truth, to_row, write_video
 
 SECONDS, SIZE = 8, 96
