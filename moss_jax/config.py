@@ -765,6 +765,9 @@ class SegmentsConfig:
       skips: share of the segments that begin with a gap, in half of the streams.
       selected: share of the streams in which `<|image|>` tokens come without a frame where nothing changes,
         as in a session whose frames are selected (`SelectionConfig`), but by the truth of the stream.
+      past: share of questions about the past among the requests of streams of more than 40 seconds.
+      paces: of those streams, the shortest and the longest mean time between two requests, in seconds; each
+        stream draws one, log-uniformly.
     """
 
     per_step: int = 0
@@ -776,12 +779,18 @@ class SegmentsConfig:
     max_skip: int = 2**17
     skips: float = 0.125
     selected: float = 0.3
+    past: float = 0.5
+    paces: tuple[float, float] = (3.0, 30.0)
 
     def __post_init__(self):
         _convert_fields(self)
         _require_at_least(0, self, "per_step")
         _require_at_least(1, self, "frames", "tokens", "max_skip")
-        _require_share(self, "skips", "selected")
+        _require_share(self, "skips", "selected", "past")
+        _require(
+            len(self.paces) == 2 and 1 <= self.paces[0] <= self.paces[1],
+            f"paces are the shortest and the longest, of at least 1 second; got {self.paces}",
+        )
         for name in ("streams", "text_capacities", "memories"):
             _require(bool(getattr(self, name)), f"{name} must not be empty")
         _require(min(self.streams) >= 1, f"streams {self.streams} have at least one segment each")

@@ -21,9 +21,8 @@ from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offli
 from moss_jax.worlds.tabletop.requests import draw_question
 from moss_jax.worlds.tabletop.stream import TRAINING, TabletopStream, draw_stream
 
-# Seconds up to which a stream is a short one, and the share of questions about the past in longer ones.
+# Seconds up to which a stream is a short one.
 SHORT = 40
-PAST_SHARE = 0.5
 # Longest times without a frame in streams whose frames are selected, in seconds.
 MAX_GAPS = (2, 3, 5, 10, 30)
 
@@ -129,7 +128,7 @@ class TabletopSegments(TabletopSource):
         config = self.segments
         seconds = length * config.frames
         is_short = seconds <= SHORT
-        stream = draw_stream(rng, seconds, past=None if is_short else PAST_SHARE)
+        stream = draw_stream(rng, seconds, past=None if is_short else config.past, paces=config.paces)
         if is_short and rng.random() < self.config.offline_share:
             question = draw_question(rng, stream.world)
             dialogue = converse_offline(stream.world, question, self._tokenizer, rng=rng)

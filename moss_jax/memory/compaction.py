@@ -45,6 +45,63 @@ def frames_of(bank: MemoryBank) -> Frames:
     return Frames(index, jnp.take_along_axis(sizes, index, axis=1, mode="clip"), is_first, held)
 
 
+class Groups(NamedTuple):
+    """Which vectors become which new vector.
+
+    Attributes:
+      target: index of the new vector that each vector becomes part of; S for one that is forgotten.
+      source: index of the vectors that each new vector is made of.
+      exists: whether there is a new vector.
+    """
+
+    target: Int[Array, "B S"]
+    source: Int[Array, "B S M"]
+    exists: Bool[Array, "B S"]
+
+
+@jax.custom_vjp
+def weighted_sum(
+    x: Float[Array, "B K S"] | Float[Array, "B K S D"], weights: Float[Array, "M B K S"], groups: Groups
+):
+    """The weighted sum of each group in float32, and 0 where there is none; the weights have no gradient."""
+    axes = tuple(range(3, x.ndim))
+    parts = (
+        jnp.expand_dims(weight, axes)
+        * jnp.take_along_axis(x, jnp.expand_dims(groups.source[:, None, :, m], axes), axis=2).astype(
+            jnp.float32
+        )
+        for m, weight in enumerate(weights)
+    )
+    # What lies in empty places may be anything, NaN too.
+    return jnp.where(jnp.expand_dims(groups.exists[:, None], axes), sum(parts), 0)
+
+
+def _weighted_sum_forward(x, weights, groups):
+    return weighted_sum(x, weights, groups), (jnp.zeros((), x.dtype), weights, groups)
+
+
+def _weighted_sum_backward(saved, d_sums):
+    # A vector is in one group at most, so its gradient is gathered, where that of a gather would be a scatter
+    # of each group's members.
+    like, weights, (target, source, _) = saved
+    S = target.shape[1]
+    member = jnp.take_along_axis(source, jnp.minimum(target, S - 1)[:, :, None], axis=1)
+    number = jnp.argmax(member == jnp.arange(S)[:, None], axis=2)  # Of each vector in its group.
+    at = jnp.minimum(target, S - 1)[:, None]
+    axes = tuple(range(3, d_sums.ndim))
+    # [M, B, K, S] to the weight of each vector, [B, K, S].
+    share = jnp.take_along_axis(weights, at[None], axis=3)
+    share = jnp.take_along_axis(
+        share, jnp.broadcast_to(number[None, :, None], (1, *share.shape[1:])), axis=0
+    )[0]
+    share = jnp.where(target[:, None] < S, share, 0)
+    d_x = jnp.expand_dims(share, axes) * jnp.take_along_axis(d_sums, jnp.expand_dims(at, axes), axis=2)
+    return d_x.astype(like.dtype), None, None
+
+
+weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
+
+
 def regroup(
     bank: MemoryBank, target: Int[Array, "B S"], places: Int[Array, "B S"], *, most: int
 ) -> MemoryBank:
@@ -84,31 +141,22 @@ def regroup(
     share = jnp.where(is_alone, 1, counts / jnp.maximum(total, 1)[..., None])
     exists = jnp.arange(S) < length[:, None]
 
-    def total_of(x: Float[Array, "B K S"] | Float[Array, "B K S D"], weights: Float[Array, "M B K S"]):
-        """The weighted sum of each group in float32, and 0 where there is none."""
-        axes = tuple(range(3, x.ndim))
-        parts = (
-            jnp.expand_dims(weight, axes)
-            * jnp.take_along_axis(x, jnp.expand_dims(source[:, None, :, m], axes), axis=2).astype(jnp.float32)
-            for m, weight in enumerate(weights)
-        )
-        # What lies in empty places may be anything, NaN too.
-        return jnp.where(jnp.expand_dims(exists[:, None], axes), sum(parts), 0)
+    groups = Groups(target, source, exists)
 
     shares = jnp.moveaxis(share, 2, 0)[:, :, None]  # [M, B, 1, S]
 
     def merged(x: Float[Array, "B K S D"] | QArray) -> Float[Array, "B K S D"] | QArray:
         if not isinstance(x, QArray):
-            return total_of(x, shares).astype(x.dtype)
+            return weighted_sum(x, shares, groups).astype(x.dtype)
         # The mean of the scales is a scale that the mean of the vectors fits, and a vector alone stays as it
         # is. To look for the largest number instead would take a second pass.
-        scale = total_of(x.scale, shares)
+        scale = weighted_sum(x.scale, shares, groups)
         weights = shares * jnp.moveaxis(
             jnp.take_along_axis(x.scale[..., None], source[:, None], axis=2), 3, 0
         )
         # Else XLA computes them anew for each number of a vector.
         weights = jax.lax.optimization_barrier(weights / jnp.where(scale > 0, scale, 1))
-        values = total_of(x.values, weights)
+        values = weighted_sum(x.values, weights, groups)
         rounded = values if jnp.issubdtype(x.dtype, jnp.floating) else jnp.round(values)
         return QArray(rounded.astype(x.dtype), scale)
 

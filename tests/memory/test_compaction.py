@@ -244,3 +244,26 @@ def test_merged_vectors_do_not_drift(dtype):
             assert (abs(keys[at] - exact) <= count * unit).all()
             at += 1
     assert at == int(bank.length[0])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_gradients_of_a_compaction(name):
+    """Gathered by the target of each vector, they are those of the sums as they are written."""
+    memory = MemoryConfig(name)
+    bank = empty(memory)
+    for first in range(0, FRAMES, GROUP):
+        bank = appended(bank, first, GROUP)
+    weights = np.random.default_rng(0).standard_normal(bank.keys[0].shape).astype(np.float32)
+
+    def loss(keys):
+        compacted = policy(memory)(dataclasses.replace(bank, keys=(keys,)))
+        return jnp.sum(compacted.keys[0] * weights)
+
+    gradient = np.asarray(jax.grad(loss)(bank.keys[0]))
+    # What becomes of keys depends on values and positions alone, so the loss is linear in them.
+    for seed in range(4):
+        keys = np.random.default_rng(seed).standard_normal(gradient.shape).astype(np.float32)
+        products = keys * gradient
+        # Two sums of rounded float32 products.
+        bound = (products.size + 8) * 2**-23 * np.abs(products).sum()
+        np.testing.assert_allclose(loss(jnp.asarray(keys)), products.sum(), rtol=0, atol=bound)

@@ -102,6 +102,7 @@ def draw_stream(
     dense: bool = False,
     past: float | None = None,
     varied: bool | None = None,
+    paces: tuple[float, float] = PACES,
     impaired: float | None = None,
 ) -> TabletopStream:
     """Samples a stream.
@@ -115,6 +116,7 @@ def draw_stream(
         usual share of those in `language.RECENT_PAST`.
       varied: draw the rate of events, which may also change, and the user's pace from wide ranges; None if
         the stream is longer than a minute.
+      paces: the range that the user's is drawn from, in seconds between two requests.
       impaired: probability of an impaired camera; None for the usual one in a training stream of more than
         12 seconds and 0 in others.
 
@@ -136,7 +138,7 @@ def draw_stream(
     pace = PACE
     if varied:
         rate = _rates(rng, seconds)
-        mean = _log_uniform(rng, *PACES)
+        mean = _log_uniform(rng, *paces)
         pace = (0.4 * mean, 1.6 * mean)
     impairments = _impairments(rng, seconds) if impaired and rng.random() < impaired else ()
     world = generate(rng, seconds, digit_indices=indices, rate=rate, gap=gap, impairments=impairments)
