@@ -154,7 +154,7 @@ Q, KV = (2, 3, 4, 8), (2, 2, 5, 8)
         ({"q": (2, 3, 3, 8)}, {}, "H must be a multiple of K"),
         ({}, {"causal": True}, "causal attention needs T == S and no kv_range; got T=3, S=5"),
         ({"q": (2, 5, 4, 8)}, {"causal": True, "bound": (2, 5)}, "no kv_range"),
-        ({}, {"bound": (2,)}, "[B, T] = (2, 3) bounds; got (2,)"),
+        ({}, {"bound": (2,)}, "[R, T] = (2, 3) bounds; got (2,)"),
         ({}, {"bias": (2, 3, 5)}, "[B, S] = (2, 5); got (2, 3, 5)"),
     ],
 )
