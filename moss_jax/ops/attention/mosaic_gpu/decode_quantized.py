@@ -5,8 +5,8 @@ columns. K goes from shared memory through registers, where it is upcast, straig
 V returns to shared memory in 16 bits, because its product reads it transposed. As in `decode`, a second pass
 combines the splits.
 
-B batch/slot, T query tokens, R = T * G rows of queries, N = R rounded up to a multiple of 8, S keys, X keys of a
-tile, P splits, K kv heads, G query heads per kv head, D head
+B batch/slot, T query tokens, R = T * G rows of queries, N = R rounded up to a multiple of 8, S keys, X keys
+of a tile, P splits, K kv heads, G query heads per kv head, D head
 """
 
 import dataclasses

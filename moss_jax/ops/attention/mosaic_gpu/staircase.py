@@ -7,8 +7,8 @@ of K and V full. Only tiles that some query sees in part are masked. The backwar
 keys (for q) and one over queries (for k and v, summed over the heads that share them); both recompute the
 weights from the stored log-sum-exp (Dao, arXiv 2307.08691).
 
-R rows of queries, B batch/slot, T queries, Y queries of a warpgroup's block, S keys, X keys of a tile, K kv heads, G query heads per
-kv head, H = K * G, D head
+R rows of queries, B batch/slot, T queries, Y queries of a warpgroup's block, S keys, X keys of a tile,
+K kv heads, G query heads per kv head, H = K * G, D head
 """
 
 # Pallas types layouts, inline instructions and the references of kernels too narrowly.

@@ -165,7 +165,7 @@ def own_slot(b, *scalars):
 
 
 def spec(size, tile, x, axis, slot=own_slot):
-    """Block of `x` [B, K or 1, _, _]: a slot, one head, and of `axis` the tile that `tile` names at a step."""
+    """Block of `x` [B, K or 1, _, _]: one slot and head, and of `axis` the tile that `tile` names at a step."""
     if x is None:
         return None
     shape = [None, None, *x.shape[2:]]
