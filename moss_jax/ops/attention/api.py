@@ -124,8 +124,8 @@ def attention(
 ) -> Float[Array, "R T H D"]:
     """Softmax attention in which each query sees one range of the keys.
 
-    Head `h` of the queries reads kv head `h // G` (GQA). Row `r` of them reads the keys, values and bias of slot
-    `r`, or of `slots[r]`. Keys outside a query's range have no influence, and those that no query of a row sees
+    Head `h` of the queries reads kv head `h // G` (GQA). Row `r` reads the keys, values and bias of slot `r`, or
+    of slot `slots[r]`. Keys outside a query's range have no influence, and those that no query of a row sees
     may hold anything, NaN too. A query whose range is empty gives exact zeros. Accumulates in float32.
 
     Args:

@@ -1,4 +1,4 @@
-"""Attention on a mesh: each device computes its rows, of rows with slots all, and its heads, with one result."""
+"""Attention on a mesh: each device computes its heads, and its rows unless they have slots."""
 
 import os
 import subprocess

@@ -158,14 +158,8 @@ def tile_of_step(first, last, step):
     return jnp.minimum(first + step, jnp.maximum(last - 1, 0))
 
 
-def own_slot(b, *scalars):
-    """Where arrays by row of the batch have that row."""
-    del scalars
-    return b
-
-
-def spec(size, tile, x, axis, slot=own_slot):
-    """Block of `x` [B, K or 1, _, _]: one slot and head, and of `axis` the tile that `tile` names at a step."""
+def spec(size, tile, x, axis, slot=lambda b, *scalars: b):
+    """Block of `x` [B, K or 1, _, _]: one b or its slot, one head, of `axis` the tile that `tile` names."""
     if x is None:
         return None
     shape = [None, None, *x.shape[2:]]
