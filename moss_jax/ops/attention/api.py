@@ -124,9 +124,9 @@ def attention(
 ) -> Float[Array, "R T H D"]:
     """Softmax attention in which each query sees one range of the keys.
 
-    Head `h` of the queries reads kv head `h // G` (GQA). Row `r` reads the keys, values and bias of slot `r`, or
-    of slot `slots[r]`. Keys outside a query's range have no influence, and those that no query of a row sees
-    may hold anything, NaN too. A query whose range is empty gives exact zeros. Accumulates in float32.
+    Head `h` of the queries reads kv head `h // G` (GQA). Row `r` reads keys, values and bias of slot `r`, or
+    of `slots[r]`. Keys outside a query's range have no influence, and those that no query of a row sees may
+    hold anything, NaN too. A query whose range is empty gives exact zeros. Accumulates in float32.
 
     Args:
       q: queries.

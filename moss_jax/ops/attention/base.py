@@ -36,7 +36,7 @@ def no_gradients_by_slot() -> Unsupported:
     )
 
 
-def read_slots[X: Array | QArray | None](x: X, slots: Int[Array, " R"] | None) -> X:
+def read_slots[X: Array | QArray](x: X, slots: Int[Array, " R"] | None) -> X:
     """What each row reads of an array whose first axis are slots: a copy, unless row `r` reads slot `r`."""
     return x if slots is None else jax.tree.map(lambda x: jnp.take(x, slots, axis=0, mode="clip"), x)
 
@@ -136,13 +136,13 @@ def define(a: Arguments) -> Float[Array, "R T H D"]:
     keys = jnp.arange(S)
     visible = (start[..., None] <= keys) & (keys < end[..., None])  # [R, T, S]
     used = visible.any(axis=1)[:, None, :, None]  # [R, 1, S, 1]
-    k, v, bias = (read_slots(x, a.slots) for x in (a.k, a.v, a.bias))
     # Keys that no query sees may be NaN, and 0 * NaN would spoil the sums.
-    k, v = (jnp.where(used, dequantize(x, a.q.dtype), 0) for x in (k, v))
+    k, v = (jnp.where(used, dequantize(read_slots(x, a.slots), a.q.dtype), 0) for x in (a.k, a.v))
     q = a.q.reshape(R, T, K, H // K, D)
     scores = jnp.einsum("RTKGD,RKSD->RKGTS", q, k, preferred_element_type=jnp.float32) * a.scale
-    if bias is not None:
-        scores += jnp.where(used[:, 0, :, 0], bias, 0)[:, None, None, None, :]
+    if a.bias is not None:
+        bias = jnp.where(used[:, 0, :, 0], read_slots(a.bias, a.slots), 0)
+        scores += bias[:, None, None, None, :]
     # This is not -inf because a row without keys would then be -inf - -inf = NaN.
     scores = jnp.where(visible[:, None, None], scores, -1e30)
     weights = jnp.where(visible[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
