@@ -1,6 +1,6 @@
 """Masked writes into the buffers of a stream's state.
 
-B slots, K kv heads, T rows, C capacity, D head
+B slots, R runs of T rows, each for one slot, K kv heads, C capacity, D head
 """
 
 import jax
@@ -10,14 +10,23 @@ from jaxtyping import Array, Float, Int, Num
 
 def write_rows(
     buffer: Num[Array, "B K C ..."],
-    rows: Num[Array, "B K T ..."],
-    start: Int[Array, " B"],
-    count: Int[Array, " B"],
+    rows: Num[Array, "R K T ..."],
+    start: Int[Array, " R"],
+    count: Int[Array, " R"],
+    slots: Int[Array, " R"] | None = None,
 ) -> Num[Array, "B K C ..."]:
-    """Writes the first `count[b]` of `rows[b]` to `buffer[b]` from `start[b]` on, as far as there is room."""
-    slots, _, capacity = buffer.shape[:3]
-    at = targets(start, count, rows.shape[2], capacity)
-    return buffer.at[jnp.arange(slots)[:, None], :, at].set(
+    """Writes the first `count[r]` of run `r` to a slot from `start[r]` on, as far as there is room.
+
+    The slot is `slots[r]`; if None, it is `r` (R == B). Runs may share a slot, but no place in it.
+    """
+    (R, _, T), capacity = rows.shape[:3], buffer.shape[2]
+    at = targets(start, count, T, capacity)
+    if slots is None:
+        slots = jnp.arange(R)
+    else:
+        # Targets past the end are distinct over the runs of a slot too.
+        at += jnp.where(at >= capacity, T * jnp.arange(R)[:, None], 0)
+    return buffer.at[slots[:, None], :, at].set(
         rows.swapaxes(1, 2).astype(buffer.dtype), mode="drop", unique_indices=True
     )
 
@@ -36,7 +45,7 @@ def write_row(
     )
 
 
-def targets(start: Int[Array, " B"], count: Int[Array, " B"], rows: int, capacity: int) -> Int[Array, "B T"]:
+def targets(start: Int[Array, " R"], count: Int[Array, " R"], rows: int, capacity: int) -> Int[Array, "R T"]:
     """Target index of each row; rows that are not written get distinct ones past the end."""
     row = jnp.arange(rows)
     at = start[:, None] + row

@@ -1,6 +1,7 @@
 """The attention ops: their contracts, and their implementations.
 
-B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head, P positions
+R rows of queries, B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G,
+D head, P positions
 """
 
 import dataclasses
@@ -68,11 +69,17 @@ def sharded[Arguments](
 
 
 def attention_specs(a: Arguments, mesh: AbstractMesh) -> Specs:
-    """Each device computes its rows of the batch and its kv heads."""
+    """Each device computes its rows of the batch and its kv heads.
+
+    A row with a slot may read any, so with slots every device has all of them, and all rows.
+    """
     batch, kv_heads = partition_spec(("batch", "kv_heads"), a.k.shape[:2], mesh)
+    if a.slots is not None:
+        batch = None
     rows, heads = PartitionSpec(batch), PartitionSpec(batch, kv_heads)
     queries = PartitionSpec(batch, None, kv_heads)
-    return {"q": queries, "k": heads, "v": heads, "kv_range": rows, "bias": rows}, queries
+    specs = {"q": queries, "k": heads, "v": heads, "kv_range": rows, "bias": rows, "slots": rows}
+    return specs, queries
 
 
 def self_attention_specs(a: SelfAttentionArguments, mesh: AbstractMesh) -> Specs:
@@ -98,11 +105,12 @@ ATTENTION = Op(
 
 
 def attention(
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "R T H D"],
     k: Float[Array, "B K S D"] | QArray,
     v: Float[Array, "B K S D"] | QArray,
     kv_range: KeyRange | None = None,
     *,
+    slots: Int[Array, " R"] | None = None,
     causal: bool = False,
     bias: Float[Array, "B S"] | None = None,
     scale: float | None = None,
@@ -113,25 +121,27 @@ def attention(
     | mosaic_tpu.DecodeConfig
     | mosaic_tpu.StaircaseConfig
     | None = None,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "R T H D"]:
     """Softmax attention in which each query sees one range of the keys.
 
-    Head `h` of the queries reads kv head `h // G` (GQA). Keys outside a query's range have no influence, and
-    those that no query of a row sees may hold anything, NaN too. A query whose range is empty gives exact
-    zeros. Accumulates in float32.
+    Head `h` of the queries reads kv head `h // G` (GQA). Row `r` reads keys, values and bias of slot `r`, or
+    of `slots[r]`. Keys outside a query's range have no influence, and those that no query of a row sees may
+    hold anything, NaN too. A query whose range is empty gives exact zeros. Accumulates in float32.
 
     Args:
       q: queries.
       k, v: keys and values; if they are QArrays, [B, K, S, D] with scales [B, K, S], there are no gradients.
       kv_range: the keys that each query sees; None for all of them.
-      causal: instead of a range: query `t` sees the keys up to `t`.
+      slots: `0 <= slots[r] < B`, of rows that see nothing too; any number of rows may name a slot. The Pallas
+        kernels have no gradients with slots. None if row `r` reads slot `r` (R == B).
+      causal: instead of a range, and without slots: query `t` sees the keys up to `t`.
       bias: float32, added to the scores of each key.
       scale: of the scores before the bias; 1 / sqrt(D) if None.
       implementation: a name in `ATTENTION`; None takes the first in the platform's order that can.
       config: how the named implementation is cut; of several kernels, its class names the one.
 
     Returns:
-      [B, T, H, D] in q's dtype.
+      [R, T, H, D] in q's dtype.
 
     Raises:
       ValueError: shapes that don't fit together.
@@ -145,6 +155,7 @@ def attention(
         bias=bias,
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
         causal=causal,
+        slots=slots,
     )
     if k.shape[2] == 0:
         return jnp.zeros_like(q)
@@ -222,19 +233,21 @@ def self_attention(
 
 def _append_then_attend(
     a: AppendArguments,
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
+) -> tuple[Float[Array, "R T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
     """RoPE, the writes to the cache and `attention`, one op after the other."""
-    B, T, *_, D = a.qkv.shape
-    q = rotate(a.qkv[..., :-2, :].reshape(B, T, -1, D), a.rotation)
-    k = rotate(a.qkv[..., -2, :], a.rotation).swapaxes(1, 2)  # [B, K, T, D]
+    R, T, *_, D = a.qkv.shape
+    q = rotate(a.qkv[..., :-2, :].reshape(R, T, -1, D), a.rotation)
+    k = rotate(a.qkv[..., -2, :], a.rotation).swapaxes(1, 2)  # [R, K, T, D]
     v = a.qkv[..., -1, :].swapaxes(1, 2)
     new = ((a.keys, k), (a.values, v))
-    if T > 1:
-        keys, values = (write_rows(old, x, a.start, a.count) for old, x in new)
+    # Rows of one slot that all write nothing would share the row past the capacity.
+    if T > 1 or a.slots is not None:
+        keys, values = (write_rows(old, x, a.start, a.count, a.slots) for old, x in new)
     else:
         at = jnp.where(a.count > 0, jnp.minimum(a.start, a.capacity), a.capacity)
         keys, values = (write_row(old, x, at) for old, x in new)
-    return attention(q, keys, values, a.key_range, implementation=a.attention), keys, values
+    out = attention(q, keys, values, a.key_range, slots=a.slots, implementation=a.attention)
+    return out, keys, values
 
 
 APPEND_AND_ATTEND = Op(
@@ -248,29 +261,33 @@ APPEND_AND_ATTEND = Op(
 
 
 def append_and_attend(
-    qkv: Float[Array, "B T K group_and_kv D"],
+    qkv: Float[Array, "R T K group_and_kv D"],
     rotation: Rotation,
     keys: Float[Array, "B K S D"],
     values: Float[Array, "B K S D"],
-    start: Int[Array, " B"],
-    count: Int[Array, " B"],
+    start: Int[Array, " R"],
+    count: Int[Array, " R"],
     *,
+    slots: Int[Array, " R"] | None = None,
     capacity: int,
     implementation: str | None = None,
     config: DecodeConfig | None = None,
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
-    """Appends new tokens to a KV cache, and attends from each to the cache up to itself.
+) -> tuple[Float[Array, "R T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
+    """Appends new tokens to a KV cache, and attends from each to its slot of the cache up to itself.
 
-    Token `t` of slot `b` has the position `start[b] + t`. Tokens from `count[b]` on, and those beyond the
-    capacity, are not appended; the former attend to nothing and give zeros. The fused kernel has no
+    Token `t` of row `r` has the position `start[r] + t` in its slot. Tokens from `count[r]` on, and those
+    beyond the capacity, are not appended; the former attend to nothing and give zeros. All rows are appended
+    before any attends, so that several may be consecutive chunks of one slot. The fused kernel has no
     gradients.
 
     Args:
       qkv: projections of the new tokens: for each kv head its queries, key and value.
       rotation: RoPE of queries and keys.
       keys, values: the cache; its keys are rotated.
-      start: tokens in the cache.
-      count: new tokens to append.
+      start: where in its slot each row's tokens begin.
+      count: new tokens of each row to append.
+      slots: `0 <= slots[r] < B`, of rows without tokens too. Rows of one slot have no position in common.
+        None if row `r` is of slot `r` (R == B).
       capacity: tokens that the cache can hold; S is larger, and the rows behind may be written to but are
         never read.
       implementation: of `attention`, a name in it; a fused kernel is used only if it is "mosaic_gpu" or None.
@@ -284,6 +301,6 @@ def append_and_attend(
       Unsupported: the named implementation cannot take these arguments.
     """
     a = AppendArguments(
-        qkv, rotation, keys, values, start, count, capacity=capacity, attention=implementation
+        qkv, rotation, keys, values, start, count, slots, capacity=capacity, attention=implementation
     )
     return APPEND_AND_ATTEND(a, implementation=None if config is None else "mosaic_gpu", config=config)

@@ -1,6 +1,7 @@
 """Arguments of the attention ops, and the definition of attention in plain JAX.
 
-B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head, P positions
+R rows of queries, B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G,
+D head, P positions
 """
 
 import dataclasses
@@ -17,15 +18,27 @@ from moss_jax.ops.rotary import Rotation
 
 
 class KeyRange(NamedTuple):
-    """Query `t` of row `b` sees the keys `start[b, t] <= s < end[b, t]`; an empty range sees none."""
+    """Query `t` of row `r` sees the keys `start[r, t] <= s < end[r, t]`; an empty range sees none."""
 
-    start: Int[Array, "B T"]
-    end: Int[Array, "B T"]
+    start: Int[Array, "R T"]
+    end: Int[Array, "R T"]
 
 
 def no_gradients(stored: jnp.dtype) -> Unsupported:
     """Error of a backward pass over quantised K and V."""
     return Unsupported(f"attention over K and V in {stored} has no gradients; give them in q's dtype")
+
+
+def no_gradients_by_slot() -> Unsupported:
+    """Error of a kernel's backward pass over rows that name their slots."""
+    return Unsupported(
+        "this kernel has no gradients of rows with slots; the implementations xla and reference have"
+    )
+
+
+def read_slots[X: Array | QArray](x: X, slots: Int[Array, " R"] | None) -> X:
+    """What each row reads of an array whose first axis are slots: a copy, unless row `r` reads slot `r`."""
+    return x if slots is None else jax.tree.map(lambda x: jnp.take(x, slots, axis=0, mode="clip"), x)
 
 
 @jax.tree_util.register_dataclass
@@ -40,15 +53,17 @@ class Arguments:
       bias: added to the scores of a key for all heads and queries, before the softmax.
       scale: of the scores.
       causal: query `t` sees the keys `s <= t` (T == S).
+      slots: row `r` reads k, v and bias of slot `slots[r]`; None if it is slot `r` (R == B).
     """
 
-    q: Float[Array, "B T H D"]
+    q: Float[Array, "R T H D"]
     k: Float[Array, "B K S D"] | QArray
     v: Float[Array, "B K S D"] | QArray
     kv_range: KeyRange | None
     bias: Float[Array, "B S"] | None
     scale: float = dataclasses.field(metadata={"static": True})
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
+    slots: Int[Array, " R"] | None = None
 
     def __post_init__(self):
         if not hasattr(self.q, "ndim"):  # JAX rebuilds pytrees around placeholders.
@@ -58,16 +73,20 @@ class Arguments:
                 f"attention takes q [B, T, H, D] and k, v [B, K, S, D]; "
                 f"got q {self.q.shape}, k {self.k.shape}, v {self.v.shape}"
             )
-        (b, t, h, d), (kb, kv_heads, s, kd) = self.q.shape, self.k.shape
-        if (b, d) != (kb, kd) or h % kv_heads:
+        (r, t, h, d), (b, kv_heads, s, kd) = self.q.shape, self.k.shape
+        shared = "D" if self.slots is not None else "B and D"
+        if d != kd or h % kv_heads or (self.slots is None and r != b):
             raise ValueError(
-                f"q {self.q.shape} and k {self.k.shape} must share B and D, and H must be a multiple of K"
+                f"q {self.q.shape} and k {self.k.shape} must share {shared}, and H must be a multiple of K"
             )
+        check_slots(self.slots, r)
+        if self.causal and self.slots is not None:
+            raise ValueError("causal attention is for queries over their own keys, not over those of slots")
         if self.causal and (self.kv_range is not None or t != s):
             raise ValueError(f"causal attention needs T == S and no kv_range; got T={t}, S={s}")
         for bound in self.kv_range or ():
-            if bound.shape != (b, t):
-                raise ValueError(f"kv_range holds int32 [B, T] = {(b, t)} bounds; got {bound.shape}")
+            if bound.shape != (r, t):
+                raise ValueError(f"kv_range holds int32 [R, T] = {(r, t)} bounds; got {bound.shape}")
         if self.bias is not None and self.bias.shape != (b, s):
             raise ValueError(f"bias is one number a key, [B, S] = {(b, s)}; got {self.bias.shape}")
         for name, x in (("k", self.k), ("v", self.v)):
@@ -96,30 +115,39 @@ class Arguments:
         """The range of every query, spelt out."""
         if self.kv_range is not None:
             return self.kv_range
-        b, t = self.q.shape[:2]
+        r, t = self.q.shape[:2]
         end = jnp.arange(1, t + 1) if self.causal else jnp.full(t, self.k.shape[2])
-        return KeyRange(jnp.zeros((b, t), jnp.int32), jnp.broadcast_to(end.astype(jnp.int32), (b, t)))
+        return KeyRange(jnp.zeros((r, t), jnp.int32), jnp.broadcast_to(end.astype(jnp.int32), (r, t)))
 
 
-def define(a: Arguments) -> Float[Array, "B T H D"]:
+def check_slots(slots: Int[Array, " R"] | None, rows: int) -> None:
+    """Raises ValueError unless there is one slot a row, or none are named."""
+    if slots is not None and (slots.shape != (rows,) or not jnp.issubdtype(slots.dtype, jnp.integer)):
+        raise ValueError(
+            f"slots holds an integer a row, [R] = {(rows,)}; got {slots.dtype} {tuple(slots.shape)}"
+        )
+
+
+def define(a: Arguments) -> Float[Array, "R T H D"]:
     """Softmax attention with every score in memory, accumulated in float32."""
-    B, T, H, D = a.q.shape
+    R, T, H, D = a.q.shape
     K, S = a.k.shape[1:3]
     start, end = a.bounds
     keys = jnp.arange(S)
-    visible = (start[..., None] <= keys) & (keys < end[..., None])  # [B, T, S]
-    used = visible.any(axis=1)[:, None, :, None]  # [B, 1, S, 1]
+    visible = (start[..., None] <= keys) & (keys < end[..., None])  # [R, T, S]
+    used = visible.any(axis=1)[:, None, :, None]  # [R, 1, S, 1]
     # Keys that no query sees may be NaN, and 0 * NaN would spoil the sums.
-    k, v = (jnp.where(used, dequantize(x, a.q.dtype), 0) for x in (a.k, a.v))
-    q = a.q.reshape(B, T, K, H // K, D)
-    scores = jnp.einsum("BTKGD,BKSD->BKGTS", q, k, preferred_element_type=jnp.float32) * a.scale
+    k, v = (jnp.where(used, dequantize(read_slots(x, a.slots), a.q.dtype), 0) for x in (a.k, a.v))
+    q = a.q.reshape(R, T, K, H // K, D)
+    scores = jnp.einsum("RTKGD,RKSD->RKGTS", q, k, preferred_element_type=jnp.float32) * a.scale
     if a.bias is not None:
-        scores += jnp.where(used[:, 0, :, 0], a.bias, 0)[:, None, None, None, :]
+        bias = jnp.where(used[:, 0, :, 0], read_slots(a.bias, a.slots), 0)
+        scores += bias[:, None, None, None, :]
     # This is not -inf because a row without keys would then be -inf - -inf = NaN.
     scores = jnp.where(visible[:, None, None], scores, -1e30)
     weights = jnp.where(visible[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
-    out = jnp.einsum("BKGTS,BKSD->BTKGD", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, H, D).astype(a.q.dtype)
+    out = jnp.einsum("RKGTS,RKSD->RTKGD", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.reshape(R, T, H, D).astype(a.q.dtype)
 
 
 reference = in_float32(define, lambda a: a.q.dtype)
@@ -208,18 +236,20 @@ class AppendArguments:
       qkv: projections of the new tokens: for each kv head its queries, key and value.
       rotation: RoPE of the new tokens' positions.
       keys, values: the KV cache; its keys are rotated.
-      start: tokens in the cache.
-      count: new tokens to append.
+      start: where in its slot each row's tokens begin.
+      count: new tokens of each row to append.
+      slots: of the rows; None if row `r` is of slot `r` (R == B).
       capacity: tokens that the cache can hold.
       attention: name of the implementation of `attention` that is to be used; None for any.
     """
 
-    qkv: Float[Array, "B T K group_and_kv D"]
+    qkv: Float[Array, "R T K group_and_kv D"]
     rotation: Rotation
     keys: Float[Array, "B K S D"]
     values: Float[Array, "B K S D"]
-    start: Int[Array, " B"]
-    count: Int[Array, " B"]
+    start: Int[Array, " R"]
+    count: Int[Array, " R"]
+    slots: Int[Array, " R"] | None = None
     capacity: int = dataclasses.field(kw_only=True, metadata={"static": True})
     attention: str | None = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
 
@@ -231,18 +261,27 @@ class AppendArguments:
                 f"a cache for {self.capacity} tokens has at least {self.capacity + 1} rows, "
                 f"not {self.keys.shape[2]}"
             )
+        rows = len(self.qkv) if self.slots is not None else len(self.keys)
+        check_slots(self.slots, rows)
+        leading = {len(x) for x in (self.qkv, *self.rotation)}
+        if leading != {rows} or self.start.shape != (rows,) or self.count.shape != (rows,):
+            raise ValueError(
+                f"qkv, rotation, start and count have one entry for each of {rows} rows; got "
+                f"{self.qkv.shape}, {self.rotation.cos.shape}, {self.start.shape} and {self.count.shape}"
+            )
 
     @property
     def following(self) -> Arguments:
         """The attention that follows the append; of queries and their ranges only the shapes."""
-        B, T, kv_heads, group_and_kv, D = self.qkv.shape
-        q: Any = jax.ShapeDtypeStruct((B, T, kv_heads * (group_and_kv - 2), D), self.qkv.dtype)
-        bound: Any = jax.ShapeDtypeStruct((B, T), jnp.int32)
-        return Arguments(q, self.keys, self.values, KeyRange(bound, bound), None, 1 / math.sqrt(D))
+        R, T, kv_heads, group_and_kv, D = self.qkv.shape
+        q: Any = jax.ShapeDtypeStruct((R, T, kv_heads * (group_and_kv - 2), D), self.qkv.dtype)
+        bound: Any = jax.ShapeDtypeStruct((R, T), jnp.int32)
+        ranges, scale = KeyRange(bound, bound), 1 / math.sqrt(D)
+        return Arguments(q, self.keys, self.values, ranges, None, scale, slots=self.slots)
 
     @property
     def key_range(self) -> KeyRange:
-        """The range of each new token: the cache up to itself; nothing for those that are not appended."""
+        """The range of each new token: its slot up to itself; nothing for those that are not appended."""
         token = jnp.arange(self.qkv.shape[1], dtype=jnp.int32)
         position = self.start[:, None] + token
         end = jnp.where(token < self.count[:, None], jnp.minimum(position + 1, self.capacity), 0)

@@ -21,6 +21,8 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
         return f"q, k and v must have one dtype, not {arguments.q.dtype} and {arguments.k.dtype}"
     if arguments.kv_range is not None:
         return "it has no range of keys per query"
+    if arguments.slots is not None:
+        return "each of its rows reads keys and values of its own, not those of a slot that it names"
     if arguments.bias is not None:
         return "a bias per key would have to be materialised for all queries"
     queries, keys = arguments.q.shape[1], arguments.k.shape[2]

@@ -86,11 +86,12 @@ def attend_on_device(a: Arguments) -> Exact:
     (B, T, H, D), K = a.q.shape, a.k.shape[1]
     start, end = (x[:, None, None, :, None] for x in a.bounds)
     q = jnp.float32(a.q).reshape(B, T, K, -1, D).transpose(0, 2, 3, 1, 4)
-    k, v = (dequantize(x)[:, :, None] for x in (a.k, a.v))
+    own = slice(None) if a.slots is None else a.slots
+    k, v = (dequantize(x)[own, :, None] for x in (a.k, a.v))
     with jax.default_matmul_precision("highest"):
         scores = a.scale * q @ k.swapaxes(-1, -2)
         if a.bias is not None:
-            scores += a.bias[:, None, None, None, :]
+            scores += a.bias[own, None, None, None, :]
         key = jnp.arange(k.shape[-2])
         visible = (start <= key) & (key < end)
         # Softmax of no key at all is NaN; attention over an empty range is 0.

@@ -1,6 +1,6 @@
 """The contract of the attention op, held by every implementation against float64 NumPy.
 
-B batch, T queries, S keys, K kv heads, G query heads per kv head, D head
+B batch/slots, R rows of queries, T queries, S keys, K kv heads, G query heads per kv head, D head
 """
 
 import contextlib
@@ -56,6 +56,7 @@ class Variant:
       quantized: whether the kernel takes K and V in 8 bits.
       shapes: of the shapes that it supports, how many are tested; on a GPU that is not its own, one is.
       ranges: of the ranges, those that are tested; all if empty.
+      gradients_by_slot: whether calls with slots have gradients.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Variant:
     quantized: bool = True
     shapes: int | None = None
     ranges: tuple[str, ...] = ()
+    gradients_by_slot: bool = False
 
     @property
     def supports(self) -> Supports:
@@ -83,7 +85,11 @@ class Variant:
 
 
 VARIANTS = {name: Variant(name) for name in SUPPORTS} | {
-    "xla_by_block": Variant("xla", XlaConfig(max_scores=1, min_block=BLOCK), shapes=2),
+    "reference": Variant("reference", gradients_by_slot=True),
+    "xla": Variant("xla", gradients_by_slot=True),
+    "xla_by_block": Variant(
+        "xla", XlaConfig(max_scores=1, min_block=BLOCK), shapes=2, gradients_by_slot=True
+    ),
     "mosaic_gpu_staircase": Variant("mosaic_gpu", StaircaseConfig(), quantized=False),
     "mosaic_gpu_interpreted": Variant(
         "mosaic_gpu",
@@ -109,6 +115,8 @@ SHAPES = [
     ("float32", 4, 80, True),
     ("bfloat16", 4, 80, False),
 ]
+# Slots of the rows: in another order, several rows of one slot, fewer rows than slots.
+SLOTS = {"permuted": (2, 0, 1), "shared": (1, 2, 1, 1, 0, 2, 1), "one of several": (2,)}
 GRADIENT_SHAPES = [("float32", 4, 64, True), ("float16", 1, 80, True), ("bfloat16", 4, 128, False)]
 
 
@@ -199,7 +207,7 @@ def poisoned_quantized(x: QArray, unseen) -> QArray:
 
 
 @functools.partial(jax.jit, static_argnames=("variant", "causal", "scale", "gradients"))
-def run(q, k, v, bias, key_range, d_out, *, variant, causal=False, scale=None, gradients=False):
+def run(q, k, v, bias, key_range, d_out, slots=None, *, variant, causal=False, scale=None, gradients=False):
     """The output of an implementation, or the gradients of q, k, v and bias."""
     variant = VARIANTS[variant]
 
@@ -210,6 +218,7 @@ def run(q, k, v, bias, key_range, d_out, *, variant, causal=False, scale=None, g
             v,
             key_range,
             bias=bias,
+            slots=slots,
             causal=causal,
             scale=scale,
             implementation=variant.name,
@@ -239,7 +248,7 @@ def need(variant, platform, dtype, G, D, **call):
     pytest.skip(reason)
 
 
-def abstract(dtype, G, D, *, ranges=False, causal=False, bias=False, stored=None):
+def abstract(dtype, G, D, *, ranges=False, causal=False, bias=False, slots=False, stored=None):
     """Arguments without numbers."""
     queries = S if causal else T
     bound = jax.ShapeDtypeStruct((B, queries), jnp.int32)
@@ -254,6 +263,7 @@ def abstract(dtype, G, D, *, ranges=False, causal=False, bias=False, stored=None
         bias=jax.ShapeDtypeStruct((B, S), jnp.float32) if bias else None,
         scale=1.0,
         causal=causal,
+        slots=jax.ShapeDtypeStruct((B,), jnp.int32) if slots else None,
     )
 
 
@@ -391,4 +401,132 @@ def test_quantized_has_no_gradients(variant):
         return attention(q, kv, kv, implementation=VARIANTS[variant].name).sum()
 
     with VARIANTS[variant].interpreted(), pytest.raises(Unsupported, match="int8 has no gradients"):
+        jax.grad(loss)(q)
+
+
+def rows_of_slots(what, dtype, G, D):
+    """Slots, queries and output gradients of rows, and ranges that differ; the last row sees nothing."""
+    slots = np.int32(SLOTS[what])
+    rng = np.random.default_rng(len(slots))
+    q, d_out = (np.array(jnp.asarray(x, dtype)) for x in rng.standard_normal((2, len(slots), T, K * G, D)))
+    start, end = np.sort(rng.integers(0, S + 1, (2, len(slots), T)), axis=0).astype(np.int32)
+    if len(slots) > 1:
+        end[-1] = start[-1]
+    return slots, q, d_out, start, end
+
+
+def unseen_by_slot(slots, start, end):
+    """Which keys of each slot no query of any of its rows sees, [B, S]."""
+    keys = np.arange(S)
+    seen = ((start[..., None] <= keys) & (keys < end[..., None])).any(axis=1)
+    return ~np.stack([seen[slots == slot].any(axis=0) for slot in range(B)])
+
+
+def poison(x, unseen):
+    """`x` [B, K, S, D] or a bias [B, S] with NaN in place of these keys, [B, S]."""
+    if x is None:
+        return None
+    if isinstance(x, QArray):
+        return poisoned_quantized(x, unseen)
+    if x.ndim == 2:
+        return np.where(unseen, np.nan, x)
+    return np.where(unseen[:, None, :, None], np.nan, x).astype(x.dtype)
+
+
+def hold_slots(variant, dtype, G, k, v, bias, *, stored=None, score_eps=0.0):
+    """Compares rows with slots with exact ones over the keys and values of their slots.
+
+    Args:
+      k, v: of the exact results.
+      stored: of the call, if they are not the same.
+    """
+    D = k.shape[-1]
+    for what in ["shared"] if VARIANTS[variant].is_interpreted else SLOTS:
+        slots, q, _, start, end = rows_of_slots(what, dtype, G, D)
+        share = exact.tolerance(dtype, q, k, D**-0.5, score_eps=score_eps)
+        own_bias = None if bias is None else bias[slots]
+        expected = exact.attend(q, k[slots], v[slots], own_bias, start, end, D**-0.5)
+
+        def attend(unseen, q=q, start=start, end=end, slots=slots):
+            given = (poison(x, unseen) for x in (*(stored or (k, v)), bias))
+            return run(q, *given, KeyRange(start, end), None, slots, variant=variant)
+
+        out = attend(unseen_by_slot(slots, start, end))
+        assert out.dtype == dtype
+        close(out, expected, share, what)
+        assert not np.asarray(out)[start >= end].any(), what
+        # To the first row alone, keys that only others see are NaN.
+        first = attend(unseen_by_slot(slots[:1], start[:1], end[:1]))[:1]
+        close(first, exact.Exact(*(x[:1] for x in expected)), share, f"{what}: the first row")
+
+
+@every_variant("dtype, G, D, with_bias", SHAPES, 2, interpreted=1)
+def test_rows_with_slots(variant, platform, dtype, G, D, with_bias):
+    need(variant, platform, dtype, G, D, ranges=True, bias=with_bias, slots=True)
+    _, k, v, bias, _ = inputs(dtype, G, D)
+    hold_slots(variant, dtype, G, k, v, bias if with_bias else None)
+
+
+@every_variant("dtype, G, D", [("bfloat16", 4, 128)], interpreted=1, quantized=True)
+def test_quantized_rows_with_slots(variant, platform, dtype, G, D):
+    need(variant, platform, dtype, G, D, ranges=True, bias=True, slots=True, stored="int8")
+    _, k, v, bias, _ = inputs("float32", G, D)
+    for dtype_stored in QUANTIZED:
+        stored = [quantize(x, dtype_stored, axes=3) for x in (k, v)]
+        exact_k, exact_v = (np.float64(x.values) * np.float64(x.scale)[..., None] for x in stored)
+        unit = float(jnp.finfo(dtype).eps)
+        hold_slots(variant, dtype, G, exact_k, exact_v, bias, stored=stored, score_eps=unit)
+
+
+@pytest.mark.parametrize("variant", ["reference", "xla", "xla_by_block"])
+def test_slots_in_order_are_no_slots(variant):
+    """Bit for bit, QArrays too."""
+    q, k, v, bias, _ = inputs("bfloat16", 4, 64)
+    ranges = KeyRange(*key_ranges(variant)["ragged"])
+    for keys, values in ((k, v), [quantize(jnp.float32(x), "int8", axes=3) for x in (k, v)]):
+        found = [
+            run(q, keys, values, bias, ranges, None, slots, variant=variant) for slots in (None, np.arange(B))
+        ]
+        np.testing.assert_array_equal(*map(np.float32, found))
+
+
+@pytest.mark.parametrize("variant", [name for name, x in VARIANTS.items() if x.gradients_by_slot])
+@pytest.mark.parametrize("what", SLOTS)
+def test_gradients_of_rows_with_slots(variant, what):
+    """A slot's are the sum of its rows'."""
+    dtype, G, D = "float32", 2, 64
+    _, k, v, bias, _ = inputs(dtype, G, D)
+    slots, q, d_out, start, end = rows_of_slots(what, dtype, G, D)
+    unseen = unseen_by_slot(slots, start, end)
+    given = (q, *(poison(x, unseen) for x in (k, v, bias)), KeyRange(start, end), d_out, slots)
+    found = run(*given, variant=variant, gradients=True)
+    d_q, *by_row = exact.gradients(q, k[slots], v[slots], bias[slots], start, end, D**-0.5, d_out)
+    sums = [exact.Exact(*(np.zeros((B, *x.shape[1:])) for x in of)) for of in by_row]
+    for total, of in zip(sums, by_row, strict=True):
+        for x, rows in zip(total, of, strict=True):
+            np.add.at(x, slots, rows)
+    share = exact.tolerance(dtype, q, k, D**-0.5)
+    for name, actual, of in zip(("q", "k", "v", "bias"), found, (d_q, *sums), strict=True):
+        close(actual, of, share, f"{what}: d_{name}")
+    for actual in found[1:]:
+        actual = np.asarray(actual)
+        assert not (actual if actual.ndim == 2 else actual.swapaxes(1, 2))[unseen].any()
+
+
+@pytest.mark.parametrize(
+    "variant", ["mosaic_gpu_interpreted", "mosaic_gpu_staircase_interpreted", "mosaic_tpu_interpreted"]
+)
+def test_kernels_have_no_gradients_of_rows_with_slots(variant):
+    assert not VARIANTS[variant].gradients_by_slot
+    q, kv, slots = (
+        jnp.ones((1, 1, 1, 64), jnp.bfloat16),
+        jnp.ones((2, 1, 64, 64), jnp.bfloat16),
+        np.int32([1]),
+    )
+    name, config = VARIANTS[variant].name, VARIANTS[variant].config
+
+    def loss(q):
+        return attention(q, kv, kv, slots=slots, implementation=name, config=config).sum()
+
+    with VARIANTS[variant].interpreted(), pytest.raises(Unsupported, match="no gradients of rows with slots"):
         jax.grad(loss)(q)

@@ -25,7 +25,17 @@ from moss_jax.ops.qarray import QArray, quantize
 from moss_jax.ops.rotary import Rotation
 
 
-def abstract(dtype="bfloat16", *, queries=4, keys=4, head_dim=64, ranges=False, causal=False, bias=False):
+def abstract(
+    dtype="bfloat16",
+    *,
+    queries=4,
+    keys=4,
+    head_dim=64,
+    ranges=False,
+    causal=False,
+    bias=False,
+    slots=False,
+):
     bound = jax.ShapeDtypeStruct((1, queries), jnp.int32)
     kv = jax.ShapeDtypeStruct((1, 1, keys, head_dim), dtype)
     return Arguments(
@@ -36,6 +46,7 @@ def abstract(dtype="bfloat16", *, queries=4, keys=4, head_dim=64, ranges=False, 
         bias=jax.ShapeDtypeStruct((1, keys), jnp.float32) if bias else None,
         scale=1.0,
         causal=causal,
+        slots=jax.ShapeDtypeStruct((1,), jnp.int32) if slots else None,
     )
 
 
@@ -52,10 +63,13 @@ def abstract(dtype="bfloat16", *, queries=4, keys=4, head_dim=64, ranges=False, 
         ("gpu", {"dtype": "float32"}, "xla"),
         ("gpu", {"ranges": True}, "mosaic_gpu"),
         ("gpu", {"bias": True}, "mosaic_gpu"),
+        ("gpu", {"slots": True}, "mosaic_gpu"),
+        ("gpu", {"slots": True, "dtype": "float32"}, "xla"),
         ("gpu", {"ranges": True, "dtype": "float32"}, "xla"),
         ("gpu", {"ranges": True, "head_dim": 136}, "xla"),
         ("cpu", {}, "xla"),
         ("tpu", {}, "mosaic_tpu"),
+        ("tpu", {"slots": True}, "mosaic_tpu"),
         ("tpu", {"dtype": "float16"}, "xla"),
         ("some new platform", {}, "xla"),
     ],
@@ -69,13 +83,13 @@ def self_attention_call(dtype="bfloat16", *, positions=1608, head_dim=80, attent
     return SelfAttentionArguments(projection, out_dtype=jnp.dtype(dtype), attention=attention)
 
 
-def append_call(dtype="bfloat16", *, tokens=1, head_dim=128, group=4, attention=None):
+def append_call(dtype="bfloat16", *, tokens=1, head_dim=128, group=4, rows=1, slots=False, attention=None):
     array = jax.ShapeDtypeStruct
-    angles = array((1, tokens, head_dim // 2), jnp.float32)
-    kv, number = array((1, 8, 65, head_dim), dtype), array((1,), jnp.int32)
-    qkv = array((1, tokens, 8, group + 2, head_dim), dtype)
-    rotation = Rotation(angles, angles)
-    return AppendArguments(qkv, rotation, kv, kv, number, number, capacity=64, attention=attention)
+    angles = array((rows, tokens, head_dim // 2), jnp.float32)
+    kv, number = array((1, 8, 65, head_dim), dtype), array((rows,), jnp.int32)
+    qkv = array((rows, tokens, 8, group + 2, head_dim), dtype)
+    rotation, named = Rotation(angles, angles), number if slots else None
+    return AppendArguments(qkv, rotation, kv, kv, number, number, named, capacity=64, attention=attention)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +102,7 @@ def append_call(dtype="bfloat16", *, tokens=1, head_dim=128, group=4, attention=
         (SELF_ATTENTION, self_attention_call(positions=1601), False),
         (APPEND_AND_ATTEND, append_call(), True),
         (APPEND_AND_ATTEND, append_call(tokens=64, attention="mosaic_gpu"), True),
+        (APPEND_AND_ATTEND, append_call(rows=3, slots=True), True),
         (APPEND_AND_ATTEND, append_call(tokens=65), False),
         (APPEND_AND_ATTEND, append_call(head_dim=32), False),
         (APPEND_AND_ATTEND, append_call(attention="xla"), False),
@@ -125,6 +140,8 @@ def test_logs_the_reasons(caplog):
 def test_a_forced_name_that_cannot_fails_with_the_reason():
     with pytest.raises(Unsupported, match=r"'cudnn' cannot be used: it needs an NVIDIA GPU, and this is cpu"):
         ATTENTION.choose(abstract(), "cudnn", platform="cpu")
+    with pytest.raises(Unsupported, match=r"not those of a slot that it names"):
+        ATTENTION.choose(abstract(slots=True), "cudnn", platform="gpu")
     with pytest.raises(Unsupported, match=r"no range of keys"):
         ATTENTION.choose(abstract(ranges=True), "cudnn", platform="gpu")
 
@@ -154,17 +171,26 @@ Q, KV = (2, 3, 4, 8), (2, 2, 5, 8)
         ({"q": (2, 3, 3, 8)}, {}, "H must be a multiple of K"),
         ({}, {"causal": True}, "causal attention needs T == S and no kv_range; got T=3, S=5"),
         ({"q": (2, 5, 4, 8)}, {"causal": True, "bound": (2, 5)}, "no kv_range"),
-        ({}, {"bound": (2,)}, "[B, T] = (2, 3) bounds; got (2,)"),
+        ({}, {"bound": (2,)}, "[R, T] = (2, 3) bounds; got (2,)"),
         ({}, {"bias": (2, 3, 5)}, "[B, S] = (2, 5); got (2, 3, 5)"),
+        ({}, {"slots": (3,)}, "slots holds an integer a row, [R] = (2,); got int32 (3,)"),
+        ({}, {"slots": (2, 1)}, "[R] = (2,); got int32 (2, 1)"),
+        ({}, {"slots": (2,), "slots_dtype": "float32"}, "[R] = (2,); got float32 (2,)"),
+        ({"q": (2, 3, 4, 16)}, {"slots": (2,)}, "must share D"),
+        ({"q": (7, 3, 4, 8)}, {"slots": (7,), "bound": (2, 3)}, "[R, T] = (7, 3) bounds; got (2, 3)"),
+        ({"q": (7, 3, 4, 8)}, {"slots": (7,), "bias": (7, 5)}, "[B, S] = (2, 5); got (7, 5)"),
+        ({"q": (2, 5, 4, 8)}, {"slots": (2,), "causal": True}, "not over those of slots"),
     ],
 )
 def test_shapes_that_do_not_fit(shapes, options, message):
     q, k, v = (jax.ShapeDtypeStruct(shapes.get(x, KV if x in "kv" else Q), "float32") for x in "qkv")
     bound = jax.ShapeDtypeStruct(options["bound"], "int32") if "bound" in options else None
     bias = jax.ShapeDtypeStruct(options["bias"], "float32") if "bias" in options else None
+    slots_dtype = options.get("slots_dtype", "int32")
+    slots = jax.ShapeDtypeStruct(options["slots"], slots_dtype) if "slots" in options else None
     kv_range = None if bound is None else KeyRange(bound, bound)
     with pytest.raises(ValueError, match=re.escape(message)):
-        Arguments(q, k, v, kv_range, bias, 1.0, options.get("causal", False))
+        Arguments(q, k, v, kv_range, bias, 1.0, options.get("causal", False), slots)
 
 
 def test_quantised_keys_and_values_have_a_scale_per_vector():

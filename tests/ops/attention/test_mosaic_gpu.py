@@ -96,16 +96,18 @@ def test_staircase_over_many_tiles():
         hold(StaircaseConfig(block_kv=64), *these, start, end, "moving windows")
 
 
-def abstract(T, S, heads, kv_heads, head_dim, dtype="bfloat16", stored=None, bias=False):
+def abstract(T, S, heads, kv_heads, head_dim, dtype="bfloat16", stored=None, bias=False, rows=None):
+    """Arguments without numbers: one slot, and that many rows of it if any are named."""
+
     def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     kv = array(1, kv_heads, S, head_dim, dtype=stored or dtype)
     kv = QArray(kv, array(1, kv_heads, S, dtype="float32")) if stored else kv
-    bounds = KeyRange(array(1, T, dtype="int32"), array(1, T, dtype="int32"))
-    return Arguments(
-        array(1, T, heads, head_dim), kv, kv, bounds, array(1, S, dtype="float32") if bias else None, 0.1
-    )
+    R = rows or 1
+    bounds = KeyRange(array(R, T, dtype="int32"), array(R, T, dtype="int32"))
+    bias, slots = array(1, S, dtype="float32") if bias else None, array(R, dtype="int32") if rows else None
+    return Arguments(array(R, T, heads, head_dim), kv, kv, bounds, bias, 0.1, slots=slots)
 
 
 def shapes():
@@ -119,11 +121,14 @@ def shapes():
         yield abstract(512, keys, *heads, bias=True)
         if d.head_dim % 64 == 0:
             yield from (abstract(4, keys, *heads, stored=stored) for stored in QUANTIZED)
+        yield abstract(32, keys, *heads, rows=9, bias=True)
+        yield abstract(512, keys, *heads, rows=3)
+    yield abstract(4, 1616, 32, 8, 128, stored="int8", rows=9)
     yield abstract(1608, 1608, 16, 16, 80, dtype="float16")
 
 
 @pytest.mark.parametrize(
-    "arguments", list(shapes()), ids=lambda a: f"{a.q.shape[1]}x{a.k.shape[2]}-{a.k.dtype}"
+    "arguments", list(shapes()), ids=lambda a: f"{len(a.q)}x{a.q.shape[1]}x{a.k.shape[2]}-{a.k.dtype}"
 )
 def test_lowers_for_a_gpu_without_one(arguments):
     """To the kernel's module, not to machine code."""
@@ -147,7 +152,8 @@ def hold_on_device(a: Arguments, what: str):
     """Compares outputs with exact ones, computed where the kernel runs."""
     # float16, in which queries over K and V in 8 bits are multiplied, has 11 bits.
     score_eps = 2.0**-11 if a.quantized else 0
-    share = exact.tolerance(a.q.dtype, a.q, dequantize(a.k), a.scale, score_eps=score_eps)
+    k = dequantize(a.k) if a.slots is None else dequantize(a.k)[a.slots]
+    share = exact.tolerance(a.q.dtype, a.q, k, a.scale, score_eps=score_eps)
     out = jax.jit(lambda a: mosaic_gpu.apply(a))(a)
     close(out, Exact(*map(np.float64, exact.attend_on_device(a))), share, what)
 
@@ -181,6 +187,36 @@ def test_quantized_banks_of_every_length(S, stored):
     k, v = (quantize(jnp.float32(x), stored, axes=3) for x in (k, v))
     end = np.array([[S, max(S - 3, 0)]], np.int32)
     hold_on_device(Arguments(q, k, v, KeyRange(0 * end, end), None, 128**-0.5), stored)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("T", "S", "stored"),
+    [
+        (1, 101, None),
+        (1, 25_856, None),
+        (32, 4096, None),
+        (90, 3000, None),
+        (300, 3000, None),
+        (1, 25_856, "int8"),
+        (16, 4096, "float8_e4m3fn"),
+    ],
+)
+def test_rows_with_slots(T, S, stored):
+    """Rows of one token and chunks of many over four slots, one of which nobody names, and which is NaN."""
+    slots = np.int32([2, 0, 1, 1, 1, 2, 0, 1])
+    rng = np.random.default_rng(T)
+    _, k, v, bias, _ = inputs(T, S, batch=4, kv_heads=2, group=4, head_dim=128)
+    k[3], v[3], bias[3] = np.nan, np.nan, np.nan
+    if stored:
+        k, v = (quantize(jnp.float32(x), stored, axes=3) for x in (k, v))
+    q = jnp.asarray(rng.standard_normal((len(slots), T, 8, 128)), "bfloat16")
+    end = rng.integers(0, S + 1, (len(slots), 1)) + np.arange(T)
+    tokens = np.where(np.arange(len(slots)) % 3, T, 1)[:, None]
+    end = np.where(np.arange(T) < tokens, end, 0).clip(0, S).astype(np.int32)
+    ranges = KeyRange(np.zeros_like(end), end)
+    a = Arguments(q, k, v, ranges, bias, 128**-0.5, slots=slots)
+    hold_on_device(jax.tree.map(jnp.asarray, a), f"{T} x {S}")
 
 
 @pytest.mark.gpu

@@ -188,19 +188,21 @@ def test_tiles_out_of_range_are_not_fetched(monkeypatch):
     assert fetched["attention_d_kv"] == expected
 
 
-def abstract(dtype, T, *, heads=(32, 8), keys=25_856, head_dim=128, stored=None, bias=True):
-    """Arguments without numbers."""
-    bound = jax.ShapeDtypeStruct((1, T), jnp.int32)
+def abstract(dtype, T, *, heads=(32, 8), keys=25_856, head_dim=128, stored=None, bias=True, rows=None):
+    """Arguments without numbers: one slot, and that many rows of it if any are named."""
+    R = rows or 1
+    bound = jax.ShapeDtypeStruct((R, T), jnp.int32)
     kv = jax.ShapeDtypeStruct((1, heads[1], keys, head_dim), stored or dtype)
     if stored in QUANTIZED:
         kv = QArray(kv, jax.ShapeDtypeStruct((1, heads[1], keys), jnp.float32))
     return Arguments(
-        q=jax.ShapeDtypeStruct((1, T, heads[0], head_dim), dtype),
+        q=jax.ShapeDtypeStruct((R, T, heads[0], head_dim), dtype),
         k=kv,
         v=kv,
         kv_range=KeyRange(bound, bound),
         bias=jax.ShapeDtypeStruct((1, keys), jnp.float32) if bias else None,
         scale=1.0,
+        slots=jax.ShapeDtypeStruct((R,), jnp.int32) if rows else None,
     )
 
 
@@ -248,6 +250,8 @@ def shapes():
         for T in (1, 4096):
             yield pytest.param(abstract("bfloat16", T, stored=stored), False, id=f"11b-{T}-{stored}")
     yield pytest.param(abstract("float32", 1, stored="int8"), False, id="11b-1-float32-int8")
+    for T in (1, 256):
+        yield pytest.param(abstract("bfloat16", T, rows=9), False, id=f"9 rows of a slot-{T}")
     for head_dim in (64, 80, 256):
         dtype = "float32" if head_dim == 64 else "bfloat16"
         arguments = abstract(dtype, 401, heads=(6, 2), keys=1000, head_dim=head_dim, bias=head_dim == 64)

@@ -4,8 +4,8 @@ Split-K decode attention (`decode`, `decode_quantized`; `append` is its fused Ro
 FlashAttention with a range of keys per query (`staircase`), and dense self-attention straight from a fused
 projection (`dense`).
 
-B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head,
-P positions
+R rows of queries, B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G,
+D head, P positions
 """
 
 import functools
@@ -22,6 +22,7 @@ from moss_jax.ops.attention.base import (
     KeyRange,
     SelfAttentionArguments,
     no_gradients,
+    no_gradients_by_slot,
 )
 from moss_jax.ops.attention.mosaic_gpu.append import WARP, rotate_and_append
 from moss_jax.ops.attention.mosaic_gpu.decode import decode_attention, decode_blocks
@@ -60,8 +61,8 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     return None
 
 
-def apply(a: Arguments, config: DecodeConfig | StaircaseConfig | None = None) -> Float[Array, "B T H D"]:
-    """Computes the op; differentiable in q, k, v and bias if K and V are not quantised.
+def apply(a: Arguments, config: DecodeConfig | StaircaseConfig | None = None) -> Float[Array, "R T H D"]:
+    """Computes the op; differentiable in q, k, v and bias without slots, if K and V are not quantised.
 
     Args:
       config: the kernel, by its class, and how it is cut; None for the faster one as tuned.
@@ -73,7 +74,7 @@ def apply(a: Arguments, config: DecodeConfig | StaircaseConfig | None = None) ->
         few = a.group_rows <= MAX_DECODE_ROWS and a.q.shape[2] // a.k.shape[1] <= WGMMA_ROWS
         config = _decode_config(a) if few else _staircase_config(a)
     if isinstance(config, DecodeConfig):
-        return _decode(config, a.scale, a.q, a.k, a.v, a.bias, *a.bounds)
+        return _decode(config, a.scale, a.q, a.k, a.v, a.bias, *a.bounds, a.slots)
     if a.quantized:
         raise Unsupported(f"the staircase kernel takes K and V in q's dtype, not in {a.k.dtype}")
     return staircase_attention(a, config)
@@ -112,21 +113,21 @@ def unsupported_append(a: AppendArguments, platform: str) -> str | None:
 
 def append_and_attend(
     a: AppendArguments, config: DecodeConfig | None = None
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
+) -> tuple[Float[Array, "R T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
     """Appends keys and values to the cache and attends to it; forward only."""
     following = a.following
-    (B, T, H, _), K = following.q.shape, a.keys.shape[1]
-    blocks = QueryBlocks(B, T, K, H // K)
+    (R, T, H, _), K = following.q.shape, a.keys.shape[1]
+    blocks = QueryBlocks(R, T, K, H // K)
     q, k, v = rotate_and_append(
-        a.qkv, a.rotation, a.keys, a.values, a.start, a.count, capacity=a.capacity, blocks=blocks
+        a.qkv, a.rotation, a.keys, a.values, a.start, a.count, a.slots, capacity=a.capacity, blocks=blocks
     )
     config = config or _decode_config(following)
-    return decode_blocks(q, k, v, a.key_range, None, following.scale, blocks, config), k, v
+    return decode_blocks(q, k, v, a.key_range, None, a.slots, following.scale, blocks, config), k, v
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _decode(config, scale, q, k, v, bias, start, end):
-    a = Arguments(q, k, v, KeyRange(start, end), bias, scale)
+def _decode(config, scale, q, k, v, bias, start, end, slots):
+    a = Arguments(q, k, v, KeyRange(start, end), bias, scale, slots=slots)
     return (quantized_decode_attention if a.quantized else decode_attention)(a, config)
 
 
@@ -137,15 +138,17 @@ def _decode_forward(config, scale, *arrays):
 def _decode_backward(config, scale, arrays, d_out):
     """Through the staircase kernel, which has a backward pass."""
     del config
-    q, k, v, bias, start, end = arrays
+    q, k, v, bias, start, end, slots = arrays
     if isinstance(k, QArray):
         raise no_gradients(k.dtype)
+    if slots is not None:
+        raise no_gradients_by_slot()
 
     def many(q, k, v, bias):
         a = Arguments(q, k, v, KeyRange(start, end), bias, scale)
         return staircase_attention(a, _staircase_config(a))
 
-    return *jax.vjp(many, q, k, v, bias)[1](d_out), None, None
+    return *jax.vjp(many, q, k, v, bias)[1](d_out), None, None, None
 
 
 _decode.defvjp(_decode_forward, _decode_backward)

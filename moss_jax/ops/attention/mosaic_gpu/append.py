@@ -2,8 +2,8 @@
 
 Rotated queries are written to the rows of `decode`'s blocks, keys and values to the cache, in place.
 
-B slot, T new tokens, K kv heads, G query heads per kv head, D head, S rows of the cache, Q blocks of queries,
-R rows of a block
+B slot, T new tokens of each row of the batch, K kv heads, G query heads per kv head, D head, S rows of the
+cache, Q blocks of queries, R rows of a block
 """
 
 # Pallas types layouts, inline instructions and the references of kernels too narrowly.
@@ -27,37 +27,49 @@ WARP = 32
 
 @functools.partial(jax.jit, static_argnames=("capacity", "blocks"))
 def rotate_and_append(
-    qkv: Float[Array, "B T K group_and_kv D"],
+    qkv: Float[Array, "batch T K group_and_kv D"],
     rotation: Rotation,
     keys: Float[Array, "B K S D"],
     values: Float[Array, "B K S D"],
-    start: Int[Array, " B"],
-    count: Int[Array, " B"],
+    start: Int[Array, " batch"],
+    count: Int[Array, " batch"],
+    slots: Int[Array, " batch"] | None,
     *,
     capacity: int,
     blocks: QueryBlocks,
 ) -> tuple[Float[Array, "Q K R D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
-    """Packed queries, and the cache with the first `count` tokens of each slot appended.
+    """Packed queries, and the cache with the first `count` tokens of each row appended to its slot.
 
     Tokens beyond `capacity` are dropped. Rows of a block behind its tokens' are undefined.
     """
-    B, T, K, _, D = qkv.shape
+    batch, T, K, _, D = qkv.shape
     keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
     q = plgpu.kernel(
         functools.partial(_kernel, blocks=blocks, capacity=capacity),
         out_type=jax.ShapeDtypeStruct((blocks.count, K, blocks.rows, D), qkv.dtype),
-        grid=(K, T, B),
-        grid_names=("head", "token", "slot"),
+        grid=(K, T, batch),
+        grid_names=("head", "token", "row"),
         compiler_params=tiles.COMPILER_PARAMS,
-    )(qkv, *rotation, start, count, keys_ref, values_ref)
+    )(qkv, *rotation, start, count, slots, keys_ref, values_ref)
     return q, jax.freeze(keys_ref), jax.freeze(values_ref)
 
 
 def _kernel(
-    qkv_gmem, cos_gmem, sin_gmem, start_gmem, count_gmem, keys_gmem, values_gmem, q_gmem, *, blocks, capacity
+    qkv_gmem,
+    cos_gmem,
+    sin_gmem,
+    start_gmem,
+    count_gmem,
+    slots_gmem,
+    keys_gmem,
+    values_gmem,
+    q_gmem,
+    *,
+    blocks,
+    capacity,
 ):
     """One kv head of one token, computed redundantly by all four warps: it is too little to be shared."""
-    head, token, slot = (lax.axis_index(name) for name in ("head", "token", "slot"))
+    head, token, row = (lax.axis_index(name) for name in ("head", "token", "row"))
     half = qkv_gmem.shape[-1] // 2
     halves = (pl.ds(0, half), pl.ds(half, half))
     layout = plgpu.Layout.TILED(
@@ -72,18 +84,18 @@ def _kernel(
 
     # All loads are issued before the first is awaited.
     projected = [
-        [load(qkv_gmem.at[slot, token, head, i, part]) for part in halves] for i in range(blocks.group + 2)
+        [load(qkv_gmem.at[row, token, head, i, part]) for part in halves] for i in range(blocks.group + 2)
     ]
-    cos, sin = (load(gmem.at[slot, token]) for gmem in (cos_gmem, sin_gmem))
-    at = start_gmem[slot] + token
-    appended = (token < count_gmem[slot]) & (at < capacity)
+    cos, sin = (load(gmem.at[row, token]) for gmem in (cos_gmem, sin_gmem))
+    at = start_gmem[row] + token
+    appended = (token < count_gmem[row]) & (at < capacity)
 
     def rotated(parts):
         a, b = (x.astype(jnp.float32) for x in parts)
         return [x.astype(qkv_gmem.dtype) for x in (a * cos - b * sin, b * cos + a * sin)]
 
     *queries, key, value = projected
-    block = slot * blocks.per_slot + lax.div(token, blocks.tokens)
+    block = row * blocks.per_batch_row + lax.div(token, blocks.tokens)
     first = lax.rem(token, blocks.tokens) * blocks.group
     for i, parts in enumerate(queries):
         for part, x in zip(halves, rotated(parts), strict=True):
@@ -91,6 +103,7 @@ def _kernel(
 
     @pl.when(appended)
     def _():
+        slot = row if slots_gmem is None else slots_gmem[row]
         for gmem, parts in ((keys_gmem, rotated(key)), (values_gmem, value)):
             for part, x in zip(halves, parts, strict=True):
                 gmem[slot, head, at, part] = x

@@ -5,8 +5,8 @@ the 64 rows of wgmma's left operand. The kernel is bound by the bandwidth of rea
 prompt are several such blocks; blocks that read the same keys are neighbours in the grid, so that all but the
 first find them in L2.
 
-B slot, T query tokens, R = T * G rows, S keys, X keys of a tile, P splits, K kv heads, G query heads per kv
-head, D head, Q blocks of queries over all slots
+B batch/slot, T query tokens, R = T * G rows, S keys, X keys of a tile, P splits, K kv heads, G query heads
+per kv head, D head, Q blocks of queries over the whole batch
 """
 
 # Pallas types layouts, inline instructions and the references of kernels too narrowly.
@@ -19,7 +19,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moss_jax.ops.attention.base import Arguments, KeyRange
 from moss_jax.ops.attention.mosaic_gpu.split_k import (
@@ -35,11 +35,11 @@ from moss_jax.ops.mosaic_gpu import tiles
 from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEG_INF, PER_COLUMN, PER_ROW
 
 
-def decode_attention(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
+def decode_attention(a: Arguments, config: DecodeConfig) -> Float[Array, "batch T H D"]:
     """Computes the op for G <= 64 and K and V in q's dtype; forward only."""
-    (B, T, H, _), K = a.q.shape, a.k.shape[1]
-    blocks = QueryBlocks(B, T, K, H // K)
-    return decode_blocks(blocks.pack_rows(a.q), a.k, a.v, a.bounds, a.bias, a.scale, blocks, config)
+    (batch, T, H, _), K = a.q.shape, a.k.shape[1]
+    blocks = QueryBlocks(batch, T, K, H // K)
+    return decode_blocks(blocks.pack_rows(a.q), a.k, a.v, a.bounds, a.bias, a.slots, a.scale, blocks, config)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "blocks", "config"))
@@ -49,10 +49,11 @@ def decode_blocks(
     v: Float[Array, "B K S D"],
     bounds: KeyRange,
     bias: Float[Array, "B S"] | None,
+    slots: Int[Array, " batch"] | None,
     scale: float,
     blocks: QueryBlocks,
     config: DecodeConfig,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "batch T H D"]:
     """The op, for queries packed in blocks.
 
     Under jit so that a model's layers, which call it with the same shapes, trace and lower it once.
@@ -69,7 +70,7 @@ def decode_blocks(
             _kernel,
             scale=LOG2E * scale,
             group=blocks.group,
-            sizes={"keys": S, "heads": K, "splits": splits, "blocks": blocks.per_slot},
+            sizes={"keys": S, "heads": K, "splits": splits, "blocks": blocks.per_batch_row},
         ),
         out_type=[
             part((Q, K, splits, rows, pl.cdiv(D, LANES) * LANES)),
@@ -93,10 +94,10 @@ def decode_blocks(
             ),
         },
         # The first axis varies fastest: its blocks run side by side.
-        grid=(Q, splits, K) if blocks.per_slot > 1 else (splits, K, Q),
-        grid_names=("queries", "split", "head") if blocks.per_slot > 1 else ("split", "head", "queries"),
+        grid=(Q, splits, K) if blocks.per_batch_row > 1 else (splits, K, Q),
+        grid_names=("queries", "split", "head") if blocks.per_batch_row > 1 else ("split", "head", "queries"),
         compiler_params=tiles.COMPILER_PARAMS,
-    )(q, flatten(k, X, 1), flatten(v, X, 1), bias, *packed)
+    )(q, flatten(k, X, 1), flatten(v, X, 1), bias, slots, *packed)
     return blocks.unpack(combine_splits(out, row_max, row_sum, blocks.tokens, blocks.group, q.dtype)[..., :D])
 
 
@@ -105,6 +106,7 @@ def _kernel(
     k_gmem,
     v_gmem,
     bias_gmem,
+    slots_gmem,
     start_gmem,
     end_gmem,
     out_gmem,
@@ -128,7 +130,7 @@ def _kernel(
 
     # Rows behind the queries are undefined; no row influences another.
     plgpu.copy_gmem_to_smem(q_gmem.at[queries, head], q_smem.at[pl.ds(0, q_gmem.shape[2])], q_barrier)
-    split_tiles = SplitTiles(start_gmem, end_gmem, block_kv=X, **sizes)
+    split_tiles = SplitTiles(start_gmem, end_gmem, slots_gmem, block_kv=X, **sizes)
 
     def fetch_k(step):
         stage, at = lax.rem(step, stages), pl.ds(split_tiles.offset(step)[0], X)

@@ -5,8 +5,8 @@ columns. K goes from shared memory through registers, where it is upcast, straig
 V returns to shared memory in 16 bits, because its product reads it transposed. As in `decode`, a second pass
 combines the splits.
 
-B slot, T query tokens, R = T * G rows of queries, N = R rounded up to a multiple of 8, S keys, X keys of a
-tile, P splits, K kv heads, G query heads per kv head, D head
+B batch/slot, T query tokens, R = T * G rows of queries, N = R rounded up to a multiple of 8, S keys, X keys
+of a tile, P splits, K kv heads, G query heads per kv head, D head
 """
 
 import dataclasses
@@ -36,19 +36,19 @@ MIN_SCALE = 1e-30  # In place of the scale 0 of a vector of zeros.
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def quantized_decode_attention(a: Arguments, config: DecodeConfig) -> Float[Array, "B T H D"]:
+def quantized_decode_attention(a: Arguments, config: DecodeConfig) -> Float[Array, "batch T H D"]:
     """Computes the op for T * G <= 64, K and V in 8 bits and D of 64 or 128; forward only."""
     k, v = a.k, a.v
     assert isinstance(k, QArray)
     assert isinstance(v, QArray)
-    B, T, H, D = a.q.shape
-    K, S = k.shape[1:3]
+    batch, T, H, D = a.q.shape
+    B, K, S = k.shape[:3]
     rows = T * H // K
     N, X = pl.cdiv(rows, 8) * 8, config.block_kv
-    splits = config.splits(B * K, S)
+    splits = config.splits(batch * K, S)
     # float16 represents every int8 and float8_e4m3fn; with the scale folded into q, scores fit it too.
     q = (a.q.astype(jnp.float32) * a.scale).astype(jnp.float16)
-    q = q.reshape(B, T, K, H // K, D).swapaxes(1, 2).reshape(B, K, rows, D)
+    q = q.reshape(batch, T, K, H // K, D).swapaxes(1, 2).reshape(batch, K, rows, D)
     q = permute_columns(jnp.pad(q, ((0, 0), (0, 0), (0, N - rows), (0, 0))))
     vectors = [flatten(x.astype(jnp.float32), X) for x in (k.scale, v.scale)]
     bias = None
@@ -59,7 +59,7 @@ def quantized_decode_attention(a: Arguments, config: DecodeConfig) -> Float[Arra
     sizes = {"keys": S, "heads": K, "splits": splits, "blocks": 1}
     out, row_max, row_sum = plgpu.kernel(
         functools.partial(_kernel, group=H // K, sizes=sizes),
-        out_type=[part((B, K, splits, D, N)), part((B, K, splits, N)), part((B, K, splits, N))],
+        out_type=[part((batch, K, splits, D, N)), *[part((batch, K, splits, N))] * 2],
         scratch_types={
             "q_smem": tiles.tile((N, D), q.dtype),
             "k_smem": tiles.tile((config.stages, X, D), k.dtype),
@@ -75,7 +75,7 @@ def quantized_decode_attention(a: Arguments, config: DecodeConfig) -> Float[Arra
                 plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             ),
         },
-        grid=(splits, K, B),
+        grid=(splits, K, batch),
         grid_names=("split", "head", "queries"),
         compiler_params=dataclasses.replace(
             tiles.COMPILER_PARAMS,
@@ -85,11 +85,11 @@ def quantized_decode_attention(a: Arguments, config: DecodeConfig) -> Float[Arra
             # For the column maxima, 8 columns a round.
             reduction_scratch_bytes=1024 if N == 8 else 2048,
         ),
-    )(q, flatten(k.values, X, 1), flatten(v.values, X, 1), *vectors, bias, *bounds)
+    )(q, flatten(k.values, X, 1), flatten(v.values, X, 1), *vectors, bias, a.slots, *bounds)
     # The combine pass reads whole lines.
     out = jnp.pad(out.swapaxes(-1, -2), (*[(0, 0)] * 4, (0, -D % LANES)))
     out = permute_columns(combine_splits(out, row_max, row_sum, T, H // K, jnp.float32)[..., :D])
-    return out.reshape(B, T, H, D).astype(a.q.dtype)
+    return out.reshape(batch, T, H, D).astype(a.q.dtype)
 
 
 def _kernel(
@@ -99,6 +99,7 @@ def _kernel(
     k_scale_gmem,
     v_scale_gmem,
     bias_gmem,
+    slots_gmem,
     start_gmem,
     end_gmem,
     out_gmem,
@@ -123,13 +124,13 @@ def _kernel(
     written. Before the second, all threads have read the tile of V and written those two. After it, V's stage
     is refilled, and the product reads them. They are read by the tensor core alone.
     """
-    split, head, slot = (lax.axis_index(name) for name in ("split", "head", "queries"))
+    split, head, row = (lax.axis_index(name) for name in ("split", "head", "queries"))
     q_barrier, k_barrier, v_barrier = barriers
     stages, X, D = k_smem.shape
     N = q_smem.shape[0]
 
-    plgpu.copy_gmem_to_smem(q_gmem.at[slot, head], q_smem, q_barrier)
-    split_tiles = SplitTiles(start_gmem, end_gmem, block_kv=X, **sizes)
+    plgpu.copy_gmem_to_smem(q_gmem.at[row, head], q_smem, q_barrier)
+    split_tiles = SplitTiles(start_gmem, end_gmem, slots_gmem, block_kv=X, **sizes)
 
     def fetch(copies, barrier, step):
         stage = lax.rem(step, stages)
@@ -214,12 +215,12 @@ def _kernel(
         tiles.full((X, N), 0, MATRIX),
     )
     out, row_max, row_sum = lax.fori_loop(0, split_tiles.steps, attend_tile, initial)
-    out_gmem[slot, head, split] = out
+    out_gmem[row, head, split] = out
     # No thread reads this memory any more: all have passed the last tile's second barrier.
     stats = ((row_max, max_gmem), (row_sum.sum(axis=0), sum_gmem))
     for i, (x, _) in enumerate(stats):
         vectors_smem[i, 0, pl.ds(0, N)] = x
     plgpu.commit_smem()
     for i, (_, gmem) in enumerate(stats):
-        plgpu.copy_smem_to_gmem(vectors_smem.at[i, 0, pl.ds(0, N)], gmem.at[slot, head, split])
+        plgpu.copy_smem_to_gmem(vectors_smem.at[i, 0, pl.ds(0, N)], gmem.at[row, head, split])
     plgpu.wait_smem_to_gmem(0)

@@ -3,8 +3,8 @@
 For TMA the vectors of all slots and heads are one array, [vectors, D], and a tile may start at any multiple
 of 8 of them: the rows of a swizzle atom, by which the tensor core reads tiles.
 
-B slot, T query tokens, R rows of queries, S keys, P splits, K kv heads, C head_dim padded to whole lines of
-128, Q blocks of queries over all slots
+B batch/slot, T query tokens, R rows of queries, S keys, P splits, K kv heads, C head_dim padded to whole
+lines of 128, Q blocks of queries over the whole batch
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class QueryBlocks:
     The last block is padded with queries that see nothing. Row `t * group + g` of a block is its token `t`.
 
     Attributes:
-      batch, queries: slots, and tokens of each.
+      batch, queries: rows of the batch, and tokens of each.
       kv_heads, group: kv heads, and query heads that share one.
     """
 
@@ -68,38 +68,38 @@ class QueryBlocks:
     group: int
 
     @property
-    def per_slot(self) -> int:
-        """Blocks of a slot."""
+    def per_batch_row(self) -> int:
+        """Blocks of a row of the batch."""
         return pl.cdiv(self.queries, WGMMA_ROWS // self.group)
 
     @property
     def tokens(self) -> int:
         """Tokens of a block."""
-        return pl.cdiv(self.queries, self.per_slot)
+        return pl.cdiv(self.queries, self.per_batch_row)
 
     @property
     def count(self) -> int:
-        """Blocks of all slots."""
-        return self.batch * self.per_slot
+        """Blocks of the whole batch."""
+        return self.batch * self.per_batch_row
 
     @property
     def rows(self) -> int:
         """Rows of a block in memory; a multiple of 8, so those behind its tokens' are undefined."""
         return pl.cdiv(self.tokens * self.group, 8) * 8
 
-    def pack(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "Q tokens ..."]:
-        """Cuts the tokens of each slot into blocks."""
-        missing = self.per_slot * self.tokens - self.queries
+    def pack(self, x: Shaped[Array, "batch T ..."]) -> Shaped[Array, "Q tokens ..."]:
+        """Cuts the tokens of each row of the batch into blocks."""
+        missing = self.per_batch_row * self.tokens - self.queries
         x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(self.count, self.tokens, *x.shape[2:])
 
-    def pack_rows(self, q: Float[Array, "B T H D"]) -> Float[Array, "Q K R D"]:
+    def pack_rows(self, q: Float[Array, "batch T H D"]) -> Float[Array, "Q K R D"]:
         """Cuts queries into blocks of rows, as the kernel reads them."""
         q = self.pack(q).reshape(self.count, self.tokens, self.kv_heads, self.group, -1).swapaxes(1, 2)
         q = q.reshape(self.count, self.kv_heads, self.tokens * self.group, -1)
         return jnp.pad(q, ((0, 0), (0, 0), (0, self.rows - q.shape[2]), (0, 0)))
 
-    def unpack(self, out: Float[Array, "Q tokens K G D"]) -> Float[Array, "B T H D"]:
+    def unpack(self, out: Float[Array, "Q tokens K G D"]) -> Float[Array, "batch T H D"]:
         """Undoes the cut for outputs."""
         heads = self.kv_heads * self.group
         return out.reshape(self.batch, -1, heads, out.shape[-1])[:, : self.queries]
@@ -109,18 +109,21 @@ class SplitTiles:
     """The tiles of a thread block: those of one split of the keys of one slot and kv head.
 
     Attributes:
-      queries: index of the block of queries, over all slots; `blocks` of them share a slot's keys.
+      queries: index of the block of queries, over the whole batch, each of whose rows has `blocks`.
       starts, ends: of each query's range, scalars.
       base: index of this slot's and head's first key among all vectors.
       steps: number of tiles.
     """
 
-    def __init__(self, start_gmem, end_gmem, *, keys, heads, splits, blocks, block_kv):
+    def __init__(self, start_gmem, end_gmem, slots_gmem, *, keys, heads, splits, blocks, block_kv):
         split, head, self.queries = (lax.axis_index(name) for name in ("split", "head", "queries"))
         tokens = range(start_gmem.shape[1])
         self.starts = [jnp.maximum(start_gmem[self.queries, t], 0) for t in tokens]
         self.ends = [jnp.minimum(end_gmem[self.queries, t], keys) for t in tokens]
-        self.base = (lax.div(self.queries, blocks) * heads + head) * keys
+        slot = lax.div(self.queries, blocks)
+        if slots_gmem is not None:
+            slot = slots_gmem[slot]
+        self.base = (slot * heads + head) * keys
         self._block_kv = block_kv
         low, self._high = keys, 0
         for first, last in self.ranges:

@@ -7,8 +7,8 @@ of K and V full. Only tiles that some query sees in part are masked. The backwar
 keys (for q) and one over queries (for k and v, summed over the heads that share them); both recompute the
 weights from the stored log-sum-exp (Dao, arXiv 2307.08691).
 
-B batch, T queries, Y queries of a warpgroup's block, S keys, X keys of a tile, K kv heads, G query heads per
-kv head, H = K * G, D head
+R rows of queries, B batch/slot, T queries, Y queries of a warpgroup's block, S keys, X keys of a tile,
+K kv heads, G query heads per kv head, H = K * G, D head
 """
 
 # Pallas types layouts, inline instructions and the references of kernels too narrowly.
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.base import Arguments
+from moss_jax.ops.attention.base import Arguments, no_gradients_by_slot
 from moss_jax.ops.mosaic_gpu import tiles
 from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEG_INF, PER_COLUMN, PER_ROW
 
@@ -62,29 +62,29 @@ class StaircaseConfig:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def staircase_attention(a: Arguments, config: StaircaseConfig) -> Float[Array, "B T H D"]:
-    """Computes the op for K and V in q's dtype; differentiable in q, k, v and bias."""
+def staircase_attention(a: Arguments, config: StaircaseConfig) -> Float[Array, "R T H D"]:
+    """Computes the op for K and V in q's dtype; differentiable in q, k, v and bias without slots."""
     T, S = a.q.shape[1], a.k.shape[2]
     rows = math.lcm(CONSUMERS * config.block_q, CONSUMERS * config.block_q_dq, config.block_q_dkv)
     keys = math.lcm(config.block_kv, config.block_kv_dq, CONSUMERS * config.block_kv_dkv)
     q, start, end = (_pad(x, 1, rows) for x in (a.q, *(jnp.clip(x, 0, S) for x in a.bounds)))
     k, v = (_pad(x, 2, keys) for x in (a.k, a.v))
     bias = None if a.bias is None else _pad(a.bias.astype(jnp.float32), 1, keys)
-    return _attend(config, a.scale, q, k, v, bias, start, end)[:, :T]
+    return _attend(config, a.scale, q, k, v, bias, start, end, a.slots)[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(config, scale, q, k, v, bias, start, end):
-    return _forward(config, scale, q, k, v, bias, start, end)[0]
+def _attend(config, scale, q, k, v, bias, start, end, slots):
+    return _forward(config, scale, q, k, v, bias, start, end, slots)[0]
 
 
-def _forward(config, scale, q, k, v, bias, start, end):
+def _forward(config, scale, q, k, v, bias, start, end, slots):
     """The output, and the residuals of the backward pass."""
-    B, T, H, D = q.shape
+    R, T, H, D = q.shape
     Y, X, stages = config.block_q, config.block_kv, config.stages
     out, log_sum = plgpu.kernel(
         functools.partial(_forward_kernel, scale=scale * LOG2E, group=H // k.shape[1]),
-        out_type=[jax.typeof(q), jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
+        out_type=[jax.typeof(q), jax.ShapeDtypeStruct((R, H, T), jnp.float32)],
         scratch_types={
             "q_smem": tiles.tile((CONSUMERS, Y, D), q.dtype),
             "tma": _pipeline((X, D), k.dtype, stages, bias),
@@ -92,13 +92,15 @@ def _forward(config, scale, q, k, v, bias, start, end):
             "q_barrier": plgpu.Barrier(num_barriers=CONSUMERS),
             "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
         },
-        **_launch(H, T // Y // CONSUMERS, B),
-    )(q, k, v, bias, start, end, _blocks_of(start, end, Y), *_used(start, end, k.shape[2]))
-    return out, (q, k, v, bias, start, end, out, log_sum)
+        **_launch(H, T // Y // CONSUMERS, R),
+    )(q, k, v, bias, slots, start, end, _blocks_of(start, end, Y), *_used(start, end, k.shape[2]))
+    return out, (q, k, v, bias, start, end, slots, out, log_sum)
 
 
 def _backward(config, scale, residuals, d_out):
-    q, k, v, bias, start, end, out, log_sum = residuals
+    q, k, v, bias, start, end, slots, out, log_sum = residuals
+    if slots is not None:
+        raise no_gradients_by_slot()
     B, T, H, D = q.shape
     K, S = k.shape[1:3]
     # Not a dot product, which a GPU may take in TF32.
@@ -138,7 +140,7 @@ def _backward(config, scale, residuals, d_out):
         },
         **_launch(K, S // X // CONSUMERS, B),
     )(k, v, bias, q, d_out, log_sum, mean, start, end, blocks, _query_blocks_of(blocks, CONSUMERS * X, S))
-    return d_q, d_k, d_v, None if bias is None else d_bias.sum(axis=1), None, None
+    return d_q, d_k, d_v, None if bias is None else d_bias.sum(axis=1), None, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -241,19 +243,19 @@ def _produce(tma, steps, fetch_first, fetch_second):
         fetch_second(step, stage)
 
 
-def _produce_keys(tma, k_gmem, v_gmem, bias_gmem, batch, kv_head, first, steps):
-    """The producer warpgroup, for tiles of K and V from tile `first` on."""
+def _produce_keys(tma, k_gmem, v_gmem, bias_gmem, slot, kv_head, first, steps):
+    """The producer warpgroup, for tiles of a slot's K and V from tile `first` on."""
     X = tma["first"].shape[1]
 
     def fetch_k(step, stage):
         at, ready = pl.ds((first + step) * X, X), tma["first_ready"].at[stage]
-        plgpu.copy_gmem_to_smem(k_gmem.at[batch, kv_head, at], tma["first"].at[stage], ready)
+        plgpu.copy_gmem_to_smem(k_gmem.at[slot, kv_head, at], tma["first"].at[stage], ready)
         if bias_gmem is not None:
-            plgpu.copy_gmem_to_smem(bias_gmem.at[batch, at], tma["first_vector"].at[stage], ready)
+            plgpu.copy_gmem_to_smem(bias_gmem.at[slot, at], tma["first_vector"].at[stage], ready)
 
     def fetch_v(step, stage):
         at, ready = pl.ds((first + step) * X, X), tma["second_ready"].at[stage]
-        plgpu.copy_gmem_to_smem(v_gmem.at[batch, kv_head, at], tma["second"].at[stage], ready)
+        plgpu.copy_gmem_to_smem(v_gmem.at[slot, kv_head, at], tma["second"].at[stage], ready)
 
     _produce(tma, steps, fetch_k, fetch_v)
 
@@ -284,6 +286,7 @@ def _forward_kernel(
     k_gmem,
     v_gmem,
     bias_gmem,
+    slots_gmem,
     start_gmem,
     end_gmem,
     blocks_gmem,
@@ -382,7 +385,8 @@ def _forward_kernel(
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
-        _produce_keys(tma, k_gmem, v_gmem, bias_gmem, batch, lax.div(head, group), first, steps)
+        slot = batch if slots_gmem is None else slots_gmem[batch]
+        _produce_keys(tma, k_gmem, v_gmem, bias_gmem, slot, lax.div(head, group), first, steps)
 
 
 def _masked(x, at, start, end, seen_by_all, otherwise):

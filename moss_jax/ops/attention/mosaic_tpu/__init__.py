@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moss_jax.ops.attention.base import Arguments, no_gradients
+from moss_jax.ops.attention.base import Arguments, no_gradients, no_gradients_by_slot
 from moss_jax.ops.attention.mosaic_tpu.backward import backward
 from moss_jax.ops.attention.mosaic_tpu.forward import forward
 from moss_jax.ops.attention.mosaic_tpu.tiles import DecodeConfig, Keys, Rows, StaircaseConfig
@@ -57,7 +57,7 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
 
 
 def apply(a: Arguments, config: DecodeConfig | StaircaseConfig | None = None) -> Float[Array, "B T H D"]:
-    """Computes the op; differentiable in q, k, v and bias if K and V are not quantised.
+    """Computes the op; differentiable in q, k, v and bias without slots, if K and V are not quantised.
 
     Args:
       config: sizes of the tiles; None for the default by the number of queries. The gradients of a
@@ -80,7 +80,7 @@ def apply(a: Arguments, config: DecodeConfig | StaircaseConfig | None = None) ->
         k_scale=k_scale,
         v_scale=v_scale,
     )
-    out = _attend(config, a.scale, Rows(q, start, end), keys)
+    out = _attend(config, a.scale, Rows(q, start, end, a.slots), keys)
     return out.reshape(B, K, T, G, D).swapaxes(1, 2).reshape(B, T, H, D)
 
 
@@ -98,8 +98,10 @@ def _attend_backward(config, scale, residuals, d_out):
     rows, keys, out, log_sum = residuals
     if keys.k_scale is not None:
         raise no_gradients(keys.k.dtype)
+    if rows.slots is not None:
+        raise no_gradients_by_slot()
     d_q, d_k, d_v, d_bias = backward(_differentiable(config), scale, rows, keys, out, log_sum, d_out)
-    ranges: Any = (None, None)  # Integers have no gradients.
+    ranges: Any = (None, None, None)  # Integers have no gradients.
     return Rows(d_q, *ranges), Keys(d_k, d_v, d_bias, None, None)
 
 

@@ -20,7 +20,7 @@ def forward(config, scale, rows: Rows, keys: Keys, save: bool):
     R, X = config.sizes(rows, keys)
     q = tiles.pad(rows.q, R, 2)
     start, end = (tiles.pad(bound, R, 1, mode="edge") for bound in (rows.start, rows.end))
-    tile_ranges = TileRanges.of(start, end, R, X)
+    tile_ranges = TileRanges.of(start, end, R, X, rows.slots)
     start, end = (bound[:, None, :, None] for bound in (start, end))
     log_sum = jax.ShapeDtypeStruct((B, K, 1, q.shape[2]), jnp.float32) if save else None
     row, key = tiles.specs_by_row(R, X)

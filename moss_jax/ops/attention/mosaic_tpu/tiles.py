@@ -70,11 +70,12 @@ def _round_up(size: int, of: int = LANES) -> int:
 
 
 class Rows(NamedTuple):
-    """The queries, and the keys `start <= s < end` that each sees; (0, 0) for none."""
+    """The queries, and the keys `start <= s < end` that each sees, (0, 0) for none; and of which slots."""
 
     q: Float[Array, "B K N D"]
     start: Int[Array, "B N"]
     end: Int[Array, "B N"]
+    slots: Int[Array, " B"] | None
 
 
 class Keys(NamedTuple):
@@ -100,15 +101,24 @@ class TileRanges(NamedTuple):
     Attributes:
       first, last: a tile of rows visits the tiles of keys `first <= tile < last`.
       every_start, every_end: the keys that all of its rows see; a tile of keys among them needs no mask.
+      slots: whose keys they are; None if those of slot `b`.
     """
 
     first: Int[Array, "B row_tiles"]
     last: Int[Array, "B row_tiles"]
     every_start: Int[Array, "B row_tiles"]
     every_end: Int[Array, "B row_tiles"]
+    slots: Int[Array, " B"] | None = None
 
     @classmethod
-    def of(cls, start: Int[Array, "B N"], end: Int[Array, "B N"], R: int, X: int) -> "TileRanges":
+    def of(
+        cls,
+        start: Int[Array, "B N"],
+        end: Int[Array, "B N"],
+        R: int,
+        X: int,
+        slots: Int[Array, " B"] | None = None,
+    ) -> "TileRanges":
         """The tiles for these ranges of keys."""
         start, end = (bound.reshape(len(bound), -1, R) for bound in (start, end))
         low = jnp.min(jnp.where(start < end, start, jnp.iinfo(jnp.int32).max), axis=-1)
@@ -118,6 +128,7 @@ class TileRanges(NamedTuple):
             last=pl.cdiv(high, X),
             every_start=start.max(axis=-1),
             every_end=end.min(axis=-1),
+            slots=slots,
         )
 
     def row_tiles_by_key(self, key_tiles: int) -> tuple[Int[Array, "B key_tiles"], Int[Array, "B key_tiles"]]:
@@ -147,15 +158,15 @@ def tile_of_step(first, last, step):
     return jnp.minimum(first + step, jnp.maximum(last - 1, 0))
 
 
-def spec(size, tile, x, axis):
-    """Block of `x` [B, K or 1, _, _]: one b, one head, and of `axis` the tile that `tile` names at a step."""
+def spec(size, tile, x, axis, slot=lambda b, *scalars: b):
+    """Block of `x` [B, K or 1, _, _]: one b or its slot, one head, of `axis` the tile that `tile` names."""
     if x is None:
         return None
     shape = [None, None, *x.shape[2:]]
     shape[axis] = size
 
     def index(b, head, outer, step, *scalars):
-        at = [b, head if x.shape[1] > 1 else 0, 0, 0]
+        at = [slot(b, *scalars), head if x.shape[1] > 1 else 0, 0, 0]
         at[axis] = tile(b, outer, step, *scalars)
         return tuple(at)
 
@@ -168,7 +179,11 @@ def specs_by_row(R, X):
     def key_tile(b, i, step, tile_ranges):
         return tile_of_step(tile_ranges.first[b, i], tile_ranges.last[b, i], step)
 
-    return functools.partial(spec, R, lambda b, i, step, tile_ranges: i), functools.partial(spec, X, key_tile)
+    def slot(b, tile_ranges):
+        return b if tile_ranges.slots is None else tile_ranges.slots[b]
+
+    row = functools.partial(spec, R, lambda b, i, step, tile_ranges: i)
+    return row, functools.partial(spec, X, key_tile, slot=slot)
 
 
 def pad(x, R, axis, **how):
