@@ -137,7 +137,7 @@ def _threshold(
 ) -> UInt32[Array, " B"]:
     """The largest number for which the weights of all that are not below it add up to `least`.
 
-    Found bit by bit, in one pass over the vocabulary for each, where a sort would take many more.
+    Found bit by bit, from the highest down, in one pass over the vocabulary for each; nothing is sorted.
     """
 
     def set_bit(i: Int[Array, ""], threshold: UInt32[Array, " B"]) -> UInt32[Array, " B"]:
