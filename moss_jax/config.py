@@ -430,7 +430,7 @@ class TokenSampling:
 
     Attributes:
       temperature: 0 for greedy decoding.
-      top_k: sample among the k likeliest tokens; 0 for all.
+      top_k: sample among the k likeliest tokens, and those as likely as the last of them; 0 for all.
       top_p: nucleus sampling, among the likeliest tokens that hold this share of the probability.
       repetition_penalty: above 1, lowers the scores of tokens that the current turn already contains.
         Silence, control and punctuation tokens are exempt, since a stream repeats them all the time.

@@ -33,6 +33,7 @@ from moss_jax.stream.rows import (
     split_row,
     step_arguments,
 )
+from moss_jax.stream.sampling import SlotSampling
 from moss_jax.stream.step import (
     EngineState,
     Sampled,
@@ -40,6 +41,7 @@ from moss_jax.stream.step import (
     compact_bank,
     compact_text,
     put_slot,
+    set_sampling,
     slot_from_host,
     slot_to_host,
     start,
@@ -93,7 +95,7 @@ class Engine:
         axes split slots and heads.
       tokenizer: of the same checkpoint.
       config: slots and capacities.
-      sampling: how tokens are sampled.
+      sampling: how tokens are sampled in the slots of a new state; `set_sampling` gives one slot another.
       perception_device: encodes the frames, so that they take no time from the device that decodes; None for
         the device of the model.
 
@@ -101,7 +103,7 @@ class Engine:
       placement: the device of the decoder and of every state; on a mesh, of what is not split over it.
       parameters: the decoder's, as the step takes them.
       frame_encoder: perception.
-      programs: the jitted functions by name: "step", "pixels", "encode".
+      programs: the jitted functions by name: "step", "set_sampling", "pixels", "encode" and others.
 
     Raises:
       ValueError: the tokenizer is of another vocabulary than the model.
@@ -140,7 +142,7 @@ class Engine:
         parts = model.decoder.norm.weight, bias
         self._weights = hashlib.sha256(b"".join(np.asarray(x[...]).tobytes() for x in parts)).hexdigest()
         special = tokenizer.special
-        pure_step = functools.partial(step, self.sampling, special)
+        pure_step = functools.partial(step, special)
         parameters, pure_step = functionalize(for_decoding(model.decoder), pure_step)
         # Every argument is committed to its device, so features that come from another device find the same
         # programs.
@@ -148,8 +150,7 @@ class Engine:
         self.parameters = place(parameters, self.placement)
         perception = SingleDeviceSharding(perception_device) if perception_device else self.placement
         self.frame_encoder = FrameEncoder(model, perception, self.placement)
-        penalised = self.sampling.repetition_penalty != 1
-        pure_start = functools.partial(start, model.config, model.dtype, penalised)
+        pure_start = functools.partial(start, model.config, model.dtype, self.sampling)
         # Programs return a state as the list of its arrays, so that each can be told where it goes.
         arrays, self._structure = jax.tree.flatten(jax.eval_shape(functools.partial(pure_start, self.config)))
         shardings = [state_sharding(x, self.placement) for x in arrays]
@@ -170,10 +171,12 @@ class Engine:
         self._step = program(pure_step, 2)
         self._compact_text = program(compact_text, 0)
         self._put_slot = program(put_slot, 0)
+        self._set_sampling = program(set_sampling, 0)
         policy = make_policy(self.config.memory, model.config, self.config.bank_capacity)
         self._compact_bank = program(functools.partial(compact_bank, policy), 0) if policy else None
         self.programs = {
             "step": self._step,
+            "set_sampling": self._set_sampling,
             "compact_text": self._compact_text,
             **({"compact_bank": self._compact_bank} if self._compact_bank else {}),
             **self.frame_encoder.programs,
@@ -185,7 +188,7 @@ class Engine:
         never = tokenizer.control_ids - {special.silence, special.eot}
         allowed = np.ones(tokenizer.vocab_size, bool)
         allowed[[i for i in never if i < tokenizer.vocab_size]] = False
-        rules = jax.random.key(self.sampling.seed), allowed, tokenizer.penalty_exempt()
+        rules = allowed, tokenizer.penalty_exempt()
         self.rules = SamplingRules(*jax.device_put(rules, self.placement))
 
     @property
@@ -274,9 +277,22 @@ class Engine:
             "tokenizer": hashlib.sha256(self.tokenizer.content).hexdigest(),
             "memory": config.pop("memory"),
             "engine": config,
-            "sampling": dataclasses.asdict(self.sampling),
         }
         return dict(_flat_items(settings))
+
+    def set_sampling(self, state: EngineState, slot: int, sampling: TokenSampling) -> EngineState:
+        """Has one slot sample in another way from the next step on.
+
+        Args:
+          state: is donated.
+
+        Raises:
+          ValueError: there is no such slot.
+        """
+        if not 0 <= slot < self.config.slots:
+            raise ValueError(f"there is no slot {slot}; the engine has {self.config.slots}, counted from 0")
+        arrays = self._set_sampling(state, np.int32(slot), SlotSampling.of(sampling, 1))
+        return jax.tree.unflatten(self._structure, arrays)
 
     def save_slot(self, state: EngineState, slot: int) -> dict[str, np.ndarray]:
         """Copies all arrays of one slot to the host, by name."""
@@ -325,7 +341,8 @@ class Engine:
                 sampled = self.step(self.start(), [row] * self.config.slots, features)[1]
                 jax.block_until_ready(sampled)
         memory = Row([PENDING], compact=self._compact_bank is not None, kept=[0])
-        jax.block_until_ready(self.step(self.start(), [memory] * self.config.slots)[1])
+        state = self.set_sampling(self.start(), 0, self.sampling)
+        jax.block_until_ready(self.step(state, [memory] * self.config.slots)[1])
 
     def _lower(self, rows: Sequence[Row]) -> Iterator[jax.stages.Lowered]:
         """The step for each of these rows in every slot, yet to be compiled."""

@@ -1,50 +1,148 @@
-"""Sampling of the next token: temperature, top-k, top-p and repetition penalty.
+"""Sampling of the next token: temperature, top-k, top-p and repetition penalty, each slot with its own.
 
 B slots, V vocabulary
 """
 
+import dataclasses
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt32
 
 from moss_jax.config import TokenSampling
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotSampling:
+    """How the next token of each slot is sampled: a `TokenSampling` for each, as arrays.
+
+    Attributes:
+      temperature: 0 for greedy decoding.
+      top_k: 0 for all tokens.
+      top_p: 1 for all tokens.
+      repetition_penalty: 1 for none.
+      key: random key of the slot's seed.
+    """
+
+    temperature: Float32[Array, " B"]
+    top_k: Int32[Array, " B"]
+    top_p: Float32[Array, " B"]
+    repetition_penalty: Float32[Array, " B"]
+    key: Key[Array, " B"]
+
+    @classmethod
+    def of(cls, sampling: TokenSampling | Sequence[TokenSampling], slots: int) -> "SlotSampling":
+        """The settings of all slots.
+
+        Args:
+          sampling: of all of them, or of each.
+
+        Raises:
+          ValueError: there is not one for each slot.
+        """
+        each = [sampling] * slots if isinstance(sampling, TokenSampling) else list(sampling)
+        if len(each) != slots:
+            raise ValueError(f"there are {len(each)} samplings for {slots} slots; give one for each slot")
+        return cls(
+            temperature=jnp.asarray(np.array([x.temperature for x in each], np.float32)),
+            # A number beyond int32 is beyond any vocabulary, too.
+            top_k=jnp.asarray(np.array([min(x.top_k, 2**31 - 1) for x in each], np.int32)),
+            top_p=jnp.asarray(np.array([x.top_p for x in each], np.float32)),
+            repetition_penalty=jnp.asarray(np.array([x.repetition_penalty for x in each], np.float32)),
+            key=jax.vmap(jax.random.key)(np.array([x.seed for x in each], np.int64)),
+        )
+
+
 def sample(
     logits: Float[Array, "B V"],
-    config: TokenSampling,
+    sampling: SlotSampling,
     *,
-    keys: Key[Array, " B"] | None,
+    positions: Int[Array, " B"],
     allowed: Bool[Array, " V"],
-    said: Bool[Array, "B V"] | None = None,
+    said: Bool[Array, "B V"],
 ) -> Int[Array, " B"]:
     """Samples one token for each slot, independently.
 
+    A token depends on its slot's logits and settings and on `positions` alone: what other slots ask for
+    decides which branches are computed, not what comes out of them. Tokens as likely as the last one that
+    top-k or top-p keeps are kept with it.
+
     Args:
-      keys: random key of each slot; not used at temperature 0.
+      positions: of the tokens to sample in their streams; with the slot's key, they determine the draws.
       allowed: tokens that may be sampled.
-      said: tokens that the repetition penalty applies to; None for none.
+      said: tokens that the repetition penalty applies to.
     """
-    logits = jnp.where(allowed, logits, -jnp.inf)
-    if said is not None and config.repetition_penalty != 1:
+
+    def scores() -> Float[Array, "B V"]:
+        x = jnp.where(allowed, logits, -jnp.inf)
         # A positive score is divided and a negative one multiplied, so both fall (CTRL, arXiv 1909.05858).
-        penalty = config.repetition_penalty
-        logits = jnp.where(said, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if config.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    assert keys is not None
-    logits = logits / config.temperature
-    if config.top_k and config.top_k < logits.shape[-1]:
-        values, tokens = jax.lax.top_k(logits, config.top_k)
-    elif config.top_p < 1:
-        values, tokens = jax.lax.top_k(logits, logits.shape[-1])
-    else:
-        return _categorical(keys, logits).astype(jnp.int32)
-    if config.top_p < 1:
-        p = jax.nn.softmax(values, axis=-1)
-        # A token stays if those before it do not yet add up to top_p; so the first always does.
-        values = jnp.where(jnp.cumsum(p, axis=-1) - p < config.top_p, values, -jnp.inf)
-    return jnp.take_along_axis(tokens, _categorical(keys, values)[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        penalty = sampling.repetition_penalty[:, None]
+        return jnp.where(said, jnp.where(x > 0, x / penalty, x * penalty), x)
+
+    greedy = jnp.argmax(scores(), axis=-1).astype(jnp.int32)
+    draws = sampling.temperature > 0
+
+    def draw() -> Int[Array, " B"]:
+        # Computed once more, so that a step that draws nothing has no scores to write to memory.
+        x = scores()
+        # Without their maximum, no temperature can make them overflow.
+        temperature = jnp.where(draws, sampling.temperature, 1)[:, None]
+        scaled = (x - x.max(axis=-1, keepdims=True)) / temperature
+        scaled = jnp.where(_kept(x, scaled, sampling), scaled, -jnp.inf)
+        keys = jax.vmap(jax.random.fold_in)(sampling.key, positions)
+        drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+        return jnp.where(draws, drawn, greedy)
+
+    return jax.lax.cond(draws.any(), draw, lambda: greedy)
 
 
-_categorical = jax.vmap(jax.random.categorical)
+def _kept(
+    scores: Float[Array, "B V"], scaled: Float[Array, "B V"], sampling: SlotSampling
+) -> Bool[Array, "B V"]:
+    """The tokens that top-k, and then top-p among those, leave to draw from; all, without either."""
+    ordered, draws = _ordered(scores), sampling.temperature > 0
+    none = jnp.zeros(len(scores), jnp.uint32)
+    has_top_k, has_top_p = draws & (sampling.top_k > 0), draws & (sampling.top_p < 1)
+
+    def top_k() -> UInt32[Array, " B"]:
+        count = jnp.minimum(sampling.top_k, scores.shape[-1]).astype(jnp.float32)
+        return jnp.where(has_top_k, _threshold(ordered, jnp.ones_like(scaled), count), none)
+
+    least = jax.lax.cond(has_top_k.any(), top_k, lambda: none)
+
+    def top_p() -> UInt32[Array, " B"]:
+        mass = jnp.where(ordered >= least[:, None], jnp.exp(scaled), 0)
+        # A token stays if those likelier do not yet add up to top_p; so the likeliest always does.
+        share = jnp.maximum(sampling.top_p * mass.sum(axis=-1), jnp.finfo(jnp.float32).tiny)
+        return jnp.where(has_top_p, _threshold(ordered, mass, share), least)
+
+    least = jax.lax.cond(has_top_p.any(), top_p, lambda: least)
+    return ordered >= least[:, None]
+
+
+def _ordered(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
+    """Integers in the order of these numbers."""
+    # The zeros of both signs are equal.
+    x = jnp.where(x == 0, 0, x.astype(jnp.float32))
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits & sign != 0, ~bits, bits | sign)
+
+
+def _threshold(
+    ordered: UInt32[Array, "B V"], weights: Float[Array, "B V"], least: Float[Array, " B"]
+) -> UInt32[Array, " B"]:
+    """The largest number for which the weights of all that are not below it add up to `least`.
+
+    Found bit by bit, from the highest down, in one pass over the vocabulary for each; nothing is sorted.
+    """
+
+    def set_bit(i: Int[Array, ""], threshold: UInt32[Array, " B"]) -> UInt32[Array, " B"]:
+        higher = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        total = jnp.where(ordered >= higher[:, None], weights, 0).sum(axis=-1)
+        return jnp.where(total >= least, higher, threshold)
+
+    return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(len(ordered), jnp.uint32))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-FORMAT = "moss_jax stream 1"
+FORMAT = "moss_jax stream 2"
 # Prefixes of the names of frames, and of what the next one is compared with.
 INBOX, COMPARED = "inbox.", "compared."
 # Dtypes by their names in safetensors files.
@@ -27,6 +27,7 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
     "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),

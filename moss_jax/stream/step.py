@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from moss_jax.config import EngineConfig, ModelConfig, TokenSampling
 from moss_jax.memory import StreamState, init_state, keep_tokens, load_slot, save_slot
@@ -20,13 +20,15 @@ from moss_jax.memory.policies import Policy
 from moss_jax.nn.decoder import Decoder
 from moss_jax.ops.qarray import DTYPES
 from moss_jax.stream.rows import PENDING, StepFrames
-from moss_jax.stream.sampling import sample
+from moss_jax.stream.sampling import SlotSampling, sample
 from moss_jax.text import SpecialTokens
 
 # In the place of a token that was to be sampled from logits that hold NaN or an infinity.
 NOT_FINITE = -2
-# Fields of `EngineState` beside `stream`, in order.
-OWN = ("pending", "logits", "said")
+# The numbers among the settings of a slot, as in `TokenSampling`.
+SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")
+# Arrays of `EngineState` beside `stream`, in order.
+OWN = ("pending", "logits", "said", *(f"sampling.{name}" for name in SETTINGS), "sampling.key")
 
 
 @jax.tree_util.register_dataclass
@@ -38,13 +40,15 @@ class EngineState:
       stream: text cache and memory bank.
       pending: the token that was sampled last, not part of the stream yet.
       logits: the scores that it was sampled from.
-      said: tokens of the current turn that the repetition penalty applies to; None without a penalty.
+      said: tokens of the current turn, but for those that the repetition penalty spares.
+      sampling: how the next token of each slot is sampled.
     """
 
     stream: StreamState
     pending: Int[Array, " B"]
     logits: Float[Array, "B V"]
-    said: Bool[Array, "B V"] | None
+    said: Bool[Array, "B V"]
+    sampling: SlotSampling
 
 
 @jax.tree_util.register_dataclass
@@ -65,25 +69,19 @@ class Sampled:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingRules:
-    """Arrays that sampling needs beside its settings.
+    """Arrays that sampling needs beside the settings of each slot.
 
     Attributes:
-      key: of the seed; folded with the position for each token.
       allowed: tokens that may be sampled.
       exempt: tokens that the repetition penalty spares.
     """
 
-    key: Key[Array, ""]
     allowed: Bool[Array, " V"]
     exempt: Bool[Array, " V"]
 
 
-def start(model: ModelConfig, dtype: DTypeLike, penalised: bool, config: EngineConfig) -> EngineState:
-    """The state of empty slots.
-
-    Args:
-      penalised: whether there is a repetition penalty.
-    """
+def start(model: ModelConfig, dtype: DTypeLike, sampling: TokenSampling, config: EngineConfig) -> EngineState:
+    """The state of empty slots that all sample alike."""
     slots, vocab = config.slots, model.decoder.vocab_size
     return EngineState(
         stream=init_state(
@@ -97,12 +95,12 @@ def start(model: ModelConfig, dtype: DTypeLike, penalised: bool, config: EngineC
         ),
         pending=jnp.zeros(slots, jnp.int32),
         logits=jnp.zeros((slots, vocab), jnp.float32),
-        said=jnp.zeros((slots, vocab), bool) if penalised else None,
+        said=jnp.zeros((slots, vocab), bool),
+        sampling=SlotSampling.of(sampling, slots),
     )
 
 
 def step(
-    sampling: TokenSampling,
     special: SpecialTokens,
     decoder: Decoder,
     rules: SamplingRules,
@@ -115,11 +113,11 @@ def step(
     """Appends the first `lengths` tokens of each row and samples each slot's next token into `pending`."""
     slots = jnp.arange(tokens.shape[0])
     spoken = tokens[:, 0] == PENDING
-    said = state.said
-    if said is not None:
-        # A pending token joins the turn that is penalised; slots without one stay as they are.
-        update = jnp.where(spoken & ~rules.exempt[state.pending], True, said[slots, state.pending])
-        said = said.at[slots, state.pending].set(update) & ~new_turn[:, None]
+    # A pending token joins what was said in its turn. A comparison with all tokens, since it is one pass over
+    # the mask with that which empties it at a new turn, and a scatter would be another.
+    joins = (spoken & ~rules.exempt[state.pending])[:, None]
+    joins &= jnp.arange(state.said.shape[1]) == state.pending[:, None]
+    said = (state.said | joins) & ~new_turn[:, None]
     tokens = jnp.where(tokens == PENDING, state.pending[:, None], tokens)
     stream = state.stream
     if frames is not None:
@@ -130,16 +128,13 @@ def step(
     hidden, stream = decoder.decode(stream, tokens, lengths)
     last = hidden[slots, jnp.maximum(lengths - 1, 0)]
     logits = decoder.logits(last[:, None])[:, 0]
-    keys = None
-    if sampling.temperature:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rules.key, stream.text.position)
-    sampled = sample(logits, sampling, keys=keys, allowed=rules.allowed, said=said)
+    sampled = sample(logits, state.sampling, positions=stream.text.position, allowed=rules.allowed, said=said)
     # A turn that the model ends stays open, so the token to append is the silence that it was trained with.
     sampled = jnp.where(sampled == special.eot, special.silence, sampled)
     # Said by the token itself, so that the host reads no other array.
     sampled = jnp.where(jnp.isfinite(logits).all(axis=-1), sampled, NOT_FINITE)
     pending = jnp.where(lengths > 0, sampled, state.pending)
-    return EngineState(stream=stream, pending=pending, logits=logits, said=said)
+    return EngineState(stream=stream, pending=pending, logits=logits, said=said, sampling=state.sampling)
 
 
 def compact_bank(policy: Policy, state: EngineState, slot: Int[Array, ""]) -> EngineState:
@@ -156,10 +151,16 @@ def compact_text(
     return dataclasses.replace(state, stream=dataclasses.replace(state.stream, text=text))
 
 
+def set_sampling(state: EngineState, slot: Int[Array, ""], sampling: SlotSampling) -> EngineState:
+    """Gives one slot the settings of `sampling`, which are those of one slot."""
+    new = _replace_slot(state.sampling, slot, lambda _: sampling)
+    return dataclasses.replace(state, sampling=new)
+
+
 def slot_to_host(state: EngineState, slot: int) -> dict[str, np.ndarray]:
     """Copies all arrays of one slot to the host, by name."""
-    own = {name: x for name in OWN if (x := getattr(state, name)) is not None}
-    return save_slot(state.stream, slot) | {name: np.asarray(x[slot]) for name, x in own.items()}
+    own = zip(OWN, _own(state), strict=True)
+    return save_slot(state.stream, slot) | {name: np.asarray(x[slot]) for name, x in own}
 
 
 def slot_from_host(state: EngineState, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -171,19 +172,30 @@ def slot_from_host(state: EngineState, saved: Mapping[str, np.ndarray]) -> list[
     Raises:
       ValueError: naming an array that does not fit.
     """
-    own = {name: x for name in OWN if (x := getattr(state, name)) is not None}
-    for name, x in own.items():
+    for name, x in zip(OWN, jax.eval_shape(_own, state), strict=True):
         if name not in saved or (saved[name].shape, saved[name].dtype) != (x.shape[1:], x.dtype):
             raise ValueError(f"there should be an array {name}, {x.dtype} {list(x.shape[1:])}")
-    stream = load_slot(state.stream, {name: x for name, x in saved.items() if name not in own})
-    return [*stream.values(), *(saved[name][None] for name in own)]
+    # Refuses numbers that are no settings.
+    TokenSampling(**{name: saved[f"sampling.{name}"].item() for name in SETTINGS})
+    stream = load_slot(state.stream, {name: x for name, x in saved.items() if name not in OWN})
+    return [*stream.values(), *(saved[name][None] for name in OWN)]
 
 
 def put_slot(state: EngineState, slot: Int[Array, ""], arrays: Sequence[Array]) -> EngineState:
     """Writes the arrays of `slot_from_host` into one slot."""
     old, structure = jax.tree.flatten(state)
-    new = [jax.lax.dynamic_update_slice_in_dim(x, part, slot, 0) for x, part in zip(old, arrays, strict=True)]
+    new = []
+    for x, part in zip(old, arrays, strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            part = jax.random.wrap_key_data(part)
+        new.append(jax.lax.dynamic_update_slice_in_dim(x, part, slot, 0))
     return jax.tree.unflatten(structure, new)
+
+
+def _own(state: EngineState) -> list[Array]:
+    """The arrays of a state that `OWN` names; keys as their data."""
+    settings = [getattr(state.sampling, name) for name in SETTINGS]
+    return [state.pending, state.logits, state.said, *settings, jax.random.key_data(state.sampling.key)]
 
 
 def _replace_slot[Tree](tree: Tree, slot: Int[Array, ""], change: Callable[[Tree], Tree]) -> Tree:

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from moss_jax.config import ConfigError, EngineConfig
+from moss_jax.config import ConfigError, EngineConfig, TokenSampling
 from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.stream.engine import gather, pick_frame
 from moss_jax.stream.perception import ENCODE_BUCKETS
 from moss_jax.stream.rows import FRAME_BUCKETS, TOKEN_BUCKETS
+from moss_jax.stream.sampling import SlotSampling, sample
 from moss_jax.text import Tokenizer
 
 IMAGE = 1024
@@ -173,11 +174,14 @@ def test_the_state_is_donated(make_engine):
     assert all(x.is_deleted() for x in jax.tree.leaves(before))
 
 
-def test_the_token_program_has_no_loop(make_engine):
-    engine = make_engine()
+def test_the_token_program_has_no_loop_but_those_of_sampling(make_engine, tokenizer):
+    engine, vocab = make_engine(), tokenizer.vocab_size
     arguments = (np.full((1, 1), PENDING, np.int32), np.ones(1, np.int32), np.zeros(1, bool), None)
-    lowered = engine.programs["step"].lower(engine.parameters, engine.rules, engine.start(), *arguments)
-    assert "stablehlo.while" not in lowered.as_text()
+    step = engine.programs["step"].lower(engine.parameters, engine.rules, engine.start(), *arguments)
+    masks = {"allowed": np.ones(vocab, bool), "said": np.zeros((1, vocab), bool)}
+    logits, settings = np.zeros((1, vocab), np.float32), SlotSampling.of(TokenSampling(), 1)
+    sampling = jax.jit(sample).lower(logits, settings, positions=np.zeros(1, np.int32), **masks)
+    assert step.as_text().count("stablehlo.while") == sampling.as_text().count("stablehlo.while")
 
 
 def test_control_tokens_are_never_sampled(make_engine, tokenizer):
@@ -213,6 +217,42 @@ def test_the_repetition_penalty_holds_within_a_turn_and_spares_punctuation(make_
     assert not np.asarray(state.said).any()
 
 
+def spoken(engine, state, count=12) -> list[list[int]]:
+    """What each slot says after the same opening."""
+    state, sampled = engine.step(state, [Row([1015, 3, 4])] * engine.config.slots)
+    tokens = [sampled.tokens.tolist()]
+    for _ in range(count):
+        state, sampled = engine.step(state, [Row([PENDING])] * engine.config.slots)
+        tokens.append(sampled.tokens.tolist())
+    return np.transpose(tokens).tolist()
+
+
+def test_a_slot_samples_as_it_is_set_to(make_engine):
+    """As an engine whose slots all sample like that; so do those that are left as they were."""
+    settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 5}
+    engine, like = make_engine(slots=3), make_engine(slots=3, **settings)
+    before = engine.start()
+    state = engine.set_sampling(before, 1, TokenSampling(**settings))
+    assert all(x.is_deleted() for x in jax.tree.leaves(before))
+    greedy, sampled = spoken(engine, engine.start())[0], spoken(like, like.start())[1]
+    assert greedy != sampled
+    assert spoken(engine, state) == [greedy, sampled, greedy]
+    steps = engine.programs["step"]._cache_size()
+    state = engine.set_sampling(engine.start(), 0, TokenSampling(**settings))
+    state = engine.set_sampling(state, 2, TokenSampling(temperature=2.0, seed=2**40))
+    state = engine.set_sampling(state, 0, TokenSampling())
+    assert spoken(engine, state)[:2] == [greedy, greedy]
+    assert engine.programs["set_sampling"]._cache_size() == 1
+    assert engine.programs["step"]._cache_size() == steps
+
+
+@pytest.mark.parametrize("slot", [-1, 3])
+def test_there_is_no_slot_of_another_number_to_set(make_engine, slot):
+    engine = make_engine(slots=3)
+    with pytest.raises(ValueError, match=f"there is no slot {slot}; the engine has 3, counted from 0"):
+        engine.set_sampling(engine.start(), slot, TokenSampling())
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(model, monkeypatch):
     other = Tokenizer.moss_tiny()
     monkeypatch.setattr(other, "vocab_size", 999)
@@ -230,6 +270,7 @@ def test_more_text_than_the_model_has_positions_for_is_refused(model, tokenizer)
 
 
 def test_no_two_arrays_of_a_state_share_a_buffer(make_engine):
-    leaves = jax.tree.leaves(make_engine().start())
+    # Enough slots that the smallest arrays have buffers of their own as well.
+    leaves = jax.tree.leaves(make_engine(slots=32, text_capacity=8, bank_capacity=1).start())
     pointers = [x.unsafe_buffer_pointer() for x in leaves if x.nbytes > 64]
     assert len(pointers) == len(set(pointers))

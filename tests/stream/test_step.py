@@ -42,12 +42,12 @@ def sample(small_config, tokenizer):
         sampling = TokenSampling(**sampling)
         vocab = tokenizer.vocab_size
         allowed = jnp.ones(vocab, bool) if allowed is None else allowed
-        rules = SamplingRules(jax.random.key(0), allowed, jnp.zeros(vocab, bool))
-        state = start(config, "float32", sampling.repetition_penalty != 1, capacity)
+        rules = SamplingRules(allowed, jnp.zeros(vocab, bool))
+        state = start(config, "float32", sampling, capacity)
         tokens, no_turn = jnp.zeros((SLOTS, 1), jnp.int32), jnp.zeros(SLOTS, bool)
         decoder = GivenLogits(jnp.asarray(logits, jnp.float32))
         return step(
-            sampling, tokenizer.special, decoder, rules, state, tokens, jnp.array(lengths), no_turn, None
+            tokenizer.special, decoder, rules, state, tokens, jnp.array(lengths), no_turn, None
         ).pending.tolist()
 
     return sample
@@ -92,14 +92,15 @@ def test_a_slot_that_stands_still_keeps_its_token(sample, logits):
 def test_what_was_said_stays_said_where_nothing_is_appended(small_config, tokenizer):
     """Slot 0 appends its pending token, slot 1 another, slot 2 none; 7 is pending in all and said in two."""
     config, vocab = with_vocabulary(small_config(), tokenizer), tokenizer.vocab_size
-    rules = SamplingRules(jax.random.key(0), jnp.ones(vocab, bool), jnp.zeros(vocab, bool))
-    state = start(config, "float32", True, EngineConfig(SLOTS, text_capacity=8, bank_capacity=1))
+    rules = SamplingRules(jnp.ones(vocab, bool), jnp.zeros(vocab, bool))
+    penalty = TokenSampling(repetition_penalty=2.0)
+    state = start(config, "float32", penalty, EngineConfig(SLOTS, text_capacity=8, bank_capacity=1))
     said = state.said.at[jnp.array([1, 2]), 7].set(True)
     state = dataclasses.replace(state, pending=jnp.full(SLOTS, 7), said=said)
     tokens, no_turn = jnp.array([[PENDING], [5], [0]]), jnp.zeros(SLOTS, bool)
-    penalty, decoder = TokenSampling(repetition_penalty=2.0), GivenLogits(jnp.zeros((SLOTS, vocab)))
+    decoder = GivenLogits(jnp.zeros((SLOTS, vocab)))
     lengths = jnp.array([1, 1, 0])
-    after = step(penalty, tokenizer.special, decoder, rules, state, tokens, lengths, no_turn, None)
+    after = step(tokenizer.special, decoder, rules, state, tokens, lengths, no_turn, None)
     assert np.argwhere(np.asarray(after.said)).tolist() == [[0, 7], [1, 7], [2, 7]]
 
 
