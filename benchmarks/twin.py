@@ -15,6 +15,7 @@ B slots, T tokens and F frames of a row, N vectors a frame, E = T + F * (N - 1) 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -24,10 +25,11 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from moss_jax.config import ConfigError, DecoderConfig, EngineConfig, MemoryConfig, ModelConfig
 from moss_jax.memory import MemoryBank, StreamState, TextCache
 from moss_jax.nn.compressor import Compressor
-from moss_jax.nn.decoder import Append, KeysValues, SelfLayer
+from moss_jax.nn.decoder import KeysValues, Rows, RowsInCall, SelfLayer
 from moss_jax.nn.layers import Linear, RMSNorm, normal
 from moss_jax.nn.rope import rotation
 from moss_jax.nn.vision import VisionEncoder
+from moss_jax.ops.attention import KeyRange
 from moss_jax.ops.norm import Residual, add_norm
 
 # Prefill kernels copy a cache whose capacity is no multiple of their tiles.
@@ -86,7 +88,7 @@ class TwinDecoder(nnx.Module):
     def __call__(self, vectors: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Computes a whole sequence of embedded tokens and frame vectors in one pass."""
         positions = jnp.broadcast_to(jnp.arange(vectors.shape[1], dtype=jnp.int32), vectors.shape[:2])
-        return self._run(vectors, positions, [None] * self.config.num_layers, None)[0]
+        return self._run(vectors, positions, [None] * self.config.num_layers)[0]
 
     def remember(
         self,
@@ -94,30 +96,35 @@ class TwinDecoder(nnx.Module):
         features: Float[Array, "B F N D"],
         positions: Int[Array, "B F"],
         count: Int[Array, " B"],
+        slots: None = None,
+        before: None = None,
     ) -> Arrivals:
         """Keeps the first `count` frames for `decode`, which places them by the `<|image|>` tokens."""
-        del positions
+        del positions, slots, before
         held = bank.length + count * features.shape[2]
         bank = dataclasses.replace(bank, length=jnp.minimum(held, bank.capacity))
         return Arrivals(bank, features, count)
 
-    def decode(
-        self, state: StreamState, tokens: Int[Array, "B T"], count: Int[Array, " B"]
+    def decode_rows(
+        self, state: StreamState, rows: Sequence[Rows]
     ) -> tuple[Float[Array, "B T D"], StreamState]:
-        """Appends the first `count` tokens of each slot, with the vectors of the remembered frames.
+        """Appends the first tokens of each slot, with the vectors of the remembered frames.
+
+        Args:
+          rows: one, of all slots.
 
         Returns:
           The hidden state of each token, for an `<|image|>` that of its frame's last vector; and the state.
         """
+        ((tokens, count, _, _),) = rows
         text, bank, frames = state.text, state.bank, None
         if isinstance(bank, Arrivals):
             bank, frames = bank.bank, bank
         vectors, last, count = self._spread(tokens, count, frames)
         place = jnp.arange(vectors.shape[1], dtype=jnp.int32)
         positions = text.length[:, None] + place
-        append = Append(text.length, count, text.capacity)
         past = [KeysValues(k, v) for k, v in zip(text.keys, text.values, strict=True)]
-        hidden, now = self._run(vectors, positions, past, append)
+        hidden, now = self._run(vectors, positions, past, text, count)
         keys, values = zip(*now, strict=True)
         length = jnp.minimum(text.length + count, text.capacity)
         hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)  # [B, T, D]
@@ -160,12 +167,15 @@ class TwinDecoder(nnx.Module):
         vectors = jnp.where(spread(is_frame)[..., None], of_frames.astype(of_tokens.dtype), of_tokens)
         return vectors, end - 1, places
 
-    def _run(self, x, positions, past, append):
+    def _run(self, x, positions, past, text=None, count=None):
         """Runs all layers; returns the final hidden states and each layer's keys and values."""
         rope = rotation(positions, self.config.rope, self.config.head_dim)
+        no_frames = jnp.zeros_like(positions)
+        start, capacity = (text.length, text.capacity) if text else (None, 0)
+        rows = [RowsInCall(rope, KeyRange(no_frames, no_frames), start=start, count=count)]
         residual, now = Residual(x), []
         for layer, before in zip(self.layers, past, strict=True):
-            residual, kv = layer(residual, rope, before, append)
+            residual, kv = layer(residual, rows, before, capacity)
             now.append(kv)
         return add_norm(residual, self.norm.params)[0], now
 

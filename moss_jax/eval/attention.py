@@ -19,10 +19,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from moss_jax.nn import MossVideo
-from moss_jax.nn.decoder import CrossAttention, CrossLayer, KeysValues
+from moss_jax.nn.decoder import CrossAttention, CrossLayer, KeysValues, RowsInCall
 from moss_jax.ops.attention import KeyRange
 from moss_jax.ops.norm import Norm, Residual
-from moss_jax.ops.rotary import Rotation
 from moss_jax.stream import PENDING, Engine, EngineState, Row, Sampled
 from moss_jax.video import preprocess
 
@@ -82,17 +81,16 @@ class _RecordedAttention(nnx.Module):
         self,
         residual: Residual,
         norm: Norm,
-        rope: Rotation,
+        rows: Sequence[RowsInCall],
         frames: KeysValues,
-        kv_range: KeyRange,
         bias: None = None,
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T E"]]:
-        queries, _ = self.attention.queries(residual, norm, rope)
+        (queries,), _ = self.attention.queries(residual, norm, rows)
         assert isinstance(frames.keys, Array)
-        weights = _softmax_over_range(queries, frames.keys, kv_range)
+        weights = _softmax_over_range(queries, frames.keys, rows[0].frame_range)
         weights = weights.reshape(*weights.shape[:-1], self.num_frames, -1)  # [B, H, T, F, N]
         self.weights = nnx.Intermediate(weights if self.per_vector else weights.sum(axis=-1))
-        return self.attention(residual, norm, rope, frames, kv_range, bias)
+        return self.attention(residual, norm, rows, frames, bias)
 
 
 def _softmax_over_range(

@@ -1,6 +1,6 @@
 """The memory bank: keys and values of what was seen, for every cross-attention layer.
 
-B slots, K kv heads, T tokens, F frames, S vectors, D head
+B slots, R rows, K kv heads, T tokens, F frames, S vectors, D head
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moss_jax.ops.qarray import QArray, quantize
-from moss_jax.ops.writes import targets, write_rows
+from moss_jax.ops.writes import write_rows
 
 # Position of an empty place in the bank: no token comes after it.
 NO_POSITION = jnp.iinfo(jnp.int32).max
@@ -55,44 +55,50 @@ class MemoryBank:
 
 def remember_frames(
     bank: MemoryBank,
-    keys: tuple[Float[Array, "B K FN D"], ...],
-    values: tuple[Float[Array, "B K FN D"], ...],
-    positions: Int[Array, "B F"],
-    count: Int[Array, " B"],
+    keys: tuple[Float[Array, "R K FN D"], ...],
+    values: tuple[Float[Array, "R K FN D"], ...],
+    positions: Int[Array, "R F"],
+    count: Int[Array, " R"],
+    slots: Int[Array, " R"] | None = None,
+    before: Int[Array, " R"] | None = None,
 ) -> MemoryBank:
-    """Appends the first `count[b]` of F frames to slot `b`, as far as there is room.
+    """Appends the first `count[r]` of F frames of each row to a slot, as far as there is room.
 
     Args:
       keys, values: of each layer, frame after frame, all with the same number of vectors.
       positions: of the frames; not before those that the bank holds.
+      slots: of the rows; None if row `b` is of slot `b`.
+      before: frames that rows before append to the same slot; None if there are none.
     """
-    slots, frames = positions.shape
+    rows, frames = positions.shape
     vectors = keys[0].shape[2] // frames
     count = count * vectors
+    start = bank.length if slots is None else bank.length[slots]
+    if before is not None:
+        start = start + before * vectors
 
     def append(buffers, rows):
         return tuple(
             jax.tree.map(
-                lambda old, new: write_rows(old, new, bank.length, count),
+                lambda old, new: write_rows(old, new, start, count, slots),
                 buffer,
                 quantize(row, buffer.dtype, axes=3) if isinstance(buffer, QArray) else row,
             )
             for buffer, row in zip(buffers, rows, strict=True)
         )
 
-    at = targets(bank.length, count, frames * vectors, bank.capacity)
-    slot = jnp.arange(slots)[:, None]
+    def write(old: Array, new: Array) -> Array:
+        """Writes one number a vector, [R, FN], to [B, S]."""
+        return write_rows(old[:, None], new[:, None], start, count, slots)[:, 0]
 
-    def write(old, new):
-        return old.at[slot, at].set(new, mode="drop", unique_indices=True)
-
+    added = count if slots is None else jnp.zeros_like(bank.length).at[slots].add(count)
     return MemoryBank(
         keys=append(bank.keys, keys),
         values=append(bank.values, values),
         positions=write(bank.positions, jnp.repeat(positions, vectors, axis=1)),
-        places=write(bank.places, jnp.tile(jnp.arange(vectors, dtype=jnp.int32), frames)),
-        counts=None if bank.counts is None else write(bank.counts, 1.0),
-        length=jnp.minimum(bank.length + count, bank.capacity),
+        places=write(bank.places, jnp.tile(jnp.arange(vectors, dtype=jnp.int32), (rows, frames))),
+        counts=None if bank.counts is None else write(bank.counts, jnp.ones((rows, frames * vectors))),
+        length=jnp.minimum(bank.length + added, bank.capacity),
     )
 
 

@@ -1,8 +1,12 @@
 """The language decoder: self-attention over text, cross-attention over the memory bank.
 
-B batch/slot, T tokens, F frames, N vectors a frame, K kv heads, G query heads per kv head, H = K * G, D width
+B batch/slot, R rows, T tokens of a row, F frames, N vectors a frame, K kv heads, G query heads per kv head,
+H = K * G, D width
 """
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -29,18 +33,62 @@ class KeysValues(NamedTuple):
     values: Float[Array, "B K S D"] | QArray
 
 
-class Append(NamedTuple):
-    """Append position and token count of each slot in a call with a KV cache.
+class Rows(NamedTuple):
+    """Rows of tokens that continue slots.
 
     Attributes:
-      start: tokens that the cache holds.
-      tokens: tokens of the call that are appended.
-      capacity: tokens that the cache has room for.
+      count: of each row, how many of its tokens are appended.
+      slots: which slot each row continues; None if row `b` continues slot `b`.
+      before: tokens that rows before append to the same slot in the same call; None if there are none.
     """
 
-    start: Int[Array, " B"]
-    tokens: Int[Array, " B"]
-    capacity: int
+    tokens: Int[Array, "R T"]
+    count: Int[Array, " R"]
+    slots: Int[Array, " R"] | None = None
+    before: Int[Array, " R"] | None = None
+
+    def of_slots(self, x: Array) -> Array:
+        """What an array with one entry a slot has for the slot of each row."""
+        return x if self.slots is None else x[self.slots]
+
+
+class RowsInCall(NamedTuple):
+    """Rows of queries of a call, with what their layers need beside hidden states.
+
+    Attributes:
+      rope: of their positions.
+      frame_range: vectors of their slot's bank that they see.
+      slots: as in `Rows`.
+      start: tokens in the cache before each row; None without a cache.
+      count: tokens of each row that are appended to it.
+    """
+
+    rope: Rotation
+    frame_range: KeyRange
+    slots: Int[Array, " R"] | None = None
+    start: Int[Array, " R"] | None = None
+    count: Int[Array, " R"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[R, T]."""
+        return self.frame_range.end.shape
+
+
+def join(parts: Sequence[Array]) -> Array:
+    """Concatenates arrays of rows, [R, T, ...], to [1, N, ...]; one alone is left as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return jnp.concatenate([x.reshape(1, -1, *x.shape[2:]) for x in parts], axis=1)
+
+
+def split(x: Array, rows: Sequence[RowsInCall]) -> list[Array]:
+    """Reverses `join`."""
+    if len(rows) == 1:
+        return [x]
+    sizes = [math.prod(part.shape) for part in rows]
+    parts = jnp.split(x, list(itertools.accumulate(sizes))[:-1], axis=1)
+    return [x.reshape(*part.shape, *x.shape[2:]) for x, part in zip(parts, rows, strict=True)]
 
 
 class SelfAttention(nnx.Module):
@@ -61,9 +109,9 @@ class SelfAttention(nnx.Module):
         self,
         residual: Residual,
         norm: Norm,
-        rope: Rotation,
+        rows: Sequence[RowsInCall],
         past: KeysValues | None,
-        append: Append | None,
+        capacity: int,
     ) -> tuple[Float[Array, "B T H head"], Float[Array, "B T D"], KeysValues]:
         """Attends among the tokens, or, given a KV cache, appends them to it and attends to that.
 
@@ -73,20 +121,27 @@ class SelfAttention(nnx.Module):
         qkv, x = norm_linear(residual, norm, self.qkv.weights)  # [B, T, K, G + 2, head]
         assert isinstance(qkv, Array)
         if past is not None:
-            assert append is not None
             assert isinstance(past.keys, Array)
             assert isinstance(past.values, Array)
-            heads, *now = append_and_attend(
-                qkv,
-                rope,
-                past.keys,
-                past.values,
-                append.start,
-                append.tokens,
-                capacity=append.capacity,
-                implementation=self.implementation,
-            )
-            return heads, x, KeysValues(*now)
+            heads = []
+            for part, qkv_part in zip(rows, split(qkv, rows), strict=True):
+                assert part.start is not None
+                assert part.count is not None
+                of_part, *now = append_and_attend(
+                    qkv_part,
+                    part.rope,
+                    past.keys,
+                    past.values,
+                    part.start,
+                    part.count,
+                    slots=part.slots,
+                    capacity=capacity,
+                    implementation=self.implementation,
+                )
+                past = KeysValues(*now)
+                heads.append(of_part)
+            return join(heads), x, past
+        (rope,) = (part.rope for part in rows)
         B, T = x.shape[:2]
         q = rotate(qkv[..., :-2, :].reshape(B, T, -1, self.config.head_dim), rope)
         k = rotate(qkv[..., -2, :], rope).swapaxes(1, 2)  # [B, K, T, head]
@@ -123,25 +178,36 @@ class CrossAttention(nnx.Module):
         return KeysValues(flat(keys), flat(kv[..., 1, :]))
 
     def queries(
-        self, residual: Residual, norm: Norm, rope: Rotation
-    ) -> tuple[Float[Array, "B T H head"], Float[Array, "B T D"]]:
-        """Queries of the tokens, and the residual sum."""
+        self, residual: Residual, norm: Norm, rows: Sequence[RowsInCall]
+    ) -> tuple[list[Float[Array, "R T H head"]], Float[Array, "B T D"]]:
+        """Queries of each of the rows, and the residual sum."""
         q, x = norm_linear(residual, norm, self.q.weights)
         assert isinstance(q, Array)
-        return rotate(self.q_norm(q), rope), x
+        parts = zip(rows, split(self.q_norm(q), rows), strict=True)
+        return [rotate(q, part.rope) for part, q in parts], x
 
     def __call__(
         self,
         residual: Residual,
         norm: Norm,
-        rope: Rotation,
+        rows: Sequence[RowsInCall],
         frames: KeysValues,
-        kv_range: KeyRange,
         bias: Float[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B T H head"], Float[Array, "B T D"]]:
         """Attends to the frames in range; results of all heads, and the residual sum."""
-        q, x = self.queries(residual, norm, rope)
-        return attention(q, *frames, kv_range, bias=bias, implementation=self.implementation), x
+        queries, x = self.queries(residual, norm, rows)
+        heads = [
+            attention(
+                q,
+                *frames,
+                part.frame_range,
+                slots=part.slots,
+                bias=bias,
+                implementation=self.implementation,
+            )
+            for part, q in zip(rows, queries, strict=True)
+        ]
+        return join(heads), x
 
 
 class SelfLayer(nnx.Module):
@@ -156,9 +222,9 @@ class SelfLayer(nnx.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, residual: Residual, rope: Rotation, past: KeysValues | None, append: Append | None
+        self, residual: Residual, rows: Sequence[RowsInCall], past: KeysValues | None, capacity: int
     ) -> tuple[Residual, KeysValues]:
-        heads, x, now = self.attention(residual, self.attention_norm.params, rope, past, append)
+        heads, x, now = self.attention(residual, self.attention_norm.params, rows, past, capacity)
         residual = post_attention(
             x,
             heads,
@@ -186,14 +252,13 @@ class CrossLayer(nnx.Module):
     def __call__(
         self,
         residual: Residual,
-        rope: Rotation,
+        rows: Sequence[RowsInCall],
         frames: KeysValues,
-        kv_range: KeyRange,
         sees: Bool[Array, "B T"],
         bias: Float[Array, "B S"] | None = None,
     ) -> Residual:
-        """Rows that see no frame get no MLP branch, and from an empty range no attention either."""
-        heads, x = self.attention(residual, self.attention_norm.params, rope, frames, kv_range, bias)
+        """Tokens that see no frame get no MLP branch, and from an empty range no attention either."""
+        heads, x = self.attention(residual, self.attention_norm.params, rows, frames, bias)
         return post_attention(
             x,
             heads,
@@ -252,37 +317,67 @@ class Decoder(nnx.Module):
             attended = jnp.where(visible > 0, visible, present[:, None])
         rope = self._rotation(frame_positions)
         frames = [remat(layer.attention.project, keep)(features, rope) for layer in self._cross_layers()]
-        hidden, _ = self._run(tokens, positions, frames, attended * vectors, visible > 0, keep=keep)
+        end = attended * vectors
+        rows = RowsInCall(self._rotation(positions), KeyRange(jnp.zeros_like(end), end))
+        hidden, _ = self._run(tokens, (rows,), frames, visible > 0, keep=keep)
         return hidden
 
     def remember(
         self,
         bank: MemoryBank,
-        features: Float[Array, "B F N D"],
-        positions: Int[Array, "B F"],
-        count: Int[Array, " B"],
+        features: Float[Array, "R F N D"],
+        positions: Int[Array, "R F"],
+        count: Int[Array, " R"],
+        slots: Int[Array, " R"] | None = None,
+        before: Int[Array, " R"] | None = None,
     ) -> MemoryBank:
-        """Projects frames for every cross-attention layer and appends the first `count` of each slot."""
+        """Projects frames for every cross-attention layer and appends the first `count` of each row.
+
+        Args:
+          slots, before: of rows of frames, as in `memory.remember_frames`.
+        """
         rope = self._rotation(positions)
         projected = [layer.attention.project(features, rope) for layer in self._cross_layers()]
         keys, values = zip(*projected, strict=True)
-        return remember_frames(bank, keys, values, positions, count)
+        return remember_frames(bank, keys, values, positions, count, slots, before)
 
     def decode(
         self, state: StreamState, tokens: Int[Array, "B T"], count: Int[Array, " B"]
     ) -> tuple[Float[Array, "B T D"], StreamState]:
         """Appends the first `count` tokens of each slot and attends to text and bank as they then stand."""
+        return self.decode_rows(state, [Rows(tokens, count)])
+
+    def decode_rows(
+        self, state: StreamState, rows: Sequence[Rows]
+    ) -> tuple[Float[Array, "B T D"], StreamState]:
+        """Appends rows of tokens, and attends to text and bank as they then stand.
+
+        GEMMs are over all tokens together, attention is over rows of one length. All rows of a slot are in
+        one of `rows`, in order.
+
+        Returns:
+          Hidden states: [R, T, D], or [1, N, D] of all tokens, row after row, where there are several `rows`.
+        """
         text, bank = state.text, state.bank
-        row = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        positions = text.position[:, None] + row
-        real = row < count[:, None]
-        visible = jnp.where(real, vectors_visible(bank.positions, positions), 0)
-        append = Append(text.length, count, text.capacity)
+        added = jnp.zeros_like(text.length)
+        in_call, sees = [], []
+        for part in rows:
+            before = 0 if part.before is None else part.before
+            token = jnp.arange(part.tokens.shape[1], dtype=jnp.int32)
+            positions = (part.of_slots(text.position) + before)[:, None] + token
+            is_real = token < part.count[:, None]
+            visible = jnp.where(is_real, vectors_visible(part.of_slots(bank.positions), positions), 0)
+            frame_range = KeyRange(jnp.zeros_like(visible), visible)
+            start = part.of_slots(text.length) + before
+            in_call.append(RowsInCall(self._rotation(positions), frame_range, part.slots, start, part.count))
+            sees.append(visible > 0)
+            added = added + part.count if part.slots is None else added.at[part.slots].add(part.count)
         past = [KeysValues(k, v) for k, v in zip(text.keys, text.values, strict=True)]
         frames = [KeysValues(k, v) for k, v in zip(bank.keys, bank.values, strict=True)]
-        hidden, now = self._run(tokens, positions, frames, visible, visible > 0, bank.bias, past, append)
+        tokens = join([part.tokens for part in rows])
+        hidden, now = self._run(tokens, in_call, frames, join(sees), bank.bias, past, text.capacity)
         keys, values = zip(*now, strict=True)
-        length = jnp.minimum(text.length + count, text.capacity)
+        length = jnp.minimum(text.length + added, text.capacity)
         text = TextCache(keys, values, length, text.position + length - text.length, text.capacity)
         return hidden, StreamState(text=text, bank=bank)
 
@@ -293,18 +388,15 @@ class Decoder(nnx.Module):
     def _run(
         self,
         tokens,
-        positions,
+        rows: Sequence[RowsInCall],
         frames,
-        frame_keys,
         sees,
         bias=None,
         past=None,
-        append=None,
+        capacity=0,
         keep: Remat = "none",
     ):
         """Runs all layers; returns the final hidden states and each text layer's keys and values."""
-        rope = self._rotation(positions)
-        frame_range = KeyRange(jnp.zeros_like(frame_keys), frame_keys)
         past = iter(past or [None] * self.config.num_self_attention_layers)
         frames = iter(frames)
         now = []
@@ -312,9 +404,9 @@ class Decoder(nnx.Module):
         residual = Residual(constrain(self.embedding[tokens], ("batch", None, None)))
         for layer in self.layers:
             if isinstance(layer, CrossLayer):
-                residual = remat(layer, keep)(residual, rope, next(frames), frame_range, sees, bias)
+                residual = remat(layer, keep)(residual, rows, next(frames), sees, bias)
             else:
-                residual, kv = remat(layer, keep)(residual, rope, next(past), append)
+                residual, kv = remat(layer, keep)(residual, rows, next(past), capacity)
                 now.append(kv)
         return add_norm(residual, self.norm.params)[0], now
 
