@@ -64,13 +64,8 @@ def workspace_bytes(
     return max(step, encoding, 2 * slot_bytes(model, engine, dtype)) + features
 
 
-def memory_bytes(device: jax.Device | None = None) -> int:  # pyright: ignore[reportInvalidTypeForm]
-    """Bytes of memory that a device may use; of a CPU, all that the machine has.
-
-    Args:
-      device: None for the first.
-    """
-    device = device or jax.devices()[0]
+def memory_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]
+    """Bytes of memory that a device may use; of a CPU, all that the machine has."""
     if limit := (device.memory_stats() or {}).get("bytes_limit"):
         return limit
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -177,8 +177,8 @@ class Engine:
         self._compact_bank = {}
         for memory in self._memories:
             if policy := make_policy(memory, model.config, self.config.bank_capacity):
-                program_of = program(functools.partial(compact_bank, policy.compact), 0)
-                self._compact_bank[memory.policy] = program_of
+                compact = functools.partial(compact_bank, policy.compact)
+                self._compact_bank[memory.policy] = program(compact, 0)
         self.programs = {
             "step": self._step,
             "compact_text": self._compact_text,

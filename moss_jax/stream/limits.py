@@ -66,7 +66,7 @@ def saved_config(engine: EngineConfig, settings: Mapping[str, Any]) -> EngineCon
       settings: of `Engine.stream_settings`, as they have been saved.
     """
     fields = {field.name for field in dataclasses.fields(MemoryConfig)}
-    memory = {name: settings.get(f"memory.{name}") for name in fields}
+    memory: dict[str, Any] = {name: settings.get(f"memory.{name}") for name in fields}
     capacities = (settings.get(f"engine.{name}") for name in ("bank_capacity", "text_capacity"))
     try:
         return stream_config(engine, MemoryConfig(**memory), *capacities)

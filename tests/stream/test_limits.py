@@ -157,19 +157,24 @@ def test_limits_of_a_stream():
 
 def test_limits_that_an_engine_cannot_keep(model):
     engine = EngineConfig(1, 100, 20, OWN, policies=("pyramid",))
-    for limits, message in (
-        ((None, 21), "a stream's bank_capacity can be at most 20, the engine's, not 21"),
-        ((None, None, 101), "a stream's text_capacity can be at most 100, the engine's, not 101"),
-        ((None, 0), "bank_capacity must be at least 1, not 0"),
-        (
-            (MemoryConfig("merge"),),
-            r"must be one of 'window', 'pyramid', 'full', .* not 'merge'; name it in engine.policies",
-        ),
-        ((MemoryConfig("window", bank_dtype="int8"),), "bank_dtype must be None, not 'int8'"),
-        ((MemoryConfig("pyramid", low_water=0.6), 2), "a bank of 2 frames is too small for a pyramid"),
-    ):
+
+    def refused(message, **limits):
         with pytest.raises(ConfigError, match=message):
-            stream_config(engine, *limits, model=model.config)
+            stream_config(engine, **limits, model=model.config)
+
+    refused("a stream's bank_capacity can be at most 20, the engine's, not 21", bank_capacity=21)
+    refused("a stream's text_capacity can be at most 100, the engine's, not 101", text_capacity=101)
+    refused("bank_capacity must be at least 1, not 0", bank_capacity=0)
+    refused(
+        "must be one of 'window', 'pyramid', 'full', .* not 'merge'; name it in engine.policies",
+        memory=MemoryConfig("merge"),
+    )
+    refused("bank_dtype must be None, not 'int8'", memory=MemoryConfig("window", bank_dtype="int8"))
+    refused(
+        "a bank of 2 frames is too small for a pyramid",
+        memory=MemoryConfig("pyramid", low_water=0.6),
+        bank_capacity=2,
+    )
 
 
 def test_an_engine_refuses_policies_that_it_cannot_have(model, tokenizer):
