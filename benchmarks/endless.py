@@ -68,7 +68,7 @@ class Watched:
         (row,) = rows
         assert row is not None
         now = time.monotonic()
-        kinds = ["bank"] * row.compact + ["text"] * (row.kept is not None)
+        kinds = ["bank"] * (row.compact is not None) + ["text"] * (row.kept is not None)
         self._gaps[" and ".join(kinds) or str((len(row.tokens), len(row.frames)))].append(
             now - self._sampled_at
         )

@@ -457,6 +457,10 @@ class TokenSampling:
 # ------------------------------------------------------------------------------------ live stream
 
 
+# Policies of the memory bank that leave each vector as it is, or forget it.
+NEVER_MERGE = ("full", "window")
+
+
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
     """Compaction of the memory bank and eviction from the KV cache, which a stream out of room goes on by.
@@ -467,7 +471,7 @@ class MemoryConfig:
         and merges the oldest. "merge" merges vectors at the same place of neighbouring frames that are alike.
       low_water: share of the bank and of the text cache that a compaction leaves in use.
       pyramid_shares: of what is left, the share of each level: whole frames, 1/4, 1/16 of the grid, one
-        vector.
+        vector. If they are fewer, the last is divided evenly among the levels that are left.
       bank_dtype: stores keys and values of the bank in 8 bits; None for the dtype of the model.
       text: for the tokens. "full" forgets none, so the stream ends when the text cache is full. "window"
         keeps the opening and the newest; of older ones silences and frames go first, then what was asked,
@@ -508,7 +512,7 @@ class MemoryConfig:
     @property
     def merges(self) -> bool:
         """Whether vectors of the bank may stand for several, so that their counts are kept."""
-        return self.policy not in ("full", "window")
+        return self.policy not in NEVER_MERGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -520,16 +524,29 @@ class EngineConfig:
       text_capacity: tokens in the text cache of a slot, including the `<|image|>` token of each frame.
       bank_capacity: whole frames in the memory bank of a slot.
       memory: what a slot keeps beyond that.
+      policies: names of memory policies that a stream may have in the place of `memory.policy`, each of which
+        is compiled; "full" is always allowed. See `stream.stream_config`.
     """
 
     slots: int = 1
     text_capacity: int = 4096
     bank_capacity: int = 256
     memory: MemoryConfig = MemoryConfig()
+    policies: tuple[str, ...] = ()
 
     def __post_init__(self):
         _convert_fields(self)
         _require_at_least(1, self, "slots", "text_capacity", "bank_capacity")
+
+    @property
+    def allowed_policies(self) -> tuple[str, ...]:
+        """Names of the policies that streams may have, `memory.policy` first, each once."""
+        return tuple(dict.fromkeys((self.memory.policy, *self.policies)))
+
+    @property
+    def merges(self) -> bool:
+        """Whether vectors of a bank may stand for several, so that their counts are kept."""
+        return any(name not in NEVER_MERGE for name in self.allowed_policies)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,10 +43,11 @@ def make_engine(model, tokenizer) -> Callable[..., Engine]:
         text_capacity=512,
         bank_capacity=32,
         memory=FORGETS_NOTHING,
+        policies=(),
         perception_device=None,
         **sampling,
     ) -> Engine:
-        config = EngineConfig(slots, text_capacity, bank_capacity, memory)
+        config = EngineConfig(slots, text_capacity, bank_capacity, memory, policies)
         key = (config, TokenSampling(**sampling), perception_device)
         if key not in made:
             made[key] = Engine(model, tokenizer, *key[:2], perception_device=perception_device)
@@ -140,7 +141,7 @@ class ScriptedEngine:
                 continue
             if row.kept is not None:
                 state.context[slot] = [state.context[slot][i] for i in row.kept]
-            self.compactions += row.compact
+            self.compactions += row.compact is not None
             tokens = [state.pending[slot] if t == PENDING else t for t in row.tokens]
             assert sum(t == special.image for t in tokens) == len(row.frames)
             self.seen += [features[i] for i in row.frames if i is not None]

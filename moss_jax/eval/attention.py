@@ -22,6 +22,7 @@ from moss_jax.nn import MossVideo
 from moss_jax.nn.decoder import CrossAttention, CrossLayer, KeysValues, RowsInCall
 from moss_jax.ops.attention import KeyRange
 from moss_jax.ops.norm import Norm, Residual
+from moss_jax.ops.rotary import Rotation
 from moss_jax.stream import PENDING, Engine, EngineState, Row, Sampled
 from moss_jax.video import preprocess
 

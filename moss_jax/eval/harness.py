@@ -126,7 +126,7 @@ class Blindfold:
 
     def step(self, state: Any, rows: Sequence[Row | None], features: None = None) -> tuple[Any, Sampled]:
         """Steps the engine, with the frames taken out of the rows."""
-        blind = [row and dataclasses.replace(row, frames=(), compact=False) for row in rows]
+        blind = [row and dataclasses.replace(row, frames=(), compact=None) for row in rows]
         return self._engine.step(state, blind)
 
 

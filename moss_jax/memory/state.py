@@ -110,6 +110,9 @@ def load_slot(state: StreamState, saved: Mapping[str, np.ndarray]) -> dict[str, 
       ValueError: naming an array that is missing, unknown, or of another shape or dtype.
     """
     named = dict(_named(state))
+    if "bank.counts" in named and "bank.counts" not in saved and "bank.positions" in saved:
+        # Of a bank in which nothing could be merged: each vector stands for itself.
+        saved = {**saved, "bank.counts": np.ones(saved["bank.positions"].shape, np.float32)}
     if wrong := named.keys() ^ saved.keys():
         raise ValueError(f"there should {'' if min(wrong) in named else 'not '}be an array {min(wrong)}")
     loaded = {}

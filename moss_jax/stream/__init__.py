@@ -16,8 +16,9 @@ from moss_jax.stream.events import (
     Turn,
     TurnLimit,
 )
+from moss_jax.stream.limits import stream_config
 from moss_jax.stream.offline import answer_offline
-from moss_jax.stream.rows import PENDING, Row
+from moss_jax.stream.rows import PENDING, Compaction, Row
 from moss_jax.stream.saved import SavedStreamError
 from moss_jax.stream.session import Session, SessionError
 from moss_jax.stream.step import NOT_FINITE, EngineState, Sampled
@@ -25,6 +26,7 @@ from moss_jax.stream.step import NOT_FINITE, EngineState, Sampled
 __all__ = [
     "NOT_FINITE",
     "PENDING",
+    "Compaction",
     "Counters",
     "End",
     "Engine",
@@ -47,4 +49,5 @@ __all__ = [
     "Turn",
     "TurnLimit",
     "answer_offline",
+    "stream_config",
 ]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moss_jax.config import EngineConfig
 from moss_jax.memory.eviction import Kind, tokens_to_keep
+from moss_jax.stream.rows import Compaction
 
 if TYPE_CHECKING:
     from moss_jax.stream.conversation import Plan
@@ -18,7 +19,7 @@ class SlotContents:
     """Tokens in the text cache of a slot, and room in its bank.
 
     Args:
-      capacity: of the slot.
+      capacity: of the stream, with its memory policy; see `stream_config`.
 
     Attributes:
       kinds: of the tokens in the text cache.
@@ -49,7 +50,7 @@ class SlotContents:
                 return "bank_capacity"
             if plan.seen:
                 return "next_row"
-            plan.compact = True
+            plan.compact = Compaction(memory, capacity.bank_capacity)
             self.frame_room = capacity.bank_capacity - memory.low_mark(capacity.bank_capacity)
         if len(self.kinds) + tokens <= capacity.text_capacity:
             return "fits"

@@ -27,7 +27,7 @@ from moss_jax.stream.events import (
     Turn,
     TurnLimit,
 )
-from moss_jax.stream.rows import PENDING
+from moss_jax.stream.rows import PENDING, Compaction
 from moss_jax.stream.step import NOT_FINITE
 from moss_jax.text import Detokenizer, Tokenizer
 
@@ -98,7 +98,7 @@ class Plan:
     frames: list[Inbound] = dataclasses.field(default_factory=list)
     new_turn: bool = False
     speculative: bool = False
-    compact: bool = False
+    compact: Compaction | None = None
     kept: list[int] | None = None
     end: EndReason | None = None
 
@@ -115,11 +115,12 @@ class Conversation:
     iterates the session.
 
     Args:
-      capacity: room of the slot.
+      capacity: of the stream, with its memory policy; see `stream_config`.
       opening: tokens of the system prompt, the first user turn and the assistant's header.
       prompt: of the first user turn.
 
     Attributes:
+      capacity: as given.
       finished: nothing more will be pushed.
       stopped: the stream ends at the next token.
       ended: the stream is over.
@@ -145,7 +146,7 @@ class Conversation:
         self.start_time = self.latest = self.latest_frame = 0.0
         self.speaking = self.interrupted = False
         self._config = config
-        self._capacity = capacity
+        self.capacity = capacity
         self._special = tokenizer.special
         self._detokenizer = Detokenizer(tokenizer)
         self._opening: list[int] | None = opening
@@ -236,7 +237,7 @@ class Conversation:
             raise ValueError(f"counts are of {', '.join(saved['counts'])}, not of {', '.join(self._counts)}")
         if sum(prompt is None and not unseen for _, prompt, unseen in saved["inbox"]) != len(frames):
             raise ValueError(f"the inbox should not hold {len(frames)} frames")
-        if not 0 <= saved["frame_room"] <= self._capacity.bank_capacity:
+        if not 0 <= saved["frame_room"] <= self.capacity.bank_capacity:
             raise ValueError(f"frame_room cannot be {saved['frame_room']}")
         self.start_time = self.latest = saved["start_time"]
         self._wall = self.start_time
@@ -531,7 +532,7 @@ class Conversation:
 
     def _warnings(self) -> Iterator[Event]:
         """An event for each capacity that will end the stream and is nearly used up, once."""
-        capacity, memory = self._capacity, self._capacity.memory
+        capacity, memory = self.capacity, self.capacity.memory
         used = {}
         if memory.policy == "full":
             used["bank_capacity"] = self._counts["frames"]

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from moss_jax.config import ConfigError, EngineConfig, TokenSampling
-from moss_jax.memory.policies import make_policy
+from moss_jax.config import ConfigError, EngineConfig, MemoryConfig, TokenSampling
+from moss_jax.memory.policies import FULL, make_policy
 from moss_jax.memory.selection import feature_distance
 from moss_jax.nn import MossVideo, for_decoding
 from moss_jax.stream.parameters import functionalize
@@ -28,6 +28,7 @@ from moss_jax.stream.rows import (
     FRAME_BUCKETS,
     PENDING,
     TOKEN_BUCKETS,
+    Compaction,
     Row,
     StepArguments,
     split_row,
@@ -103,11 +104,13 @@ class Engine:
       placement: the device of the decoder and of every state; on a mesh, of what is not split over it.
       parameters: the decoder's, as the step takes them.
       frame_encoder: perception.
-      programs: the jitted functions by name: "step", "set_sampling", "pixels", "encode" and others.
+      programs: the jitted functions by name: "step", "set_sampling", "compact_text", "pixels", "encode", and
+        for each policy that forgets or merges one such as "compact_bank.pyramid".
 
     Raises:
       ValueError: the tokenizer is of another vocabulary than the model.
-      ConfigError: the text capacity is beyond the model's positions.
+      ConfigError: the text capacity is beyond the model's positions, there is no such memory policy, or the
+        bank is too small for one: for `memory.policy` with its settings, for others with the defaults.
     """
 
     def __init__(
@@ -172,13 +175,17 @@ class Engine:
         self._compact_text = program(compact_text, 0)
         self._put_slot = program(put_slot, 0)
         self._set_sampling = program(set_sampling, 0)
-        policy = make_policy(self.config.memory, model.config, self.config.bank_capacity)
-        self._compact_bank = program(functools.partial(compact_bank, policy), 0) if policy else None
+        # One program for each policy; a stream's settings and its share of the bank are in the budget.
+        self._compact_bank = {}
+        for memory in self._memories:
+            if policy := make_policy(memory, model.config, self.config.bank_capacity):
+                compact = functools.partial(compact_bank, policy.compact)
+                self._compact_bank[memory.policy] = program(compact, 0)
         self.programs = {
             "step": self._step,
             "set_sampling": self._set_sampling,
             "compact_text": self._compact_text,
-            **({"compact_bank": self._compact_bank} if self._compact_bank else {}),
+            **{f"compact_bank.{name}": compact for name, compact in self._compact_bank.items()},
             **self.frame_encoder.programs,
         }
         # Those last used alone, since of many slots there is no end of sets that take part.
@@ -190,6 +197,11 @@ class Engine:
         allowed[[i for i in never if i < tokenizer.vocab_size]] = False
         rules = allowed, tokenizer.penalty_exempt()
         self.rules = SamplingRules(*jax.device_put(rules, self.placement))
+
+    @property
+    def _memories(self) -> list[MemoryConfig]:
+        """Settings for each policy that streams may have: the engine's, and the defaults of the others."""
+        return [self.config.memory, *map(MemoryConfig, self.config.allowed_policies[1:])]
 
     @property
     def allowed(self) -> Bool[Array, " V"]:
@@ -254,9 +266,11 @@ class Engine:
 
     def _compact(self, state: EngineState, slot: int, row: Row) -> EngineState:
         """Makes the room that a row asks for."""
-        if row.compact:
-            assert self._compact_bank is not None, "with the policy full there is no compaction to ask for"
-            state = jax.tree.unflatten(self._structure, self._compact_bank(state, np.int32(slot)))
+        if row.compact is not None:
+            policy = make_policy(row.compact.memory, self.model_config, row.compact.frames)
+            assert policy is not None, "with the policy full there is no compaction to ask for"
+            compact = self._compact_bank[row.compact.memory.policy]
+            state = jax.tree.unflatten(self._structure, compact(state, np.int32(slot), policy.budget))
         if row.kept is not None:
             kept = np.zeros(self.config.text_capacity, np.int32)
             kept[: len(row.kept)] = row.kept
@@ -264,14 +278,18 @@ class Engine:
             state = jax.tree.unflatten(self._structure, arrays)
         return state
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that a saved stream depends on, JSON-ready, by name."""
+    def stream_settings(self, stream: EngineConfig) -> dict[str, Any]:
+        """Settings that a saved stream depends on, JSON-ready, by name.
+
+        Args:
+          stream: of `stream_config`.
+        """
         model = dataclasses.asdict(self.model_config)
         for implementation in ("attention", "remat"):
             del model[implementation]
-        config = dataclasses.asdict(self.config)
-        del config["slots"]
+        config = dataclasses.asdict(stream)
+        for other in ("slots", "policies"):
+            del config[other]
         settings = {
             "model": model | {"dtype": str(self.dtype), "weights": self._weights},
             "tokenizer": hashlib.sha256(self.tokenizer.content).hexdigest(),
@@ -299,7 +317,7 @@ class Engine:
         return slot_to_host(state, slot)
 
     def check_slot(self, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Pads the arrays of `save_slot`, of an engine with the same `settings`, for `load_slot`.
+        """Pads the arrays of `save_slot`, of an engine with the same `stream_settings`, for `load_slot`.
 
         Raises:
           ValueError: naming an array that does not fit.
@@ -340,9 +358,12 @@ class Engine:
                 # The state is dropped each time, so that there is never room needed for two.
                 sampled = self.step(self.start(), [row] * self.config.slots, features)[1]
                 jax.block_until_ready(sampled)
-        memory = Row([PENDING], compact=self._compact_bank is not None, kept=[0])
         state = self.set_sampling(self.start(), 0, self.sampling)
-        jax.block_until_ready(self.step(state, [memory] * self.config.slots)[1])
+        for memory in self._memories:
+            compact = None if memory.policy == FULL else Compaction(memory, self.config.bank_capacity)
+            row = Row([PENDING], compact=compact, kept=[0])
+            state, sampled = self.step(state, [row] * self.config.slots)
+            jax.block_until_ready(sampled)
 
     def _lower(self, rows: Sequence[Row]) -> Iterator[jax.stages.Lowered]:
         """The step for each of these rows in every slot, yet to be compiled."""

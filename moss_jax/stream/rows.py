@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from moss_jax.config import MemoryConfig
+
 # Placeholder in a row for the token that the step before has sampled.
 PENDING = -1
 
@@ -20,6 +22,19 @@ PENDING = -1
 # holds the largest frame bucket with 64 other tokens.
 TOKEN_BUCKETS = (1, 2, 4, 16, 64, 320)
 FRAME_BUCKETS = (1, 8, 32, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compaction:
+    """A compaction of a slot's bank, by the settings of its stream.
+
+    Attributes:
+      memory: the policy and its settings.
+      frames: whole frames that the stream may have in the bank; at most those that the slot has room for.
+    """
+
+    memory: MemoryConfig
+    frames: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +46,14 @@ class Row:
       frames: for each `<|image|>` among the tokens, in order, the index of its frame in the encoded features,
         or None for a token without a frame; empty if none has one.
       new_turn: whether the repetition penalty starts afresh.
-      compact: whether the memory policy is run on the slot's bank before.
+      compact: of the slot's bank, before the row; None for none.
       kept: indices of the tokens that stay in the slot's text cache, ascending; None for all.
     """
 
     tokens: Sequence[int]
     frames: Sequence[int | None] = ()
     new_turn: bool = False
-    compact: bool = False
+    compact: Compaction | None = None
     kept: Sequence[int] | None = None
 
     def placed(self, image: int) -> dict[int, int]:

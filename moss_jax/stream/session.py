@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from moss_jax.config import SessionConfig, UnseenReason
+from moss_jax.config import EngineConfig, SessionConfig, UnseenReason
 from moss_jax.memory.selection import thumbnail
 from moss_jax.stream.conversation import Conversation, Encoded, Inbound, Plan
 from moss_jax.stream.dispatch_timer import DispatchTimer, StepInFlight
 from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import Event
+from moss_jax.stream.limits import saved_config
 from moss_jax.stream.perception import ENCODE_BUCKETS
 from moss_jax.stream.rows import Row
 from moss_jax.stream.saved import (
@@ -93,7 +94,7 @@ class Session:
         self.opening_length = 0
         opening = chat.opening(engine.tokenizer, system=system, prompt=prompt)
         if len(resume or ()) < engine.config.slots:
-            self._check_length(opening)
+            self._check_length(opening, engine.config)
         self._conversations = [
             Conversation(engine.tokenizer, engine.config, self.config, slot, opening=opening, prompt=prompt)
             for slot in range(engine.config.slots)
@@ -140,10 +141,11 @@ class Session:
         """The tokens that a prompt would append.
 
         Raises:
-          SessionError: they are more than the text capacity.
+          SessionError: they are more than the text capacity, of the stream with the smallest.
         """
         tokens = chat.interjection(self._engine.tokenizer, text)
-        self._check_length(tokens)
+        for capacity in sorted({c.capacity for c in self._conversations}, key=lambda c: c.text_capacity):
+            self._check_length(tokens, capacity)
         return tokens
 
     @property
@@ -210,15 +212,20 @@ class Session:
         if remembered := self._remembered.get(slot):
             compared["features"] = np.asarray(remembered.features[remembered.index])
         arrays = engine.save_slot(self._state, slot)
-        write_stream(path, SavedStream(engine.settings, dialogue, arrays, frames, compared))
+        settings = engine.stream_settings(conversation.capacity)
+        write_stream(path, SavedStream(settings, dialogue, arrays, frames, compared))
         return dialogue["start_time"]
 
     def _resume(self, slot: int, path: str | os.PathLike) -> list[np.ndarray]:
         """Has a slot go on with the dialogue of a file; the arrays that it holds."""
-        (conversation,) = self._select(slot)
+        self._select(slot)
         engine = self._saving_engine()
         saved = read_stream(path)
-        check_settings(path, saved.settings, engine.settings)
+        # It keeps the limits that it was saved with.
+        capacity = saved_config(engine.config, saved.settings)
+        check_settings(path, saved.settings, engine.stream_settings(capacity))
+        conversation = Conversation(engine.tokenizer, capacity, self.config, slot, opening=[], prompt="")
+        self._conversations[slot] = conversation
 
         def make_prompt(time: float, text: str) -> Inbound:
             tokens = chat.interjection(engine.tokenizer, text)
@@ -471,8 +478,8 @@ class Session:
             raise SessionError(f"time must be a number of seconds from 0 on, not {time}")
         return float(time)
 
-    def _check_length(self, tokens: list[int]) -> None:
-        capacity, memory = self._engine.config.text_capacity, self._engine.config.memory
+    def _check_length(self, tokens: list[int], config: EngineConfig) -> None:
+        capacity, memory = config.text_capacity, config.memory
         # One more for the token that answers.
         if len(tokens) + 1 > capacity:
             raise SessionError(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from moss_jax.config import EngineConfig, ModelConfig, TokenSampling
 from moss_jax.memory import StreamState, init_state, keep_tokens, load_slot, save_slot
-from moss_jax.memory.policies import Policy
+from moss_jax.memory.policies import Compact
 from moss_jax.nn.decoder import Decoder
 from moss_jax.ops.qarray import DTYPES
 from moss_jax.stream.rows import PENDING, StepFrames
@@ -91,7 +91,7 @@ def start(model: ModelConfig, dtype: DTypeLike, sampling: TokenSampling, config:
             bank_capacity=config.bank_capacity,
             dtype=dtype,
             bank_dtype=DTYPES[config.memory.bank_dtype] if config.memory.bank_dtype else None,
-            merges=config.memory.merges,
+            merges=config.merges,
         ),
         pending=jnp.zeros(slots, jnp.int32),
         logits=jnp.zeros((slots, vocab), jnp.float32),
@@ -137,9 +137,11 @@ def step(
     return EngineState(stream=stream, pending=pending, logits=logits, said=said, sampling=state.sampling)
 
 
-def compact_bank(policy: Policy, state: EngineState, slot: Int[Array, ""]) -> EngineState:
-    """Runs a memory policy on the bank of one slot."""
-    bank = _replace_slot(state.stream.bank, slot, policy)
+def compact_bank(
+    compact: Compact, state: EngineState, slot: Int[Array, ""], budget: Int[Array, " n"]
+) -> EngineState:
+    """Compacts the bank of one slot to a budget of the policy."""
+    bank = _replace_slot(state.stream.bank, slot, lambda bank: compact(bank, budget))
     return dataclasses.replace(state, stream=dataclasses.replace(state.stream, bank=bank))
 
 

@@ -15,7 +15,7 @@ from banks import empty_bank
 from moss_jax.config import CompressorConfig, ConfigError, MemoryConfig, moss_tiny, moss_video_11b
 from moss_jax.memory import remember_frames
 from moss_jax.memory.policies import POLICIES, make_policy
-from moss_jax.memory.policies.pyramid import coarser_place, make_levels
+from moss_jax.memory.policies.pyramid import coarser_place, divide, make_grids, vectors_of
 from moss_jax.ops.qarray import dequantize
 
 FRAMES = 12  # Whole frames of the banks here.
@@ -122,6 +122,58 @@ def test_slots_do_not_touch_one_another(name):
         alone = policy(memory)(stream.bank)
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
             np.testing.assert_allclose(a[0], b[slot], rtol=0, atol=1e-5)
+
+
+def filled(memory, room, frames, stored):
+    """A bank in a buffer with that much room, after a stream that has been compacted to its own size.
+
+    Also the number of compactions.
+    """
+    memory = dataclasses.replace(memory, bank_dtype=stored)
+    bank, compactions = empty_bank(model(), memory, room), 0
+    policy = make_policy(memory, model(), frames)
+    for number in range(3 * frames):
+        if int(bank.length[0]) + VECTORS > frames * VECTORS:
+            bank = compact_by_name(memory.policy)(bank, policy.budget)
+            compactions += 1
+        x = frame(number)
+        bank = append(bank, (x,), (2 * x,), jnp.array([[3 * number]]), jnp.array([1]))
+    return bank, compactions
+
+
+@functools.cache
+def compact_by_name(name):
+    """The one compiled compaction of a policy."""
+    return jax.jit(make_policy(MemoryConfig(name), model(), 64).compact)
+
+
+@pytest.mark.parametrize("stored", [None, "int8"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_bank_in_a_larger_buffer_is_as_in_one_of_its_size(name, stored):
+    """Bit for bit, at several budgets, by one program for each size of the buffer."""
+    room, sizes = 16, ((9, 0.75), (12, 0.7), (16, 0.8))
+    compact_by_name(name).clear_cache()
+    for frames, low_water in sizes:
+        memory = MemoryConfig(name, low_water=low_water)
+        (exact, expected), (bank, compactions) = (filled(memory, x, frames, stored) for x in (frames, room))
+        assert compactions == expected > 3
+        length = int(exact.length[0])
+        assert length == int(bank.length[0]) <= frames * VECTORS
+        for small, large in zip(jax.tree.leaves(exact), jax.tree.leaves(bank), strict=True):
+            rows = (slice(None),) * (2 if small.ndim > 2 else 1)
+            within = (*rows, slice(length)) if small.ndim > 1 else ()
+            np.testing.assert_array_equal(np.asarray(small)[within], np.asarray(large)[within])
+    assert compact_by_name(name)._cache_size() == len({room, *(frames for frames, _ in sizes)})
+
+
+def test_policies_of_one_name_have_one_compaction():
+    for name in POLICIES:
+        one = make_policy(MemoryConfig(name), model(), 64)
+        other = make_policy(MemoryConfig(name, low_water=0.8, pyramid_shares=(0.5, 0.5)), model(), 16)
+        assert one.compact is other.compact
+        assert one.budget.shape == other.budget.shape
+        assert one.budget.dtype == other.budget.dtype == np.int32
+        assert (one.budget != other.budget).any()
 
 
 def test_the_window_keeps_the_newest_frames_bit_for_bit():
@@ -244,12 +296,24 @@ def test_what_is_not_merged_is_not_rounded_again(stored):
 
 
 def test_levels_of_the_models():
-    for config, vectors in ((moss_tiny(), [17, 5, 2, 1]), (moss_video_11b(), [101, 26, 10, 1])):
-        levels = make_levels(config, MemoryConfig().pyramid_shares, 64 * config.vectors_per_frame)
-        assert [level.vectors for level in levels] == vectors
+    for config, sizes in ((moss_tiny(), [17, 5, 2, 1]), (moss_video_11b(), [101, 26, 10, 1])):
+        assert [vectors_of(grid) for grid in make_grids(config)] == sizes
     one = dataclasses.replace(moss_tiny(), compressor=CompressorConfig(stride=8))
-    levels = make_levels(one, (0.5, 0.2, 0.2, 0.1), 100)
-    assert [(level.vectors, level.budget) for level in levels] == [(2, 25), (1, 50)]
+    assert make_grids(one) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("grids", "shares", "budget"),
+    [
+        ((4, 2, 1, 0), (0.5, 0.25, 0.125, 0.125), [4, 8, 10, 20]),
+        ((2, 1, 0), (0.5, 0.25, 0.125, 0.125), [16, 20, 40]),  # The last has the shares that are left.
+        ((1, 0), (0.5, 0.25, 0.25), [40, 80]),
+        ((4, 2, 1, 0), (0.5, 0.25, 0.25), [4, 8, 10, 20]),  # The last share is divided.
+        ((4, 2, 1, 0), (0.25, 0.75), [2, 8, 20, 40]),
+    ],
+)
+def test_shares_of_the_levels(grids, shares, budget):
+    assert divide(grids, shares, 160) == budget
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones():

@@ -13,6 +13,7 @@ from moss_jax.config import MemoryConfig, SessionConfig
 from moss_jax.memory.eviction import Kind, tokens_to_keep
 from moss_jax.stream import (
     PENDING,
+    Compaction,
     End,
     FrameSeen,
     Interrupted,
@@ -229,7 +230,7 @@ def test_between_two_compactions_the_law_holds(make_engine, frames, policy):
     """Token by token or in one row, the logits after a compaction are the same."""
     memory = MemoryConfig(policy, low_water=0.75, pyramid_shares=(0.5, 0.25, 0.25))
     engine = make_engine(bank_capacity=8, memory=memory)
-    special = engine.tokenizer.special
+    special, compact = engine.tokenizer.special, Compaction(memory, 8)
     image, tokens = special.image, engine.tokenizer.encode("What is there now?")
 
     def filled():
@@ -239,13 +240,13 @@ def test_between_two_compactions_the_law_holds(make_engine, frames, policy):
         return state
 
     later = [image, *tokens, image, *tokens[:3]]
-    state, sampled = engine.step(filled(), [Row(later, [0, 1], compact=True)], engine.encode(frames[8:10]))
+    state, sampled = engine.step(filled(), [Row(later, [0, 1], compact=compact)], engine.encode(frames[8:10]))
     at_once = np.asarray(sampled.logits)
     assert int(state.stream.bank.length[0]) <= 8 * engine.model_config.vectors_per_frame
     state, seen = filled(), iter(frames[8:10])
     for index, token in enumerate(later):
         features = engine.encode([next(seen)]) if token == image else None
-        row = Row([token], [0] if token == image else [], compact=index == 0)
+        row = Row([token], [0] if token == image else [], compact=None if index else compact)
         state, sampled = engine.step(state, [row], features)
     # Sums of some thousand products in float32, through three layers.
     np.testing.assert_allclose(sampled.logits, at_once, rtol=0, atol=1e-4)
@@ -304,7 +305,7 @@ def test_compactions_leave_other_slots_alone(make_engine, frames):
     row = Row([special.begin_of_text] + [special.image] * 8, range(8))
     state, _ = engine.step(engine.start(), [row, row], engine.encode(frames[:8]))
     before = [np.asarray(x[1]) for x in jax.tree.leaves(state.stream)]
-    state, _ = engine.step(state, [Row([PENDING], compact=True, kept=range(5)), None])
+    state, _ = engine.step(state, [Row([PENDING], compact=Compaction(WINDOW, 8), kept=range(5)), None])
     after = [np.asarray(x[1]) for x in jax.tree.leaves(state.stream)]
     vectors = engine.model_config.vectors_per_frame
     assert np.asarray(state.stream.bank.length).tolist() == [6 * vectors, 8 * vectors]

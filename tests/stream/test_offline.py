@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 
 from moss_jax.config import MemoryConfig
-from moss_jax.stream import NOT_FINITE, PENDING, End, FrameSeen, Row, SessionError, Text, Turn, answer_offline
+from moss_jax.stream import (
+    NOT_FINITE,
+    PENDING,
+    Compaction,
+    End,
+    FrameSeen,
+    Row,
+    SessionError,
+    Text,
+    Turn,
+    answer_offline,
+)
 from moss_jax.text import Detokenizer, chat
 from moss_jax.video import Frame
 
@@ -125,7 +136,7 @@ def test_a_clip_that_is_longer_than_the_bank_is_compacted_as_a_stream_is(
 ):
     """The rows and their logits are those of the same verbs by hand."""
     memory = MemoryConfig(policy, low_water=0.75, pyramid_shares=(0.5, 0.25, 0.25))
-    engine = make_engine(bank_capacity=8, memory=memory)
+    engine, compact = make_engine(bank_capacity=8, memory=memory), Compaction(memory, 8)
     rgb = [frames[i % 16] for i in range(20)]
     state, logits = engine.start(), []
     opening = chat.offline_opening(tokenizer, system=None, num_frames=20, prompt="What is it?")
@@ -136,12 +147,12 @@ def test_a_clip_that_is_longer_than_the_bank_is_compacted_as_a_stream_is(
         state, sampled = engine.step(state, [row], features)
         logits.append(np.asarray(sampled.logits[0]))
         end = begin + first + 2 if first < 18 else None
-        row = Row(opening[begin + first : end], range(first, first + 2), first == 18, compact=True)
+        row = Row(opening[begin + first : end], range(first, first + 2), first == 18, compact=compact)
     steps = recorded(engine, monkeypatch)
     shown = (Frame(frame, float(i)) for i, frame in enumerate(rgb))
     events = list(answer_offline(engine, shown, "What is it?", max_tokens=3))
     assert [len(row.frames) for row, _ in steps] == [8, 2, 2, 2, 2, 2, 2] + [0] * events[-1].counters.tokens
-    assert [row.compact for row, _ in steps[:7]] == [False] + [True] * 6
+    assert [row.compact for row, _ in steps[:7]] == [None] + [compact] * 6
     assert steps[6][0].new_turn
     for (_, found), expected in zip(steps[:7], logits, strict=True):
         np.testing.assert_array_equal(found, expected)

@@ -352,14 +352,59 @@ def test_settings_that_differ_are_named(saved, make_engine, model, tokenizer):
             Session(engine, CONFIG, resume={0: path})
         return str(refused.value)
 
-    assert "engine.bank_capacity is 8 there and 16 here" in refusal(
-        make_engine(bank_capacity=16, memory=WINDOW)
+    assert "engine.bank_capacity is 8 there and 4 here" in refusal(
+        make_engine(bank_capacity=4, memory=WINDOW)
     )
     other = dataclasses.replace(WINDOW, policy="merge", bank_dtype="int8")
     message = refusal(make_engine(bank_capacity=8, memory=other))
     assert "memory.bank_dtype is None there and 'int8' here" in message
     assert "memory.policy is 'window' there and 'merge' here" in message
     assert "give the settings that it was saved with" in message
+
+
+@pytest.mark.parametrize(
+    "memory", [WINDOW, MemoryConfig("pyramid", low_water=0.75)], ids=lambda memory: memory.policy
+)
+def test_a_stream_keeps_its_limits_in_a_larger_engine(make_engine, frames, tmp_path, memory):
+    """Also where the engine has another policy of its own, and a bank with counts."""
+    prompts, path = [(2.5, "What is it?"), (31.25, "And now?")], tmp_path / "stream"
+    small = make_engine(text_capacity=96, bank_capacity=8, memory=memory)
+    larger = make_engine(
+        slots=2,
+        text_capacity=160,
+        bank_capacity=12,
+        memory=dataclasses.replace(WINDOW, low_water=0.6),
+        policies=("pyramid", "window"),
+    )
+
+    def start(engine, **arguments) -> Session:
+        session = Session(engine, CONFIG, system="Watch.", prompt="Hello?", **arguments)
+        push(session, frames, range(40), prompts)
+        session.finish()
+        return session
+
+    expected = told(start(small))
+    session = start(small)
+    events = told(until(session, lambda event, events: isinstance(event, FrameSeen) and event.index == 11))
+    session.save(path)
+    # To the larger engine, and, as it keeps its limits, from there to another of that size.
+    session = Session(larger, CONFIG, resume={1: path})
+    session.finish()
+    rest = told(
+        until(session, lambda event, events: isinstance(event, FrameSeen) and event.index == 25), slot=1
+    )
+    assert {"frame"} < {event["type"] for event in rest}
+    with pytest.raises(SessionError, match="the text capacity is 96"):
+        session.check_prompt(" a" * 90)
+    session.save(path, 1)
+    settings = read_stream(path).settings
+    assert (settings["engine.text_capacity"], settings["engine.bank_capacity"]) == (96, 8)
+    assert (settings["memory.policy"], settings["memory.low_water"]) == (memory.policy, 0.75)
+    again = make_engine(text_capacity=96, bank_capacity=8, memory=memory, policies=("pyramid",))
+    session = Session(again, CONFIG, resume={0: path})
+    session.finish()
+    last = told(session)
+    assert events + rest + last == expected
 
 
 def test_a_stream_of_another_model_is_refused(saved, model, tokenizer, random_model):

@@ -1,18 +1,16 @@
 """Memory policies: what a bank keeps when it runs out of room.
 
-A policy is a pure function from a bank to a smaller one that the engine runs between two steps. To add one,
-write a function in a file of its own and name it in `POLICIES`.
+A policy is a pure function from a bank and a budget to a smaller bank, which the engine runs between two
+steps. To add one, write it in a file of its own and name it in `POLICIES`.
 """
 
 from collections.abc import Callable
 
 from moss_jax.config import ConfigError, MemoryConfig, ModelConfig
-from moss_jax.memory.bank import MemoryBank
 from moss_jax.memory.policies.merge import merge
+from moss_jax.memory.policies.policy import Compact, Policy, make_budget
 from moss_jax.memory.policies.pyramid import pyramid
 from moss_jax.memory.policies.window import window
-
-type Policy = Callable[[MemoryBank], MemoryBank]
 
 FULL = "full"
 # The others by name: from the settings, the model, and the whole frames that the bank has room for.
@@ -22,11 +20,14 @@ POLICIES: dict[str, Callable[[MemoryConfig, ModelConfig, int], Policy]] = {
     "merge": merge,
 }
 
-__all__ = ["FULL", "POLICIES", "Policy", "make_policy"]
+__all__ = ["FULL", "POLICIES", "Compact", "Policy", "make_budget", "make_policy"]
 
 
 def make_policy(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy | None:
-    """The compaction that the settings name; None for "full", which never forgets and so ends.
+    """The policy that the settings name, for a bank; None for "full", which never forgets and so ends.
+
+    For one model and name, `Policy.compact` is the same function whatever the settings and the bank: only the
+    budget differs.
 
     Args:
       frames: whole frames that the bank has room for.

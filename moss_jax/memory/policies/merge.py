@@ -3,29 +3,29 @@
 B slots, K kv heads, S vectors, D head
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moss_jax.config import MemoryConfig, ModelConfig
 from moss_jax.memory.bank import MemoryBank
 from moss_jax.memory.compaction import regroup
+from moss_jax.memory.policies.policy import Policy, make_budget
 from moss_jax.ops.qarray import dequantize
 
 
-def merge(memory: MemoryConfig, model: ModelConfig, frames: int):
+def merge(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy:
     """Merges the likest pairs until the low-water mark is reached."""
-    return functools.partial(merge_alike, low=memory.low_mark(frames) * model.vectors_per_frame)
+    return Policy(merge_alike, make_budget([memory.low_mark(frames) * model.vectors_per_frame]))
 
 
-def merge_alike(bank: MemoryBank, *, low: int) -> MemoryBank:
-    """Merges pairs of vectors until at most `low` are left, those first whose values are most alike.
+def merge_alike(bank: MemoryBank, budget: Int[Array, " 1"]) -> MemoryBank:
+    """Merges pairs of vectors, those first whose values are most alike, until the budget is kept.
 
     Of the vectors of one place, the first and the second are a pair, the third and the fourth, and so on.
     The older one of a pair becomes part of the newer one, or both stay.
     """
+    (low,) = budget
     vector = jnp.arange(bank.capacity)
     held = vector < bank.length[:, None]
     # Vectors of one place side by side, in order of time; what is empty at the end.

@@ -3,7 +3,6 @@
 B slots, S vectors
 """
 
-import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -12,87 +11,100 @@ from jaxtyping import Array, Float, Int
 from moss_jax.config import ConfigError, MemoryConfig, ModelConfig
 from moss_jax.memory.bank import MemoryBank
 from moss_jax.memory.compaction import frames_of, regroup
+from moss_jax.memory.policies.policy import Compact, Policy, make_budget
+
+# Levels at most: whole frames, 1/4 and 1/16 of the grid, one vector.
+LEVELS = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Level:
-    """Frames of one resolution.
-
-    Attributes:
-      grid: side of the grid that a frame's patches are pooled to; 0 if one vector stands for the whole frame.
-      budget: frames that may stay at this level.
-    """
-
-    grid: int
-    budget: int
-
-    @property
-    def vectors(self) -> int:
-        """Vectors of a frame: the class token's and the grid's, or one."""
-        return 1 + self.grid**2
-
-
-def pyramid(memory: MemoryConfig, model: ModelConfig, frames: int):
+def pyramid(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy:
     """Newest frames whole, older ones at 1/4 of the grid, at 1/16, and at one vector each.
 
     Raises:
       ConfigError: a level would have to pass on more frames than it holds.
     """
     low = memory.low_mark(frames)
-    levels = make_levels(model, memory.pyramid_shares, low * model.vectors_per_frame)
+    grids = make_grids(model)
+    budget = divide(grids, memory.pyramid_shares, low * model.vectors_per_frame)
     arriving = frames - low
     # A frame moves by one level a compaction, so each must hold what arrives; at the last, pairs are merged.
-    for level, need in zip(levels, [1] + [arriving] * (len(levels) - 2) + [2 * arriving], strict=True):
-        if level.budget < need:
+    needs = [1] + [arriving] * (len(grids) - 2) + [2 * arriving]
+    for grid, room, need in zip(grids, budget, needs, strict=True):
+        if room < need:
             raise ConfigError(
                 f"a bank of {frames} frames is too small for a pyramid of the shares "
-                f"{memory.pyramid_shares}: the level of {level.vectors} vectors a frame has room for "
-                f"{level.budget} frames and needs {need}; raise engine.bank_capacity or that share"
+                f"{memory.pyramid_shares}: the level of {vectors_of(grid)} vectors a frame has room for "
+                f"{room} frames and needs {need}; raise engine.bank_capacity or that share"
             )
-    return functools.partial(coarsen, levels=levels)
+    return Policy(_compaction(grids), make_budget(budget))
 
 
-def make_levels(model: ModelConfig, shares: tuple[float, ...], room: int) -> tuple[Level, ...]:
-    """The levels, whole frames first.
+def make_grids(model: ModelConfig) -> tuple[int, ...]:
+    """Of each level, whole frames first: the side of the grid that a frame's patches are pooled to.
 
-    Args:
-      shares: of the room, for each level; those of levels that would be like the one before go to the last.
-      room: vectors that all levels have together.
+    The last is 0, where one vector stands for the whole frame. Levels that would be like the one before are
+    left out.
     """
     grids = [model.compressor.output_grid(model.vision.grid)]
-    while grids[-1] > 1 and len(grids) < len(shares) - 1:
+    while grids[-1] > 1 and len(grids) < LEVELS - 1:
         grids.append(-(-grids[-1] // 2))
-    grids.append(0)
-    shares = (*shares[: len(grids) - 1], sum(shares[len(grids) - 1 :]))
-    return tuple(
-        Level(grid, int(share * room) // (1 + grid**2)) for grid, share in zip(grids, shares, strict=True)
-    )
+    return (*grids, 0)
 
 
-def coarsen(bank: MemoryBank, *, levels: tuple[Level, ...]) -> MemoryBank:
+def vectors_of(grid: int) -> int:
+    """Vectors of a frame at a level: the class token's and the grid's, or one."""
+    return 1 + grid**2
+
+
+def divide(grids: tuple[int, ...], shares: tuple[float, ...], room: int) -> list[int]:
+    """Frames that may stay at each level.
+
+    Args:
+      shares: of the room, for each level. If they are more than the levels, the last level has those that are
+        left; if they are fewer, the last share is divided evenly among the levels that are left.
+      room: vectors that all levels have together.
+    """
+    own = min(len(shares), len(grids)) - 1  # Levels with a share of their own.
+    left = len(grids) - own
+    shares = (*shares[:own], *[sum(shares[own:]) / left] * left)
+    return [int(share * room) // vectors_of(grid) for grid, share in zip(grids, shares, strict=True)]
+
+
+@functools.cache
+def _compaction(grids: tuple[int, ...]) -> Compact:
+    """The one compaction of all pyramids with these levels."""
+    return functools.partial(coarsen, grids=grids)
+
+
+def coarsen(bank: MemoryBank, budget: Int[Array, " levels"], *, grids: tuple[int, ...]) -> MemoryBank:
     """Moves the oldest frames of each level that is over its budget one level down.
 
     Of the last level, neighbouring frames are merged, first those that stand for the fewest.
+
+    Args:
+      budget: frames that may stay at each level.
+      grids: of the levels.
     """
     frames = frames_of(bank)
-    last = len(levels) - 1
-    level = jnp.select([frames.size == x.vectors for x in levels], list(range(last + 1)), last)
+    sizes = [vectors_of(grid) for grid in grids]
+    last = len(grids) - 1
+    level = jnp.select([frames.size == size for size in sizes], list(range(last + 1)), last)
     at = [frames.held & (level == i) for i in range(last + 1)]
     held = [jnp.sum(frames.is_first & here, axis=1, keepdims=True) for here in at]  # Frames, [B, 1].
     place, size, moved = bank.places, frames.size, jnp.zeros_like(held[0])
     for i in range(last):
         # Frames of coarser levels are older, and so come first.
         rank = frames.index - sum(held[i + 1 :])
-        moved = jnp.clip(held[i] + moved - levels[i].budget, 0, held[i])
+        moved = jnp.clip(held[i] + moved - budget[i], 0, held[i])
         moves = at[i] & (rank < moved)
-        place = jnp.where(moves, coarser_place(place, levels[i].grid, levels[i + 1].grid), place)
-        size = jnp.where(moves, levels[i + 1].vectors, size)
-    excess = jnp.maximum(held[last] + moved - levels[last].budget, 0)
+        place = jnp.where(moves, coarser_place(place, grids[i], grids[i + 1]), place)
+        size = jnp.where(moves, sizes[i + 1], size)
+    excess = jnp.maximum(held[last] + moved - budget[last], 0)
     is_absorbed = _absorbed(frames.index, at[last], bank.counts, excess)
     # A frame that is absorbed by the one before takes no room of its own.
     room = jnp.where(frames.is_first & ~is_absorbed, size, 0)
     start = jnp.cumsum(room, axis=1) - jnp.where(is_absorbed, 1, size)
-    most = max(4, levels[-2].vectors)
+    most = max(4, sizes[-2])
     return regroup(bank, jnp.where(frames.held, start + place, -1), place, most=most)
 
 

@@ -3,22 +3,23 @@
 B slots, S vectors
 """
 
-import functools
-
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from moss_jax.config import MemoryConfig, ModelConfig
 from moss_jax.memory.bank import MemoryBank
 from moss_jax.memory.compaction import FORGET, frames_of, regroup
+from moss_jax.memory.policies.policy import Policy, make_budget
 
 
-def window(memory: MemoryConfig, model: ModelConfig, frames: int):
+def window(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy:
     """Keeps as many of the newest frames as fit below the low-water mark."""
-    return functools.partial(keep_newest, low=memory.low_mark(frames) * model.vectors_per_frame)
+    return Policy(keep_newest, make_budget([memory.low_mark(frames) * model.vectors_per_frame]))
 
 
-def keep_newest(bank: MemoryBank, *, low: int) -> MemoryBank:
-    """Forgets the oldest frames until at most `low` vectors are left."""
+def keep_newest(bank: MemoryBank, budget: Int[Array, " 1"]) -> MemoryBank:
+    """Forgets the oldest frames until no more vectors are left than the budget says."""
+    (low,) = budget
     frames = frames_of(bank)
     vector = jnp.arange(bank.capacity, dtype=jnp.int32)
     first = jnp.where(frames.is_first & (bank.length[:, None] - vector <= low), vector, bank.capacity)

@@ -1,0 +1,35 @@
+"""What every memory policy is: a compaction, and the budget that it is to keep to."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from moss_jax.memory.bank import MemoryBank
+
+# A pure function of a bank and a budget. What is static in it depends on the model alone, so that jitted once
+# it serves every budget.
+type Compact = Callable[[MemoryBank, Int[Array, " n"]], MemoryBank]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy:
+    """A policy for banks of one size; called with a bank, it returns the smaller one.
+
+    Attributes:
+      compact: the compaction, the same program for all budgets of one model and policy.
+      budget: what may be left, in the policy's own units; of one length for one model and policy.
+    """
+
+    compact: Compact
+    budget: Int[np.ndarray, " n"]
+
+    def __call__(self, bank: MemoryBank) -> MemoryBank:
+        return self.compact(bank, jnp.asarray(self.budget))
+
+
+def make_budget(numbers: Sequence[int]) -> Int[np.ndarray, " n"]:
+    """A budget of these numbers."""
+    return np.array(numbers, np.int32)

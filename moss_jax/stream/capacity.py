@@ -1,0 +1,102 @@
+"""How many streams a device has memory for, known before anything is allocated."""
+
+import dataclasses
+import functools
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import DTypeLike
+
+from moss_jax.config import ConfigError, EngineConfig, ModelConfig, TokenSampling
+from moss_jax.stream.perception import ENCODE_BUCKETS
+from moss_jax.stream.step import start
+
+
+def slot_bytes(model: ModelConfig, engine: EngineConfig, dtype: DTypeLike) -> int:
+    """Bytes of one slot of an engine's state, exactly.
+
+    Args:
+      engine: its capacities and how it stores the bank; the number of its slots does not matter.
+      dtype: of the model.
+    """
+
+    def state_bytes(slots: int) -> int:
+        config = dataclasses.replace(engine, slots=slots)
+        state = jax.eval_shape(functools.partial(start, model, dtype, TokenSampling(), config))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+    return state_bytes(2) - state_bytes(1)
+
+
+def workspace_bytes(
+    model: ModelConfig, engine: EngineConfig, dtype: DTypeLike, *, tokens: int, waiting: int = 0
+) -> int:
+    """Bytes to reserve beside parameters and state: for the largest program, and for frames that wait.
+
+    Programs run one after the other, so the largest of three counts, each by the shapes of the arrays that
+    are there at the same time:
+
+    - a step: for each token the residual stream and its branch, the normed input, queries with keys and
+      values, the heads' results, the gate and up projections with their product, and float32 logits;
+    - encoding: for each position of the largest batch of frames the pixels, the residual stream and its
+      branch, the normed input, queries, keys and values, the heads' results, the MLP's hidden layer and the
+      states that are kept for the compressor, twice, since it stacks them;
+    - a compaction: the slot that it is run on, before and after.
+
+    Frames that wait have features. What the compiler adds is not known from shapes, nor are the scores of
+    attention where no kernel runs that keeps them on the chip.
+
+    Args:
+      tokens: of the largest step, over all slots, padding included.
+      waiting: frames that are encoded and wait for their step.
+    """
+    decoder, vision, itemsize = model.decoder, model.vision, jnp.dtype(dtype).itemsize
+    heads = decoder.num_heads + 2 * decoder.num_kv_heads
+    per_token = 4 * decoder.hidden_size + heads * decoder.head_dim + 3 * decoder.intermediate_size
+    step = tokens * (per_token * itemsize + 4 * decoder.vocab_size)
+    per_position = 7 * vision.hidden_size + vision.intermediate_size + 2 * vision.output_size
+    per_frame = vision.num_positions * per_position + 3 * vision.image_size**2
+    encoding = ENCODE_BUCKETS[-1] * per_frame * itemsize
+    features = waiting * model.vectors_per_frame * decoder.hidden_size * itemsize
+    return max(step, encoding, 2 * slot_bytes(model, engine, dtype)) + features
+
+
+def memory_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]
+    """Bytes of memory that a device may use; of a CPU, all that the machine has."""
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):
+        return limit
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def capacity(
+    parameters: int,
+    model: ModelConfig,
+    engine: EngineConfig,
+    dtype: DTypeLike,
+    *,
+    device_bytes: int,
+    reserve: int,
+) -> int:
+    """How many slots fit on a device: what parameters and the reserve leave, by the bytes of one slot.
+
+    Args:
+      parameters: their bytes, those laid out anew for decoding included.
+      engine, dtype: as for `slot_bytes`.
+      device_bytes: memory of the device, as `memory_bytes` knows it.
+      reserve: bytes that are kept free, as `workspace_bytes` estimates them.
+
+    Raises:
+      ConfigError: there is no room for a single slot.
+    """
+    size = slot_bytes(model, engine, dtype)
+    slots = (device_bytes - parameters - reserve) // size
+    if slots < 1:
+        parts = {"parameters": parameters, "workspace": reserve, "one slot": size}
+        needs = ", ".join(f"{name} {math.ceil(part / 1e6):,} MB" for name, part in parts.items())
+        raise ConfigError(
+            f"a device of {device_bytes // 10**6:,} MB has no room for a stream: {needs}; "
+            "lower engine.bank_capacity or engine.text_capacity, or store the bank in 8 bits"
+        )
+    return slots
