@@ -22,19 +22,20 @@ from moss_jax.memory.policies import FULL, make_policy
 from moss_jax.memory.selection import feature_distance
 from moss_jax.nn import MossVideo, for_decoding
 from moss_jax.stream.parameters import functionalize
-from moss_jax.stream.perception import ENCODE_BUCKETS, FrameEncoder
+from moss_jax.stream.perception import ENCODE_BUCKETS, SHARED_BUCKETS, FrameEncoder
 from moss_jax.stream.placement import abstract, mesh_of, place, placement_of, state_sharding, traced_on
 from moss_jax.stream.rows import (
-    FRAME_BUCKETS,
+    DECODE,
     PENDING,
-    TOKEN_BUCKETS,
     Compaction,
     Row,
     StepArguments,
-    split_row,
+    empty_arguments,
+    first_step,
+    shapes,
     step_arguments,
 )
-from moss_jax.stream.sampling import SlotSampling
+from moss_jax.stream.sampling import SamplingKind, SlotSampling, kind_of
 from moss_jax.stream.step import (
     EngineState,
     Sampled,
@@ -42,6 +43,8 @@ from moss_jax.stream.step import (
     compact_bank,
     compact_text,
     put_slot,
+    reset_slot,
+    sample_pending,
     set_sampling,
     slot_from_host,
     slot_to_host,
@@ -145,17 +148,18 @@ class Engine:
         parts = model.decoder.norm.weight, bias
         self._weights = hashlib.sha256(b"".join(np.asarray(x[...]).tobytes() for x in parts)).hexdigest()
         special = tokenizer.special
-        pure_step = functools.partial(step, special)
-        parameters, pure_step = functionalize(for_decoding(model.decoder), pure_step)
+        parameters, pure_step = functionalize(for_decoding(model.decoder), step)
         # Every argument is committed to its device, so features that come from another device find the same
         # programs.
         self.placement = placement_of(parameters)
         self.parameters = place(parameters, self.placement)
         perception = SingleDeviceSharding(perception_device) if perception_device else self.placement
-        self.frame_encoder = FrameEncoder(model, perception, self.placement)
+        buckets = ENCODE_BUCKETS if self.config.slots == 1 else SHARED_BUCKETS
+        self.frame_encoder = FrameEncoder(model, perception, self.placement, buckets)
         pure_start = functools.partial(start, model.config, model.dtype, self.sampling)
         # Programs return a state as the list of its arrays, so that each can be told where it goes.
-        arrays, self._structure = jax.tree.flatten(jax.eval_shape(functools.partial(pure_start, self.config)))
+        self._abstract_state = jax.eval_shape(functools.partial(pure_start, self.config))
+        arrays, self._structure = jax.tree.flatten(self._abstract_state)
         shardings = [state_sharding(x, self.placement) for x in arrays]
         self._start = jax.jit(_flat(pure_start), static_argnums=0, out_shardings=shardings)
 
@@ -175,6 +179,18 @@ class Engine:
         self._compact_text = program(compact_text, 0)
         self._put_slot = program(put_slot, 0)
         self._set_sampling = program(set_sampling, 0)
+        self._reset_slot = program(reset_slot, 0)
+        # How much sampling computes is up to the slot that asks for most.
+        self._kinds = [kind_of(self.sampling)] * self.config.slots
+        mesh = mesh_of(self.placement)
+        self._sample = {
+            kind: jax.jit(
+                traced_on(self.placement, functools.partial(sample_pending, special, kind)),
+                donate_argnums=(0,),
+                out_shardings=state_sharding(self._abstract_state.pending, self.placement) if mesh else None,
+            )
+            for kind in SamplingKind
+        }
         # One program for each policy; a stream's settings and its share of the bank are in the budget.
         self._compact_bank = {}
         for memory in self._memories:
@@ -183,13 +199,15 @@ class Engine:
                 self._compact_bank[memory.policy] = program(compact, 0)
         self.programs = {
             "step": self._step,
+            **{f"sample.{kind.name.lower()}": sample for kind, sample in self._sample.items()},
             "set_sampling": self._set_sampling,
+            "reset_slot": self._reset_slot,
             "compact_text": self._compact_text,
             **{f"compact_bank.{name}": compact for name, compact in self._compact_bank.items()},
             **self.frame_encoder.programs,
         }
         # Those last used alone, since of many slots there is no end of sets that take part.
-        decode_arguments = functools.partial(_decode_arguments, special.image, self.placement)
+        decode_arguments = functools.partial(_decode_arguments, self.config.slots, self.placement)
         self._decode_arguments = functools.lru_cache(maxsize=DECODE_ARGUMENTS)(decode_arguments)
         # The session writes the frame of the dialogue; the model samples text, silence and the end of a turn.
         never = tokenizer.control_ids - {special.silence, special.eot}
@@ -248,21 +266,43 @@ class Engine:
           rows: one for each slot, at least one of them not None; the caller checks that they fit.
           features: of encoded frames, which the rows' frames index.
         """
-        for slot, row in enumerate(rows):
-            if row:
-                state = self._compact(state, slot, row)
-        pieces = [list(split_row(row, self.tokenizer.special.image)) if row else [] for row in rows]
-        count = max(map(len, pieces))
-        # Short rows wait, so that the last piece is the last of every slot and the sample is made from it.
-        padded = [[None] * (count - len(p)) + p for p in pieces]
-        for piece in zip(*padded, strict=True):
-            *arguments, frames, index = self._arguments(piece)
-            if frames is not None and index is not None:
-                # Gathered beforehand, so that one program serves any number of encoded frames.
-                frames = dataclasses.replace(frames, features=gather(features, index))
-            arrays = self._step(self.parameters, self.rules, state, *arguments, frames)
-            state = jax.tree.unflatten(self._structure, arrays)
-        return state, Sampled(_copy(state.pending), state.logits)
+        left = {slot: row for slot, row in enumerate(rows) if row}
+        for slot, row in left.items():
+            state = self._compact(state, slot, row)
+        tokens = None
+        while left:
+            now, left = first_step(left, self.config.slots, self.tokenizer.special.image)
+            state, tokens = self._append(state, now, features)
+        assert tokens is not None, "at least one row"
+        return state, Sampled(tokens, state.logits)
+
+    def _append(
+        self, state: EngineState, rows: Mapping[int, Row], features: Float[Array, "P N D"] | None
+    ) -> tuple[EngineState, Int[Array, " B"]]:
+        """Runs one step, for which there is a program, and samples."""
+        arguments, index = self._arguments(rows)
+        if arguments.frames is not None:
+            # Gathered beforehand, so that one program serves any number of encoded frames.
+            frames = dataclasses.replace(arguments.frames, features=gather(features, index))
+            arguments = dataclasses.replace(arguments, frames=frames)
+        return self._run(state, arguments, max(self._kinds[slot] for slot in rows))
+
+    def _run(
+        self, state: EngineState, arguments: StepArguments, kind: SamplingKind
+    ) -> tuple[EngineState, Int[Array, " B"]]:
+        """Calls the programs of a step."""
+        arrays = self._step(self.parameters, self.rules, state, arguments)
+        state = jax.tree.unflatten(self._structure, arrays)
+        pending, tokens = self._sample[kind](
+            state.pending,
+            self.rules,
+            state.logits,
+            state.said,
+            state.sampling,
+            state.stream.text.position,
+            arguments.takes,
+        )
+        return dataclasses.replace(state, pending=pending), tokens
 
     def _compact(self, state: EngineState, slot: int, row: Row) -> EngineState:
         """Makes the room that a row asks for."""
@@ -309,8 +349,17 @@ class Engine:
         """
         if not 0 <= slot < self.config.slots:
             raise ValueError(f"there is no slot {slot}; the engine has {self.config.slots}, counted from 0")
+        self._kinds[slot] = kind_of(sampling)
         arrays = self._set_sampling(state, np.int32(slot), SlotSampling.of(sampling, 1))
         return jax.tree.unflatten(self._structure, arrays)
+
+    def reset_slot(self, state: EngineState, slot: int) -> EngineState:
+        """Empties one slot, for another stream.
+
+        Args:
+          state: is donated.
+        """
+        return jax.tree.unflatten(self._structure, self._reset_slot(state, np.int32(slot)))
 
     def save_slot(self, state: EngineState, slot: int) -> dict[str, np.ndarray]:
         """Copies all arrays of one slot to the host, by name."""
@@ -331,33 +380,43 @@ class Engine:
           state: is donated.
           arrays: of `check_slot`.
         """
-        return jax.tree.unflatten(self._structure, self._put_slot(state, np.int32(slot), list(arrays)))
+        state = jax.tree.unflatten(self._structure, self._put_slot(state, np.int32(slot), list(arrays)))
+        self._kinds[slot] = SamplingKind.FILTERED  # Whatever it samples by.
+        return state
 
     def warm_up(self, frame_shape: tuple[int, int, int]) -> None:
         """Compiles the programs of a session of one slot with frames of this shape.
 
         With more slots, rows of several kinds can meet in one step; such programs compile when they come up.
         """
-        image, eot = self.tokenizer.special.image, self.tokenizer.special.eot
-        rows = [Row([PENDING] + [eot] * (length - 1)) for length in TOKEN_BUCKETS]
-        rows += [Row([image] * count, [0] * count) for count in FRAME_BUCKETS]
         # Compiled in threads beforehand; the calls below find the programs.
         with futures.ThreadPoolExecutor() as threads:
-            programs = itertools.chain(self.frame_encoder.lower(frame_shape), self._lower(rows))
+            programs = itertools.chain(self.frame_encoder.lower(frame_shape), self._lower())
             compiled = [threads.submit(program.compile) for program in programs]
         for program in compiled:
             program.result()
         frame = np.zeros(frame_shape, np.uint8)
-        one, few, many = ENCODE_BUCKETS
-        # Up to a large batch behind a small one; the features of several batches are concatenated.
-        encoded = [self.encode([frame] * count) for count in (one, *range(few, few + many + 1, few))]
+        encoded = [self.encode([frame] * count) for count in self.frame_encoder.warm_counts]
         for features in encoded:
             self.distance(features, 0, features, 0)
-        for row, features in itertools.product(rows, {len(x): x for x in encoded}.values()):
-            if row.frames or features is encoded[0]:
-                # The state is dropped each time, so that there is never room needed for two.
-                sampled = self.step(self.start(), [row] * self.config.slots, features)[1]
-                jax.block_until_ready(sampled)
+        state = self.start()
+        for shape in shapes(self.config.slots):
+            arguments, index = empty_arguments(shape, self.config.slots)
+            if shape == DECODE:
+                arguments = self._decode_arguments(())
+            batches = {len(x): x for x in encoded}.values() if shape.frames else [None]
+            for features in batches:
+                if arguments.frames is not None:
+                    frames = dataclasses.replace(arguments.frames, features=gather(features, index))
+                    arguments = dataclasses.replace(arguments, frames=frames)
+                # The state is passed on, so that there is never room needed for two.
+                state, tokens = self._run(state, arguments, SamplingKind.GREEDY)
+                jax.block_until_ready(tokens)
+        arguments = self._decode_arguments(())
+        for kind in SamplingKind:
+            state, tokens = self._run(state, arguments, kind)
+        state = self.reset_slot(state, 0)
+        del state
         state = self.set_sampling(self.start(), 0, self.sampling)
         for memory in self._memories:
             compact = None if memory.policy == FULL else Compaction(memory, self.config.bank_capacity)
@@ -365,32 +424,32 @@ class Engine:
             state, sampled = self.step(state, [row] * self.config.slots)
             jax.block_until_ready(sampled)
 
-    def _lower(self, rows: Sequence[Row]) -> Iterator[jax.stages.Lowered]:
-        """The step for each of these rows in every slot, yet to be compiled."""
-        state = jax.tree.map(
-            lambda x: abstract(x, state_sharding(x, self.placement)), jax.eval_shape(self.start)
-        )
+    def _lower(self) -> Iterator[jax.stages.Lowered]:
+        """The step in each of its shapes, yet to be compiled."""
+        state = jax.tree.map(lambda x: abstract(x, state_sharding(x, self.placement)), self._abstract_state)
         vectors = self.model_config.vectors_per_frame, self.model_config.decoder.hidden_size
-        for row in rows:
-            *arguments, frames, index = self._arguments([row] * self.config.slots)
-            if frames is not None and index is not None:
+        for shape in shapes(self.config.slots):
+            arguments, index = empty_arguments(shape, self.config.slots)
+            if shape == DECODE:
+                arguments = self._decode_arguments(())
+            if arguments.frames is not None and index is not None:
                 features = jax.ShapeDtypeStruct((*index.shape, *vectors), self.dtype, sharding=self.placement)
-                frames = dataclasses.replace(frames, features=features)
-            yield self._step.lower(self.parameters, self.rules, state, *arguments, frames)
+                frames = dataclasses.replace(arguments.frames, features=features)
+                arguments = dataclasses.replace(arguments, frames=frames)
+            yield self._step.lower(self.parameters, self.rules, state, arguments)
 
-    def _arguments(self, rows: Sequence[Row | None]) -> StepArguments:
+    def _arguments(self, rows: Mapping[int, Row]) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
         """As `step_arguments`; those of a decode step, the most frequent one, stay on the device."""
-        image = self.tokenizer.special.image
-        if any(row and (list(row.tokens) != [PENDING] or row.new_turn) for row in rows):
-            # Arguments from the host would need another program of one token than those on the device.
-            return step_arguments(rows, image, least=2)
-        return self._decode_arguments(tuple(row is not None for row in rows))
+        if all(row.is_decode and not row.new_turn for row in rows.values()):
+            return self._decode_arguments(tuple(sorted(rows))), None
+        return step_arguments(rows, self.config.slots, self.tokenizer.special.image)
 
 
-def _decode_arguments(image: int, placement: Sharding, taking_part: tuple[bool, ...]) -> StepArguments:
-    """Arguments of a step that appends the pending token alone in the slots that take part, on the device."""
-    rows = [Row([PENDING]) if takes_part else None for takes_part in taking_part]
-    return jax.device_put(step_arguments(rows, image), placement)
+def _decode_arguments(slots: int, placement: Sharding, taking_part: tuple[int, ...]) -> StepArguments:
+    """Arguments of a step that appends the pending token alone to some slots, on the device."""
+    rows = {slot: Row([PENDING]) for slot in taking_part}
+    arguments, _ = step_arguments(rows, slots, -1) if rows else empty_arguments(DECODE, slots)
+    return jax.device_put(arguments, placement)
 
 
 def _flat_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

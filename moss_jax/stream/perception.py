@@ -21,8 +21,11 @@ from moss_jax.stream.placement import abstract, place, traced_on
 from moss_jax.stream.rows import bucket
 from moss_jax.video import preprocess
 
-# Batch sizes that programs are compiled for.
+# Batch sizes that programs are compiled for: for a single stream, and for several.
 ENCODE_BUCKETS = (1, 8, 32)
+SHARED_BUCKETS = (1, 2, 4, 8, 16, 32)
+# Frames of a small batch, by which many frames begin.
+FEW = 8
 # Strips that a frame is cut into when it is sent alone.
 STRIPS = 4
 
@@ -40,12 +43,21 @@ class FrameEncoder:
       model: its decoder is not kept.
       placement: of the parameters; frames are encoded there, each on every device of a mesh.
       output: where the features go.
+      buckets: batch sizes, ascending; 1 and `FEW` among them.
 
     Attributes:
+      buckets: as given.
       programs: the jitted functions, by name.
     """
 
-    def __init__(self, model: MossVideo, placement: Sharding, output: Sharding):
+    def __init__(
+        self,
+        model: MossVideo,
+        placement: Sharding,
+        output: Sharding,
+        buckets: Sequence[int] = ENCODE_BUCKETS,
+    ):
+        self.buckets = tuple(buckets)
         parameters, encode = functionalize(
             model, lambda model, pixels: model.encode(pixels), lambda path, _: path[0] != "decoder"
         )
@@ -61,7 +73,7 @@ class FrameEncoder:
         if len({frame.shape for frame in frames}) > 1:
             parts = [self.encode([frame]) for frame in frames]
         else:
-            batches, parts = map(self.send, split_batches(frames)), []
+            batches, parts = map(self.send, split_batches(frames, self.buckets[-1])), []
             sent = collections.deque(itertools.islice(batches, 1))
             while sent:
                 parts.append(self.encode_sent(sent.popleft()))
@@ -77,7 +89,7 @@ class FrameEncoder:
 
     def send(self, frames: Sequence[np.ndarray]) -> Strips:
         """Sends a batch of frames of one size, padded to a bucket with copies of the first."""
-        size = bucket(len(frames), ENCODE_BUCKETS)
+        size = bucket(len(frames), self.buckets)
         strips = in_strips(frames)
         # A single frame stays on the host until the program is called, since `device_put` costs half a
         # millisecond of Python; of several, the first is sent once, however often it pads.
@@ -90,10 +102,17 @@ class FrameEncoder:
         features = self._encode(self._parameters, self._pixels(strips))
         return features if self._placement == self._output else jax.device_put(features, self._output)
 
+    @property
+    def warm_counts(self) -> list[int]:
+        """Numbers of frames that between them need all programs: the buckets, and several batches."""
+        # Up to a large batch behind a small one; the features of several batches are concatenated.
+        several = range(FEW, FEW + self.buckets[-1] + 1, FEW)
+        return sorted({*self.buckets, *several})
+
     def lower(self, frame_shape: tuple[int, int, int]) -> Iterator[jax.stages.Lowered]:
         """The programs for frames of one shape, yet to be compiled."""
         frame = np.zeros(frame_shape, np.uint8)
-        batches = [abstract(in_strips([frame] * size), self._placement) for size in ENCODE_BUCKETS]
+        batches = [abstract(in_strips([frame] * size), self._placement) for size in self.buckets]
         for batch in batches:
             pixels = abstract(jax.eval_shape(self._pixels, batch), self._placement)
             yield self._encode.lower(self._parameters, pixels)
@@ -101,17 +120,16 @@ class FrameEncoder:
             yield self._pixels.lower(batch)
 
 
-def split_batches(frames: Sequence[np.ndarray]) -> Iterator[Sequence[np.ndarray]]:
-    """Cuts frames into full buckets and a rest.
+def split_batches(frames: Sequence[np.ndarray], most: int) -> Iterator[Sequence[np.ndarray]]:
+    """Cuts frames into batches of `most` and of `FEW`, and a rest.
 
     Small batches come first, so that the device begins soon and is busy while many frames are on their way:
     a large batch always follows a small one.
     """
-    _, few, many = ENCODE_BUCKETS
-    large = max(len(frames) - few, 0) // many
-    small, rest = divmod(len(frames) - large * many, few)
+    large = max(len(frames) - FEW, 0) // most
+    small, rest = divmod(len(frames) - large * most, FEW)
     left = iter(frames)
-    for size in [few] * small + [many] * large + [rest] * bool(rest):
+    for size in [FEW] * small + [most] * large + [rest] * bool(rest):
         yield list(itertools.islice(left, size))
 
 

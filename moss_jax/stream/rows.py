@@ -1,12 +1,12 @@
-"""The rows that a step appends, cut and padded to the shapes that programs are compiled for.
+"""The rows that a step appends, cut and packed to the shapes that programs are compiled for.
 
-B slots, T tokens, F frames of a row, P encoded frames, N vectors a frame, D width
+B slots, C chunks of W tokens, R rows of F frames, P encoded frames, N vectors a frame, D width
 """
 
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,10 +18,12 @@ from moss_jax.config import MemoryConfig
 # Placeholder in a row for the token that the step before has sampled.
 PENDING = -1
 
-# Sizes that rows are padded to, one compiled program for each. Longer rows are cut. The largest token bucket
-# holds the largest frame bucket with 64 other tokens.
-TOKEN_BUCKETS = (1, 2, 4, 16, 64, 320)
+# Sizes that the rows of a single slot are padded to, one compiled program for each. Longer rows are cut. The
+# largest token bucket holds the largest frame bucket with 64 other tokens.
+TOKEN_BUCKETS = (2, 4, 16, 64, 320)
 FRAME_BUCKETS = (1, 8, 32, 256)
+# Tokens of a chunk where there are several slots.
+WIDTH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,70 +66,231 @@ class Row:
         pairs = zip(offsets, self.frames, strict=True)
         return {offset: frame for offset, frame in pairs if frame is not None}
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it appends the pending token alone."""
+        return not self.frames and list(self.tokens) == [PENDING]
+
+    def cut(self, length: int, image: int) -> "tuple[Row, Row]":
+        """The first `length` tokens with what comes before a row, and the others."""
+        first, rest = self.tokens[:length], self.tokens[length:]
+        frames = sum(token == image for token in first) if self.frames else 0
+        return (
+            dataclasses.replace(self, tokens=first, frames=_any_frame(self.frames[:frames])),
+            Row(rest, _any_frame(self.frames[frames:])),
+        )
+
+
+def _any_frame(frames: Sequence[int | None]) -> Sequence[int | None]:
+    return frames if any(frame is not None for frame in frames) else ()
+
+
+class Shape(NamedTuple):
+    """What the program of a step has room for.
+
+    With one slot a row is a chunk, and the pending token alone is a decode row. With more, the decode rows of
+    all slots are in every step, and chunks are of whichever slots have more to append; a slot may have
+    several.
+
+    Attributes:
+      decode: whether there is a row of one token for each slot.
+      chunks, width: rows of prompt and frame tokens, and the tokens of each.
+      frames: over all chunks.
+    """
+
+    decode: bool
+    chunks: int = 0
+    width: int = 0
+    frames: int = 0
+
+
+DECODE = Shape(decode=True)
+
+
+def shapes(slots: int) -> tuple[Shape, ...]:
+    """Shapes that steps over this number of slots have, one compiled program each; smaller ones first."""
+    if slots == 1:
+        text = [Shape(False, 1, width) for width in TOKEN_BUCKETS]
+        framed = [Shape(False, 1, _token_room(frames), frames) for frames in FRAME_BUCKETS]
+        return (DECODE, *text, *framed)
+    counts = (1, 2, 4, 8, 16, 32)
+    # The frame of a slot and the token before it; then chunks of prompts.
+    short = [Shape(True, count, 2, count) for count in counts if count < 2 * slots]
+    long = [Shape(True, count, WIDTH, frames) for count in (1, 4, 16) for frames in (0, count)]
+    return (DECODE, *short, *long)
+
+
+def first_step(rows: Mapping[int, Row], slots: int, image: int) -> tuple[dict[int, Row], dict[int, Row]]:
+    """What the next step appends of the rows of some slots, those named first before others; and the rest.
+
+    Args:
+      rows: by slot.
+      image: id of the `<|image|>` token.
+    """
+    now, later = {}, {}
+    if slots == 1:
+        ((slot, row),) = rows.items()
+        first = next(split_row(row, image))
+        now[slot], rest = row.cut(len(first.tokens), image)
+        return now, {slot: rest} if rest.tokens else {}
+    chunked = {slot: row for slot, row in rows.items() if not row.is_decode}
+    width = 2 if all(len(row.tokens) <= 2 for row in chunked.values()) else WIDTH
+    most = [shape for shape in shapes(slots) if shape.width == width][-1]
+    chunks, frames = most.chunks, most.frames
+    for slot, row in rows.items():
+        if row.is_decode:
+            now[slot] = row
+            continue
+        placed = list(row.placed(image))
+        # Up to the first frame for which there is no room.
+        fitting = placed[frames] if len(placed) > frames else len(row.tokens)
+        length = min(fitting, chunks * width)
+        piece, rest = row.cut(length, image)
+        if length:
+            now[slot] = piece
+        if rest.tokens:
+            later[slot] = rest if length else row
+        chunks -= -(-length // width)
+        frames -= len(piece.placed(image))
+    return now, later
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepFrames:
-    """The frames of one step, padded to a bucket.
+    """The frames of one step, in rows like those of its tokens.
 
     Attributes:
       features: None until they are gathered from the encoded frames.
-      offset: index of each frame's `<|image|>` token in its row.
-      count: frames of each slot; what follows is padding.
+      offset: of each frame's `<|image|>` token among the tokens that the step appends to its slot.
+      count: frames of each row.
+      slots, before: as in `memory.remember_frames`.
     """
 
-    features: Float[Array, "B F N D"] | None
-    offset: Int[Array, "B F"] | Int[np.ndarray, "B F"]
-    count: Int[Array, " B"] | Int[np.ndarray, " B"]
+    features: Float[Array, "R F N D"] | None
+    offset: Int[Array, "R F"] | Int[np.ndarray, "R F"]
+    count: Int[Array, " R"] | Int[np.ndarray, " R"]
+    slots: Int[Array, " R"] | Int[np.ndarray, " R"] | None
+    before: Int[Array, " R"] | Int[np.ndarray, " R"] | None
 
 
-class StepArguments(NamedTuple):
-    """Arguments of a step, padded to buckets.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """The rows of prompt and frame tokens of one step; see `nn.decoder.Rows`."""
+
+    tokens: Int[Array, "C W"] | Int[np.ndarray, "C W"]
+    count: Int[Array, " C"] | Int[np.ndarray, " C"]
+    slots: Int[Array, " C"] | Int[np.ndarray, " C"] | None
+    before: Int[Array, " C"] | Int[np.ndarray, " C"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepArguments:
+    """Arguments of a step.
 
     Attributes:
-      frames: None if no row has any.
-      feature_index: of each of the frames among the encoded ones [P, N, D]; None if no row has any.
+      decode: the slots whose pending token is appended alone; None if the step has no decode rows.
+      chunks: None if there are none.
+      frames: None if the step has no room for any.
+      takes: slots that take part.
+      speaks: slots whose pending token is appended.
+      new_turn: slots whose repetition penalty starts afresh.
+      last: index of each slot's last token among all tokens of the step, decode rows first.
     """
 
-    tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"]
-    lengths: Int[Array, " B"] | Int[np.ndarray, " B"]
-    new_turn: Bool[Array, " B"] | Bool[np.ndarray, " B"]
+    decode: Bool[Array, " B"] | Bool[np.ndarray, " B"] | None
+    chunks: Chunks | None
     frames: StepFrames | None
-    feature_index: Int[Array, "B F"] | Int[np.ndarray, "B F"] | None
+    takes: Bool[Array, " B"] | Bool[np.ndarray, " B"]
+    speaks: Bool[Array, " B"] | Bool[np.ndarray, " B"]
+    new_turn: Bool[Array, " B"] | Bool[np.ndarray, " B"]
+    last: Int[Array, " B"] | Int[np.ndarray, " B"]
 
 
-def step_arguments(rows: Sequence[Row | None], image: int, *, least: int = 1) -> StepArguments:
-    """Pads rows to the arguments of one step; slots whose row is None get length 0.
+def empty_arguments(shape: Shape, slots: int) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
+    """Arguments of a step in which no slot takes part; see `step_arguments`."""
+    chunks = frames = index = None
+    several = slots > 1
+
+    def zeros(*size: int) -> np.ndarray:
+        return np.zeros(size, np.int32)
+
+    if shape.chunks:
+        C = shape.chunks
+        chunks = Chunks(
+            zeros(C, shape.width), zeros(C), zeros(C) if several else None, zeros(C) if several else None
+        )
+    if shape.frames:
+        rows, width = (shape.frames, 1) if several else (1, shape.frames)
+        index = zeros(rows, width)
+        frames = StepFrames(
+            None,
+            zeros(rows, width),
+            zeros(rows),
+            zeros(rows) if several else None,
+            zeros(rows) if several else None,
+        )
+    decode, takes, speaks, new_turn = (np.zeros(slots, bool) for _ in range(4))
+    arguments = StepArguments(
+        decode if shape.decode else None, chunks, frames, takes, speaks, new_turn, zeros(slots)
+    )
+    return arguments, index
+
+
+def step_arguments(
+    rows: Mapping[int, Row], slots: int, image: int
+) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
+    """Packs rows into the arguments of one step, of the smallest shape that has room.
 
     Args:
-      rows: one for each slot, each no longer than the largest bucket.
+      rows: by slot, of `first_step`.
       image: id of the `<|image|>` token.
-      least: tokens that rows without frames are padded to at least.
+
+    Returns:
+      The arguments, and the index of each of the frames among the encoded ones; None if there is none.
     """
-    slots = len(rows)
-    length = bucket(max(least, *(len(row.tokens) for row in rows if row)), TOKEN_BUCKETS)
-    placed = {slot: row.placed(image) for slot, row in enumerate(rows) if row}
-    most_frames = max(map(len, placed.values()))
-    lengths = np.zeros(slots, np.int32)
-    new_turn = np.zeros(slots, bool)
-    frames = index = None
-    if most_frames:
-        padded = bucket(most_frames, FRAME_BUCKETS)
-        length = max(length, _token_room(most_frames))
-        index, offset = np.zeros((slots, padded), np.int32), np.zeros((slots, padded), np.int32)
-        count = np.zeros(slots, np.int32)
-        frames = StepFrames(features=None, offset=offset, count=count)
-        for slot, of_slot in placed.items():
-            count[slot] = len(of_slot)
-            offset[slot, : len(of_slot)] = list(of_slot)
-            index[slot, : len(of_slot)] = list(of_slot.values())
-    tokens = np.zeros((slots, length), np.int32)
-    for slot, row in enumerate(rows):
-        if row:
-            tokens[slot, : len(row.tokens)] = row.tokens
-            lengths[slot] = len(row.tokens)
-            new_turn[slot] = row.new_turn
-    return StepArguments(tokens, lengths, new_turn, frames, index)
+    shape = _smallest(rows, slots, image)
+    a, index = empty_arguments(shape, slots)
+    chunk = frame = 0
+    for slot, row in rows.items():
+        a.takes[slot], a.new_turn[slot] = True, row.new_turn
+        a.speaks[slot] = row.tokens[0] == PENDING
+        if shape.decode and row.is_decode:
+            assert a.decode is not None
+            a.decode[slot], a.last[slot] = True, slot
+            continue
+        assert a.chunks is not None
+        for start in range(0, len(row.tokens), shape.width):
+            tokens = row.tokens[start : start + shape.width]
+            a.chunks.tokens[chunk, : len(tokens)] = tokens
+            a.chunks.count[chunk] = len(tokens)
+            if a.chunks.slots is not None:
+                a.chunks.slots[chunk], a.chunks.before[chunk] = slot, start
+            a.last[slot] = slots * shape.decode + chunk * shape.width + len(tokens) - 1
+            chunk += 1
+        for number, (offset, of_frame) in enumerate(row.placed(image).items()):
+            assert a.frames is not None
+            assert index is not None
+            place = (frame, 0) if slots > 1 else (0, frame)
+            index[place], a.frames.offset[place] = of_frame, offset
+            a.frames.count[place[0]] += 1
+            if a.frames.slots is not None:
+                a.frames.slots[place[0]], a.frames.before[place[0]] = slot, number
+            frame += 1
+    return a, index
+
+
+def _smallest(rows: Mapping[int, Row], slots: int, image: int) -> Shape:
+    """The smallest shape that has room for these rows."""
+    frames = sum(len(row.placed(image)) for row in rows.values())
+    for shape in shapes(slots):
+        lengths = [len(row.tokens) for row in rows.values() if not (shape.decode and row.is_decode)]
+        chunks = sum(-(-length // shape.width) if shape.width else length for length in lengths)
+        if chunks <= shape.chunks and frames <= shape.frames and (shape.frames > 0) >= (frames > 0):
+            return shape
+    raise ValueError(f"no step has room for rows of {[len(row.tokens) for row in rows.values()]} tokens")
 
 
 def split_row(row: Row, image: int) -> Iterator[Row]:

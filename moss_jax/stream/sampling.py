@@ -4,6 +4,7 @@ B slots, V vocabulary
 """
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +13,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt32
 
 from moss_jax.config import TokenSampling
+
+
+class SamplingKind(enum.IntEnum):
+    """What sampling computes, each more than the one before: the likeliest token, a draw, one among a few."""
+
+    GREEDY = 0
+    DRAWN = 1
+    FILTERED = 2
 
 
 @jax.tree_util.register_dataclass
@@ -56,9 +65,18 @@ class SlotSampling:
         )
 
 
+def kind_of(sampling: TokenSampling) -> SamplingKind:
+    """The least that a step computes to sample in this way."""
+    if not sampling.temperature:
+        return SamplingKind.GREEDY
+    has_filter = sampling.top_k > 0 or sampling.top_p < 1
+    return SamplingKind.FILTERED if has_filter else SamplingKind.DRAWN
+
+
 def sample(
     logits: Float[Array, "B V"],
     sampling: SlotSampling,
+    kind: SamplingKind,
     *,
     positions: Int[Array, " B"],
     allowed: Bool[Array, " V"],
@@ -66,60 +84,45 @@ def sample(
 ) -> Int[Array, " B"]:
     """Samples one token for each slot, independently.
 
-    A token depends on its slot's logits and settings and on `positions` alone: what other slots ask for
-    decides which branches are computed, not what comes out of them. Tokens as likely as the last one that
-    top-k or top-p keeps are kept with it.
+    A token depends on its slot's logits and settings and on `positions` alone; a slot that asks for less than
+    `kind` gets the same token as by its own. Tokens as likely as the last one that top-k or top-p keeps are
+    kept with it.
 
     Args:
+      kind: static, at least that of every slot. A branch on the device would have the host wait for it.
       positions: of the tokens to sample in their streams; with the slot's key, they determine the draws.
       allowed: tokens that may be sampled.
       said: tokens that the repetition penalty applies to.
     """
-
-    def scores() -> Float[Array, "B V"]:
-        x = jnp.where(allowed, logits, -jnp.inf)
-        # A positive score is divided and a negative one multiplied, so both fall (CTRL, arXiv 1909.05858).
-        penalty = sampling.repetition_penalty[:, None]
-        return jnp.where(said, jnp.where(x > 0, x / penalty, x * penalty), x)
-
-    greedy = jnp.argmax(scores(), axis=-1).astype(jnp.int32)
+    scores = jnp.where(allowed, logits, -jnp.inf)
+    # A positive score is divided and a negative one multiplied, so both fall (CTRL, arXiv 1909.05858).
+    penalty = sampling.repetition_penalty[:, None]
+    scores = jnp.where(said, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
+    greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    if kind == SamplingKind.GREEDY:
+        return greedy
     draws = sampling.temperature > 0
-
-    def draw() -> Int[Array, " B"]:
-        # Computed once more, so that a step that draws nothing has no scores to write to memory.
-        x = scores()
-        # Without their maximum, no temperature can make them overflow.
-        temperature = jnp.where(draws, sampling.temperature, 1)[:, None]
-        scaled = (x - x.max(axis=-1, keepdims=True)) / temperature
-        scaled = jnp.where(_kept(x, scaled, sampling), scaled, -jnp.inf)
-        keys = jax.vmap(jax.random.fold_in)(sampling.key, positions)
-        drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
-        return jnp.where(draws, drawn, greedy)
-
-    return jax.lax.cond(draws.any(), draw, lambda: greedy)
+    # Without their maximum, no temperature can make them overflow.
+    temperature = jnp.where(draws, sampling.temperature, 1)[:, None]
+    scaled = (scores - scores.max(axis=-1, keepdims=True)) / temperature
+    if kind == SamplingKind.FILTERED:
+        scaled = jnp.where(_kept(scores, scaled, sampling), scaled, -jnp.inf)
+    keys = jax.vmap(jax.random.fold_in)(sampling.key, positions)
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+    return jnp.where(draws, drawn, greedy)
 
 
 def _kept(
     scores: Float[Array, "B V"], scaled: Float[Array, "B V"], sampling: SlotSampling
 ) -> Bool[Array, "B V"]:
     """The tokens that top-k, and then top-p among those, leave to draw from; all, without either."""
-    ordered, draws = _ordered(scores), sampling.temperature > 0
-    none = jnp.zeros(len(scores), jnp.uint32)
-    has_top_k, has_top_p = draws & (sampling.top_k > 0), draws & (sampling.top_p < 1)
-
-    def top_k() -> UInt32[Array, " B"]:
-        count = jnp.minimum(sampling.top_k, scores.shape[-1]).astype(jnp.float32)
-        return jnp.where(has_top_k, _threshold(ordered, jnp.ones_like(scaled), count), none)
-
-    least = jax.lax.cond(has_top_k.any(), top_k, lambda: none)
-
-    def top_p() -> UInt32[Array, " B"]:
-        mass = jnp.where(ordered >= least[:, None], jnp.exp(scaled), 0)
-        # A token stays if those likelier do not yet add up to top_p; so the likeliest always does.
-        share = jnp.maximum(sampling.top_p * mass.sum(axis=-1), jnp.finfo(jnp.float32).tiny)
-        return jnp.where(has_top_p, _threshold(ordered, mass, share), least)
-
-    least = jax.lax.cond(has_top_p.any(), top_p, lambda: least)
+    ordered = _ordered(scores)
+    count = jnp.minimum(sampling.top_k, scores.shape[-1]).astype(jnp.float32)
+    least = jnp.where(sampling.top_k > 0, _threshold(ordered, jnp.ones_like(scaled), count), 0)
+    mass = jnp.where(ordered >= least[:, None], jnp.exp(scaled), 0)
+    # A token stays if those likelier do not yet add up to top_p; so the likeliest always does.
+    share = jnp.maximum(sampling.top_p * mass.sum(axis=-1), jnp.finfo(jnp.float32).tiny)
+    least = jnp.where(sampling.top_p < 1, _threshold(ordered, mass, share), least)
     return ordered >= least[:, None]
 
 

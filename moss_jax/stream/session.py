@@ -28,7 +28,7 @@ from moss_jax.stream.dispatch_timer import DispatchTimer, StepInFlight
 from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import Event
 from moss_jax.stream.limits import saved_config
-from moss_jax.stream.perception import ENCODE_BUCKETS
+from moss_jax.stream.perception import FEW
 from moss_jax.stream.rows import Row
 from moss_jax.stream.saved import (
     SavedStream,
@@ -444,7 +444,7 @@ class Session:
                 waiting = sorted(frame for c in self._conversations for frame in c.unclaimed_frames())
                 if waiting and self._perception_async():
                     batch = [frame for frame in waiting if frame.shape == waiting[0].shape]
-                    batch = batch[: ENCODE_BUCKETS[1]]
+                    batch = batch[:FEW]
                     for frame in batch:
                         frame.claimed = True
                     return batch

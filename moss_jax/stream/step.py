@@ -1,9 +1,9 @@
-"""The pure step: append a row to each slot, then sample the next token of each.
+"""The pure step: append rows to slots, then sample the next token of each.
 
 A sampled token is *pending* until the next step appends it, so a silent second costs one step, and the host
 has each token as soon as it is sampled.
 
-B slots, T tokens, V vocabulary
+B slots, V vocabulary
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from moss_jax.config import EngineConfig, ModelConfig, TokenSampling
-from moss_jax.memory import StreamState, init_state, keep_tokens, load_slot, save_slot
+from moss_jax.memory import NO_POSITION, StreamState, init_state, keep_tokens, load_slot, save_slot
 from moss_jax.memory.policies import Compact
-from moss_jax.nn.decoder import Decoder
+from moss_jax.nn.decoder import Decoder, Rows
 from moss_jax.ops.qarray import DTYPES
-from moss_jax.stream.rows import PENDING, StepFrames
-from moss_jax.stream.sampling import SlotSampling, sample
+from moss_jax.stream.rows import PENDING, StepArguments
+from moss_jax.stream.sampling import SamplingKind, SlotSampling, sample
 from moss_jax.text import SpecialTokens
 
 # In the place of a token that was to be sampled from logits that hold NaN or an infinity.
@@ -100,41 +100,69 @@ def start(model: ModelConfig, dtype: DTypeLike, sampling: TokenSampling, config:
     )
 
 
-def step(
-    special: SpecialTokens,
-    decoder: Decoder,
-    rules: SamplingRules,
-    state: EngineState,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    new_turn: Bool[Array, " B"],
-    frames: StepFrames | None,
-) -> EngineState:
-    """Appends the first `lengths` tokens of each row and samples each slot's next token into `pending`."""
-    slots = jnp.arange(tokens.shape[0])
-    spoken = tokens[:, 0] == PENDING
+def step(decoder: Decoder, rules: SamplingRules, state: EngineState, arguments: StepArguments) -> EngineState:
+    """Appends rows to the slots that take part, with the logits of each slot's next token."""
+    a, pending = arguments, state.pending
     # A pending token joins what was said in its turn. A comparison with all tokens, since it is one pass over
     # the mask with that which empties it at a new turn, and a scatter would be another.
-    joins = (spoken & ~rules.exempt[state.pending])[:, None]
-    joins &= jnp.arange(state.said.shape[1]) == state.pending[:, None]
-    said = (state.said | joins) & ~new_turn[:, None]
-    tokens = jnp.where(tokens == PENDING, state.pending[:, None], tokens)
+    joins = (a.speaks & ~rules.exempt[pending])[:, None]
+    joins &= jnp.arange(state.said.shape[1]) == pending[:, None]
+    said = (state.said | joins) & ~a.new_turn[:, None]
+    rows = []
+    if a.decode is not None:
+        rows.append(Rows(pending[:, None], jnp.asarray(a.decode, jnp.int32)))
+    if (chunks := a.chunks) is not None:
+        of_rows = pending if chunks.slots is None else pending[chunks.slots]
+        tokens = jnp.where(chunks.tokens == PENDING, of_rows[:, None], chunks.tokens)
+        rows.append(Rows(tokens, chunks.count, chunks.slots, chunks.before))
     stream = state.stream
-    if frames is not None:
+    if (frames := a.frames) is not None:
         assert frames.features is not None
-        position = stream.text.position[:, None] + frames.offset
-        bank = decoder.remember(stream.bank, frames.features, position, jnp.asarray(frames.count))
+        start = stream.text.position if frames.slots is None else stream.text.position[frames.slots]
+        bank = decoder.remember(
+            stream.bank,
+            frames.features,
+            start[:, None] + frames.offset,
+            frames.count,
+            frames.slots,
+            frames.before,
+        )
         stream = dataclasses.replace(stream, bank=bank)
-    hidden, stream = decoder.decode(stream, tokens, lengths)
-    last = hidden[slots, jnp.maximum(lengths - 1, 0)]
+    hidden, stream = decoder.decode_rows(stream, rows)
+    last = hidden.reshape(-1, hidden.shape[-1])[a.last]
     logits = decoder.logits(last[:, None])[:, 0]
-    sampled = sample(logits, state.sampling, positions=stream.text.position, allowed=rules.allowed, said=said)
+    if len(pending) > 1:
+        logits = jnp.where(a.takes[:, None], logits, state.logits)
+    return dataclasses.replace(state, stream=stream, logits=logits, said=said)
+
+
+def sample_pending(
+    special: SpecialTokens,
+    kind: SamplingKind,
+    pending: Int[Array, " B"],
+    rules: SamplingRules,
+    logits: Float[Array, "B V"],
+    said: Bool[Array, "B V"],
+    sampling: SlotSampling,
+    positions: Int[Array, " B"],
+    takes: Bool[Array, " B"],
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Samples the next token of the slots that take part, after a `step`.
+
+    Args:
+      kind: at least that of every slot that takes part.
+      positions: of the tokens to sample.
+
+    Returns:
+      The pending tokens of all slots, twice: for the next step, and for the host.
+    """
+    sampled = sample(logits, sampling, kind, positions=positions, allowed=rules.allowed, said=said)
     # A turn that the model ends stays open, so the token to append is the silence that it was trained with.
     sampled = jnp.where(sampled == special.eot, special.silence, sampled)
     # Said by the token itself, so that the host reads no other array.
     sampled = jnp.where(jnp.isfinite(logits).all(axis=-1), sampled, NOT_FINITE)
-    pending = jnp.where(lengths > 0, sampled, state.pending)
-    return EngineState(stream=stream, pending=pending, logits=logits, said=said, sampling=state.sampling)
+    pending = jnp.where(takes, sampled, pending)
+    return pending, jnp.copy(pending)
 
 
 def compact_bank(
@@ -157,6 +185,26 @@ def set_sampling(state: EngineState, slot: Int[Array, ""], sampling: SlotSamplin
     """Gives one slot the settings of `sampling`, which are those of one slot."""
     new = _replace_slot(state.sampling, slot, lambda _: sampling)
     return dataclasses.replace(state, sampling=new)
+
+
+def reset_slot(state: EngineState, slot: Int[Array, ""]) -> EngineState:
+    """Empties one slot; what its buffers hold is out of every range, and its sampling stays."""
+    text, bank = state.stream.text, state.stream.bank
+    text = dataclasses.replace(
+        text, length=text.length.at[slot].set(0), position=text.position.at[slot].set(0)
+    )
+    bank = dataclasses.replace(
+        bank,
+        positions=bank.positions.at[slot].set(NO_POSITION),
+        length=bank.length.at[slot].set(0),
+        counts=None if bank.counts is None else bank.counts.at[slot].set(0),
+    )
+    return dataclasses.replace(
+        state,
+        stream=StreamState(text=text, bank=bank),
+        pending=state.pending.at[slot].set(0),
+        said=state.said.at[slot].set(False),
+    )
 
 
 def slot_to_host(state: EngineState, slot: int) -> dict[str, np.ndarray]:
