@@ -600,6 +600,10 @@ class SessionConfig:
         never dropped, and a lockstep session drops nothing.
       max_tokens_per_turn: tokens after which an answer is cut and the stream goes on silent.
       selection: which frames are shown to the model.
+      max_tokens_per_second: speed that a realtime answer is held to; None for none.
+      max_fps: frames a second beyond which a realtime stream is not shown more; None for no limit.
+      idle_seconds: a realtime stream ends when nothing has been pushed for so long; None for never.
+      lifetime_seconds: a realtime stream ends at this age; None for never.
     """
 
     clock: Clock = "lockstep"
@@ -608,11 +612,36 @@ class SessionConfig:
     inbox_frames: int = 8
     max_tokens_per_turn: int = 1024
     selection: SelectionConfig = SelectionConfig()
+    max_tokens_per_second: float | None = None
+    max_fps: float | None = None
+    idle_seconds: float | None = None
+    lifetime_seconds: float | None = None
 
     def __post_init__(self):
         _convert_fields(self)
+        for name in ("max_tokens_per_second", "max_fps", "idle_seconds", "lifetime_seconds"):
+            limit = getattr(self, name)
+            _require(limit is None or limit > 0, f"{name} must be positive, or None; got {limit}")
         _require_at_least(1, self, "tokens_per_second", "inbox_frames", "max_tokens_per_turn")
         _require(self.tail_seconds >= 0, f"tail_seconds {self.tail_seconds} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """How the streams of one engine are run.
+
+    Attributes:
+      clock: of all streams; see `SessionConfig`.
+      max_stall_ms: while a stream talks, frames are encoded in batches that hold its text up for no longer,
+        or one by one.
+    """
+
+    clock: Clock = "realtime"
+    max_stall_ms: float = 25.0
+
+    def __post_init__(self):
+        _convert_fields(self)
+        _require(self.max_stall_ms > 0, f"max_stall_ms must be positive, not {self.max_stall_ms}")
 
 
 # --------------------------------------------------------------------------------------- training

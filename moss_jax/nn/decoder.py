@@ -179,7 +179,7 @@ class CrossAttention(nnx.Module):
 
     def queries(
         self, residual: Residual, norm: Norm, rows: Sequence[RowsInCall]
-    ) -> tuple[list[Float[Array, "R T H head"]], Float[Array, "B T D"]]:
+    ) -> tuple[list[Float[Array, "..."]], Float[Array, "... D"]]:
         """Queries of each of the rows, and the residual sum."""
         q, x = norm_linear(residual, norm, self.q.weights)
         assert isinstance(q, Array)
@@ -193,7 +193,7 @@ class CrossAttention(nnx.Module):
         rows: Sequence[RowsInCall],
         frames: KeysValues,
         bias: Float[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B T H head"], Float[Array, "B T D"]]:
+    ) -> tuple[Float[Array, "R T H head"], Float[Array, "R T D"]]:
         """Attends to the frames in range; results of all heads, and the residual sum."""
         queries, x = self.queries(residual, norm, rows)
         heads = [
@@ -254,7 +254,7 @@ class CrossLayer(nnx.Module):
         residual: Residual,
         rows: Sequence[RowsInCall],
         frames: KeysValues,
-        sees: Bool[Array, "B T"],
+        sees: Bool[Array, "R T"],
         bias: Float[Array, "B S"] | None = None,
     ) -> Residual:
         """Tokens that see no frame get no MLP branch, and from an empty range no attention either."""
@@ -349,7 +349,7 @@ class Decoder(nnx.Module):
 
     def decode_rows(
         self, state: StreamState, rows: Sequence[Rows]
-    ) -> tuple[Float[Array, "B T D"], StreamState]:
+    ) -> tuple[Float[Array, "R T D"], StreamState]:
         """Appends rows of tokens, and attends to text and bank as they then stand.
 
         GEMMs are over all tokens together, attention is over rows of one length. All rows of a slot are in

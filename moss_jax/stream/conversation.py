@@ -17,6 +17,8 @@ from moss_jax.stream.events import (
     End,
     EndReason,
     Event,
+    Failed,
+    Figures,
     FrameSeen,
     FrameUnseen,
     Interrupted,
@@ -90,6 +92,7 @@ class Plan:
       frames: of the row's `<|image|>` tokens, those that the model is not shown included.
       speculative: the row is only the token of the step in flight, which may turn out to be a silence.
       compact, kept: as in `Row`.
+      asked_at: time of the last prompt in it; None without any.
       end: why the stream ends here.
     """
 
@@ -100,12 +103,74 @@ class Plan:
     speculative: bool = False
     compact: Compaction | None = None
     kept: list[int] | None = None
+    asked_at: float | None = None
     end: EndReason | None = None
 
     @property
     def seen(self) -> list[Inbound]:
         """The frames that the model is shown."""
         return [frame for frame in self.frames if not frame.unseen]
+
+
+class Speed:
+    """What a realtime stream is measured by, in running sums.
+
+    Attributes:
+      bytes: that its slot holds; None if unknown.
+    """
+
+    def __init__(self):
+        self.bytes: int | None = None
+        self._answers, self._frames = Mean(), Mean()
+        self._asked_at: float | None = None
+        self._token_at = self._talking = 0.0
+        self._gaps = 0
+
+    def on_sample(self, wall: float, frames: Sequence[float], asked_at: float | None) -> None:
+        """Counts a sample after frames and perhaps a prompt, given when they came."""
+        for time in frames:
+            self._frames.add(wall - time)
+        if asked_at is not None:
+            self._asked_at = asked_at
+
+    def on_token(self, wall: float, *, is_first: bool) -> None:
+        """Counts a token of text."""
+        if self._asked_at is not None:
+            self._answers.add(wall - self._asked_at)
+            self._asked_at = None
+        if not is_first:
+            self._talking += wall - self._token_at
+            self._gaps += 1
+        self._token_at = wall
+
+    def figures(self) -> Figures:
+        """The figures so far."""
+        return Figures(
+            ttft=self._answers.mean,
+            ttft_worst=self._answers.worst,
+            frame_to_token=self._frames.mean,
+            frame_to_token_worst=self._frames.worst,
+            tokens_per_second=self._gaps / self._talking if self._talking else None,
+            bytes=self.bytes,
+        )
+
+
+class Mean:
+    """A running mean, and the largest number; None of none."""
+
+    def __init__(self):
+        self._sum, self._count = 0.0, 0
+        self.worst: float | None = None
+
+    def add(self, x: float) -> None:
+        """Counts a number."""
+        self._sum, self._count = self._sum + x, self._count + 1
+        self.worst = x if self.worst is None else max(x, self.worst)
+
+    @property
+    def mean(self) -> float | None:
+        """Of all so far."""
+        return self._sum / self._count if self._count else None
 
 
 class Conversation:
@@ -120,7 +185,8 @@ class Conversation:
       prompt: of the first user turn.
 
     Attributes:
-      capacity: as given.
+      capacity, config: as given.
+      has_failed: whether an error has ended the stream.
       finished: nothing more will be pushed.
       stopped: the stream ends at the next token.
       ended: the stream is over.
@@ -142,10 +208,10 @@ class Conversation:
         prompt: str,
     ):
         self.slot = slot
-        self.finished = self.stopped = self.ended = False
+        self.finished = self.stopped = self.ended = self.has_failed = False
         self.start_time = self.latest = self.latest_frame = 0.0
         self.speaking = self.interrupted = False
-        self._config = config
+        self.config = config
         self.capacity = capacity
         self._special = tokenizer.special
         self._detokenizer = Detokenizer(tokenizer)
@@ -171,6 +237,9 @@ class Conversation:
         # Why the stream ends at the next move: a capacity, once what fitted has been appended, or the logits.
         self._end_reason: EndReason | None = None
         self._wall = 0.0
+        # Of a realtime stream: when the next token and the next frame may come, and what it is measured by.
+        self._next_token = self._next_frame = 0.0
+        self._speed = Speed()
 
     def save(
         self, wall: float
@@ -186,8 +255,8 @@ class Conversation:
         self._wall = wall
         inbox = sorted(self._inbox)
         saved = {
-            "clock": self._config.clock,
-            "tokens_per_second": self._config.tokens_per_second,
+            "clock": self.config.clock,
+            "tokens_per_second": self.config.tokens_per_second,
             "start_time": max(self._now(), self.latest),
             "latest_frame": self.latest_frame,
             "instant": self._instant,
@@ -243,8 +312,8 @@ class Conversation:
         self._wall = self.start_time
         self._instant, self._ticks = saved["instant"], saved["ticks"]
         if (saved["clock"], saved["tokens_per_second"]) != (
-            self._config.clock,
-            self._config.tokens_per_second,
+            self.config.clock,
+            self.config.tokens_per_second,
         ):
             self._instant, self._ticks = self.start_time, 0
         self._opening, self._prompt = saved["opening"] or None, saved["prompt"]
@@ -260,7 +329,7 @@ class Conversation:
         self._counts, self._warned = dict(saved["counts"]), set(saved["warned"])
         self.latest_frame = saved["latest_frame"]
         # Without selection, the thumbnail would soon be of an older frame than the last.
-        if self._config.selection.enabled:
+        if self.config.selection.enabled:
             self._selection = selection.Selection(thumbnail, *saved["selection"])
         left = iter(frames)
         for time, prompt, unseen in saved["inbox"]:
@@ -297,22 +366,35 @@ class Conversation:
         self.latest = max(self.latest, inbound.time)
         if inbound.is_frame:
             self.latest_frame = max(self.latest_frame, inbound.time)
-            self._select(inbound)
+            self._limit_rate(inbound)
+            if not inbound.unseen:
+                self._select(inbound)
         heapq.heappush(self._inbox, inbound)
-        if inbound.is_frame and inbound.unseen != "rate" and self._config.clock == "realtime":
+        if inbound.is_frame and inbound.unseen != "rate" and self.config.clock == "realtime":
             waiting = [i for i in self._inbox if i.is_frame and i.unseen != "rate"]
-            if len(waiting) > self._config.inbox_frames:
+            if len(waiting) > self.config.inbox_frames:
                 older = [i for i in waiting if i is not inbound]
                 self._inbox.remove(min([i for i in waiting if i.unseen] or older))
                 heapq.heapify(self._inbox)
                 self._counts["frames_dropped"] += 1
+
+    def _limit_rate(self, frame: Inbound) -> None:
+        """Leaves out a frame that comes too soon after the one before."""
+        if self.config.max_fps is None or self.config.clock == "lockstep":
+            return
+        if frame.time < self._next_frame - INSTANT:
+            frame.unseen, frame.rgb = "rate", None
+        else:
+            # In steps from the frame before, so that a little jitter doesn't halve the rate.
+            gap = 1 / self.config.max_fps
+            self._next_frame = max(self._next_frame, frame.time - gap / 2) + gap
 
     def _select(self, frame: Inbound) -> None:
         """Decides whether a frame is to be encoded."""
         if frame.thumbnail is None:
             return
         frame.unseen, self._selection = selection.select(
-            self._config.selection, self._selection, frame.time, frame.thumbnail
+            self.config.selection, self._selection, frame.time, frame.thumbnail
         )
         if frame.unseen:
             frame.rgb = None
@@ -335,6 +417,8 @@ class Conversation:
         self._wall = wall
         if self.stopped:
             return self._end("stopped")
+        if reason := self._expired(wall):
+            return self._end(reason)
         if self._end_reason:
             return self._end(self._end_reason)
         if self._opening is not None:
@@ -347,13 +431,51 @@ class Conversation:
                 return Plan(list(self._cut()))
         if due := self._pop_due(perception_async):
             return self._append(due, in_flight)
-        if self.speaking and may_continue and self._may_sample():
+        if self.speaking and may_continue and self._may_sample() and not self._is_held(wall, in_flight):
             return self._append([], in_flight)
         if self.finished and not self._inbox and not in_flight:
             return self._end("finished")
         if self._passed and not in_flight:
             return Plan()
         return None
+
+    def deadline(self, wall: float) -> float | None:
+        """Seconds until the stream has something to do though nothing happens; None if it never has."""
+        times = [at for _, at in self._expiries()]
+        if self.speaking and wall < self._next_token:
+            times.append(self._next_token)
+        return min(times) - wall if times else None
+
+    def _expiries(self) -> Iterator[tuple[EndReason, float]]:
+        """When the limits of a realtime stream will end it, if nothing happens."""
+        if self.config.clock == "lockstep":
+            return
+        if self.config.idle_seconds is not None:
+            yield "idle", max(self.latest, self.start_time) + self.config.idle_seconds
+        if self.config.lifetime_seconds is not None:
+            yield "lifetime", self.start_time + self.config.lifetime_seconds
+
+    def _expired(self, wall: float) -> EndReason | None:
+        return next((reason for reason, at in self._expiries() if wall >= at), None)
+
+    def _is_held(self, wall: float, in_flight: Plan | None) -> bool:
+        """Whether an answer waits for its next token, so as not to be faster than it may be."""
+        limit = self.config.max_tokens_per_second
+        if limit is None or self.config.clock == "lockstep":
+            return False
+        return in_flight is not None or wall < self._next_token
+
+    def fail(self, message: str, wall: float) -> Iterator[Event]:
+        """Ends the stream by an error; the last events of it."""
+        self._wall, self.ended, self.has_failed = wall, True, True
+        yield Failed(**self._stamp(), message=message)
+        yield from self._last_events("failed")
+
+    def _last_events(self, reason: EndReason) -> Iterator[Event]:
+        for prompt in sorted(i for i in self._inbox if not i.is_frame):
+            yield NotAsked(**self._stamp(), prompt=prompt.prompt, time=prompt.time)
+        figures = self._speed.figures() if self.config.clock == "realtime" else None
+        yield End(**self._stamp(), reason=reason, counters=Counters(**self._counts), figures=figures)
 
     def events(self, plan: Plan) -> Iterator[Event]:
         """The events of a plan, to be read after those of the tokens before it."""
@@ -364,9 +486,7 @@ class Conversation:
                 yield from self._interrupt()
             yield event
         if plan.end:
-            for prompt in sorted(i for i in self._inbox if not i.is_frame):
-                yield NotAsked(**self._stamp(), prompt=prompt.prompt, time=prompt.time)
-            yield End(**self._stamp(), reason=plan.end, counters=Counters(**self._counts))
+            yield from self._last_events(plan.end)
 
     def on_token(self, plan: Plan, token: int, wall: float) -> Iterator[Event]:
         """Takes the token that was sampled after a plan's row; the events of it."""
@@ -378,6 +498,7 @@ class Conversation:
             self._pending, self._pending_kinds = self._after_dropped()
             return
         self._wall, self._is_cut = wall, False
+        self._speed.on_sample(wall, [frame.time for frame in plan.seen], plan.asked_at)
         at = self._now()
         self._ticks += 1
         kind = Kind.SILENCE if token == self._special.silence else Kind.ASSISTANT
@@ -390,6 +511,9 @@ class Conversation:
             yield Silence(slot=self.slot, stream_time=at, wall_time=wall)
             return
         self.speaking = True
+        self._speed.on_token(wall, is_first=not self._said_tokens)
+        if self.config.max_tokens_per_second:
+            self._next_token = wall + 1 / self.config.max_tokens_per_second
         self._said_tokens += 1
         self._counts["tokens"] += 1
         if text := self._detokenizer.push(token):
@@ -398,7 +522,7 @@ class Conversation:
         if self.interrupted:
             self.interrupted = False
             yield from self._cut()
-        elif self._said_tokens >= self._config.max_tokens_per_turn:
+        elif self._said_tokens >= self.config.max_tokens_per_turn:
             yield TurnLimit(slot=self.slot, stream_time=at, wall_time=wall, tokens=self._said_tokens)
             self._cut_off()
             self._counts["silences"] += 1
@@ -430,7 +554,7 @@ class Conversation:
         if not self._inbox:
             return []
         limit = np.inf
-        if self._config.clock == "lockstep":
+        if self.config.clock == "lockstep":
             first, now = self._inbox[0].time, self._now()
             if self.speaking and first > now + INSTANT:
                 return []
@@ -512,7 +636,7 @@ class Conversation:
                 plan.events.append(self._frame_event(inbound))
                 self._contents.append([], frames=int(is_seen))
             else:
-                plan.new_turn = True
+                plan.new_turn, plan.asked_at = True, inbound.time
                 plan.events.append(self._turn(inbound.prompt))
         if self._end_reason and not plan.events:
             return self._end(self._end_reason)
@@ -554,9 +678,9 @@ class Conversation:
     def _may_sample(self) -> bool:
         """Whether an answer in progress gets another token now."""
         if self.finished and not self._inbox:
-            end_of_input = self._instant if self._config.clock == "lockstep" else self._finished_at
-            return self._now() + INSTANT < end_of_input + self._config.tail_seconds
-        if self._config.clock == "realtime":
+            end_of_input = self._instant if self.config.clock == "lockstep" else self._finished_at
+            return self._now() + INSTANT < end_of_input + self.config.tail_seconds
+        if self.config.clock == "realtime":
             return True
         # A lockstep stream must know that nothing happens before this token.
         return bool(self._inbox) and self._inbox[0].time > self._now() + INSTANT
@@ -574,9 +698,9 @@ class Conversation:
 
     def _now(self) -> float:
         """Seconds on the stream's clock."""
-        if self._config.clock == "realtime":
+        if self.config.clock == "realtime":
             return self._wall
-        return self._instant + self._ticks / self._config.tokens_per_second
+        return self._instant + self._ticks / self.config.tokens_per_second
 
 
 def _fits_step(due: Sequence[Inbound], inbound: Inbound, *, perception_async: bool) -> bool:

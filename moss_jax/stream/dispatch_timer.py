@@ -4,7 +4,7 @@ Late enough that it takes in what arrives meanwhile, early enough that the devic
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import jax
 import numpy as np
@@ -42,11 +42,12 @@ class DispatchTimer:
         return max(0.0, self._steps.get(kind, 0.0) - (self._dispatch or 0.0) - MARGIN)
 
 
-class StepInFlight:
+class StepInFlight[Key: Hashable]:
     """A step that was dispatched and whose tokens are not on the host yet.
 
     Args:
-      plans: of the slots that take part.
+      plans: whose rows it completes, by stream.
+      kind: of the step.
       tokens: the sampled tokens, on the device.
       dispatch_started: when the host began to dispatch it, by `time.monotonic`.
 
@@ -55,12 +56,17 @@ class StepInFlight:
     """
 
     def __init__(
-        self, plans: Mapping[int, Plan], tokens: jax.Array, timer: DispatchTimer, dispatch_started: float
+        self,
+        plans: Mapping[Key, Plan],
+        kind: Kind,
+        tokens: jax.Array,
+        timer: DispatchTimer,
+        dispatch_started: float,
     ):
         self.plans, self.begun = plans, time.monotonic()
         self._tokens, self._timer = tokens, timer
         tokens.copy_to_host_async()
-        self._kind = (max(len(p.tokens) for p in plans.values()), sum(len(p.seen) for p in plans.values()))
+        self._kind = kind
         if self._kind == DECODE:
             # Other steps are dispatched as soon as there is reason to; only decode steps are timed.
             timer.record_dispatch(self.begun - dispatch_started)

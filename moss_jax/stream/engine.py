@@ -399,6 +399,8 @@ class Engine:
         encoded = [self.encode([frame] * count) for count in self.frame_encoder.warm_counts]
         for features in encoded:
             self.distance(features, 0, features, 0)
+        if self.config.slots > 1:
+            self.frame_encoder.measure(frame_shape)
         state = self.start()
         for shape in shapes(self.config.slots):
             arguments, index = empty_arguments(shape, self.config.slots)

@@ -5,7 +5,17 @@ from typing import Any, ClassVar, Literal
 
 from moss_jax.config import UnseenReason
 
-EndReason = Literal["finished", "stopped", "text_capacity", "bank_capacity", "not_finite", "token_limit"]
+EndReason = Literal[
+    "finished",
+    "stopped",
+    "text_capacity",
+    "bank_capacity",
+    "not_finite",
+    "token_limit",
+    "idle",
+    "lifetime",
+    "failed",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +40,25 @@ class Counters:
     tokens: int = 0
     silences: int = 0
     interruptions: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """How fast a realtime stream was, in seconds of the wall clock; None where nothing was measured.
+
+    Attributes:
+      ttft, ttft_worst: from a prompt to the first text after it (time to first token), mean and largest.
+      frame_to_token, frame_to_token_worst: from a frame to the token that was sampled with it in sight.
+      tokens_per_second: within answers.
+      bytes: that the slot of the stream holds on the device.
+    """
+
+    ttft: float | None = None
+    ttft_worst: float | None = None
+    frame_to_token: float | None = None
+    frame_to_token_worst: float | None = None
+    tokens_per_second: float | None = None
+    bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,15 +178,26 @@ class NotAsked(Event):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Failed(Event):
+    """An error, named by `message`, ends the stream; comes before `End`."""
+
+    type: ClassVar[str] = "failed"
+    message: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class End(Event):
     """The slot's stream is over; no more events of it follow.
 
     Attributes:
       reason: "finished" where the input is over, "stopped" by the caller, "text_capacity" and "bank_capacity"
         where the slot has no room for more (`EngineConfig`), "not_finite" where the logits hold NaN or an
-        infinity, "token_limit" where an offline answer has reached its `max_tokens`.
+        infinity, "token_limit" where an offline answer has reached its `max_tokens`, "idle" and "lifetime" by
+        the limits of `SessionConfig`, "failed" by an error.
+      figures: of a realtime stream.
     """
 
     type: ClassVar[str] = "end"
     reason: EndReason
     counters: Counters
+    figures: Figures | None = None

@@ -6,6 +6,8 @@ P encoded frames, N vectors a frame, D width
 import collections
 import functools
 import itertools
+import math
+import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -67,6 +69,7 @@ class FrameEncoder:
         self._pixels = jax.jit(pixels, in_shardings=placement, out_shardings=placement)
         self._encode = jax.jit(traced_on(placement, encode), out_shardings=placement)
         self.programs = {"pixels": self._pixels, "encode": self._encode}
+        self._seconds: dict[int, float] = {}
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
         """Encodes frames; see `Engine.encode`."""
@@ -101,6 +104,20 @@ class FrameEncoder:
         """Features of a batch that `send` returned."""
         features = self._encode(self._parameters, self._pixels(strips))
         return features if self._placement == self._output else jax.device_put(features, self._output)
+
+    def measure(self, frame_shape: tuple[int, int, int]) -> None:
+        """Times each of the compiled batch sizes, for `largest_batch`."""
+        frame = np.zeros(frame_shape, np.uint8)
+        for size in self.buckets:
+            started = time.perf_counter()
+            jax.block_until_ready(self.encode([frame] * size))
+            self._seconds[size] = time.perf_counter() - started
+
+    def largest_batch(self, seconds: float) -> int:
+        """The largest batch size that takes at most this time; 1 where none does, or none was measured."""
+        if seconds == math.inf:
+            return self.buckets[-1]
+        return max((size for size, taken in self._seconds.items() if taken <= seconds), default=1)
 
     @property
     def warm_counts(self) -> list[int]:

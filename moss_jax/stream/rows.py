@@ -73,6 +73,8 @@ class Row:
 
     def cut(self, length: int, image: int) -> "tuple[Row, Row]":
         """The first `length` tokens with what comes before a row, and the others."""
+        if length >= len(self.tokens):
+            return self, Row([])
         first, rest = self.tokens[:length], self.tokens[length:]
         frames = sum(token == image for token in first) if self.frames else 0
         return (

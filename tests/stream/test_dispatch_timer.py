@@ -5,7 +5,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from moss_jax.stream.conversation import Inbound, Plan
+from moss_jax.stream.conversation import Plan
 from moss_jax.stream.dispatch_timer import DECODE, MARGIN, WEIGHT, DispatchTimer, StepInFlight
 
 
@@ -27,8 +27,7 @@ def test_only_the_dispatch_of_decode_steps_is_timed():
     timer, started = DispatchTimer(), time.monotonic() - 1
 
     def dispatch(tokens: int, frames: int) -> None:
-        plan = Plan(tokens=[0] * tokens, frames=[Inbound(0.0, 1, 0)] * frames)
-        StepInFlight({0: plan}, jnp.zeros(1, jnp.int32), timer, started)
+        StepInFlight({0: Plan()}, (tokens, frames), jnp.zeros(1, jnp.int32), timer, started)
 
     timer.record_step(DECODE, 5.0)
     dispatch(2, 1)

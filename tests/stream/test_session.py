@@ -25,6 +25,7 @@ from moss_jax.stream import (
     Turn,
 )
 from moss_jax.stream.conversation import Encoded, Inbound
+from moss_jax.stream.scheduler import features_of
 from moss_jax.text import chat
 
 SILENCE, EOT, IMAGE = 1021, 1020, 1024
@@ -431,22 +432,16 @@ def test_a_frame_without_a_time_was_taken_now(scripted):
     assert 0 < before <= seen.time <= after
 
 
-def test_features_of_frames_of_several_slots_come_from_their_batches(scripted, monkeypatch):
-    """Those that the perception thread has encoded, and those that the step is to encode."""
-    engine = scripted()
-    monkeypatch.setattr(engine, "encode", lambda these: jnp.array([[[float(x[0, 0, 0])]] for x in these]))
-    session = Session(engine, SessionConfig(clock="realtime"))
+def test_features_of_frames_come_from_their_batches():
     batches = [jnp.full((count, 1, 1), 10.0 * count) + jnp.arange(count)[:, None, None] for count in (2, 3)]
-    places = [(0, 1), (1, 2), (0, 0), (1, 0)]
     frames = [
         Inbound(0.0, 1, order, rgb=numbered(1)[0], encoded=Encoded(batches[batch], index))
-        for order, (batch, index) in enumerate(places)
+        for order, (batch, index) in enumerate([(0, 1), (1, 2), (0, 0), (1, 0)])
     ]
-    fresh = [Inbound(0.0, 1, 9, rgb=rgb) for rgb in numbered(3)[1:]]
-    shown = [frames[0], fresh[0], *frames[1:], fresh[1]]
-    features, index = session._features(shown)
-    taken = [float(features[next(index), 0, 0]) for _ in shown]
-    assert taken == [21.0, 1.0, 32.0, 20.0, 30.0, 2.0]
+    features, index = features_of(frames)
+    assert [float(features[next(index), 0, 0]) for _ in frames] == [21.0, 32.0, 20.0, 30.0]
+    features, _ = features_of([frames[1], frames[3]])
+    assert features is batches[1]
 
 
 def test_a_failing_step_ends_the_session(scripted):

@@ -1,0 +1,855 @@
+"""Continuous batching: many live streams over the slots of one engine.
+
+Streams are opened and closed while others run, each with its own dialogue, sampling, memory and limits. One
+loop packs what they have to append into steps: prompts and frames that have arrived, long ones in chunks
+between the tokens of others, and the next token of each answer in progress. `<|silence|>` parks a stream
+until something arrives.
+
+The device must never wait for the host, so a realtime loop dispatches the next step of talking streams
+speculatively, shortly before the step in flight ends and without knowing its tokens. Where such a token is a
+silence, the speculative step has appended it, which is right, and its own sample is dropped.
+"""
+
+import dataclasses
+import itertools
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from moss_jax.config import (
+    EngineConfig,
+    MemoryConfig,
+    SchedulerConfig,
+    SessionConfig,
+    TokenSampling,
+    UnseenReason,
+)
+from moss_jax.memory.selection import thumbnail
+from moss_jax.stream.conversation import Conversation, Encoded, Inbound, Plan
+from moss_jax.stream.dispatch_timer import DispatchTimer, StepInFlight
+from moss_jax.stream.engine import Engine, EngineLike
+from moss_jax.stream.events import End, Event
+from moss_jax.stream.limits import saved_config, stream_config
+from moss_jax.stream.perception import FEW
+from moss_jax.stream.rows import Row, first_step
+from moss_jax.stream.saved import (
+    SavedStream,
+    SavedStreamError,
+    check_settings,
+    read_stream,
+    write_stream,
+)
+from moss_jax.text import chat
+
+_logger = logging.getLogger(__name__)
+
+
+class SessionError(ValueError):
+    """A push that a stream refuses; the stream goes on."""
+
+
+class Refused(RuntimeError):
+    """A stream that is not admitted; the others go on."""
+
+
+class Clock:
+    """Wall-clock seconds of a stream, from its start on.
+
+    Attributes:
+      start_time: seconds from which the stream goes on, where it was saved before; else 0.
+      is_realtime: whether the clock of a saved stream goes on.
+    """
+
+    def __init__(self, *, is_realtime: bool):
+        self.start_time, self.is_realtime = 0.0, is_realtime
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Starts the clock, unless it runs."""
+        if self._started is None:
+            self._started = time.monotonic()
+
+    def now(self) -> float:
+        """Seconds since the start; before it, those at which the stream begins."""
+        before = self.start_time if self.is_realtime else 0.0
+        return before if self._started is None else before + time.monotonic() - self._started
+
+
+class Stream:
+    """One stream of a scheduler: frames and prompts are pushed from any thread, typed events come out.
+
+    `Scheduler.open` makes it. Iterating gives its events up to `End`, while the scheduler runs in a thread of
+    its own.
+
+    Attributes:
+      slot: of the engine.
+      conversation: the state of its dialogue.
+      clock: its wall clock.
+      arrays: that its slot begins with; None for an empty one.
+      sampling: None for the engine's own.
+      remembered: the features of the frame that was remembered last, where they are compared.
+    """
+
+    def __init__(self, scheduler: "Scheduler", conversation: Conversation, clock: Clock):
+        self._scheduler = scheduler
+        self.conversation, self.clock = conversation, clock
+        self.slot = conversation.slot
+        self.arrays: list[np.ndarray] | None = None
+        self.sampling: TokenSampling | None = None
+        self.remembered: Encoded | None = None
+        self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    @property
+    def config(self) -> SessionConfig:
+        """Its clock and bounds."""
+        return self.conversation.config
+
+    def push_frame(self, rgb: UInt8[np.ndarray, "H W 3"], time: float | None = None) -> bool:
+        """Shows the model a frame, taken at `time` seconds of the stream (now, if None).
+
+        The frame is copied, so the caller may reuse its memory at once. Where frames are selected
+        (`SessionConfig.selection`), it may be that the model is not shown it; an event says so.
+
+        Returns:
+          False if the stream is over, so that a feeder knows when to stop.
+
+        Raises:
+          SessionError: the frame is no uint8 [H, W, 3], or its time is missing or out of order in lockstep.
+        """
+        rgb = np.asarray(rgb)
+        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3 or not rgb.size:
+            raise SessionError(f"a frame is uint8 RGB [height, width, 3]; got {rgb.dtype} {list(rgb.shape)}")
+        small = thumbnail(rgb) if self.config.selection.enabled else None
+        at = self._time(time)
+        return self._push(Inbound(at, 1, self._scheduler.next_order(), rgb=rgb.copy(), thumbnail=small))
+
+    def push_prompt(self, text: str, time: float | None = None) -> bool:
+        """Asks the model something at `time` seconds of the stream (now, if None); cuts its answer, if any.
+
+        Returns:
+          False if the stream is over.
+
+        Raises:
+          SessionError: the prompt is longer than the text capacity, or its time is missing or out of order
+            in lockstep.
+        """
+        tokens = self.check_prompt(text)
+        at = self._time(time)
+        return self._push(Inbound(at, 0, self._scheduler.next_order(), prompt=text, tokens=tokens))
+
+    def check_prompt(self, text: str) -> list[int]:
+        """The tokens that a prompt would append.
+
+        Raises:
+          SessionError: they are more than the text capacity.
+        """
+        tokens = chat.interjection(self._scheduler.engine.tokenizer, text)
+        check_length(tokens, self.conversation.capacity, self.conversation.opening_length)
+        return tokens
+
+    def finish(self, *, time: float | None = None) -> None:
+        """Declares the input complete: what waits is still seen, the answer is finished, then comes `End`.
+
+        Args:
+          time: seconds of the stream that the input lasts, for where it goes on if it is saved; None for the
+            time of the last frame or prompt.
+        """
+        with self._scheduler.changed:
+            self.conversation.finish(self.clock.now())
+            self.conversation.latest = max(self.conversation.latest, time or 0.0)
+            self._scheduler.changed.notify_all()
+
+    def interrupt(self) -> None:
+        """Cuts the answer in progress at its next token, if there is one; the stream goes on silent."""
+        with self._scheduler.changed:
+            self.conversation.interrupted = self.conversation.speaking
+            self._scheduler.changed.notify_all()
+
+    def stop(self) -> None:
+        """Ends the stream at the next token."""
+        with self._scheduler.changed:
+            self.conversation.stopped = True
+            self._scheduler.changed.notify_all()
+
+    def __iter__(self) -> Iterator[Event]:
+        while True:
+            event = self.inbox.get()
+            yield event
+            if isinstance(event, End):
+                # For whoever iterates once more.
+                self.inbox.put(event)
+                return
+
+    def save(self, path: str | os.PathLike, state: Any, wall: float) -> float:
+        """Writes the stream to a file, between two steps.
+
+        Args:
+          state: of the engine.
+          wall: seconds on the stream's clock.
+
+        Returns:
+          Seconds of the stream at which it goes on.
+
+        Raises:
+          SessionError: the logits of the stream were not finite.
+          OSError: the file cannot be written.
+        """
+        if not self.conversation.is_finite():
+            raise SessionError("a stream whose logits are not finite cannot go on, so it is not saved")
+        engine = saving_engine(self._scheduler.engine)
+        dialogue, frames, small = self.conversation.save(wall)
+        compared = {} if small is None else {"thumbnail": small}
+        if self.remembered:
+            compared["features"] = np.asarray(self.remembered.features[self.remembered.index])
+        arrays = engine.save_slot(state, self.slot)
+        settings = engine.stream_settings(self.conversation.capacity)
+        write_stream(path, SavedStream(settings, dialogue, arrays, frames, compared))
+        return dialogue["start_time"]
+
+    def _push(self, inbound: Inbound) -> bool:
+        target = self.conversation
+        with self._scheduler.changed:
+            if target.ended or target.finished or target.stopped:
+                return False
+            if self.config.clock == "lockstep":
+                _check_order(target, inbound, is_running=self._scheduler.is_running)
+            target.receive(inbound)
+            self._scheduler.changed.notify_all()
+            return True
+
+    def _time(self, time: float | None) -> float:
+        if time is None:
+            if self.config.clock == "lockstep":
+                raise SessionError("a lockstep session needs the time of each frame and prompt")
+            return self.clock.now()
+        if not np.isfinite(time) or time < 0:
+            raise SessionError(f"time must be a number of seconds from 0 on, not {time}")
+        return float(time)
+
+
+@dataclasses.dataclass
+class Moves:
+    """What the loop does next.
+
+    Attributes:
+      opened: streams that begin.
+      encode: frames to encode.
+      plans: of streams that have something to append or to tell.
+    """
+
+    opened: list[Stream] = dataclasses.field(default_factory=list)
+    encode: list[Inbound] = dataclasses.field(default_factory=list)
+    plans: dict[Stream, Plan] = dataclasses.field(default_factory=dict)
+
+
+class Scheduler:
+    """Runs the streams of one engine: in a thread between `start` and `close`, or where `run` is iterated.
+
+    A stream that fails ends alone, with `Failed` and `End`. If a step fails, all end so, and `start` begins
+    anew. As a context manager, it starts and closes.
+
+    Args:
+      engine: its slots are the streams that there may be at once.
+      config: of all streams.
+
+    Attributes:
+      engine: as given.
+      changed: guards everything that the threads share, and tells the loop of changes.
+      is_running: whether the loop runs.
+      state: of the engine, once the loop is over and not by an error; else None.
+    """
+
+    def __init__(self, engine: EngineLike, config: SchedulerConfig | None = None):
+        self.engine = engine
+        self.config = config or SchedulerConfig()
+        self.changed = threading.Condition()
+        self.is_running = False
+        self._orders = itertools.count()
+        self._slots: list[Stream | None] = [None] * engine.config.slots
+        # Streams that the loop has not begun with, and slots that hold what a former stream has left.
+        self._opened: list[Stream] = []
+        self._used: set[int] = set()
+        # Of the rows under way, what is left, with the features of their frames; plans by stream.
+        self._rows: dict[Stream, Row] = {}
+        self._features: dict[Stream, Any] = {}
+        self._plans: dict[Stream, Plan] = {}
+        self._thread: threading.Thread | None = None
+        self._closing = self._paused = self._has_encoded = self._is_persistent = False
+        # State of the engine, once the loop is over.
+        self.state: Any = None
+        self._failure: BaseException | None = None
+
+    # ------------------------------------------------------------------------------ streams
+
+    def open(
+        self,
+        config: SessionConfig | None = None,
+        *,
+        system: str | None = chat.SYSTEM_PROMPT,
+        prompt: str = "",
+        sampling: TokenSampling | None = None,
+        memory: MemoryConfig | None = None,
+        bank_capacity: int | None = None,
+        text_capacity: int | None = None,
+        resume: str | os.PathLike | None = None,
+        clock: Clock | None = None,
+    ) -> Stream:
+        """Opens a stream in a free slot.
+
+        Args:
+          config: its bounds; its clock is the scheduler's.
+          system: system prompt; None for none.
+          prompt: content of the first user turn. If it is empty, the model watches unasked.
+          sampling: how its tokens are sampled; None for the engine's own.
+          memory, bank_capacity, text_capacity: as for `stream_config`; None for the engine's.
+          resume: a file that `Session.save` has written, which it goes on with: its dialogue, sampling and
+            limits.
+          clock: None for a clock of its own.
+
+        Raises:
+          Refused: no slot is free, or the scheduler is closed.
+          ConfigError: the engine has no room or no program for these limits.
+          SessionError: the prompt does not fit.
+          SavedStreamError: the file cannot be read or does not fit the engine.
+        """
+        config = dataclasses.replace(config or SessionConfig(), clock=self.config.clock)
+        clock = clock or Clock(is_realtime=config.clock == "realtime")
+        tokenizer = self.engine.tokenizer
+        limits = stream_config(
+            self.engine.config,
+            memory,
+            bank_capacity,
+            text_capacity,
+            model=self.engine.model_config if isinstance(self.engine, Engine) else None,
+        )
+        opening = [] if resume else chat.opening(tokenizer, system=system, prompt=prompt)
+        saved = None
+        if resume:
+            engine = saving_engine(self.engine)
+            saved = read_stream(resume)
+            # It keeps the limits that it was saved with.
+            limits = saved_config(engine.config, saved.settings)
+            check_settings(resume, saved.settings, engine.stream_settings(limits))
+        else:
+            check_length(opening, limits)
+        with self.changed:
+            if self._closing:
+                raise Refused("the scheduler is closed")
+            free = [slot for slot, stream in enumerate(self._slots) if stream is None]
+            if not free:
+                raise Refused(
+                    f"all {len(self._slots)} slots are taken; close a stream, or raise engine.slots"
+                )
+            conversation = Conversation(
+                tokenizer, limits, config, free[0], opening=opening, prompt="" if resume else prompt
+            )
+            stream = Stream(self, conversation, clock)
+            stream.sampling = None if resume else sampling
+            if resume and saved:
+                stream.arrays = self._resume(stream, resume, saved)
+            clock.start_time = max(clock.start_time, conversation.start_time)
+            self._slots[free[0]] = stream
+            self._opened.append(stream)
+            self.changed.notify_all()
+        return stream
+
+    @property
+    def free_slots(self) -> int:
+        """How many more streams could be opened now."""
+        with self.changed:
+            return 0 if self._closing else sum(stream is None for stream in self._slots)
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Those that are open, by slot."""
+        with self.changed:
+            return [stream for stream in self._slots if stream]
+
+    def next_order(self) -> int:
+        """Numbers what is pushed."""
+        return next(self._orders)
+
+    def _resume(self, stream: Stream, path: str | os.PathLike, saved: SavedStream) -> list[np.ndarray]:
+        """Has a stream go on with the dialogue of a file; the arrays that its slot begins with."""
+        conversation, engine = stream.conversation, saving_engine(self.engine)
+
+        def make_prompt(time: float, text: str) -> Inbound:
+            tokens = chat.interjection(engine.tokenizer, text)
+            return Inbound(time, 0, self.next_order(), prompt=text, tokens=tokens)
+
+        def make_frame(
+            time: float, rgb: UInt8[np.ndarray, "H W 3"] | None, unseen: UnseenReason | None
+        ) -> Inbound:
+            return Inbound(time, 1, self.next_order(), rgb=rgb, unseen=unseen)
+
+        try:
+            arrays = engine.check_slot(saved.arrays)
+            small = saved.compared.get("thumbnail")
+            conversation.resume(saved.dialogue, saved.frames, small, make_prompt, make_frame)
+            features = saved.compared.get("features")
+            # Those of a stream that goes on without comparing would soon be of an older frame.
+            if features is not None and _min_distance(stream) is not None:
+                stream.remembered = Encoded(jnp.asarray(features)[None], 0)
+            length = int(saved.arrays["text.length"])
+            if length != conversation.text_length:
+                raise ValueError(f"there are {length} tokens, of which {conversation.text_length} are known")
+        except (KeyError, TypeError, ValueError) as error:
+            raise SavedStreamError(f"{path} is not as it was saved: {error}") from error
+        return arrays
+
+    # --------------------------------------------------------------------------- the thread
+
+    def start(self) -> "Scheduler":
+        """Starts the loop in a thread of its own, with an empty state.
+
+        Raises:
+          RuntimeError: it runs already.
+        """
+        with self.changed:
+            if self._thread is not None:
+                raise RuntimeError("the scheduler runs already")
+            self._closing = False
+            self._thread = threading.Thread(target=self._serve, name="scheduler", daemon=True)
+            self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Ends all streams at their next token, and the loop."""
+        with self.changed:
+            self._closing = True
+            for stream in self._slots:
+                if stream:
+                    stream.conversation.stopped = True
+            thread = self._thread
+            self.changed.notify_all()
+        if thread is not None:
+            thread.join()
+
+    def __enter__(self) -> "Scheduler":
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _serve(self) -> None:
+        """The body of the thread."""
+        try:
+            for stream, event in self._guarded(persistent=True):
+                stream.inbox.put(event)
+        except Exception as error:
+            _logger.exception("a step failed; all streams end")
+            for stream in self.streams:
+                self._fail(stream, error)
+        finally:
+            with self.changed:
+                self._thread = None
+
+    def _fail(self, stream: Stream, error: BaseException) -> None:
+        """Ends a stream by an error."""
+        for event in stream.conversation.fail(f"{type(error).__name__}: {error}", stream.clock.now()):
+            stream.inbox.put(event)
+        self._release(stream)
+
+    # ----------------------------------------------------------------------------- the loop
+
+    def run(self) -> Iterator[Event]:
+        """Runs the loop where it is iterated, until all streams are over; their events.
+
+        Errors are raised to whoever iterates.
+        """
+        for _, event in self._guarded(persistent=False):
+            yield event
+
+    def pause(self) -> None:
+        """Ends the loop after the step in flight, without `End`."""
+        with self.changed:
+            self._paused = True
+            self.changed.notify_all()
+
+    def _guarded(self, *, persistent: bool) -> Iterator[tuple[Stream, Event]]:
+        """The loop, with the perception thread beside it."""
+        perception = None
+        self.is_running, self._is_persistent, self._failure, self.state = True, persistent, None, None
+        with self.changed:
+            self._used, self._rows, self._features, self._plans = set(), {}, {}, {}
+        if self.config.clock == "realtime" and self.engine.perception_device is not None:
+            perception = threading.Thread(target=self._perceive, name="perception", daemon=True)
+            perception.start()
+        try:
+            yield from self._loop(persistent=persistent)
+        finally:
+            # From now on, pushes return False.
+            with self.changed:
+                self.is_running = False
+                for stream in self._slots:
+                    if stream:
+                        stream.conversation.ended = True
+                self.changed.notify_all()
+            if perception is not None:
+                perception.join()
+
+    def _loop(self, *, persistent: bool) -> Iterator[tuple[Stream, Event]]:
+        state, timer, in_flight = self.engine.start(), DispatchTimer(), None
+        while (moves := self._next_moves(in_flight, persistent=persistent)) is not None:
+            for stream in moves.opened:
+                state = self._begin(state, stream)
+            if moves.opened:
+                continue
+            if moves.encode:
+                self._encode(moves.encode)
+                continue
+            plans = moves.plans
+            self._plan_rows({stream: plan for stream, plan in plans.items() if plan.tokens})
+            before, in_flight = in_flight, None
+            if rows := self._next_rows():
+                started = time.monotonic()
+                state, in_flight = self._dispatch(state, rows, timer, started)
+            if before:
+                tokens = before.wait()
+                if in_flight:
+                    in_flight.begun = max(in_flight.begun, time.monotonic())
+                yield from self._on_tokens(before, tokens, persistent)
+                with self.changed:
+                    # Whether the model is talking decides which thread encodes the waiting frames.
+                    self.changed.notify_all()
+            for stream, plan in plans.items():
+                yield from self._told(stream, stream.conversation.events(plan), persistent)
+            if in_flight and self.config.clock == "lockstep":
+                yield from self._on_tokens(in_flight, in_flight.wait(), persistent)
+                in_flight = None
+        self.state = state
+
+    def _on_tokens(
+        self, step: StepInFlight, tokens: np.ndarray, isolated: bool
+    ) -> Iterator[tuple[Stream, Event]]:
+        for stream, plan in step.plans.items():
+            wall = stream.clock.now()
+            events = stream.conversation.on_token(plan, int(tokens[stream.slot]), wall)
+            yield from self._told(stream, events, isolated)
+
+    def _told(
+        self, stream: Stream, events: Iterator[Event], isolated: bool
+    ) -> Iterator[tuple[Stream, Event]]:
+        """The events of a stream; where it is isolated, an error ends it alone."""
+        if isolated and stream.conversation.has_failed:
+            return
+        try:
+            for event in events:
+                yield stream, event
+                if isinstance(event, End):
+                    self._release(stream)
+        except Exception as error:
+            if not isolated:
+                raise
+            _logger.exception("a stream failed, and ends alone")
+            self._fail(stream, error)
+
+    def _release(self, stream: Stream) -> None:
+        """Frees the slot of a stream that is over."""
+        with self.changed:
+            stream.conversation.ended = True
+            self._rows.pop(stream, None)
+            self._features.pop(stream, None)
+            self._plans.pop(stream, None)
+            if self._slots[stream.slot] is stream and self._is_persistent:
+                self._slots[stream.slot] = None
+            self.changed.notify_all()
+
+    def _begin(self, state: Any, stream: Stream) -> Any:
+        """Prepares the slot of a stream."""
+        if stream.slot in self._used:
+            state = saving_engine(self.engine).reset_slot(state, stream.slot)
+        if stream.arrays is not None:
+            state = saving_engine(self.engine).load_slot(state, stream.slot, stream.arrays)
+            stream.arrays = None
+        elif stream.sampling is not None or stream.slot in self._used:
+            engine = saving_engine(self.engine)
+            state = engine.set_sampling(state, stream.slot, stream.sampling or engine.sampling)
+        self._used.add(stream.slot)
+        stream.clock.start()
+        return state
+
+    def _next_moves(self, step: StepInFlight | None, *, persistent: bool) -> Moves | None:
+        """Waits until a stream has something to do; None when all is over.
+
+        With a step in flight, waits until the time to dispatch the next one at most; if there is nothing to
+        do then, its streams get empty plans.
+        """
+        with self.changed:
+            # One pass under the lock decides for every stream, so a push is either in it or wakes the wait.
+            while True:
+                if self._failure:
+                    raise self._failure
+                if self._opened:
+                    opened, self._opened = self._opened, []
+                    return Moves(opened=opened)
+                live = [stream for stream in self._slots if stream and not stream.conversation.ended]
+                idle = not step and not self._rows
+                if idle and (self._paused or (not live and (self._closing or not persistent))):
+                    return None
+                if step and self._paused:
+                    return Moves(plans=dict.fromkeys(step.plans, Plan()))
+                time_left = step.time_left() if step else None
+                may_continue = time_left is None or time_left <= 0
+                # With several streams, a step takes all that has arrived until it is due.
+                if may_continue or len(live) == 1:
+                    if frames := self._due_frames(live):
+                        return Moves(encode=frames)
+                    plans = self._make_plans(live, step, may_continue=may_continue)
+                    if plans or self._rows or (step and may_continue):
+                        return Moves(plans=plans or dict.fromkeys(step.plans if step else (), Plan()))
+                deadlines = [stream.conversation.deadline(stream.clock.now()) for stream in live]
+                waits = [wait for wait in (time_left, *deadlines) if wait is not None]
+                self.changed.wait(max(0.0, min(waits)) if waits else None)
+
+    def _make_plans(
+        self, live: list[Stream], step: StepInFlight | None, *, may_continue: bool
+    ) -> dict[Stream, Plan]:
+        """What each stream does next, but for those whose row is under way."""
+        in_flight = step.plans if step else {}
+        waits_for_features = self._shares_encoder or self._perceives_apart()
+        plans = {}
+        for stream in live:
+            if stream in self._rows:
+                continue
+            plan = stream.conversation.plan(
+                stream.clock.now(),
+                in_flight.get(stream),
+                may_continue=may_continue,
+                perception_async=waits_for_features,
+            )
+            if plan is not None:
+                plans[stream] = plan
+        return plans
+
+    def _plan_rows(self, plans: Mapping[Stream, Plan]) -> None:
+        """Turns plans into rows, which steps append."""
+        fresh = [frame for plan in plans.values() for frame in plan.seen if frame.encoded is None]
+        if fresh:
+            self._encode(fresh)
+        for stream, plan in plans.items():
+            features, index = features_of(plan.seen) if plan.seen else (None, iter(()))
+            frames = [None if frame.unseen else next(index) for frame in plan.frames]
+            self._withdraw_alike(stream, plan, frames, features)
+            self._rows[stream] = Row(plan.tokens, frames, plan.new_turn, plan.compact, plan.kept)
+            self._features[stream], self._plans[stream] = features, plan
+
+    def _next_rows(self) -> dict[Stream, Row]:
+        """Rows of the next step, those first that have waited longest; what is left of them stays."""
+        if not self._rows:
+            return {}
+        chosen, features = {}, None
+        for stream, row in self._rows.items():
+            if row.frames:
+                # The frames of a step are of one encoded batch.
+                if features is not None and self._features[stream] is not features:
+                    continue
+                features = self._features[stream]
+            chosen[stream] = row
+        if len(self._slots) == 1:
+            now, later = chosen, {}
+        else:
+            by_slot = {stream.slot: stream for stream in chosen}
+            rows = {stream.slot: row for stream, row in chosen.items()}
+            image = self.engine.tokenizer.special.image
+            parts = first_step(rows, len(self._slots), image)
+            now, later = ({by_slot[slot]: row for slot, row in part.items()} for part in parts)
+        deferred = {stream: row for stream, row in self._rows.items() if stream not in chosen}
+        self._rows = {**deferred, **later}
+        return now
+
+    def _dispatch(
+        self, state: Any, rows: Mapping[Stream, Row], timer: DispatchTimer, started: float
+    ) -> tuple[Any, StepInFlight]:
+        """Dispatches one step."""
+        by_slot: list[Row | None] = [None] * len(self._slots)
+        features = None
+        for stream, row in rows.items():
+            by_slot[stream.slot] = row
+            features = self._features[stream] if row.frames else features
+        state, sampled = self.engine.step(state, by_slot, features)
+        self._has_encoded = False
+        # A row that goes on has no sample yet.
+        plans = {stream: self._plans.pop(stream) for stream in rows if stream not in self._rows}
+        kind = max(len(row.tokens) for row in rows.values()), sum(len(row.frames) for row in rows.values())
+        return state, StepInFlight(plans, kind, sampled.tokens, timer, started)
+
+    # --------------------------------------------------------------------------- perception
+
+    @property
+    def _shares_encoder(self) -> bool:
+        """Whether the loop encodes waiting frames of all streams in batches between steps."""
+        return (
+            self.config.clock == "realtime" and len(self._slots) > 1 and self.engine.perception_device is None
+        )
+
+    def _due_frames(self, live: list[Stream]) -> list[Inbound]:
+        """Waiting frames to encode now, in one batch; none if text would be held up for too long.
+
+        The streams take turns, and the oldest frame comes first.
+        """
+        if not self._shares_encoder:
+            return []
+        talking = any(stream.conversation.speaking for stream in live)
+        if talking and self._has_encoded:
+            return []
+        turns = [
+            (turn, frame.order, frame)
+            for stream in live
+            for turn, frame in enumerate(sorted(stream.conversation.unclaimed_frames()))
+        ]
+        waiting = [frame for _, _, frame in sorted(turns, key=lambda entry: entry[:2])]
+        most = self._batch_limit(self.config.max_stall_ms / 1e3 if talking else math.inf)
+        batch = [frame for frame in waiting if frame.shape == waiting[0].shape][:most]
+        for frame in batch:
+            frame.claimed = True
+        return batch
+
+    def _batch_limit(self, seconds: float) -> int:
+        """Frames of the largest batch that is encoded in this time; at least 1."""
+        if not isinstance(self.engine, Engine):
+            return FEW if seconds == math.inf else 1
+        return self.engine.frame_encoder.largest_batch(seconds)
+
+    def _encode(self, frames: list[Inbound]) -> None:
+        """Has the device encode a batch after the step in flight."""
+        features = self.engine.encode([frame.rgb for frame in frames if frame.rgb is not None])
+        self._has_encoded = True
+        with self.changed:
+            for index, frame in enumerate(frames):
+                frame.encoded = Encoded(features, index)
+
+    def _withdraw_alike(self, stream: Stream, plan: Plan, frames: list[int | None], features: Any) -> None:
+        """Sets to None the frames of a row whose features are like those of the frame remembered before.
+
+        The host waits for the features, and for the step in flight before them.
+        """
+        threshold = _min_distance(stream)
+        if threshold is None:
+            return
+        for place, index in enumerate(frames):
+            if index is None:
+                continue
+            before = stream.remembered
+            if before and self.engine.distance(before.features, before.index, features, index) < threshold:
+                stream.conversation.withdraw(plan, plan.frames[place])
+                frames[place] = None
+            else:
+                stream.remembered = Encoded(features, index)
+
+    def _perceives_apart(self) -> bool:
+        """Whether frames wait in the inbox while the perception thread has them encoded on another device.
+
+        A step that waits for features would stall the text. While no stream is talking, the step is better
+        dispatched at once.
+        """
+        return (
+            self.config.clock == "realtime"
+            and self.engine.perception_device is not None
+            and any(s and not s.conversation.ended and s.conversation.speaking for s in self._slots)
+        )
+
+    def _perceive(self) -> None:
+        """Encodes frames as they arrive while a model talks; the body of the perception thread."""
+        try:
+            while frames := self._claim_frames():
+                rgb = [frame.rgb for frame in frames if frame.rgb is not None]
+                features = jax.block_until_ready(self.engine.encode(rgb))
+                with self.changed:
+                    for index, frame in enumerate(frames):
+                        frame.encoded = Encoded(features, index)
+                    self.changed.notify_all()
+        except BaseException as error:
+            with self.changed:
+                self._failure = error
+                self.changed.notify_all()
+
+    def _claim_frames(self) -> list[Inbound]:
+        """Waits for frames to encode; the oldest and others of its size, none when the loop is over."""
+        with self.changed:
+            while self.is_running:
+                conversations = [s.conversation for s in self._slots if s and not s.conversation.ended]
+                waiting = sorted(frame for c in conversations for frame in c.unclaimed_frames())
+                if waiting and self._perceives_apart():
+                    batch = [frame for frame in waiting if frame.shape == waiting[0].shape][:FEW]
+                    for frame in batch:
+                        frame.claimed = True
+                    return batch
+                self.changed.wait()
+            return []
+
+
+def features_of(frames: list[Inbound]) -> tuple[Float[Array, "P N D"], Iterator[int]]:
+    """Features of encoded frames, and the index of each."""
+    encoded = [frame.encoded for frame in frames if frame.encoded is not None]
+    batches = list({id(e.features): e.features for e in encoded}.values())
+    begin = dict(zip(map(id, batches), itertools.accumulate([0, *map(len, batches)]), strict=False))
+    index = [begin[id(e.features)] + e.index for e in encoded]
+    return batches[0] if len(batches) == 1 else jnp.concatenate(batches), iter(index)
+
+
+def saving_engine(engine: EngineLike) -> Engine:
+    """The engine itself, whose slots can be saved, loaded and emptied.
+
+    Raises:
+      SessionError: it is a stand-in.
+    """
+    if not isinstance(engine, Engine):
+        raise SessionError(f"the streams of a {type(engine).__name__} cannot be saved or resumed")
+    return engine
+
+
+def check_length(tokens: list[int], config: EngineConfig, opening_length: int = 0) -> None:
+    """Refuses a prompt for which a text cache has no room.
+
+    Raises:
+      SessionError: saying how long it may be.
+    """
+    capacity, memory = config.text_capacity, config.memory
+    # One more for the token that answers.
+    if len(tokens) + 1 > capacity:
+        raise SessionError(
+            f"the prompt takes {len(tokens)} tokens and its answer at least 1, but the text capacity "
+            f"is {capacity}"
+        )
+    # What is pending comes before a prompt, at most an answer's last token and the silence after a cut.
+    if memory.text == "window" and opening_length + 2 + len(tokens) > capacity:
+        raise SessionError(
+            f"the prompt takes {len(tokens)} tokens, but the text capacity of {capacity} has room for "
+            f"{capacity - opening_length - 2} beside the opening, which is never forgotten"
+        )
+
+
+def _min_distance(stream: Stream) -> float | None:
+    selection = stream.config.selection
+    return selection.min_distance if selection.enabled else None
+
+
+def _check_order(conversation: Conversation, inbound: Inbound, *, is_running: bool) -> None:
+    """Refuses what a lockstep session gets too late.
+
+    Args:
+      is_running: whether the session runs.
+    """
+    # A saved stream has been running until it was saved.
+    latest = conversation.latest if is_running else conversation.start_time
+    if inbound.time < latest:
+        raise SessionError(
+            f"a running lockstep session takes frames and prompts in order of time: "
+            f"{inbound.time:g} s came after {latest:g} s"
+        )
+    if inbound.thumbnail is not None and inbound.time < conversation.latest_frame:
+        raise SessionError(
+            f"a lockstep session that selects frames takes them in order of time: "
+            f"{inbound.time:g} s came after {conversation.latest_frame:g} s"
+        )
