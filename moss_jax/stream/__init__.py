@@ -1,10 +1,12 @@
-"""Live streams: the engine, the session that runs its steps, and the events of a session."""
+"""Live streams: the engine, the scheduler and the session that run its steps, and the events of a stream."""
 
 from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import (
     Counters,
     End,
     Event,
+    Failed,
+    Figures,
     FrameSeen,
     FramesSkipped,
     FrameUnseen,
@@ -20,6 +22,7 @@ from moss_jax.stream.limits import stream_config
 from moss_jax.stream.offline import answer_offline
 from moss_jax.stream.rows import PENDING, Compaction, Row
 from moss_jax.stream.saved import SavedStreamError
+from moss_jax.stream.scheduler import Refused, Scheduler, Stream
 from moss_jax.stream.session import Session, SessionError
 from moss_jax.stream.step import NOT_FINITE, EngineState, Sampled
 
@@ -33,18 +36,23 @@ __all__ = [
     "EngineLike",
     "EngineState",
     "Event",
+    "Failed",
+    "Figures",
     "FrameSeen",
     "FrameUnseen",
     "FramesSkipped",
     "Interrupted",
     "NearCapacity",
     "NotAsked",
+    "Refused",
     "Row",
     "Sampled",
     "SavedStreamError",
+    "Scheduler",
     "Session",
     "SessionError",
     "Silence",
+    "Stream",
     "Text",
     "Turn",
     "TurnLimit",

@@ -187,6 +187,7 @@ class Conversation:
     Attributes:
       capacity, config: as given.
       has_failed: whether an error has ended the stream.
+      speed: what a realtime stream is measured by.
       finished: nothing more will be pushed.
       stopped: the stream ends at the next token.
       ended: the stream is over.
@@ -237,9 +238,9 @@ class Conversation:
         # Why the stream ends at the next move: a capacity, once what fitted has been appended, or the logits.
         self._end_reason: EndReason | None = None
         self._wall = 0.0
-        # Of a realtime stream: when the next token and the next frame may come, and what it is measured by.
+        # When the next token and the next frame of a realtime stream may come.
         self._next_token = self._next_frame = 0.0
-        self._speed = Speed()
+        self.speed = Speed()
 
     def save(
         self, wall: float
@@ -474,7 +475,7 @@ class Conversation:
     def _last_events(self, reason: EndReason) -> Iterator[Event]:
         for prompt in sorted(i for i in self._inbox if not i.is_frame):
             yield NotAsked(**self._stamp(), prompt=prompt.prompt, time=prompt.time)
-        figures = self._speed.figures() if self.config.clock == "realtime" else None
+        figures = self.speed.figures() if self.config.clock == "realtime" else None
         yield End(**self._stamp(), reason=reason, counters=Counters(**self._counts), figures=figures)
 
     def events(self, plan: Plan) -> Iterator[Event]:
@@ -498,7 +499,7 @@ class Conversation:
             self._pending, self._pending_kinds = self._after_dropped()
             return
         self._wall, self._is_cut = wall, False
-        self._speed.on_sample(wall, [frame.time for frame in plan.seen], plan.asked_at)
+        self.speed.on_sample(wall, [frame.time for frame in plan.seen], plan.asked_at)
         at = self._now()
         self._ticks += 1
         kind = Kind.SILENCE if token == self._special.silence else Kind.ASSISTANT
@@ -511,7 +512,7 @@ class Conversation:
             yield Silence(slot=self.slot, stream_time=at, wall_time=wall)
             return
         self.speaking = True
-        self._speed.on_token(wall, is_first=not self._said_tokens)
+        self.speed.on_token(wall, is_first=not self._said_tokens)
         if self.config.max_tokens_per_second:
             self._next_token = wall + 1 / self.config.max_tokens_per_second
         self._said_tokens += 1

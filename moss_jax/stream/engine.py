@@ -230,6 +230,12 @@ class Engine:
     def allowed(self, mask: Bool[Array, " V"]) -> None:
         self.rules = dataclasses.replace(self.rules, allowed=jax.device_put(mask, self.placement))
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that one slot of a state takes."""
+        arrays = jax.tree.leaves(self._abstract_state)
+        return sum(x.size * x.dtype.itemsize for x in arrays) // self.config.slots
+
     def start(self) -> EngineState:
         """A state of empty slots. Each slot's first row must begin with a real token."""
         return jax.tree.unflatten(self._structure, self._start(self.config))
@@ -407,16 +413,16 @@ class Engine:
             if shape == DECODE:
                 arguments = self._decode_arguments(())
             batches = {len(x): x for x in encoded}.values() if shape.frames else [None]
+            # Arguments of decode steps are on the device, those of all others come from the host.
+            kinds = SamplingKind if shape in shapes(self.config.slots)[:2] else [SamplingKind.GREEDY]
             for features in batches:
                 if arguments.frames is not None:
                     frames = dataclasses.replace(arguments.frames, features=gather(features, index))
                     arguments = dataclasses.replace(arguments, frames=frames)
                 # The state is passed on, so that there is never room needed for two.
-                state, tokens = self._run(state, arguments, SamplingKind.GREEDY)
-                jax.block_until_ready(tokens)
-        arguments = self._decode_arguments(())
-        for kind in SamplingKind:
-            state, tokens = self._run(state, arguments, kind)
+                for kind in kinds:
+                    state, tokens = self._run(state, arguments, kind)
+                    jax.block_until_ready(tokens)
         state = self.reset_slot(state, 0)
         del state
         state = self.set_sampling(self.start(), 0, self.sampling)

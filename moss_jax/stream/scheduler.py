@@ -353,6 +353,8 @@ class Scheduler:
             conversation = Conversation(
                 tokenizer, limits, config, free[0], opening=opening, prompt="" if resume else prompt
             )
+            if isinstance(self.engine, Engine):
+                conversation.speed.bytes = self.engine.slot_bytes
             stream = Stream(self, conversation, clock)
             stream.sampling = None if resume else sampling
             if resume and saved:
@@ -518,30 +520,26 @@ class Scheduler:
                 tokens = before.wait()
                 if in_flight:
                     in_flight.begun = max(in_flight.begun, time.monotonic())
-                yield from self._on_tokens(before, tokens, persistent)
+                yield from self._on_tokens(before, tokens)
                 with self.changed:
                     # Whether the model is talking decides which thread encodes the waiting frames.
                     self.changed.notify_all()
             for stream, plan in plans.items():
-                yield from self._told(stream, stream.conversation.events(plan), persistent)
+                yield from self._told(stream, stream.conversation.events(plan))
             if in_flight and self.config.clock == "lockstep":
-                yield from self._on_tokens(in_flight, in_flight.wait(), persistent)
+                yield from self._on_tokens(in_flight, in_flight.wait())
                 in_flight = None
         self.state = state
 
-    def _on_tokens(
-        self, step: StepInFlight, tokens: np.ndarray, isolated: bool
-    ) -> Iterator[tuple[Stream, Event]]:
+    def _on_tokens(self, step: StepInFlight, tokens: np.ndarray) -> Iterator[tuple[Stream, Event]]:
         for stream, plan in step.plans.items():
             wall = stream.clock.now()
             events = stream.conversation.on_token(plan, int(tokens[stream.slot]), wall)
-            yield from self._told(stream, events, isolated)
+            yield from self._told(stream, events)
 
-    def _told(
-        self, stream: Stream, events: Iterator[Event], isolated: bool
-    ) -> Iterator[tuple[Stream, Event]]:
-        """The events of a stream; where it is isolated, an error ends it alone."""
-        if isolated and stream.conversation.has_failed:
+    def _told(self, stream: Stream, events: Iterator[Event]) -> Iterator[tuple[Stream, Event]]:
+        """The events of a stream; in the scheduler's thread, an error in them ends it alone."""
+        if stream.conversation.has_failed:
             return
         try:
             for event in events:
@@ -549,7 +547,7 @@ class Scheduler:
                 if isinstance(event, End):
                     self._release(stream)
         except Exception as error:
-            if not isolated:
+            if not self._is_persistent:
                 raise
             _logger.exception("a stream failed, and ends alone")
             self._fail(stream, error)
@@ -622,12 +620,19 @@ class Scheduler:
         for stream in live:
             if stream in self._rows:
                 continue
-            plan = stream.conversation.plan(
-                stream.clock.now(),
-                in_flight.get(stream),
-                may_continue=may_continue,
-                perception_async=waits_for_features,
-            )
+            try:
+                plan = stream.conversation.plan(
+                    stream.clock.now(),
+                    in_flight.get(stream),
+                    may_continue=may_continue,
+                    perception_async=waits_for_features,
+                )
+            except Exception as error:
+                if not self._is_persistent:
+                    raise
+                _logger.exception("a stream failed, and ends alone")
+                self._fail(stream, error)
+                continue
             if plan is not None:
                 plans[stream] = plan
         return plans

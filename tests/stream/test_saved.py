@@ -654,7 +654,9 @@ def test_nothing_of_a_dialogue_is_forgotten(tokenizer):
     conversation = Conversation(tokenizer, EngineConfig(), CONFIG, 0, opening=[1], prompt="")
     # Of the session, or only until the step in flight is over.
     passing = {"slot", "finished", "stopped", "ended", "latest", "config", "capacity", "special", "unknown"}
-    passing |= {"finished_at", "end_reason", "wall", "passed"}
+    passing |= {"finished_at", "end_reason", "wall", "passed", "has_failed"}
+    # Of the wall clock, which goes on.
+    passing |= {"next_token", "next_frame", "speed"}
     kept = {"detokenizer": "incomplete", "contents": "kinds"}
     names = {name.lstrip("_") for name in vars(conversation)} - passing
     assert {kept.get(name, name) for name in names} <= set(conversation.save(0.0)[0])
