@@ -16,6 +16,7 @@ from moss_jax.config import (
     TokenSampling,
 )
 from moss_jax.stream import (
+    PENDING,
     End,
     Engine,
     Failed,
@@ -23,6 +24,7 @@ from moss_jax.stream import (
     FrameUnseen,
     Interrupted,
     Refused,
+    Row,
     Scheduler,
     SessionError,
     Text,
@@ -340,9 +342,49 @@ def test_an_interrupted_answer_stops_and_the_stream_goes_on(make_engine):
         wait_for(events, 1, End)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", [None, "int8"])
+def test_the_bits_of_a_slot_do_not_depend_on_its_neighbours(random_model, tokenizer, stored):
+    """In steps of the same shapes, whatever the others read and see, NaN too."""
+    config = moss_tiny()
+    model = random_model(config, dtype="bfloat16")
+    memory = MemoryConfig("pyramid", bank_dtype=stored)
+    engine = Engine(model, tokenizer, EngineConfig(8, 256, 16, memory))
+    size = config.vision.image_size
+    image = tokenizer.special.image
+
+    def run(seed: int, poison: bool) -> list[np.ndarray]:
+        """Logits of slot 3, which always reads and sees the same."""
+        own, others = np.random.default_rng(0), np.random.default_rng(seed)
+        state, found = engine.start(), []
+        for step in range(12):
+            rows: list[Row] = []
+            frames = []
+            for slot in range(8):
+                rng = own if slot == 3 else others
+                text = rng.integers(0, 1000, 24).tolist()
+                frames.append(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+                begin = [PENDING] if step else []
+                kinds = [Row([*begin, *text]), Row([*begin, image], [slot]), Row([PENDING])]
+                rows.append(kinds[step % 3] if step else kinds[0])
+            features = engine.encode(frames)
+            if poison:
+                features = features.at[5].set(np.nan)
+            state, sampled = engine.step(state, rows, features)
+            found.append(np.asarray(sampled.logits[3]))
+        return found
+
+    expected = run(1, poison=False)
+    assert np.isfinite(expected).all()
+    for seed, poison in ((2, False), (3, True)):
+        for one, other in zip(run(seed, poison), expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.slow
 def test_ten_thousand_streams_leave_nothing_behind(make_engine, frames):
     engine = make_engine(slots=4, text_capacity=128, bank_capacity=8, policies=POLICIES)
+    engine.warm_up(frames[0].shape)
     with Scheduler(engine, LOCKSTEP) as scheduler:
 
         def run(count: int) -> None:
