@@ -14,6 +14,7 @@ from moss_jax.config import (
     SchedulerConfig,
     SessionConfig,
     TokenSampling,
+    moss_tiny,
 )
 from moss_jax.stream import (
     PENDING,
