@@ -72,7 +72,8 @@ class RowsInCall(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """[R, T]."""
-        return self.frame_range.end.shape
+        R, T = self.frame_range.end.shape
+        return R, T
 
 
 def join(parts: Sequence[Array]) -> Array:
@@ -121,26 +122,26 @@ class SelfAttention(nnx.Module):
         qkv, x = norm_linear(residual, norm, self.qkv.weights)  # [B, T, K, G + 2, head]
         assert isinstance(qkv, Array)
         if past is not None:
-            assert isinstance(past.keys, Array)
-            assert isinstance(past.values, Array)
+            keys, values = past
+            assert isinstance(keys, Array)
+            assert isinstance(values, Array)
             heads = []
             for part, qkv_part in zip(rows, split(qkv, rows), strict=True):
                 assert part.start is not None
                 assert part.count is not None
-                of_part, *now = append_and_attend(
+                of_part, keys, values = append_and_attend(
                     qkv_part,
                     part.rope,
-                    past.keys,
-                    past.values,
+                    keys,
+                    values,
                     part.start,
                     part.count,
                     slots=part.slots,
                     capacity=capacity,
                     implementation=self.implementation,
                 )
-                past = KeysValues(*now)
                 heads.append(of_part)
-            return join(heads), x, past
+            return join(heads), x, KeysValues(keys, values)
         (rope,) = (part.rope for part in rows)
         B, T = x.shape[:2]
         q = rotate(qkv[..., :-2, :].reshape(B, T, -1, self.config.head_dim), rope)

@@ -268,7 +268,7 @@ def step_arguments(
             tokens = row.tokens[start : start + shape.width]
             a.chunks.tokens[chunk, : len(tokens)] = tokens
             a.chunks.count[chunk] = len(tokens)
-            if a.chunks.slots is not None:
+            if a.chunks.slots is not None and a.chunks.before is not None:
                 a.chunks.slots[chunk], a.chunks.before[chunk] = slot, start
             a.last[slot] = slots * shape.decode + chunk * shape.width + len(tokens) - 1
             chunk += 1
@@ -278,7 +278,7 @@ def step_arguments(
             place = (frame, 0) if slots > 1 else (0, frame)
             index[place], a.frames.offset[place] = of_frame, offset
             a.frames.count[place[0]] += 1
-            if a.frames.slots is not None:
+            if a.frames.slots is not None and a.frames.before is not None:
                 a.frames.slots[place[0]], a.frames.before[place[0]] = slot, number
             frame += 1
     return a, index

@@ -559,6 +559,8 @@ class Scheduler:
             self._rows.pop(stream, None)
             self._features.pop(stream, None)
             self._plans.pop(stream, None)
+            if stream in self._opened:
+                self._opened.remove(stream)
             if self._slots[stream.slot] is stream and self._is_persistent:
                 self._slots[stream.slot] = None
             self.changed.notify_all()

@@ -8,6 +8,7 @@ B slots, V vocabulary
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,8 @@ def start(model: ModelConfig, dtype: DTypeLike, sampling: TokenSampling, config:
 
 def step(decoder: Decoder, rules: SamplingRules, state: EngineState, arguments: StepArguments) -> EngineState:
     """Appends rows to the slots that take part, with the logits of each slot's next token."""
-    a, pending = arguments, state.pending
+    a: Any = jax.tree.map(jnp.asarray, arguments)  # They may come from the host.
+    pending = state.pending
     # A pending token joins what was said in its turn. A comparison with all tokens, since it is one pass over
     # the mask with that which empties it at a new turn, and a scatter would be another.
     joins = (a.speaks & ~rules.exempt[pending])[:, None]
@@ -110,14 +112,13 @@ def step(decoder: Decoder, rules: SamplingRules, state: EngineState, arguments: 
     said = (state.said | joins) & ~a.new_turn[:, None]
     rows = []
     if a.decode is not None:
-        rows.append(Rows(pending[:, None], jnp.asarray(a.decode, jnp.int32)))
+        rows.append(Rows(pending[:, None], a.decode.astype(jnp.int32)))
     if (chunks := a.chunks) is not None:
         of_rows = pending if chunks.slots is None else pending[chunks.slots]
         tokens = jnp.where(chunks.tokens == PENDING, of_rows[:, None], chunks.tokens)
         rows.append(Rows(tokens, chunks.count, chunks.slots, chunks.before))
     stream = state.stream
     if (frames := a.frames) is not None:
-        assert frames.features is not None
         start = stream.text.position if frames.slots is None else stream.text.position[frames.slots]
         bank = decoder.remember(
             stream.bank,

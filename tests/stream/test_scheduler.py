@@ -183,8 +183,9 @@ def test_a_failing_step_ends_all_and_the_scheduler_starts_again(make_engine, fra
         raise RuntimeError("the device is lost")
 
     monkeypatch.setattr(engine, "step", fail)
+    streams = [scheduler.open(), scheduler.open()]
     scheduler.start()
-    for stream in [scheduler.open(), scheduler.open()]:
+    for stream in streams:
         *_, failed, end = stream
         assert failed.message == "RuntimeError: the device is lost"
         assert end.reason == "failed"
