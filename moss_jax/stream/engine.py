@@ -12,7 +12,6 @@ from concurrent import futures
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -37,6 +36,7 @@ from moss_jax.stream.rows import (
 )
 from moss_jax.stream.sampling import SamplingKind, SlotSampling, kind_of
 from moss_jax.stream.step import (
+    SETTINGS,
     EngineState,
     Sampled,
     SamplingRules,
@@ -107,8 +107,9 @@ class Engine:
       placement: the device of the decoder and of every state; on a mesh, of what is not split over it.
       parameters: the decoder's, as the step takes them.
       frame_encoder: perception.
-      programs: the jitted functions by name: "step", "set_sampling", "compact_text", "pixels", "encode", and
-        for each policy that forgets or merges one such as "compact_bank.pyramid".
+      programs: the jitted functions by name: "step", "set_sampling", "reset_slot", "compact_text", "pixels",
+        "encode", for each `SamplingKind` one such as "sample.greedy", and for each policy that forgets or
+        merges one such as "compact_bank.pyramid".
 
     Raises:
       ValueError: the tokenizer is of another vocabulary than the model.
@@ -180,8 +181,6 @@ class Engine:
         self._put_slot = program(put_slot, 0)
         self._set_sampling = program(set_sampling, 0)
         self._reset_slot = program(reset_slot, 0)
-        # How much sampling computes is up to the slot that asks for most.
-        self._kinds = [kind_of(self.sampling)] * self.config.slots
         mesh = mesh_of(self.placement)
         self._sample = {
             kind: jax.jit(
@@ -232,7 +231,8 @@ class Engine:
 
     def start(self) -> EngineState:
         """A state of empty slots. Each slot's first row must begin with a real token."""
-        return jax.tree.unflatten(self._structure, self._start(self.config))
+        kinds = (kind_of(self.sampling),) * self.config.slots
+        return self._with_kinds(self._start(self.config), kinds)
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
         """Features of frames of any sizes, from any streams; those of one size are encoded in batches.
@@ -285,14 +285,15 @@ class Engine:
             # Gathered beforehand, so that one program serves any number of encoded frames.
             frames = dataclasses.replace(arguments.frames, features=gather(features, index))
             arguments = dataclasses.replace(arguments, frames=frames)
-        return self._run(state, arguments, max(self._kinds[slot] for slot in rows))
+        # How much sampling computes is up to the slot that asks for most.
+        return self._run(state, arguments, max(state.kinds[slot] for slot in rows))
 
     def _run(
         self, state: EngineState, arguments: StepArguments, kind: SamplingKind
     ) -> tuple[EngineState, Int[Array, " B"]]:
         """Calls the programs of a step."""
-        arrays = self._step(self.parameters, self.rules, state, arguments)
-        state = jax.tree.unflatten(self._structure, arrays)
+        arrays = self._step(self.parameters, self.rules, dataclasses.replace(state, kinds=()), arguments)
+        state = self._with_kinds(arrays, state.kinds)
         pending, tokens = self._sample[kind](
             state.pending,
             self.rules,
@@ -310,13 +311,21 @@ class Engine:
             policy = make_policy(row.compact.memory, self.model_config, row.compact.frames)
             assert policy is not None, "with the policy full there is no compaction to ask for"
             compact = self._compact_bank[row.compact.memory.policy]
-            state = jax.tree.unflatten(self._structure, compact(state, np.int32(slot), policy.budget))
+            state = self._change(compact, state, np.int32(slot), policy.budget)
         if row.kept is not None:
             kept = np.zeros(self.config.text_capacity, np.int32)
             kept[: len(row.kept)] = row.kept
-            arrays = self._compact_text(state, np.int32(slot), kept, np.int32(len(row.kept)))
-            state = jax.tree.unflatten(self._structure, arrays)
+            state = self._change(self._compact_text, state, np.int32(slot), kept, np.int32(len(row.kept)))
         return state
+
+    def _change(self, program: Callable[..., list[jax.Array]], state: EngineState, *arguments) -> EngineState:
+        """Calls a program that changes a state."""
+        arrays = program(dataclasses.replace(state, kinds=()), *arguments)
+        return self._with_kinds(arrays, state.kinds)
+
+    def _with_kinds(self, arrays: Sequence[jax.Array], kinds: tuple[SamplingKind, ...]) -> EngineState:
+        """The state that a program returned as its arrays; of `kinds`, programs know nothing."""
+        return dataclasses.replace(jax.tree.unflatten(self._structure, arrays), kinds=kinds)
 
     def stream_settings(self, stream: EngineConfig) -> dict[str, Any]:
         """Settings that a saved stream depends on, JSON-ready, by name.
@@ -349,9 +358,8 @@ class Engine:
         """
         if not 0 <= slot < self.config.slots:
             raise ValueError(f"there is no slot {slot}; the engine has {self.config.slots}, counted from 0")
-        self._kinds[slot] = kind_of(sampling)
-        arrays = self._set_sampling(state, np.int32(slot), SlotSampling.of(sampling, 1))
-        return jax.tree.unflatten(self._structure, arrays)
+        state = self._change(self._set_sampling, state, np.int32(slot), SlotSampling.of(sampling, 1))
+        return state.with_kind(slot, kind_of(sampling))
 
     def reset_slot(self, state: EngineState, slot: int) -> EngineState:
         """Empties one slot, for another stream.
@@ -359,7 +367,7 @@ class Engine:
         Args:
           state: is donated.
         """
-        return jax.tree.unflatten(self._structure, self._reset_slot(state, np.int32(slot)))
+        return self._change(self._reset_slot, state, np.int32(slot))
 
     def save_slot(self, state: EngineState, slot: int) -> dict[str, np.ndarray]:
         """Copies all arrays of one slot to the host, by name."""
@@ -380,15 +388,13 @@ class Engine:
           state: is donated.
           arrays: of `check_slot`.
         """
-        state = jax.tree.unflatten(self._structure, self._put_slot(state, np.int32(slot), list(arrays)))
-        self._kinds[slot] = SamplingKind.FILTERED  # Whatever it samples by.
-        return state
+        state = self._change(self._put_slot, state, np.int32(slot), list(arrays))
+        saved = jax.tree.unflatten(self._structure, arrays).sampling
+        sampling = TokenSampling(**{name: getattr(saved, name).item() for name in SETTINGS})
+        return state.with_kind(slot, kind_of(sampling))
 
     def warm_up(self, frame_shape: tuple[int, int, int]) -> None:
-        """Compiles the programs of a session of one slot with frames of this shape.
-
-        With more slots, rows of several kinds can meet in one step; such programs compile when they come up.
-        """
+        """Compiles all programs that streams with frames of this shape run."""
         # Compiled in threads beforehand; the calls below find the programs.
         with futures.ThreadPoolExecutor() as threads:
             programs = itertools.chain(self.frame_encoder.lower(frame_shape), self._lower())
@@ -478,8 +484,3 @@ def pick_frame(features: Float[Array, "P N D"], index: Int[Array, ""]) -> Float[
 
 
 _distance = jax.jit(feature_distance)
-
-
-@jax.jit
-def _copy(x: Array) -> Array:
-    return jnp.copy(x)
