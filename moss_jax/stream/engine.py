@@ -212,6 +212,8 @@ class Engine:
         never = tokenizer.control_ids - {special.silence, special.eot}
         allowed = np.ones(tokenizer.vocab_size, bool)
         allowed[[i for i in never if i < tokenizer.vocab_size]] = False
+        no_frame = np.zeros((1, model.config.vectors_per_frame, model.config.decoder.hidden_size), self.dtype)
+        self._no_frame = jax.device_put(no_frame, self.placement)
         rules = allowed, tokenizer.penalty_exempt()
         self.rules = SamplingRules(*jax.device_put(rules, self.placement))
 
@@ -282,6 +284,8 @@ class Engine:
         """Runs one step, for which there is a program, and samples."""
         arguments, index = self._arguments(rows)
         if arguments.frames is not None:
+            # A few tokens go to a program with room for frames, whether there are any or not.
+            features = self._no_frame if features is None else features
             # Gathered beforehand, so that one program serves any number of encoded frames.
             frames = dataclasses.replace(arguments.frames, features=gather(features, index))
             arguments = dataclasses.replace(arguments, frames=frames)
