@@ -192,7 +192,7 @@ class CrossAttention(nnx.Module):
         norm: Norm,
         rows: Sequence[RowsInCall],
         frames: KeysValues,
-        bias: Float[Array, "B S"] | None = None,
+        bias: Float[Array, "slots S"] | None = None,
     ) -> tuple[Float[Array, "B T H head"], Float[Array, "B T D"]]:
         """Attends to the frames in range; results of all heads, and the residual sum."""
         queries, x = self.queries(residual, norm, rows)
@@ -255,7 +255,7 @@ class CrossLayer(nnx.Module):
         rows: Sequence[RowsInCall],
         frames: KeysValues,
         sees: Bool[Array, "B T"],
-        bias: Float[Array, "B S"] | None = None,
+        bias: Float[Array, "slots S"] | None = None,
     ) -> Residual:
         """Tokens that see no frame get no MLP branch, and from an empty range no attention either."""
         heads, x = self.attention(residual, self.attention_norm.params, rows, frames, bias)

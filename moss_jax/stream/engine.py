@@ -422,9 +422,9 @@ class Engine:
                 # The state is passed on, so that there is never room needed for two.
                 state, tokens = self._run(state, arguments, SamplingKind.GREEDY)
                 jax.block_until_ready(tokens)
-        arguments = self._decode_arguments(())
-        for kind in SamplingKind:
-            state, tokens = self._run(state, arguments, kind)
+        # After arguments on the device and after those of the host.
+        for kind, after in itertools.product(SamplingKind, (self._decode_arguments(()), arguments)):
+            state, tokens = self._run(state, after, kind)
         state = self.reset_slot(state, 0)
         del state
         state = self.set_sampling(self.start(), 0, self.sampling)
@@ -450,14 +450,20 @@ class Engine:
 
     def _arguments(self, rows: Mapping[int, Row]) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
         """As `step_arguments`; those of a decode step, the most frequent one, stay on the device."""
-        if all(row.is_decode and not row.new_turn for row in rows.values()):
-            return self._decode_arguments(tuple(sorted(rows))), None
+        if all(row.is_decode for row in rows.values()):
+            return self._decode_arguments(tuple(sorted((i, row.new_turn) for i, row in rows.items()))), None
         return step_arguments(rows, self.config.slots, self.tokenizer.special.image)
 
 
-def _decode_arguments(slots: int, placement: Sharding, taking_part: tuple[int, ...]) -> StepArguments:
-    """Arguments of a step that appends the pending token alone to some slots, on the device."""
-    rows = {slot: Row([PENDING]) for slot in taking_part}
+def _decode_arguments(
+    slots: int, placement: Sharding, taking_part: tuple[tuple[int, bool], ...]
+) -> StepArguments:
+    """Arguments, on the device, of a step that appends the pending token alone to some slots.
+
+    Args:
+      taking_part: those slots, each with whether a turn begins.
+    """
+    rows = {slot: Row([PENDING], new_turn=new_turn) for slot, new_turn in taking_part}
     arguments, _ = step_arguments(rows, slots, -1) if rows else empty_arguments(DECODE, slots)
     return jax.device_put(arguments, placement)
 
