@@ -12,7 +12,6 @@ from concurrent import futures
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -37,6 +36,7 @@ from moss_jax.stream.rows import (
 )
 from moss_jax.stream.sampling import SamplingKind, SlotSampling, kind_of
 from moss_jax.stream.step import (
+    SETTINGS,
     EngineState,
     Sampled,
     SamplingRules,
@@ -107,8 +107,9 @@ class Engine:
       placement: the device of the decoder and of every state; on a mesh, of what is not split over it.
       parameters: the decoder's, as the step takes them.
       frame_encoder: perception.
-      programs: the jitted functions by name: "step", "set_sampling", "compact_text", "pixels", "encode", and
-        for each policy that forgets or merges one such as "compact_bank.pyramid".
+      programs: the jitted functions by name: "step", "set_sampling", "reset_slot", "compact_text", "pixels",
+        "encode", for each `SamplingKind` one such as "sample.greedy", and for each policy that forgets or
+        merges one such as "compact_bank.pyramid".
 
     Raises:
       ValueError: the tokenizer is of another vocabulary than the model.
@@ -180,8 +181,6 @@ class Engine:
         self._put_slot = program(put_slot, 0)
         self._set_sampling = program(set_sampling, 0)
         self._reset_slot = program(reset_slot, 0)
-        # How much sampling computes is up to the slot that asks for most.
-        self._kinds = [kind_of(self.sampling)] * self.config.slots
         mesh = mesh_of(self.placement)
         self._sample = {
             kind: jax.jit(
@@ -213,6 +212,8 @@ class Engine:
         never = tokenizer.control_ids - {special.silence, special.eot}
         allowed = np.ones(tokenizer.vocab_size, bool)
         allowed[[i for i in never if i < tokenizer.vocab_size]] = False
+        no_frame = np.zeros((1, model.config.vectors_per_frame, model.config.decoder.hidden_size), self.dtype)
+        self._no_frame = jax.device_put(no_frame, self.placement)
         rules = allowed, tokenizer.penalty_exempt()
         self.rules = SamplingRules(*jax.device_put(rules, self.placement))
 
@@ -238,7 +239,8 @@ class Engine:
 
     def start(self) -> EngineState:
         """A state of empty slots. Each slot's first row must begin with a real token."""
-        return jax.tree.unflatten(self._structure, self._start(self.config))
+        kinds = (kind_of(self.sampling),) * self.config.slots
+        return self._with_kinds(self._start(self.config), kinds)
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
         """Features of frames of any sizes, from any streams; those of one size are encoded in batches.
@@ -288,17 +290,20 @@ class Engine:
         """Runs one step, for which there is a program, and samples."""
         arguments, index = self._arguments(rows)
         if arguments.frames is not None:
+            # A few tokens go to a program with room for frames, whether there are any or not.
+            features = self._no_frame if features is None else features
             # Gathered beforehand, so that one program serves any number of encoded frames.
             frames = dataclasses.replace(arguments.frames, features=gather(features, index))
             arguments = dataclasses.replace(arguments, frames=frames)
-        return self._run(state, arguments, max(self._kinds[slot] for slot in rows))
+        # How much sampling computes is up to the slot that asks for most.
+        return self._run(state, arguments, max(state.kinds[slot] for slot in rows))
 
     def _run(
         self, state: EngineState, arguments: StepArguments, kind: SamplingKind
     ) -> tuple[EngineState, Int[Array, " B"]]:
         """Calls the programs of a step."""
-        arrays = self._step(self.parameters, self.rules, state, arguments)
-        state = jax.tree.unflatten(self._structure, arrays)
+        arrays = self._step(self.parameters, self.rules, dataclasses.replace(state, kinds=()), arguments)
+        state = self._with_kinds(arrays, state.kinds)
         pending, tokens = self._sample[kind](
             state.pending,
             self.rules,
@@ -316,13 +321,21 @@ class Engine:
             policy = make_policy(row.compact.memory, self.model_config, row.compact.frames)
             assert policy is not None, "with the policy full there is no compaction to ask for"
             compact = self._compact_bank[row.compact.memory.policy]
-            state = jax.tree.unflatten(self._structure, compact(state, np.int32(slot), policy.budget))
+            state = self._change(compact, state, np.int32(slot), policy.budget)
         if row.kept is not None:
             kept = np.zeros(self.config.text_capacity, np.int32)
             kept[: len(row.kept)] = row.kept
-            arrays = self._compact_text(state, np.int32(slot), kept, np.int32(len(row.kept)))
-            state = jax.tree.unflatten(self._structure, arrays)
+            state = self._change(self._compact_text, state, np.int32(slot), kept, np.int32(len(row.kept)))
         return state
+
+    def _change(self, program: Callable[..., list[jax.Array]], state: EngineState, *arguments) -> EngineState:
+        """Calls a program that changes a state."""
+        arrays = program(dataclasses.replace(state, kinds=()), *arguments)
+        return self._with_kinds(arrays, state.kinds)
+
+    def _with_kinds(self, arrays: Sequence[jax.Array], kinds: tuple[SamplingKind, ...]) -> EngineState:
+        """The state that a program returned as its arrays; of `kinds`, programs know nothing."""
+        return dataclasses.replace(jax.tree.unflatten(self._structure, arrays), kinds=kinds)
 
     def stream_settings(self, stream: EngineConfig) -> dict[str, Any]:
         """Settings that a saved stream depends on, JSON-ready, by name.
@@ -355,9 +368,8 @@ class Engine:
         """
         if not 0 <= slot < self.config.slots:
             raise ValueError(f"there is no slot {slot}; the engine has {self.config.slots}, counted from 0")
-        self._kinds[slot] = kind_of(sampling)
-        arrays = self._set_sampling(state, np.int32(slot), SlotSampling.of(sampling, 1))
-        return jax.tree.unflatten(self._structure, arrays)
+        state = self._change(self._set_sampling, state, np.int32(slot), SlotSampling.of(sampling, 1))
+        return state.with_kind(slot, kind_of(sampling))
 
     def reset_slot(self, state: EngineState, slot: int) -> EngineState:
         """Empties one slot, for another stream.
@@ -365,7 +377,7 @@ class Engine:
         Args:
           state: is donated.
         """
-        return jax.tree.unflatten(self._structure, self._reset_slot(state, np.int32(slot)))
+        return self._change(self._reset_slot, state, np.int32(slot))
 
     def save_slot(self, state: EngineState, slot: int) -> dict[str, np.ndarray]:
         """Copies all arrays of one slot to the host, by name."""
@@ -386,15 +398,13 @@ class Engine:
           state: is donated.
           arrays: of `check_slot`.
         """
-        state = jax.tree.unflatten(self._structure, self._put_slot(state, np.int32(slot), list(arrays)))
-        self._kinds[slot] = SamplingKind.FILTERED  # Whatever it samples by.
-        return state
+        state = self._change(self._put_slot, state, np.int32(slot), list(arrays))
+        saved = jax.tree.unflatten(self._structure, arrays).sampling
+        sampling = TokenSampling(**{name: getattr(saved, name).item() for name in SETTINGS})
+        return state.with_kind(slot, kind_of(sampling))
 
     def warm_up(self, frame_shape: tuple[int, int, int]) -> None:
-        """Compiles the programs of a session of one slot with frames of this shape.
-
-        With more slots, rows of several kinds can meet in one step; such programs compile when they come up.
-        """
+        """Compiles all programs that streams with frames of this shape run."""
         # Compiled in threads beforehand; the calls below find the programs.
         with futures.ThreadPoolExecutor() as threads:
             programs = itertools.chain(self.frame_encoder.lower(frame_shape), self._lower())
@@ -413,16 +423,16 @@ class Engine:
             if shape == DECODE:
                 arguments = self._decode_arguments(())
             batches = {len(x): x for x in encoded}.values() if shape.frames else [None]
-            # Arguments of decode steps are on the device, those of all others come from the host.
-            kinds = SamplingKind if shape in shapes(self.config.slots)[:2] else [SamplingKind.GREEDY]
             for features in batches:
                 if arguments.frames is not None:
                     frames = dataclasses.replace(arguments.frames, features=gather(features, index))
                     arguments = dataclasses.replace(arguments, frames=frames)
                 # The state is passed on, so that there is never room needed for two.
-                for kind in kinds:
-                    state, tokens = self._run(state, arguments, kind)
-                    jax.block_until_ready(tokens)
+                state, tokens = self._run(state, arguments, SamplingKind.GREEDY)
+                jax.block_until_ready(tokens)
+        # After arguments on the device and after those of the host.
+        for kind, after in itertools.product(SamplingKind, (self._decode_arguments(()), arguments)):
+            state, tokens = self._run(state, after, kind)
         state = self.reset_slot(state, 0)
         del state
         state = self.set_sampling(self.start(), 0, self.sampling)
@@ -448,14 +458,20 @@ class Engine:
 
     def _arguments(self, rows: Mapping[int, Row]) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
         """As `step_arguments`; those of a decode step, the most frequent one, stay on the device."""
-        if all(row.is_decode and not row.new_turn for row in rows.values()):
-            return self._decode_arguments(tuple(sorted(rows))), None
+        if all(row.is_decode for row in rows.values()):
+            return self._decode_arguments(tuple(sorted((i, row.new_turn) for i, row in rows.items()))), None
         return step_arguments(rows, self.config.slots, self.tokenizer.special.image)
 
 
-def _decode_arguments(slots: int, placement: Sharding, taking_part: tuple[int, ...]) -> StepArguments:
-    """Arguments of a step that appends the pending token alone to some slots, on the device."""
-    rows = {slot: Row([PENDING]) for slot in taking_part}
+def _decode_arguments(
+    slots: int, placement: Sharding, taking_part: tuple[tuple[int, bool], ...]
+) -> StepArguments:
+    """Arguments, on the device, of a step that appends the pending token alone to some slots.
+
+    Args:
+      taking_part: those slots, each with whether a turn begins.
+    """
+    rows = {slot: Row([PENDING], new_turn=new_turn) for slot, new_turn in taking_part}
     arguments, _ = step_arguments(rows, slots, -1) if rows else empty_arguments(DECODE, slots)
     return jax.device_put(arguments, placement)
 
@@ -486,8 +502,3 @@ def pick_frame(features: Float[Array, "P N D"], index: Int[Array, ""]) -> Float[
 
 
 _distance = jax.jit(feature_distance)
-
-
-@jax.jit
-def _copy(x: Array) -> Array:
-    return jnp.copy(x)

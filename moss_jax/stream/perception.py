@@ -122,9 +122,11 @@ class FrameEncoder:
     @property
     def warm_counts(self) -> list[int]:
         """Numbers of frames that between them need all programs: the buckets, and several batches."""
-        # Up to a large batch behind a small one; the features of several batches are concatenated.
+        # Up to a large batch behind a small one, with any rest: the features of batches are concatenated.
         several = range(FEW, FEW + self.buckets[-1] + 1, FEW)
-        return sorted({*self.buckets, *several})
+        rests = (0, *(size for size in self.buckets if size < FEW))
+        most_small = FEW + self.buckets[-1] - 1
+        return sorted({*self.buckets, most_small, *(count + rest for count in several for rest in rests)})
 
     def lower(self, frame_shape: tuple[int, int, int]) -> Iterator[jax.stages.Lowered]:
         """The programs for frames of one shape, yet to be compiled."""

@@ -43,6 +43,7 @@ class EngineState:
       logits: the scores that it was sampled from.
       said: tokens of the current turn, but for those that the repetition penalty spares.
       sampling: how the next token of each slot is sampled.
+      kinds: what that takes for each slot, for the host to choose a program by; programs get a state without.
     """
 
     stream: StreamState
@@ -50,6 +51,11 @@ class EngineState:
     logits: Float[Array, "B V"]
     said: Bool[Array, "B V"]
     sampling: SlotSampling
+    kinds: tuple[SamplingKind, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def with_kind(self, slot: int, kind: SamplingKind) -> "EngineState":
+        """The state with another entry of `kinds`."""
+        return dataclasses.replace(self, kinds=(*self.kinds[:slot], kind, *self.kinds[slot + 1 :]))
 
 
 @jax.tree_util.register_dataclass

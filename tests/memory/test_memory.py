@@ -120,6 +120,44 @@ def test_frames_are_appended_slot_by_slot(state):
             np.testing.assert_array_equal(buffer[b], frames + added)
 
 
+append = jax.jit(remember_frames)
+
+
+@pytest.mark.parametrize(("stored", "merges"), [(None, False), ("int8", False), (None, True)])
+@given(data=st.data())
+def test_rows_that_name_their_slots_are_appends_one_by_one(small_config, stored, merges, data):
+    """Several rows of a slot in one call, slots in any order, and rows without frames among them."""
+    config, slots, rows, width = small_config(), 3, 6, 2
+    empty = init_state(
+        config,
+        slots,
+        text_capacity=4,
+        bank_capacity=4,
+        dtype="float32",
+        bank_dtype=jnp.int8 if stored else None,
+        merges=merges,
+    ).bank
+    of_rows = np.array(data.draw(st.lists(st.integers(0, slots - 1), min_size=rows, max_size=rows)))
+    counts = np.array(data.draw(st.lists(st.integers(0, width), min_size=rows, max_size=rows)))
+    before = np.array([counts[:row][of_rows[:row] == of_rows[row]].sum() for row in range(rows)])
+    vectors, layers, heads = config.vectors_per_frame, len(empty.keys), empty.keys[0].shape[1]
+    shape = 2, layers, rows, heads, width * vectors, 8
+    keys, values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    positions = 2 + 3 * np.arange(rows * width, dtype=np.int32).reshape(rows, width)
+
+    found = append(empty, tuple(keys), tuple(values), positions, counts, of_rows, before)
+    expected = empty
+    for row, slot in enumerate(of_rows):
+        # The same row for each of the slots, of which one appends.
+        k, v = (np.repeat(x[:, row : row + 1], slots, axis=1) for x in (keys, values))
+        count = np.where(np.arange(slots) == slot, counts[row], 0)
+        expected = append(expected, tuple(k), tuple(v), np.repeat(positions[row : row + 1], slots, 0), count)
+    for one_by_one, at_once in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(at_once, one_by_one)
+    totals = np.bincount(of_rows, counts, minlength=slots)
+    assert found.length.tolist() == (vectors * np.minimum(totals, 4)).tolist()
+
+
 def test_no_frame_leaves_the_bank_as_it_is(state):
     vectors = state.bank.keys[0].shape[2] // 3
     rows = (np.full((2, 2, vectors, 8), np.nan, np.float32),) * 2

@@ -1,6 +1,7 @@
 """The engine: steps give the logits of one pass, slots are independent, and programs are few."""
 
 import itertools
+import re
 from unittest import mock
 
 import jax
@@ -11,8 +12,8 @@ from moss_jax.config import ConfigError, EngineConfig, TokenSampling
 from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.stream.engine import gather, pick_frame
 from moss_jax.stream.perception import ENCODE_BUCKETS
-from moss_jax.stream.rows import FRAME_BUCKETS, TOKEN_BUCKETS
-from moss_jax.stream.sampling import SlotSampling, sample
+from moss_jax.stream.rows import DECODE, FRAME_BUCKETS, TOKEN_BUCKETS, empty_arguments
+from moss_jax.stream.sampling import SamplingKind
 from moss_jax.text import Tokenizer
 
 IMAGE = 1024
@@ -128,6 +129,21 @@ def test_rows_cut_into_unequal_pieces_all_sample_from_their_last_token(make_engi
         np.testing.assert_allclose(sampled.logits[slot], alone.logits[0], atol=1e-3)
 
 
+def test_a_few_tokens_without_a_frame(make_engine):
+    """They go to the programs for single frames."""
+    several, single = make_engine(slots=3), make_engine()
+    rows = {0: [Row([1015, 7]), Row([PENDING, IMAGE], [None])], 2: [Row([1015]), Row([4])]}
+    state, found = several.start(), []
+    for first, last in zip(rows[0], rows[2], strict=True):
+        state, sampled = several.step(state, [first, None, last])
+        found.append(np.asarray(sampled.logits))
+    for slot, script in rows.items():
+        state = single.start()
+        for row, logits in zip(script, found, strict=True):
+            state, alone = single.step(state, [row])
+            np.testing.assert_allclose(logits[slot], alone.logits[0], atol=1e-3)
+
+
 def test_rows_and_batches_of_all_sizes_share_few_programs(model, tokenizer, frames):
     engine = Engine(model, tokenizer)
     state = engine.start()
@@ -174,14 +190,19 @@ def test_the_state_is_donated(make_engine):
     assert all(x.is_deleted() for x in jax.tree.leaves(before))
 
 
-def test_the_token_program_has_no_loop_but_those_of_sampling(make_engine, tokenizer):
-    engine, vocab = make_engine(), tokenizer.vocab_size
-    arguments = (np.full((1, 1), PENDING, np.int32), np.ones(1, np.int32), np.zeros(1, bool), None)
-    step = engine.programs["step"].lower(engine.parameters, engine.rules, engine.start(), *arguments)
-    masks = {"allowed": np.ones(vocab, bool), "said": np.zeros((1, vocab), bool)}
-    logits, settings = np.zeros((1, vocab), np.float32), SlotSampling.of(TokenSampling(), 1)
-    sampling = jax.jit(sample).lower(logits, settings, positions=np.zeros(1, np.int32), **masks)
-    assert step.as_text().count("stablehlo.while") == sampling.as_text().count("stablehlo.while")
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_token_takes_no_loop_and_no_branch(make_engine, slots):
+    engine = make_engine(slots=slots)
+    state, (arguments, _) = engine.start(), empty_arguments(DECODE, slots)
+    step = engine.programs["step"].lower(engine.parameters, engine.rules, state, arguments)
+    sampling = state.pending, engine.rules, state.logits, state.said, state.sampling
+    positions = state.stream.text.position
+    greedy = engine.programs["sample.greedy"].lower(*sampling, positions, arguments.takes)
+    for program in (step, greedy):
+        # A GPU would have the host wait for what a loop or a branch depends on.
+        assert not re.search(r"stablehlo\.(while|case|if)\b", program.as_text())
+    filtered = engine.programs["sample.filtered"].lower(*sampling, positions, arguments.takes)
+    assert "stablehlo.while" in filtered.as_text()
 
 
 def test_control_tokens_are_never_sampled(make_engine, tokenizer):
@@ -244,6 +265,51 @@ def test_a_slot_samples_as_it_is_set_to(make_engine):
     assert spoken(engine, state)[:2] == [greedy, greedy]
     assert engine.programs["set_sampling"]._cache_size() == 1
     assert engine.programs["step"]._cache_size() == steps
+
+
+def test_how_a_slot_samples_belongs_to_its_state(make_engine):
+    """What is set in one state is not set in others of the engine, which go on by turns."""
+    engine = make_engine(temperature=1.0, top_k=40)
+    drawn = spoken(engine, engine.start())
+    greedy, other = engine.set_sampling(engine.start(), 0, TokenSampling()), engine.start()
+    said = {"greedy": [], "other": []}
+    row = Row([1015, 3, 4])
+    for _ in range(13):
+        greedy, sampled = engine.step(greedy, [row])
+        said["greedy"] += sampled.tokens.tolist()
+        other, sampled = engine.step(other, [row])
+        said["other"] += sampled.tokens.tolist()
+        row = Row([PENDING])
+    assert said == {"greedy": spoken(make_engine(), make_engine().start())[0], "other": drawn[0]}
+
+
+def test_a_step_samples_by_the_kind_of_the_slots_that_take_part(make_engine):
+    """Also where a slot was loaded: by how the saved stream samples."""
+    engine = make_engine(slots=3)
+    state = engine.set_sampling(engine.start(), 1, TokenSampling(temperature=1.0))
+    state = engine.set_sampling(state, 2, TokenSampling(temperature=1.0, top_p=0.5))
+    ran = []
+
+    def watched(kind):
+        return lambda *arguments: (
+            ran.append(kind) or engine.programs[f"sample.{kind.name.lower()}"](*arguments)
+        )
+
+    def kinds(state, *slots):
+        ran.clear()
+        state, _ = engine.step(state, [Row([1015, 5, 6]) if slot in slots else None for slot in range(3)])
+        return state, list(ran)
+
+    with mock.patch.object(engine, "_sample", {kind: watched(kind) for kind in SamplingKind}):
+        for slots in ((0,), (1,), (0, 1), (2,), (0, 2), (0, 1, 2)):
+            state, found = kinds(state, *slots)
+            assert found == [SamplingKind(max(slots))]
+        for slot in (2, 0, 1):
+            saved = engine.check_slot(engine.save_slot(state, slot))
+            state, found = kinds(engine.load_slot(state, 0, saved), 0)
+            assert found == [SamplingKind(slot if slot else 2)]
+        state = engine.reset_slot(state, 2)
+        assert kinds(state, 2)[1] == [SamplingKind.FILTERED]
 
 
 @pytest.mark.parametrize("slot", [-1, 3])

@@ -40,7 +40,7 @@ def test_a_batch_is_sent_before_the_one_ahead_of_it_is_encoded(make_engine, fram
 def test_how_frames_are_split_into_batches():
     """All frames in order, small batches first, with one at least before a large one."""
     for count in (1, 2, 8, 9, 32, 39, 40, 41, 72, 130, 256):
-        batches = list(split_batches(list(range(count))))
+        batches = list(split_batches(list(range(count)), 32))
         assert [frame for batch in batches for frame in batch] == list(range(count))
         sizes = [len(batch) for batch in batches]
         assert sizes[0] <= 8

@@ -1,10 +1,20 @@
-"""Planning of rows: how they are cut to the buckets."""
+"""Planning of rows: how they are cut, and packed into the steps that there are programs for."""
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moss_jax.stream import PENDING, Row
-from moss_jax.stream.rows import FRAME_BUCKETS, TOKEN_BUCKETS, split_row, step_arguments
+from moss_jax.stream.rows import (
+    FRAME_BUCKETS,
+    TOKEN_BUCKETS,
+    Shape,
+    first_step,
+    shapes,
+    split_row,
+    step_arguments,
+)
 
 IMAGE = 1024
 
@@ -20,20 +30,164 @@ def test_tokens_without_frames_are_cut_like_text(framed):
     found = [frame for piece in pieces for frame in piece.frames or [None] * piece.tokens.count(IMAGE)]
     assert found == frames
     for piece in pieces:
-        tokens, _, _, padded, index = step_arguments([piece], IMAGE)
-        assert tokens.shape[1] in TOKEN_BUCKETS
-        assert (padded is None) == (index is None) == (not any(f is not None for f in piece.frames))
+        arguments, index = step_arguments({0: piece}, 1, IMAGE)
+        assert arguments.chunks.tokens.shape[1] in TOKEN_BUCKETS
+        assert (arguments.frames is None) == (index is None) == (not any(f is not None for f in piece.frames))
     if not framed:
         assert [len(piece.tokens) for piece in pieces] == [320, 320, 63]
 
 
 def test_where_the_frames_of_a_row_are():
-    rows = [Row([PENDING, IMAGE, 7, IMAGE, IMAGE], [None, 4, 2]), None, Row([IMAGE, IMAGE])]
-    arguments = step_arguments(rows, IMAGE)
-    assert arguments.frames.count.tolist() == [2, 0, 0]
+    row = Row([PENDING, IMAGE, 7, IMAGE, IMAGE], [None, 4, 2])
+    arguments, index = step_arguments({0: row}, 1, IMAGE)
+    assert arguments.frames.count.tolist() == [2]
     assert arguments.frames.offset[0, :2].tolist() == [3, 4]
-    assert arguments.feature_index[0, :2].tolist() == [4, 2]
-    assert step_arguments([Row([IMAGE], [None])], IMAGE).frames is None
+    assert index[0, :2].tolist() == [4, 2]
+    assert step_arguments({0: Row([IMAGE], [None])}, 1, IMAGE)[0].frames is None
+    # With several slots, a row for each frame.
+    arguments, index = step_arguments({2: row, 0: Row([IMAGE, IMAGE]), 1: Row([9, IMAGE], [6])}, 3, IMAGE)
+    assert arguments.frames.count.tolist() == [1, 1, 1, 0]
+    assert arguments.frames.slots[:3].tolist() == [2, 2, 1]
+    assert arguments.frames.before[:3].tolist() == [0, 1, 0]
+    assert arguments.frames.offset[:3].tolist() == [[3], [4], [1]]
+    assert index[:3].tolist() == [[4], [2], [6]]
+
+
+TOKENS = st.one_of(st.integers(0, 999), st.just(IMAGE))
+LENGTHS = st.one_of(st.integers(0, 3), st.integers(0, 40), st.integers(0, 700))
+
+
+@st.composite
+def rows_of_a_slot(draw) -> Row:
+    """Text and frames in any mix, or the pending token alone."""
+    if draw(st.booleans()):
+        return Row([PENDING], new_turn=draw(st.booleans()))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    length, images = draw(LENGTHS), draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
+    tokens = np.where(rng.random(length) < images, IMAGE, rng.integers(0, 999, length)).tolist()
+    tokens = [PENDING] * (draw(st.booleans()) or not tokens) + tokens
+    framed = draw(st.sampled_from([0.0, 0.5, 1.0]))
+    frames = [int(i) if rng.random() < framed else None for i in rng.permutation(tokens.count(IMAGE))]
+    return Row(tokens, frames if any(f is not None for f in frames) else (), draw(st.booleans()))
+
+
+@st.composite
+def rows_of_slots(draw) -> tuple[int, dict[int, Row]]:
+    """The number of slots, and rows of some of them, in order of precedence."""
+    slots = draw(st.integers(1, 6))
+    order = draw(st.permutations(range(slots)))
+    taking_part = order[: draw(st.integers(1, slots))]
+    return slots, {slot: draw(rows_of_a_slot()) for slot in taking_part}
+
+
+def planned(slots, rows) -> list:
+    """The rows and the arguments of each of the steps that these rows take."""
+    steps, left = [], rows
+    while left:
+        now, left = first_step(left, slots, IMAGE)
+        assert now, "each step appends something"
+        steps.append((now, *step_arguments(now, slots, IMAGE)))
+    return steps
+
+
+def shape_of(a, slots) -> Shape:
+    """The program that these arguments are for."""
+    chunks = (0, 0) if a.chunks is None else a.chunks.tokens.shape
+    return Shape(a.decode is not None, *chunks, 0 if a.frames is None else a.frames.offset.size)
+
+
+def appended(a, index, slots) -> dict[int, tuple[list[int], dict[int, int]]]:
+    """What the arguments of a step append to each slot: tokens, and frames by the offset of their token."""
+    found: dict[int, tuple[list[int], dict[int, int]]] = {}
+    at: dict[int, int] = {}
+    decode = [] if a.decode is None else np.flatnonzero(a.decode).tolist()
+    for slot in decode:
+        found[slot], at[slot] = ([PENDING], {}), slot
+    if a.chunks is not None:
+        width = a.chunks.tokens.shape[1]
+        of_chunks = np.zeros(1, int) if a.chunks.slots is None else a.chunks.slots
+        for chunk, (slot, count) in enumerate(zip(of_chunks.tolist(), a.chunks.count, strict=True)):
+            if not count:
+                continue
+            assert slot not in decode
+            tokens, _ = found.setdefault(slot, ([], {}))
+            # In order, and each told how many tokens of its slot are in the chunks before.
+            assert len(tokens) == (0 if a.chunks.before is None else a.chunks.before[chunk])
+            tokens += a.chunks.tokens[chunk, :count].tolist()
+            first = 0 if a.decode is None else slots
+            at[slot] = first + chunk * width + count - 1
+    if a.frames is not None:
+        of_rows = np.zeros(1, int) if a.frames.slots is None else a.frames.slots
+        for row, (slot, count) in enumerate(zip(of_rows.tolist(), a.frames.count, strict=True)):
+            if not count:
+                continue
+            frames = found[slot][1]
+            assert len(frames) == (0 if a.frames.before is None else a.frames.before[row])
+            offsets = a.frames.offset[row, :count].tolist()
+            frames |= dict(zip(offsets, index[row, :count].tolist(), strict=True))
+    assert np.flatnonzero(a.takes).tolist() == sorted(found)
+    assert {slot: a.last[slot] for slot in found} == at
+    return found
+
+
+@given(rows_of_slots())
+def test_steps_append_every_token_and_frame_once_and_in_order(slots_and_rows):
+    slots, rows = slots_and_rows
+    tokens = {slot: [] for slot in rows}
+    frames = {slot: {} for slot in rows}
+    spoke, turned = [], []
+    for now, arguments, index in planned(slots, rows):
+        assert shape_of(arguments, slots) in shapes(slots)
+        found = appended(arguments, index, slots)
+        assert found.keys() == now.keys()
+        for slot, (of_step, placed) in found.items():
+            frames[slot] |= {len(tokens[slot]) + offset: frame for offset, frame in placed.items()}
+            tokens[slot] += of_step
+        spoke += np.flatnonzero(arguments.speaks).tolist()
+        turned += np.flatnonzero(arguments.new_turn).tolist()
+    assert tokens == {slot: list(row.tokens) for slot, row in rows.items()}
+    assert frames == {slot: row.placed(IMAGE) for slot, row in rows.items()}
+    # The pending token joins once, and a turn begins once.
+    assert sorted(spoke) == sorted(slot for slot, row in rows.items() if row.tokens[0] == PENDING)
+    assert sorted(turned) == sorted(slot for slot, row in rows.items() if row.new_turn)
+
+
+@given(rows_of_slots())
+def test_what_a_slot_gets_is_up_to_those_named_before_it(slots_and_rows):
+    slots, rows = slots_and_rows
+    now, later = first_step(rows, slots, IMAGE)
+    assert list(later) == [slot for slot in rows if slot in later]
+    for slot, row in rows.items():
+        if row.is_decode:
+            assert now[slot] == row
+            assert slot not in later
+    # As if those behind were not there, but for the width of chunks, which is one for all.
+    long = [i for i, row in enumerate(rows.values()) if len(row.tokens) > 2]
+    for count in range(long[0] + 1 if long else 1, len(rows) + 1):
+        first, _ = first_step({slot: rows[slot] for slot in list(rows)[:count]}, slots, IMAGE)
+        assert first == {slot: now[slot] for slot in list(rows)[:count] if slot in now}
+
+
+def test_a_step_is_of_the_smallest_shape_that_has_room():
+    def shape(rows, slots):
+        ((_, arguments, _),) = planned(slots, rows)
+        return shape_of(arguments, slots)
+
+    decode, frame = Row([PENDING]), Row([PENDING, IMAGE], [0])
+    assert shape({0: decode, 3: decode}, 4) == Shape(True)
+    assert shape({0: decode, 3: frame}, 4) == Shape(True, 1, 2, 1)
+    assert shape({0: frame, 1: frame, 3: frame}, 4) == Shape(True, 4, 2, 4)
+    assert shape({1: Row([1] * 16), 2: decode}, 4) == Shape(True, 1, 16)
+    assert shape({1: Row([1] * 17), 2: decode}, 4) == Shape(True, 4, 16)
+    assert shape({1: Row([1] * 100), 2: frame}, 4) == Shape(True, 16, 16, 16)
+    assert shape({0: decode}, 1) == Shape(True)
+    assert shape({0: Row([5])}, 1) == Shape(False, 1, 2)
+
+
+@pytest.mark.parametrize("slots", [2, 8, 40])
+def test_all_slots_may_bring_a_frame_at_once(slots):
+    steps = planned(slots, {slot: Row([PENDING, IMAGE], [slot]) for slot in range(slots)})
+    assert len(steps) == -(-slots // 32)
 
 
 @pytest.mark.parametrize("lead", [[], [PENDING], [PENDING, 7]], ids=str)

@@ -1,5 +1,7 @@
 """Sampling of tokens: each setting against its definition, and all of them in one batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from moss_jax.config import TokenSampling
 from moss_jax.stream import sampling as sampling_module
-from moss_jax.stream.sampling import SlotSampling
+from moss_jax.stream.sampling import SamplingKind, SlotSampling, kind_of
 
 COUNT = 4000
 # Four standard errors of a share among COUNT samples.
@@ -26,7 +28,12 @@ MIXED = [
     TokenSampling(temperature=1.0, top_k=5000, top_p=1e-30, seed=8),
 ]
 
-sample = jax.jit(sampling_module.sample)
+jitted = jax.jit(sampling_module.sample, static_argnums=2)
+
+
+def sample(logits, settings, kind=SamplingKind.FILTERED, **arguments):
+    """Samples by the program that serves any settings, if not by that of another kind."""
+    return jitted(logits, settings, kind, **arguments)
 
 
 def shares_of(config: TokenSampling, *, count=COUNT, logits=LOGITS, allowed=ALL, said=None) -> np.ndarray:
@@ -263,28 +270,64 @@ def test_draws_differ_from_position_to_position_and_seed_to_seed():
     assert len(set(sample(logits, seeds, positions=np.full(count, 3), **arguments).tolist())) > 48
 
 
-def test_a_batch_without_filters_searches_no_threshold_and_a_greedy_one_draws_nothing():
-    """The work that only some slots need is in branches, one within the other."""
+@pytest.mark.parametrize(
+    ("sampling", "kind"),
+    [
+        (TokenSampling(), SamplingKind.GREEDY),
+        (TokenSampling(top_k=3, top_p=0.5, repetition_penalty=2.0), SamplingKind.GREEDY),
+        (TokenSampling(temperature=1e-3), SamplingKind.DRAWN),
+        (TokenSampling(temperature=1.0, repetition_penalty=1.3, seed=4), SamplingKind.DRAWN),
+        (TokenSampling(temperature=1.0, top_k=1), SamplingKind.FILTERED),
+        (TokenSampling(temperature=1.0, top_p=0.999), SamplingKind.FILTERED),
+    ],
+    ids=str,
+)
+def test_what_a_way_of_sampling_takes(sampling, kind):
+    assert kind_of(sampling) == kind
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_slot_gets_the_same_token_where_others_ask_for_more(seed):
+    """Each of the slots by its own kind, alone, and by every kind above it, with the others."""
+    logits, allowed, said, positions = batch(seed)
+    settings = SlotSampling.of(MIXED, 8)
+    together = {
+        kind: sample(logits, settings, kind, positions=positions, allowed=allowed, said=said)
+        for kind in SamplingKind
+    }
+    kinds = [kind_of(config) for config in MIXED]
+    assert set(kinds) == set(SamplingKind)
+    for i, config in enumerate(MIXED):
+        own = logits[i : i + 1], SlotSampling.of(config, 1), kinds[i]
+        (alone,) = sample(*own, positions=positions[i : i + 1], allowed=allowed, said=said[i : i + 1])
+        assert all(together[kind][i] == alone for kind in SamplingKind if kind >= kinds[i])
+
+
+def test_no_kind_computes_more_than_it_has_to():
+    """Draws take random bits, filters a loop; nothing is sorted, and nothing branches on the device."""
     arguments = {"positions": np.zeros(2, int), "allowed": np.ones(8, bool), "said": np.zeros((2, 8), bool)}
-    settings = SlotSampling.of(TokenSampling(), 2)
-    traced = jax.make_jaxpr(sample)(np.zeros((2, 8), np.float32), settings, **arguments)
-    (outer,) = [e for e in inner(traced.jaxpr) if e.primitive.name == "cond"]
-    outside = {e.primitive.name for e in inner(traced.jaxpr)}
-    assert not outside & {"while", "scan", "sort", "top_k", "random_bits"}
-    (draw,) = [b.jaxpr for b in outer.params["branches"] if len(b.jaxpr.eqns) > 1]
-    names = [e.primitive.name for e in inner(draw)]
-    assert names.count("cond") == 2
-    assert not set(names) & {"while", "scan", "sort", "top_k"}
-    assert "random_bits" in names
+    settings = SlotSampling.of([TokenSampling(), TokenSampling(temperature=1.0, top_k=2)], 2)
+
+    def primitives(kind):
+        traced = jax.make_jaxpr(functools.partial(sample, kind=kind))(
+            np.zeros((2, 8), np.float32), settings, **arguments
+        )
+        return set(inner(traced.jaxpr))
+
+    names = {kind: primitives(kind) for kind in SamplingKind}
+    wanted = {"random_bits", "scan", "while", "sort", "top_k", "cond"}
+    assert not names[SamplingKind.GREEDY] & wanted
+    assert names[SamplingKind.DRAWN] & wanted == {"random_bits"}
+    assert names[SamplingKind.FILTERED] & wanted <= {"random_bits", "scan", "while"}
 
 
 def inner(jaxpr):
-    """The equations of a program and of those that it always calls, not of its branches."""
+    """Names of the primitives of a program and of those that it calls."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "jit":
             yield from inner(equation.params["jaxpr"].jaxpr)
         else:
-            yield equation
+            yield equation.primitive.name
 
 
 def test_samplings_that_are_not_one_a_slot_are_refused():
