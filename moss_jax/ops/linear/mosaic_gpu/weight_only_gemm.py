@@ -1,0 +1,388 @@
+"""Weight-only (W8A16) GEMM of many rows: a warp-specialised persistent kernel for Hopper GPUs (Mosaic GPU).
+
+For batches that bound a GEMM by arithmetic as much as by reading weights. The operands are swapped, as in
+`weight_only`: weights are the rows that the tensor core takes, from registers, where they are upcast, and x the
+columns, up to 256 of them. Here x passes through shared memory beside the weights, so that a thread block keeps
+all sums of its tile of the result, whatever K.
+
+There is one thread block a multiprocessor, which takes tiles one after another. One warpgroup issues TMA
+copies, and runs ahead into the next tiles; two compute, each its own outputs of a tile. While the tensor core
+multiplies one block of 64 outputs x 64 inputs, a warpgroup upcasts the next one, into other registers.
+
+Two thread blocks can form a cluster of neighbouring outputs: each fetches half of their x for both (TMA
+multicast), which spares L2. Where there are fewer tiles than multiprocessors, K is split and XLA adds up the
+splits.
+
+The last tiles of outputs and of rows are moved back to end with them; what two tiles share is written twice,
+alike.
+
+M rows, K inputs, N outputs, R x C tile of a thread block (outputs x rows), X inputs of a step
+"""
+
+# Pallas types layouts, inline instructions and the references of kernels too narrowly.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPrivateImportUsage=false
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float, Shaped
+
+from moss_jax.ops.linear.base import Arguments
+from moss_jax.ops.linear.mosaic_gpu import weight_only
+from moss_jax.ops.mosaic_gpu import hopper, tiles, upcast
+from moss_jax.ops.mosaic_gpu.tiles import PER_ROW
+
+ROWS = 512  # Of x, at most: more have not been tuned.
+UNIT = 64  # Outputs and inputs of a block of weights that is upcast at once.
+COLUMNS = 256  # Of the tensor core, at most.
+WARPGROUPS = 2  # That compute.
+CHUNK = 32  # Rows of the result, of 64 outputs, that leave a warpgroup at once.
+SLOTS = 2  # Chunks of a warpgroup in flight to memory at once.
+REGISTERS = 232, 40  # Of a thread that computes, and of one that fetches: 2 * 232 + 40 of 512 a warp of each.
+SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.
+STAGED_BYTES = 2 * WARPGROUPS * SLOTS * CHUNK * UNIT  # Of which results of 16 bits take this.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiling of a call.
+
+    Attributes:
+      outputs: of a tile, 128 or 256: 64 or 128 a warpgroup.
+      rows: of x in a tile, a multiple of 8 up to 256; of 16 in a cluster.
+      block_k: inputs of a step, 64 or 128.
+      stages: steps in flight at once.
+      splits: equal parts of K.
+      cluster: thread blocks that share x, 1 or 2.
+      blocks: thread blocks at most.
+    """
+
+    outputs: int = 128
+    rows: int = 128
+    block_k: int = 128
+    stages: int = 4
+    splits: int = 1
+    cluster: int = 2
+    blocks: int = 132
+
+    def __post_init__(self):
+        if self.outputs not in (128, 256):
+            raise ValueError(f"outputs is 128 or 256, not {self.outputs}")
+        if self.cluster not in (1, 2):
+            raise ValueError(f"cluster is 1 or 2, not {self.cluster}")
+        if self.rows % (8 * self.cluster) or not 0 < self.rows <= COLUMNS:
+            raise ValueError(f"rows is a multiple of {8 * self.cluster} up to {COLUMNS}, not {self.rows}")
+        if self.block_k not in (64, 128):
+            raise ValueError(f"block_k is 64 or 128, not {self.block_k}")
+        if self.stages < 2 or self.splits < 1 or self.blocks < self.cluster:
+            raise ValueError(
+                f"stages is at least 2, splits 1 and blocks {self.cluster}, "
+                f"not {self.stages}, {self.splits} and {self.blocks}"
+            )
+        if self.sums > 128:
+            raise ValueError(f"{self.sums} sums a thread are more than 128")
+        if self.shared_bytes > SHARED_BYTES:
+            raise ValueError(f"{self.shared_bytes} bytes of shared memory are more than {SHARED_BYTES}")
+
+    @property
+    def blocks_of_outputs(self) -> int:
+        """Blocks of 64 outputs that a warpgroup computes."""
+        return self.outputs // (UNIT * WARPGROUPS)
+
+    @property
+    def sums(self) -> int:
+        """Sums a thread keeps in registers.
+
+        Beside them it has two blocks of weights in bfloat16, 2 * 16 registers, and two columns in each of the
+        `block_k / 4` registers of what it upcasts next: 128 + 32 + 32 = 192 of 232.
+        """
+        return self.outputs * self.rows // (128 * WARPGROUPS)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a thread block, without its barriers."""
+        ring = self.stages * self.block_k * (self.outputs + 2 * self.rows)
+        return ring + STAGED_BYTES
+
+    def cuts(self, M: int, N: int) -> tuple[int, int, int]:
+        """Tiles of clusters along the outputs, splits, and tiles along the rows."""
+        return pl.cdiv(N, self.outputs * self.cluster), self.splits, pl.cdiv(M, self.rows)
+
+
+def unsupported(arguments: Arguments, platform: str) -> str | None:
+    """Why this kernel cannot take the arguments; None if it can."""
+    if reason := hopper.unsupported(platform) or weight_only.unsupported_scheme(arguments):
+        return reason
+    M, K, N = arguments.shape
+    if not 0 < M <= ROWS:
+        return f"it takes 1 to {ROWS} rows, not {M}"
+    return misfit(K, N, default_config(M, K, N))
+
+
+def misfit(K: int, N: int, config: Config) -> str | None:
+    """Why the tiling doesn't fit a matrix of weights; None if it does."""
+    if K % (each := config.block_k * config.splits) or K == 0:
+        return f"K = {K} is not a multiple of {each}"
+    outputs = config.outputs * config.cluster
+    if N % UNIT or outputs > N:
+        return f"N = {N} is not a multiple of {UNIT}, {outputs} at least"
+    return None
+
+
+def apply(a: Arguments, config: Config | None = None) -> Float[Array, "..."]:
+    """Computes the op; forward only."""
+    M, K, N = a.shape
+    config = config or default_config(M, K, N)
+    assert isinstance(a.x, Array)
+    return a.unflatten(many_rows(a.x.reshape(M, K), a.matrix, a.scale, config, a.out_dtype))
+
+
+def default_config(M: int, K: int, N: int) -> Config:
+    """The tiling that takes the least time by `estimate`."""
+    count = pl.cdiv(M, COLUMNS)
+    cluster = 2 if N >= 256 else 1
+    rows = pl.cdiv(pl.cdiv(M, count), 8 * cluster) * 8 * cluster
+    candidates = [
+        _fill(outputs, rows, splits, cluster)
+        for outputs in (128, 256)
+        for splits in (1, 2, 4, 7, 8)
+        if outputs * rows <= 128 * 128 * WARPGROUPS and outputs * cluster <= max(N, 128)
+    ]
+    fitting = [config for config in candidates if misfit(K, N, config) is None]
+    return min(fitting or candidates, key=lambda config: estimate(M, K, N, config))
+
+
+def _fill(outputs: int, rows: int, splits: int, cluster: int) -> Config:
+    """The tiling with these sizes whose ring fills shared memory, in steps of 128 inputs if 4 of them fit."""
+    line = outputs + 2 * rows
+    block_k = 128 if 4 * 128 * line <= (SHARED_BYTES - STAGED_BYTES) else 64
+    return Config(outputs, rows, block_k, min(8, (SHARED_BYTES - STAGED_BYTES) // (block_k * line)), splits, cluster)
+
+
+def estimate(M: int, K: int, N: int, config: Config) -> float:
+    """Approximate time of a call in cycles of a multiprocessor.
+
+    A tile takes what its longest stream takes: the tensor core 64 outputs x 16 inputs x 2 rows a cycle at
+    most, of which 3/4 are reached; L2 delivers some 28 bytes, memory 17. Then come its results, and those of
+    splits are read and written once more.
+    """
+    stripes, splits, tiles_of_rows = config.cuts(M, N)
+    each = K // splits
+    waves = pl.cdiv(stripes * splits * tiles_of_rows * config.cluster, config.blocks)
+    multiplied = each * config.outputs * config.rows / (2048 * 0.75)
+    delivered = each * (config.outputs + 2 * config.rows / config.cluster) / 28
+    read = each * config.outputs / tiles_of_rows / 17
+    written = config.outputs * config.rows / 16 + 1500
+    summed = 0 if splits == 1 else 3000 + M * N * 4 * (splits + 1) / (28 * config.blocks)
+    return waves * (max(multiplied, delivered, read) + written) + summed
+
+
+@functools.partial(jax.jit, static_argnames=("config", "out_dtype"))
+def many_rows(
+    x: Float[Array, "M K"],
+    weights: Shaped[Array, "N K"],
+    scale: Float[Array, " N"],
+    config: Config,
+    out_dtype: DTypeLike,
+) -> Float[Array, "M N"]:
+    """Computes `x @ weights.T * scale`; forward only.
+
+    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    """
+    (M, K), N = x.shape, len(weights)
+    if reason := misfit(K, N, config):
+        raise ValueError(reason)
+    R, C, X, stages = config.outputs, config.rows, config.block_k, config.stages
+    if C > M:
+        x = jnp.pad(x, ((0, C - M), (0, 0)))
+    rows, splits = len(x), config.splits
+    cuts = config.cuts(rows, N)
+    clusters = min(math.prod(cuts), config.blocks // config.cluster)
+    # One number for each warpgroup.
+    cluster, x_free = {}, plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+    if config.cluster > 1:
+        # A slot of x is filled again when the warpgroups of both blocks have done with it.
+        cluster = {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
+        x_free = plgpu.ClusterBarrier(
+            collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=stages
+        )
+    shape, dtype = ((rows, N), out_dtype) if splits == 1 else ((splits, rows, N), jnp.float32)
+    # Numbers of 32 bits fill the sectors of memory without it.
+    staged = jnp.dtype(dtype).itemsize == 2
+    y_smem = {"y_smem": tiles.tile((WARPGROUPS, SLOTS, CHUNK, UNIT), dtype)} if staged else {}
+    y = plgpu.kernel(
+        functools.partial(_kernel, config=config, cuts=cuts, stride=clusters),
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        scratch_types=y_smem
+        | {
+            "x_smem": tiles.tile((stages, C, X), x.dtype),
+            "weights_smem": tiles.tile((stages, R, X), weights.dtype),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # One arrival a copy.
+            "x_free": x_free,
+            "weights_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        },
+        grid=(clusters,),
+        grid_names=("block",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        # `_kernel` says why its own barriers are enough.
+        compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
+        **cluster,
+    )(x, weights, scale)
+    if splits > 1:
+        y = (y.sum(axis=0) * scale).astype(out_dtype)
+    return y[:M]
+
+
+def _kernel(
+    x_gmem,
+    weights_gmem,
+    scale_gmem,
+    y_gmem,
+    *,
+    x_smem,
+    weights_smem,
+    y_smem=None,
+    full,
+    x_free,
+    weights_free,
+    config,
+    cuts,
+    stride,
+):
+    """Tiles `block`, `block + stride`, and so on, of this cluster.
+
+    No automatic barriers: only copies write to shared memory. All threads arrive at `weights_free` after they
+    have read a slot into registers. A slot of x is read by products alone, and `x_free` is arrived at when they
+    are done.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    stages, C, X = x_smem.shape
+    R, (M, K), N = config.outputs, x_gmem.shape, weights_gmem.shape[0]
+    steps = K // (X * config.splits)
+    first = lax.axis_index("block")
+    rounds = pl.cdiv(math.prod(cuts) - first, stride)
+    mine = R // WARPGROUPS
+
+    def place(number):
+        """First output and row of a tile, and its split; neighbours share weights."""
+        rest, row = _divmod(first + number * stride, cuts[2])
+        stripe, split = _divmod(rest, cuts[1])
+        output = jnp.minimum(stripe * (R * config.cluster), N - R * config.cluster)
+        if config.cluster > 1:
+            output += lax.axis_index("cluster") * R
+        return pl.multiple_of(output, UNIT), pl.multiple_of(jnp.minimum(row * C, M - C), 1), split
+
+    def fetch(number, _):
+        output, row, split = place(number)
+
+        def step(i, _):
+            every = number * steps + i
+            slot = lax.rem(every, stages)
+
+            @pl.when(every >= stages)
+            def _():
+                plgpu.barrier_wait(x_free.at[slot])
+                plgpu.barrier_wait(weights_free.at[slot])
+
+            inputs = pl.ds(pl.multiple_of((split * steps + i) * X, X), X)
+            axes = "cluster" if config.cluster > 1 else None
+            x, weights = x_gmem.at[pl.ds(row, C), inputs], weights_gmem.at[pl.ds(output, R), inputs]
+            plgpu.copy_gmem_to_smem(weights, weights_smem.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(x, x_smem.at[slot], full.at[slot], collective_axes=axes)
+
+        lax.fori_loop(0, steps, step, None)
+
+    def compute(number, _):
+        output, row, split = place(number)
+        output = pl.multiple_of(output + warpgroup * mine, UNIT)
+        begin = number * steps
+
+        def multiply(*sums):
+            def use(every, last=None):
+                """Issues the products of a step; frees the slot of x of the step before."""
+                slot = lax.rem(every, stages)
+                plgpu.barrier_wait(full.at[slot])
+                for block, acc in enumerate(sums):
+                    at = pl.multiple_of(warpgroup * mine + block * UNIT, UNIT)
+                    weights = upcast.load_in_order(weights_smem.at[slot, pl.ds(at, UNIT)])
+                    if block == len(sums) - 1:
+                        plgpu.barrier_arrive(weights_free.at[slot])
+                    for start in range(0, X, UNIT):
+                        inputs = slice(start, start + UNIT)
+                        multiply_unit(acc, weights[:, inputs], x_smem.at[slot, :, inputs])
+                        # The block before is done with, and its registers take the next one.
+                        plgpu.wgmma_wait(1)
+                        if last is not None and block == 0 and start == 0:
+                            plgpu.barrier_arrive(x_free.at[lax.rem(last, stages)])
+
+            # With a single block a step, two steps alternate between the registers of two blocks.
+            unrolled = 2 if len(sums) * X == UNIT else 1
+
+            def some(i, _):
+                for j in range(unrolled):
+                    every = begin + 1 + i * unrolled + j
+                    use(every, every - 1)
+
+            use(begin)
+            lax.fori_loop(0, (steps - 1) // unrolled, some, None)
+            for left in range((steps - 1) % unrolled):
+                every = begin + steps - 1 - left
+                use(every, every - 1)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(x_free.at[lax.rem(begin + steps - 1, stages)])
+            return tuple(acc[...] for acc in sums)
+
+        accumulators = [plgpu.ACC((UNIT, C), jnp.float32)] * config.blocks_of_outputs
+        for block, sums in enumerate(pl.run_scoped(multiply, *accumulators)):
+            outputs = pl.ds(pl.multiple_of(output + block * UNIT, UNIT), UNIT)
+            if config.splits == 1:
+                scale = plgpu.load(scale_gmem.at[outputs], layout=PER_ROW, optimized=False)
+                sums = sums * tiles.along_rows(scale, sums.shape)
+            if y_smem is None:
+                y = y_gmem if config.splits == 1 else y_gmem.at[split]
+                # A thread then has neighbours along N.
+                sums = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
+                y.at[pl.ds(row, C), outputs].transpose((1, 0))[...] = sums
+                continue
+            for chunk, start in enumerate(range(0, C, CHUNK)):
+                rows = pl.ds(0, min(CHUNK, C - start))
+                slot = y_smem.at[warpgroup, (block * pl.cdiv(C, CHUNK) + chunk) % SLOTS, rows]
+                plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+                slot.transpose((1, 0))[...] = sums[:, start : start + rows.size].astype(y_gmem.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(slot, y_gmem.at[pl.ds(row + start, rows.size), outputs])
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(REGISTERS[1], action="decrease")
+        lax.fori_loop(0, rounds, fetch, None)
+        # The other block of a cluster still arrives here, and this one must be there.
+        for i in range(stages if config.cluster > 1 else 0):
+            every = rounds * steps - 1 - i
+
+            @pl.when(every >= 0)
+            def _(every=every):
+                plgpu.barrier_wait(x_free.at[lax.rem(every, stages)])
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(REGISTERS[0], action="increase")
+        lax.fori_loop(0, rounds, compute, None)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def multiply_unit(acc, weights, x_smem):
+    """Issues acc += weights @ x.T, with 64 x 64 weights in 8 bits."""
+    plgpu.wgmma(acc, upcast.as_bfloat16(weights), x_smem.transpose((1, 0)))
+
+
+def _divmod(x, y):
+    return lax.div(x, y), lax.rem(x, y)
