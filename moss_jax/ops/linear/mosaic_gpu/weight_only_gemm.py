@@ -47,7 +47,7 @@ CHUNK = 32  # Rows of the result, of 64 outputs, that leave a warpgroup at once.
 SLOTS = 2  # Chunks of a warpgroup in flight to memory at once.
 REGISTERS = 232, 40  # Of a thread that computes, and of one that fetches: 2 * 232 + 40 of 512 a warp of each.
 SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.
-STAGED_BYTES = 2 * WARPGROUPS * SLOTS * CHUNK * UNIT  # Of which results of 16 bits take this.
+STAGED_BYTES = 2 * WARPGROUPS * SLOTS * CHUNK * UNIT  # Of these, for results in 16 bits.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Config:
     Attributes:
       outputs: of a tile, 128 or 256: 64 or 128 a warpgroup.
       rows: of x in a tile, a multiple of 8 up to 256; of 16 in a cluster.
-      block_k: inputs of a step, 64 or 128.
+      block_k: inputs of a step, 64 or, with 128 outputs, 128.
       stages: steps in flight at once.
       splits: equal parts of K.
       cluster: thread blocks that share x, 1 or 2.
@@ -79,8 +79,8 @@ class Config:
             raise ValueError(f"cluster is 1 or 2, not {self.cluster}")
         if self.rows % (8 * self.cluster) or not 0 < self.rows <= COLUMNS:
             raise ValueError(f"rows is a multiple of {8 * self.cluster} up to {COLUMNS}, not {self.rows}")
-        if self.block_k not in (64, 128):
-            raise ValueError(f"block_k is 64 or 128, not {self.block_k}")
+        if self.block_k not in ((64, 128) if self.outputs == 128 else (64,)):
+            raise ValueError(f"block_k is 64, or 128 with 128 outputs, not {self.block_k}")
         if self.stages < 2 or self.splits < 1 or self.blocks < self.cluster:
             raise ValueError(
                 f"stages is at least 2, splits 1 and blocks {self.cluster}, "
@@ -100,8 +100,8 @@ class Config:
     def sums(self) -> int:
         """Sums a thread keeps in registers.
 
-        Beside them it has two blocks of weights in bfloat16, 2 * 16 registers, and two columns in each of the
-        `block_k / 4` registers of what it upcasts next: 128 + 32 + 32 = 192 of 232.
+        Beside them it has two blocks of weights in bfloat16, of 16 registers each, and up to `block_k / 4` for
+        what it upcasts next: 128 + 32 + 32 of 232.
         """
         return self.outputs * self.rows // (128 * WARPGROUPS)
 
@@ -146,11 +146,11 @@ def apply(a: Arguments, config: Config | None = None) -> Float[Array, "..."]:
 
 def default_config(M: int, K: int, N: int) -> Config:
     """The tiling that takes the least time by `estimate`."""
-    count = pl.cdiv(M, COLUMNS)
-    cluster = 2 if N >= 256 else 1
-    rows = pl.cdiv(pl.cdiv(M, count), 8 * cluster) * 8 * cluster
+    count, cluster = pl.cdiv(M, COLUMNS), 2 if N >= 256 else 1
+    unit = 8 * cluster
     candidates = [
         _fill(outputs, rows, splits, cluster)
+        for rows in {pl.cdiv(M, cut * unit) * unit for cut in (count, 2 * count)}
         for outputs in (128, 256)
         for splits in (1, 2, 4, 7, 8)
         if outputs * rows <= 128 * 128 * WARPGROUPS and outputs * cluster <= max(N, 128)
@@ -161,9 +161,9 @@ def default_config(M: int, K: int, N: int) -> Config:
 
 def _fill(outputs: int, rows: int, splits: int, cluster: int) -> Config:
     """The tiling with these sizes whose ring fills shared memory, in steps of 128 inputs if 4 of them fit."""
-    line = outputs + 2 * rows
-    block_k = 128 if 4 * 128 * line <= (SHARED_BYTES - STAGED_BYTES) else 64
-    return Config(outputs, rows, block_k, min(8, (SHARED_BYTES - STAGED_BYTES) // (block_k * line)), splits, cluster)
+    line, room = outputs + 2 * rows, SHARED_BYTES - STAGED_BYTES
+    block_k = 128 if outputs == 128 and 4 * 128 * line <= room else 64
+    return Config(outputs, rows, block_k, min(8, room // (block_k * line)), splits, cluster)
 
 
 def estimate(M: int, K: int, N: int, config: Config) -> float:
@@ -205,7 +205,6 @@ def many_rows(
     rows, splits = len(x), config.splits
     cuts = config.cuts(rows, N)
     clusters = min(math.prod(cuts), config.blocks // config.cluster)
-    # One number for each warpgroup.
     cluster, x_free = {}, plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
     if config.cluster > 1:
         # A slot of x is filled again when the warpgroups of both blocks have done with it.
@@ -306,36 +305,41 @@ def _kernel(
         begin = number * steps
 
         def multiply(*sums):
-            def use(every, last=None):
+            def use(i):
                 """Issues the products of a step; frees the slot of x of the step before."""
+                every = begin + i
                 slot = lax.rem(every, stages)
                 plgpu.barrier_wait(full.at[slot])
+
+                def free_x():
+                    pl.when(i > 0)(lambda: plgpu.barrier_arrive(x_free.at[lax.rem(every - 1, stages)]))
+
+                def free_weights():
+                    plgpu.barrier_arrive(weights_free.at[slot])
+
                 for block, acc in enumerate(sums):
-                    at = pl.multiple_of(warpgroup * mine + block * UNIT, UNIT)
-                    weights = upcast.load_in_order(weights_smem.at[slot, pl.ds(at, UNIT)])
-                    if block == len(sums) - 1:
-                        plgpu.barrier_arrive(weights_free.at[slot])
-                    for start in range(0, X, UNIT):
-                        inputs = slice(start, start + UNIT)
-                        multiply_unit(acc, weights[:, inputs], x_smem.at[slot, :, inputs])
-                        # The block before is done with, and its registers take the next one.
-                        plgpu.wgmma_wait(1)
-                        if last is not None and block == 0 and start == 0:
-                            plgpu.barrier_arrive(x_free.at[lax.rem(last, stages)])
+                    outputs = pl.ds(pl.multiple_of(warpgroup * mine + block * UNIT, UNIT), UNIT)
+                    first, last = block == 0, block == len(sums) - 1
+                    add_products(
+                        acc,
+                        weights_smem.at[slot, outputs],
+                        x_smem.at[slot],
+                        free_x if first else lambda: None,
+                        free_weights if last else lambda: None,
+                    )
 
             # With a single block a step, two steps alternate between the registers of two blocks.
             unrolled = 2 if len(sums) * X == UNIT else 1
 
             def some(i, _):
                 for j in range(unrolled):
-                    every = begin + 1 + i * unrolled + j
-                    use(every, every - 1)
+                    use(i * unrolled + j)
 
-            use(begin)
-            lax.fori_loop(0, (steps - 1) // unrolled, some, None)
-            for left in range((steps - 1) % unrolled):
-                every = begin + steps - 1 - left
-                use(every, every - 1)
+            lax.fori_loop(0, steps // unrolled, some, None)
+            if steps % unrolled:
+                # Else the compiler would find no registers for it, and wait for every single product above.
+                plgpu.wgmma_wait(0)
+                use(steps - 1)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(x_free.at[lax.rem(begin + steps - 1, stages)])
             return tuple(acc[...] for acc in sums)
@@ -379,9 +383,24 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def multiply_unit(acc, weights, x_smem):
-    """Issues acc += weights @ x.T, with 64 x 64 weights in 8 bits."""
-    plgpu.wgmma(acc, upcast.as_bfloat16(weights), x_smem.transpose((1, 0)))
+def add_products(acc, weights_smem, x_smem, previous_done, weights_read):
+    """Issues acc += weights @ x.T, and leaves the last of its products in flight.
+
+    Args:
+      weights_smem: [64, X] in 8 bits.
+      previous_done: called as soon as all products that were in flight before are done.
+      weights_read: called as soon as the weights are in registers.
+    """
+    weights = upcast.load_in_order(weights_smem)
+    weights_read()
+    for start in range(0, weights.shape[1], UNIT):
+        inputs = slice(start, start + UNIT)
+        wide = upcast.as_bfloat16(weights[:, inputs])
+        plgpu.wgmma(acc, wide, x_smem.at[:, inputs].transpose((1, 0)))
+        # What was in flight before is done with, and its registers take the next weights.
+        plgpu.wgmma_wait(1)
+        if start == 0:
+            previous_done()
 
 
 def _divmod(x, y):
