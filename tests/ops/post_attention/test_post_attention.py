@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+import interpreted
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,6 +195,16 @@ def test_the_default_fits_for_all_rows():
 
 
 @pytest.mark.gpu
+def test_many_rows_reach_the_kernels_of_single_ops():
+    """Output projection, norm, up and down: no GEMM of 8-bit weights is left to XLA."""
+    a = TestPostAttention().abstract(**REAL, rows=(100, 1), stored="int8")
+    with interpreted.lowering_for("gpu"):
+        program = jax.jit(lambda a: POST_ATTENTION(a).sum()).trace(a).lower(lowering_platforms=("cuda",))
+    text = program.as_text()
+    assert text.count("custom_call @mosaic_gpu") == 4
+    assert "dot_general" not in text
+
+
 def test_layer_after_layer():
     """One program, in a loop too. Weights are arguments: as constants they would lie beside JAX's memory."""
     a = call(**REAL, stored="int8")
