@@ -2,18 +2,20 @@
 
     python benchmarks/weight_only.py --budget 100 --out benchmarks/results/weight_only_h200.json
     python benchmarks/weight_only.py --quick
+    python benchmarks/weight_only.py --shapes down --others 9 --budget 100
 
-A program has several calls, each with weights of its own, which no cache holds. All programs of one matrix are
-compiled in parallel before the first is timed. Before a kernel is timed, it must be right and repeat bit for
+A program has several calls, each with weights of its own, which no cache holds. All programs of one matrix
+are compiled in parallel before the first is timed. Before it is timed, each must be right and repeat bit for
 bit. The floor is the larger of the times of the weights' bytes and of the products, at the rates of a large
-copy and a large bfloat16 GEMM; shares are of it. Errors are ||y - exact|| / ||exact|| against float32, over some
-of the outputs.
+copy and a large bfloat16 GEMM; shares are of it. Errors are ||y - exact|| / ||exact|| against float32, over
+some of the outputs.
 """
 
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +51,12 @@ def main() -> None:
     parser.add_argument("--rows", default="64,80,96,128,192,256,384,512", help="comma-separated row counts")
     parser.add_argument("--stored", default="int8", help="comma-separated dtypes of the weights")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated names of matrices")
-    parser.add_argument(
-        "--quick", action="store_true", help="80, 128 and 256 rows, default tilings and 2 others"
-    )
+    parser.add_argument("--others", type=int, default=2, help="tilings to try beside the default, at most")
+    parser.add_argument("--quick", action="store_true", help="80, 128 and 256 rows, default tilings")
     args, ceilings, deadline, watch = begin(parser)
-    rows = [80, 128, 256] if args.quick else [int(M) for M in args.rows.split(",")]
+    rows = [int(M) for M in args.rows.split(",")]
+    if args.quick:
+        rows, args.others = [80, 128, 256], 0
     shapes = TINY if args.tiny else {name: SHAPES[name] for name in args.shapes.split(",")}
     results = []
     for name, shape in shapes.items():
@@ -74,8 +77,9 @@ def main() -> None:
 def compare(name, K, N, layout, stored, counts, args, ceilings, deadline, watch: Watch) -> Iterator[dict]:
     """A row for each way to multiply each number of rows with one matrix."""
     calls = min(max(math.ceil(BYTES / (K * N)), 1), MAX_CALLS)
-    cases = [(M, *case) for M in counts for case in contenders(M, K, N, layout, args.quick)]
-    abstract = {wide: jax.eval_shape(lambda wide=wide: make(K, N, stored, layout, wide)) for wide in (0, 1)}
+    cases = [(M, *case) for M in counts for case in contenders(M, K, N, layout, args.others)]
+    both = (False, True)
+    abstract = {wide: jax.eval_shape(lambda wide=wide: make(K, N, stored, layout, wide)) for wide in both}
 
     def compile_chain(M, wide, apply):
         x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
@@ -85,9 +89,10 @@ def compare(name, K, N, layout, stored, counts, args, ceilings, deadline, watch:
 
     compiled = side_by_side((functools.partial(compile_chain, M, wide, f) for M, _, wide, f in cases), watch)
     x = jax.random.normal(jax.random.key(1), (max(counts), K), jnp.bfloat16)
-    held = {wide: [make(K, N, stored, layout, wide, i) for i in range(calls)] for wide in (0, 1)}
+    held = {wide: [make(K, N, stored, layout, wide, i) for i in range(calls)] for wide in both}
     some = checked(N)
-    exact = reference(x, QArray(held[0][0].kernel.values[some], held[0][0].kernel.scale[some]))
+    kernel = held[False][0].kernel
+    exact = reference(x, QArray(kernel.values[some], kernel.scale[some]))
     for (M, label, wide, _), program in zip(cases, compiled, strict=True):
         watch.alive()
         if time.monotonic() > deadline:
@@ -110,17 +115,19 @@ def compare(name, K, N, layout, stored, counts, args, ceilings, deadline, watch:
         yield row
 
 
-def contenders(M: int, K: int, N: int, layout: Layout, quick: bool):
+Contender = tuple[str, bool, Callable[[jax.Array, Weights], Any]]
+
+
+def contenders(M: int, K: int, N: int, layout: Layout, others: int) -> Iterator[Contender]:
     """(name, whether the weights are in bfloat16, function of x and weights) of each way to compute."""
     kernel = "weight_only_gemm"
-    for config in tilings(M, K, N)[: 3 if quick else None]:
-        c = config
+    for c in tilings(M, K, N)[: 1 + others]:
         label = f"{c.outputs}x{c.rows}x{c.block_k} s{c.stages} /{c.splits} c{c.cluster}"
-        yield label, 0, functools.partial(linear, implementation=kernel, config=config)
+        yield label, False, functools.partial(linear, implementation=kernel, config=c)
     if M <= weight_only.ROWS:
-        yield "weight_only", 0, functools.partial(linear, implementation="weight_only")
-    yield "xla", 0, functools.partial(linear, implementation="xla")
-    yield f"bfloat16 xla, {layout}", 1, functools.partial(linear, implementation="xla")
+        yield "weight_only", False, functools.partial(linear, implementation="weight_only")
+    yield "xla", False, functools.partial(linear, implementation="xla")
+    yield f"bfloat16 xla, {layout}", True, functools.partial(linear, implementation="xla")
 
 
 def tilings(M: int, K: int, N: int) -> list[Config]:
@@ -132,11 +139,11 @@ def tilings(M: int, K: int, N: int) -> list[Config]:
     for changes in (
         {"outputs": 384 - c["outputs"]},
         {"rows": 2 * rows},
-        {"rows": math.ceil(rows / 32) * 16},
+        {"splits": max(1, c["splits"] // 2)},
+        {"splits": 2 * c["splits"]},
         {"cluster": 3 - c["cluster"]},
         {"block_k": 192 - default.block_k},
-        {"splits": 2 * c["splits"]},
-        {"splits": max(1, c["splits"] // 2)},
+        {"rows": math.ceil(rows / 32) * 16},
         {"outputs": 256, "rows": math.ceil(rows / 32) * 16},
         {"outputs": 128, "rows": 2 * rows},
     ):
@@ -150,7 +157,7 @@ def tilings(M: int, K: int, N: int) -> list[Config]:
 
 
 @functools.partial(jax.jit, static_argnums=range(5))
-def make(K: int, N: int, stored: str, layout: Layout, wide: int, seed=0) -> Weights:
+def make(K: int, N: int, stored: str, layout: Layout, wide: bool, seed=0) -> Weights:
     """Random weights in 8 bits, or the same in bfloat16."""
     weights = make_weights(jax.random.key(seed), stored, (N,), K)
     if not wide:
@@ -175,13 +182,8 @@ def table(results: list[dict]) -> list[str]:
         best = min(ours, key=ours.__getitem__, default="none")
         bf16 = min((row["us"] for name, row in rows.items() if name.startswith("bf")), default=math.nan)
         floor = next(row["floor_us"] for row in results if row["case"] == case)
-        times = (
-            floor,
-            ours.get(best, math.nan),
-            ours.get(first, math.nan),
-            *(rows[name]["us"] if name in rows else math.nan for name in ("xla",)),
-            bf16,
-        )
+        xla = rows["xla"]["us"] if "xla" in rows else math.nan
+        times = floor, ours.get(best, math.nan), ours.get(first, math.nan), xla, bf16
         lines.append(f"{case:<32} {' '.join(f'{t:>7.1f}' for t in times)}     {best}")
     return lines
 

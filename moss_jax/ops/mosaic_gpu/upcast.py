@@ -84,7 +84,8 @@ def to_bfloat16(ref):
 def load_in_order(ref):
     """Loads an 8-bit tile in the layout of `MATRIX`, for `as_bfloat16`.
 
-    A thread loads 2 neighbouring columns at once, half as many as `to_bfloat16` does, and columns stay in order.
+    A thread loads 2 neighbouring columns at once, half as many as `to_bfloat16` does, and columns stay in
+    order.
     """
     return plgpu.load(ref, layout=MATRIX, optimized=False)
 
@@ -94,7 +95,8 @@ def as_bfloat16(x):
     (selector, _), code = TO_BFLOAT16[x.dtype.name]
 
     @plgpu.inline_mgpu(
-        arg_types=(MATRIX,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.bfloat16, layout=MATRIX)
+        arg_types=(MATRIX,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.bfloat16), layout=MATRIX),
     )
     def take(_, x):
         i16, i32 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32)

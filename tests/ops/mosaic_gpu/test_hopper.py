@@ -21,7 +21,15 @@ from moss_jax.ops.post_attention import mosaic_gpu as post_attention
 PARTITIONED = [attention.unsupported, attention.unsupported_self_attention]
 WHOLE = [attention.unsupported_append] + [
     module.unsupported
-    for module in (post_attention, weight_only, weight_only_gemm, matmul_epilogue, norm_matmul, bias_gelu, norm)
+    for module in (
+        post_attention,
+        weight_only,
+        weight_only_gemm,
+        matmul_epilogue,
+        norm_matmul,
+        bias_gelu,
+        norm,
+    )
 ]
 
 

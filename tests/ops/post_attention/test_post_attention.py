@@ -194,7 +194,6 @@ def test_the_default_fits_for_all_rows():
             Plan(1, *PLAN, dataclasses.replace(default_config(*PLAN), **changes), 132)
 
 
-@pytest.mark.gpu
 def test_many_rows_reach_the_kernels_of_single_ops():
     """Output projection, norm, up and down: no GEMM of 8-bit weights is left to XLA."""
     a = TestPostAttention().abstract(**REAL, rows=(100, 1), stored="int8")
@@ -205,6 +204,7 @@ def test_many_rows_reach_the_kernels_of_single_ops():
     assert "dot_general" not in text
 
 
+@pytest.mark.gpu
 def test_layer_after_layer():
     """One program, in a loop too. Weights are arguments: as constants they would lie beside JAX's memory."""
     a = call(**REAL, stored="int8")

@@ -1,13 +1,15 @@
 """Weight-only (W8A16) GEMM of many rows: a warp-specialised persistent kernel for Hopper GPUs (Mosaic GPU).
 
-For batches that bound a GEMM by arithmetic as much as by reading weights. The operands are swapped, as in
-`weight_only`: weights are the rows that the tensor core takes, from registers, where they are upcast, and x the
-columns, up to 256 of them. Here x passes through shared memory beside the weights, so that a thread block keeps
-all sums of its tile of the result, whatever K.
+For batches so large that a GEMM is bound by arithmetic as much as by reading weights. The operands are
+swapped, as in `weight_only`: weights are the rows that the tensor core takes, from registers, where they are
+upcast, and x the columns, up to 256 of them. Here x passes through shared memory beside the weights, so that
+a thread block keeps all sums of its tile of the result, whatever K.
 
 There is one thread block a multiprocessor, which takes tiles one after another. One warpgroup issues TMA
 copies, and runs ahead into the next tiles; two compute, each its own outputs of a tile. While the tensor core
-multiplies one block of 64 outputs x 64 inputs, a warpgroup upcasts the next one, into other registers.
+multiplies one block of 64 outputs x 64 inputs, a warpgroup upcasts the next one, into other registers. Where
+the compiler cannot tell the two sets apart, it waits for every single product and says so (C7513); hence the
+form of the loop.
 
 Two thread blocks can form a cluster of neighbouring outputs: each fetches half of their x for both (TMA
 multicast), which spares L2. Where there are fewer tiles than multiprocessors, K is split and XLA adds up the
@@ -100,8 +102,8 @@ class Config:
     def sums(self) -> int:
         """Sums a thread keeps in registers.
 
-        Beside them it has two blocks of weights in bfloat16, of 16 registers each, and up to `block_k / 4` for
-        what it upcasts next: 128 + 32 + 32 of 232.
+        Beside them it has two blocks of weights in bfloat16, of 16 registers each, and up to `block_k / 4`
+        for what it upcasts next: 128 + 32 + 32 of 232.
         """
         return self.outputs * self.rows // (128 * WARPGROUPS)
 
@@ -172,9 +174,9 @@ def estimate(M: int, K: int, N: int, config: Config) -> float:
     """Approximate time of a call in cycles of a multiprocessor.
 
     A tile takes what its longest stream takes: the tensor core multiplies 2,048 numbers a cycle, of which 3/4
-    are reached; shared memory moves 128 bytes, of which 85 % are (x is read for every 64 outputs, weights pass
-    at half the width); L2 delivers some 28 and memory 17. Then come its results, and those of splits are read
-    and written once more.
+    are reached; shared memory moves 128 bytes, of which 85 % are (x is read for every 64 outputs, weights
+    pass at half the width); L2 delivers some 28 and memory 17. Then come its results, and those of splits are
+    read and written once more.
     """
     stripes, splits, tiles_of_rows = config.cuts(M, N)
     each = K // splits
@@ -262,9 +264,10 @@ def _kernel(
 ):
     """Tiles `block`, `block + stride`, and so on, of this cluster.
 
-    No automatic barriers: only copies write to shared memory. All threads arrive at `weights_free` after they
-    have read a slot into registers. A slot of x is read by products alone, and `x_free` is arrived at when they
-    are done.
+    No automatic barriers: only copies write to the ring. All threads arrive at `weights_free` after they have
+    read a slot into registers. A slot of x is read by products alone, and `x_free` is arrived at when they
+    are done. A slot of `y_smem` is filled after a wait for the copy out of it, which is a barrier of the
+    warpgroup; `commit_smem`, another one, stands between that and the next copy.
     """
     warpgroup = lax.axis_index("warpgroup")
     stages, C, X = x_smem.shape
@@ -341,7 +344,7 @@ def _kernel(
 
             lax.fori_loop(0, steps // unrolled, some, None)
             if steps % unrolled:
-                # Else the compiler would find no registers for it, and wait for every single product above.
+                # Else the compiler would wait for every single product above.
                 plgpu.wgmma_wait(0)
                 use(steps - 1)
             plgpu.wgmma_wait(0)
