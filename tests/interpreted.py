@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moss_jax.ops.attention import mosaic_tpu
 from moss_jax.ops.attention.mosaic_gpu import dense
-from moss_jax.ops.linear.mosaic_gpu import bias_gelu, norm_matmul
+from moss_jax.ops.linear.mosaic_gpu import bias_gelu, norm_matmul, weight_only_gemm
 from moss_jax.ops.mosaic_gpu import hopper, skinny_matmul, tiles, upcast
 from moss_jax.ops.post_attention import mosaic_gpu as post_attention
 
@@ -72,6 +72,16 @@ def on_gpu():
     def upcast_to(dtype):
         return lambda ref: upcast.permute_columns(ref[...].astype(dtype))
 
+    def add_products(acc, weights_smem, x_smem, previous_done, weights_read):
+        """The interpreter multiplies what wgmma refuses: two dtypes."""
+
+        class Wide(type(weights_smem)):
+            dtype = x_smem.dtype
+
+        plgpu.wgmma(acc, Wide(weights_smem.ref, weights_smem.transforms), x_smem.transpose((1, 0)))
+        weights_read()
+        previous_done()
+
     def multiply(sums, weights, x_ref, start, layout, apart=0):
         warps = weights.astype(jnp.float32).reshape(4, 16, -1)
         if layout is skinny_matmul.INTERLEAVED:
@@ -94,6 +104,7 @@ def on_gpu():
         ),
         mock.patch.multiple(upcast, to_float16=upcast_to(jnp.float16), to_bfloat16=upcast_to(jnp.bfloat16)),
         mock.patch.object(skinny_matmul, "multiply", multiply),
+        mock.patch.object(weight_only_gemm, "add_products", add_products),
         mock.patch.object(bias_gelu, "upcast", lambda x: x.astype(jnp.float32)),
         mock.patch.multiple(norm_matmul, scaled_factor=scaled_factor, finish=finish),
         mock.patch.multiple(

@@ -11,7 +11,7 @@ from jaxtyping import Array, DTypeLike, Float
 from moss_jax.ops.dispatch import Implementation, Op, in_float32
 from moss_jax.ops.linear import base, gemv
 from moss_jax.ops.linear.base import Layout, NormArguments, Weights, arguments, check
-from moss_jax.ops.linear.mosaic_gpu import matmul_epilogue, norm_matmul, weight_only
+from moss_jax.ops.linear.mosaic_gpu import matmul_epilogue, norm_matmul, weight_only, weight_only_gemm
 from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.norm.base import check as check_norm
 from moss_jax.ops.qarray import QArray
@@ -20,11 +20,13 @@ LINEAR = Op(
     "linear",
     {
         "weight_only": Implementation(weight_only.apply, weight_only.unsupported),
+        "weight_only_gemm": Implementation(weight_only_gemm.apply, weight_only_gemm.unsupported),
         "matmul_epilogue": Implementation(matmul_epilogue.apply, matmul_epilogue.unsupported),
         "gemv": Implementation(gemv.apply, gemv.unsupported),
         "xla": Implementation(base.define),
         "reference": Implementation(base.reference),
     },
+    # `weight_only_gemm` is chosen by its name alone until it has been measured on a card.
     {"gpu": ("weight_only", "matmul_epilogue", "gemv", "xla")},
 )
 
@@ -36,12 +38,12 @@ def linear(
     gelu: bool = False,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
-    config: weight_only.Config | matmul_epilogue.Config | None = None,
+    config: weight_only.Config | weight_only_gemm.Config | matmul_epilogue.Config | None = None,
 ) -> Float[Array, "..."] | QArray:
     """`x @ kernel + bias` over the trailing axes of x, or the exact GELU of it; accumulates in float32.
 
-    It has gradients in all that is in 16 bits or more, but not with `weight_only`. Where they are taken,
-    `matmul_epilogue` computes as `xla` does.
+    It has gradients in all that is in 16 bits or more, but not with `weight_only` and
+    `weight_only_gemm`. Where they are taken, `matmul_epilogue` computes as `xla` does.
 
     Args:
       x: [..., inputs...]; for W8A8 a QArray with the kernel's input scale, or an array, which is rounded.

@@ -81,6 +81,36 @@ def to_bfloat16(ref):
     return _as_matrix(x, jnp.bfloat16, pairs)
 
 
+def load_in_order(ref):
+    """Loads an 8-bit tile in the layout of `MATRIX`, for `as_bfloat16`.
+
+    A thread loads 2 neighbouring columns at once, half as many as `to_bfloat16` does, and columns stay in
+    order.
+    """
+    return plgpu.load(ref, layout=MATRIX, optimized=False)
+
+
+def as_bfloat16(x):
+    """Upcasts an 8-bit tile in the layout of `MATRIX` to bfloat16."""
+    (selector, _), code = TO_BFLOAT16[x.dtype.name]
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.bfloat16), layout=MATRIX),
+    )
+    def take(_, x):
+        i16, i32 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32)
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        registers = np.empty_like(x.registers)
+        for at, register in np.ndenumerate(x.registers):
+            narrow = arith.extui(i32, mgpu.utils.bitcast(register, i16))
+            upcast = llvm.inline_asm(i32, [narrow], code.format(bytes=selector), "=r,r")
+            registers[at] = mgpu.utils.bitcast(upcast, pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return take(x)
+
+
 def _as_matrix(x, dtype, pairs):
     """Registers of x in `UPCAST_LAYOUT`, each cut by `pairs` in two, as those of a tile in `MATRIX`."""
 

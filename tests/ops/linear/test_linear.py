@@ -15,10 +15,10 @@ from scipy.special import ndtr
 
 from moss_jax.ops.linear import LINEAR, Weights, gelu, linear, residual_add
 from moss_jax.ops.linear.base import Arguments, arguments
-from moss_jax.ops.linear.mosaic_gpu import matmul_epilogue, weight_only
+from moss_jax.ops.linear.mosaic_gpu import matmul_epilogue, weight_only, weight_only_gemm
 from moss_jax.ops.qarray import QArray
 
-FEW, MANY, GEMV = "weight_only", "matmul_epilogue", "gemv"
+FEW, GEMM, MANY, GEMV = "weight_only", "weight_only_gemm", "matmul_epilogue", "gemv"
 FLOAT8 = "float8_e4m3fn"
 W8A16, W8A8 = (functools.partial(Case, scheme=scheme) for scheme in ("W8A16", "W8A8"))
 # The vision encoder's GEMMs.
@@ -32,10 +32,19 @@ ENCODER = {
 }
 # The 11B's decoder: attention's projections, the MLP's, and the head.
 DECODER = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256))
+SQUARE = {"inputs": (4096,), "outputs": (4096,)}
+
+
+def shapes(**sizes):
+    """The outputs of each of the decoder's maps, and the sizes of a call of it."""
+    return [(N, {"inputs": (K,), "outputs": (N,), **sizes}) for K, N in DECODER]
+
 
 # Small cases of the kernels.
 FEW_ROWS = functools.partial(W8A16, kernel=FEW)
 CUT = functools.partial(FEW_ROWS, rows=(5,), inputs=(512,))
+GEMM_ROWS = functools.partial(W8A16, kernel=GEMM)
+ONE = functools.partial(weight_only_gemm.Config, rows=16, block_k=64, stages=2, cluster=1)
 MANY_ROWS = functools.partial(W8A8, kernel=MANY, rows=(2, 68), inputs=(768,), bias=True)
 TILED = functools.partial(W8A8, kernel=MANY, outputs=(256,))
 GELU_8 = {"gelu": True, "out_dtype": FLOAT8}
@@ -55,8 +64,9 @@ IN_FLOAT32 = {"rows": (5,), "inputs": (24,), "outputs": (12,), "dtype": "float32
 class TestLinear(Contract):
     op = LINEAR
     plain = (None, *PLAIN, GEMV)
+    by_name = (GEMM,)
     rows = ("x", "residual")
-    keeps_float32 = (FEW, MANY, GEMV)
+    keeps_float32 = (FEW, GEMM, MANY, GEMV)
     supports_vjp = (MANY, GEMV)
     cases = (
         FEW_ROWS("int8", rows=(2, 8), stored="int8"),
@@ -65,6 +75,14 @@ class TestLinear(Contract):
         CUT("2 splits, 2 blocks each", config=weight_only.Config(part=256, stages=3, blocks=4)),
         CUT("1 block", config=weight_only.Config(64, part=512, stages=2, blocks=1), stored="int8"),
         CUT("a tile a block", config=weight_only.Config(256, part=256, stages=1, blocks=100)),
+        GEMM_ROWS("65 rows", rows=(5, 13), outputs=(320,)),
+        GEMM_ROWS("rows of a tile", config=ONE(blocks=1), rows=(12,), stored="int8"),
+        GEMM_ROWS("tiles moved back", config=ONE(blocks=3), rows=(41,), outputs=(192,)),
+        GEMM_ROWS("an odd step", config=ONE(stages=3), rows=(40,), inputs=(192,), stored="int8"),
+        GEMM_ROWS("splits", config=ONE(block_k=128, splits=2), rows=(40,), out_dtype="float32"),
+        GEMM_ROWS("2 blocks of outputs", config=ONE(256, rows=24), rows=(24,), outputs=(256,)),
+        GEMM_ROWS("tiles share x", config=ONE(cluster=2, blocks=4), rows=(40,), outputs=(576,)),
+        GEMM_ROWS("more stages than steps", config=ONE(stages=8, cluster=2), rows=(16,), outputs=(320,)),
         MANY_ROWS("W8A8", gelu=True),
         MANY_ROWS("W8A8 with a residual", residual=True, gate=True),
         MANY_ROWS("bfloat16", kernel=None, scheme="float", gelu=True),
@@ -83,12 +101,17 @@ class TestLinear(Contract):
     real = (
         *(W8A16(f"{N} int8", FEW, rows=(1,), inputs=(K,), outputs=(N,), stored="int8") for K, N in DECODER),
         *(W8A16(f"{N} fp8", FEW, rows=(64,), inputs=(K,), outputs=(N,)) for K, N in DECODER),
+        *(W8A16(f"{N} int8, 96 rows", GEMM, **of, stored="int8") for N, of in shapes(rows=(96,))),
+        *(W8A16(f"{N} fp8, 2 x 128 rows", GEMM, **of) for N, of in shapes(rows=(2, 128))),
+        *(W8A16(f"{M} rows", GEMM, rows=(M,), **SQUARE, stored="int8") for M in (65, 100, 128, 200, 512)),
+        W8A16("300 rows", GEMM, rows=(300,), inputs=(4096,), outputs=(6144,), out_dtype="float32"),
+        W8A16("outputs for no whole tile", GEMM, rows=(70,), inputs=(1152,), outputs=(7, 64)),
         *(of(name, MANY, rows=(1608,)) for name, of in ENCODER.items()),
         *(of(f"{name}, 8 frames", MANY, rows=(8 * 1608,)) for name, of in ENCODER.items()),
         Case("a decoded token", GEMV, rows=(1, 1), inputs=(4096,), outputs=(6144,), layout="outputs_first"),
         Case("a prompt", None, rows=(2, 8), inputs=(4096,), outputs=(6144,), layout="outputs_first"),
         Case("the MLP's", None, rows=(64,), inputs=(4096,), outputs=(28672,)),
-        W8A16("a long prompt", None, rows=(65,), inputs=(4096,), outputs=(4096,)),
+        W8A16("a long prompt", None, rows=(513,), inputs=(4096,), outputs=(4096,)),
     )
     unsupported = (
         (FEW, FEW_8 | {"rows": (65,)}, "it takes 1 to 64 rows, not 65"),
@@ -98,6 +121,14 @@ class TestLinear(Contract):
         (FEW, FEW_8 | {"dtype": "float16"}, "it takes x in bfloat16, not float16"),
         (FEW, FEW_8 | {"bias": True}, "it has no epilogue"),
         (FEW, {}, "it takes weights in 8 bits for inputs in 16 (W8A16), not float"),
+        (GEMM, FEW_8 | {"rows": (513,)}, "it takes 1 to 512 rows, not 513"),
+        (GEMM, FEW_8 | {"rows": (0,)}, "it takes 1 to 512 rows, not 0"),
+        (GEMM, FEW_8 | {"rows": (65,), "inputs": (160,)}, "K = 160 is not a multiple of 64"),
+        (GEMM, FEW_8 | {"rows": (65,), "outputs": (352,)}, "N = 352 is not a multiple of 64, 256 at least"),
+        (GEMM, FEW_8 | {"rows": (65,), "outputs": (64,)}, "N = 64 is not a multiple of 64, 128 at least"),
+        (GEMM, FEW_8 | {"dtype": "float16"}, "it takes x in bfloat16, not float16"),
+        (GEMM, FEW_8 | {"gelu": True}, "it has no epilogue"),
+        (GEMM, {}, "it takes weights in 8 bits for inputs in 16 (W8A16), not float"),
         (MANY, MANY_8 | {"rows": (120,)}, "it takes 128 rows or more, in multiples of 8, not 120"),
         (MANY, MANY_8 | {"rows": (3, 67)}, "it takes 128 rows or more, in multiples of 8, not 201"),
         (MANY, MANY_8 | {"outputs": (1344,)}, "N = 1344 is not a multiple of 128"),
@@ -272,11 +303,21 @@ def test_configs_that_do_not_fit():
         (matmul_epilogue.Config, {"stages": 5}, "278528 bytes of shared memory are more than 231424"),
         (weight_only.Config, {"block_k": 96}, "block_k is a multiple of 64, not 96"),
         (weight_only.Config, {"part": 64}, "part is at least block_k, 128, not 64"),
+        (weight_only_gemm.Config, {"outputs": 192}, "outputs is 128 or 256, not 192"),
+        (weight_only_gemm.Config, {"rows": 72}, "rows is a multiple of 16 up to 256, not 72"),
+        (weight_only_gemm.Config, {"block_k": 96}, "block_k is 64, or 128 with 128 outputs, not 96"),
+        (weight_only_gemm.Config, {"outputs": 256}, "block_k is 64, or 128 with 128 outputs, not 128"),
+        (weight_only_gemm.Config, {"cluster": 4}, "cluster is 1 or 2, not 4"),
+        (weight_only_gemm.Config, {"splits": 0}, "stages is at least 2, splits 1 and blocks 2, not 4, 0 and"),
+        (weight_only_gemm.Config, {"outputs": 256, "rows": 144, "block_k": 64}, "144 sums a thread are more"),
+        (weight_only_gemm.Config, {"stages": 5}, "262144 bytes of shared memory are more than 231424"),
         (weight_only.Config, {"stages": 0}, "stages and blocks are at least 1, not 0 and 264"),
     ):
         with refuses(message):
             make(**changes)
     with refuses("N = 128 is not a multiple of 256"):
         matmul_epilogue.apply(call(**MANY_8 | {"rows": (256,)}), matmul_epilogue.Config())
+    with refuses("K = 256 is not a multiple of 384"):
+        weight_only_gemm.apply(call(**FEW_8), ONE(splits=6))
     with refuses("K = 384 is not a multiple of block_k, 256"):
         weight_only.apply(call(**FEW_8, inputs=(384,)), weight_only.Config(256))

@@ -6,7 +6,13 @@ import jax
 import pytest
 
 from moss_jax.ops.attention import mosaic_gpu as attention
-from moss_jax.ops.linear.mosaic_gpu import bias_gelu, matmul_epilogue, norm_matmul, weight_only
+from moss_jax.ops.linear.mosaic_gpu import (
+    bias_gelu,
+    matmul_epilogue,
+    norm_matmul,
+    weight_only,
+    weight_only_gemm,
+)
 from moss_jax.ops.mosaic_gpu import hopper
 from moss_jax.ops.norm import mosaic_gpu as norm
 from moss_jax.ops.post_attention import mosaic_gpu as post_attention
@@ -15,7 +21,15 @@ from moss_jax.ops.post_attention import mosaic_gpu as post_attention
 PARTITIONED = [attention.unsupported, attention.unsupported_self_attention]
 WHOLE = [attention.unsupported_append] + [
     module.unsupported
-    for module in (post_attention, weight_only, matmul_epilogue, norm_matmul, bias_gelu, norm)
+    for module in (
+        post_attention,
+        weight_only,
+        weight_only_gemm,
+        matmul_epilogue,
+        norm_matmul,
+        bias_gelu,
+        norm,
+    )
 ]
 
 

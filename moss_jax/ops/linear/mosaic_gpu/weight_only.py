@@ -71,22 +71,27 @@ class Config:
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
     """Why this kernel cannot take the arguments; None if it can."""
-    if reason := hopper.unsupported(platform):
+    if reason := hopper.unsupported(platform) or unsupported_scheme(arguments):
         return reason
-    a, x = arguments, arguments.x
-    if a.weights.scheme != "W8A16":
-        return f"it takes weights in 8 bits for inputs in 16 (W8A16), not {a.weights.scheme}"
-    if x.dtype != jnp.bfloat16:
-        return f"it takes x in bfloat16, not {x.dtype}"
-    if a.gelu or a.weights.bias is not None or a.residual is not None:
-        return "it has no epilogue"
-    rows, K, N = a.shape
+    rows, K, N = arguments.shape
     if not 0 < rows <= ROWS:
         return f"it takes 1 to {ROWS} rows, not {rows}"
     if K % 128 or K == 0:
         return f"K = {K} is not a multiple of 128"
     if N % OUTPUTS or N == 0:
         return f"N = {N} is not a multiple of {OUTPUTS}"
+    return None
+
+
+def unsupported_scheme(a: Arguments) -> str | None:
+    """Why kernels for 8-bit weights cannot take the arguments, whatever their shapes; None if they can."""
+    x = a.x
+    if a.weights.scheme != "W8A16":
+        return f"it takes weights in 8 bits for inputs in 16 (W8A16), not {a.weights.scheme}"
+    if x.dtype != jnp.bfloat16:
+        return f"it takes x in bfloat16, not {x.dtype}"
+    if a.gelu or a.weights.bias is not None or a.residual is not None:
+        return "it has no epilogue"
     return None
 
 
