@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from moss_jax.config import SessionConfig
 from moss_jax.eval.feeding import Renderer, feed
@@ -117,14 +117,15 @@ class Blindfold:
         self.perception_device = engine.perception_device
         self.start = engine.start
 
-    def encode(self, frames: Sequence[np.ndarray]) -> None:
-        """Encodes nothing."""
+    def encode(self, frames: Sequence[np.ndarray]) -> Float[np.ndarray, "F 0"]:
+        """Encodes nothing: features of no width, one for each frame."""
+        return np.empty((len(frames), 0), np.float32)
 
     def distance(self, *_: Any) -> float:
         """Frames have no features, so none is like another."""
         return math.inf
 
-    def step(self, state: Any, rows: Sequence[Row | None], features: None = None) -> tuple[Any, Sampled]:
+    def step(self, state: Any, rows: Sequence[Row | None], features: Any = None) -> tuple[Any, Sampled]:
         """Steps the engine, with the frames taken out of the rows."""
         blind = [row and dataclasses.replace(row, frames=(), compact=None) for row in rows]
         return self._engine.step(state, blind)
