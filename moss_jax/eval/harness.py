@@ -12,15 +12,16 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
-from moss_jax.config import SessionConfig
+from moss_jax.config import SelectionConfig, SessionConfig
 from moss_jax.eval.feeding import Renderer, feed
 from moss_jax.stream import EngineLike, Event, Row, Sampled, Session
 from moss_jax.worlds.base import TimedPrompt, WorldStream
 
 # Tokens that an answer may still take after the end of a stream.
 TAIL_TOKENS = 48
+EVERY_FRAME = SelectionConfig(enabled=False)
 
 
 def play(
@@ -29,6 +30,7 @@ def play(
     *,
     image_size: int,
     tokens_per_second: int,
+    selection: SelectionConfig = EVERY_FRAME,
     renderer: Renderer | None = None,
 ) -> list[list[Event]]:
     """Plays streams in live sessions, as many at a time as there are slots.
@@ -38,6 +40,7 @@ def play(
       streams: with their prompts, which are given at their times.
       image_size: side of the frames, in pixels.
       tokens_per_second: speed of speech.
+      selection: which frames are shown to the model.
       renderer: of the same streams, to render and push their frames while they play; None renders and pushes
         all frames of a session beforehand. The events are the same.
 
@@ -47,7 +50,9 @@ def play(
     events: list[list[Event]] = [[] for _ in streams]
     for first_turn, group in session_groups(streams, max(engines)):
         engine = engines[max(engines) if len(group) > 1 else min(engines)]
-        session = open_session(engine, first_turn=first_turn, tokens_per_second=tokens_per_second)
+        session = open_session(
+            engine, first_turn=first_turn, tokens_per_second=tokens_per_second, selection=selection
+        )
         for slot in range(len(group), engine.config.slots):
             session.finish(slot)
         # The first turn is in the session already.
@@ -85,12 +90,19 @@ def first_turn_of(stream: WorldStream) -> str:
     return stream.requests[0].text if stream.requests and not stream.requests[0].time else ""
 
 
-def open_session(engine: EngineLike, *, first_turn: str, tokens_per_second: int) -> Session:
+def open_session(
+    engine: EngineLike,
+    *,
+    first_turn: str,
+    tokens_per_second: int,
+    selection: SelectionConfig = EVERY_FRAME,
+) -> Session:
     """Opens a lockstep session into which streams with this first turn can be pushed, one a slot."""
     config = SessionConfig(
         clock="lockstep",
         tokens_per_second=tokens_per_second,
         tail_seconds=TAIL_TOKENS / tokens_per_second,
+        selection=selection,
     )
     return Session(engine, config, prompt=first_turn)
 
@@ -117,14 +129,15 @@ class Blindfold:
         self.perception_device = engine.perception_device
         self.start = engine.start
 
-    def encode(self, frames: Sequence[np.ndarray]) -> None:
-        """Encodes nothing."""
+    def encode(self, frames: Sequence[np.ndarray]) -> Float[np.ndarray, "F 0"]:
+        """Encodes nothing: features of no width, one for each frame."""
+        return np.empty((len(frames), 0), np.float32)
 
     def distance(self, *_: Any) -> float:
         """Frames have no features, so none is like another."""
         return math.inf
 
-    def step(self, state: Any, rows: Sequence[Row | None], features: None = None) -> tuple[Any, Sampled]:
+    def step(self, state: Any, rows: Sequence[Row | None], features: Any = None) -> tuple[Any, Sampled]:
         """Steps the engine, with the frames taken out of the rows."""
         blind = [row and dataclasses.replace(row, frames=(), compact=None) for row in rows]
         return self._engine.step(state, blind)

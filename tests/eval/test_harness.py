@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from moss_jax.config import SelectionConfig
 from moss_jax.eval.harness import Blindfold, play, session_groups
-from moss_jax.stream import FrameSeen, Row, Turn
+from moss_jax.stream import FrameSeen, FrameUnseen, Row, Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,15 @@ def test_each_stream_gets_the_events_of_its_slot(scripted, slots):
         assert [event.index for event in events if isinstance(event, FrameSeen)] == [0, 1]
         prompts = [event.prompt for event in events if isinstance(event, Turn)]
         assert [prompt for prompt in prompts if prompt] == [request.text for request in stream.requests]
+
+
+def test_frames_may_be_selected(scripted):
+    selection = SelectionConfig(enabled=True)
+    (events,) = play(
+        {1: scripted(slots=1)}, [Stream()], image_size=4, tokens_per_second=4, selection=selection
+    )
+    frames = [type(event) for event in events if isinstance(event, FrameSeen | FrameUnseen)]
+    assert frames == [FrameSeen, FrameUnseen]
 
 
 def test_behind_the_blindfold_the_bank_stays_empty(make_engine, tokenizer, frames):

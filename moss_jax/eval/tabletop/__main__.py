@@ -12,7 +12,7 @@ from typing import get_args
 from rich.console import Console
 
 from moss_jax import command
-from moss_jax.config import DecoderWeights, EncoderWeights
+from moss_jax.config import BankDtype, DecoderWeights, EncoderWeights, SelectionConfig
 from moss_jax.eval.arguments import BAD_INPUT, make_parser
 from moss_jax.eval.tabletop.evaluation import EvaluationConfig, evaluate
 from moss_jax.eval.tabletop.report import print_tables
@@ -35,6 +35,9 @@ def score(args: argparse.Namespace) -> None:
         seed=args.seed,
         slots=args.slots,
         tokens_per_second=args.tokens_per_second,
+        bank_dtype=args.bank_dtype,
+        selection=SelectionConfig(enabled=args.select, max_gap=args.max_gap),
+        event_rate=args.event_rate,
         offline=not args.skip_offline,
         blind_streams=0 if args.skip_blind else args.blind_streams,
     )
@@ -65,12 +68,51 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="quantize the vision encoder to 8 bits (default: as loaded)",
     )
     add("--seconds", type=positive, default=default.seconds, metavar="N", help="length of a stream")
+    add(
+        "--event-rate",
+        type=_rates,
+        metavar="LOW,HIGH",
+        help="range of the rates of events, per second, that streams are drawn with (default: as usual)",
+    )
+    add(
+        "--bank-dtype",
+        choices=get_args(BankDtype),
+        help="of keys and values in the bank (default: that of the model)",
+    )
+    add("--select", action="store_true", help="do not show the model frames in which nothing has changed")
+    add(
+        "--max-gap",
+        type=_seconds,
+        default=default.selection.max_gap,
+        metavar="SECONDS",
+        help="with --select, seconds after which a frame is shown whatever its change",
+    )
     add("--skip-offline", action="store_true", help="ask no questions about whole clips")
     add("--skip-blind", action="store_true", help="leave out the run without frames")
     add(
         "--blind-streams", type=positive, metavar="N", help="streams of the run without frames (default: all)"
     )
     return parser.parse_args(arguments)
+
+
+def _rates(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be two numbers, LOW,HIGH, not {text!r}") from None
+    if not 0 < low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"must be a range within (0, 1], not {text}")
+    return low, high
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, not {text!r}") from None
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, not {text}")
+    return value
 
 
 if __name__ == "__main__":

@@ -14,12 +14,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from moss_jax.config import DecoderWeights, EncoderWeights, EngineConfig
+from moss_jax.config import (
+    BankDtype,
+    DecoderWeights,
+    EncoderWeights,
+    EngineConfig,
+    MemoryConfig,
+    SelectionConfig,
+)
 from moss_jax.convert import open_model
-from moss_jax.eval.harness import TAIL_TOKENS, Blindfold, library_versions, play
+from moss_jax.eval.harness import EVERY_FRAME, TAIL_TOKENS, Blindfold, library_versions, play
 from moss_jax.eval.tabletop import scores
 from moss_jax.eval.tabletop.scores import Ratio, Score
-from moss_jax.stream import Engine, EngineLike, Event, Text, answer_offline
+from moss_jax.stream import Engine, EngineLike, Event, FrameSeen, FrameUnseen, Text, answer_offline
 from moss_jax.text import Tokenizer
 from moss_jax.video import Frame
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
@@ -43,6 +50,10 @@ class EvaluationConfig:
       seed: selects the held-out streams.
       slots: streams side by side.
       tokens_per_second: speed of speech.
+      bank_dtype: of keys and values in the bank; None for the dtype of the model.
+      selection: which frames are shown to the model.
+      event_rate: range of the rates of events, per second, that the streams are drawn with, which then vary
+        as those of more than a minute do; None for the usual ones.
       offline: ask the questions offline as well.
       blind_streams: how many of the streams to repeat without their frames; None for all, 0 for none.
     """
@@ -55,6 +66,9 @@ class EvaluationConfig:
     seed: int = 0
     slots: int = 8
     tokens_per_second: int = 8
+    bank_dtype: BankDtype | None = None
+    selection: SelectionConfig = EVERY_FRAME
+    event_rate: tuple[float, float] | None = None
     offline: bool = True
     blind_streams: int | None = None
 
@@ -77,31 +91,43 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
     model, tokenizer = opened.model, opened.tokenizer
     # Room for a model that never stops talking, frames and prompts included.
     capacity = max(1024, (config.tokens_per_second + 10) * config.seconds + 256)
+    memory = MemoryConfig(bank_dtype=config.bank_dtype)
     engines = {
-        slots: Engine(model, tokenizer, EngineConfig(slots, capacity, config.seconds))
+        slots: Engine(model, tokenizer, EngineConfig(slots, capacity, config.seconds, memory))
         for slots in {1, config.slots}
     }
     size = model.config.vision.image_size
-    streams = [evaluation_stream(config.seed, index, config.seconds) for index in range(config.streams)]
+    drawn: dict[str, Any] = {"varied": True, "rates": config.event_rate} if config.event_rate else {}
+    streams = [
+        evaluation_stream(config.seed, index, config.seconds, **drawn) for index in range(config.streams)
+    ]
     ideals = [ideal_dialogue(stream, tokenizer, config.tokens_per_second) for stream in streams]
 
-    def judge(engines: Mapping[int, EngineLike], count: int) -> list[Score]:
-        speed = config.tokens_per_second
-        played = play(engines, streams[:count], image_size=size, tokens_per_second=speed)
+    def played_to(engines: Mapping[int, EngineLike], count: int) -> list[list[Event]]:
+        return play(
+            engines,
+            streams[:count],
+            image_size=size,
+            tokens_per_second=config.tokens_per_second,
+            selection=config.selection,
+        )
+
+    def judge(played: Sequence[Iterable[Event]]) -> list[Score]:
         return [
             scores.score(
                 stream,
                 scores.transcribe(events, stream.requests),
                 ideal,
                 tokenizer=tokenizer,
-                tokens_per_second=speed,
+                tokens_per_second=config.tokens_per_second,
             )
             for stream, events, ideal in zip(streams, played, ideals, strict=False)
         ]
 
     log(f"{len(streams)} streams of {config.seconds} s, {config.slots} side by side")
     started = time.monotonic()
-    found = judge(engines, len(streams))
+    played = played_to(engines, len(streams))
+    found = judge(played)
     wall = time.monotonic() - started
     result = {
         "checkpoint": opened.name,
@@ -110,6 +136,9 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
         "seconds": config.seconds,
         "slots": config.slots,
         "tokens_per_second": config.tokens_per_second,
+        "bank_dtype": config.bank_dtype,
+        "selection": dataclasses.asdict(config.selection),
+        "event_rate": config.event_rate,
         "image_size": size,
         "dtype": str(model.dtype),
         "weights": config.weights,
@@ -118,6 +147,7 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
         "versions": library_versions(),
         "wall_s": wall,
         "times_real_time": config.streams * config.seconds / wall,
+        "encoded": scores.entry(encoded(played)),
         **scores.summary(found),
     }
     if config.offline:
@@ -127,9 +157,15 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
     if blind:
         log(f"{blind} streams without their frames")
         blindfolded = {slots: Blindfold(engine) for slots, engine in engines.items()}
-        probes = [score.probes for score in judge(blindfolded, blind)]
+        probes = [score.probes for score in judge(played_to(blindfolded, blind))]
         result["blind"] = {"streams": blind, **scores.accuracy(probes)}
     return result
+
+
+def encoded(played: Iterable[Iterable[Event]]) -> Ratio:
+    """Of the frames that came in, those that were encoded; what is left out as alike was encoded before."""
+    frames = [event for events in played for event in events if isinstance(event, FrameSeen | FrameUnseen)]
+    return Ratio.count(isinstance(frame, FrameSeen) or frame.reason == "alike" for frame in frames)
 
 
 def ideal_dialogue(stream: TabletopStream, tokenizer: Tokenizer, tokens_per_second: int) -> Dialogue:

@@ -31,6 +31,7 @@ def print_tables(result: Mapping[str, Any], console: Console) -> None:
         ("  precision", narration["precision"]),
         ("statements that were false", result["stale"]),
         ("statements understood", result["understood"]),
+        *([("frames encoded", result["encoded"])] if result["selection"]["enabled"] else []),
     ]
     console.print(
         f"{result['checkpoint']} · seed {result['seed']} · {result['streams']} streams of "

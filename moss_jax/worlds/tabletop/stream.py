@@ -102,6 +102,7 @@ def draw_stream(
     dense: bool = False,
     past: float | None = None,
     varied: bool | None = None,
+    rates: tuple[float, float] = RATES,
     paces: tuple[float, float] = PACES,
     impaired: float | None = None,
 ) -> TabletopStream:
@@ -116,16 +117,20 @@ def draw_stream(
         usual share of those in `language.RECENT_PAST`.
       varied: draw the rate of events, which may also change, and the user's pace from wide ranges; None if
         the stream is longer than a minute.
+      rates: the range that rates of varied streams are drawn from, in events per second.
       paces: the range that the user's is drawn from, in seconds between two requests.
       impaired: probability of an impaired camera; None for the usual one in a training stream of more than
         12 seconds and 0 in others.
 
     Raises:
-      ValueError: a share that is no share, or an impaired camera in a stream of less than 4 seconds.
+      ValueError: a share that is no share, rates that are no range within (0, 1], or an impaired camera in a
+        stream of less than 4 seconds.
     """
     for name, share in (("past", past), ("impaired", impaired)):
         if share is not None and not 0 <= share <= 1:
             raise ValueError(f"{name} must be between 0 and 1; got {share}")
+    if not 0 < rates[0] <= rates[1] <= 1:
+        raise ValueError(f"rates must be a range within (0, 1]; got {rates}")
     if impaired is None:
         usual = split == TRAINING and not dense and seconds > SHORTEST_IMPAIRED
         impaired = IMPAIRED if usual else 0.0
@@ -137,7 +142,7 @@ def draw_stream(
     rate, gap = (0.5, 1) if dense else (rng.uniform(0.1, 0.6), int(rng.integers(1, 5)))
     pace = PACE
     if varied:
-        rate = _rates(rng, seconds)
+        rate = _rates(rng, seconds, rates)
         mean = _log_uniform(rng, *paces)
         pace = (0.4 * mean, 1.6 * mean)
     impairments = _impairments(rng, seconds) if impaired and rng.random() < impaired else ()
@@ -151,13 +156,13 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
-def _rates(rng: np.random.Generator, seconds: int) -> list[float]:
+def _rates(rng: np.random.Generator, seconds: int, among: tuple[float, float]) -> list[float]:
     """Samples the rate of events in each second: the same for all, or with quiet and busy stretches."""
     if rng.random() < 0.5:
-        return [_log_uniform(rng, *RATES)] * seconds
+        return [_log_uniform(rng, *among)] * seconds
     rates: list[float] = []
     while len(rates) < seconds:
-        rates += [_log_uniform(rng, *RATES)] * round(_log_uniform(rng, *STRETCHES))
+        rates += [_log_uniform(rng, *among)] * round(_log_uniform(rng, *STRETCHES))
     return rates[:seconds]
 
 
@@ -182,8 +187,10 @@ def evaluation_stream(
     *,
     past: float | None = None,
     varied: bool | None = None,
+    rates: tuple[float, float] = RATES,
     impaired: float = 0.0,
 ) -> TabletopStream:
     """Returns held-out stream `index` of a seed; see `draw_stream`."""
     rng = np.random.default_rng([EVALUATION, seed, index])
-    return draw_stream(rng, seconds, split=EVALUATION, past=past, varied=varied, impaired=impaired)
+    chosen = {"past": past, "varied": varied, "rates": rates, "impaired": impaired}
+    return draw_stream(rng, seconds, split=EVALUATION, **chosen)

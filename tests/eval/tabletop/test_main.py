@@ -2,9 +2,13 @@
 
 import json
 
+import pytest
+
 from moss_jax.convert import save
 from moss_jax.eval.tabletop.__main__ import main
+from moss_jax.eval.tabletop.evaluation import encoded
 from moss_jax.shipped import shipped
+from moss_jax.stream import FrameSeen, FrameUnseen
 
 
 def test_the_command_with_a_random_model(model, tmp_path, capsys):
@@ -13,7 +17,8 @@ def test_the_command_with_a_random_model(model, tmp_path, capsys):
     settings = {"checkpoint": tmp_path / "random", "json": out, "seed": 4, "streams": 3, "blind-streams": 1}
     settings |= {"seconds": 10, "slots": 2, "tokens-per-second": 2}
     settings |= {"weights": "int8", "encoder-weights": "fp8"}
-    assert main([f"--{name}={value}" for name, value in settings.items()]) == 0
+    settings |= {"bank-dtype": "int8", "event-rate": "0.01,0.02", "max-gap": 20}
+    assert main(["--select", *(f"--{name}={value}" for name, value in settings.items())]) == 0
     result = json.loads(out.read_text())
     assert (result["checkpoint"], result["seed"]) == ("random", 4)
     assert (result["streams"], result["seconds"]) == (3, 10)
@@ -23,7 +28,38 @@ def test_the_command_with_a_random_model(model, tmp_path, capsys):
     assert (result["weights"], result["encoder_weights"]) == ("int8", "fp8")
     assert result["times_real_time"] > 0
     assert "accuracy" in result["blind"]
-    assert "alerts: F1" in capsys.readouterr().out
+    assert (result["bank_dtype"], result["event_rate"]) == ("int8", [0.01, 0.02])
+    assert (result["selection"]["enabled"], result["selection"]["max_gap"]) == (True, 20)
+    # Hardly anything happens, so little more than the first frames are encoded.
+    assert result["encoded"]["n"] == 30
+    assert 0.1 <= result["encoded"]["value"] < 0.5
+    out = capsys.readouterr().out
+    assert "alerts: F1" in out
+    assert "frames encoded" in out
+
+
+def test_the_share_of_frames_encoded():
+    def frame(kind, **reason):
+        return kind(slot=0, stream_time=0.0, wall_time=0.0, index=0, time=0.0, **reason)
+
+    unseen = [frame(FrameUnseen, reason=reason) for reason in ("still", "rate", "alike")]
+    ratio = encoded([[frame(FrameSeen), *unseen], [frame(FrameSeen)]])
+    assert (ratio.hits, ratio.total) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--event-rate=0.1", "must be two numbers, LOW,HIGH, not '0.1'"),
+        ("--event-rate=0.5,0.1", "must be a range within (0, 1], not 0.5,0.1"),
+        ("--max-gap=0", "must be positive, not 0"),
+        ("--max-gap=soon", "must be a number of seconds, not 'soon'"),
+    ],
+)
+def test_bad_flags_are_refused(flag, message, capsys):
+    with pytest.raises(SystemExit):
+        main([flag])
+    assert message in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_is_reported(tmp_path, capsys):

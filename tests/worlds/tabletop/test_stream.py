@@ -11,6 +11,7 @@ from moss_jax.worlds.tabletop.language import LONG_PAST, PAST
 from moss_jax.worlds.tabletop.render import paint
 from moss_jax.worlds.tabletop.stream import (
     EVALUATION,
+    RATES,
     TRAINING,
     TabletopStream,
     draw_stream,
@@ -196,6 +197,16 @@ def test_the_variety_can_be_chosen():
     assert spread(32, varied=True) > 1.5 * spread(32)
 
 
+def test_the_rate_of_events_can_be_chosen():
+    def events(*rates):
+        streams = [evaluation_stream(0, index, 100, varied=True, rates=rates) for index in range(20)]
+        return np.mean([len(stream.world.events) / 100 for stream in streams])
+
+    assert events(0.01, 0.02) < 0.04
+    assert events(0.4, 0.6) > 0.2
+    assert evaluation_stream(0, 1, 100, rates=RATES) == evaluation_stream(0, 1, 100)
+
+
 def test_the_share_of_questions_about_the_past_can_be_chosen():
     for past in (0.0, 0.4, 1.0):
         streams = [draw_stream(np.random.default_rng(s), 200, past=past, varied=False) for s in range(20)]
@@ -267,9 +278,11 @@ def test_a_frozen_camera_repeats_its_image_at_any_frame_rate(held_out):
     [
         ({"past": 1.5}, "past must be between 0 and 1; got 1.5"),
         ({"impaired": -1}, "impaired must be between 0 and 1; got -1"),
+        ({"rates": (0.0, 0.5)}, r"rates must be a range within \(0, 1\]; got \(0.0, 0.5\)"),
+        ({"rates": (0.5, 0.1)}, r"rates must be a range within \(0, 1\]; got \(0.5, 0.1\)"),
     ],
 )
-def test_shares_that_are_none_are_refused(settings, message):
+def test_shares_and_rates_that_are_none_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         training_stream(0, **settings)
 
