@@ -146,7 +146,7 @@ def random_traffic(
                 pushes += [Push(at, stream, True), Push(at, stream, prompt)]
             if share < 1:
                 pushes.append(Push(max(at + share * EVERY, 0.0), stream, False))
-    return Traffic(sorted(pushes, key=lambda push: push.at), talking, prompt)
+    return Traffic(in_order(pushes, seconds), talking, prompt)
 
 
 def tabletop_traffic(streams: int, seconds: float, size: int) -> Traffic:
@@ -156,8 +156,12 @@ def tabletop_traffic(streams: int, seconds: float, size: int) -> Traffic:
         world, phase = evaluation_stream(0, number, math.ceil(seconds)), rng.random()
         pushes += [Push(phase + second, number, frame) for second, frame in enumerate(world.frames(size))]
         pushes += [Push(phase + request.time, number, request.text) for request in world.requests]
-    pushes = sorted((push for push in pushes if push.at < seconds), key=lambda push: push.at)
-    return Traffic(pushes, system=chat.SYSTEM_PROMPT)
+    return Traffic(in_order(pushes, seconds), system=chat.SYSTEM_PROMPT)
+
+
+def in_order(pushes: Sequence[Push], seconds: float) -> list[Push]:
+    """Those before the end, by time."""
+    return sorted((push for push in pushes if push.at < seconds), key=lambda push: push.at)
 
 
 class StreamsEngine(FilledEngine):
@@ -639,6 +643,8 @@ def main() -> None:
     add_out(parser)
     args = parser.parse_args()
     deadline = time.monotonic() + args.limit
+    if args.checkpoint:
+        args.preset = None
     asked = args.talking.split(","), args.streams.split(",")
     # Shown as they were given, used as they are meant.
     used = argparse.Namespace(**vars(args))
