@@ -32,6 +32,7 @@ share              of the floor: seconds that the traffic takes at least, over t
                    GEMM. A frame adds the FLOPs of the encoder and of its keys and values at that rate, also
                    where it is multiplied in 8 bits. Transfers and compactions are not in it. Where nobody
                    talks at times, as a single stream does, the device idles and the share is low
+frames_waiting     that had been pushed when the traffic ended, and that the model had not seen
 compiled           programs that XLA compiled or read from its cache on disk during the traffic, which spoil a
                    row
 peak_gb            of the process so far, so that of the most streams counts; slot_mb is the state of a slot
@@ -398,12 +399,15 @@ def live(
     heard.result()
     calls = [(at - zero, call) for at, call in engine.calls]
     engine.calls.clear()
+    ends = [voice.end.counters for voice in listener.voices if voice.end]
+    seen, dropped = sum(c.frames for c in ends), sum(c.frames_dropped for c in ends)
     return {
         "admitted": len(streams),
         **figures_of(listener, warm, warm + seconds),
         "frames_pushed": feeders.frames,
-        "frames_seen": sum(voice.end.counters.frames for voice in listener.voices if voice.end),
-        "frames_dropped": sum(voice.end.counters.frames_dropped for voice in listener.voices if voice.end),
+        "frames_seen": seen,
+        "frames_dropped": dropped,
+        "frames_waiting": feeders.frames - seen - dropped,
         "share": floors.of(calls, warm, warm + seconds) / seconds,
         "steps": sum(warm <= at < warm + seconds and not isinstance(call, int) for at, call in calls),
         "feeders_late_ms": 1e3 * feeders.late,
