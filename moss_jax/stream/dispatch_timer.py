@@ -86,7 +86,7 @@ class StepInFlight[Key: Hashable]:
 
     def wait(self) -> np.ndarray:
         """Blocks until the step is done; the token of each slot."""
-        is_late = self._tokens.is_ready()
+        is_late = self._tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
         tokens = np.asarray(self._tokens)
         self._timer.record_step(self._kind, time.monotonic() - self.begun, is_late=is_late)
         return tokens

@@ -609,8 +609,8 @@ class Scheduler:
                         return Moves(encode=frames)
                     plans = self._make_plans(live, step, may_continue=may_continue)
                     if plans or self._rows or (step and may_continue):
-                        nothing = dict.fromkeys(step.plans if step else (), Plan())
-                        return Moves(plans=plans or nothing, begun=begun)
+                        plans = plans or dict.fromkeys(step.plans if step else (), Plan())
+                        return Moves(plans=plans, begun=begun)
                 deadlines = [stream.conversation.deadline(stream.clock.now()) for stream in live]
                 waits = [wait for wait in (time_left, *deadlines) if wait is not None]
                 self.changed.wait(max(0.0, min(waits)) if waits else None)
