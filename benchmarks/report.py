@@ -33,11 +33,16 @@ def known(parser: argparse.ArgumentParser, table: dict, name: str):
 
 def publish(script: str, args: argparse.Namespace, result: dict) -> None:
     """Prints a result as JSON with command, device and versions, and writes it to `args.out` if given."""
+    print(write(script, args, result))
+
+
+def write(script: str, args: argparse.Namespace, result: dict) -> str:
+    """Writes a result as JSON with command, device and versions to `args.out`, if given; the text of it."""
     command = " ".join([f"python benchmarks/{script}", *settings(args)])
     text = json.dumps({"command": command, "device": device(), "versions": versions()} | result, indent=2)
-    print(text)
     if args.out:
         args.out.write_text(text + "\n", encoding="utf-8")
+    return text
 
 
 def settings(args: argparse.Namespace) -> list[str]:

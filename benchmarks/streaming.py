@@ -58,6 +58,7 @@ from moss_jax.config import (
 )
 from moss_jax.memory import StreamState, policies
 from moss_jax.nn import MossVideo, quantize
+from moss_jax.ops.qarray import QArray
 from moss_jax.stream import (
     Engine,
     EngineState,
@@ -83,6 +84,8 @@ FRAMES_ROOM, TEXT_ROOM = 192, 6144
 SCRATCH_BYTES = 4 * GB
 WARM_TOKENS, WARM_FRAMES = 16, 16
 AROUND = 10
+# Standard deviation of numbers in 8 bits.
+SPREAD = 40
 
 # Samples of each kind; `arrivals` maps frames a second to seconds.
 Sizes = collections.namedtuple("Sizes", "prompts extends tokens arrivals sustained clip clips")
@@ -91,9 +94,13 @@ QUICK = Sizes(5, 5, 32, {1: 2, 4: 1, 10: 1}, sustained=16, clip=16, clips=1)
 
 
 class FilledEngine(Engine):
-    """An engine whose streams begin with `held` frames in the bank."""
+    """An engine whose streams begin with `held` frames in the bank and `said` tokens beside them in the text.
 
-    held = 0
+    Each is a number for all slots, or one for each.
+    """
+
+    held: int | np.ndarray = 0
+    said: int | np.ndarray = 0
 
     @functools.cached_property
     def masks(self) -> dict[str, jax.Array]:
@@ -106,34 +113,48 @@ class FilledEngine(Engine):
         self.held, self.allowed = frames, self.masks[allowed]
 
     def start(self) -> EngineState:
-        """A state that holds frames and their `<|image|>` tokens.
+        """A state that holds frames with their `<|image|>` tokens, and text.
 
         Keys and values are noise, since no time depends on their values. Zeros would not do: a device that
         multiplies them draws less power and may clock higher.
         """
-        state, held = super().start(), self.held
+        state = super().start()
+        held, said = (np.broadcast_to(x, self.config.slots).astype(np.int32) for x in (self.held, self.said))
 
         def fill(part, rows, **others):
-            keys, values = (tuple(map(add_noise, x)) for x in (part.keys, part.values))
+            keys, values = (tuple(map(noisy, x)) for x in (part.keys, part.values))
             return dataclasses.replace(part, keys=keys, values=values, length=part.length + rows, **others)
 
         text, bank = state.stream.text, state.stream.bank
-        if held:
+        if held.any():
             vectors = self.model_config.vectors_per_frame
             frame, place = jnp.divmod(jnp.arange(bank.capacity)[None], vectors)
-            positions = jnp.where(frame < held, frame, bank.positions)
-            counts = None if bank.counts is None else jnp.where(frame < held, 1.0, bank.counts)
-            bank = fill(bank, held * vectors, positions=positions, places=place, counts=counts)
-            text = fill(text, held, position=text.position + held)
+            is_held = frame < held[:, None]
+            positions = jnp.where(is_held, frame, bank.positions)
+            counts = None if bank.counts is None else jnp.where(is_held, 1.0, bank.counts)
+            places = jnp.broadcast_to(place, positions.shape)
+            bank = fill(bank, held * vectors, positions=positions, places=places, counts=counts)
+            tokens = held + said
+            text = fill(text, tokens, position=text.position + tokens)
         return jax.device_put(dataclasses.replace(state, stream=StreamState(text, bank)), self.placement)
 
     def num_programs(self) -> int:
         return sum(program._cache_size() for program in self.programs.values())
 
 
+def noisy(x: jax.Array | QArray) -> jax.Array | QArray:
+    """Normal noise in the place of keys or values, in their own memory; the same in each slot."""
+    if isinstance(x, QArray):
+        return QArray(_noise(x.values), jax.jit(jnp.ones_like, donate_argnums=0)(x.scale) / SPREAD)
+    return _noise(x)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def add_noise(x: jax.Array) -> jax.Array:
-    return x + jax.random.normal(jax.random.key(0), x.shape, x.dtype)
+def _noise(x: jax.Array) -> jax.Array:
+    noise = jax.random.normal(jax.random.key(0), (1, *x.shape[1:]))
+    if x.dtype.itemsize == 1:
+        noise = jnp.clip(SPREAD * noise, -127, 127)
+    return x.at[:].set(noise.astype(x.dtype))
 
 
 class Floors:

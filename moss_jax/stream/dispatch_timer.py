@@ -13,6 +13,8 @@ from moss_jax.stream.conversation import Plan
 
 # Weight of a new measurement in the running means.
 WEIGHT = 0.25
+# What a step counts that was done before the host waited for it, as a share of its time so far.
+SHORTER = 0.5
 # Seconds for the device to begin after a dispatch, and for the host to be late.
 MARGIN = 0.0014
 
@@ -23,19 +25,30 @@ DECODE: Kind = (1, 0)
 
 
 class DispatchTimer:
-    """Running means of the duration of steps on the device, by kind, and of a dispatch on the host."""
+    """Running means: how long steps take on the device, by kind, and planning and dispatch on the host.
+
+    A host that is late for a step sees how long it was itself, not the step. If that counted, the next step
+    would be dispatched still later, and so on.
+    """
 
     def __init__(self):
         self._steps: dict[Kind, float] = {}
         self._dispatch: float | None = None
 
     def record_dispatch(self, seconds: float) -> None:
-        """Counts a dispatch of a decode step."""
+        """Counts the planning and the dispatch of a decode step."""
         self._dispatch = _mean(self._dispatch, seconds)
 
-    def record_step(self, kind: Kind, seconds: float) -> None:
-        """Counts a step on the device."""
-        self._steps[kind] = _mean(self._steps.get(kind), seconds)
+    def record_step(self, kind: Kind, seconds: float, *, is_late: bool = False) -> None:
+        """Counts a step on the device.
+
+        Args:
+          is_late: whether the step was done before, so that the device has been idle.
+        """
+        before = self._steps.get(kind)
+        if is_late:
+            seconds = SHORTER * min(seconds, seconds if before is None else before)
+        self._steps[kind] = _mean(before, seconds)
 
     def delay(self, kind: Kind) -> float:
         """Seconds from the begin of a step to the dispatch of the next; 0 for a kind without measurements."""
@@ -49,7 +62,7 @@ class StepInFlight[Key: Hashable]:
       plans: whose rows it completes, by stream.
       kind: of the step.
       tokens: the sampled tokens, on the device.
-      dispatch_started: when the host began to dispatch it, by `time.monotonic`.
+      dispatch_started: when the host began to plan and dispatch it, by `time.monotonic`.
 
     Attributes:
       begun: when the device began with it, as far as the host knows.
@@ -73,8 +86,9 @@ class StepInFlight[Key: Hashable]:
 
     def wait(self) -> np.ndarray:
         """Blocks until the step is done; the token of each slot."""
+        is_late = self._tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
         tokens = np.asarray(self._tokens)
-        self._timer.record_step(self._kind, time.monotonic() - self.begun)
+        self._timer.record_step(self._kind, time.monotonic() - self.begun, is_late=is_late)
         return tokens
 
     def time_left(self) -> float:

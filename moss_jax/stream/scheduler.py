@@ -245,11 +245,13 @@ class Moves:
       opened: streams that begin.
       encode: frames to encode.
       plans: of streams that have something to append or to tell.
+      begun: when the host began to plan, by `time.monotonic`.
     """
 
     opened: list[Stream] = dataclasses.field(default_factory=list)
     encode: list[Inbound] = dataclasses.field(default_factory=list)
     plans: dict[Stream, Plan] = dataclasses.field(default_factory=dict)
+    begun: float = 0.0
 
 
 class Scheduler:
@@ -514,8 +516,7 @@ class Scheduler:
             self._plan_rows({stream: plan for stream, plan in plans.items() if plan.tokens})
             before, in_flight = in_flight, None
             if rows := self._next_rows():
-                started = time.monotonic()
-                state, in_flight = self._dispatch(state, rows, timer, started)
+                state, in_flight = self._dispatch(state, rows, timer, moves.begun)
             if before:
                 tokens = before.wait()
                 if in_flight:
@@ -588,6 +589,7 @@ class Scheduler:
         with self.changed:
             # One pass under the lock decides for every stream, so a push is either in it or wakes the wait.
             while True:
+                begun = time.monotonic()
                 if self._failure:
                     raise self._failure
                 if self._opened:
@@ -607,7 +609,8 @@ class Scheduler:
                         return Moves(encode=frames)
                     plans = self._make_plans(live, step, may_continue=may_continue)
                     if plans or self._rows or (step and may_continue):
-                        return Moves(plans=plans or dict.fromkeys(step.plans if step else (), Plan()))
+                        plans = plans or dict.fromkeys(step.plans if step else (), Plan())
+                        return Moves(plans=plans, begun=begun)
                 deadlines = [stream.conversation.deadline(stream.clock.now()) for stream in live]
                 waits = [wait for wait in (time_left, *deadlines) if wait is not None]
                 self.changed.wait(max(0.0, min(waits)) if waits else None)

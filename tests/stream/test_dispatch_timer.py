@@ -35,3 +35,23 @@ def test_only_the_dispatch_of_decode_steps_is_timed():
     assert timer.delay(DECODE) == pytest.approx(5.0 - MARGIN)
     dispatch(1, 0)
     assert timer.delay(DECODE) == pytest.approx(4.0 - MARGIN, abs=0.5)
+
+
+def test_a_late_host_does_not_take_its_own_time_for_that_of_the_step():
+    timer, step, host, times = DispatchTimer(), 0.020, 5 * MARGIN, []
+    for _ in range(200):
+        # The host needs more than the margin before it waits, and the timer does not know of it.
+        waits = timer.delay(DECODE) + host
+        times.append(max(step, waits))
+        timer.record_step(DECODE, times[-1], is_late=waits > step)
+    assert sum(times[100:]) / 100 < 1.1 * step
+
+
+def test_a_step_that_was_done_before_it_is_awaited_is_late():
+    timer, tokens = DispatchTimer(), jnp.zeros(1, jnp.int32).block_until_ready()
+    timer.record_step(DECODE, 5.0)
+    in_flight = StepInFlight({0: Plan()}, DECODE, tokens, timer, time.monotonic())
+    in_flight.begun = time.monotonic() - 60
+    in_flight.wait()
+    # However long ago it began.
+    assert timer.delay(DECODE) < 5.0

@@ -1,0 +1,680 @@
+r"""Measures many live streams on one device: a `Scheduler` over an engine of N slots, N from few to many.
+
+    python benchmarks/streams.py --weights int8 --encoder-weights fp8 --bank-dtype int8 \
+        --out benchmarks/results/streams_11b_h200.json
+    python benchmarks/streams.py --preset moss_tiny --streams 1,4 --seconds 5
+    python benchmarks/streams.py --checkpoint moss-tiny --streams 4 --seconds 600
+
+Each stream is shown `--fps` frames a second, at a phase of its own, and asked something every 5 seconds, in
+32 tokens, at a time of its own. Feeder threads push them, and one more thread reads the events of all
+streams; times are those on the wall clock at which that thread has an event. Nothing counts before
+`--warm-seconds` are over. A new scheduler begins for each way to talk:
+
+all        every stream talks without end; a prompt cuts the answer, and the next begins
+quarter    a stream talks for a quarter of the time from each prompt on, so that a quarter of them talk at any
+           time; frames that come meanwhile are answered by silence
+
+With a preset, weights are random and frames noise. Streams begin at different ages, so that their compactions
+are spread over time: with noise in the bank, from `--fill` frames in that of the first up to its capacity in
+that of the last, and in the text cache, from half of it to all. A mask of the tokens that may be sampled in
+each slot leaves only silence, or only tokens that are whole characters, so that each is an event. All of it
+is data: programs and scheduler are those of any streams. With a checkpoint, streams begin empty, frames and
+prompts are those of as many streams of the tabletop world, and the model talks when it will.
+
+tok_s              tokens a second of a stream within its answers, mean and 5th percentile of the streams
+ttft_ms            `push_prompt` to the first token after it
+frame_to_token_ms  `push_frame` to the sample of the step that appended the frame
+gap_ms             time from token to token within answers, over all streams
+share              of the floor: seconds that the traffic takes at least, over the seconds that it took. The
+                   floor of a step is the larger of two: its bytes at the rate of a large copy, which are the
+                   decoder's parameters without the embedding, and the keys and values in range of each slot
+                   that takes part; and its GEMMs' FLOPs, without padding, at the rate of a large bfloat16
+                   GEMM. A frame adds the FLOPs of the encoder and of its keys and values at that rate, also
+                   where it is multiplied in 8 bits. Transfers and compactions are not in it. Where nobody
+                   talks at times, as a single stream does, the device idles and the share is low
+frames_waiting     that had been pushed when the traffic ended, and that the model had not seen
+compiled           programs that XLA compiled or read from its cache on disk during the traffic, which spoil a
+                   row
+peak_gb            of the process so far, so that of the most streams counts; slot_mb is the state of a slot
+
+`--micro` times single calls instead, each awaited: a decode step of all slots, the same step with a prompt
+row in one of the slots, and the encoding of batches. Set JAX_COMPILATION_CACHE_DIR, since each N has programs
+of its own.
+"""
+
+import argparse
+import collections
+import dataclasses
+import gc
+import itertools
+import math
+import queue
+import random
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from inputs import padded_tokenizer, random_frames
+from report import add_out, device, first_line, known, make_parser, publish, say, write
+from streaming import GB, FilledEngine, prompt_text, spread, tree_bytes
+from timing import measure_ceilings
+
+from moss_jax.command import at_least
+from moss_jax.config import (
+    PRESETS,
+    BankDtype,
+    ConfigError,
+    DecoderWeights,
+    EncoderWeights,
+    EngineConfig,
+    MemoryConfig,
+    SessionConfig,
+)
+from moss_jax.convert import open_model
+from moss_jax.memory import policies
+from moss_jax.memory.eviction import Kind
+from moss_jax.nn import MossVideo, for_decoding, quantize
+from moss_jax.stream import PENDING, End, Event, FrameSeen, Row, Silence, Text, Turn
+from moss_jax.stream.capacity import capacity, memory_bytes, slot_bytes, workspace_bytes
+from moss_jax.stream.engine import gather
+from moss_jax.stream.events import Failed
+from moss_jax.stream.rows import shapes
+from moss_jax.stream.scheduler import Clock, Scheduler, Stream
+from moss_jax.text import Tokenizer, chat
+from moss_jax.train.flops import forward_work
+from moss_jax.worlds.tabletop import evaluation_stream
+
+MB = 1e6
+EVERY = 5.0  # Seconds from one prompt of a stream to the next.
+SHARES = {"quarter": 0.25, "all": 1.0}  # Of the time that a stream talks.
+FEEDERS = 4
+LEAST_SECONDS = 1.0  # Of traffic, for a row.
+CALLS = 20  # Of each kind, where single calls are timed.
+# An answer goes on until it is cut, by a prompt or by the mask.
+WITHOUT_END = 1 << 30
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+# A frame or a prompt that is pushed, or whether the stream may talk from then on.
+type Pushed = np.ndarray | str | bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Push:
+    """Something that happens to stream number `stream` at `at` seconds."""
+
+    at: float
+    stream: int
+    what: Pushed
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What happens to some streams.
+
+    Attributes:
+      pushes: in order of time.
+      talking: which streams may talk at first; None where the model talks when it will.
+      prompt, system: that each stream is opened with.
+    """
+
+    pushes: list[Push]
+    talking: list[bool] | None = None
+    prompt: str = ""
+    system: str | None = None
+
+
+def random_traffic(
+    streams: int, share: float, seconds: float, fps: float, pictures: Sequence[np.ndarray], prompt: str
+) -> Traffic:
+    """Frames and prompts of streams that each talk for `share` of the time, from their prompts on."""
+    rng, pushes, talking = random.Random(0), [], []
+    for stream in range(streams):
+        frames = itertools.count(rng.random() / fps, 1 / fps)
+        for number, at in enumerate(itertools.takewhile(lambda at: at < seconds, frames)):
+            pushes.append(Push(at, stream, pictures[(stream + number) % len(pictures)]))
+        # Spread evenly, so that the same number talk at any time. The first turn has begun before.
+        begin = EVERY * ((stream + rng.random()) / streams - 1)
+        talking.append(begin + share * EVERY > 0)
+        for at in itertools.takewhile(lambda at: at < seconds, itertools.count(begin, EVERY)):
+            if at >= 0:
+                pushes += [Push(at, stream, True), Push(at, stream, prompt)]
+            if share < 1:
+                pushes.append(Push(max(at + share * EVERY, 0.0), stream, False))
+    return Traffic(in_order(pushes, seconds), talking, prompt)
+
+
+def tabletop_traffic(streams: int, seconds: float, size: int) -> Traffic:
+    """Frames and prompts of streams of the tabletop world, each at a phase of its own."""
+    rng, pushes = random.Random(0), []
+    for number in range(streams):
+        world, phase = evaluation_stream(0, number, math.ceil(seconds)), rng.random()
+        pushes += [Push(phase + second, number, frame) for second, frame in enumerate(world.frames(size))]
+        pushes += [Push(phase + request.time, number, request.text) for request in world.requests]
+    return Traffic(in_order(pushes, seconds), system=chat.SYSTEM_PROMPT)
+
+
+def in_order(pushes: Sequence[Push], seconds: float) -> list[Push]:
+    """Those before the end, by time."""
+    return sorted((push for push in pushes if push.at < seconds), key=lambda push: push.at)
+
+
+class StreamsEngine(FilledEngine):
+    """An engine that says which slots may talk, and notes when it was called for what.
+
+    Attributes:
+      calls: for each step or batch of frames, when the host dispatched it, and the rows by slot or the
+        number of frames.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls: list[tuple[float, Sequence[Row | None] | int]] = []
+        self._lock = threading.Lock()
+        self._talking = np.ones(self.config.slots, bool)
+
+    def fill(self, frames: int) -> None:
+        """Has streams begin at different ages, from `frames` in the bank and half a text cache on."""
+        config, age = self.config, np.arange(self.config.slots) / self.config.slots
+        half = config.text_capacity // 2
+        self.held = (frames + age * (config.bank_capacity - frames)).astype(int)
+        self.said = (half + age * half).astype(int) - self.held
+
+    def talk(self, talking: Sequence[bool]) -> None:
+        """Says which slots may say text, and nothing else; the others are silent."""
+        with self._lock:
+            self._talking[:] = talking
+            self.allowed = _choose(self.masks["text"], self.masks["silence"], self._talking.copy())
+
+    def talk_in(self, slot: int, talks: bool) -> None:
+        """Says whether one slot may say text."""
+        with self._lock:
+            self._talking[slot] = talks
+            self.allowed = _choose(self.masks["text"], self.masks["silence"], self._talking.copy())
+
+    def step(self, state, rows, features=None):
+        self.calls.append((time.monotonic(), rows))
+        return super().step(state, rows, features)
+
+    def encode(self, frames):
+        self.calls.append((time.monotonic(), len(frames)))
+        return super().encode(frames)
+
+    def num_programs(self) -> int:
+        return super().num_programs() + gather._cache_size()
+
+
+@jax.jit
+def _choose(text: jax.Array, silence: jax.Array, talking: jax.Array) -> jax.Array:
+    return jnp.where(talking[:, None], text, silence)
+
+
+class Floors:
+    """Lower bound of what an engine was called for, in seconds on this device."""
+
+    def __init__(self, engine: StreamsEngine, ceilings: Mapping[str, float]):
+        config, decoder = engine.model_config, engine.model_config.decoder
+        self._copy, self._matmul = 1e12 * ceilings["copy_tb_s"], 1e12 * ceilings["matmul_tflop_s"]
+        embedding = decoder.vocab_size + decoder.extra_embeddings
+        self._weights = tree_bytes(engine.parameters)
+        self._weights -= embedding * decoder.hidden_size * engine.dtype.itemsize
+        state = jax.eval_shape(engine.start).stream
+        vector, self._token = (
+            tree_bytes((part.keys, part.values)) / (engine.config.slots * part.keys[0].shape[2])
+            for part in (state.bank, state.text)
+        )
+        self._frame = vector * config.vectors_per_frame
+        self._flops_token = sum(work.matmul for work in forward_work(config, tokens=1, frames=0))
+        work = forward_work(config, tokens=0, frames=1)
+        self.encode = sum(w.matmul + w.attention for w in work) / self._matmul
+        slots = np.zeros(engine.config.slots, int)
+        self._begin = (slots + engine.held).tolist(), (slots + engine.held + engine.said).tolist()
+
+    def step(self, tokens: int, frames_held: int, tokens_held: int) -> float:
+        """Of a step that appends some tokens, with so many frames and tokens in range, over all slots."""
+        read = self._weights + frames_held * self._frame + tokens_held * self._token
+        return max(read / self._copy, tokens * self._flops_token / self._matmul)
+
+    def of(self, calls: Sequence[tuple[float, Any]], begin: float, end: float) -> float:
+        """Of all calls since the state was made that were made in a range of time."""
+        frames, tokens = (list(held) for held in self._begin)
+        seconds = 0.0
+        for at, call in calls:
+            counts = begin <= at < end
+            if isinstance(call, int):
+                seconds += counts * call * self.encode
+                continue
+            rows = {slot: row for slot, row in enumerate(call) if row}
+            for slot, row in rows.items():
+                if row.compact:
+                    frames[slot] = row.compact.memory.low_mark(row.compact.frames)
+                if row.kept is not None:
+                    tokens[slot] = len(row.kept)
+                frames[slot] += sum(frame is not None for frame in row.frames)
+                tokens[slot] += len(row.tokens)
+            if counts:
+                held = (sum(counts[slot] for slot in rows) for counts in (frames, tokens))
+                seconds += self.step(sum(len(row.tokens) for row in rows.values()), *held)
+        return seconds
+
+
+class Voice:
+    """What has been heard of one stream."""
+
+    def __init__(self):
+        # When the prompts were pushed that no turn has begun for, the opening first.
+        self.asked = collections.deque([0.0])
+        # Frames and turns of which the next sample is the first.
+        self.frames: list[float] = []
+        self.turns: list[float] = []
+        self.last: float | None = None
+        self.end: End | None = None
+
+
+class Listener:
+    """Reads the events of all streams, in a thread of its own.
+
+    Args:
+      clock: of the streams.
+
+    Attributes:
+      inbox: into which the scheduler puts events.
+      ttft, frame_to_token, gaps: seconds, each with the time of the event and the slot.
+      failures: messages of streams that failed.
+    """
+
+    def __init__(self, clock: Clock, streams: int):
+        self.inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.voices = [Voice() for _ in range(streams)]
+        self.ttft, self.frame_to_token, self.gaps = [], [], []
+        self.failures: list[str] = []
+        self._clock = clock
+
+    def listen(self) -> None:
+        """Until None is put."""
+        while (event := self.inbox.get()) is not None:
+            self.hear(event, self._clock.now())
+
+    def hear(self, event: Event, now: float) -> None:
+        """Notes an event."""
+        voice = self.voices[event.slot]
+        match event:
+            case Text() | Silence():
+                self.frame_to_token += [(now, event.slot, now - at) for at in voice.frames]
+                self.ttft += [(now, event.slot, now - at) for at in voice.turns]
+                voice.frames, voice.turns = [], []
+                is_text = isinstance(event, Text)
+                if is_text and voice.last is not None:
+                    self.gaps.append((now, event.slot, now - voice.last))
+                voice.last = now if is_text else None
+            case FrameSeen():
+                voice.frames.append(event.time)
+            case Turn():
+                voice.turns.append(voice.asked.popleft())
+            case Failed():
+                self.failures.append(event.message)
+            case End():
+                voice.end = event
+
+
+class Feeders:
+    """Threads that push what happens to the streams."""
+
+    def __init__(self, engine: StreamsEngine, streams: Sequence[Stream], listener: Listener, clock: Clock):
+        self._engine, self._streams, self._listener, self._clock = engine, streams, listener, clock
+        self.frames, self.late = 0, 0.0
+        self._over = threading.Event()
+
+    def feed(self, pushes: Sequence[Push], until: float) -> None:
+        """Pushes everything in time, and returns at `until` seconds or when a stream is over."""
+        mine = [[p for p in pushes if p.stream % FEEDERS == feeder] for feeder in range(FEEDERS)]
+        with futures.ThreadPoolExecutor(FEEDERS) as threads:
+            fed = [threads.submit(self._feed, some, until) for some in mine]
+        counts = [feeder.result() for feeder in fed]
+        self.frames, self.late = sum(count for count, _ in counts), max(late for _, late in counts)
+
+    def _feed(self, pushes: Sequence[Push], until: float) -> tuple[int, float]:
+        frames, late = 0, 0.0
+        for push in pushes:
+            if push.at >= until or self._over.wait(max(0.0, push.at - self._clock.now())):
+                break
+            late = max(late, self._clock.now() - push.at)
+            if not self._push(push):
+                self._over.set()
+                break
+            frames += isinstance(push.what, np.ndarray)
+        self._over.wait(max(0.0, until - self._clock.now()))
+        return frames, late
+
+    def _push(self, push: Push) -> bool:
+        stream = self._streams[push.stream]
+        if isinstance(push.what, bool):
+            self._engine.talk_in(stream.slot, push.what)
+            return True
+        if isinstance(push.what, str):
+            self._listener.voices[stream.slot].asked.append(self._clock.now())
+            return stream.push_prompt(push.what)
+        return stream.push_frame(push.what)
+
+
+def live(
+    engine: StreamsEngine, floors: Floors, traffic: Traffic, warm: float, seconds: float, compiled: list
+) -> dict[str, Any]:
+    """Runs the streams for some seconds after some others; the figures of a row.
+
+    Args:
+      compiled: grows with each compilation.
+    """
+    slots = engine.config.slots
+    if traffic.talking:
+        engine.talk(traffic.talking)
+    engine.calls.clear()
+    clock = Clock(is_realtime=True)
+    listener = Listener(clock, slots)
+    scheduler = Scheduler(engine)
+    settings = SessionConfig(max_tokens_per_turn=WITHOUT_END) if traffic.talking else SessionConfig()
+    streams = [
+        scheduler.open(settings, system=traffic.system, prompt=traffic.prompt, clock=clock)
+        for _ in range(slots)
+    ]
+    for stream in streams:
+        stream.inbox = listener.inbox
+        tell(stream, engine)
+    feeders = Feeders(engine, streams, listener, clock)
+    with futures.ThreadPoolExecutor(1) as threads:
+        heard = threads.submit(listener.listen)
+        clock.start()
+        zero, before = time.monotonic(), (engine.num_programs(), len(compiled))
+        with scheduler:
+            feeders.feed(traffic.pushes, warm + seconds)
+            in_use = (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
+        after = engine.num_programs(), len(compiled)
+        listener.inbox.put(None)
+    heard.result()
+    calls = [(at - zero, call) for at, call in engine.calls]
+    engine.calls.clear()
+    ends = [voice.end.counters for voice in listener.voices if voice.end]
+    seen, dropped = sum(c.frames for c in ends), sum(c.frames_dropped for c in ends)
+    return {
+        "admitted": len(streams),
+        **figures_of(listener, warm, warm + seconds),
+        "frames_pushed": feeders.frames,
+        "frames_seen": seen,
+        "frames_dropped": dropped,
+        "frames_waiting": feeders.frames - seen - dropped,
+        "share": floors.of(calls, warm, warm + seconds) / seconds,
+        "steps": sum(warm <= at < warm + seconds and not isinstance(call, int) for at, call in calls),
+        "feeders_late_ms": 1e3 * feeders.late,
+        "compiled": max(now - then for now, then in zip(after, before, strict=True)),
+        **({"in_use_gb": in_use / GB} if in_use else {}),
+        **({"failures": sorted(set(listener.failures))} if listener.failures else {}),
+    }
+
+
+def tell(stream: Stream, engine: StreamsEngine) -> None:
+    """Has the host know of what a slot begins with, so that it is compacted in time."""
+    held, said = (
+        int(np.broadcast_to(x, engine.config.slots)[stream.slot]) for x in (engine.held, engine.said)
+    )
+    stream.conversation._contents.append([Kind.FRAME] * held + [Kind.ASSISTANT] * said, frames=held)
+
+
+def figures_of(listener: Listener, begin: float, end: float) -> dict[str, Any]:
+    """The figures of a range of time."""
+
+    def within(noted) -> list[tuple[int, float]]:
+        return [(slot, seconds) for at, slot, seconds in noted if begin <= at < end]
+
+    found: dict[str, Any] = {}
+    by_slot = collections.defaultdict(list)
+    for slot, gap in within(listener.gaps):
+        by_slot[slot].append(gap)
+    if rates := [len(gaps) / sum(gaps) for gaps in by_slot.values()]:
+        found["tok_s"] = {"mean": statistics.mean(rates), "p5": float(np.percentile(rates, 5))}
+        found["tokens"] = sum(map(len, by_slot.values()))
+    for name in ("ttft", "frame_to_token", "gaps"):
+        if values := [1e3 * seconds for _, seconds in within(getattr(listener, name))]:
+            found[f"{name.removesuffix('s')}_ms"] = spread(values)
+    return found
+
+
+def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray) -> dict[str, Any]:
+    """Medians of single calls, each awaited, in milliseconds."""
+    slots, tokens = engine.config.slots, chat.interjection(engine.tokenizer, prompt)
+    engine.talk([True] * slots)
+    state, times = engine.start(), collections.defaultdict(list)
+    # A decode step and one with a prompt in turn, so that both find the same in the caches.
+    for call in range(CALLS + 2):
+        for name in ("decode", "with_prompt"):
+            rows = [Row([PENDING])] * slots
+            if name == "with_prompt":
+                rows[call % slots] = Row([PENDING, *tokens], new_turn=True)
+            started = time.perf_counter()
+            state, sampled = engine.step(state, rows)
+            jax.block_until_ready(sampled.tokens)
+            times[name].append(1e3 * (time.perf_counter() - started))
+    del state, sampled
+    for size in engine.frame_encoder.buckets:
+        for _ in range(CALLS + 2):
+            started = time.perf_counter()
+            jax.block_until_ready(engine.encode([picture] * size))
+            times[f"encode_{size}"].append(1e3 * (time.perf_counter() - started))
+    engine.calls.clear()
+    medians = {name: statistics.median(some[2:]) for name, some in times.items()}
+    encode = {name.removeprefix("encode_"): ms for name, ms in medians.items() if name.startswith("encode_")}
+    added = medians["with_prompt"] - medians["decode"]
+    step = {"step_ms": medians["decode"], "with_prompt_ms": medians["with_prompt"], "prompt_adds_ms": added}
+    return step | {"prompt_tokens": len(tokens), "encode_ms": encode}
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The model that is measured, and what it is shown and asked."""
+
+    model: MossVideo
+    tokenizer: Tokenizer
+    pictures: list[np.ndarray]
+    prompt: str
+    is_random: bool
+
+    def traffic(self, streams: int, talking: str, seconds: float, fps: float) -> Traffic:
+        """What happens to some streams."""
+        if self.is_random:
+            return random_traffic(streams, SHARES[talking], seconds, fps, self.pictures, self.prompt)
+        return tabletop_traffic(streams, seconds, self.model.config.vision.image_size)
+
+
+def make_subject(args: argparse.Namespace) -> Subject:
+    """Loads the checkpoint, or makes a random model of the preset."""
+    if args.checkpoint:
+        named = None if args.checkpoint == "moss-tiny" else args.checkpoint
+        opened = open_model(named, weights=args.weights, encoder_weights=args.encoder_weights)
+        model, tokenizer = opened.model, opened.tokenizer
+        shape = (model.config.vision.image_size,) * 2
+    else:
+        config = PRESETS[args.preset]()
+        model = MossVideo(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        model = quantize(model, decoder=args.weights, encoder=args.encoder_weights)
+        tokenizer, shape = padded_tokenizer(config.decoder.vocab_size), frame_size(args.frame_size)
+    # Here, so that the engines share what is laid out anew.
+    model.decoder = for_decoding(model.decoder)
+    jax.block_until_ready(nnx.state(model))
+    return Subject(
+        model, tokenizer, random_frames(8, (*shape, 3)), prompt_text(tokenizer), not args.checkpoint
+    )
+
+
+def rows_of(args: argparse.Namespace, ceilings: Mapping[str, float], deadline: float) -> Iterator[dict]:
+    """Yields a row for each number of streams and way to talk, few streams first."""
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if event == COMPILED else None
+    )
+    subject = make_subject(args)
+    for streams in args.streams:
+        if time.monotonic() > deadline:
+            say("out of time: more streams were left out")
+            return
+        try:
+            for row in measure(subject, streams, args, ceilings, deadline, compiled):
+                yield {"streams": streams} | row
+        except Exception as error:
+            yield {"streams": streams, "failed": first_line(error)}
+        # The next engine needs the memory of this one.
+        gc.collect()
+
+
+def measure(
+    subject: Subject,
+    streams: int,
+    args: argparse.Namespace,
+    ceilings: Mapping[str, float],
+    deadline: float,
+    compiled: list[str],
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of one number of streams."""
+    memory = MemoryConfig(args.memory, bank_dtype=args.bank_dtype)
+    config = EngineConfig(streams, args.text_capacity, args.bank_capacity, memory)
+    model = subject.model
+    size = slot_bytes(model.config, config, model.dtype)
+    check_room(tree_bytes(nnx.state(model)), model, config)
+    engine = StreamsEngine(model, subject.tokenizer, config)
+    if subject.is_random:
+        engine.fill(args.fill)
+        engine.talk([True] * streams)
+    started, before = time.monotonic(), len(compiled)
+    engine.warm_up(subject.pictures[0].shape)
+    yield {
+        "measure": "warm_up",
+        "seconds": time.monotonic() - started,
+        "programs": len(compiled) - before,
+        "slot_mb": size / MB,
+    }
+    if args.micro:
+        yield {"measure": "micro"} | micro(engine, subject.prompt, subject.pictures[0])
+        return
+    floors = Floors(engine, ceilings)
+    for talking in args.talking if subject.is_random else ("as trained",):
+        seconds = min(args.seconds, deadline - time.monotonic() - args.warm_seconds)
+        if seconds < LEAST_SECONDS:
+            say("out of time: the remaining traffic was left out")
+            return
+        traffic = subject.traffic(streams, talking, args.warm_seconds + seconds, args.fps)
+        figures = live(engine, floors, traffic, args.warm_seconds, seconds, compiled)
+        stats = jax.devices()[0].memory_stats()
+        peak = {"peak_gb": stats["peak_bytes_in_use"] / GB} if stats else {}
+        yield {"measure": "live", "talking": talking, "seconds": seconds} | figures | peak
+
+
+def check_room(parameters: int, model: MossVideo, config: EngineConfig) -> None:
+    """Refuses an engine for which the device has no memory.
+
+    Raises:
+      ConfigError: saying how many slots there is room for.
+    """
+    tokens = max(config.slots * shape.decode + shape.chunks * shape.width for shape in shapes(config.slots))
+    reserve = workspace_bytes(model.config, config, model.dtype, tokens=tokens, waiting=config.slots)
+    fits = capacity(
+        parameters,
+        model.config,
+        config,
+        model.dtype,
+        device_bytes=memory_bytes(jax.devices()[0]),
+        reserve=reserve,
+    )
+    if config.slots > fits:
+        raise ConfigError(f"slots can be at most {fits} in the memory of this device, not {config.slots}")
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as text."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, dict):
+            return " ".join(f"{name} {shown(part)}" for name, part in value.items() if name != "samples")
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    text = f"{row['streams']:>4} streams  {row.get('measure', ''):<8}"
+    others = {name: value for name, value in row.items() if name not in ("streams", "measure")}
+    return text + "  ".join(f"{name} {shown(value)}" for name, value in others.items())
+
+
+def frame_size(text: str) -> tuple[int, int]:
+    """Height and width of "640x360"."""
+    try:
+        width, height = map(int, text.split("x"))
+    except ValueError:
+        raise SystemExit(f"--frame-size is width x height, such as 640x360, not {text!r}") from None
+    return height, width
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS, help="random weights of it")
+    parser.add_argument("--checkpoint", help="moss-tiny, a folder or a Hugging Face repo, not random weights")
+    parser.add_argument("--streams", default="1,4,16,32,64,128", help="comma-separated numbers of streams")
+    parser.add_argument("--talking", default="quarter,all", help=f"comma-separated, of {', '.join(SHARES)}")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of traffic that counts, for a row")
+    parser.add_argument("--warm-seconds", type=float, default=3.0, help="of traffic before that")
+    parser.add_argument("--fps", type=float, default=1.0, help="frames a second of each stream")
+    parser.add_argument("--frame-size", default="640x360", help="width and height of the frames of a preset")
+    parser.add_argument("--fill", type=at_least(1), default=64, help="fewest frames in a bank at first")
+    parser.add_argument("--bank-capacity", type=at_least(1), default=72, help="whole frames in each bank")
+    parser.add_argument("--text-capacity", type=at_least(1), default=1024, help="tokens in each text cache")
+    parser.add_argument(
+        "--memory",
+        choices=policies.POLICIES,
+        default=MemoryConfig.policy,
+        help="policy of the bank",
+    )
+    parser.add_argument("--bank-dtype", choices=get_args(BankDtype), help="8-bit format of the bank")
+    parser.add_argument(
+        "--weights", choices=get_args(DecoderWeights), help="8-bit format of the decoder's weights"
+    )
+    parser.add_argument(
+        "--encoder-weights", choices=get_args(EncoderWeights), help="8-bit format of the vision encoder"
+    )
+    parser.add_argument("--micro", action="store_true", help="time single calls, without traffic")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="seconds after which nothing new starts"
+    )
+    add_out(parser)
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.limit
+    if args.checkpoint:
+        args.preset = None
+    asked = args.talking.split(","), args.streams.split(",")
+    # Shown as they were given, used as they are meant.
+    used = argparse.Namespace(**vars(args))
+    for name in asked[0]:
+        known(parser, SHARES, name)
+    used.talking, used.streams = asked[0], sorted(map(at_least(1), asked[1]))
+    if args.fill > args.bank_capacity or 2 * args.fill > args.text_capacity:
+        parser.error(
+            f"--fill {args.fill} must be at most --bank-capacity {args.bank_capacity} and half of "
+            f"--text-capacity {args.text_capacity}"
+        )
+    if args.micro and args.checkpoint:
+        parser.error("--micro takes a --preset")
+
+    ceilings = measure_ceilings(jax.default_backend() == "cpu")
+    copy, matmul = ceilings.values()
+    say(f"copy {copy:.3g} TB/s, bf16 matmul {matmul:.3g} TFLOP/s; {device()}")
+    rows: list[dict[str, Any]] = []
+    result = {"ceilings": ceilings, "rows": rows}
+    for found in rows_of(used, ceilings, deadline):
+        rows.append(found)
+        say(line(found))
+        # For whoever ends it before it is done.
+        write("streams.py", args, result)
+    publish("streams.py", args, result)
+
+
+if __name__ == "__main__":
+    main()
