@@ -8,8 +8,9 @@ layers are left out, so the 11B's decoder becomes one of the shape of Llama 3.1 
 a frame take the place of its `<|image|>` token, each with a position of its own, and go through every layer
 into the KV cache of the text. So a token attends to one sequence of text and vectors.
 
-`Engine` and `Session` run the twin as they are. They count an `<|image|>` as one token, so `room` enlarges
-the cache by the vectors that it stands for.
+`Engine` and `Session` run the twin as they are, for one stream: the rows of steps over several slots name
+their slots, which the twin does not read. They count an `<|image|>` as one token, so `room` enlarges the
+cache by the vectors that it stands for.
 
 B slots, T tokens and F frames of a row, N vectors a frame, E = T + F * (N - 1) places, S sequence, D width
 """
@@ -52,12 +53,12 @@ def twin_of(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, decoder=TwinDecoderConfig(**decoder))
 
 
-def room(config: ModelConfig, *, tokens: int, frames: int, slots: int = 1) -> EngineConfig:
+def room(config: ModelConfig, *, tokens: int, frames: int) -> EngineConfig:
     """Capacities of a twin for this many tokens and frames."""
     places = tokens + frames * config.vectors_per_frame
     # Its rows are tokens and vectors of frames alike, of which a session knows no kinds.
     memory = MemoryConfig("full", text="full")
-    return EngineConfig(slots, -(-places // TILE) * TILE, frames, memory)
+    return EngineConfig(1, -(-places // TILE) * TILE, frames, memory)
 
 
 class Arrivals(NamedTuple):
@@ -111,11 +112,16 @@ class TwinDecoder(nnx.Module):
         """Appends the first tokens of each slot, with the vectors of the remembered frames.
 
         Args:
-          rows: one, of all slots.
+          rows: those of a step over one slot.
 
         Returns:
           The hidden state of each token, for an `<|image|>` that of its frame's last vector; and the state.
+
+        Raises:
+          ConfigError: the step is over several slots.
         """
+        if len(state.text.length) > 1:
+            raise ConfigError(f"a twin runs one stream; engine.slots must be 1, not {len(state.text.length)}")
         ((tokens, count, _, _),) = rows
         text, bank, frames = state.text, state.bank, None
         if isinstance(bank, Arrivals):

@@ -26,7 +26,7 @@ def twin(small_config, random_model, tokenizer) -> Twin:
 
 @pytest.fixture(scope="module")
 def engine(twin, tokenizer) -> Engine:
-    return Engine(twin, tokenizer, room(twin.config, tokens=200, frames=20, slots=2))
+    return Engine(twin, tokenizer, room(twin.config, tokens=200, frames=20))
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,9 @@ def one_pass(twin):
     return one_pass
 
 
-def test_streaming_is_one_pass(engine, one_pass, frames, tokenizer):
-    """Rows of every kind, two slots that take different ones, a slot that stands still."""
+@pytest.mark.parametrize("stream", range(2))
+def test_streaming_is_one_pass(engine, one_pass, frames, tokenizer, stream):
+    """Rows of every kind, in two streams."""
     image = tokenizer.special.image
     rng = np.random.default_rng(2)
 
@@ -72,36 +73,49 @@ def test_streaming_is_one_pass(engine, one_pass, frames, tokenizer):
         return rng.integers(1, 200, count).tolist()
 
     plan = [
-        (Row(words(5)), Row([*words(3), image], range(1))),
-        (Row([PENDING, image], range(1, 2)), None),
-        (Row([PENDING]), Row([PENDING, *words(2), image, image, *words(1)], range(1, 3))),
-        (Row([image] * 8, range(2, 10)), Row([PENDING])),
-        (Row([PENDING, *words(19)]), Row([PENDING, image], range(3, 4))),
-        (Row([PENDING, *[image] * 3, *words(1)], range(10, 13)), Row([PENDING, *words(3)])),
-        (Row([PENDING]), Row([PENDING])),
-    ]
+        [
+            Row(words(5)),
+            Row([PENDING, image], range(1, 2)),
+            Row([PENDING]),
+            Row([image] * 8, range(2, 10)),
+            Row([PENDING, *words(19)]),
+            Row([PENDING, *[image] * 3, *words(1)], range(10, 13)),
+            Row([PENDING]),
+        ],
+        [
+            Row([*words(3), image], range(1)),
+            Row([PENDING, *words(2), image, image, *words(1)], range(1, 3)),
+            Row([PENDING]),
+            Row([PENDING, image], range(3, 4)),
+            Row([PENDING, *words(3)]),
+            Row([PENDING]),
+        ],
+    ][stream]
     pool = engine.encode(frames)
-    state = engine.start()
-    told, seen, found, pending = ([], []), ([], []), ([], []), [0, 0]
-    for rows in plan:
-        state, drawn = engine.step(state, rows, pool)
-        for slot, row in enumerate(rows):
-            if row is None:
-                continue
-            told[slot].extend(pending[slot] if t == PENDING else t for t in row.tokens)
-            seen[slot].extend(frames[i] for i in row.frames)
-            pending[slot] = int(drawn.tokens[slot])
-            found[slot].append((len(told[slot]) - 1, np.asarray(drawn.logits[slot])))
+    state, pending = engine.start(), None
+    told, seen, found = [], [], []
+    for row in plan:
+        state, drawn = engine.step(state, [row], pool)
+        told += [pending if t == PENDING else t for t in row.tokens]
+        seen += [frames[i] for i in row.frames]
+        pending = int(drawn.tokens[0])
+        found.append((len(told) - 1, np.asarray(drawn.logits[0])))
     vectors = engine.model_config.vectors_per_frame
-    for slot in range(2):
-        expected = one_pass(told[slot], seen[slot])
-        assert 0.3 < expected.std() < 5
-        for at, logits in found[slot]:
-            np.testing.assert_allclose(logits, expected[at], rtol=0, atol=TOLERANCE)
-        assert int(state.stream.text.length[slot]) == len(told[slot]) + len(seen[slot]) * (vectors - 1)
-        assert int(state.stream.bank.length[slot]) == len(seen[slot]) * vectors
-        blind = one_pass(told[slot], [np.zeros_like(frame) for frame in seen[slot]])
-        assert np.abs(blind - expected)[found[slot][-1][0]].max() > 0.1
+    expected = one_pass(told, seen)
+    assert 0.3 < expected.std() < 5
+    for at, logits in found:
+        np.testing.assert_allclose(logits, expected[at], rtol=0, atol=TOLERANCE)
+    assert int(state.stream.text.length[0]) == len(told) + len(seen) * (vectors - 1)
+    assert int(state.stream.bank.length[0]) == len(seen) * vectors
+    blind = one_pass(told, [np.zeros_like(frame) for frame in seen])
+    assert np.abs(blind - expected)[found[-1][0]].max() > 0.1
+
+
+def test_several_slots_are_refused(twin, tokenizer):
+    config = dataclasses.replace(room(twin.config, tokens=20, frames=2), slots=2)
+    engine = Engine(twin, tokenizer, config)
+    with pytest.raises(ConfigError, match=r"a twin runs one stream; engine\.slots must be 1, not 2"):
+        engine.step(engine.start(), [Row([1, 2, 3]), None])
 
 
 def test_a_session_runs_it(twin, tokenizer, frames):
