@@ -33,6 +33,10 @@ os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))
 # float32 matmuls on a GPU are TF32 by default, which no tolerance here allows for.
 jax.config.update("jax_default_matmul_precision", "highest")
 
+# Memory mappings of a process from which on compiled programs are dropped; Linux allows 65,530, and a program
+# takes several. At the limit XLA aborts.
+MANY_MAPPINGS = 30_000
+
 hypothesis.settings.register_profile(
     "moss_jax", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI"))
 )
@@ -209,3 +213,12 @@ def random_model():
         return nnx.merge(graph, nnx.from_flat_state(drawn))
 
     return make
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings() -> Iterator[None]:
+    """Drops all compiled programs between two files of tests, if there are very many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MANY_MAPPINGS:
+        jax.clear_caches()
