@@ -18,8 +18,8 @@ With a preset, weights are random and frames noise. Streams begin at different a
 are spread over time: with noise in the bank, from `--fill` frames in that of the first up to its capacity in
 that of the last, and in the text cache, from half of it to all. A mask of the tokens that may be sampled in
 each slot leaves only silence, or only tokens that are whole characters, so that each is an event. All of it
-is data: programs and scheduler are those of any streams. With a checkpoint, streams begin empty, frames and
-prompts are those of as many streams of the tabletop world, and the model talks when it will.
+is data: programs and scheduler are those of any streams. With a checkpoint, streams begin empty, each gets
+the frames and prompts of a stream of the tabletop world, and the model itself decides when to talk.
 
 tok_s              tokens a second of a stream within its answers, mean and 5th percentile of the streams
 ttft_ms            `push_prompt` to the first token after it
@@ -116,11 +116,11 @@ class Push:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What happens to some streams.
+    """The load of a run: the timed input of all streams.
 
     Attributes:
       pushes: in order of time.
-      talking: which streams may talk at first; None where the model talks when it will.
+      talking: which streams may talk at first; None where the model itself decides.
       prompt, system: that each stream is opened with.
     """
 
@@ -237,7 +237,12 @@ class Floors:
         self._begin = (slots + engine.held).tolist(), (slots + engine.held + engine.said).tolist()
 
     def step(self, tokens: int, frames_held: int, tokens_held: int) -> float:
-        """Of a step that appends some tokens, with so many frames and tokens in range, over all slots."""
+        """Lower bound of one step.
+
+        Args:
+          tokens: that it appends, over all slots.
+          frames_held, tokens_held: in range of the slots that take part.
+        """
         read = self._weights + frames_held * self._frame + tokens_held * self._token
         return max(read / self._copy, tokens * self._flops_token / self._matmul)
 
@@ -265,7 +270,7 @@ class Floors:
 
 
 class Voice:
-    """What has been heard of one stream."""
+    """Pending latency measurements of one stream."""
 
     def __init__(self):
         # When the prompts were pushed that no turn has begun for, the opening first.
@@ -324,7 +329,7 @@ class Listener:
 
 
 class Feeders:
-    """Threads that push what happens to the streams."""
+    """Threads that push the input of the streams."""
 
     def __init__(self, engine: StreamsEngine, streams: Sequence[Stream], listener: Listener, clock: Clock):
         self._engine, self._streams, self._listener, self._clock = engine, streams, listener, clock
@@ -484,7 +489,7 @@ class Subject:
     is_random: bool
 
     def traffic(self, streams: int, talking: str, seconds: float, fps: float) -> Traffic:
-        """What happens to some streams."""
+        """The input of the streams."""
         if self.is_random:
             return random_traffic(streams, SHARES[talking], seconds, fps, self.pictures, self.prompt)
         return tabletop_traffic(streams, seconds, self.model.config.vision.image_size)

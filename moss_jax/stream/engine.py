@@ -20,6 +20,7 @@ from moss_jax.config import ConfigError, EngineConfig, MemoryConfig, TokenSampli
 from moss_jax.memory.policies import FULL, make_policy
 from moss_jax.memory.selection import feature_distance
 from moss_jax.nn import MossVideo, for_decoding
+from moss_jax.stream.capacity import slot_bytes
 from moss_jax.stream.parameters import functionalize
 from moss_jax.stream.perception import ENCODE_BUCKETS, SHARED_BUCKETS, FrameEncoder
 from moss_jax.stream.placement import abstract, mesh_of, place, placement_of, state_sharding, traced_on
@@ -231,11 +232,10 @@ class Engine:
     def allowed(self, mask: Bool[Array, " V"]) -> None:
         self.rules = dataclasses.replace(self.rules, allowed=jax.device_put(mask, self.placement))
 
-    @property
+    @functools.cached_property
     def slot_bytes(self) -> int:
         """Bytes that one slot of a state takes."""
-        arrays = jax.tree.leaves(self._abstract_state)
-        return sum(x.size * x.dtype.itemsize for x in arrays) // self.config.slots
+        return slot_bytes(self.model_config, self.config, self.dtype)
 
     def start(self) -> EngineState:
         """A state of empty slots. Each slot's first row must begin with a real token."""

@@ -135,8 +135,7 @@ def first_step(rows: Mapping[int, Row], slots: int, image: int) -> tuple[dict[in
         first = next(split_row(row, image))
         now[slot], rest = row.cut(len(first.tokens), image)
         return now, {slot: rest} if rest.tokens else {}
-    chunked = {slot: row for slot, row in rows.items() if not row.is_decode}
-    width = 2 if all(len(row.tokens) <= 2 for row in chunked.values()) else WIDTH
+    width = _width(rows)
     most = [shape for shape in shapes(slots) if shape.width == width][-1]
     chunks, frames = most.chunks, most.frames
     for slot, row in rows.items():
@@ -284,10 +283,18 @@ def step_arguments(
     return a, index
 
 
+def _width(rows: Mapping[int, Row]) -> int:
+    """Tokens of a chunk, among several slots."""
+    # A chunk reads the keys and values of its slot, so long rows are cut into few.
+    return 2 if all(len(row.tokens) <= 2 for row in rows.values()) else WIDTH
+
+
 def _smallest(rows: Mapping[int, Row], slots: int, image: int) -> Shape:
     """The smallest shape that has room for these rows."""
     frames = sum(len(row.placed(image)) for row in rows.values())
     for shape in shapes(slots):
+        if slots > 1 and shape.width not in (0, _width(rows)):
+            continue
         lengths = [len(row.tokens) for row in rows.values() if not (shape.decode and row.is_decode)]
         chunks = sum(-(-length // shape.width) if shape.width else length for length in lengths)
         if chunks <= shape.chunks and frames <= shape.frames and (shape.frames > 0) >= (frames > 0):

@@ -1,4 +1,4 @@
-"""What every memory policy is: a compaction, and the budget that it is to keep to."""
+"""The type of a memory policy: a compaction function and its budget."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
