@@ -249,6 +249,7 @@ def listen(stream) -> tuple[list, threading.Thread]:
     return events, thread
 
 
+@pytest.mark.slow
 def test_live_streams_see_their_frames_and_compile_nothing(model, tokenizer, frames):
     """Frames of four talking streams go through the shared encoder."""
     memory = MemoryConfig("pyramid", text_recent=0.3)

@@ -18,6 +18,11 @@ MEMORIES = {
     "merge": MemoryConfig("merge", low_water=0.75, bank_dtype="fp8"),
 }
 
+# Each has programs of its own, which take long to compile.
+SOME_SLOW = [
+    pytest.param(name, marks=[] if name == "pyramid" else [pytest.mark.slow], id=name) for name in MEMORIES
+]
+
 
 def random_row(rng, frames: int, begins: bool) -> Row:
     """Text and up to a number of frames, in any order."""
@@ -83,7 +88,7 @@ def test_packed_rows_give_the_logits_of_one_pass(make_engine, one_pass, frames, 
                 np.testing.assert_allclose(logits, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("name", SOME_SLOW)
 def test_slots_say_what_each_says_alone(make_engine, frames, name):
     """Also through compactions, and where the bank is stored in 8 bits."""
     memory, rng = MEMORIES[name], np.random.default_rng(7)
