@@ -1,4 +1,7 @@
-"""Command that watches a video: `python -m moss_jax.serve --video clip.mp4 --prompt "What is happening?"`."""
+"""Command that watches a video: `python -m moss_jax.serve --video clip.mp4 --prompt "What is happening?"`.
+
+Without `--video` it is the live server, whose page and clients bring the video.
+"""
 
 import argparse
 import collections
@@ -24,7 +27,9 @@ from moss_jax.config import (
     EngineConfig,
     FrameSampling,
     MemoryConfig,
+    SchedulerConfig,
     SelectionConfig,
+    ServerConfig,
     SessionConfig,
     TokenSampling,
 )
@@ -36,6 +41,7 @@ from moss_jax.stream import (
     Engine,
     Event,
     SavedStreamError,
+    Scheduler,
     Session,
     SessionError,
     answer_offline,
@@ -69,6 +75,8 @@ def run() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("moss_jax").setLevel(logging.INFO if args.verbose else logging.WARNING)
     command.cache_compilations(args.compilation_cache)
+    if args.video is None:
+        return run_server(args)
     with command.on_stop_signal(command.leave):
         stream = open_stream(args)
 
@@ -147,15 +155,7 @@ def open_stream(args: argparse.Namespace) -> Stream:
     if args.resume and args.system is not None:
         raise ConfigError("--continue goes on with the system prompt that the stream has; leave out --system")
 
-    perception = None
-    if args.perception_device is not None:
-        devices = jax.devices()
-        if not 0 <= args.perception_device < len(devices):
-            raise ConfigError(
-                f"--perception-device is a number from 0 to {len(devices) - 1} here, "
-                f"not {args.perception_device}"
-            )
-        perception = devices[args.perception_device]
+    perception = perception_device(args.perception_device)
 
     picture = None
     if args.timeline:
@@ -211,6 +211,67 @@ def open_stream(args: argparse.Namespace) -> Stream:
     if picture:
         events = tap(events, picture.add)
     return Stream(heading, events, stop, picture, session)
+
+
+def run_server(args: argparse.Namespace) -> int:
+    """Serves live streams until a signal; returns the exit code."""
+    for name in ("prompt", "offline", "save", "resume", "timeline", "json", "fps", "system"):
+        if getattr(args, name) not in (None, False, []):
+            flag = {"resume": "continue"}.get(name, name)
+            raise ConfigError(f"--{flag} is for a --video; without one, this is the live server")
+    try:
+        # Imported here, since a video needs none of it.
+        from moss_jax.serving.app import make_app, make_server
+        from moss_jax.serving.hub import Hub
+    except ImportError as error:
+        raise ConfigError(
+            f"the live server needs {error.name}: pip install 'moss_jax[serve]'; or give a --video to watch"
+        ) from error
+    gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
+    selection = override(gin_bindings.settings(SelectionConfig), enabled=args.select or None)
+    session = dataclasses.replace(gin_bindings.settings(SessionConfig), selection=selection)
+    memory = override(gin_bindings.settings(MemoryConfig), policy=args.memory)
+    engine_config = dataclasses.replace(gin_bindings.settings(EngineConfig), slots=args.slots, memory=memory)
+    sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
+    server_config = gin_bindings.settings(ServerConfig)
+    with command.on_stop_signal(command.leave):
+        opened = open_model(args.checkpoint, weights=args.weights, encoder_weights=args.encoder_weights)
+        engine = Engine(
+            opened.model,
+            opened.tokenizer,
+            engine_config,
+            sampling,
+            perception_device=perception_device(args.perception_device),
+        )
+    hub = Hub(
+        Scheduler(engine, SchedulerConfig(clock=args.clock or "realtime")),
+        server_config,
+        session=session,
+        model=opened.name,
+        state_folder=args.state_dir,
+    )
+    app = make_app(hub, on_ready=lambda: command.tell("ready"))
+    server = make_server(app, hub, host=args.host, port=args.port)
+    command.tell(f"{opened.name}\nhttp://{args.host}:{args.port}/ (compiling ...)")
+    server.run()
+    stopped_by = server.stopped_by
+    code = command.SIGNALLED + signal.SIGTERM if stopped_by == signal.SIGTERM else 0
+    if not server.started:
+        return 1
+    if not hub.was_ready:
+        # A thread may be compiling, which is not waited for.
+        command.leave(stopped_by or 0)
+    return code
+
+
+def perception_device(index: int | None) -> "jax.Device | None":  # pyright: ignore[reportInvalidTypeForm]
+    """The device that a flag names; None for that of the model."""
+    if index is None:
+        return None
+    devices = jax.devices()
+    if not 0 <= index < len(devices):
+        raise ConfigError(f"--perception-device is a number from 0 to {len(devices) - 1} here, not {index}")
+    return devices[index]
 
 
 def show(stream: Stream, args: argparse.Namespace) -> None:
@@ -270,12 +331,22 @@ def parse_arguments() -> argparse.Namespace:
     gin_bindings.parse([str(shipped("configs/serve.gin"))])
     settings = gin_bindings.settings
     parser = argparse.ArgumentParser(
-        description="Watch a video and talk about it.",
+        description="Watch a video and talk about it, or serve live streams.",
         epilog="Settings beside these flags are in configs/serve.gin; flags win over gin.",
         formatter_class=command.HelpFormatter,
     )
     add = parser.add_argument
-    add("--video", required=True, metavar="FILE", help="video or image file")
+    add("--video", metavar="FILE", help="video or image file (default: none, this is the live server)")
+    add("--host", default="127.0.0.1", help="address that the live server listens at")
+    add("--port", type=command.at_least(0), default=8765, help="port of the live server")
+    add("--slots", type=command.at_least(1), default=4, help="streams that the live server runs at once")
+    add(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder where the live server saves its streams, so that they go on after a restart "
+        "(default: none)",
+    )
     add(
         "--prompt",
         action=AddPrompt,
@@ -298,7 +369,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--clock",
         choices=get_args(Clock),
-        help=f"the stream's own clock, or the wall's (default: {settings(SessionConfig).clock})",
+        help=f"the stream's own clock, or the wall's (default: {settings(SessionConfig).clock}; of the live "
+        "server realtime)",
     )
     add("--offline", action="store_true", help="prefill the whole clip, then answer")
     add(

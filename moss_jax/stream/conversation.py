@@ -19,6 +19,7 @@ from moss_jax.stream.events import (
     Event,
     Failed,
     Figures,
+    FrameDropped,
     FrameSeen,
     FrameUnseen,
     Interrupted,
@@ -375,9 +376,11 @@ class Conversation:
             waiting = [i for i in self._inbox if i.is_frame and i.unseen != "rate"]
             if len(waiting) > self.config.inbox_frames:
                 older = [i for i in waiting if i is not inbound]
-                self._inbox.remove(min([i for i in waiting if i.unseen] or older))
+                dropped = min([i for i in waiting if i.unseen] or older)
+                self._inbox.remove(dropped)
                 heapq.heapify(self._inbox)
                 self._counts["frames_dropped"] += 1
+                self._passed.append(FrameDropped(**self._stamp(), time=dropped.time))
 
     def _limit_rate(self, frame: Inbound) -> None:
         """Leaves out a frame that comes too soon after the one before."""

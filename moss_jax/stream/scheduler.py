@@ -10,6 +10,7 @@ speculatively, shortly before the step in flight ends and without knowing its to
 silence, the speculative step has appended it, which is right, and its own sample is dropped.
 """
 
+import copy
 import dataclasses
 import itertools
 import logging
@@ -18,7 +19,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -204,6 +206,12 @@ class Stream:
           SessionError: the logits of the stream were not finite.
           OSError: the file cannot be written.
         """
+        saved = self.copy(state, wall)
+        write_stream(path, saved)
+        return saved.dialogue["start_time"]
+
+    def copy(self, state: Any, wall: float) -> SavedStream:
+        """Copies the stream to the host, between two steps; arguments and errors as for `save`."""
         if not self.conversation.is_finite():
             raise SessionError("a stream whose logits are not finite cannot go on, so it is not saved")
         engine = saving_engine(self._scheduler.engine)
@@ -213,8 +221,18 @@ class Stream:
             compared["features"] = np.asarray(self.remembered.features[self.remembered.index])
         arrays = engine.save_slot(state, self.slot)
         settings = engine.stream_settings(self.conversation.capacity)
-        write_stream(path, SavedStream(settings, dialogue, arrays, frames, compared))
-        return dialogue["start_time"]
+        return SavedStream(settings, copy.deepcopy(dialogue), arrays, frames, compared)
+
+    def copy_while_running(self) -> "Future[SavedStream]":
+        """Has the scheduler copy the stream between two of its steps, so that `write_stream` can save it.
+
+        The others go on meanwhile. When the future is done, the events so far are in the inbox, and none of
+        later ones.
+
+        Returns:
+          A future that raises `SessionError` if the stream is over, or cannot be saved.
+        """
+        return self._scheduler.call_between_steps(self, lambda state: self.copy(state, self.clock.now()))
 
     def _push(self, inbound: Inbound) -> bool:
         target = self.conversation
@@ -243,12 +261,14 @@ class Moves:
 
     Attributes:
       opened: streams that begin.
+      calls: what is to be done with the state while a stream is between two steps.
       encode: frames to encode.
       plans: of streams that have something to append or to tell.
       begun: when the host began to plan, by `time.monotonic`.
     """
 
     opened: list[Stream] = dataclasses.field(default_factory=list)
+    calls: "list[tuple[Callable[[Any], Any], Future]]" = dataclasses.field(default_factory=list)
     encode: list[Inbound] = dataclasses.field(default_factory=list)
     plans: dict[Stream, Plan] = dataclasses.field(default_factory=dict)
     begun: float = 0.0
@@ -285,6 +305,8 @@ class Scheduler:
         self._rows: dict[Stream, Row] = {}
         self._features: dict[Stream, Any] = {}
         self._plans: dict[Stream, Plan] = {}
+        # What waits until a stream is between two steps.
+        self._calls: dict[Stream, list[tuple[Callable[[Any], Any], Future]]] = {}
         self._thread: threading.Thread | None = None
         self._closing = self._paused = self._has_encoded = self._is_persistent = False
         # State of the engine, once the loop is over.
@@ -382,6 +404,23 @@ class Scheduler:
     def next_order(self) -> int:
         """Numbers what is pushed."""
         return next(self._orders)
+
+    def call_between_steps[T](self, stream: Stream, function: Callable[[Any], T]) -> "Future[T]":
+        """Calls a function with the engine's state while a stream has no step under way; others may.
+
+        The stream gets no further step before. The function must be quick and must not keep the state.
+
+        Returns:
+          A future of what the function returns; it raises `SessionError` if the stream is over before.
+        """
+        future: Future[T] = Future()
+        with self.changed:
+            if self.is_running and not stream.conversation.ended:
+                self._calls.setdefault(stream, []).append((function, future))
+                self.changed.notify_all()
+                return future
+        future.set_exception(SessionError("the stream is over"))
+        return future
 
     def _resume(self, stream: Stream, path: str | os.PathLike, saved: SavedStream) -> list[np.ndarray]:
         """Has a stream go on with the dialogue of a file; the arrays that its slot begins with."""
@@ -498,6 +537,8 @@ class Scheduler:
                 for stream in self._slots:
                     if stream:
                         stream.conversation.ended = True
+                for stream in list(self._calls):
+                    self._give_up(stream)
                 self.changed.notify_all()
             if perception is not None:
                 perception.join()
@@ -507,7 +548,9 @@ class Scheduler:
         while (moves := self._next_moves(in_flight, persistent=persistent)) is not None:
             for stream in moves.opened:
                 state = self._begin(state, stream)
-            if moves.opened:
+            for function, future in moves.calls:
+                _call(function, state, future)
+            if moves.opened or moves.calls:
                 continue
             if moves.encode:
                 self._encode(moves.encode)
@@ -562,9 +605,15 @@ class Scheduler:
             self._plans.pop(stream, None)
             if stream in self._opened:
                 self._opened.remove(stream)
+            self._give_up(stream)
             if self._slots[stream.slot] is stream and self._is_persistent:
                 self._slots[stream.slot] = None
             self.changed.notify_all()
+
+    def _give_up(self, stream: Stream) -> None:
+        """Fails the calls that wait for a stream that is over."""
+        for _, future in self._calls.pop(stream, ()):
+            future.set_exception(SessionError("the stream is over"))
 
     def _begin(self, state: Any, stream: Stream) -> Any:
         """Prepares the slot of a stream."""
@@ -595,6 +644,9 @@ class Scheduler:
                 if self._opened:
                     opened, self._opened = self._opened, []
                     return Moves(opened=opened)
+                under_way = {*self._rows, *(step.plans if step else ())}
+                if ready := [stream for stream in self._calls if stream not in under_way]:
+                    return Moves(calls=[call for stream in ready for call in self._calls.pop(stream)])
                 live = [stream for stream in self._slots if stream and not stream.conversation.ended]
                 idle = not step and not self._rows
                 if idle and (self._paused or (not live and (self._closing or not persistent))):
@@ -623,7 +675,7 @@ class Scheduler:
         waits_for_features = self._shares_encoder or self._perceives_apart()
         plans = {}
         for stream in live:
-            if stream in self._rows:
+            if stream in self._rows or stream in self._calls:
                 continue
             try:
                 plan = stream.conversation.plan(
@@ -839,6 +891,16 @@ def check_length(tokens: list[int], config: EngineConfig, opening_length: int = 
             f"the prompt takes {len(tokens)} tokens, but the text capacity of {capacity} has room for "
             f"{capacity - opening_length - 2} beside the opening, which is never forgotten"
         )
+
+
+def _call(function: Callable[[Any], Any], state: Any, future: Future) -> None:
+    """Calls a function for a future, which gets what it returns or raises."""
+    try:
+        result = function(state)
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 def _min_distance(stream: Stream) -> float | None:
