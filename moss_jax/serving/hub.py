@@ -477,7 +477,7 @@ class Hub:
         return Reservation(self)
 
     async def open(self, reservation: Reservation | None = None, **options: Any) -> Stream:
-        """Opens a stream in a reserved slot, or else in a free one; options and errors of `Scheduler.open`."""
+        """Opens a stream in a reserved slot, or in a free one; options and errors of `Scheduler.open`."""
         reservation = reservation or self.reserve()
         try:
             return await asyncio.to_thread(self.scheduler.open, **options)

@@ -1,7 +1,7 @@
-"""Types of the Realtime protocol as it is spoken on `/v1/realtime`, and of its extension, the object `moss`.
+"""Types of the Realtime protocol as it is spoken on `/v1/realtime`, and of its extension, `moss`.
 
-The names are those of OpenAI's Realtime API (GA). Of what clients send, fields that have no meaning here, such
-as those of audio and tools, are ignored; what the server does not do is refused by an `error` event.
+The names are those of OpenAI's Realtime API (GA). Of what clients send, fields that have no meaning here,
+such as those of audio and tools, are ignored; what the server does not do is refused by an `error` event.
 """
 
 import math

@@ -14,7 +14,6 @@ from moss_jax.serving.hub import (
     CLOSE_NORMAL,
     CLOSE_SLOW,
     Hub,
-    Session,
     encoded,
     event_number,
 )

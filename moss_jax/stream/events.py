@@ -108,7 +108,7 @@ class FrameUnseen(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameDropped(Event):
-    """A frame that was taken at `time` has been pushed out of a full inbox by a newer one; it has no number."""
+    """A frame that was taken at `time` was pushed out of a full inbox by a newer one; it has no number."""
 
     type: ClassVar[str] = "dropped"
     time: float

@@ -151,7 +151,7 @@ def test_a_correction_says_what_it_takes_back(served):
             "session.moss.version",
         ),
         (
-            '{"type": "session.update", "session": {"moss": {"version": 1, "sampling": {"temperature": -1}}}}',
+            '{"type": "session.update", "session": {"moss": {"version": 1, "sampling": {"top_p": -1}}}}',
             "invalid_setting",
             "session",
         ),
@@ -268,8 +268,7 @@ def test_a_second_connection_takes_over(served):
         second.send("session.update", session={"type": "realtime", "moss": {"version": 1, **resume}})
         assert second.until("session.created")["session"]["id"] == session["id"]
         with pytest.raises(ConnectionClosed) as closed:
-            while True:
-                first.receive()
+            first.until("never")
         assert closed.value.rcvd.code == 4001
         assert served.hub.free_slots == 7
         second.ask("Is there a cat?")
