@@ -325,7 +325,9 @@ class Session:
 def warm_up_all(engine: Engine, image_size: int) -> None:
     """Compiles what streams run, and what copies one to the host."""
     engine.warm_up((image_size, image_size, 3))
-    engine.save_slot(engine.start(), 0)
+    state = engine.start()
+    engine.save_slot(state, 0)
+    engine.bank_vectors(state, 0)
 
 
 async def in_thread(function: Callable[[], object]) -> None:
