@@ -404,6 +404,4 @@ def stream_events(event: protocol.ServerEvent, asked: list[str]) -> Iterator[Eve
         case protocol.EndEvent() if event.reason != "shutdown":
             counters = Counters(**event.counters) if event.counters else Counters()
             figures: dict[str, Any] = dict(event.figures or {})
-            yield End(
-                **stamp(event.time), reason=event.reason, counters=counters, figures=Figures(**figures)
-            )
+            yield End(**stamp(event.time), reason=event.reason, counters=counters, figures=Figures(**figures))
