@@ -11,6 +11,7 @@ import gin
 from gin import config as gin_config
 
 from moss_jax.config import (
+    ChatConfig,
     ConfigError,
     ConversationConfig,
     DataConfig,
@@ -37,6 +38,7 @@ _NAMES = {
     SessionConfig: "session",
     SelectionConfig: "selection",
     ServerConfig: "server",
+    ChatConfig: "chat",
     TokenSampling: "sampling",
     TrainConfig: "train",
     OptimizerConfig: "optimizer",

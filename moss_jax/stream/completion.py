@@ -185,6 +185,9 @@ class Completion(Conversation):
       capacity: of the stream; see `stream_config`.
       parts: of `dialogue_parts`.
       max_tokens: limit on the answer.
+
+    Attributes:
+      prompt_tokens: of the dialogue, with one for each frame.
     """
 
     def __init__(
@@ -199,6 +202,7 @@ class Completion(Conversation):
     ):
         super().__init__(tokenizer, capacity, config, slot, opening=[], prompt="")
         self.finished = True
+        self.prompt_tokens = sum(len(part.tokens) for part in parts)
         self._frames = collections.deque(part.frame for part in parts if part.frame)
         self._rows = (row for chunk in in_chunks(parts) for row in plan_rows(self._contents, chunk))
         # The row that is being appended, and what is left of it; nothing once the answer has begun.
