@@ -20,6 +20,7 @@ import jax
 from moss_jax import command, gin_bindings
 from moss_jax.api import frames_that_fit
 from moss_jax.config import (
+    ChatConfig,
     Clock,
     ConfigError,
     DecoderWeights,
@@ -221,6 +222,7 @@ def run_server(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{flag} is for a --video; without one, this is the live server")
     try:
         # Imported here, since a video needs none of it.
+        from moss_jax.serving import chat as chat_completions
         from moss_jax.serving.app import make_app, make_server
         from moss_jax.serving.hub import Hub
     except ImportError as error:
@@ -250,7 +252,9 @@ def run_server(args: argparse.Namespace) -> int:
         model=opened.name,
         state_folder=args.state_dir,
     )
-    app = make_app(hub, on_ready=lambda: command.tell("ready"))
+    chat_config = override(gin_bindings.settings(ChatConfig), file_roots=args.media_root or None)
+    routes = chat_completions.routes(hub, chat_config, gin_bindings.settings(FrameSampling))
+    app = make_app(hub, routes=routes, on_ready=lambda: command.tell("ready"))
     server = make_server(app, hub, host=args.host, port=args.port)
     command.tell(f"{opened.name}\nhttp://{args.host}:{args.port}/ (compiling ...)")
     server.run()
@@ -346,6 +350,14 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="folder where the live server saves its streams, so that they go on after a restart "
         "(default: none)",
+    )
+    add(
+        "--media-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder below which the live server reads the videos and images that file:// URLs of chat "
+        "completions name; may be given several times (default: none)",
     )
     add(
         "--prompt",
