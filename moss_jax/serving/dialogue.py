@@ -495,7 +495,9 @@ class Dialogue:
     async def _ask(self, settings: protocol.ResponseSettings, at: float | None) -> None:
         texts = [text for _, text in self._held]
         if settings.instructions:
-            texts.append(settings.instructions)
+            # Some clients repeat those of the session before their own.
+            own = settings.instructions.removeprefix(self._instructions).strip()
+            texts += [own] * bool(own)
         if not texts:
             if self._response is not None or self._asked:
                 raise ProtocolError(
