@@ -371,7 +371,10 @@ class ItemObject(Message):
 
 
 class Usage(Message):
-    """Tokens: those in the context before the answer, and those of the answer."""
+    """Tokens: those of texts, frames and answers before the answer, and those of the answer.
+
+    A frame counts as one token. Those before count also where the stream has forgotten them.
+    """
 
     total_tokens: int
     input_tokens: int
