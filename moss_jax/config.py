@@ -700,8 +700,8 @@ class ChatConfig:
 
     Attributes:
       max_tokens: of an answer whose request says nothing.
-      queue: requests that may wait for a free stream.
-      queue_seconds: how long each may wait.
+      queue: requests that may wait in line.
+      queue_seconds: how long each may wait there, and then for a free stream.
       max_body_bytes: of a request, with its data URLs.
       max_image_bytes, max_video_bytes: of an image and of a video.
       max_video_seconds: of a video.

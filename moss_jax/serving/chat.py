@@ -52,6 +52,12 @@ _RETRY_AFTER = 2
 _PURPOSES = ("user_data", "vision")
 # Bytes of a multipart form around a file.
 _FORM_BYTES = 2**20
+# Uploads at once, each of which takes room on the disk before it is known whether there is some.
+_UPLOADS = 8
+# Bytes of all requests that are being prepared, as a multiple of those that one may have.
+_BODIES = 4
+# Of the longest tokens, such as runs of spaces.
+_CHARACTERS_PER_TOKEN = 128
 
 type FinishReason = Literal["stop", "length"]
 
@@ -158,7 +164,7 @@ class VideoOptions(_Object):
 class MediaOptions(_Object):
     """How media are read."""
 
-    video: VideoOptions = VideoOptions()
+    video: VideoOptions = pydantic.Field(default_factory=lambda: VideoOptions.model_validate({}))
 
 
 class ChatRequest(_Object):
@@ -418,6 +424,37 @@ class AnswerStream(StreamingResponse):
 # -------------------------------------------------------------------------------------- the API
 
 
+class Bodies:
+    """The bytes of all requests that are being prepared, which are bounded.
+
+    Args:
+      most: of one request.
+    """
+
+    def __init__(self, most: int):
+        self._most, self._used = most, 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The body of a request; its bytes count until the context is left.
+
+        Raises:
+          ApiError: it is larger than it may be, or all together are.
+        """
+        body = bytearray()
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                self._used += len(chunk)
+                if len(body) > self._most:
+                    raise _too_large(self._most)
+                if self._used > _BODIES * self._most:
+                    raise _busy("too many large requests at once", status=429, code="queue_full")
+            yield bytes(body)
+        finally:
+            self._used -= len(body)
+
+
 class Chat:
     """The endpoints.
 
@@ -440,7 +477,11 @@ class Chat:
         )
         self._decoders = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="clips")
         self._started = int(time.time())
-        self._waiting, self._turn = 0, asyncio.Lock()
+        self._bodies = Bodies(config.max_body_bytes)
+        # Few have their media decoded at once, since frames take memory until there is a free stream.
+        self._places, self._waiting = asyncio.Semaphore(2 * config.decode_threads), 0
+        self._turn = asyncio.Lock()
+        self._uploads = 0
 
     def routes(self) -> list[Route]:
         """All of them."""
@@ -477,26 +518,45 @@ class Chat:
 
     async def complete(self, request: Request) -> Response:
         """Answers a dialogue."""
-        parsed = parse_request(await read_body(request, self._config.max_body_bytes))
-        if parsed.model != self._hub.model:
-            raise ApiError(
-                f"there is no model {parsed.model[:64]!r}; it is {self._hub.model!r}",
-                status=404,
-                code="model_not_found",
-                param="model",
-            )
-        parsed.check()
-        answer = await while_connected(request, self._begin(parsed))
+        async with self._bodies.read(request) as body:
+            parsed = parse_request(body)
+            if parsed.model != self._hub.model:
+                raise ApiError(
+                    f"there is no model {parsed.model[:64]!r}; it is {self._hub.model!r}",
+                    status=404,
+                    code="model_not_found",
+                    param="model",
+                )
+            parsed.check()
+            answer = await while_connected(request, self._begin(parsed))
         if parsed.stream:
             options = parsed.stream_options or StreamOptions()
             return AnswerStream(answer, include_usage=options.include_usage)
         return JSONResponse(await while_connected(request, answer.whole()))
 
     async def _begin(self, request: ChatRequest) -> Answer:
-        """Decodes the media of a request and opens its stream, once there is a free slot."""
+        """Waits in line, decodes the media of a request and opens its stream, once there is a free slot."""
         sampling = self._token_sampling(request)
-        turns = await self._turns(request)
-        reservation = await self._reserve()
+        # Before so long a text is tokenized.
+        most = self._hub.scheduler.engine.config.text_capacity * _CHARACTERS_PER_TOKEN
+        if (length := sum(map(text_length, request.messages))) > most:
+            raise ApiError(
+                f"the messages have {length} characters, more than the model has room for",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        async with self._place():
+            turns = await self._turns(request)
+            return await self._open(request, turns, sampling, await self._reserve())
+
+    async def _open(
+        self,
+        request: ChatRequest,
+        turns: list[DialogueTurn],
+        sampling: TokenSampling | None,
+        reservation: Reservation,
+    ) -> Answer:
+        """Opens a stream in a reserved slot."""
         limit = request.max_completion_tokens or request.max_tokens or self._config.max_tokens
         # In a thread, since a long text takes a while to tokenize.
         opening = asyncio.ensure_future(
@@ -536,20 +596,36 @@ class Chat:
             raise ApiError(str(error), code="invalid_value", param="seed") from None
         return None if sampling == own else sampling
 
-    async def _reserve(self) -> Reservation:
-        """Waits in line for a free slot.
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """Waits in line until the media of a request may be decoded.
 
         Raises:
           ApiError: too many wait, it takes too long, or the server is not ready.
         """
         if not self._hub.is_ready:
             raise _busy("the server is not ready", code="not_ready")
-        if not self._waiting:
-            with contextlib.suppress(Refused):
-                return self._hub.reserve()
-        if self._waiting >= self._config.queue:
+        if self._places.locked() and self._waiting >= self._config.queue:
             raise _busy("too many requests wait for a free stream", status=429, code="queue_full")
         self._waiting += 1
+        try:
+            async with asyncio.timeout(self._config.queue_seconds):
+                await self._places.acquire()
+        except TimeoutError:
+            raise _busy("no stream became free in time") from None
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    async def _reserve(self) -> Reservation:
+        """Waits for a free slot.
+
+        Raises:
+          ApiError: it takes too long, or the server is not ready.
+        """
         try:
             async with asyncio.timeout(self._config.queue_seconds), self._turn:
                 while True:
@@ -560,9 +636,7 @@ class Chat:
                             raise _busy("the server ends", code="server_ends") from None
                         await asyncio.sleep(_POLL)
         except TimeoutError:
-            raise _busy("no stream became free in time", code="no_free_stream") from None
-        finally:
-            self._waiting -= 1
+            raise _busy("no stream became free in time") from None
 
     # ------------------------------------------------------------------------------- media
 
@@ -733,6 +807,15 @@ class Chat:
 
     async def upload(self, request: Request) -> Response:
         """Stores a file."""
+        if self._uploads >= _UPLOADS:
+            raise _busy(f"{_UPLOADS} uploads are under way", status=429, code="queue_full")
+        self._uploads += 1
+        try:
+            return await self._upload(request)
+        finally:
+            self._uploads -= 1
+
+    async def _upload(self, request: Request) -> Response:
         limited = Request(
             request.scope, _limited(request.receive, self._config.max_video_bytes + _FORM_BYTES)
         )
@@ -847,18 +930,11 @@ def parse_request(body: bytes) -> ChatRequest:
         raise ApiError(f"{where}{deepest['msg']}", param=place or None, code=deepest["type"]) from None
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The body of a request.
-
-    Raises:
-      ApiError: it is larger than it may be.
-    """
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise _too_large(most)
-    return bytes(body)
+def text_length(message: Message) -> int:
+    """Characters of its texts."""
+    if isinstance(message.content, list):
+        return sum(len(part.text) for part in message.content if isinstance(part, TextPart))
+    return len(message.content or "")
 
 
 def _limited(receive: Receive, most: int) -> Receive:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -158,7 +159,7 @@ def decode_clip(
         times = clip_times(path, sampling, max_pixels=most)
         frames = sample_at(path, times, on_frame=check, max_pixels=most)
         return list(fit_frames(frames, image_size))
-    except (VideoError, av.FFmpegError, OSError):
+    except (VideoError, FFmpegError, OSError):
         # Their messages name the file.
         raise MediaError("the video is damaged, incomplete or in an unknown format") from None
 

@@ -110,8 +110,8 @@ def _errors() -> Iterator[None]:
 def _connect(host: str, port: int, end: float) -> socket.socket:
     """A connection to a host all of whose addresses are public."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [entry[4][0] for entry in found]
-    if not addresses or not all(is_public(str(address)) for address in addresses):
+    addresses = [str(entry[4][0]) for entry in found]
+    if not addresses or not all(map(is_public, addresses)):
         raise MediaError("the host of the URL has an address that is not public")
     return socket.create_connection((addresses[0], port), timeout=max(0.01, end - time.monotonic()))
 

@@ -207,7 +207,8 @@ class Completion(Conversation):
         self._rows = (row for chunk in in_chunks(parts) for row in plan_rows(self._contents, chunk))
         # The row that is being appended, and what is left of it; nothing once the answer has begun.
         self._row, self._left = Plan(), collections.deque[Part]()
-        self._most, self._most_reason = max_tokens, "token_limit"
+        self._most = max_tokens
+        self._most_reason: EndReason = "token_limit"
         self._next_row()
 
     def save(self, wall: float):

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -364,6 +365,28 @@ def test_the_body_of_a_request_is_limited(tokenizer):
         assert chat.post(HELLO).status_code == 200
 
 
+def test_the_bodies_of_all_requests_together_are_limited(tokenizer):
+    with chatting(tokenizer, ChatConfig(max_body_bytes=1000)) as chat, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", chat.port)))
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+            connection.sendall(head.encode() + b" " * 950)
+
+        def refused():
+            answer = chat.post(HELLO | {"user": "x" * 500})
+            return answer.status_code == 429 and "retry-after" in answer.headers
+
+        wait_for(refused)
+        stack.close()
+        wait_for(lambda: chat.post(HELLO).status_code == 200)
+
+
+def test_a_text_far_too_long_is_not_even_tokenized(one_chat):
+    with pytest.raises(openai.BadRequestError, match="characters") as refused:
+        one_chat.ask("word " * 200_000)
+    assert refused.value.code == "context_length_exceeded"
+
+
 def test_a_question_too_long_for_the_model_has_openais_code(one_chat):
     with pytest.raises(openai.BadRequestError) as refused:
         one_chat.ask("word " * 5000)
@@ -391,15 +414,16 @@ def test_a_request_waits_for_a_free_stream_and_not_for_ever(chat):
 def test_too_many_waiting_requests_are_turned_away(chat):
     for _ in range(8):
         chat.call(chat.hub.reserve)
+    # Four are prepared, two wait in line.
     statuses = []
     threads = [
-        threading.Thread(target=lambda: statuses.append(chat.post(HELLO).status_code)) for _ in range(6)
+        threading.Thread(target=lambda: statuses.append(chat.post(HELLO).status_code)) for _ in range(10)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert sorted(statuses) == [429] * 4 + [503] * 2
+    assert sorted(statuses) == [429] * 4 + [503] * 6
 
 
 @pytest.mark.parametrize("streamed", [False, True])
