@@ -725,11 +725,21 @@ class Chat:
             raise
         return medium
 
+    def _clip_sampling(self, options: VideoOptions, images: int, videos: int) -> FrameSampling:
+        """How each of some videos is sampled, so that there is room for all media of a request."""
+        own, most = (
+            frames_that_fit(self._sampling, self._hub.scheduler.engine.config),
+            self._config.max_frames,
+        )
+        share = max(1, (min(most, own.max_frames or most) - images) // max(1, videos))
+        return FrameSampling(
+            fps=options.fps or own.fps,
+            min_frames=min(share, options.num_frames or own.min_frames),
+            max_frames=min(share, options.num_frames or share),
+        )
+
     async def _decode(self, media: list[Medium], options: VideoOptions) -> list[list[Frame]]:
         """Decodes all media in threads; the frames of each."""
-        most, capacity = self._config.max_frames, self._hub.scheduler.engine.config
-        sampling = dataclasses.replace(self._sampling, min_frames=1, max_frames=most)
-        sampling = frames_that_fit(sampling, capacity)
         stopped = threading.Event()
         loop = asyncio.get_running_loop()
         pending: list[asyncio.Future[list[Frame]]] = []
@@ -738,14 +748,7 @@ class Chat:
         except OSError:
             raise ApiError("a file is gone or cannot be read", code="invalid_media") from None
         images = sum(map(is_image, heads))
-        if videos := len(media) - images:
-            share = max(1, ((sampling.max_frames or most) - images) // videos)
-            sampling = dataclasses.replace(
-                sampling,
-                fps=options.fps or sampling.fps,
-                max_frames=min(share, options.num_frames or share),
-                min_frames=min(share, options.num_frames or 1),
-            )
+        sampling = self._clip_sampling(options, images, len(media) - images)
 
         def on_frame() -> None:
             if stopped.is_set() or self._hub.is_closing:

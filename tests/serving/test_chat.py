@@ -2,14 +2,18 @@
 
 import base64
 import contextlib
+import functools
 import http.client
+import io
 import json
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import httpx
 import numpy as np
 import openai
@@ -24,9 +28,8 @@ from moss_jax.serving.chat import Stops, routes
 from moss_jax.serving.hub import Hub
 from moss_jax.serving.media import MediaLimits, decode_clip
 from moss_jax.stream import Scheduler, Text, answer_offline
-from moss_jax.video import Frame
+from moss_jax.video import Frame, fit_frame
 
-DEMO = Path(__file__).parents[2] / "assets" / "demo.mp4"
 MODEL = "moss-test"
 CONFIG = ChatConfig(queue_seconds=0.3, queue=2, max_frames=40, file_bytes=2**20, files=3)
 
@@ -107,13 +110,29 @@ def video(url: str) -> dict:
     return {"type": "video_url", "video_url": {"url": url}}
 
 
-def demo_url() -> str:
-    return f"data:video/mp4;base64,{base64.b64encode(DEMO.read_bytes()).decode()}"
+@functools.cache
+def clip() -> bytes:
+    """A video of 16 seconds that gets brighter."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for number in range(16):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 15 * number, np.uint8))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
 
 
-def demo_frames(**sampling) -> list[int]:
+def clip_url() -> str:
+    return f"data:video/mp4;base64,{base64.b64encode(clip()).decode()}"
+
+
+def clip_frames(**sampling) -> list[int]:
     """What the engine tells the frames of the clip by."""
-    frames = decode_clip(DEMO, FrameSampling(**sampling), 112, limits=MediaLimits())
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        Path(file.name).write_bytes(clip())
+        frames = decode_clip(file.name, FrameSampling(**sampling), 112, limits=MediaLimits())
     return [int(frame.rgb[0, 0, 0]) for frame in frames]
 
 
@@ -218,18 +237,17 @@ def test_stops_are_found_however_the_text_is_cut(answer, stops, data):
 
 def test_videos_from_everywhere(tokenizer, tmp_path):
     """A data URL, an upload, a file below a folder that is allowed, and the forms that name them."""
-    (tmp_path / "a b.mp4").write_bytes(DEMO.read_bytes())
+    (tmp_path / "a b.mp4").write_bytes(clip())
     config = ChatConfig(file_roots=(str(tmp_path),), file_bytes=2**30)
-    expected = demo_frames()
+    expected = clip_frames()
     with chatting(tokenizer, config) as chat:
-        with open(DEMO, "rb") as file:
-            uploaded = chat.client().files.create(file=file, purpose="user_data")
+        uploaded = chat.client().files.create(file=("clip.mp4", clip()), purpose="user_data")
         ways = [
-            video(demo_url()),
-            {"type": "video_url", "video_url": demo_url()},
+            video(clip_url()),
+            {"type": "video_url", "video_url": clip_url()},
             video(uploaded.id),
             {"type": "file", "file": {"file_id": uploaded.id}},
-            {"type": "file", "file": {"file_data": demo_url(), "filename": "clip.mp4"}},
+            {"type": "file", "file": {"file_data": clip_url(), "filename": "clip.mp4"}},
             video(f"file://{tmp_path}/a b.mp4"),
             video(f"file://localhost{tmp_path}/a%20b.mp4"),
         ]
@@ -241,16 +259,16 @@ def test_videos_from_everywhere(tokenizer, tmp_path):
 
 def test_the_frames_of_a_request_are_limited_and_shared(tokenizer):
     with chatting(tokenizer, ChatConfig(max_frames=9)) as chat:
-        chat.ask(video(demo_url()), video(demo_url()), image(3), text("A cat?"))
-        assert chat.engine.seen == [*demo_frames(max_frames=4) * 2, 3]
+        chat.ask(video(clip_url()), video(clip_url()), image(3), text("A cat?"))
+        assert chat.engine.seen == [*clip_frames(max_frames=4) * 2, 3]
         chat.engine.seen.clear()
         chat.ask(
-            video(demo_url()), text("A cat?"), extra_body={"media_io_kwargs": {"video": {"num_frames": 5}}}
+            video(clip_url()), text("A cat?"), extra_body={"media_io_kwargs": {"video": {"num_frames": 5}}}
         )
-        assert chat.engine.seen == demo_frames(min_frames=5, max_frames=5)
+        assert chat.engine.seen == clip_frames(min_frames=5, max_frames=5)
         chat.engine.seen.clear()
-        chat.ask(video(demo_url()), text("A cat?"), extra_body={"media_io_kwargs": {"video": {"fps": 0.2}}})
-        assert chat.engine.seen == demo_frames(fps=0.2)
+        chat.ask(video(clip_url()), text("A cat?"), extra_body={"media_io_kwargs": {"video": {"fps": 0.2}}})
+        assert chat.engine.seen == clip_frames(fps=0.2)
         with pytest.raises(openai.BadRequestError, match="at most 9 images"):
             chat.ask(*[image(1)] * 10)
 
@@ -260,9 +278,9 @@ def test_a_clip_is_sampled_to_what_a_bank_that_forgets_nothing_has_room_for(toke
     hub = Hub(Scheduler(engine, SchedulerConfig()), model=MODEL)
     with running(hub, routes=routes(hub)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        messages = [{"role": "user", "content": [video(demo_url()), text("A cat?")]}]
+        messages = [{"role": "user", "content": [video(clip_url()), text("A cat?")]}]
         client.chat.completions.create(model=MODEL, messages=messages)
-    assert engine.seen == demo_frames(max_frames=3)
+    assert engine.seen == clip_frames(max_frames=3)
 
 
 # The body that lmms-eval 0.7.3 sends with `--model openai --model_args ...,pass_video_url=True`.
@@ -284,14 +302,14 @@ LMMS_EVAL = {
 
 
 def test_the_request_of_lmms_eval(tokenizer, tmp_path):
-    clip = tmp_path / "clip.mp4"
-    clip.write_bytes(DEMO.read_bytes())
-    body = json.loads(json.dumps(LMMS_EVAL).replace("{path}", str(clip)))
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(clip())
+    body = json.loads(json.dumps(LMMS_EVAL).replace("{path}", str(path)))
     with chatting(tokenizer, ChatConfig(file_roots=(str(tmp_path),))) as chat:
         answer = chat.post(body).json()
         assert answer["choices"][0]["message"]["content"] == "A cat. It sleeps."
         assert answer["usage"]["prompt_tokens"] > 10
-        assert chat.engine.seen == demo_frames(min_frames=10, max_frames=10)
+        assert chat.engine.seen == clip_frames(min_frames=10, max_frames=10)
 
 
 # --------------------------------------------------------------------------------------- errors
@@ -595,8 +613,6 @@ def test_answers_are_those_of_the_offline_answer(make_engine, tokenizer, frames)
         greedy = ask()
         assert ask(temperature=0.0, top_p=0.5) == greedy
     assert warm[0] == warm[1] != warm[2]
-    from moss_jax.video import fit_frame
-
-    clip = [Frame(fit_frame(rgb, size), 0.0) for rgb in shown]
-    events = answer_offline(make_engine(), clip, "What is it?", max_tokens=12)
+    fitted = [Frame(fit_frame(rgb, size), 0.0) for rgb in shown]
+    events = answer_offline(make_engine(), fitted, "What is it?", max_tokens=12)
     assert greedy == "".join(event.text for event in events if isinstance(event, Text))

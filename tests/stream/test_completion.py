@@ -3,6 +3,7 @@
 import json
 import threading
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -136,6 +137,7 @@ def test_live_neighbours_and_completions_say_what_they_say_alone(make_engine, fr
     assert [streams[i] for i in range(2)] == alone
 
 
+@pytest.mark.slow
 def test_in_realtime_a_live_stream_is_answered_beside_a_long_clip(make_engine, frames):
     """Its frames are neither dropped nor behind those of the clip."""
     with Scheduler(make_engine(slots=2), REALTIME) as scheduler:
@@ -150,6 +152,20 @@ def test_in_realtime_a_live_stream_is_answered_beside_a_long_clip(make_engine, f
     assert events[-1].counters.frames == 32
     assert len(shown) == 3
     assert events[-1].figures.ttft > 0
+
+
+@pytest.mark.slow
+def test_frames_are_encoded_on_another_device_while_others_talk(make_engine, frames):
+    shown = clip(frames, 30)
+    expected = told(answer_offline(make_engine(), shown, "What is it?", max_tokens=9))
+    engine = make_engine(slots=2, perception_device=jax.devices()[0])
+    with Scheduler(engine, REALTIME) as scheduler:
+        talking = scheduler.open(SessionConfig(max_tokens_per_turn=400), prompt="What is there?")
+        events = iter(talking)
+        while not isinstance(next(events), Text):
+            pass
+        assert told(scheduler.complete([user(*shown, "What is it?")], max_tokens=9)) == expected
+        talking.stop()
 
 
 # --------------------------------------------------------------------------------- the dialogue
