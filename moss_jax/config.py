@@ -694,6 +694,43 @@ class ServerConfig:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class SecurityConfig:
+    """What the live server lets clients do; the size of a message is in `ServerConfig`.
+
+    Attributes:
+      max_connections: connections and requests at once, of all.
+      max_connections_per_address: of one address.
+      connections_per_second: new connections and requests of one address, on average.
+      connection_burst: those that may come at once.
+      messages_per_second: of a WebSocket; what comes faster is read later.
+      message_burst: those that are read at once.
+      max_body_bytes: of a request that is no WebSocket.
+    """
+
+    max_connections: int = 1024
+    max_connections_per_address: int = 128
+    connections_per_second: float = 50.0
+    connection_burst: int = 200
+    messages_per_second: float = 100.0
+    message_burst: int = 200
+    max_body_bytes: int = 256 * 2**20
+
+    def __post_init__(self):
+        _convert_fields(self)
+        for name in ("connections_per_second", "messages_per_second"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        _require_at_least(
+            1,
+            self,
+            "max_connections",
+            "max_connections_per_address",
+            "connection_burst",
+            "message_burst",
+            "max_body_bytes",
+        )
+
+
 # --------------------------------------------------------------------------------------- training
 
 
