@@ -659,6 +659,7 @@ class ServerConfig:
       counters_seconds: between two `moss.counters` events.
       save_seconds: between two saves of a running stream, where there is a folder for them.
       keep_seconds: how long a saved stream that nobody resumes is kept.
+      restart_seconds: after which streams can be opened again when a step has failed.
       drain_seconds: how long running streams may take to be told and saved at the end of the server.
       correction: the words by which the model begins to take back what it was saying; empty for none.
     """
@@ -673,12 +674,13 @@ class ServerConfig:
     counters_seconds: float = 1.0
     save_seconds: float = 30.0
     keep_seconds: float = 86400.0
+    restart_seconds: float = 0.5
     drain_seconds: float = 10.0
     correction: str = " - wait, "
 
     def __post_init__(self):
         _convert_fields(self)
-        for name in ("counters_seconds", "save_seconds", "drain_seconds"):
+        for name in ("counters_seconds", "save_seconds", "restart_seconds", "drain_seconds"):
             _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         for name in ("grace_seconds", "keep_seconds"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")

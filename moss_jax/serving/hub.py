@@ -55,8 +55,9 @@ class ServerCounters:
       errors_by_code: errors that clients were sent.
       slow_clients: connections that were closed since the client did not read.
       saves, failed_saves: of streams.
+      restarts: of the scheduler, after a step has failed.
       observers: called with the name of a duration and its seconds: "ttft" from a prompt to the first text,
-        "frame" from a frame's arrival until it was seen, "save" of a stream.
+        "frame" from a frame's arrival until its step, "extend" until the token after it, "save" of a stream.
     """
 
     connections: int = 0
@@ -73,6 +74,7 @@ class ServerCounters:
     slow_clients: int = 0
     saves: int = 0
     failed_saves: int = 0
+    restarts: int = 0
     observers: list[Callable[[str, float], None]] = dataclasses.field(default_factory=list)
 
     def observe(self, name: str, seconds: float) -> None:
@@ -96,6 +98,11 @@ class Reservation:
 
 class Connection(Protocol):
     """A client, as a session sees it."""
+
+    @property
+    def unsent(self) -> int:
+        """Events that wait."""
+        ...
 
     def put(self, text: str) -> bool:
         """Queues an event; False if too many wait."""
@@ -160,6 +167,11 @@ class Session:
     def is_connected(self) -> bool:
         """Whether a client is there."""
         return self._connection is not None
+
+    @property
+    def unsent(self) -> int:
+        """Events that wait until the client takes them."""
+        return 0 if self._connection is None else self._connection.unsent
 
     def send(self, event: protocol.Event) -> None:
         """Sends an event, or keeps it for when the client is back."""
@@ -253,6 +265,8 @@ class Session:
                     _logger.exception("an event of session %s was lost", self.id)
                 if isinstance(event, End):
                     self._hub.counters.streams_by_end[event.reason] += 1
+                    details = {"reason": event.reason, "counters": dataclasses.asdict(event.counters)}
+                    _logger.info("a stream ended", extra=details)
         finally:
             self.is_over = True
             if saving is not None:
@@ -403,8 +417,8 @@ class Hub:
       state_folder: where streams are saved; None for nowhere.
 
     Attributes:
-      is_ready: whether streams may be opened: the programs are compiled, and the server does not end.
-      was_ready: whether they ever could.
+      is_warm: whether the programs are compiled.
+      was_ready: whether streams could be opened at some time.
       reserved: slots that are kept for somebody.
       sessions: by id.
       counters: of all.
@@ -426,12 +440,13 @@ class Hub:
         self.session_config = dataclasses.replace(session or SessionConfig(), clock=scheduler.config.clock)
         self.model = model
         self.state_folder = None if state_folder is None else Path(state_folder)
-        self.is_ready = self.was_ready = False
+        self.is_warm = self.was_ready = False
         self.is_closing = False
         self.reserved = 0
         self.sessions: dict[str, Session] = {}
         self.counters = ServerCounters()
         self.decoders = ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode")
+        self._watching: asyncio.Task | None = None
         engine = scheduler.engine
         self.image_size = engine.model_config.vision.image_size if isinstance(engine, Engine) else 112
 
@@ -444,13 +459,30 @@ class Hub:
             await in_thread(lambda: warm_up_all(engine, self.image_size))
         if not self.is_closing:
             self.scheduler.start()
-            self.is_ready = self.was_ready = True
+            self.is_warm = self.was_ready = True
+            self._watching = asyncio.create_task(self._watch())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether streams may be opened: programs are compiled, steps work, and the server does not end."""
+        return self.is_warm and not self.is_closing and self.scheduler.is_started
+
+    async def _watch(self) -> None:
+        """Has the scheduler begin anew after a step has failed."""
+        while True:
+            await asyncio.sleep(self.config.restart_seconds)
+            if not self.is_closing and not self.scheduler.is_started:
+                self.scheduler.start()
+                self.counters.restarts += 1
+                _logger.warning("the scheduler begins anew")
 
     async def close(self) -> None:
         """Takes no more streams, tells the running ones, saves them if it can, and ends them."""
         if self.is_closing:
             return
-        self.is_closing, self.is_ready = True, False
+        self.is_closing = True
+        if self._watching is not None:
+            self._watching.cancel()
         await asyncio.gather(*(session.shut_down() for session in list(self.sessions.values())))
         await asyncio.to_thread(self.scheduler.close)
         self.decoders.shutdown(wait=False)
@@ -466,20 +498,26 @@ class Hub:
         Raises:
           Refused: there is none.
         """
-        if not self.is_ready:
-            raise Refused("the server ends" if self.is_closing else "the server is not ready yet")
-        # After a step has failed, the scheduler begins anew.
-        with contextlib.suppress(RuntimeError):
-            self.scheduler.start()
+        self._check_ready()
         if not self.free_slots:
             raise Refused(f"all {self.scheduler.engine.config.slots} streams are taken; try again later")
         self.reserved += 1
         return Reservation(self)
 
+    def _check_ready(self) -> None:
+        """Raises `Refused` if streams cannot be opened now."""
+        if self.is_closing:
+            raise Refused("the server ends")
+        if not self.is_warm:
+            raise Refused("the server is not ready yet")
+        if not self.scheduler.is_started:
+            raise Refused("the server recovers from an error; try again in a moment")
+
     async def open(self, reservation: Reservation | None = None, **options: Any) -> Stream:
         """Opens a stream in a reserved slot, or in a free one; options and errors of `Scheduler.open`."""
         reservation = reservation or self.reserve()
         try:
+            self._check_ready()
             return await asyncio.to_thread(self.scheduler.open, **options)
         finally:
             reservation.release()
