@@ -7,11 +7,13 @@ import hmac
 import ipaddress
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moss_jax.config import ConfigError, SecurityConfig
@@ -315,3 +317,14 @@ async def refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -
     await send({"type": f"{prefix}.response.start", "status": status, "headers": headers})
     await send({"type": f"{prefix}.response.body", "body": content})
 
+
+
+def protection(gate: Gate, origins: Sequence[str] = ()) -> list[Middleware]:
+    """The middleware of a gate, and what tells browsers that pages of other origins may read answers."""
+    cross = Middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["authorization", "content-type"],
+    )
+    return [*([cross] if origins else []), Middleware(Guard, gate=gate)]
