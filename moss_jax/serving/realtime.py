@@ -232,6 +232,8 @@ class Reader:
             else:
                 await self.dialogue.handle(event)
         except ProtocolError as error:
+            if event_id is None and text is not None:
+                event_id = protocol.event_id_of(text)
             self.dialogue.session.send(protocol.error_event(error, event_id))
         except Refused as error:
             refused = ProtocolError(str(error), code="no_free_stream", type="server_error")
