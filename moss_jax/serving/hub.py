@@ -146,7 +146,7 @@ class Session:
     """
 
     def __init__(self, hub: "Hub", identity: tuple[str, str] | None = None):
-        self.id, self.token = identity or (f"sess_{secrets.token_hex(12)}", secrets.token_urlsafe(24))
+        self.id, self.token = identity or (hub.new_id(), secrets.token_urlsafe(24))
         self.stream: Stream | None = None
         self.owner: Owner | None = None
         self.is_resumable = self.is_over = False
@@ -415,6 +415,7 @@ class Hub:
       session: bounds of the streams, which a session may change in part.
       model: name of the model.
       state_folder: where streams are saved; None for nowhere.
+      id_prefix: up to 8 hexadecimal digits that ids of sessions begin with, where they say whose they are.
 
     Attributes:
       is_warm: whether the programs are compiled.
@@ -434,7 +435,9 @@ class Hub:
         session: SessionConfig | None = None,
         model: str = "moss",
         state_folder: str | os.PathLike | None = None,
+        id_prefix: str = "",
     ):
+        self._id_prefix = id_prefix
         self.scheduler = scheduler
         self.config = config or ServerConfig()
         self.session_config = dataclasses.replace(session or SessionConfig(), clock=scheduler.config.clock)
@@ -534,6 +537,10 @@ class Hub:
         self.sessions[session.id] = session
         self.counters.sessions_total += 1
         return session
+
+    def new_id(self) -> str:
+        """An id that no other session has."""
+        return f"sess_{self._id_prefix}{secrets.token_hex(12)[len(self._id_prefix) :]}"
 
     def find(self, session_id: str, token: str) -> Session | None:
         """A session that a client wants to resume; None if it is not in memory.
