@@ -1,10 +1,12 @@
 """What Prometheus reads, and what tells that the server is ready."""
 
 import json
+import re
 from pathlib import Path
 
 import httpx
 import numpy as np
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from servers import Client, running, wait_for
 
@@ -81,3 +83,20 @@ def test_ready_follows_the_scheduler(answering):
             assert client.receive()["error"]["message"] == "the server is not ready yet"
         server.call(setattr, hub, "is_warm", True)
         assert httpx.get(f"{server.url}/readyz").status_code == 200
+
+
+def test_dashboard_and_alerts_use_metrics_that_exist(answering):
+    metrics = Metrics(Hub(Scheduler(answering)), Gate())
+    exposed = generate_latest(metrics.registry).decode()
+    # With labels that nothing has happened for yet, a metric has no sample.
+    known = set(re.findall(r"^# TYPE (\S+)", exposed, re.M))
+    known |= {f"{name}_{part}" for name in known for part in ("bucket", "count", "sum")}
+    dashboard = json.loads((DEPLOY / "grafana.json").read_text())
+    texts = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    texts += [variable["query"]["query"] for variable in dashboard["templating"]["list"][1:]]
+    texts.append((DEPLOY / "alerts.yml").read_text())
+    used = {name for text in texts for name in re.findall(r"\b(?:moss|process)_[a-z_]+", text)} - {"moss_jax"}
+    assert len(used) > 25
+    # The small engine of the test has no slots in a device's memory.
+    assert used - known <= {"moss_slots_held_bytes"}
+    assert {panel["id"] for panel in dashboard["panels"]} == set(range(1, len(dashboard["panels"]) + 1))
