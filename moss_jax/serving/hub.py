@@ -141,6 +141,7 @@ class Session:
       owner: of its events.
       is_resumable: whether the client knows how to resume it.
       is_over: whether the stream has ended, or never will be opened.
+      is_forgotten: whether nobody can resume it any more, so that it must not have a file.
       reservation: of a slot, until the stream is opened.
       sequence: number of the last event.
     """
@@ -157,7 +158,9 @@ class Session:
         self._sent: collections.deque[tuple[int, str]] = collections.deque(maxlen=hub.config.replay_events)
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task | None = None
-        self._keeps_file = False
+        self._keeps_file = self.is_forgotten = False
+        # One save after the other, since each removes the file of the one before.
+        self._writing = threading.Lock()
         # What to do when a copy of the stream comes out of its inbox.
         self._marks: dict[Future, Callable[[], object]] = {}
 
@@ -302,13 +305,20 @@ class Session:
         finally:
             self._marks.pop(future, None)
         try:
-            await asyncio.to_thread(write_session, folder, self.id, self.token, saved, dialogue)
+            await asyncio.to_thread(self._write, folder, saved, dialogue)
         except OSError:
             self._hub.counters.failed_saves += 1
             raise
         self._hub.counters.saves += 1
         self._hub.counters.observe("save", time.monotonic() - started)
         return saved.dialogue["start_time"]
+
+    def _write(self, folder: Path, saved: SavedStream, dialogue: dict[str, Any]) -> None:
+        """Writes the session to the folder, in a thread, which goes on though nobody waits for it any more."""
+        with self._writing:
+            write_session(folder, self.id, self.token, saved, dialogue)
+        if self.is_forgotten:
+            remove_session(folder, self.id)
 
     async def _save_often(self) -> None:
         """Saves the stream again and again, where the client knows how to resume it."""
@@ -572,6 +582,7 @@ class Hub:
     def forget(self, session: Session, *, keeps_file: bool = False) -> None:
         """Drops a session, with its files."""
         if self.sessions.pop(session.id, None) is not None and self.state_folder and not keeps_file:
+            session.is_forgotten = True
             remove_session(self.state_folder, session.id)
 
 
