@@ -158,6 +158,8 @@ class Dialogue:
         self._corrections = Corrections(hub.config.correction)
         self._arrivals: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._latencies: collections.deque[float] = collections.deque(maxlen=RECENT)
+        # When the frames arrived that the next token comes after.
+        self._seen: list[float] = []
         self._counters_task: asyncio.Task | None = None
         self._time = 0.0
         self._room = asyncio.Event()
@@ -565,6 +567,10 @@ class Dialogue:
     def on_event(self, event: Event) -> None:
         """Tells the client of an event of the stream."""
         self._time = event.stream_time
+        if isinstance(event, Text | Silence):
+            for arrived in self._seen:
+                self._hub.counters.observe("extend", time.monotonic() - arrived)
+            self._seen.clear()
         match event:
             case FrameSeen() | FrameUnseen() | FrameDropped():
                 self._on_frame(event)
@@ -621,6 +627,7 @@ class Dialogue:
         if fate == "seen":
             self._latencies.append(seconds)
             self._hub.counters.observe("frame", seconds)
+            self._seen.append(frame.arrived)
         fates = self._fates[frame.item_id]
         fates[frame.index] = FrameInfo(
             index=frame.index, time=frame.time, fate=fate, queued=len(self._frames)
