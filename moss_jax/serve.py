@@ -54,7 +54,17 @@ from moss_jax.stream.events import EndReason
 from moss_jax.terminal.feed import adapt_rate, open_session, report_skipped, run_session
 from moss_jax.terminal.transcript import clock, print_json, print_transcript
 from moss_jax.text import TokenizerError, chat
-from moss_jax.video import VideoError, VideoInfo, clip_times, fit_frames, is_live, probe, read_live, sample_at, sample_file
+from moss_jax.video import (
+    VideoError,
+    VideoInfo,
+    clip_times,
+    fit_frames,
+    is_live,
+    probe,
+    read_live,
+    sample_at,
+    sample_file,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -148,7 +158,9 @@ def open_stream(args: argparse.Namespace) -> Stream:
     if is_live(args.video):
         if args.offline or session_config.clock == "lockstep":
             if args.offline or args.clock == "lockstep":
-                raise ConfigError("a camera or an address is live: it takes neither --offline nor --clock lockstep")
+                raise ConfigError(
+                    "a camera or an address is live: it takes neither --offline nor --clock lockstep"
+                )
             session_config = dataclasses.replace(session_config, clock="realtime")
         source = read_live(args.video, sampling)
         info = None
@@ -187,9 +199,7 @@ def open_stream(args: argparse.Namespace) -> Stream:
     length = f" · {info.duration:.1f} s" if info and info.duration else ""
     size = f"{info.width}×{info.height}" if info else "live"
     mode = "offline" if args.offline else session_config.clock
-    heading = (
-        f"{Path(args.video).name} · {size}{length} · {rate} fps · {mode}\n{opened.name}\n"
-    )
+    heading = f"{Path(args.video).name} · {size}{length} · {rate} fps · {mode}\n{opened.name}\n"
     # Times of the frames that cannot be decoded.
     skipped: list[float] = []
     session = None
@@ -350,7 +360,7 @@ def run_client(args: argparse.Namespace) -> int:
 
 
 def own_token(path: Path | None) -> str | None:
-    """The token that a client sends: the first of a file, or of the variable MOSS_TOKENS; None if there is none.
+    """The token that a client sends: the first of a file, or of the variable MOSS_TOKENS; None without.
 
     Raises:
       ConfigError: the file cannot be read.
@@ -380,7 +390,9 @@ def mesh_of(axes: str | None) -> "jax.sharding.Mesh | None":
         return None
     given = dict(part.partition("=")[::2] for part in axes.split(","))
     if not given.keys() <= set(MESH_AXES) or not all(n.isdecimal() and int(n) for n in given.values()):
-        raise ConfigError(f"--mesh names axes ({', '.join(MESH_AXES)}) and devices, as tensor=2, not {axes!r}")
+        raise ConfigError(
+            f"--mesh names axes ({', '.join(MESH_AXES)}) and devices, as tensor=2, not {axes!r}"
+        )
     sizes = {name: int(number) for name, number in given.items()}
     devices, needed = jax.devices(), math.prod(sizes.values())
     if needed > len(devices):
@@ -460,7 +472,12 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=command.HelpFormatter,
     )
     add = parser.add_argument
-    add("--video", metavar="FILE", help="video or image file, number of a camera, or address such as rtsp://… (default: none, this is the live server)")
+    add(
+        "--video",
+        metavar="FILE",
+        help="video or image file, number of a camera, or address such as rtsp://host/path (default: none, "
+        "this is the live server)",
+    )
     add(
         "--connect",
         metavar="URL",
@@ -570,7 +587,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="go on with a saved stream: the video follows on what it has seen, and its clock goes on",
     )
-    add("--json", action="store_true", help="print one JSON object per event instead of a transcript; the live server logs so")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object per event instead of a transcript; the live server logs so",
+    )
     add("--timeline", type=Path, metavar="FILE", help="draw frames, prompts and answers over time, as a .png")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings that override the defaults")
     add("--gin_param", action="append", default=[], metavar="BINDING", help="e.g. 'frames.fps = 2'")

@@ -28,7 +28,8 @@ def test_the_plain_client_shows_asks_and_finishes(served):
                 client.finish()
         assert said == "A cat. It sleeps."
         assert isinstance(event, protocol.EndEvent)
-        assert event.counters and event.counters["frames"] == 1
+        assert event.counters is not None
+        assert event.counters["frames"] == 1
 
 
 def test_the_async_client_gets_a_lost_connection_back(served):
@@ -66,8 +67,9 @@ def test_a_clip_is_watched(served):
 
 
 def test_errors_are_told_when_the_client_connects(served):
-    with pytest.raises(ServerError, match="temperature -1") as told, Client(
-        served.url, settings={"sampling": {"temperature": -1}}
+    with (
+        pytest.raises(ServerError, match="temperature -1") as told,
+        Client(served.url, settings={"sampling": {"temperature": -1}}),
     ):
         pass
     assert told.value.code == "invalid_setting"
