@@ -307,7 +307,8 @@ class Session:
         future.add_done_callback(stream.inbox.put)  # pyright: ignore[reportArgumentType]
         try:
             saved = await asyncio.wrap_future(future)
-            dialogue = await state
+            # What came after the copy was made is not in it.
+            dialogue = await state | {"inbox": saved.dialogue["inbox"]}
         finally:
             self._marks.pop(future, None)
         try:
@@ -346,7 +347,7 @@ class Session:
                 saved = self._keeps_file = True
             except (OSError, SessionError, TimeoutError) as error:
                 _logger.warning("session %s was not saved: %s", self.id, error)
-        if self.owner is not None:
+        if self.owner is not None and not self.is_over:
             self.owner.on_shutdown(saved=saved)
         self.close(CLOSE_RESTART, "the server ends")
         self.end()
