@@ -722,7 +722,7 @@ class ChatConfig:
     queue_seconds: float = 30.0
     max_body_bytes: int = 64 * 2**20
     max_image_bytes: int = 16 * 2**20
-    max_video_bytes: int = 512 * 2**20
+    max_video_bytes: int = 200 * 2**20
     max_video_seconds: float = 3600.0
     max_frames: int = 256
     decode_seconds: float = 120.0

@@ -505,7 +505,10 @@ class Chat:
         async def guarded(request: Request) -> Response:
             try:
                 return await endpoint(request)
-            except ApiError as error:
+            except (ApiError, HTTPException) as error:
+                if isinstance(error, HTTPException):
+                    # Of a form that is not valid, or a body that the server's own limits refuse.
+                    error = ApiError(error.detail, status=error.status_code, code="invalid_body")
                 self._hub.counters.errors_by_code[error.code or "invalid_request"] += 1
                 return JSONResponse(error.body, status_code=error.status, headers=error.headers)
             except ClientDisconnect:
@@ -839,8 +842,6 @@ class Chat:
                 stored = await self.files.add(
                     _chunks(file), name=name, purpose=str(purpose), keep_seconds=keep_seconds
                 )
-        except HTTPException as error:
-            raise ApiError(f"the form is not valid: {error.detail}", code="invalid_form") from None
         except StoreFull as error:
             raise ApiError(str(error), status=413, code="storage_full", param="file") from None
         except OSError:

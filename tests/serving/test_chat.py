@@ -470,21 +470,22 @@ def test_a_client_that_goes_away_leaves_the_line(chat):
     wait_for(lambda: chat.free == 1)
 
 
-def test_answers_beside_one_another(chat):
-    answers = {}
+def test_answers_beside_one_another(tokenizer):
+    with chatting(tokenizer, ChatConfig()) as chat:
+        answers = {}
 
-    def ask(number: int) -> None:
-        question = "A cat?" if number % 2 else "What colour?"
-        answers[number] = chat.ask(image(number), text(question)).choices[0].message.content
+        def ask(number: int) -> None:
+            question = "A cat?" if number % 2 else "What colour?"
+            answers[number] = chat.ask(image(number), text(question)).choices[0].message.content
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    expected = [ANSWERS["colour"], ANSWERS["cat"]]
-    assert [answers[number] for number in range(8)] == expected * 4
-    assert sorted(chat.engine.seen) == list(range(8))
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        expected = [ANSWERS["colour"], ANSWERS["cat"]]
+        assert [answers[number] for number in range(8)] == expected * 4
+        assert sorted(chat.engine.seen) == list(range(8))
 
 
 def test_a_server_that_ends_tells_its_clients(tokenizer):
