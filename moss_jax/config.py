@@ -448,6 +448,8 @@ class TokenSampling:
         _require(self.temperature >= 0, f"temperature {self.temperature} must not be negative")
         _require_seed(self.seed)
         _require(self.top_k >= 0, f"top_k {self.top_k} must not be negative; 0 disables it")
+        # It is a number of 32 bits on the device.
+        _require(self.top_k < 2**31, f"top_k {self.top_k} must be below 2**31; 0 disables it")
         _require(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
         _require(
             self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty} must be positive"

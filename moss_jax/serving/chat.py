@@ -179,7 +179,7 @@ class ChatRequest(_Object):
     temperature: float | None = pydantic.Field(None, ge=0, le=2)
     top_p: float | None = pydantic.Field(None, gt=0, le=1)
     top_k: int | None = pydantic.Field(None, ge=0)
-    repetition_penalty: float | None = pydantic.Field(None, gt=0, allow_inf_nan=False)
+    repetition_penalty: float | None = pydantic.Field(None, ge=0.1, le=10)
     seed: int | None = None
     stop: str | list[str] | None = None
     n: int | None = None
@@ -591,12 +591,17 @@ class Chat:
         own = engine.sampling if isinstance(engine, Engine) else TokenSampling()
         names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
         given = {name: value for name in names if (value := getattr(request, name)) is not None}
+        # In single precision, lower ones would be 0, and 0 of a share would be no token.
+        if 0 < given.get("temperature", 0) < 1e-4:
+            given["temperature"] = 0.0
+        if "top_p" in given:
+            given["top_p"] = max(given["top_p"], 1e-4)
         if request.seed is None and request.temperature:
             given["seed"] = secrets.randbelow(2**31)
         try:
             sampling = dataclasses.replace(own, **given)
         except ConfigError as error:
-            raise ApiError(str(error), code="invalid_value", param="seed") from None
+            raise ApiError(str(error), code="invalid_value") from None
         return None if sampling == own else sampling
 
     @contextlib.asynccontextmanager

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from servers import Running, data_url, png, running, wait_for
 
 from moss_jax.config import ChatConfig, EngineConfig, FrameSampling, MemoryConfig, SchedulerConfig
-from moss_jax.serving.chat import Stops, routes
+from moss_jax.serving.chat import ApiError, ChatRequest, Stops, parse_request, routes
 from moss_jax.serving.hub import Hub
 from moss_jax.serving.media import MediaLimits, decode_clip
 from moss_jax.stream import Scheduler, Text, answer_offline
@@ -338,7 +338,10 @@ REFUSED = {
     "a text as number": (HELLO | {"top_p": "much"}, 400, "top_p"),
     "no tokens": (HELLO | {"max_tokens": 0}, 400, "max_tokens"),
     "an empty stop": (HELLO | {"stop": ""}, 400, "stop"),
-    "a large seed": (HELLO | {"seed": 2**70}, 400, "seed"),
+    "a large seed": (HELLO | {"seed": 2**70}, 400, None),
+    "a large top_k": (HELLO | {"top_k": 2**40}, 400, None),
+    "no temperature": (b'{"model": "moss-test", "messages": [], "temperature": NaN}', 400, None),
+    "depth": (b"[" * 100_000, 400, None),
     "JSON wanted": (HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format"),
     "audio": (user({"type": "input_audio", "input_audio": {}}), 400, "messages.0.content.0"),
     "bad base64": (user(image("data:image/png;base64,?")), 400, "messages.0.content.0"),
@@ -374,6 +377,35 @@ def test_what_is_wrong_is_told_in_openais_form(one_chat, name):
     assert param is None or error["param"] == param
     assert "passwd" not in error["message"]
     assert one_chat.free == 8
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["text", "user"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "image_url", "url"]), inner, max_size=4
+        )
+    ),
+)
+
+
+@given(st.dictionaries(st.sampled_from(list(ChatRequest.model_fields)), JSON), JSON)
+def test_whatever_comes_is_a_request_or_an_error(fields, messages):
+    body = HELLO | fields | ({"messages": messages} if messages else {})
+    with contextlib.suppress(ApiError):
+        parse_request(json.dumps(body).encode()).check()
+
+
+@given(st.binary(max_size=40))
+def test_bytes_are_an_error(body):
+    with pytest.raises(ApiError):
+        parse_request(body)
 
 
 def test_the_body_of_a_request_is_limited(tokenizer):
