@@ -12,6 +12,7 @@ from concurrent import futures
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -85,7 +86,10 @@ class EngineLike(Protocol):
         ...
 
     def step(self, state: Any, rows: Sequence[Row | None], features: Any = None, /) -> tuple[Any, Sampled]:
-        """Appends a row to each slot and samples its next token; uses up the state."""
+        """Appends a row to each slot and samples its next token; uses up the state.
+
+        Frames of several calls of `encode` come as the list of their features.
+        """
         ...
 
 
@@ -264,36 +268,39 @@ class Engine:
     def step(
         self,
         state: EngineState,
-        rows: Sequence[Row | None],
-        features: Float[Array, "P N D"] | None = None,
+        rows: Sequence[Row[int] | None],
+        features: Float[Array, "P N D"] | list[Float[Array, "P N D"]] | None = None,
     ) -> tuple[EngineState, Sampled]:
         """Appends a row to each slot and samples its next token; slots whose row is None stand still.
 
         Args:
           state: is donated.
           rows: one for each slot, at least one of them not None; the caller checks that they fit.
-          features: of encoded frames, which the rows' frames index.
+          features: of encoded frames, which the rows' frames index; of several batches, the frames index
+            their concatenation.
         """
+        if features is None:
+            features = self._no_frame
+        batches = features if isinstance(features, list) else [features]
         left = {slot: row for slot, row in enumerate(rows) if row}
         for slot, row in left.items():
             state = self._compact(state, slot, row)
         tokens = None
         while left:
             now, left = first_step(left, self.config.slots, self.tokenizer.special.image)
-            state, tokens = self._append(state, now, features)
+            state, tokens = self._append(state, now, batches)
         assert tokens is not None, "at least one row"
         return state, Sampled(tokens, state.logits)
 
     def _append(
-        self, state: EngineState, rows: Mapping[int, Row], features: Float[Array, "P N D"] | None
+        self, state: EngineState, rows: Mapping[int, Row[int]], batches: Sequence[Float[Array, "P N D"]]
     ) -> tuple[EngineState, Int[Array, " B"]]:
         """Runs one step, for which there is a program, and samples."""
         arguments, index = self._arguments(rows)
-        if arguments.frames is not None:
-            # A few tokens go to a program with room for frames, whether there are any or not.
-            features = self._no_frame if features is None else features
-            # Gathered beforehand, so that one program serves any number of encoded frames.
-            frames = dataclasses.replace(arguments.frames, features=gather(features, index))
+        if arguments.frames is not None and index is not None:
+            # Gathered beforehand, so that one program serves any number of encoded frames. A few tokens go
+            # to a program with room for frames, whether there are any or not.
+            frames = dataclasses.replace(arguments.frames, features=gather_all(batches, index))
             arguments = dataclasses.replace(arguments, frames=frames)
         # How much sampling computes is up to the slot that asks for most.
         return self._run(state, arguments, max(state.kinds[slot] for slot in rows))
@@ -424,8 +431,9 @@ class Engine:
                 arguments = self._decode_arguments(())
             batches = {len(x): x for x in encoded}.values() if shape.frames else [None]
             for features in batches:
-                if arguments.frames is not None:
-                    frames = dataclasses.replace(arguments.frames, features=gather(features, index))
+                if arguments.frames is not None and index is not None and features is not None:
+                    gathered = gather_all([features, features], index + len(features))
+                    frames = dataclasses.replace(arguments.frames, features=gathered)
                     arguments = dataclasses.replace(arguments, frames=frames)
                 # The state is passed on, so that there is never room needed for two.
                 state, tokens = self._run(state, arguments, SamplingKind.GREEDY)
@@ -493,6 +501,27 @@ def _flat[**Arguments](function: Callable[Arguments, EngineState]) -> Callable[A
 def gather(features: Float[Array, "P N D"], index: Int[Array, "B F"]) -> Float[Array, "B F N D"]:
     """The features of each slot's frames."""
     return features[index]
+
+
+@jax.jit
+def gather_into(
+    gathered: Float[Array, "B F N D"], features: Float[Array, "P N D"], index: Int[Array, "B F"]
+) -> Float[Array, "B F N D"]:
+    """The gathered features, with those of another batch in the places whose index is not negative."""
+    return jnp.where((index >= 0)[..., None, None], features[index], gathered)
+
+
+def gather_all(
+    batches: Sequence[Float[Array, "P N D"]], index: Int[np.ndarray, "B F"]
+) -> Float[Array, "B F N D"]:
+    """The features of each slot's frames from all batches, of whose concatenation `index` is."""
+    first, *others = batches
+    gathered, begin = gather(first, np.where(index < len(first), index, 0)), len(first)
+    for features in others:
+        here = (index >= begin) & (index < begin + len(features))
+        gathered = gather_into(gathered, features, np.where(here, index - begin, -1))
+        begin += len(features)
+    return gathered
 
 
 @jax.jit

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from moss_jax.config import ConfigError, EngineConfig, TokenSampling
+from moss_jax.config import ConfigError, EngineConfig, TokenSampling, moss_tiny
 from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.stream.engine import gather, pick_frame
 from moss_jax.stream.perception import ENCODE_BUCKETS
@@ -340,3 +340,13 @@ def test_no_two_arrays_of_a_state_share_a_buffer(make_engine):
     leaves = jax.tree.leaves(make_engine(slots=32, text_capacity=8, bank_capacity=1).start())
     pointers = [x.unsafe_buffer_pointer() for x in leaves if x.nbytes > 64]
     assert len(pointers) == len(set(pointers))
+
+
+@pytest.mark.gpu
+def test_no_step_copies_a_cache(random_model, tokenizer):
+    """Of no shape: the decode rows and the chunks of a step both append to each layer's cache."""
+    model = random_model(moss_tiny(), dtype="bfloat16")
+    engine = Engine(model, tokenizer, EngineConfig(8, text_capacity=8192, bank_capacity=128))
+    text = engine.start().stream.text
+    for program in engine._lower():
+        assert program.compile().memory_analysis().temp_size_in_bytes < text.keys[0].nbytes

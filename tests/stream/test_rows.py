@@ -9,7 +9,9 @@ from moss_jax.stream import PENDING, Row
 from moss_jax.stream.rows import (
     FRAME_BUCKETS,
     TOKEN_BUCKETS,
+    Encoded,
     Shape,
+    features_of,
     first_step,
     shapes,
     split_row,
@@ -17,6 +19,18 @@ from moss_jax.stream.rows import (
 )
 
 IMAGE = 1024
+
+
+def test_frames_of_several_batches_index_their_concatenation():
+    batches = [np.full((count, 1, 1), 10.0 * count) + np.arange(count)[:, None, None] for count in (2, 3)]
+    first, second = batches
+    row = Row([IMAGE, 7, IMAGE, IMAGE], [Encoded(first, 1), None, Encoded(second, 2)])
+    rows = {4: row, 1: Row([PENDING]), 2: Row([IMAGE], [Encoded(first, 0)])}
+    found, indexed = features_of(rows)
+    features = np.concatenate(found)[:, 0, 0]
+    shown = {slot: [None if i is None else features[i] for i in r.frames] for slot, r in indexed.items()}
+    assert shown == {4: [21.0, None, 32.0], 1: [], 2: [20.0]}
+    assert features_of({1: Row([PENDING])})[0] == []
 
 
 @pytest.mark.parametrize("framed", [0.0, 0.1, 0.9, 1.0])
