@@ -5,6 +5,7 @@ B slots, C chunks of W tokens, R rows of F frames, P encoded frames, N vectors a
 
 import bisect
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -202,22 +203,29 @@ class StepArguments:
     """Arguments of a step.
 
     Attributes:
+      takes: slots that take part.
       decode: the slots whose pending token is appended alone; None if the step has no decode rows.
       chunks: None if there are none.
       frames: None if the step has no room for any.
-      takes: slots that take part.
       speaks: slots whose pending token is appended.
       new_turn: slots whose repetition penalty starts afresh.
       last: index of each slot's last token among all tokens of the step, decode rows first.
     """
 
+    takes: Bool[Array, " B"] | Bool[np.ndarray, " B"]
     decode: Bool[Array, " B"] | Bool[np.ndarray, " B"] | None
     chunks: Chunks | None
     frames: StepFrames | None
-    takes: Bool[Array, " B"] | Bool[np.ndarray, " B"]
     speaks: Bool[Array, " B"] | Bool[np.ndarray, " B"]
     new_turn: Bool[Array, " B"] | Bool[np.ndarray, " B"]
     last: Int[Array, " B"] | Int[np.ndarray, " B"]
+
+    @property
+    def shape(self) -> Shape:
+        """What it has room for."""
+        chunks, width = self.chunks.tokens.shape if self.chunks else (0, 0)
+        frames = self.frames.offset.size if self.frames else 0
+        return Shape(self.decode is not None, chunks, width, frames)
 
 
 def empty_arguments(shape: Shape, slots: int) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
@@ -245,7 +253,7 @@ def empty_arguments(shape: Shape, slots: int) -> tuple[StepArguments, Int[np.nda
         )
     decode, takes, speaks, new_turn = (np.zeros(slots, bool) for _ in range(4))
     arguments = StepArguments(
-        decode if shape.decode else None, chunks, frames, takes, speaks, new_turn, zeros(slots)
+        takes, decode if shape.decode else None, chunks, frames, speaks, new_turn, zeros(slots)
     )
     return arguments, index
 
@@ -291,6 +299,42 @@ def step_arguments(
                 a.frames.slots[place[0]], a.frames.before[place[0]] = slot, number
             frame += 1
     return a, index
+
+
+def pack(arguments: StepArguments, slots: int) -> Int[np.ndarray, " n"]:
+    """The numbers of a step's arguments in one array, the slots that take part first.
+
+    It has one length for all shapes. Arrays of their own would cost the host more time than the step takes on
+    the device.
+    """
+    packed, end = np.zeros(_room(slots), np.int32), 0
+    for x in jax.tree.leaves(arguments):
+        packed[end : end + x.size] = x.ravel()
+        end += x.size
+    return packed
+
+
+def unpack(
+    packed: Int[Array, " n"], features: Float[Array, "R F N D"] | None, shape: Shape, slots: int
+) -> StepArguments:
+    """Reverses `pack`, in a program; with the features of the step's frames."""
+    leaves, structure = jax.tree.flatten(empty_arguments(shape, slots)[0])
+    end, found = 0, []
+    for x in leaves:
+        found.append(packed[end : end + x.size].reshape(x.shape).astype(x.dtype))
+        end += x.size
+    arguments = jax.tree.unflatten(structure, found)
+    if arguments.frames is None:
+        return arguments
+    return dataclasses.replace(arguments, frames=dataclasses.replace(arguments.frames, features=features))
+
+
+@functools.cache
+def _room(slots: int) -> int:
+    """Numbers of the arguments of the largest shape."""
+    return max(
+        sum(x.size for x in jax.tree.leaves(empty_arguments(shape, slots)[0])) for shape in shapes(slots)
+    )
 
 
 def _width(rows: Mapping[int, Row]) -> int:
