@@ -39,6 +39,7 @@ from moss_jax.stream.conversation import Conversation, Inbound, Plan
 from moss_jax.stream.dispatch_timer import DispatchTimer, StepInFlight
 from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import End, Event
+from moss_jax.stream.frame_pool import FramePool
 from moss_jax.stream.limits import saved_config, stream_config
 from moss_jax.stream.perception import FEW
 from moss_jax.stream.rows import Encoded, Row, features_of, first_step
@@ -136,7 +137,8 @@ class Stream:
             raise SessionError(f"a frame is uint8 RGB [height, width, 3]; got {rgb.dtype} {list(rgb.shape)}")
         small = thumbnail(rgb) if self.config.selection.enabled else None
         at = self._time(time)
-        return self._push(Inbound(at, 1, self._scheduler.next_order(), rgb=rgb.copy(), thumbnail=small))
+        copied = self._scheduler.frame_pool.copy(rgb)
+        return self._push(Inbound(at, 1, self._scheduler.next_order(), rgb=copied, thumbnail=small))
 
     def push_prompt(self, text: str, time: float | None = None) -> bool:
         """Asks the model something at `time` seconds of the stream (now, if None); cuts its answer, if any.
@@ -274,6 +276,7 @@ class Scheduler:
 
     Attributes:
       engine: as given.
+      frame_pool: memory of the frames that wait.
       changed: guards everything that the threads share, and tells the loop of changes.
       is_running: whether the loop runs.
       state: of the engine, once the loop is over and not by an error; else None.
@@ -282,6 +285,7 @@ class Scheduler:
     def __init__(self, engine: EngineLike, config: SchedulerConfig | None = None):
         self.engine = engine
         self.config = config or SchedulerConfig()
+        self.frame_pool = FramePool()
         self.changed = threading.Condition()
         self.is_running = False
         self._orders = itertools.count()
