@@ -1,10 +1,15 @@
-"""Command that watches a video: `python -m moss_jax.serve --video clip.mp4 --prompt "What is happening?"`."""
+"""Command that watches a video: `python -m moss_jax.serve --video clip.mp4 --prompt "What is happening?"`.
+
+Without `--video` it is the live server, whose page and clients bring the video.
+"""
 
 import argparse
 import collections
 import dataclasses
 import itertools
 import logging
+import math
+import os
 import signal
 import sys
 import threading
@@ -24,18 +29,23 @@ from moss_jax.config import (
     EngineConfig,
     FrameSampling,
     MemoryConfig,
+    SchedulerConfig,
+    SecurityConfig,
     SelectionConfig,
+    ServerConfig,
     SessionConfig,
     TokenSampling,
 )
 from moss_jax.convert import CheckpointError, open_model
 from moss_jax.memory.policies import FULL, POLICIES
+from moss_jax.sharding import MESH_AXES, make_mesh
 from moss_jax.shipped import shipped
 from moss_jax.stream import (
     End,
     Engine,
     Event,
     SavedStreamError,
+    Scheduler,
     Session,
     SessionError,
     answer_offline,
@@ -44,7 +54,17 @@ from moss_jax.stream.events import EndReason
 from moss_jax.terminal.feed import adapt_rate, open_session, report_skipped, run_session
 from moss_jax.terminal.transcript import clock, print_json, print_transcript
 from moss_jax.text import TokenizerError, chat
-from moss_jax.video import VideoError, VideoInfo, clip_times, fit_frames, probe, sample_at, sample_file
+from moss_jax.video import (
+    VideoError,
+    VideoInfo,
+    clip_times,
+    fit_frames,
+    is_live,
+    probe,
+    read_live,
+    sample_at,
+    sample_file,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -69,6 +89,10 @@ def run() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("moss_jax").setLevel(logging.INFO if args.verbose else logging.WARNING)
     command.cache_compilations(args.compilation_cache)
+    if args.connect is not None:
+        return run_client(args)
+    if args.video is None:
+        return run_server(args)
     with command.on_stop_signal(command.leave):
         stream = open_stream(args)
 
@@ -129,9 +153,20 @@ def open_stream(args: argparse.Namespace) -> Stream:
     engine_config = dataclasses.replace(gin_bindings.settings(EngineConfig), slots=1, memory=memory)
     token_sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
 
-    info = probe(args.video)
     prompts = sorted(args.prompt, key=lambda p: p.at)
-    check_times(prompts, info)
+    source = None
+    if is_live(args.video):
+        if args.offline or session_config.clock == "lockstep":
+            if args.offline or args.clock == "lockstep":
+                raise ConfigError(
+                    "a camera or an address is live: it takes neither --offline nor --clock lockstep"
+                )
+            session_config = dataclasses.replace(session_config, clock="realtime")
+        source = read_live(args.video, sampling)
+        info = None
+    else:
+        info = probe(args.video)
+        check_times(prompts, info)
     if args.offline and len(prompts) != 1:
         raise ConfigError(f"--offline answers one --prompt about the whole clip, not {len(prompts)}")
     if args.offline and prompts[0].at:
@@ -147,15 +182,7 @@ def open_stream(args: argparse.Namespace) -> Stream:
     if args.resume and args.system is not None:
         raise ConfigError("--continue goes on with the system prompt that the stream has; leave out --system")
 
-    perception = None
-    if args.perception_device is not None:
-        devices = jax.devices()
-        if not 0 <= args.perception_device < len(devices):
-            raise ConfigError(
-                f"--perception-device is a number from 0 to {len(devices) - 1} here, "
-                f"not {args.perception_device}"
-            )
-        perception = devices[args.perception_device]
+    perception = perception_device(args.perception_device)
 
     picture = None
     if args.timeline:
@@ -169,15 +196,15 @@ def open_stream(args: argparse.Namespace) -> Stream:
     engine = Engine(
         opened.model, opened.tokenizer, engine_config, token_sampling, perception_device=perception
     )
-    length = f" · {info.duration:.1f} s" if info.duration else ""
+    length = f" · {info.duration:.1f} s" if info and info.duration else ""
+    size = f"{info.width}×{info.height}" if info else "live"
     mode = "offline" if args.offline else session_config.clock
-    heading = (
-        f"{Path(args.video).name} · {info.width}×{info.height}{length} · {rate} fps · {mode}\n{opened.name}\n"
-    )
+    heading = f"{Path(args.video).name} · {size}{length} · {rate} fps · {mode}\n{opened.name}\n"
     # Times of the frames that cannot be decoded.
     skipped: list[float] = []
     session = None
     if args.offline:
+        assert info is not None
         times = clip_times(args.video, frames_that_fit(sampling, engine_config))
         frames = sample_at(args.video, times, skipped.append)
         if picture:
@@ -194,14 +221,18 @@ def open_stream(args: argparse.Namespace) -> Stream:
         system = chat.SYSTEM_PROMPT if args.system is None else args.system
         timed = [(prompt.at, prompt.text) for prompt in prompts]
         session, later = open_session(engine, timed, session_config, system=system, resume=args.resume)
-        start = session.start_time
+        start, side = session.start_time, engine.model_config.vision.image_size
         if args.resume:
             heading += f"continues {args.resume} at {clock(start)}\n"
         if session_config.clock == "realtime":
             # Compiled beforehand, since the clip goes on meanwhile.
             with command.progress("compiling"):
-                engine.warm_up((info.height, info.width, 3))
-        frames = sample_file(args.video, sampling, lambda time: skipped.append(start + time))
+                engine.warm_up((info.height, info.width, 3) if info else (side, side, 3))
+        if source is None:
+            frames = sample_file(args.video, sampling, lambda time: skipped.append(start + time))
+        else:
+            # Of one size, whatever that of the source is.
+            frames = fit_frames(source, side)
         frames = (dataclasses.replace(frame, time=start + frame.time) for frame in frames)
         if picture:
             frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
@@ -211,6 +242,172 @@ def open_stream(args: argparse.Namespace) -> Stream:
     if picture:
         events = tap(events, picture.add)
     return Stream(heading, events, stop, picture, session)
+
+
+def run_server(args: argparse.Namespace) -> int:
+    """Serves live streams until a signal; returns the exit code."""
+    for name in ("prompt", "offline", "save", "resume", "timeline", "fps", "system"):
+        if getattr(args, name) not in (None, False, []):
+            flag = {"resume": "continue"}.get(name, name)
+            raise ConfigError(f"--{flag} is for a --video; without one, this is the live server")
+    try:
+        # Imported here, since a video needs none of it.
+        from starlette.middleware import Middleware
+
+        from moss_jax.serving import logs
+        from moss_jax.serving.app import make_app, make_server
+        from moss_jax.serving.hub import Hub
+        from moss_jax.serving.metrics import Metrics
+        from moss_jax.serving.security import Gate, check_host, protection, read_tokens
+    except ImportError as error:
+        raise needs_extra(error) from error
+    gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
+    selection = override(gin_bindings.settings(SelectionConfig), enabled=args.select or None)
+    session = dataclasses.replace(gin_bindings.settings(SessionConfig), selection=selection)
+    memory = override(gin_bindings.settings(MemoryConfig), policy=args.memory)
+    engine_config = dataclasses.replace(gin_bindings.settings(EngineConfig), slots=args.slots, memory=memory)
+    sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
+    server_config = gin_bindings.settings(ServerConfig)
+    security = gin_bindings.settings(SecurityConfig)
+    tokens = read_tokens(args.token_file, os.environ)
+    check_host(args.host, tokens)
+    mesh = mesh_of(args.mesh)
+    with command.on_stop_signal(command.leave):
+        opened = open_model(
+            args.checkpoint, weights=args.weights, encoder_weights=args.encoder_weights, mesh=mesh
+        )
+        engine = Engine(
+            opened.model,
+            opened.tokenizer,
+            engine_config,
+            sampling,
+            perception_device=perception_device(args.perception_device),
+        )
+    hub = Hub(
+        Scheduler(engine, SchedulerConfig(clock=args.clock or "realtime")),
+        server_config,
+        session=session,
+        model=opened.name,
+        state_folder=args.state_dir,
+    )
+    gate = Gate(security, tokens=tokens, host=args.host, origins=args.allow_origin)
+    app = make_app(
+        hub,
+        middleware=[Middleware(logs.RequestLog), *protection(gate, args.allow_origin)],
+        routes=[Metrics(hub, gate).route()],
+        on_ready=lambda: command.tell("ready"),
+    )
+    server = make_server(app, hub, host=args.host, port=args.port)
+    if args.json:
+        # After uvicorn, which sets its own logs up.
+        logs.set_up()
+    command.tell(f"{opened.name}\nhttp://{args.host}:{args.port}/ (compiling ...)")
+    server.run()
+    stopped_by = server.stopped_by
+    code = command.SIGNALLED + signal.SIGTERM if stopped_by == signal.SIGTERM else 0
+    if not server.started:
+        return 1
+    if not hub.was_ready:
+        # A thread may be compiling, which is not waited for.
+        command.leave(stopped_by or 0)
+    return code
+
+
+def run_client(args: argparse.Namespace) -> int:
+    """Shows a live server a video and prints what comes of it; returns the exit code."""
+    if args.video is None:
+        raise ConfigError("--connect shows a server a --video; give one")
+    own = ("offline", "memory", "select", "checkpoint", "weights", "encoder_weights", "perception_device")
+    for name in (*own, "clock", "save", "resume", "timeline", "state_dir", "mesh"):
+        if getattr(args, name) not in (None, False):
+            flag = {"resume": "continue"}.get(name, name.replace("_", "-"))
+            raise ConfigError(f"--{flag} is up to the server that --connect names")
+    try:
+        from moss_jax.serving.client import Client, ServerError, watch
+    except ImportError as error:
+        raise needs_extra(error) from error
+    gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
+    sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
+    if is_live(args.video):
+        frames = read_live(args.video, sampling)
+    else:
+        check_times(args.prompt, probe(args.video))
+        frames = sample_file(args.video, sampling)
+    options = {
+        "instructions": args.system,
+        "settings": {} if args.seed is None else {"sampling": {"seed": args.seed}},
+        "token": own_token(args.token_file),
+    }
+    prompts = [(prompt.at, prompt.text) for prompt in args.prompt]
+    try:
+        with Client(args.connect, **options) as client, command.on_stop_signal(lambda _: client.finish()):
+            session = client.session
+            assert session is not None
+            heading = f"{args.video} · {args.connect}\n{session.model}\n"
+            events = watch(client, frames, prompts)
+            if args.json:
+                command.tell(heading, end="")
+                print_json(events, sys.stdout)
+            else:
+                console = command.PipeConsole(highlight=False)
+                console.print(heading, style="dim", markup=False)
+                print_transcript(events, console)
+    except (ServerError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ConfigError(f"{args.connect}: {error}") from error
+    return 0
+
+
+def own_token(path: Path | None) -> str | None:
+    """The token that a client sends: the first of a file, or of the variable MOSS_TOKENS; None without.
+
+    Raises:
+      ConfigError: the file cannot be read.
+    """
+    try:
+        text = os.environ.get("MOSS_TOKENS", "") if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {path} cannot be read: {error}") from error
+    return next(iter(text.split()), None)
+
+
+def needs_extra(error: ImportError) -> ConfigError:
+    """The error where the libraries of the server are not installed."""
+    return ConfigError(
+        f"this needs {error.name}, of the extra 'serve': pip install 'moss_jax[serve]'; or give a --video "
+        "without --connect"
+    )
+
+
+def mesh_of(axes: str | None) -> "jax.sharding.Mesh | None":
+    """The mesh that a flag describes, over the first devices; None for one device.
+
+    Raises:
+      ConfigError: it describes none, or there are too few devices.
+    """
+    if axes is None:
+        return None
+    given = dict(part.partition("=")[::2] for part in axes.split(","))
+    if not given.keys() <= set(MESH_AXES) or not all(n.isdecimal() and int(n) for n in given.values()):
+        raise ConfigError(
+            f"--mesh names axes ({', '.join(MESH_AXES)}) and devices, as tensor=2, not {axes!r}"
+        )
+    sizes = {name: int(number) for name, number in given.items()}
+    devices, needed = jax.devices(), math.prod(sizes.values())
+    if needed > len(devices):
+        raise ConfigError(f"--mesh {axes} needs {needed} devices; there are {len(devices)}")
+    return make_mesh(**sizes, devices=devices[:needed])
+
+
+def perception_device(index: int | None) -> "jax.Device | None":  # pyright: ignore[reportInvalidTypeForm]
+    """The device that a flag names; None for that of the model."""
+    if index is None:
+        return None
+    devices = jax.devices()
+    if not 0 <= index < len(devices):
+        raise ConfigError(f"--perception-device is a number from 0 to {len(devices) - 1} here, not {index}")
+    return devices[index]
 
 
 def show(stream: Stream, args: argparse.Namespace) -> None:
@@ -270,12 +467,52 @@ def parse_arguments() -> argparse.Namespace:
     gin_bindings.parse([str(shipped("configs/serve.gin"))])
     settings = gin_bindings.settings
     parser = argparse.ArgumentParser(
-        description="Watch a video and talk about it.",
+        description="Watch a video and talk about it, or serve live streams.",
         epilog="Settings beside these flags are in configs/serve.gin; flags win over gin.",
         formatter_class=command.HelpFormatter,
     )
     add = parser.add_argument
-    add("--video", required=True, metavar="FILE", help="video or image file")
+    add(
+        "--video",
+        metavar="FILE",
+        help="video or image file, number of a camera, or address such as rtsp://host/path (default: none, "
+        "this is the live server)",
+    )
+    add(
+        "--connect",
+        metavar="URL",
+        help="live server that is shown the --video, as http://127.0.0.1:8765 (default: none, the model runs "
+        "here)",
+    )
+    add("--host", default="127.0.0.1", help="address that the live server listens at")
+    add("--port", type=command.at_least(0), default=8765, help="port of the live server")
+    add("--slots", type=command.at_least(1), default=4, help="streams that the live server runs at once")
+    add(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder where the live server saves its streams, so that they go on after a restart "
+        "(default: none)",
+    )
+    add(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="tokens of which clients of the live server need one, a line each; also MOSS_TOKENS in the "
+        "environment (default: none, which a --host for other machines does not allow)",
+    )
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="pages from elsewhere that may use the live server, as https://example.org",
+    )
+    add(
+        "--mesh",
+        metavar="AXIS=N",
+        help="devices that the live server's model is split over, as tensor=2 (default: one device)",
+    )
     add(
         "--prompt",
         action=AddPrompt,
@@ -298,7 +535,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--clock",
         choices=get_args(Clock),
-        help=f"the stream's own clock, or the wall's (default: {settings(SessionConfig).clock})",
+        help=f"the stream's own clock, or the wall's (default: {settings(SessionConfig).clock}; of the live "
+        "server realtime)",
     )
     add("--offline", action="store_true", help="prefill the whole clip, then answer")
     add(
@@ -349,7 +587,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="go on with a saved stream: the video follows on what it has seen, and its clock goes on",
     )
-    add("--json", action="store_true", help="print one JSON object per event instead of a transcript")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object per event instead of a transcript; the live server logs so",
+    )
     add("--timeline", type=Path, metavar="FILE", help="draw frames, prompts and answers over time, as a .png")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings that override the defaults")
     add("--gin_param", action="append", default=[], metavar="BINDING", help="e.g. 'frames.fps = 2'")

@@ -19,6 +19,7 @@ from moss_jax.stream.events import (
     Event,
     Failed,
     Figures,
+    FrameDropped,
     FrameSeen,
     FrameUnseen,
     Interrupted,
@@ -29,6 +30,7 @@ from moss_jax.stream.events import (
     Turn,
     TurnLimit,
 )
+from moss_jax.stream.moments import Moments
 from moss_jax.stream.rows import PENDING, Compaction, Encoded
 from moss_jax.stream.step import NOT_FINITE
 from moss_jax.text import Detokenizer, Tokenizer
@@ -53,6 +55,7 @@ class Inbound:
       arrived: when it was pushed, by `time.monotonic`.
       claimed: whether the perception thread encodes the frame.
       encoded: a frame's features, once the perception thread has them.
+      position: of a frame in the context, once it is planned.
     """
 
     time: float
@@ -66,6 +69,7 @@ class Inbound:
     arrived: float = dataclasses.field(default=0.0, compare=False)
     claimed: bool = dataclasses.field(default=False, compare=False)
     encoded: Encoded | None = dataclasses.field(default=None, compare=False)
+    position: int = dataclasses.field(default=-1, compare=False)
 
     @property
     def is_frame(self) -> bool:
@@ -188,6 +192,7 @@ class Conversation:
       start_time: from which the stream goes on, where it was saved before; else 0.
       latest: the latest time of anything pushed.
       latest_frame: of any frame.
+      moments: times of the frames that the model has been shown.
       speaking: whether the model is in the middle of an answer.
       interrupted: whether an answer in progress is to be cut.
     """
@@ -223,6 +228,7 @@ class Conversation:
         self._is_cut = False
         self._said, self._said_tokens = "", 0
         self._contents = SlotContents(capacity)
+        self.moments = Moments()
         # Where in the text cache is a token that the host does not have yet.
         self._unknown: int | None = None
         self._warned: set[str] = set()
@@ -340,6 +346,15 @@ class Conversation:
         return len(self._opening or ()) or self._contents.kinds.count(Kind.PINNED)
 
     @property
+    def position(self) -> int:
+        """Of the next token in the context."""
+        return self._contents.position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self._contents.position = position
+
+    @property
     def text_length(self) -> int:
         """Tokens in the text cache."""
         return len(self._contents.kinds)
@@ -369,9 +384,11 @@ class Conversation:
             waiting = [i for i in self._inbox if i.is_frame and i.unseen != "rate"]
             if len(waiting) > self.config.inbox_frames:
                 older = [i for i in waiting if i is not inbound]
-                self._inbox.remove(min([i for i in waiting if i.unseen] or older))
+                dropped = min([i for i in waiting if i.unseen] or older)
+                self._inbox.remove(dropped)
                 heapq.heapify(self._inbox)
                 self._counts["frames_dropped"] += 1
+                self._passed.append(FrameDropped(**self._stamp(), time=dropped.time))
 
     def _limit_rate(self, frame: Inbound) -> None:
         """Leaves out a frame that comes too soon after the one before."""
@@ -598,6 +615,7 @@ class Conversation:
         self._counts["frames"] -= 1
         self._counts["frames_alike"] += 1
         self._contents.frame_room += 1
+        self.moments.forget(frame.position)
 
     def _append(self, due: list[Inbound], in_flight: Plan | None) -> Plan | None:
         """Plans the row and the events of what is due, as far as there is room; the end if there is none."""
@@ -622,6 +640,9 @@ class Conversation:
                 for left in due[index:]:
                     heapq.heappush(self._inbox, left)
                 break
+            if is_seen:
+                inbound.position = self._contents.position + len(kinds)
+                self.moments.add(inbound.position, inbound.time)
             plan.tokens += tokens
             kinds += [Kind.FRAME if is_frame else Kind.USER] * len(tokens)
             if inbound.time > self._instant:

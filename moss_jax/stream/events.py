@@ -107,6 +107,14 @@ class FrameUnseen(Event):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FrameDropped(Event):
+    """A frame that was taken at `time` was pushed out of a full inbox by a newer one; it has no number."""
+
+    type: ClassVar[str] = "dropped"
+    time: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FramesSkipped(Event):
     """The file has `count` frames from `time` on that cannot be decoded, and the frame before them stayed."""
 

@@ -10,6 +10,8 @@ speculatively, shortly before the step in flight ends and without knowing its to
 silence, the speculative step has appended it, which is right, and its own sample is dropped.
 """
 
+import collections
+import copy
 import dataclasses
 import itertools
 import logging
@@ -17,7 +19,8 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from time import monotonic
 from typing import Any
 
@@ -41,6 +44,7 @@ from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import End, Event
 from moss_jax.stream.frame_pool import FramePool
 from moss_jax.stream.limits import saved_config, stream_config
+from moss_jax.stream.moments import BankView
 from moss_jax.stream.perception import FEW
 from moss_jax.stream.rows import Encoded, Row, features_of, first_step
 from moss_jax.stream.saved import (
@@ -211,6 +215,12 @@ class Stream:
           SessionError: the logits of the stream were not finite.
           OSError: the file cannot be written.
         """
+        saved = self.copy(state, wall)
+        write_stream(path, saved)
+        return saved.dialogue["start_time"]
+
+    def copy(self, state: Any, wall: float) -> SavedStream:
+        """Copies the stream to the host, between two steps; arguments and errors as for `save`."""
         if not self.conversation.is_finite():
             raise SessionError("a stream whose logits are not finite cannot go on, so it is not saved")
         engine = saving_engine(self._scheduler.engine)
@@ -219,9 +229,35 @@ class Stream:
         if self.remembered:
             compared["features"] = np.asarray(self.remembered.features[self.remembered.index])
         arrays = engine.save_slot(state, self.slot)
+        compared |= self.conversation.moments.save(arrays["bank.positions"])
         settings = engine.stream_settings(self.conversation.capacity)
-        write_stream(path, SavedStream(settings, dialogue, arrays, frames, compared))
-        return dialogue["start_time"]
+        return SavedStream(settings, copy.deepcopy(dialogue), arrays, frames, compared)
+
+    def copy_while_running(self) -> "Future[SavedStream]":
+        """Has the scheduler copy the stream between two of its steps, so that `write_stream` can save it.
+
+        The others go on meanwhile. When the future is done, the events so far are in the inbox, and none of
+        later ones.
+
+        Returns:
+          A future that raises `SessionError` if the stream is over, or cannot be saved.
+        """
+        return self._scheduler.call(self, lambda state: self.copy(state, self.clock.now()))
+
+    def look_at_bank(self) -> "Future[BankView]":
+        """Has the scheduler look at what the memory bank holds, without holding anything up.
+
+        Returns:
+          A future that raises `SessionError` if the scheduler is over, or the engine is a stand-in.
+        """
+
+        def look(state: Any) -> BankView:
+            engine = saving_engine(self._scheduler.engine)
+            positions, counts = engine.bank_vectors(state, self.slot)
+            times = dict(self.conversation.moments.times)
+            return BankView(positions, counts, times, engine.model_config.vectors_per_frame)
+
+        return self._scheduler.call(None, look)
 
     def _push(self, inbound: Inbound) -> bool:
         target = self.conversation
@@ -253,15 +289,33 @@ class Moves:
 
     Attributes:
       opened: streams that begin.
+      calls: what is to be done with the state while a stream is between two steps.
       encode: frames to encode.
       plans: of streams that have something to append or to tell.
       begun: when the host began to plan, by `time.monotonic`.
     """
 
     opened: list[Stream] = dataclasses.field(default_factory=list)
+    calls: "list[tuple[Callable[[Any], Any], Future]]" = dataclasses.field(default_factory=list)
     encode: list[Inbound] = dataclasses.field(default_factory=list)
     plans: dict[Stream, Plan] = dataclasses.field(default_factory=dict)
     begun: float = 0.0
+
+
+@dataclasses.dataclass
+class SchedulerCounters:
+    """What a scheduler has done since it was made; only its threads change it.
+
+    Attributes:
+      step_rows, step_frames: steps, by how many streams took part and how many frames they appended.
+      encoded_frames: batches that were encoded, by their number of frames.
+      failures: of a step, each of which ends all streams.
+    """
+
+    step_rows: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    step_frames: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    encoded_frames: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    failures: int = 0
 
 
 class Scheduler:
@@ -279,6 +333,7 @@ class Scheduler:
       frame_pool: memory of the frames that wait.
       changed: guards everything that the threads share, and tells the loop of changes.
       is_running: whether the loop runs.
+      counters: of steps and batches.
       state: of the engine, once the loop is over and not by an error; else None.
     """
 
@@ -288,6 +343,7 @@ class Scheduler:
         self.frame_pool = FramePool()
         self.changed = threading.Condition()
         self.is_running = False
+        self.counters = SchedulerCounters()
         self._orders = itertools.count()
         self._slots: list[Stream | None] = [None] * engine.config.slots
         # Streams that the loop has not begun with, and slots that hold what a former stream has left.
@@ -296,6 +352,8 @@ class Scheduler:
         # Of the rows under way, what is left; plans by stream.
         self._rows: dict[Stream, Row[Encoded]] = {}
         self._plans: dict[Stream, Plan] = {}
+        # What waits until a stream is between two steps, or only until the loop comes by: that is under None.
+        self._calls: dict[Stream | None, list[tuple[Callable[[Any], Any], Future]]] = {}
         self._thread: threading.Thread | None = None
         self._closing = self._paused = self._has_encoded = self._is_persistent = False
         # Seconds between two frames of any streams, a running mean.
@@ -387,6 +445,11 @@ class Scheduler:
             return 0 if self._closing else sum(stream is None for stream in self._slots)
 
     @property
+    def is_started(self) -> bool:
+        """Whether there is a thread that runs the loop; after a step has failed, there is none."""
+        return self._thread is not None
+
+    @property
     def streams(self) -> list[Stream]:
         """Those that are open, by slot."""
         with self.changed:
@@ -400,6 +463,27 @@ class Scheduler:
     def next_order(self) -> int:
         """Numbers what is pushed."""
         return next(self._orders)
+
+    def call[T](self, stream: Stream | None, function: Callable[[Any], T]) -> "Future[T]":
+        """Has the loop call a function with the engine's state.
+
+        The function must be quick and must not keep the state.
+
+        Args:
+          stream: has no step under way then, and gets none before; None for whenever the loop comes by.
+
+        Returns:
+          A future of what the function returns; it raises `SessionError` if the stream, or the loop, is over
+          before.
+        """
+        future: Future[T] = Future()
+        with self.changed:
+            if self.is_running and not (stream and stream.conversation.ended):
+                self._calls.setdefault(stream, []).append((function, future))
+                self.changed.notify_all()
+                return future
+        future.set_exception(SessionError("the stream is over"))
+        return future
 
     def _resume(self, stream: Stream, path: str | os.PathLike, saved: SavedStream) -> list[np.ndarray]:
         """Has a stream go on with the dialogue of a file; the arrays that its slot begins with."""
@@ -423,6 +507,8 @@ class Scheduler:
             if features is not None and _min_distance(stream) is not None:
                 stream.remembered = Encoded(jnp.asarray(features)[None], 0)
             length = int(saved.arrays["text.length"])
+            conversation.position = int(saved.arrays["text.position"])
+            conversation.moments.resume(saved.compared)
             if length != conversation.text_length:
                 raise ValueError(f"there are {length} tokens, of which {conversation.text_length} are known")
         except (KeyError, TypeError, ValueError) as error:
@@ -470,9 +556,14 @@ class Scheduler:
                 stream.inbox.put(event)
         except Exception as error:
             _logger.exception("a step failed; all streams end")
-            for stream in self.streams:
+            self.counters.failures += 1
+            with self.changed:
+                # Whoever is told of the failure may start anew at once, and a stream that is opened then is
+                # none of these.
+                streams, self._thread = self.streams, None
+            for stream in streams:
                 self._fail(stream, error)
-        finally:
+        else:
             with self.changed:
                 self._thread = None
 
@@ -516,6 +607,8 @@ class Scheduler:
                 for stream in self._slots:
                     if stream:
                         stream.conversation.ended = True
+                for stream in list(self._calls):
+                    self._give_up(stream)
                 self.changed.notify_all()
             if perception is not None:
                 perception.join()
@@ -525,7 +618,9 @@ class Scheduler:
         while (moves := self._next_moves(in_flight, persistent=persistent)) is not None:
             for stream in moves.opened:
                 state = self._begin(state, stream)
-            if moves.opened:
+            for function, future in moves.calls:
+                _call(function, state, future)
+            if moves.opened or moves.calls:
                 continue
             if moves.encode:
                 self._encode(moves.encode)
@@ -579,9 +674,15 @@ class Scheduler:
             self._plans.pop(stream, None)
             if stream in self._opened:
                 self._opened.remove(stream)
+            self._give_up(stream)
             if self._slots[stream.slot] is stream and self._is_persistent:
                 self._slots[stream.slot] = None
             self.changed.notify_all()
+
+    def _give_up(self, stream: Stream | None) -> None:
+        """Fails the calls that wait for a stream that is over."""
+        for _, future in self._calls.pop(stream, ()):
+            future.set_exception(SessionError("the stream is over"))
 
     def _begin(self, state: Any, stream: Stream) -> Any:
         """Prepares the slot of a stream."""
@@ -612,6 +713,9 @@ class Scheduler:
                 if self._opened:
                     opened, self._opened = self._opened, []
                     return Moves(opened=opened)
+                under_way = {*self._rows, *(step.plans if step else ())}
+                if ready := [stream for stream in self._calls if stream not in under_way]:
+                    return Moves(calls=[call for stream in ready for call in self._calls.pop(stream)])
                 live = [stream for stream in self._slots if stream and not stream.conversation.ended]
                 idle = not step and not self._rows
                 if idle and (self._paused or (not live and (self._closing or not persistent))):
@@ -641,7 +745,7 @@ class Scheduler:
         waits_for_features = self._shares_encoder or self._perceives_apart()
         plans = {}
         for stream in live:
-            if stream in self._rows:
+            if stream in self._rows or stream in self._calls:
                 continue
             try:
                 plan = stream.conversation.plan(
@@ -699,6 +803,8 @@ class Scheduler:
         # A row that goes on has no sample yet.
         plans = {stream: self._plans.pop(stream) for stream in rows if stream not in self._rows}
         kind = max(len(row.tokens) for row in rows.values()), sum(len(row.frames) for row in rows.values())
+        self.counters.step_rows[len(rows)] += 1
+        self.counters.step_frames[kind[1]] += 1
         return state, StepInFlight(plans, kind, sampled.tokens, timer, started)
 
     # --------------------------------------------------------------------------- perception
@@ -751,6 +857,7 @@ class Scheduler:
         """Has the device encode a batch after the step in flight."""
         features = self.engine.encode([frame.rgb for frame in frames if frame.rgb is not None])
         self._has_encoded = True
+        self.counters.encoded_frames[len(frames)] += 1
         with self.changed:
             for index, frame in enumerate(frames):
                 frame.encoded = Encoded(features, index)
@@ -793,6 +900,7 @@ class Scheduler:
             while frames := self._claim_frames():
                 rgb = [frame.rgb for frame in frames if frame.rgb is not None]
                 features = jax.block_until_ready(self.engine.encode(rgb))
+                self.counters.encoded_frames[len(frames)] += 1
                 with self.changed:
                     for index, frame in enumerate(frames):
                         frame.encoded = Encoded(features, index)
@@ -847,6 +955,16 @@ def check_length(tokens: list[int], config: EngineConfig, opening_length: int = 
             f"the prompt takes {len(tokens)} tokens, but the text capacity of {capacity} has room for "
             f"{capacity - opening_length - 2} beside the opening, which is never forgotten"
         )
+
+
+def _call(function: Callable[[Any], Any], state: Any, future: Future) -> None:
+    """Calls a function for a future, which gets what it returns or raises."""
+    try:
+        result = function(state)
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 def _min_distance(stream: Stream) -> float | None:

@@ -1,0 +1,670 @@
+"""The asyncio side of the scheduler: sessions that outlive their connections, and streams in files.
+
+All of it runs in one event loop, but for the threads that wait for a stream's events and for files.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from moss_jax.config import ServerConfig, SessionConfig
+from moss_jax.serving import protocol
+from moss_jax.serving.protocol import ProtocolError
+from moss_jax.stream import (
+    End,
+    Engine,
+    Event,
+    Refused,
+    Scheduler,
+    SessionError,
+    Stream,
+)
+from moss_jax.stream.saved import SavedStream, write_stream
+
+_logger = logging.getLogger(__name__)
+_ID = re.compile(r"sess_[0-9a-f]{24}")
+
+# Seconds within which the last events of a stream come that takes no more.
+END_SECONDS = 1.0
+# Codes of closed connections: of the protocol, and of this server.
+CLOSE_NORMAL, CLOSE_SLOW, CLOSE_RESTART, CLOSE_LATER, CLOSE_TAKEN_OVER = 1000, 1008, 1012, 1013, 4001
+
+
+@dataclasses.dataclass
+class ServerCounters:
+    """What the server has done since its start, for whoever exports it; only the event loop changes it.
+
+    Attributes:
+      connections: that are open.
+      connections_total, sessions_total, resumed_total: that were opened; connections that resumed a session.
+      streams_by_end: streams that are over, by the reason.
+      frames_by_fate: frames, by what became of them; "received" counts all that were accepted.
+      prompts, tokens, responses, interruptions: of all streams.
+      errors_by_code: errors that clients were sent.
+      slow_clients: connections that were closed since the client did not read.
+      saves, failed_saves: of streams.
+      restarts: of the scheduler, after a step has failed.
+      observers: called with the name of a duration and its seconds: "ttft" from a prompt to the first text,
+        "frame" from a frame's arrival until its step, "extend" until the token after it, "save" of a stream.
+    """
+
+    connections: int = 0
+    connections_total: int = 0
+    sessions_total: int = 0
+    resumed_total: int = 0
+    streams_by_end: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    frames_by_fate: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    prompts: int = 0
+    tokens: int = 0
+    responses: int = 0
+    interruptions: int = 0
+    errors_by_code: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    slow_clients: int = 0
+    saves: int = 0
+    failed_saves: int = 0
+    restarts: int = 0
+    observers: list[Callable[[str, float], None]] = dataclasses.field(default_factory=list)
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Tells the observers of a duration."""
+        for observer in self.observers:
+            observer(name, seconds)
+
+
+class Reservation:
+    """A free slot that is kept for somebody, until it is released."""
+
+    def __init__(self, hub: "Hub"):
+        self._hub: Hub | None = hub
+
+    def release(self) -> None:
+        """Gives the slot back; at most once."""
+        if self._hub is not None:
+            self._hub.reserved -= 1
+            self._hub = None
+
+
+class Connection(Protocol):
+    """A client, as a session sees it."""
+
+    @property
+    def unsent(self) -> int:
+        """Events that wait."""
+        ...
+
+    def put(self, text: str) -> bool:
+        """Queues an event; False if too many wait."""
+        ...
+
+    def close(self, code: int, reason: str) -> None:
+        """Closes the connection once what waits has been sent; for a slow client, at once."""
+        ...
+
+
+class Owner(Protocol):
+    """What a session's events are for: the dialogue in the protocol."""
+
+    def on_event(self, event: Event) -> None:
+        """Takes an event of the stream."""
+        ...
+
+    def on_shutdown(self, *, saved: bool) -> None:
+        """Tells the client that the server ends."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a dialogue goes on with after the process has ended, JSON-ready."""
+        ...
+
+
+class Session:
+    """One client's stream, from the first connection to its end, with the events that it was sent lately.
+
+    Args:
+      identity: None for a new one.
+
+    Attributes:
+      id, token: which resume it.
+      stream: None until it is opened.
+      owner: of its events.
+      is_resumable: whether the client knows how to resume it.
+      is_over: whether the stream has ended, or never will be opened.
+      is_forgotten: whether nobody can resume it any more, so that it must not have a file.
+      reservation: of a slot, until the stream is opened.
+      sequence: number of the last event.
+    """
+
+    def __init__(self, hub: "Hub", identity: tuple[str, str] | None = None):
+        self.id, self.token = identity or (hub.new_id(), secrets.token_urlsafe(24))
+        self.stream: Stream | None = None
+        self.owner: Owner | None = None
+        self.is_resumable = self.is_over = False
+        self.reservation: Reservation | None = None
+        self.sequence = 0
+        self._hub = hub
+        self._connection: Connection | None = None
+        self._sent: collections.deque[tuple[int, str]] = collections.deque(maxlen=hub.config.replay_events)
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task | None = None
+        self._keeps_file = self.is_forgotten = False
+        # One save after the other, since each removes the file of the one before.
+        self._writing = threading.Lock()
+        # What to do when a copy of the stream comes out of its inbox.
+        self._marks: dict[Future, Callable[[], object]] = {}
+
+    # ---------------------------------------------------------------------------- connection
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a client is there."""
+        return self._connection is not None
+
+    @property
+    def unsent(self) -> int:
+        """Events that wait until the client takes them."""
+        return 0 if self._connection is None else self._connection.unsent
+
+    def send(self, event: protocol.Event) -> None:
+        """Sends an event, or keeps it for when the client is back."""
+        self.sequence += 1
+        text = encoded(event, self.sequence)
+        if isinstance(event, protocol.Error):
+            self._hub.counters.errors_by_code[event.error.code] += 1
+        self._sent.append((self.sequence, text))
+        if self._connection is not None and not self._connection.put(text):
+            self._hub.counters.slow_clients += 1
+            self._connection.close(CLOSE_SLOW, "too many events wait: the client reads too slowly")
+            self.detach(self._connection)
+
+    def attach(self, connection: Connection) -> None:
+        """Gives the session a connection, in the place of one that it has."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._connection is not None:
+            self._connection.close(CLOSE_TAKEN_OVER, "another connection has resumed the session")
+        self._connection = connection
+
+    def missed(self, after: int) -> tuple[list[str], int]:
+        """Events after one, as they were sent, and the number of those that are gone."""
+        kept = [text for number, text in self._sent if number > after]
+        return kept, max(0, self.sequence - after - len(kept))
+
+    def detach(self, connection: Connection, *, is_final: bool = False) -> None:
+        """Notes that a connection is lost; the stream waits for another, or ends.
+
+        Args:
+          is_final: whether the client does not want to come back.
+        """
+        if self._connection is not connection:
+            return
+        self._connection = None
+        if is_final or not self.is_resumable or (self.is_over and self.stream is None):
+            self.end()
+        else:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._hub.config.grace_seconds, self.end)
+
+    def close(self, code: int, reason: str) -> None:
+        """Closes the connection, if there is one."""
+        if self._connection is not None:
+            self._connection.close(code, reason)
+
+    def end(self) -> None:
+        """Ends the session, with its stream."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.stream is not None and not self.is_over:
+            self.stream.stop()
+        self.is_over = True
+        self.release()
+        self._hub.forget(self, keeps_file=self._keeps_file)
+
+    def drop(self) -> None:
+        """Ends a session that never opened a stream, and whose connection goes on with another."""
+        self._connection = None
+        self.end()
+
+    def release(self) -> None:
+        """Gives back the slot that is reserved, if there is one."""
+        if self.reservation is not None:
+            self.reservation.release()
+            self.reservation = None
+
+    # -------------------------------------------------------------------------------- stream
+
+    async def open(self, **options: Any) -> Stream:
+        """Opens the stream, with the options of `Scheduler.open`; errors likewise."""
+        reservation, self.reservation = self.reservation, None
+        self.stream = await self._hub.open(reservation, **options)
+        self._task = asyncio.create_task(self._run(self.stream))
+        return self.stream
+
+    async def _run(self, stream: Stream) -> None:
+        """Passes the events of the stream on."""
+        saving = asyncio.create_task(self._save_often()) if self._hub.state_folder else None
+        try:
+            async for event in events_of(stream):
+                if isinstance(event, Future):
+                    self._marks.get(event, lambda: None)()
+                    continue
+                try:
+                    assert self.owner is not None
+                    self.owner.on_event(event)
+                except Exception:
+                    _logger.exception("an event of session %s was lost", self.id)
+                if isinstance(event, End):
+                    self._hub.counters.streams_by_end[event.reason] += 1
+                    details = {"reason": event.reason, "counters": dataclasses.asdict(event.counters)}
+                    _logger.info("a stream ended", extra=details)
+        finally:
+            self.is_over = True
+            if saving is not None:
+                saving.cancel()
+            if self._connection is None and self._timer is None:
+                self.end()
+
+    async def told_of_end(self) -> None:
+        """Waits until the client has been told why a stream that takes no more is over."""
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=END_SECONDS)
+
+    async def save(self) -> float:
+        """Saves the stream and the dialogue to the state folder, as they are between two steps.
+
+        Returns:
+          Seconds of the stream at which it goes on.
+
+        Raises:
+          SessionError: there is no folder, or no stream that can be saved.
+          OSError: a file cannot be written.
+        """
+        folder = self._hub.state_folder
+        if folder is None:
+            raise SessionError("the server keeps no streams: it was started without --state-dir")
+        if self.stream is None or self.is_over or self.owner is None:
+            raise SessionError("there is no stream to save")
+        started, stream, owner = time.monotonic(), self.stream, self.owner
+        future = stream.copy_while_running()
+        # Once the copy comes out of the inbox, the dialogue has had all events before it, and none after it.
+        state: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._marks[future] = lambda: state.set_result(owner.state() | {"sequence": self.sequence})
+        future.add_done_callback(stream.inbox.put)  # pyright: ignore[reportArgumentType]
+        try:
+            saved = await asyncio.wrap_future(future)
+            # What came after the copy was made is not in it.
+            dialogue = await state | {"inbox": saved.dialogue["inbox"]}
+        finally:
+            self._marks.pop(future, None)
+        try:
+            await asyncio.to_thread(self._write, folder, saved, dialogue)
+        except OSError:
+            self._hub.counters.failed_saves += 1
+            raise
+        self._hub.counters.saves += 1
+        self._hub.counters.observe("save", time.monotonic() - started)
+        return saved.dialogue["start_time"]
+
+    def _write(self, folder: Path, saved: SavedStream, dialogue: dict[str, Any]) -> None:
+        """Writes the session to the folder, in a thread, which goes on though nobody waits for it."""
+        with self._writing:
+            write_session(folder, self.id, self.token, saved, dialogue)
+        if self.is_forgotten:
+            remove_session(folder, self.id)
+
+    async def _save_often(self) -> None:
+        """Saves the stream again and again, where the client knows how to resume it."""
+        while True:
+            await asyncio.sleep(self._hub.config.save_seconds)
+            if not self.is_resumable:
+                continue
+            try:
+                await self.save()
+            except (OSError, SessionError) as error:
+                _logger.warning("session %s was not saved: %s", self.id, error)
+
+    async def shut_down(self) -> None:
+        """Tells the client that the server ends, saves the stream if it can, and ends it."""
+        saved = False
+        if self._hub.state_folder and self.is_resumable and self.stream is not None and not self.is_over:
+            try:
+                await asyncio.wait_for(self.save(), self._hub.config.drain_seconds)
+                saved = self._keeps_file = True
+            except (OSError, SessionError, TimeoutError) as error:
+                _logger.warning("session %s was not saved: %s", self.id, error)
+        if self.owner is not None and not self.is_over:
+            self.owner.on_shutdown(saved=saved)
+        self.close(CLOSE_RESTART, "the server ends")
+        self.end()
+
+
+def warm_up_all(engine: Engine, image_size: int) -> None:
+    """Compiles what streams run, and what copies one to the host."""
+    engine.warm_up((image_size, image_size, 3))
+    state = engine.start()
+    engine.save_slot(state, 0)
+    engine.bank_vectors(state, 0)
+
+
+async def in_thread(function: Callable[[], object]) -> None:
+    """Calls a function that takes long in a thread that the end of the process does not wait for."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def finish(error: BaseException | None) -> None:
+        if not done.done():
+            done.set_exception(error) if error else done.set_result(None)
+
+    def run() -> None:
+        error = None
+        try:
+            function()
+        except Exception as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # The loop is closed.
+            loop.call_soon_threadsafe(finish, error)
+
+    threading.Thread(target=run, name="start", daemon=True).start()
+    await done
+
+
+def encoded(event: protocol.Event, number: int) -> str:
+    """An event with its number, as it is sent."""
+    return event.model_copy(update={"event_id": f"event_{number}"}).model_dump_json(
+        exclude_none=True, by_alias=True
+    )
+
+
+def event_number(event_id: str | None) -> int:
+    """The number in an event's id; 0 of none.
+
+    Raises:
+      ProtocolError: it is no id of an event.
+    """
+    if event_id is None:
+        return 0
+    if not (match := re.fullmatch(r"event_(\d{1,15})", event_id)):
+        raise ProtocolError(f"{event_id[:64]!r} is no id of an event", code="invalid_event_id", param="after")
+    return int(match[1])
+
+
+async def events_of(stream: Stream) -> AsyncIterator[Any]:
+    """The events of a stream up to `End`, and what else is put into its inbox, in the event loop."""
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def pump() -> None:
+        # The loop may be closed, if the process is about to end.
+        with contextlib.suppress(RuntimeError):
+            while True:
+                item = stream.inbox.get()
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+                if isinstance(item, End):
+                    return
+
+    threading.Thread(target=pump, name="events", daemon=True).start()
+    while True:
+        item = await queue.get()
+        yield item
+        if isinstance(item, End):
+            return
+
+
+class Hub:
+    """The streams of one engine, for the server: slots, sessions and their files.
+
+    Args:
+      scheduler: is started and closed by the hub.
+      config: of the server.
+      session: bounds of the streams, which a session may change in part.
+      model: name of the model.
+      state_folder: where streams are saved; None for nowhere.
+      id_prefix: up to 8 hexadecimal digits that ids of sessions begin with, where they say whose they are.
+
+    Attributes:
+      is_warm: whether the programs are compiled.
+      was_ready: whether streams could be opened at some time.
+      reserved: slots that are kept for somebody.
+      sessions: by id.
+      counters: of all.
+      decoders: threads for images.
+      image_size: side of the square that frames are scaled to fit.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        config: ServerConfig | None = None,
+        *,
+        session: SessionConfig | None = None,
+        model: str = "moss",
+        state_folder: str | os.PathLike | None = None,
+        id_prefix: str = "",
+    ):
+        self._id_prefix = id_prefix
+        self.scheduler = scheduler
+        self.config = config or ServerConfig()
+        self.session_config = dataclasses.replace(session or SessionConfig(), clock=scheduler.config.clock)
+        self.model = model
+        self.state_folder = None if state_folder is None else Path(state_folder)
+        self.is_warm = self.was_ready = False
+        self.is_closing = False
+        self.reserved = 0
+        self.sessions: dict[str, Session] = {}
+        self.counters = ServerCounters()
+        self.decoders = ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode")
+        self._watching: asyncio.Task | None = None
+        engine = scheduler.engine
+        self.image_size = engine.model_config.vision.image_size if isinstance(engine, Engine) else 112
+
+    async def start(self, *, warm_up: bool = True) -> None:
+        """Compiles the programs and starts the scheduler."""
+        if self.state_folder is not None:
+            await asyncio.to_thread(prepare_folder, self.state_folder, self.config.keep_seconds)
+        engine = self.scheduler.engine
+        if warm_up and isinstance(engine, Engine):
+            await in_thread(lambda: warm_up_all(engine, self.image_size))
+        if not self.is_closing:
+            self.scheduler.start()
+            self.is_warm = self.was_ready = True
+            self._watching = asyncio.create_task(self._watch())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether streams may be opened: programs are compiled, steps work, and the server does not end."""
+        return self.is_warm and not self.is_closing and self.scheduler.is_started
+
+    async def _watch(self) -> None:
+        """Has the scheduler begin anew after a step has failed."""
+        while True:
+            await asyncio.sleep(self.config.restart_seconds)
+            if not self.is_closing and not self.scheduler.is_started:
+                self.scheduler.start()
+                self.counters.restarts += 1
+                _logger.warning("the scheduler begins anew")
+
+    async def close(self) -> None:
+        """Takes no more streams, tells the running ones, saves them if it can, and ends them."""
+        if self.is_closing:
+            return
+        self.is_closing = True
+        if self._watching is not None:
+            self._watching.cancel()
+        await asyncio.gather(*(session.shut_down() for session in list(self.sessions.values())))
+        await asyncio.to_thread(self.scheduler.close)
+        self.decoders.shutdown(wait=False)
+
+    @property
+    def free_slots(self) -> int:
+        """How many more streams could be opened now."""
+        return max(0, self.scheduler.free_slots - self.reserved) if self.is_ready else 0
+
+    def reserve(self) -> Reservation:
+        """Keeps a free slot.
+
+        Raises:
+          Refused: there is none.
+        """
+        self._check_ready()
+        if not self.free_slots:
+            raise Refused(f"all {self.scheduler.engine.config.slots} streams are taken; try again later")
+        self.reserved += 1
+        return Reservation(self)
+
+    def _check_ready(self) -> None:
+        """Raises `Refused` if streams cannot be opened now."""
+        if self.is_closing:
+            raise Refused("the server ends")
+        if not self.is_warm:
+            raise Refused("the server is not ready yet")
+        if not self.scheduler.is_started:
+            raise Refused("the server recovers from an error; try again in a moment")
+
+    async def open(self, reservation: Reservation | None = None, **options: Any) -> Stream:
+        """Opens a stream in a reserved slot, or in a free one; options and errors of `Scheduler.open`."""
+        reservation = reservation or self.reserve()
+        try:
+            self._check_ready()
+            return await asyncio.to_thread(self.scheduler.open, **options)
+        finally:
+            reservation.release()
+
+    def add(self, identity: tuple[str, str] | None = None) -> Session:
+        """A new session with a reserved slot.
+
+        Raises:
+          Refused: no slot is free.
+        """
+        reservation = self.reserve()
+        session = Session(self, identity)
+        session.reservation = reservation
+        self.sessions[session.id] = session
+        self.counters.sessions_total += 1
+        return session
+
+    def new_id(self) -> str:
+        """An id that no other session has."""
+        return f"sess_{self._id_prefix}{secrets.token_hex(12)[len(self._id_prefix) :]}"
+
+    def find(self, session_id: str, token: str) -> Session | None:
+        """A session that a client wants to resume; None if it is not in memory.
+
+        Raises:
+          ProtocolError: the token is another.
+        """
+        session = self.sessions.get(session_id)
+        if session is not None and not hmac.compare_digest(session.token.encode(), token.encode()):
+            raise not_resumable()
+        return session
+
+    def find_saved(self, session_id: str, token: str) -> "SavedSession":
+        """A session in the state folder.
+
+        Raises:
+          ProtocolError: there is none, or the token is another.
+        """
+        if self.state_folder is None or not _ID.fullmatch(session_id):
+            raise not_resumable()
+        try:
+            saved = read_session(self.state_folder, session_id)
+        except (OSError, ValueError, KeyError) as error:
+            raise not_resumable() from error
+        if not hmac.compare_digest(saved.token_hash, token_hash(token)):
+            raise not_resumable()
+        return saved
+
+    def forget(self, session: Session, *, keeps_file: bool = False) -> None:
+        """Drops a session, with its files."""
+        if self.sessions.pop(session.id, None) is not None and self.state_folder and not keeps_file:
+            session.is_forgotten = True
+            remove_session(self.state_folder, session.id)
+
+
+def not_resumable() -> ProtocolError:
+    """The error for a session that is unknown, or whose token is another; it does not tell which."""
+    return ProtocolError(
+        "there is no such session, it is over, or the token is another", code="session_not_found"
+    )
+
+
+# ---------------------------------------------------------------------------------- sessions in files
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedSession:
+    """A session in the state folder: the file of its stream, and its dialogue."""
+
+    stream: Path
+    token_hash: str
+    dialogue: dict[str, Any]
+
+
+def token_hash(token: str) -> str:
+    """What is kept of a token in a file."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def prepare_folder(folder: Path, keep_seconds: float) -> None:
+    """Makes the state folder, and removes from it what is too old."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for path in folder.glob("sess_*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > keep_seconds:
+                path.unlink()
+
+
+def write_session(folder: Path, session_id: str, token: str, saved: SavedStream, dialogue: dict) -> None:
+    """Writes a session; if that fails, the files of its last save are as they were.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
+    stream = folder / f"{session_id}.{secrets.token_hex(4)}.stream"
+    description = folder / f"{session_id}.json"
+    part = folder / f"{session_id}.json.part"
+    try:
+        write_stream(stream, saved)
+        content = {"stream": stream.name, "token": token_hash(token), "dialogue": dialogue}
+        with open(part, "w", encoding="utf-8", opener=_private) as file:
+            json.dump(content, file)
+        part.replace(description)
+    except OSError:
+        for path in (stream, part):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
+    for old in folder.glob(f"{session_id}.*.stream"):
+        if old != stream:
+            old.unlink(missing_ok=True)
+
+
+def read_session(folder: Path, session_id: str) -> SavedSession:
+    """Reads a session's description; the stream is read by `Scheduler.open`."""
+    content = json.loads((folder / f"{session_id}.json").read_text(encoding="utf-8"))
+    return SavedSession(folder / content["stream"], content["token"], content["dialogue"])
+
+
+def remove_session(folder: Path, session_id: str) -> None:
+    """Removes the files of a session."""
+    for path in folder.glob(f"{session_id}.*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
