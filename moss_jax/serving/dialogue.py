@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -36,11 +36,14 @@ from moss_jax.stream import (
     TurnLimit,
 )
 from moss_jax.stream.events import Counters
-from moss_jax.text import chat
+from moss_jax.stream.moments import BankView
+from moss_jax.text import Tokenizer, chat
 from moss_jax.video import fit_frame
 
 # Frames whose arrival is remembered, for their rate and latency.
 RECENT = 32
+# Frames of a lockstep stream that may wait, before no more are read.
+READ_AHEAD = 64
 COUNTERS = tuple(field.name for field in dataclasses.fields(Counters))
 
 
@@ -159,6 +162,9 @@ class Dialogue:
         self._seen: list[float] = []
         self._counters_task: asyncio.Task | None = None
         self._time = 0.0
+        self._room = asyncio.Event()
+        # Tokens that have come into the context, by the events of the stream.
+        self._context = 0
         self._limits = MediaLimits(
             max_pixels=hub.config.max_image_pixels, max_bytes=hub.config.max_message_bytes
         )
@@ -192,6 +198,10 @@ class Dialogue:
             max_output_tokens=self._max_output_tokens or self._hub.session_config.max_tokens_per_turn,
             moss=moss,
         )
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self._hub.scheduler.engine.tokenizer
 
     def _system_prompt(self) -> str:
         return "\n".join(part for part in (self._instructions, *self._system) if part)
@@ -335,6 +345,7 @@ class Dialogue:
         at, image = protocol.frame_time(message)
         frame = await self._decode(image)
         stream = await self._open()
+        await self._wait_for_room(stream)
         self._show(stream, self._next_id("item"), [frame], at, (protocol.Part(type="input_image"),))
 
     async def _create_item(self, item: protocol.Item, at: float | None) -> None:
@@ -375,6 +386,7 @@ class Dialogue:
             self._held.append((item_id, "\n".join(texts)))
         if frames:
             stream = await self._open()
+            await self._wait_for_room(stream)
             self._show(stream, item_id, frames, at, tuple(parts))
         else:
             self._add_item(item_id, tuple(parts))
@@ -409,6 +421,14 @@ class Dialogue:
             return await asyncio.get_running_loop().run_in_executor(self._hub.decoders, decode)
         except MediaError as error:
             raise ProtocolError(str(error), code="invalid_image", param=param) from error
+
+    async def _wait_for_room(self, stream: Stream) -> None:
+        """Reads no more of a lockstep stream, which drops nothing, while many of its frames wait."""
+        while stream.config.clock == "lockstep" and len(self._frames) >= READ_AHEAD:
+            if self.session.is_over:
+                raise over()
+            self._room.clear()
+            await self._room.wait()
 
     def _show(
         self,
@@ -477,7 +497,9 @@ class Dialogue:
     async def _ask(self, settings: protocol.ResponseSettings, at: float | None) -> None:
         texts = [text for _, text in self._held]
         if settings.instructions:
-            texts.append(settings.instructions)
+            # Some clients repeat those of the session before their own.
+            own = settings.instructions.removeprefix(self._instructions).strip()
+            texts += [own] * bool(own)
         if not texts:
             if self._response is not None or self._asked:
                 raise ProtocolError(
@@ -558,6 +580,7 @@ class Dialogue:
                 self._on_text(event)
             case Silence():
                 self._counts["silences"] += 1
+                self._context += 1
                 if self._response is not None:
                     self._finish_response("completed")
                 self._send_moss(protocol.SilenceEvent(time=event.stream_time))
@@ -597,7 +620,10 @@ class Dialogue:
         if frame is None:
             return
         self._frames.remove(frame)
+        self._room.set()
         seconds = time.monotonic() - frame.arrived
+        if fate not in ("dropped", "rate"):
+            self._context += 1  # Its `<|image|>` token.
         if fate == "seen":
             self._latencies.append(seconds)
             self._hub.counters.observe("frame", seconds)
@@ -619,6 +645,7 @@ class Dialogue:
         """Begins the response to what was asked."""
         self._counts["prompts"] += 1
         self._hub.counters.prompts += 1
+        self._context += len(self._tokenizer.encode(event.prompt))
         if self._response is not None:
             self._finish_response("cancelled", "turn_detected")
         asked = self._asked.popleft() if self._asked else Asked(event.prompt, [], None, time.monotonic())
@@ -627,12 +654,11 @@ class Dialogue:
         self._begin_response(event, asked)
 
     def _begin_response(self, event: Event, asked: Asked | None = None) -> Response:
-        stream = self.session.stream
         response = Response(
             self._next_id("resp"),
             asked=asked is not None,
             metadata=asked.metadata if asked else None,
-            input_tokens=stream.conversation.text_length if stream else 0,
+            input_tokens=self._context,
             asked_at=asked.at if asked else None,
         )
         self._response = response
@@ -694,6 +720,7 @@ class Dialogue:
         if held := self._corrections.flush():
             self._say(response, held, self._time)
         self._response = None
+        self._context += len(self._tokenizer.encode(response.text))
         if response.item_id is not None:
             item = self._output(response, "completed" if status == "completed" else "incomplete")
             ids = {"response_id": response.id, "item_id": response.item_id}
@@ -720,7 +747,7 @@ class Dialogue:
         if status == "in_progress":
             return protocol.ResponseObject(id=response.id, status=status, metadata=response.metadata)
         failure = protocol.StatusError(type="server_error", code=error) if error else None
-        said = len(self._hub.scheduler.engine.tokenizer.encode(response.text)) if response.text else 0
+        said = len(self._tokenizer.encode(response.text))
         output = ()
         if response.item_id is not None:
             output = (self._output(response, "completed" if status == "completed" else "incomplete"),)
@@ -742,6 +769,7 @@ class Dialogue:
             status = "completed" if event.reason == "finished" else "incomplete"
             self._finish_response(status)
         self._stop_counters()
+        self._room.set()
         counters = dataclasses.asdict(event.counters)
         self._counts = counters
         if self.moss is not None:
@@ -782,14 +810,24 @@ class Dialogue:
             stream = self.session.stream
             if stream is None or not self.session.is_connected or self.session.is_over:
                 continue
-            self.session.send(self._counters(stream))
+            memory = None
+            if isinstance(self._hub.scheduler.engine, Engine):
+                try:
+                    view = await asyncio.wrap_future(stream.look_at_bank())
+                    memory = await asyncio.to_thread(memory_items, view)
+                except SessionError:
+                    continue  # It is over.
+            if self.session.is_connected and not self.session.is_over:
+                self.session.send(self._counters(stream, memory))
 
     def _stop_counters(self) -> None:
         if self._counters_task is not None:
             self._counters_task.cancel()
             self._counters_task = None
 
-    def _counters(self, stream: Stream) -> protocol.CountersEvent:
+    def _counters(
+        self, stream: Stream, memory: tuple[protocol.MemoryItem, ...] | None
+    ) -> protocol.CountersEvent:
         now = time.monotonic()
         recent = [at for at in self._arrivals if now - at <= 10]
         span = now - recent[0] if recent else 0.0
@@ -801,6 +839,7 @@ class Dialogue:
             queue=len(self._frames),
             text_tokens=stream.conversation.text_length,
             text_capacity=stream.conversation.capacity.text_capacity,
+            memory=memory,
         )
 
     # --------------------------------------------------------------------------------- resuming
@@ -829,6 +868,7 @@ class Dialogue:
             "corrections": self._corrections.held,
             "counts": dict(self._counts),
             "time": self._time,
+            "context": self._context,
         }
 
     async def restore(self, saved: SavedSession) -> None:
@@ -854,7 +894,7 @@ class Dialogue:
         if state["response"]:
             self._response = Response(**state["response"] | {"asked_at": None})
         self._corrections.held = state["corrections"]
-        self._counts, self._time = state["counts"], state["time"]
+        self._counts, self._time, self._context = state["counts"], state["time"], state["context"]
         await self._open(saved.stream)
         self.session.is_resumable = True
         self._counters_task = asyncio.create_task(self._tell_counters())
@@ -863,6 +903,26 @@ class Dialogue:
         """An id that no other session has."""
         self._numbers[kind] += 1
         return f"{kind}_{self.session.id[5:17]}_{self._numbers[kind]}"
+
+
+def memory_items(view: BankView) -> tuple[protocol.MemoryItem, ...]:
+    """What a bank holds, as clients are told."""
+
+    def detail(vectors: int) -> Literal["whole", "quarter", "sixteenth", "one"]:
+        share = vectors / view.vectors_per_frame
+        if share == 1:
+            return "whole"
+        if vectors == 1:
+            return "one"
+        # The levels of a pyramid have somewhat more than a quarter and a sixteenth: the class token's vector.
+        return "quarter" if share > 1 / 8 else "sixteenth"
+
+    return tuple(
+        protocol.MemoryItem(
+            time=moment.time, detail=detail(moment.vectors), vectors=moment.vectors, frames=moment.frames
+        )
+        for moment in view.moments()
+    )
 
 
 def over() -> ProtocolError:

@@ -292,8 +292,7 @@ class Session:
             raise SessionError("the server keeps no streams: it was started without --state-dir")
         if self.stream is None or self.is_over or self.owner is None:
             raise SessionError("there is no stream to save")
-        started = time.monotonic()
-        stream, owner = self.stream, self.owner
+        started, stream, owner = time.monotonic(), self.stream, self.owner
         future = stream.copy_while_running()
         # Once the copy comes out of the inbox, the dialogue has had all events before it, and none after it.
         state: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -349,7 +348,9 @@ class Session:
 def warm_up_all(engine: Engine, image_size: int) -> None:
     """Compiles what streams run, and what copies one to the host."""
     engine.warm_up((image_size, image_size, 3))
-    engine.save_slot(engine.start(), 0)
+    state = engine.start()
+    engine.save_slot(state, 0)
+    engine.bank_vectors(state, 0)
 
 
 async def in_thread(function: Callable[[], object]) -> None:
