@@ -1,9 +1,9 @@
 """Soak of the live server: streams at one frame a second over the wire, for as long as one likes.
 
-`python benchmarks/soak.py --streams 4 --seconds 3600 --output soak` starts `serve.py` in a process of its own,
-shows every stream a table that changes, asks now and then, and writes soak.json and soak.png: frames that were
-dropped, the server's resident memory over time, and how long answers took. With --url it takes a server that
-runs, whose memory is then read from its /metrics.
+`python benchmarks/soak.py --streams 4 --seconds 3600 --output soak` starts `serve.py` in a process of its
+own, shows every stream a table that changes, asks now and then, and writes soak.json and soak.png: how many
+frames were dropped, the server's resident memory over time, and how long answers took. With --url it takes a
+server that runs already.
 """
 
 import argparse
@@ -46,29 +46,33 @@ class Figures:
 
 async def stream(url: str, frames: list[bytes], args: argparse.Namespace, number: int) -> Figures:
     """Runs one stream to its end."""
-    figures, asked = Figures(), None
+    figures, asked, answers = Figures(), None, False
     sent: dict[int, float] = {}
     async with websockets.connect(f"{url.replace('http', 'ws', 1)}/v1/realtime", max_size=None) as client:
         negotiation = {"type": "realtime", "moss": {"version": 1, "frames": "binary"}}
         await client.send(json.dumps({"type": "session.update", "session": negotiation}))
 
         async def receive() -> None:
-            nonlocal asked
+            nonlocal asked, answers
             async for text in client:
                 event = json.loads(text)
                 now = time.monotonic()
-                if event["type"] == "conversation.item.done" and "moss" in event and event["moss"].get("frame"):
+                if (
+                    event["type"] == "conversation.item.done"
+                    and "moss" in event
+                    and event["moss"].get("frame")
+                ):
                     frame = event["moss"]["frame"]
                     figures.fates[frame["fate"]] = figures.fates.get(frame["fate"], 0) + 1
                     figures.latency.append(now - sent.pop(frame["index"]))
                 elif event["type"] == "response.output_text.delta":
                     figures.characters += len(event["delta"])
-                    if asked is not None:
+                    if asked is not None and answers:
                         figures.ttft.append(now - asked)
                         asked = None
-                elif event["type"] == "response.created" and not event["moss"]["asked"]:
-                    # The text that comes is not of the question.
-                    continue
+                elif event["type"] == "response.created":
+                    # Text of what the model says unasked is no answer.
+                    answers = event["moss"]["asked"]
                 elif event["type"] == "error":
                     figures.errors.append(event["error"]["code"])
                 elif event["type"] == "moss.end":
@@ -176,8 +180,9 @@ def draw(result: dict, path: Path) -> None:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     memory, waits = figure.subplots(1, 2)
     minutes = [sample["time"] / 60 for sample in result["samples"]]
-    memory.plot(minutes, [sample["resident"] / 2**20 for sample in result["samples"]])
-    memory.set(xlabel="minutes", ylabel="resident memory of the server, MiB", ylim=(0, None))
+    sizes = [sample["resident"] / 2**20 for sample in result["samples"]]
+    memory.plot(minutes, sizes)
+    memory.set(xlabel="minutes", ylabel="resident memory of the server, MiB", ylim=(0, 1.1 * max(sizes)))
     waits.hist(result["ttft"], bins=40)
     waits.axvline(result["ttft_seconds"].get("p95", 0), linestyle="--", label="95 %")
     waits.set(xlabel="question to first text, seconds", ylabel="questions", xlim=(0, None))

@@ -3,9 +3,9 @@
 `python deploy/ray_serve.py --slots 8 --replicas 2:6 --gpus-per-replica 1 --token-file tokens --host 0.0.0.0`
 
 Each replica has an engine and a scheduler of its own. A WebSocket stays on the replica that took it, and a
-client that resumes its session gets back there, since a session's id begins with that of its replica. Ray adds
-replicas as free streams become few. If a replica is lost, its sessions go on elsewhere as of their last save,
-if `--state-dir` is a folder that all machines share.
+client that resumes its session gets back there, since a session's id begins with that of its replica. Ray
+adds replicas as free streams become few. If a replica is lost, its sessions go on elsewhere as of their last
+save, if `--state-dir` is a folder that all machines share.
 """
 
 import argparse
@@ -140,7 +140,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--free-streams", type=float, default=1.0, help="free ones a replica, below which another is started")
     add("--cpus-per-replica", type=float, default=1)
     add("--gpus-per-replica", type=float, default=0)
-    add("--drain-seconds", type=float, default=600, help="for the streams of a replica that is no longer needed")
+    add(
+        "--drain-seconds",
+        type=float,
+        default=600,
+        help="for the streams of a replica that is no longer needed",
+    )
     add("--state-dir", type=Path, help="folder where streams are saved, of all machines")
     add("--token-file", type=Path, help="as for serve.py")
     add("--allow-origin", action="append", default=[], help="as for serve.py")

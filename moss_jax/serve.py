@@ -298,7 +298,9 @@ def mesh_of(axes: str | None) -> "jax.sharding.Mesh | None":
         return None
     given = dict(part.partition("=")[::2] for part in axes.split(","))
     if not given.keys() <= set(MESH_AXES) or not all(n.isdecimal() and int(n) for n in given.values()):
-        raise ConfigError(f"--mesh names axes ({', '.join(MESH_AXES)}) and devices, as tensor=2, not {axes!r}")
+        raise ConfigError(
+            f"--mesh names axes ({', '.join(MESH_AXES)}) and devices, as tensor=2, not {axes!r}"
+        )
     sizes = {name: int(number) for name, number in given.items()}
     devices, needed = jax.devices(), math.prod(sizes.values())
     if needed > len(devices):
@@ -482,7 +484,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="go on with a saved stream: the video follows on what it has seen, and its clock goes on",
     )
-    add("--json", action="store_true", help="print one JSON object per event instead of a transcript; the live server logs so")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object per event instead of a transcript; the live server logs so",
+    )
     add("--timeline", type=Path, metavar="FILE", help="draw frames, prompts and answers over time, as a .png")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings that override the defaults")
     add("--gin_param", action="append", default=[], metavar="BINDING", help="e.g. 'frames.fps = 2'")

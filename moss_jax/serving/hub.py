@@ -313,7 +313,7 @@ class Session:
         return saved.dialogue["start_time"]
 
     def _write(self, folder: Path, saved: SavedStream, dialogue: dict[str, Any]) -> None:
-        """Writes the session to the folder, in a thread, which goes on though nobody waits for it any more."""
+        """Writes the session to the folder, in a thread, which goes on though nobody waits for it."""
         with self._writing:
             write_session(folder, self.id, self.token, saved, dialogue)
         if self.is_forgotten:

@@ -130,7 +130,9 @@ def test_a_server_with_tokens_answers_to_any_name():
 
 
 def test_connections_are_limited():
-    gate = Gate(SecurityConfig(max_connections_per_address=2, connection_burst=5, connections_per_second=0.01))
+    gate = Gate(
+        SecurityConfig(max_connections_per_address=2, connection_burst=5, connections_per_second=0.01)
+    )
     with guarded(gate) as host, contextlib.ExitStack() as stack:
         url = f"ws://{host}/v1/echo"
         for _ in range(2):
