@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from moss_jax.serving.hub import Hub
@@ -86,7 +86,7 @@ async def readiness(request: Request) -> Response:
     return JSONResponse(content, status_code=200 if hub.is_ready else 503)
 
 
-class HttpProtocol(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIssues]
+class HttpProtocol(H11Protocol):
     """Cuts a connection over which no request comes, which would stay open else."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:

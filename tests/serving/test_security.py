@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from starlette.routing import Route, WebSocketRoute
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from moss_jax import serve
 from moss_jax.config import ConfigError, SecurityConfig
 from moss_jax.serving import app
 from moss_jax.serving.hub import Hub
@@ -247,3 +249,21 @@ def test_connections_without_a_request_are_cut(answering, monkeypatch):
             assert other.get(f"{server.url}/healthz").status_code == 200
             client.ask("Is there a cat?")
             client.until("response.done")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines, so clients need a token"),
+        (["--token-file", "/nowhere/tokens"], "--token-file /nowhere/tokens cannot be read"),
+        (["--mesh", "tensor"], "--mesh names axes (data, fsdp, tensor) and devices, as tensor=2"),
+        (["--mesh", "pipeline=2"], "--mesh names axes"),
+        (["--mesh", "tensor=4096"], "--mesh tensor=4096 needs 4096 devices; there are"),
+        (["--video", "clip.mp4", "--mesh", "tensor=2"], "are of the live server; leave out --video"),
+    ],
+)
+def test_the_command_refuses(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve.py", *flags])
+    monkeypatch.delenv("MOSS_TOKENS", raising=False)
+    assert serve.main() == 2
+    assert message in capsys.readouterr().err
