@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, most of them read from the counters of hub and scheduler when they are asked for."""
+"""Metrics for Prometheus, most of them read from counters of hub and scheduler when they are asked for."""
 
 import itertools
 from collections.abc import Iterator, Mapping

@@ -71,12 +71,13 @@ def left(server: Running) -> dict[str, object]:
     gc.collect()
     kinds = (Session, Dialogue, Connected, Stream)
     alive = collections.Counter(type(o).__name__ for o in gc.get_objects() if isinstance(o, kinds))
-    # The loop of the scheduler has the streams of its last step, until there is another one.
+    # The loop of the scheduler has the streams of its last step, until there is another one; pytest has those
+    # of a loop that failed, as long as it keeps the log.
     streams = alive.pop("Stream", 0)
     held = {
         "sessions": len(server.hub.sessions),
         "streams": len(server.hub.scheduler.streams),
-        "streams in memory": max(0, streams - SLOTS),
+        "streams in memory": max(0, streams - 2 * SLOTS),
         "reserved": server.hub.reserved,
         "connections": server.hub.counters.connections,
         "threads": sum(thread.name == "events" for thread in threading.enumerate()),
@@ -165,9 +166,7 @@ def test_a_client_is_killed_while_it_is_answered(server, others):
         client.until("response.created")
         client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.lose()
-        with pytest.raises(ConnectionClosed):
-            while True:
-                client.receive()
+        client.until_closed()
     wait_for(lambda: len(server.hub.scheduler.streams) == 1)
 
 
@@ -311,9 +310,7 @@ def test_a_client_that_never_reads_is_cut_off(server, others):
         wait_for(lambda: server.hub.counters.slow_clients == before + 1)
         wait_for(lambda: server.hub.counters.connections == 1)
         # What had been sent is there, then the connection is over.
-        with pytest.raises(ConnectionClosed):
-            while True:
-                client.receive()
+        client.until_closed()
 
 
 def test_a_slow_client_gets_everything(server, others):
@@ -423,6 +420,8 @@ def test_a_device_error_in_one_step(server, monkeypatch):
         # All streams of the device end, and say so.
         for client in clients[:2]:
             error = client.until("error")["error"]
+            if error["code"] == "stream_is_over":  # Where another stream's step came before the frame.
+                error = client.until("error")["error"]
             assert (error["code"], error["type"]) == ("stream_failed", "server_error")
             assert "lost" not in error["message"]
             assert client.until("moss.end")["reason"] == "failed"
@@ -436,7 +435,7 @@ def test_a_device_error_in_one_step(server, monkeypatch):
 
 
 def test_a_stream_that_is_opened_while_the_scheduler_is_down(server, monkeypatch):
-    wait_for(lambda: not server.hub.sessions)
+    wait_for(lambda: server.hub.is_ready and not server.hub.sessions)
     monkeypatch.setattr(type(server.hub), "is_ready", property(lambda hub: False))
     assert httpx.get(f"{server.url}/readyz").status_code == 503
     monkeypatch.undo()
