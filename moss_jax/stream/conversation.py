@@ -579,7 +579,7 @@ class Conversation:
         while (
             self._inbox
             and self._inbox[0].time <= limit
-            and _fits_step(due, self._inbox[0], perception_async=perception_async)
+            and fits_step(due, self._inbox[0], perception_async=perception_async)
         ):
             if self._inbox[0].unseen != "rate":
                 due.append(heapq.heappop(self._inbox))
@@ -719,7 +719,7 @@ class Conversation:
         return self._instant + self._ticks / self.config.tokens_per_second
 
 
-def _fits_step(due: Sequence[Inbound], inbound: Inbound, *, perception_async: bool) -> bool:
+def fits_step(due: Sequence[Inbound], inbound: Inbound, *, perception_async: bool) -> bool:
     """Whether one step can append it with those before it: the frames of a step are of one encoded batch."""
     if inbound.rgb is None:
         return True

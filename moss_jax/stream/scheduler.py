@@ -19,7 +19,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from time import monotonic
 from typing import Any
@@ -38,6 +38,7 @@ from moss_jax.config import (
     UnseenReason,
 )
 from moss_jax.memory.selection import thumbnail
+from moss_jax.stream.completion import Completion, DialogueTurn, dialogue_parts, misfit, sizes
 from moss_jax.stream.conversation import Conversation, Inbound, Plan
 from moss_jax.stream.dispatch_timer import DispatchTimer, StepInFlight
 from moss_jax.stream.engine import Engine, EngineLike
@@ -416,15 +417,8 @@ class Scheduler:
         else:
             check_length(opening, limits)
         with self.changed:
-            if self._closing:
-                raise Refused("the scheduler is closed")
-            free = [slot for slot, stream in enumerate(self._slots) if stream is None]
-            if not free:
-                raise Refused(
-                    f"all {len(self._slots)} slots are taken; close a stream, or raise engine.slots"
-                )
             conversation = Conversation(
-                tokenizer, limits, config, free[0], opening=opening, prompt="" if resume else prompt
+                tokenizer, limits, config, self._free_slot(), opening=opening, prompt="" if resume else prompt
             )
             if isinstance(self.engine, Engine):
                 conversation.speed.bytes = self.engine.slot_bytes
@@ -433,10 +427,74 @@ class Scheduler:
             if resume and saved:
                 stream.arrays = self._resume(stream, resume, saved)
             clock.start_time = max(clock.start_time, conversation.start_time)
-            self._slots[free[0]] = stream
-            self._opened.append(stream)
-            self.changed.notify_all()
+            self._take_slot(stream)
         return stream
+
+    def complete(
+        self,
+        turns: Sequence[DialogueTurn],
+        *,
+        max_tokens: int = 512,
+        sampling: TokenSampling | None = None,
+        memory: MemoryConfig | None = None,
+        bank_capacity: int | None = None,
+        text_capacity: int | None = None,
+    ) -> Stream:
+        """Answers a whole dialogue in a free slot, beside the live streams.
+
+        All its frames are seen, in chunks; if they are more than the bank has room for, memory is compacted
+        as in a live stream. Nothing can be pushed, and its events are those of `answer_offline`. `stop` ends
+        the answer.
+
+        Args:
+          turns: the last is the user's.
+          max_tokens: limit on the answer.
+          sampling: how its tokens are sampled; None for the engine's own.
+          memory, bank_capacity, text_capacity: as for `stream_config`; None for the engine's.
+
+        Raises:
+          Refused: no slot is free, or the scheduler is closed.
+          ConfigError: the engine has no room or no program for these limits.
+          SessionError: the dialogue does not fit, or is none that can be answered.
+        """
+        model = self.engine.model_config if isinstance(self.engine, Engine) else None
+        limits = stream_config(self.engine.config, memory, bank_capacity, text_capacity, model=model)
+        try:
+            parts = dialogue_parts(self.engine.tokenizer, turns, self.next_order())
+        except ValueError as error:
+            raise SessionError(str(error)) from error
+        if message := misfit(limits, *sizes(limits, parts)):
+            raise SessionError(message)
+        if max_tokens < 1:
+            raise SessionError(f"max_tokens must be at least 1, not {max_tokens}")
+        config = SessionConfig(clock=self.config.clock)
+        with self.changed:
+            completion = Completion(
+                self.engine.tokenizer, limits, config, self._free_slot(), parts=parts, max_tokens=max_tokens
+            )
+            stream = Stream(self, completion, Clock(is_realtime=config.clock == "realtime"))
+            stream.sampling = sampling
+            self._take_slot(stream)
+        return stream
+
+    def _free_slot(self) -> int:
+        """A slot for a new stream; under the lock.
+
+        Raises:
+          Refused: there is none, or the scheduler is closed.
+        """
+        if self._closing:
+            raise Refused("the scheduler is closed")
+        free = [slot for slot, stream in enumerate(self._slots) if stream is None]
+        if not free:
+            raise Refused(f"all {len(self._slots)} slots are taken; close a stream, or raise engine.slots")
+        return free[0]
+
+    def _take_slot(self, stream: Stream) -> None:
+        """Gives a stream its slot; under the lock."""
+        self._slots[stream.slot] = stream
+        self._opened.append(stream)
+        self.changed.notify_all()
 
     @property
     def free_slots(self) -> int:
