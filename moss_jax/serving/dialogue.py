@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -36,6 +36,7 @@ from moss_jax.stream import (
     TurnLimit,
 )
 from moss_jax.stream.events import Counters
+from moss_jax.stream.moments import BankView
 from moss_jax.text import chat
 from moss_jax.video import fit_frame
 
@@ -775,14 +776,24 @@ class Dialogue:
             stream = self.session.stream
             if stream is None or not self.session.is_connected or self.session.is_over:
                 continue
-            self.session.send(self._counters(stream))
+            memory = None
+            if isinstance(self._hub.scheduler.engine, Engine):
+                try:
+                    view = await asyncio.wrap_future(stream.look_at_bank())
+                    memory = await asyncio.to_thread(memory_items, view)
+                except SessionError:
+                    continue  # It is over.
+            if self.session.is_connected and not self.session.is_over:
+                self.session.send(self._counters(stream, memory))
 
     def _stop_counters(self) -> None:
         if self._counters_task is not None:
             self._counters_task.cancel()
             self._counters_task = None
 
-    def _counters(self, stream: Stream) -> protocol.CountersEvent:
+    def _counters(
+        self, stream: Stream, memory: tuple[protocol.MemoryItem, ...] | None
+    ) -> protocol.CountersEvent:
         now = time.monotonic()
         recent = [at for at in self._arrivals if now - at <= 10]
         span = now - recent[0] if recent else 0.0
@@ -794,6 +805,7 @@ class Dialogue:
             queue=len(self._frames),
             text_tokens=stream.conversation.text_length,
             text_capacity=stream.conversation.capacity.text_capacity,
+            memory=memory,
         )
 
     # --------------------------------------------------------------------------------- resuming
@@ -856,6 +868,26 @@ class Dialogue:
         """An id that no other session has."""
         self._numbers[kind] += 1
         return f"{kind}_{self.session.id[5:17]}_{self._numbers[kind]}"
+
+
+def memory_items(view: BankView) -> tuple[protocol.MemoryItem, ...]:
+    """What a bank holds, as clients are told."""
+
+    def detail(vectors: int) -> Literal["whole", "quarter", "sixteenth", "one"]:
+        share = vectors / view.vectors_per_frame
+        if share == 1:
+            return "whole"
+        if vectors == 1:
+            return "one"
+        # The levels of a pyramid have somewhat more than a quarter and a sixteenth: the class token's vector.
+        return "quarter" if share > 1 / 8 else "sixteenth"
+
+    return tuple(
+        protocol.MemoryItem(
+            time=moment.time, detail=detail(moment.vectors), vectors=moment.vectors, frames=moment.frames
+        )
+        for moment in view.moments()
+    )
 
 
 def over() -> ProtocolError:

@@ -150,7 +150,8 @@ class Session:
         self._sent: collections.deque[tuple[int, str]] = collections.deque(maxlen=hub.config.replay_events)
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task | None = None
-        self._keeps_file = False
+        self._keeps_file = self._is_forgotten = False
+        self._saving = asyncio.Lock()
         # What to do when a copy of the stream comes out of its inbox.
         self._marks: dict[Future, Callable[[], object]] = {}
 
@@ -216,6 +217,7 @@ class Session:
             self.stream.stop()
         self.is_over = True
         self.release()
+        self._is_forgotten = not self._keeps_file
         self._hub.forget(self, keeps_file=self._keeps_file)
 
     def drop(self) -> None:
@@ -275,8 +277,11 @@ class Session:
             raise SessionError("the server keeps no streams: it was started without --state-dir")
         if self.stream is None or self.is_over or self.owner is None:
             raise SessionError("there is no stream to save")
+        async with self._saving:
+            return await self._save(folder, self.stream, self.owner)
+
+    async def _save(self, folder: Path, stream: Stream, owner: Owner) -> float:
         started = time.monotonic()
-        stream, owner = self.stream, self.owner
         future = stream.copy_while_running()
         # Once the copy comes out of the inbox, the dialogue has had all events before it, and none after it.
         state: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -292,6 +297,8 @@ class Session:
         except OSError:
             self._hub.counters.failed_saves += 1
             raise
+        if self._is_forgotten:
+            remove_session(folder, self.id)
         self._hub.counters.saves += 1
         self._hub.counters.observe("save", time.monotonic() - started)
         return saved.dialogue["start_time"]
@@ -325,7 +332,9 @@ class Session:
 def warm_up_all(engine: Engine, image_size: int) -> None:
     """Compiles what streams run, and what copies one to the host."""
     engine.warm_up((image_size, image_size, 3))
-    engine.save_slot(engine.start(), 0)
+    state = engine.start()
+    engine.save_slot(state, 0)
+    engine.bank_vectors(state, 0)
 
 
 async def in_thread(function: Callable[[], object]) -> None:

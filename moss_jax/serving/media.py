@@ -1,42 +1,134 @@
-"""Images that clients send."""
+"""Images and videos that clients send, decoded within limits.
+
+Nothing about them is trusted: every size is checked before memory of that size is taken.
+"""
 
 import base64
 import binascii
 import dataclasses
 import io
+import re
+import struct
 
-import av
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
+
+from moss_jax.video.stills import to_rgb, upright
+
+_FORMATS = ("JPEG", "PNG", "WEBP")
+# A type, perhaps with parameters, in front of the content.
+_DATA_URL = re.compile(r"data:([a-z]+/[a-z0-9.+-]+)((?:;[a-z0-9-]+=[a-z0-9.+-]+)*);base64", re.IGNORECASE)
+# Progressive pictures have about 10 scans; each takes as long to decode as the whole picture.
+_MAX_SCANS = 64
+_START_OF_SCAN = b"\xff\xda"
 
 
 class MediaError(ValueError):
-    """What a client sent is no image that is taken."""
+    """What a client sent cannot be taken; the message says why, and holds nothing of its content."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MediaLimits:
-    """Bounds of what is decoded."""
+    """Bounds of what is decoded.
 
-    max_pixels: int = 16 * 2**20
+    Attributes:
+      max_bytes: of an image.
+      max_pixels: of an image, or of a frame of a video.
+      max_side: width and height of an image, in pixels.
+    """
+
     max_bytes: int = 8 * 2**20
+    max_pixels: int = 16 * 2**20
+    max_side: int = 8192
 
 
-def parse_data_url(url: str) -> tuple[str, bytes]:
-    """The type and the content of a data URL."""
+def parse_data_url(url: str, *, max_bytes: int = MediaLimits.max_bytes) -> tuple[str, bytes]:
+    """The type, in lower case, and the content of a data URL in base64.
+
+    Raises:
+      MediaError: it is none, its content is not exactly base64, or there is more than `max_bytes` of it.
+    """
     head, comma, content = url.partition(",")
-    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
-        raise MediaError("an image is a data URL: data:image/jpeg;base64,…")
+    match = _DATA_URL.fullmatch(head) if comma and len(head) < 256 else None
+    if not match:
+        raise MediaError("a data URL has the form data:image/jpeg;base64,…")
+    # Before anything is decoded; the padding stands for no bytes.
+    if len(content) // 4 * 3 - content.count("=", -2) > max_bytes:
+        raise MediaError(f"the data URL holds more than {max_bytes} bytes")
     try:
-        return head[5:-7], base64.b64decode(content, validate=True)
-    except binascii.Error as error:
-        raise MediaError(f"the data URL is no base64: {error}") from error
+        decoded = base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError):
+        raise MediaError("the content of the data URL is not valid base64") from None
+    if not decoded:
+        raise MediaError("the data URL is empty")
+    return match[1].lower(), decoded
 
 
 def decode_image(data: bytes, *, limits: MediaLimits) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes an image."""
+    """Decodes a JPEG, PNG or WebP: upright as EXIF says, over white, of an animation the first picture.
+
+    Raises:
+      MediaError: it is none of these, it is damaged, or beyond the limits.
+    """
+    if len(data) > limits.max_bytes:
+        raise MediaError(f"the image has {len(data)} bytes; {limits.max_bytes} are allowed")
+    # Pillow allocates a WebP when it opens it, the others when it loads them.
+    if size := _webp_size(data):
+        _check_size(size, limits)
+    if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > _MAX_SCANS:
+        raise MediaError(f"the image has more than {_MAX_SCANS} scans; save it as an ordinary JPEG")
     try:
-        with av.open(io.BytesIO(data)) as container:
-            return next(container.decode(video=0)).to_ndarray(format="rgb24")
-    except (av.FFmpegError, StopIteration, IndexError, ValueError) as error:
-        raise MediaError(f"the image cannot be decoded: {error}") from error
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            _check_size(image.size, limits)
+            image.load()
+            return to_rgb(_over_white(upright(image)))
+    except (MediaError, ImportError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError:
+        raise MediaError("the image is not a JPEG, PNG or WebP, or its beginning is damaged") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise MediaError(f"the image has more than {limits.max_pixels} pixels") from None
+    except Exception:  # Pillow raises what it happens to come upon in a damaged file
+        raise MediaError("the image is damaged or incomplete") from None
+
+
+def _check_size(size: tuple[int, int], limits: MediaLimits) -> None:
+    width, height = size
+    if not (width and height):
+        raise MediaError("the image is empty")
+    if width * height > limits.max_pixels:
+        raise MediaError(f"the image has {width} x {height} pixels; {limits.max_pixels} are allowed")
+    if max(size) > limits.max_side:
+        raise MediaError(f"the image is {width} x {height}; no side may exceed {limits.max_side} pixels")
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height from the head of a WebP; None if it is none.
+
+    Raises:
+      MediaError: the head is damaged.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
+    head = data[:30].ljust(30, b"\0")
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", head, 21)
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", head, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    raise MediaError("the image is damaged or incomplete")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """The picture over white, if it is transparent somewhere."""
+    if not image.has_transparency_data or image.mode.startswith("I"):
+        return image
+    picture = image.convert("RGBA")
+    white = Image.new("RGB", picture.size, "white")
+    white.paste(picture, mask=picture.getchannel("A"))
+    return white

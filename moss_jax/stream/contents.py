@@ -24,16 +24,19 @@ class SlotContents:
     Attributes:
       kinds: of the tokens in the text cache.
       frame_room: frames that may be appended before the bank is compacted.
+      position: of the next token.
     """
 
     def __init__(self, capacity: EngineConfig):
         self.kinds: list[Kind] = []
         self.frame_room = capacity.bank_capacity
+        self.position = 0
         self._capacity = capacity
 
     def append(self, kinds: Sequence[Kind], *, frames: int = 0) -> None:
         """Counts tokens and frames that a row appends."""
         self.kinds += kinds
+        self.position += len(kinds)
         self.frame_room -= frames
 
     def make_room(self, plan: "Plan", tokens: int, *, is_frame: bool = False) -> Fit:

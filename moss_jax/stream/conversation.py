@@ -30,6 +30,7 @@ from moss_jax.stream.events import (
     Turn,
     TurnLimit,
 )
+from moss_jax.stream.moments import Moments
 from moss_jax.stream.rows import PENDING, Compaction
 from moss_jax.stream.step import NOT_FINITE
 from moss_jax.text import Detokenizer, Tokenizer
@@ -61,6 +62,7 @@ class Inbound:
       tokens: that a prompt appends.
       claimed: whether the perception thread encodes the frame.
       encoded: a frame's features, once the perception thread has them.
+      position: of a frame in the context, once it is planned.
     """
 
     time: float
@@ -73,6 +75,7 @@ class Inbound:
     tokens: list[int] = dataclasses.field(default_factory=list, compare=False)
     claimed: bool = dataclasses.field(default=False, compare=False)
     encoded: Encoded | None = dataclasses.field(default=None, compare=False)
+    position: int = dataclasses.field(default=-1, compare=False)
 
     @property
     def is_frame(self) -> bool:
@@ -195,6 +198,7 @@ class Conversation:
       start_time: from which the stream goes on, where it was saved before; else 0.
       latest: the latest time of anything pushed.
       latest_frame: of any frame.
+      moments: times of the frames that the model has been shown.
       speaking: whether the model is in the middle of an answer.
       interrupted: whether an answer in progress is to be cut.
     """
@@ -230,6 +234,7 @@ class Conversation:
         self._is_cut = False
         self._said, self._said_tokens = "", 0
         self._contents = SlotContents(capacity)
+        self.moments = Moments()
         # Where in the text cache is a token that the host does not have yet.
         self._unknown: int | None = None
         self._warned: set[str] = set()
@@ -345,6 +350,15 @@ class Conversation:
     def opening_length(self) -> int:
         """Tokens of the opening, which are never evicted."""
         return len(self._opening or ()) or self._contents.kinds.count(Kind.PINNED)
+
+    @property
+    def position(self) -> int:
+        """Of the next token in the context."""
+        return self._contents.position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self._contents.position = position
 
     @property
     def text_length(self) -> int:
@@ -607,6 +621,7 @@ class Conversation:
         self._counts["frames"] -= 1
         self._counts["frames_alike"] += 1
         self._contents.frame_room += 1
+        self.moments.forget(frame.position)
 
     def _append(self, due: list[Inbound], in_flight: Plan | None) -> Plan | None:
         """Plans the row and the events of what is due, as far as there is room; the end if there is none."""
@@ -631,6 +646,9 @@ class Conversation:
                 for left in due[index:]:
                     heapq.heappush(self._inbox, left)
                 break
+            if is_seen:
+                inbound.position = self._contents.position + len(kinds)
+                self.moments.add(inbound.position, inbound.time)
             plan.tokens += tokens
             kinds += [Kind.FRAME if is_frame else Kind.USER] * len(tokens)
             if inbound.time > self._instant:

@@ -383,6 +383,13 @@ class Engine:
         """Copies all arrays of one slot to the host, by name."""
         return slot_to_host(state, slot)
 
+    def bank_vectors(
+        self, state: EngineState, slot: int
+    ) -> tuple[Int[Array, " S"], Float[Array, " S"] | None]:
+        """Positions and counts of the vectors in the bank of one slot, on the device; see `MemoryBank`."""
+        bank = state.stream.bank
+        return pick_slot(bank.positions, slot), None if bank.counts is None else pick_slot(bank.counts, slot)
+
     def check_slot(self, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Pads the arrays of `save_slot`, of an engine with the same `stream_settings`, for `load_slot`.
 
@@ -499,6 +506,12 @@ def gather(features: Float[Array, "P N D"], index: Int[Array, "B F"]) -> Float[A
 def pick_frame(features: Float[Array, "P N D"], index: Int[Array, ""]) -> Float[Array, "N D"]:
     """The features of one frame, so that their comparison is one program for any number of encoded ones."""
     return features[index]
+
+
+@jax.jit
+def pick_slot(x: Array, slot: Int[Array, ""]) -> Array:
+    """What belongs to one slot, as an array of its own."""
+    return x[slot]
 
 
 _distance = jax.jit(feature_distance)

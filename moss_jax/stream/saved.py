@@ -52,7 +52,8 @@ class SavedStream:
       arrays: of the slot, by name.
       frames: in the inbox, in its order.
       compared: what the next frame is compared with, by name: "thumbnail" of the frame that was encoded last,
-        "features" of the one that was remembered last; empty where frames are not selected.
+        "features" of the one that was remembered last; empty where frames are not selected. Also the times of
+        the frames in the bank, see `Moments.save`.
     """
 
     settings: dict[str, Any]

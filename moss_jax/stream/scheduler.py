@@ -42,6 +42,7 @@ from moss_jax.stream.dispatch_timer import DispatchTimer, StepInFlight
 from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import End, Event
 from moss_jax.stream.limits import saved_config, stream_config
+from moss_jax.stream.moments import BankView
 from moss_jax.stream.perception import FEW
 from moss_jax.stream.rows import Row, first_step
 from moss_jax.stream.saved import (
@@ -220,6 +221,7 @@ class Stream:
         if self.remembered:
             compared["features"] = np.asarray(self.remembered.features[self.remembered.index])
         arrays = engine.save_slot(state, self.slot)
+        compared |= self.conversation.moments.save(arrays["bank.positions"])
         settings = engine.stream_settings(self.conversation.capacity)
         return SavedStream(settings, copy.deepcopy(dialogue), arrays, frames, compared)
 
@@ -232,7 +234,22 @@ class Stream:
         Returns:
           A future that raises `SessionError` if the stream is over, or cannot be saved.
         """
-        return self._scheduler.call_between_steps(self, lambda state: self.copy(state, self.clock.now()))
+        return self._scheduler.call(self, lambda state: self.copy(state, self.clock.now()))
+
+    def look_at_bank(self) -> "Future[BankView]":
+        """Has the scheduler look at what the memory bank holds, without holding anything up.
+
+        Returns:
+          A future that raises `SessionError` if the scheduler is over, or the engine is a stand-in.
+        """
+
+        def look(state: Any) -> BankView:
+            engine = saving_engine(self._scheduler.engine)
+            positions, counts = engine.bank_vectors(state, self.slot)
+            times = dict(self.conversation.moments.times)
+            return BankView(positions, counts, times, engine.model_config.vectors_per_frame)
+
+        return self._scheduler.call(None, look)
 
     def _push(self, inbound: Inbound) -> bool:
         target = self.conversation
@@ -305,8 +322,8 @@ class Scheduler:
         self._rows: dict[Stream, Row] = {}
         self._features: dict[Stream, Any] = {}
         self._plans: dict[Stream, Plan] = {}
-        # What waits until a stream is between two steps.
-        self._calls: dict[Stream, list[tuple[Callable[[Any], Any], Future]]] = {}
+        # What waits until a stream is between two steps, or only until the loop comes by: that is under None.
+        self._calls: dict[Stream | None, list[tuple[Callable[[Any], Any], Future]]] = {}
         self._thread: threading.Thread | None = None
         self._closing = self._paused = self._has_encoded = self._is_persistent = False
         # State of the engine, once the loop is over.
@@ -405,17 +422,21 @@ class Scheduler:
         """Numbers what is pushed."""
         return next(self._orders)
 
-    def call_between_steps[T](self, stream: Stream, function: Callable[[Any], T]) -> "Future[T]":
-        """Calls a function with the engine's state while a stream has no step under way; others may.
+    def call[T](self, stream: Stream | None, function: Callable[[Any], T]) -> "Future[T]":
+        """Has the loop call a function with the engine's state.
 
-        The stream gets no further step before. The function must be quick and must not keep the state.
+        The function must be quick and must not keep the state.
+
+        Args:
+          stream: has no step under way then, and gets none before; None for whenever the loop comes by.
 
         Returns:
-          A future of what the function returns; it raises `SessionError` if the stream is over before.
+          A future of what the function returns; it raises `SessionError` if the stream, or the loop, is over
+          before.
         """
         future: Future[T] = Future()
         with self.changed:
-            if self.is_running and not stream.conversation.ended:
+            if self.is_running and not (stream and stream.conversation.ended):
                 self._calls.setdefault(stream, []).append((function, future))
                 self.changed.notify_all()
                 return future
@@ -444,6 +465,8 @@ class Scheduler:
             if features is not None and _min_distance(stream) is not None:
                 stream.remembered = Encoded(jnp.asarray(features)[None], 0)
             length = int(saved.arrays["text.length"])
+            conversation.position = int(saved.arrays["text.position"])
+            conversation.moments.resume(saved.compared)
             if length != conversation.text_length:
                 raise ValueError(f"there are {length} tokens, of which {conversation.text_length} are known")
         except (KeyError, TypeError, ValueError) as error:
@@ -610,7 +633,7 @@ class Scheduler:
                 self._slots[stream.slot] = None
             self.changed.notify_all()
 
-    def _give_up(self, stream: Stream) -> None:
+    def _give_up(self, stream: Stream | None) -> None:
         """Fails the calls that wait for a stream that is over."""
         for _, future in self._calls.pop(stream, ()):
             future.set_exception(SessionError("the stream is over"))

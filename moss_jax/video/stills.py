@@ -59,8 +59,7 @@ def read_still(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"] | None:
             if image.format == "JPEG" and is_jpeg_stream(path):
                 return None
             image.load()
-            orientation = _orientation(image)
-            return _rgb(image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
+            return to_rgb(upright(image))
     except (UnidentifiedImageError, Image.DecompressionBombError):
         return None
     except (ImportError, MemoryError):
@@ -104,14 +103,17 @@ def _jpeg_sizes(data: mmap.mmap) -> Iterator[bytes]:
         yield size
 
 
-def _orientation(image: Image.Image) -> int:
+def upright(image: Image.Image) -> Image.Image:
+    """A loaded picture, turned and mirrored as EXIF says."""
     try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # whatever is wrong with the metadata, the picture is good
-        return 1
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """The pixels of a loaded picture of any mode, in 8 bits; what is transparent is shown as it is stored."""
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
         grey = (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
         return np.stack([grey] * 3, axis=-1)

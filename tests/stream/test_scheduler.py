@@ -32,6 +32,7 @@ from moss_jax.stream import (
     Turn,
 )
 from moss_jax.stream.engine import gather
+from moss_jax.stream.saved import write_stream
 
 LOCKSTEP = SchedulerConfig(clock="lockstep")
 POLICIES = ("window", "pyramid", "merge")
@@ -416,3 +417,53 @@ def resident_mb() -> float:
     """Megabytes of the process that are in memory."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 1e6
+
+
+def test_a_running_stream_is_saved_and_goes_on_elsewhere(make_engine, frames, tmp_path):
+    """Saved in the middle, both the stream itself and the one that resumes the file say what it says alone."""
+    scripts = [script(number, frames) for number in (1, 2)]
+    engine = make_engine(slots=3, policies=POLICIES)
+    with Scheduler(engine, LOCKSTEP) as scheduler:
+        alone = [play(scheduler, s) for s in scripts]
+        streams = [scheduler.open(**s.options) for s in scripts]
+        half = len(scripts[0].pushes) // 2
+        for at, what in scripts[0].pushes[:half]:
+            (streams[0].push_prompt if isinstance(what, str) else streams[0].push_frame)(what, at)
+        for at, what in scripts[1].pushes:
+            (streams[1].push_prompt if isinstance(what, str) else streams[1].push_frame)(what, at)
+        future = streams[0].copy_while_running()
+        # The copy's place among the events.
+        future.add_done_callback(streams[0].inbox.put)
+        before = list(iter(streams[0].inbox.get, future))
+        write_stream(tmp_path / "saved", future.result())
+        copies = [streams[0], scheduler.open(scripts[0].options["config"], resume=tmp_path / "saved")]
+        for stream in copies:
+            for at, what in scripts[0].pushes[half:]:
+                (stream.push_prompt if isinstance(what, str) else stream.push_frame)(what, at)
+            stream.finish()
+            events = [event.to_dict() for event in [*before, *stream]]
+            events = [{k: v for k, v in e.items() if k not in ("slot", "wall_time")} for e in events]
+            assert events == alone[0]
+        streams[1].finish()
+        assert [e.to_dict()["type"] for e in streams[1]] == [e["type"] for e in alone[1]]
+        with pytest.raises(SessionError, match="the stream is over"):
+            streams[0].copy_while_running().result(1)
+    with pytest.raises(SessionError, match="the stream is over"):
+        streams[1].copy_while_running().result(1)
+
+
+def test_a_talking_stream_is_copied_and_talks_on(make_engine, frames):
+    """In realtime, where a step of it is always under way."""
+    config = SessionConfig(max_tokens_per_turn=400)
+    with Scheduler(make_engine(slots=2)) as scheduler:
+        stream, other = scheduler.open(config), scheduler.open(config)
+        for each in (stream, other):
+            each.push_frame(frames[0])
+            each.push_prompt("Well?")
+        copied = [stream.copy_while_running().result(60) for _ in range(5)]
+        counts = [copy.dialogue["counts"]["tokens"] for copy in copied]
+        assert counts == sorted(counts)
+        assert all(len(c.arrays["text.keys.0"][0]) == len(c.dialogue["kinds"]) for c in copied)
+        for each in (stream, other):
+            each.stop()
+            assert list(each)[-1].reason == "stopped"

@@ -1,0 +1,66 @@
+"""What the bank of a running stream holds of which moment."""
+
+import numpy as np
+
+from moss_jax.config import MemoryConfig, SchedulerConfig, SessionConfig
+from moss_jax.memory.bank import NO_POSITION
+from moss_jax.stream import Scheduler
+from moss_jax.stream.moments import BankView, Moments
+from moss_jax.stream.saved import write_stream
+
+
+def test_vectors_are_counted_by_frame():
+    positions = np.array([3, 7, 7, 9, 9, 9, 9, NO_POSITION])
+    counts = np.array([12, 2, 2, 1, 1, 1, 1, 0], np.float32)
+    moments = BankView(positions, counts, {3: 0.5, 5: 1.0, 7: 2.0, 9: 3.0}, 4).moments()
+    assert [(m.time, m.vectors, m.frames) for m in moments] == [(0.5, 1, 3), (2.0, 2, 1), (3.0, 4, 1)]
+    assert BankView(np.full(4, NO_POSITION), None, {}, 4).moments() == []
+
+
+def test_the_oldest_moments_are_forgotten():
+    moments = Moments(most=2)
+    for position in range(4):
+        moments.add(position, float(position))
+    moments.forget(3)
+    assert moments.times == {2: 2.0}
+
+
+def test_a_running_stream_tells_what_its_bank_holds(make_engine, frames, tmp_path):
+    """Through compactions, and after the stream was saved and resumed."""
+    engine = make_engine(slots=2, policies=("pyramid",), bank_capacity=32)
+    options = {
+        "config": SessionConfig(tokens_per_second=4, max_tokens_per_turn=3),
+        "memory": MemoryConfig("pyramid"),
+        "bank_capacity": 16,
+    }
+    with Scheduler(engine, SchedulerConfig(clock="lockstep")) as scheduler:
+        stream = scheduler.open(**options)
+        for second in range(40):
+            stream.push_frame(frames[second % 16], float(second))
+        stream.push_prompt("Well?", 40.0)
+        # Only what is known to come before something else is taken.
+        stream.push_frame(frames[0], 41.0)
+        while not any(turn == "Well?" for turn in [getattr(stream.inbox.get(), "prompt", "")]):
+            pass
+        moments = stream.look_at_bank().result(60).moments()
+        newest = moments[-1]
+        assert (newest.time, newest.vectors, newest.frames) == (
+            39.0,
+            engine.model_config.vectors_per_frame,
+            1,
+        )
+        times = [moment.time for moment in moments]
+        assert times == sorted(set(times))
+        # None is forgotten, and old ones are coarser.
+        assert sum(moment.frames for moment in moments) == 40
+        assert moments[0].vectors < newest.vectors
+        write_stream(tmp_path / "saved", stream.copy_while_running().result(60))
+        again = scheduler.open(resume=tmp_path / "saved")
+        again.push_prompt("Well?", 42.0)
+        again.push_prompt("And?", 43.0)
+        while not any(turn == "Well?" for turn in [getattr(again.inbox.get(), "prompt", "")]):
+            pass
+        resumed = again.look_at_bank().result(60).moments()
+        assert resumed[-1].time == 41.0
+        assert {m.time for m in resumed} <= {m.time for m in moments} | {41.0}
+        assert sum(moment.frames for moment in resumed) == 41
