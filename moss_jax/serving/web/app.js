@@ -249,8 +249,8 @@ const on = {
   },
   "moss.counters"(event) {
     const { counters, latency, fps, queue, memory: items } = event;
-    set("latency", latency === null ? "–" : `${Math.round(latency * 1000)} ms`);
-    set("fps", fps.toFixed(1));
+    set("latency", latency == null ? "–" : `${Math.round(latency * 1000)} ms`);
+    set("fps", Number(fps).toFixed(1));
     set("queue", queue);
     set("seen", counters.frames);
     set("passed", counters.frames_dropped + counters.frames_still + counters.frames_alike + counters.frames_rate);
@@ -321,6 +321,8 @@ live.addEventListener("key", () => $("key").showModal());
 $("key").addEventListener("close", () => $("key-value").value && live.useKey($("key-value").value));
 
 function show(entry) {
+  // Under the picture, where a phone has no room for both side by side.
+  $("caption").textContent = spoken(entry).trim();
   transcript.update(entry);
   timeline.update(entry);
 }

@@ -33,7 +33,7 @@ export class Timeline {
     // One thumbnail for as long as it is wide.
     const last = this.frames.at(-1);
     this.frames.push(frame);
-    frame.isShown = !last || frame.time - (this.shownTime ?? -Infinity) >= THUMB / SCALE - 0.25;
+    frame.isShown = !last || frame.time - (this.shownTime ?? -Infinity) >= THUMB / SCALE;
     if (frame.isShown) {
       this.shownTime = frame.time;
       frame.node = document.createElement("figure");

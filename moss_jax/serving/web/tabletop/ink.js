@@ -4,7 +4,7 @@
 const FINE = 32, COARSE = 8;
 // Of the writing at 32 pixels: the widest that a digit becomes, the widths of pens, and the share that ink covers
 // in the world's digits: few strokes are drawn with a thicker pen, so that an 8 keeps its holes and a 1 its weight.
-const WIDEST = 22, PENS = [3.6, 4.2, 4.8, 5.4, 6], SHARE = 0.27;
+const WIDEST = 25, PENS = [3.6, 4.2, 4.8, 5.4, 6], SHARE = 0.27;
 
 // Strokes, lists of points [x, y] in any unit, as ink: 8x8 in [0, 1].
 export function inkOf(strokes) {
