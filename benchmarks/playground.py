@@ -1,10 +1,10 @@
-"""Measures how well the shipped model understands the page's playground: changes on its table that are told right.
+"""Counts the changes on the page's playground that the shipped model tells right.
 
     python benchmarks/playground.py --out benchmarks/results/playground_moss_tiny.json
 
 Headless Chromium opens the page of `moss_jax/serving/web`. Worlds are drawn as for training, and each of their
 changes is made on the page, in turn by mouse, by tapping and by keys; digits are drawn with the strokes of
-`HANDS`, bent a little differently each time. Once a (simulated) second the JPEG that the page would send is
+`HANDS`, bent a little differently each time. Once a simulated second the JPEG that the page would send is
 taken, and the stream is played to the model in lockstep, with `--prompt`. A change is told right if a sentence
 with its facts begins within 3 seconds.
 """
@@ -26,7 +26,6 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 from playwright.sync_api import Page, sync_playwright
-
 from report import add_out, make_parser, publish, say
 
 from moss_jax.command import at_least
@@ -49,51 +48,50 @@ PROMPT = "Describe what is happening."
 # When it is asked for, in seconds, and the least time between two changes.
 ASKED, GAP = 2.5, 5
 
-Stroke = Sequence[tuple[float, float]]
-# How people write digits: the strokes, in a box of 100 by 100.
-HANDS: dict[int, tuple[tuple[Stroke, ...], ...]] = {
+# How people write digits: the points x,y of each stroke in a box of 100 by 100; a / begins another stroke.
+HANDS: dict[int, tuple[str, ...]] = {
     0: (
-        (((54, 6), (38, 10), (27, 28), (24, 52), (30, 78), (44, 94), (60, 92), (72, 74), (76, 48), (70, 22), (56, 6)),),
-        (((50, 8), (62, 14), (70, 34), (69, 62), (60, 86), (48, 93), (36, 84), (30, 58), (33, 28), (44, 10), (53, 9)),),
+        "54,6 38,10 27,28 24,52 30,78 44,94 60,92 72,74 76,48 70,22 56,6",
+        "50,8 62,14 70,34 69,62 60,86 48,93 36,84 30,58 33,28 44,10 53,9",
     ),
     1: (
-        (((38, 26), (48, 16), (56, 6), (56, 34), (55, 64), (54, 94)),),
-        (((51, 5), (51, 28), (50, 52), (50, 76), (49, 95)),),
-        (((34, 30), (46, 18), (54, 8), (54, 40), (53, 70), (53, 92)), ((38, 93), (54, 93), (70, 92))),
+        "38,26 48,16 56,6 56,34 55,64 54,94",
+        "51,5 51,28 50,52 50,76 49,95",
+        "34,30 46,18 54,8 54,40 53,70 53,92 / 38,93 54,93 70,92",
     ),
     2: (
-        (((28, 26), (36, 12), (50, 7), (64, 13), (69, 28), (62, 46), (48, 62), (36, 78), (28, 92), (48, 91), (74, 90)),),
-        (((30, 20), (44, 8), (62, 10), (68, 26), (58, 48), (42, 68), (30, 86), (38, 92), (56, 88), (72, 94)),),
+        "28,26 36,12 50,7 64,13 69,28 62,46 48,62 36,78 28,92 48,91 74,90",
+        "30,20 44,8 62,10 68,26 58,48 42,68 30,86 38,92 56,88 72,94",
     ),
     3: (
-        (((30, 14), (46, 6), (63, 10), (69, 24), (60, 40), (46, 47), (63, 52), (72, 68), (66, 86), (48, 94), (29, 88)),),
-        (((32, 8), (52, 7), (70, 8), (58, 26), (48, 42), (64, 48), (71, 66), (64, 86), (46, 94), (30, 86)),),
+        "30,14 46,6 63,10 69,24 60,40 46,47 63,52 72,68 66,86 48,94 29,88",
+        "32,8 52,7 70,8 58,26 48,42 64,48 71,66 64,86 46,94 30,86",
     ),
     4: (
-        (((46, 6), (38, 28), (28, 56), (46, 58), (74, 56)), ((60, 34), (58, 62), (56, 95))),
-        (((60, 94), (61, 60), (62, 8), (46, 32), (28, 64), (50, 66), (78, 64)),),
+        "46,6 38,28 28,56 46,58 74,56 / 60,34 58,62 56,95",
+        "60,94 61,60 62,8 46,32 28,64 50,66 78,64",
     ),
     5: (
-        (((68, 8), (52, 8), (36, 9), (34, 26), (32, 44), (48, 40), (64, 48), (70, 64), (63, 84), (47, 93), (29, 87)),),
-        (((36, 8), (34, 28), (32, 46), (50, 42), (66, 50), (70, 70), (58, 90), (40, 94), (28, 86)), ((36, 8), (54, 8), (70, 7))),
+        "68,8 52,8 36,9 34,26 32,44 48,40 64,48 70,64 63,84 47,93 29,87",
+        "36,8 34,28 32,46 50,42 66,50 70,70 58,90 40,94 28,86 / 36,8 54,8 70,7",
     ),
     6: (
-        (((62, 8), (48, 20), (37, 40), (30, 64), (34, 84), (48, 94), (63, 88), (70, 72), (62, 58), (48, 56), (34, 66)),),
-        (((56, 6), (42, 24), (33, 48), (31, 74), (42, 92), (58, 92), (67, 78), (60, 63), (46, 62), (34, 74)),),
+        "62,8 48,20 37,40 30,64 34,84 48,94 63,88 70,72 62,58 48,56 34,66",
+        "56,6 42,24 33,48 31,74 42,92 58,92 67,78 60,63 46,62 34,74",
     ),
     7: (
-        (((28, 10), (50, 9), (72, 8), (64, 30), (56, 54), (50, 76), (46, 95)), ((36, 52), (52, 51), (68, 50))),
-        (((30, 12), (48, 10), (70, 10), (62, 32), (54, 56), (47, 78), (43, 94)),),
+        "28,10 50,9 72,8 64,30 56,54 50,76 46,95 / 36,52 52,51 68,50",
+        "30,12 48,10 70,10 62,32 54,56 47,78 43,94",
     ),
     8: (
-        (((62, 18), (50, 7), (37, 14), (36, 30), (50, 45), (64, 62), (68, 80), (54, 94), (38, 90), (32, 74), (42, 56), (58, 42), (66, 26), (60, 14)),),
-        (((50, 48), (38, 36), (38, 18), (50, 8), (62, 16), (62, 34), (50, 48), (36, 62), (33, 82), (50, 94), (66, 84), (65, 64), (50, 48)),),
+        "62,18 50,7 37,14 36,30 50,45 64,62 68,80 54,94 38,90 32,74 42,56 58,42 66,26 60,14",
+        "50,48 38,36 38,18 50,8 62,16 62,34 50,48 36,62 33,82 50,94 66,84 65,64 50,48",
     ),
     9: (
-        (((67, 20), (54, 7), (39, 12), (32, 29), (40, 46), (56, 46), (66, 32), (68, 18), (68, 46), (64, 72), (56, 94)),),
-        (((66, 24), (56, 9), (40, 11), (33, 28), (42, 45), (58, 43), (67, 26), (68, 52), (62, 80), (48, 93), (34, 89)),),
+        "67,20 54,7 39,12 32,29 40,46 56,46 66,32 68,18 68,46 64,72 56,94",
+        "66,24 56,9 40,11 33,28 42,45 58,43 67,26 68,52 62,80 48,93 34,89",
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -367,13 +365,13 @@ class Hand:
                 self.page.locator("#cover").click()
 
 
-def bent(strokes: Sequence[Stroke], rng: np.random.Generator) -> list[np.ndarray]:
-    """Strokes as another hand would draw them: slanted, of another width, less steady."""
+def bent(strokes: str, rng: np.random.Generator) -> list[np.ndarray]:
+    """Strokes of `HANDS` as another hand would draw them, [points, 2] each."""
     slant, wide, turn = rng.uniform(-0.15, 0.2), rng.uniform(0.8, 1.25), rng.uniform(-0.1, 0.1)
     phases = rng.uniform(0, 2 * math.pi, 4)
     found = []
-    for stroke in strokes:
-        x, y = (np.array(stroke, float) - 50).T
+    for stroke in strokes.split("/"):
+        x, y = np.array([point.split(",") for point in stroke.split()], float).T - 50
         x = x * wide - slant * y
         x, y = x * math.cos(turn) - y * math.sin(turn), x * math.sin(turn) + y * math.cos(turn)
         x = x + 1.5 * np.sin(y / 14 + phases[0]) + 0.8 * np.sin(y / 6 + phases[1])

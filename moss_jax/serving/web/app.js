@@ -1,6 +1,6 @@
 // Puts the page together: sources, the connection, and what is shown of it.
 
-import { Realtime, store, stored } from "./realtime.js";
+import { pageTime, Realtime, store, stored } from "./realtime.js";
 import { explain, openCamera, openScreen, takeFrame, takeThumb, Ticker } from "./sources.js";
 import { Pad, Playground } from "./tabletop/playground.js";
 import { Memory, Timeline } from "./timeline.js";
@@ -15,7 +15,6 @@ const CHIPS = {
 const LEARN_FIRST = 3, LEARN_EVERY = 30;
 
 const $ = (id) => document.getElementById(id);
-const pageTime = () => (performance.timeOrigin + performance.now()) / 1000;
 
 const live = new Realtime();
 const transcript = new Transcript($("log"), $("entries"));
@@ -60,7 +59,7 @@ async function chooseSource(name, { quiet = false } = {}) {
   }
   $("playground").hidden = $("tools").hidden = name !== "playground";
   $("video-tools").hidden = name === "playground";
-  $("pick-label").hidden = name !== "file";
+  $("pick-label").hidden = $("pick").hidden = name !== "file";
   $("video").hidden = name === "playground" || !media;
   const notes = { camera: "The camera's picture goes to this server, and nowhere else.", screen: "Choose a window or a screen to share.", file: "Choose a video or an image below, or drop one here." };
   note(name in notes && !media ? notes[name] : "");
@@ -269,7 +268,7 @@ const on = {
   error({ error }) {
     if (["invalid_image", "invalid_frame", "invalid_time"].includes(error.code)) sent.shift();
     if (error.code === "response_cancel_not_active") return;
-    if (live.ready) remark(error.message);
+    if (live.greeted) remark(error.message);
   },
 };
 

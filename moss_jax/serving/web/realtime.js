@@ -1,6 +1,8 @@
 // The connection: OpenAI's Realtime protocol with the extension `moss`, resumed where it is lost.
 
 const KEY = "moss.key", SESSION = "moss.session";
+// Tokens a second: as fast as people read along, so that there is time to see the model change its mind.
+const PACE = 8;
 const WAITS = [400, 800, 1500, 3000, 5000];
 // Of closed connections: the stream is over, policy, all streams are taken, another page took over.
 const NORMAL = 1000, POLICY = 1008, LATER = 1013, TAKEN_OVER = 4001;
@@ -23,6 +25,9 @@ export function store(name, value) {
 }
 
 export { stored };
+
+// Seconds by the page's clock, which goes on over reloads.
+export const pageTime = () => (performance.timeOrigin + performance.now()) / 1000;
 
 // Events: "state" {state, text}, "event" (what the server sends), "begin" (a new session), "key" (one is needed).
 export class Realtime extends EventTarget {
@@ -48,7 +53,7 @@ export class Realtime extends EventTarget {
 
   // Seconds of the stream now; null before they are known.
   get now() {
-    return this.offset === null ? null : Date.now() / 1000 + this.offset;
+    return this.offset === null ? null : pageTime() + this.offset;
   }
 
   tell(type, detail) {
@@ -101,7 +106,8 @@ export class Realtime extends EventTarget {
       } else {
         this.session = { id: event.session.id };
         this.tell("begin", event.session);
-        this.send({ type: "session.update", session: { type: "realtime", moss: { version: 1, frames: "binary" } } });
+        const moss = { version: 1, frames: "binary", limits: { max_tokens_per_second: PACE } };
+        this.send({ type: "session.update", session: { type: "realtime", moss } });
       }
     } else if (event.type === "session.updated") {
       if (event.session.moss) this.session.token = event.session.moss.token;
@@ -230,9 +236,10 @@ export class Realtime extends EventTarget {
     return true;
   }
 
-  // Learns the stream's clock from the time that the server gave to a frame, taken at `taken` by the page's.
+  // Learns the stream's clock from the time that the server gave to a frame, taken at `taken` by the page's: the
+  // frame that took the least time to arrive tells most. What is known fades, since clocks drift.
   learn(time, taken) {
     const offset = time - taken;
-    this.offset = this.offset === null ? offset : Math.min(this.offset, offset);
+    this.offset = this.offset === null ? offset : Math.min(this.offset + 0.005, offset);
   }
 }
