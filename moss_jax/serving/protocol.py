@@ -641,7 +641,7 @@ class CountersEvent(Event):
     time: float
     counters: dict[str, int]
     fps: float
-    latency: float | None
+    latency: float | None = None
     queue: int
     text_tokens: int
     text_capacity: int
@@ -673,7 +673,7 @@ class EndEvent(Event):
     saved: bool = False
 
 
-ServerEvent = (
+ServerEvent = Annotated[
     SessionCreated
     | SessionUpdated
     | ItemAdded
@@ -691,8 +691,26 @@ ServerEvent = (
     | SilenceEvent
     | CountersEvent
     | SavedEvent
-    | EndEvent
-)
+    | EndEvent,
+    pydantic.Field(discriminator="type"),
+]
+
+
+_SERVER_EVENT: pydantic.TypeAdapter[ServerEvent] = pydantic.TypeAdapter(ServerEvent)
+
+
+def parse_server_event(text: str | bytes) -> ServerEvent | None:
+    """Parses an event of a server; None if its type is of a later version.
+
+    Raises:
+      ValueError: it is no such event.
+    """
+    try:
+        return _SERVER_EVENT.validate_json(text)
+    except pydantic.ValidationError as error:
+        if error.errors()[0]["type"] == "union_tag_invalid":
+            return None
+        raise
 
 
 def error_event(error: ProtocolError, event_id: str | None = None) -> Error:

@@ -1,0 +1,409 @@
+"""Clients of the live protocol with its extension: `AsyncClient`, and `Client` without asyncio."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import struct
+import threading
+import time
+import urllib.parse
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping
+from typing import Any, Self, get_args
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from moss_jax.config import UnseenReason
+from moss_jax.serving import protocol
+from moss_jax.stream import (
+    Counters,
+    End,
+    Event,
+    Figures,
+    FrameDropped,
+    FrameSeen,
+    FrameUnseen,
+    Interrupted,
+    Silence,
+    Text,
+    Turn,
+    TurnLimit,
+)
+from moss_jax.video import Frame
+
+# Seconds between two attempts to get a lost connection back: at first and at most.
+RETRY_SECONDS = 0.1, 5.0
+
+
+class ServerError(RuntimeError):
+    """An error that the server tells before there is a session, or a connection that does not come back.
+
+    Attributes:
+      code: for programs.
+    """
+
+    def __init__(self, message: str, code: str):
+        super().__init__(message)
+        self.code = code
+
+
+class AsyncClient:
+    """One live stream. As a context manager it connects and closes; iterating gives the server's events.
+
+    A connection that is lost comes back by itself while the events are read: nothing is missed, but for frames
+    that were shown meanwhile.
+
+    Args:
+      url: of the server, such as http://127.0.0.1:8765.
+      instructions: system prompt; None for the server's.
+      settings: of the object `moss`: sampling, memory, selection, limits.
+      token: bearer token, where the server wants one.
+      lossless: whether frames are sent as PNG, not as JPEG.
+
+    Attributes:
+      session: as it is in force; None before the connection is open.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        instructions: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        token: str | None = None,
+        lossless: bool = False,
+    ):
+        parts = urllib.parse.urlsplit(url)
+        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+        if scheme not in ("ws", "wss") or not parts.netloc:
+            raise ValueError(f"the address of a server is like http://127.0.0.1:8765, not {url!r}")
+        self._url = f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}/v1/realtime"
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._instructions, self._settings = instructions, dict(settings or {})
+        self._format = "PNG" if lossless else "JPEG"
+        self.session: protocol.SessionObject | None = None
+        self._last: str | None = None
+        self._stack = contextlib.AsyncExitStack()
+        self._socket: ClientConnection | None = None
+        self._is_closed = False
+
+    async def __aenter__(self) -> Self:
+        await self._connect(self._url)
+        settings = {"version": protocol.VERSION, "frames": "binary", **self._settings}
+        session: dict[str, Any] = {"type": "realtime", "moss": settings}
+        if self._instructions is not None:
+            session["instructions"] = self._instructions
+        await self.send("session.update", session=session)
+        while not isinstance(event := await self._receive(), protocol.SessionUpdated):
+            if isinstance(event, protocol.Error):
+                await self.close()
+                raise ServerError(event.error.message, event.error.code)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection for good, which ends the stream; a finished one should be read to its end."""
+        self._is_closed = True
+        await self._stack.aclose()
+
+    async def _connect(self, url: str) -> None:
+        await self._stack.aclose()
+        opening = connect(url, additional_headers=self._headers, max_size=None)
+        self._socket = await self._stack.enter_async_context(opening)
+        event = await self._receive()
+        if isinstance(event, protocol.Error):
+            raise ServerError(event.error.message, event.error.code)
+
+    async def _receive(self) -> protocol.ServerEvent:
+        assert self._socket is not None, "use the client as a context manager"
+        while (event := protocol.parse_server_event(await self._socket.recv())) is None:
+            pass
+        self._last = event.event_id
+        if isinstance(event, protocol.SessionCreated | protocol.SessionUpdated):
+            self.session = event.session
+        return event
+
+    async def send(self, event: str, **fields: Any) -> None:
+        """Sends an event of the protocol; while the connection is lost, it goes nowhere."""
+        await self._put(json.dumps({"type": event, **fields}))
+
+    async def _put(self, message: str | bytes) -> None:
+        assert self._socket is not None, "use the client as a context manager"
+        with contextlib.suppress(ConnectionClosed):
+            await self._socket.send(message)
+
+    async def show(self, rgb: UInt8[np.ndarray, "H W 3"], time: float | None = None) -> None:
+        """Shows the model a frame, taken at `time` seconds of the stream (now, if None)."""
+        at = float("nan") if time is None else time
+        await self._put(struct.pack(">d", at) + await asyncio.to_thread(encode, rgb, self._format))
+
+    async def ask(self, text: str, time: float | None = None) -> None:
+        """Asks the model something at `time` seconds of the stream (now, if None); cuts its answer, if any."""
+        content = [{"type": "input_text", "text": text}]
+        await self.send(
+            "conversation.item.create", item={"type": "message", "role": "user", "content": content}
+        )
+        await self.send("response.create", moss={} if time is None else {"time": time})
+
+    async def cancel(self) -> None:
+        """Cuts the answer in progress."""
+        await self.send("response.cancel")
+
+    async def save(self) -> None:
+        """Has the server save the stream; `moss.saved` says when it has."""
+        await self.send("moss.save")
+
+    async def finish(self, time: float | None = None) -> None:
+        """Declares the input complete; then come the rest of the events, and `moss.end`."""
+        await self.send("moss.finish", moss={} if time is None else {"time": time})
+
+    async def __aiter__(self) -> AsyncIterator[protocol.ServerEvent]:
+        while not self._is_closed:
+            try:
+                event = await self._receive()
+            except ConnectionClosed as closed:
+                if self._is_closed or (closed.rcvd and closed.rcvd.code in (1000, 4001)):
+                    return
+                await self._reconnect()
+                continue
+            yield event
+            if isinstance(event, protocol.EndEvent) and event.reason != "shutdown":
+                return
+
+    async def _reconnect(self) -> None:
+        """Gets a lost connection back, within the grace period of the server."""
+        moss = self.session.moss if self.session else None
+        if self.session is None or moss is None:
+            raise ServerError("the connection is lost", "connection_lost")
+        wait, most = RETRY_SECONDS
+        give_up = time.monotonic() + moss.grace_seconds
+        while not self._is_closed:
+            query = {"session": self.session.id, "token": moss.token, "after": self._last or "event_0"}
+            try:
+                await self._connect(f"{self._url}?{urllib.parse.urlencode(query)}")
+                return
+            except (OSError, ConnectionClosed, InvalidStatus, TimeoutError) as error:
+                if time.monotonic() > give_up:
+                    raise ServerError("the connection is lost", "connection_lost") from error
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, most)
+
+
+class Client:
+    """An `AsyncClient` for programs without asyncio, whose loop runs in a thread of its own.
+
+    As a context manager it connects and closes; iterating gives the server's events. Its methods may be
+    called from any thread.
+
+    Args:
+      url, options: as for `AsyncClient`.
+    """
+
+    def __init__(self, url: str, **options: Any):
+        self._client = AsyncClient(url, **options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
+
+    @property
+    def session(self) -> protocol.SessionObject | None:
+        """As it is in force."""
+        return self._client.session
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            self._call(self._client.__aenter__())
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._call(self._client.close())
+        finally:
+            self._stop()
+
+    def send(self, event: str, **fields: Any) -> None:
+        """As `AsyncClient.send`."""
+        self._call(self._client.send(event, **fields))
+
+    def show(self, rgb: UInt8[np.ndarray, "H W 3"], time: float | None = None) -> None:
+        """As `AsyncClient.show`."""
+        self._call(self._client.show(rgb, time))
+
+    def ask(self, text: str, time: float | None = None) -> None:
+        """As `AsyncClient.ask`."""
+        self._call(self._client.ask(text, time))
+
+    def cancel(self) -> None:
+        """As `AsyncClient.cancel`."""
+        self._call(self._client.cancel())
+
+    def save(self) -> None:
+        """As `AsyncClient.save`."""
+        self._call(self._client.save())
+
+    def finish(self, time: float | None = None) -> None:
+        """As `AsyncClient.finish`."""
+        self._call(self._client.finish(time))
+
+    def __iter__(self) -> Iterator[protocol.ServerEvent]:
+        events = aiter(self._client)
+        while (event := self._call(anext(events, None))) is not None:
+            yield event
+
+    def _call[T](self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def encode(rgb: UInt8[np.ndarray, "H W 3"], form: str = "JPEG") -> bytes:
+    """A frame as a file."""
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, form, quality=90)
+    return file.getvalue()
+
+
+def data_url(rgb: UInt8[np.ndarray, "H W 3"], form: str = "JPEG") -> str:
+    """A frame as a data URL."""
+    return f"data:image/{form.lower()};base64,{base64.b64encode(encode(rgb, form)).decode()}"
+
+
+# ---------------------------------------------------------------------------------------- a whole video
+
+
+def watch(
+    client: Client, frames: Iterable[Frame], prompts: Iterable[tuple[float, str]] = ()
+) -> Iterator[Event]:
+    """Shows a server a video as it plays, and asks what is to be asked; the events, as those of a `Session`.
+
+    Args:
+      client: that is connected.
+      frames: in order of time; on a realtime server each is shown when its time has come.
+      prompts: (seconds since the first frame, text) pairs.
+
+    Raises:
+      ServerError: the server refuses something.
+      Exception: whatever reading the frames raises.
+    """
+    assert client.session and client.session.moss, "the client is connected"
+    feeder = _Feeder(client, frames, sorted(prompts), client.session.moss.clock == "realtime")
+    feeder.start()
+    try:
+        asked = feeder.asked
+        for event in client:
+            if isinstance(event, protocol.Error):
+                raise ServerError(event.error.message, event.error.code)
+            yield from stream_events(event, asked)
+    finally:
+        feeder.close()
+    if feeder.error:
+        raise feeder.error
+
+
+class _Feeder(threading.Thread):
+    """Shows frames and asks prompts in order of time.
+
+    Attributes:
+      asked: texts, in the order in which they were asked.
+      error: of reading the frames.
+    """
+
+    def __init__(
+        self, client: Client, frames: Iterable[Frame], prompts: list[tuple[float, str]], is_realtime: bool
+    ):
+        super().__init__(name="feeder", daemon=True)
+        self.asked: list[str] = []
+        self.error: Exception | None = None
+        self._client, self._frames, self._prompts = client, frames, prompts
+        self._is_realtime = is_realtime
+        self._closed = threading.Event()
+
+    def run(self) -> None:
+        end, started = 0.0, time.monotonic()
+        try:
+            for frame in self._frames:
+                self._ask_until(frame.time, started)
+                if self._wait(frame.time, started):
+                    return
+                self._client.show(frame.rgb, None if self._is_realtime else frame.time)
+                end = frame.time + (frame.duration or 0.0)
+            self._ask_until(end + 1e-3, started)
+            if not self._wait(end, started):
+                self._client.finish(None if self._is_realtime else end)
+        except Exception as error:
+            self.error = error
+            with contextlib.suppress(RuntimeError):
+                self._client.finish()
+
+    def _ask_until(self, end: float, started: float) -> None:
+        """Asks what comes before a time, or at it."""
+        while self._prompts and self._prompts[0][0] <= end:
+            at, text = self._prompts.pop(0)
+            if self._wait(at, started):
+                return
+            self.asked.append(text)
+            self._client.ask(text, None if self._is_realtime else at)
+
+    def _wait(self, at: float, started: float) -> bool:
+        """Waits until a time of a realtime video; whether it was closed meanwhile."""
+        ahead = started + at - time.monotonic() if self._is_realtime else 0.0
+        return self._closed.wait(max(ahead, 0.0))
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed.set()
+        self.join()
+
+
+def stream_events(event: protocol.ServerEvent, asked: list[str]) -> Iterator[Event]:
+    """The events of a `Session` that an event of the protocol stands for.
+
+    Args:
+      asked: texts whose answers have not begun, in order.
+    """
+
+    def stamp(time: float) -> dict[str, float]:
+        return {"stream_time": time, "wall_time": time}
+
+    match event:
+        case protocol.ItemDone(moss=protocol.MossFrames() as moss):
+            for frame in moss.frames or (moss.frame,):
+                known = {**stamp(frame.time), "time": frame.time}
+                if frame.fate == "seen":
+                    yield FrameSeen(**known, index=frame.index)
+                elif frame.fate == "dropped":
+                    yield FrameDropped(**known)
+                elif frame.fate in get_args(UnseenReason):
+                    yield FrameUnseen(**known, index=frame.index, reason=frame.fate)
+        case protocol.ResponseCreated(moss=protocol.MossResponse(asked=True) as moss):
+            yield Turn(**stamp(moss.time), prompt=asked.pop(0) if asked else "")
+        case protocol.TextDelta(moss=protocol.MossDelta() as moss):
+            yield Text(**stamp(moss.time), text=event.delta)
+        case protocol.ResponseDone(response=response) if response.status_details:
+            said = "".join(part.text or "" for item in response.output for part in item.content)
+            if response.status_details.reason == "max_output_tokens":
+                tokens = response.usage.output_tokens if response.usage else 0
+                yield TurnLimit(**stamp(0.0), tokens=tokens)
+            elif response.status == "cancelled":
+                yield Interrupted(**stamp(0.0), said=said)
+        case protocol.SilenceEvent():
+            yield Silence(**stamp(event.time))
+        case protocol.EndEvent() if event.reason != "shutdown":
+            counters = Counters(**event.counters) if event.counters else Counters()
+            figures: dict[str, Any] = dict(event.figures or {})
+            yield End(
+                **stamp(event.time), reason=event.reason, counters=counters, figures=Figures(**figures)
+            )

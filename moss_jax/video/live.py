@@ -1,0 +1,113 @@
+"""Live sources: cameras and network streams, of which the newest frame counts."""
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError
+
+from moss_jax.config import FrameSampling
+from moss_jax.video.files import VideoError
+from moss_jax.video.reader import DecodedFrame, Frame
+
+# Seconds after which a source that sends nothing is given up.
+TIMEOUT = 10.0
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# How libav calls the cameras of a system, and the first part of their names.
+_CAMERAS = {"linux": ("v4l2", "/dev/video"), "darwin": ("avfoundation", ""), "win32": ("dshow", "video=")}
+
+
+def is_live(source: str | os.PathLike) -> bool:
+    """Whether a source is a camera's number, a device or an address, and no file."""
+    name = os.fspath(source)
+    return name.isdecimal() or name.startswith("/dev/") or bool(_URL.match(name))
+
+
+def read_live(source: str, sampling: FrameSampling) -> Iterator[Frame]:
+    """Opens a live source at once, and returns an iterator over the frames that it shows at `fps` times a second.
+
+    The source is read in a thread of its own, so that a frame is the newest when it is taken, however long
+    the one before it took. The times are seconds of the wall clock since the iteration began.
+
+    Args:
+      source: the number of a camera, a device such as /dev/video0, or an address such as rtsp://host/path,
+        of any protocol that libav knows.
+
+    Raises:
+      VideoError: the source cannot be opened; while iterating, it fails.
+    """
+    newest = _Newest(_open(source), source)
+    return newest.frames(sampling.fps)
+
+
+def _open(source: str) -> InputContainer:
+    name, form, options = source, None, {}
+    if source.isdecimal() or source.startswith("/dev/"):
+        form, prefix = _CAMERAS.get(sys.platform, _CAMERAS["linux"])
+        name = f"{prefix}{source}" if source.isdecimal() else source
+    elif source.lower().startswith("rtsp"):
+        options = {"rtsp_transport": "tcp"}
+    try:
+        container = av.open(name, format=form, options=options, timeout=TIMEOUT)
+    except (FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VideoError(f"{source} cannot be opened ({reason.lower()}); is it there, and free?") from error
+    if not container.streams.video:
+        container.close()
+        raise VideoError(f"{source} has no video stream")
+    return container
+
+
+class _Newest(threading.Thread):
+    """Reads a source, and keeps its newest frame alone."""
+
+    def __init__(self, container: InputContainer, source: str):
+        super().__init__(name="source", daemon=True)
+        self._container, self._source = container, source
+        self._changed = threading.Condition()
+        self._picture: av.VideoFrame | None = None
+        self._is_over = self._is_closed = False
+        self._error: VideoError | None = None
+
+    def run(self) -> None:
+        try:
+            with self._container as container:
+                for picture in container.decode(video=0):
+                    with self._changed:
+                        self._picture = picture
+                        self._changed.notify_all()
+                        if self._is_closed:
+                            return
+        except (FFmpegError, OSError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            self._error = VideoError(f"{self._source} has failed: {reason.lower()}")
+        finally:
+            with self._changed:
+                self._is_over = True
+                self._changed.notify_all()
+
+    def frames(self, fps: float) -> Iterator[Frame]:
+        """The newest frame, at this rate at most."""
+        self.start()
+        started, last = time.monotonic(), None
+        try:
+            for number in range(sys.maxsize):
+                with self._changed:
+                    due = started + number / fps
+                    while not self._is_over and (wait := due - time.monotonic()) > 0:
+                        self._changed.wait(wait)
+                    self._changed.wait_for(lambda last=last: self._is_over or self._picture is not last)
+                    if self._picture is last:
+                        break
+                    last = self._picture
+                assert last is not None
+                yield Frame(DecodedFrame(last, 0.0).rgb, time.monotonic() - started, 1 / fps)
+        finally:
+            self._is_closed = True
+        if self._error is not None:
+            raise self._error
