@@ -2,11 +2,11 @@
 
     python benchmarks/playground.py --out benchmarks/results/playground_moss_tiny.json
 
-Headless Chromium opens the page of `moss_jax/serving/web`. Worlds are drawn as for training, and each of their
-changes is made on the page, in turn by mouse, by tapping and by keys; digits are drawn with the strokes of
+Headless Chromium opens the page of `moss_jax/serving/web`. Worlds are drawn as for training, and each change
+of them is made on the page, in turn by mouse, by tapping and by keys; digits are drawn with the strokes of
 `HANDS`, bent a little differently each time. Once a simulated second the JPEG that the page would send is
-taken, and the stream is played to the model in lockstep, with `--prompt`. A change is told right if a sentence
-with its facts begins within 3 seconds.
+taken, and the stream is played to the model in lockstep, with `--prompt`. A change is told right if a
+sentence with its facts begins within 3 seconds.
 """
 
 import argparse

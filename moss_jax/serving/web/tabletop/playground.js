@@ -447,6 +447,7 @@ export class Pad extends EventTarget {
     dialog.addEventListener("close", () => this.close());
     dialog.addEventListener("keydown", (event) => {
       if (/^[0-9]$/.test(event.key)) this.show(DIGITS[event.key], `The card shows ${event.key}.`);
+      else if (event.key === "Enter" && event.target === paper && this.strokes.length) dialog.close("done");
     });
   }
 
