@@ -63,8 +63,9 @@ def test_a_clip_is_watched(served):
 
 
 def test_errors_are_told_when_the_client_connects(served):
-    with pytest.raises(ServerError, match="temperature -1") as told, Client(
-        served.url, settings={"sampling": {"temperature": -1}}
+    with (
+        pytest.raises(ServerError, match="temperature -1") as told,
+        Client(served.url, settings={"sampling": {"temperature": -1}}),
     ):
         pass
     assert told.value.code == "invalid_setting"

@@ -171,9 +171,15 @@ def page(context, link) -> Iterator[Page]:
     page.on("console", lambda m: errors.append(m.text) if "Content Security Policy" in m.text else None)
     page.goto(f"http://127.0.0.1:{link.port}/")
     yield page
-    if page.url.startswith("http"):
-        page.click("#new")  # Gives the stream back.
+    leave(page)
     assert not errors
+
+
+def leave(page: Page) -> None:
+    """Gives the stream back."""
+    if page.locator("#start.running").count():
+        page.click("#start")
+    page.click("#new")
 
 
 def seen(page: Page) -> int:
@@ -409,6 +415,52 @@ def test_the_table_is_laid_by_keys_alone(page):
     assert list(places().values()) == ["card"]
 
 
+def test_the_table_is_laid_by_touch(browser, link):
+    context = browser.new_context(viewport=PHONE, has_touch=True)
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{link.port}/")
+    devtools = context.new_cdp_session(page)
+
+    def middle(selector: str) -> dict[str, float]:
+        box = page.locator(selector).bounding_box()
+        assert box is not None
+        return {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+
+    def swipe(start: dict[str, float], end: dict[str, float]) -> None:
+        def touch(kind: str, *points: dict[str, float]) -> None:
+            devtools.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": list(points)})
+
+        touch("touchStart", start)
+        for share in (0.25, 0.5, 0.75, 1.0):
+            touch("touchMove", {axis: start[axis] + share * (end[axis] - start[axis]) for axis in "xy"})
+        touch("touchEnd")
+
+    # The red circle that a new page has; and a new thing.
+    swipe(middle('.cell[data-cell="0,0"]'), middle('.cell[data-cell="1,1"]'))
+    expect(page.locator('.cell[data-cell="1,1"]')).to_have_attribute("aria-label", re.compile("red circle"))
+    swipe(middle("#tray [data-kind=square]"), middle('.cell[data-cell="1,0"]'))
+    expect(page.locator('.cell[data-cell="1,0"]')).to_have_attribute("aria-label", re.compile("square"))
+    # Tapped, and laid where the next tap is.
+    page.locator('.cell[data-cell="2,1"]').tap()
+    page.locator('.cell[data-cell="0,0"]').tap()
+    expect(page.locator('.cell[data-cell="0,0"]')).to_have_attribute("aria-label", re.compile("blue star"))
+    context.close()
+
+
+def test_files_are_watched(page, tmp_path):
+    with av.open(DEMO) as container:
+        next(container.decode(video=0)).to_image().save(tmp_path / "table.png")
+    page.click("[data-source=file]")
+    for file in (tmp_path / "table.png", DEMO):
+        page.set_input_files("#pick", file)
+        expect(page.locator("#seeing")).to_be_visible()
+        wait_seen(page, seen(page) + 2)
+    # What is no picture is told, and stops nothing.
+    (tmp_path / "notes.txt").write_text("no picture")
+    page.set_input_files("#pick", tmp_path / "notes.txt")
+    expect(page.locator("#stage-note")).to_contain_text("cannot play")
+
+
 def test_reduced_motion_and_themes(page):
     def ground() -> str:
         return page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -472,5 +524,5 @@ def test_nothing_stands_in_the_way_of_anybody(browser, link, axe, theme, viewpor
     for source in ("camera", "screen", "file"):
         page.click(f"[data-source={source}]")
         check()
-    page.click("#new")
+    leave(page)
     context.close()

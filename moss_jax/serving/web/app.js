@@ -295,6 +295,7 @@ live.addEventListener("state", ({ detail: { state, text } }) => {
     if (state !== "connecting") mood("idle");
   } else {
     mood(answer ? "talking" : "listening");
+    ticker.hurry();
     if (waiting) ask(waiting);
   }
   $("prompt").disabled = false;
@@ -320,7 +321,7 @@ live.addEventListener("key", () => $("key").showModal());
 $("key").addEventListener("close", () => $("key-value").value && live.useKey($("key-value").value));
 
 function show(entry) {
-  // Under the picture, where a phone has no room for both side by side.
+  // Under the picture, where a phone has no room for what is said beside it.
   $("caption").textContent = spoken(entry).trim();
   transcript.update(entry);
   timeline.update(entry);
@@ -379,7 +380,9 @@ $("ask").addEventListener("submit", (event) => {
 $("stop").onclick = () => live.cancel();
 document.addEventListener("keydown", (event) => {
   const typing = event.target.matches("input, select, textarea") || document.querySelector("dialog[open]");
-  if (event.key === "Escape" && !$("stop").disabled && !document.querySelector("dialog[open]")) live.cancel();
+  // On the table, Escape lets go of what was chosen.
+  const escapes = event.key === "Escape" && !event.defaultPrevented && !document.querySelector("dialog[open]");
+  if (escapes && !$("stop").disabled) live.cancel();
   if (event.key === "/" && !typing) {
     event.preventDefault();
     $("prompt").focus();

@@ -83,14 +83,23 @@ export class Ticker {
   }
 
   async tick() {
+    const mine = (this.turn = {});
     try {
       await this.call();
     } finally {
-      if (this.timer) {
+      if (this.timer && mine === this.turn) {
         this.due = Math.max(this.due + 1000 / this.rate, performance.now());
         this.timer = setTimeout(() => this.tick(), this.due - performance.now());
       }
     }
+  }
+
+  // Calls now rather than when the next call is due.
+  hurry() {
+    if (!this.isRunning) return;
+    clearTimeout(this.timer);
+    this.due = performance.now();
+    this.tick();
   }
 
   stop() {
