@@ -659,6 +659,7 @@ class ServerConfig:
       counters_seconds: between two `moss.counters` events.
       save_seconds: between two saves of a running stream, where there is a folder for them.
       keep_seconds: how long a saved stream that nobody resumes is kept.
+      restart_seconds: after which streams can be opened again when a step has failed.
       drain_seconds: how long running streams may take to be told and saved at the end of the server.
       correction: the words by which the model begins to take back what it was saying; empty for none.
     """
@@ -673,12 +674,13 @@ class ServerConfig:
     counters_seconds: float = 1.0
     save_seconds: float = 30.0
     keep_seconds: float = 86400.0
+    restart_seconds: float = 0.5
     drain_seconds: float = 10.0
     correction: str = " - wait, "
 
     def __post_init__(self):
         _convert_fields(self)
-        for name in ("counters_seconds", "save_seconds", "drain_seconds"):
+        for name in ("counters_seconds", "save_seconds", "restart_seconds", "drain_seconds"):
             _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         for name in ("grace_seconds", "keep_seconds"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative; got {getattr(self, name)}")
@@ -691,6 +693,43 @@ class ServerConfig:
             "max_image_pixels",
             "history_items",
             "decode_threads",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SecurityConfig:
+    """What the live server lets clients do; the size of a message is in `ServerConfig`.
+
+    Attributes:
+      max_connections: connections and requests at once, of all.
+      max_connections_per_address: of one address.
+      connections_per_second: new connections and requests of one address, on average.
+      connection_burst: those that may come at once.
+      messages_per_second: of a WebSocket; what comes faster is read later.
+      message_burst: those that are read at once.
+      max_body_bytes: of a request that is no WebSocket.
+    """
+
+    max_connections: int = 1024
+    max_connections_per_address: int = 128
+    connections_per_second: float = 50.0
+    connection_burst: int = 200
+    messages_per_second: float = 100.0
+    message_burst: int = 200
+    max_body_bytes: int = 256 * 2**20
+
+    def __post_init__(self):
+        _convert_fields(self)
+        for name in ("connections_per_second", "messages_per_second"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        _require_at_least(
+            1,
+            self,
+            "max_connections",
+            "max_connections_per_address",
+            "connection_burst",
+            "message_burst",
+            "max_body_bytes",
         )
 
 

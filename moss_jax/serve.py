@@ -8,6 +8,8 @@ import collections
 import dataclasses
 import itertools
 import logging
+import math
+import os
 import signal
 import sys
 import threading
@@ -28,6 +30,7 @@ from moss_jax.config import (
     FrameSampling,
     MemoryConfig,
     SchedulerConfig,
+    SecurityConfig,
     SelectionConfig,
     ServerConfig,
     SessionConfig,
@@ -35,6 +38,7 @@ from moss_jax.config import (
 )
 from moss_jax.convert import CheckpointError, open_model
 from moss_jax.memory.policies import FULL, POLICIES
+from moss_jax.sharding import MESH_AXES, make_mesh
 from moss_jax.shipped import shipped
 from moss_jax.stream import (
     End,
@@ -215,14 +219,19 @@ def open_stream(args: argparse.Namespace) -> Stream:
 
 def run_server(args: argparse.Namespace) -> int:
     """Serves live streams until a signal; returns the exit code."""
-    for name in ("prompt", "offline", "save", "resume", "timeline", "json", "fps", "system"):
+    for name in ("prompt", "offline", "save", "resume", "timeline", "fps", "system"):
         if getattr(args, name) not in (None, False, []):
             flag = {"resume": "continue"}.get(name, name)
             raise ConfigError(f"--{flag} is for a --video; without one, this is the live server")
     try:
         # Imported here, since a video needs none of it.
+        from starlette.middleware import Middleware
+
+        from moss_jax.serving import logs
         from moss_jax.serving.app import make_app, make_server
         from moss_jax.serving.hub import Hub
+        from moss_jax.serving.metrics import Metrics
+        from moss_jax.serving.security import Gate, check_host, protection, read_tokens
     except ImportError as error:
         raise ConfigError(
             f"the live server needs {error.name}: pip install 'moss_jax[serve]'; or give a --video to watch"
@@ -234,8 +243,14 @@ def run_server(args: argparse.Namespace) -> int:
     engine_config = dataclasses.replace(gin_bindings.settings(EngineConfig), slots=args.slots, memory=memory)
     sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
     server_config = gin_bindings.settings(ServerConfig)
+    security = gin_bindings.settings(SecurityConfig)
+    tokens = read_tokens(args.token_file, os.environ)
+    check_host(args.host, tokens)
+    mesh = mesh_of(args.mesh)
     with command.on_stop_signal(command.leave):
-        opened = open_model(args.checkpoint, weights=args.weights, encoder_weights=args.encoder_weights)
+        opened = open_model(
+            args.checkpoint, weights=args.weights, encoder_weights=args.encoder_weights, mesh=mesh
+        )
         engine = Engine(
             opened.model,
             opened.tokenizer,
@@ -250,8 +265,17 @@ def run_server(args: argparse.Namespace) -> int:
         model=opened.name,
         state_folder=args.state_dir,
     )
-    app = make_app(hub, on_ready=lambda: command.tell("ready"))
+    gate = Gate(security, tokens=tokens, host=args.host, origins=args.allow_origin)
+    app = make_app(
+        hub,
+        middleware=[Middleware(logs.RequestLog), *protection(gate, args.allow_origin)],
+        routes=[Metrics(hub, gate).route()],
+        on_ready=lambda: command.tell("ready"),
+    )
     server = make_server(app, hub, host=args.host, port=args.port)
+    if args.json:
+        # After uvicorn, which sets its own logs up.
+        logs.set_up()
     command.tell(f"{opened.name}\nhttp://{args.host}:{args.port}/ (compiling ...)")
     server.run()
     stopped_by = server.stopped_by
@@ -262,6 +286,24 @@ def run_server(args: argparse.Namespace) -> int:
         # A thread may be compiling, which is not waited for.
         command.leave(stopped_by or 0)
     return code
+
+
+def mesh_of(axes: str | None) -> "jax.sharding.Mesh | None":
+    """The mesh that a flag describes, over the first devices; None for one device.
+
+    Raises:
+      ConfigError: it describes none, or there are too few devices.
+    """
+    if axes is None:
+        return None
+    given = dict(part.partition("=")[::2] for part in axes.split(","))
+    if not given.keys() <= set(MESH_AXES) or not all(n.isdecimal() and int(n) for n in given.values()):
+        raise ConfigError(f"--mesh names axes ({', '.join(MESH_AXES)}) and devices, as tensor=2, not {axes!r}")
+    sizes = {name: int(number) for name, number in given.items()}
+    devices, needed = jax.devices(), math.prod(sizes.values())
+    if needed > len(devices):
+        raise ConfigError(f"--mesh {axes} needs {needed} devices; there are {len(devices)}")
+    return make_mesh(**sizes, devices=devices[:needed])
 
 
 def perception_device(index: int | None) -> "jax.Device | None":  # pyright: ignore[reportInvalidTypeForm]
@@ -348,6 +390,25 @@ def parse_arguments() -> argparse.Namespace:
         "(default: none)",
     )
     add(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="tokens of which clients of the live server need one, a line each; also MOSS_TOKENS in the "
+        "environment (default: none, which a --host for other machines does not allow)",
+    )
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="pages from elsewhere that may use the live server, as https://example.org",
+    )
+    add(
+        "--mesh",
+        metavar="AXIS=N",
+        help="devices that the live server's model is split over, as tensor=2 (default: one device)",
+    )
+    add(
         "--prompt",
         action=AddPrompt,
         default=[],
@@ -421,7 +482,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="go on with a saved stream: the video follows on what it has seen, and its clock goes on",
     )
-    add("--json", action="store_true", help="print one JSON object per event instead of a transcript")
+    add("--json", action="store_true", help="print one JSON object per event instead of a transcript; the live server logs so")
     add("--timeline", type=Path, metavar="FILE", help="draw frames, prompts and answers over time, as a .png")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings that override the defaults")
     add("--gin_param", action="append", default=[], metavar="BINDING", help="e.g. 'frames.fps = 2'")

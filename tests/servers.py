@@ -68,12 +68,12 @@ def running(hub: Hub, **options) -> Iterator[Running]:
         assert not thread.is_alive()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60.0, every: float = 0.005) -> None:
     """Waits until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
+        time.sleep(every)
 
 
 class Client:

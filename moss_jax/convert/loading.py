@@ -5,6 +5,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from moss_jax.config import DecoderWeights, EncoderWeights
@@ -31,6 +32,7 @@ def open_model(
     dtype: DTypeLike | None = None,
     weights: DecoderWeights | None = None,
     encoder_weights: EncoderWeights | None = None,
+    mesh: Mesh | None = None,
 ) -> OpenModel:
     """Loads model and tokenizer of a checkpoint.
 
@@ -40,6 +42,7 @@ def open_model(
       dtype: bfloat16 on accelerators and float32 on CPU if None.
       weights, encoder_weights: 8-bit formats to quantize the decoder and the vision encoder to; see
         `nn.quantize`.
+      mesh: to split the parameters over; None for one device.
 
     Raises:
       CheckpointError, TokenizerError: the checkpoint cannot be used.
@@ -49,7 +52,7 @@ def open_model(
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     checkpoint = shipped("moss-tiny") if checkpoint is None else checkpoint
     folder = hub.resolve(checkpoint, revision)
-    model = quantize(load(folder, dtype=dtype), decoder=weights, encoder=encoder_weights)
+    model = quantize(load(folder, dtype=dtype, mesh=mesh), decoder=weights, encoder=encoder_weights)
     # The folder of a downloaded snapshot is named by its commit.
     name = folder.resolve().name if os.path.isdir(checkpoint) else os.fspath(checkpoint)
     return OpenModel(model, Tokenizer.load(folder), name)

@@ -37,11 +37,13 @@ from moss_jax.stream import (
 )
 from moss_jax.stream.events import Counters
 from moss_jax.stream.moments import BankView
-from moss_jax.text import chat
+from moss_jax.text import Tokenizer, chat
 from moss_jax.video import fit_frame
 
 # Frames whose arrival is remembered, for their rate and latency.
 RECENT = 32
+# Frames of a lockstep stream that may wait, before no more are read.
+READ_AHEAD = 64
 COUNTERS = tuple(field.name for field in dataclasses.fields(Counters))
 
 
@@ -156,8 +158,13 @@ class Dialogue:
         self._corrections = Corrections(hub.config.correction)
         self._arrivals: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._latencies: collections.deque[float] = collections.deque(maxlen=RECENT)
+        # When the frames arrived that the next token comes after.
+        self._seen: list[float] = []
         self._counters_task: asyncio.Task | None = None
         self._time = 0.0
+        self._room = asyncio.Event()
+        # Tokens that have come into the context, by the events of the stream.
+        self._context = 0
         self._limits = MediaLimits(
             max_pixels=hub.config.max_image_pixels, max_bytes=hub.config.max_message_bytes
         )
@@ -191,6 +198,10 @@ class Dialogue:
             max_output_tokens=self._max_output_tokens or self._hub.session_config.max_tokens_per_turn,
             moss=moss,
         )
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self._hub.scheduler.engine.tokenizer
 
     def _system_prompt(self) -> str:
         return "\n".join(part for part in (self._instructions, *self._system) if part)
@@ -334,6 +345,7 @@ class Dialogue:
         at, image = protocol.frame_time(message)
         frame = await self._decode(image)
         stream = await self._open()
+        await self._wait_for_room(stream)
         self._show(stream, self._next_id("item"), [frame], at, (protocol.Part(type="input_image"),))
 
     async def _create_item(self, item: protocol.Item, at: float | None) -> None:
@@ -374,6 +386,7 @@ class Dialogue:
             self._held.append((item_id, "\n".join(texts)))
         if frames:
             stream = await self._open()
+            await self._wait_for_room(stream)
             self._show(stream, item_id, frames, at, tuple(parts))
         else:
             self._add_item(item_id, tuple(parts))
@@ -408,6 +421,14 @@ class Dialogue:
             return await asyncio.get_running_loop().run_in_executor(self._hub.decoders, decode)
         except MediaError as error:
             raise ProtocolError(str(error), code="invalid_image", param=param) from error
+
+    async def _wait_for_room(self, stream: Stream) -> None:
+        """Reads no more of a lockstep stream, which drops nothing, while many of its frames wait."""
+        while stream.config.clock == "lockstep" and len(self._frames) >= READ_AHEAD:
+            if self.session.is_over:
+                raise over()
+            self._room.clear()
+            await self._room.wait()
 
     def _show(
         self,
@@ -476,7 +497,9 @@ class Dialogue:
     async def _ask(self, settings: protocol.ResponseSettings, at: float | None) -> None:
         texts = [text for _, text in self._held]
         if settings.instructions:
-            texts.append(settings.instructions)
+            # Some clients repeat those of the session before their own.
+            own = settings.instructions.removeprefix(self._instructions).strip()
+            texts += [own] * bool(own)
         if not texts:
             if self._response is not None or self._asked:
                 raise ProtocolError(
@@ -544,6 +567,10 @@ class Dialogue:
     def on_event(self, event: Event) -> None:
         """Tells the client of an event of the stream."""
         self._time = event.stream_time
+        if isinstance(event, Text | Silence):
+            for arrived in self._seen:
+                self._hub.counters.observe("extend", time.monotonic() - arrived)
+            self._seen.clear()
         match event:
             case FrameSeen() | FrameUnseen() | FrameDropped():
                 self._on_frame(event)
@@ -553,6 +580,7 @@ class Dialogue:
                 self._on_text(event)
             case Silence():
                 self._counts["silences"] += 1
+                self._context += 1
                 if self._response is not None:
                     self._finish_response("completed")
                 self._send_moss(protocol.SilenceEvent(time=event.stream_time))
@@ -592,10 +620,14 @@ class Dialogue:
         if frame is None:
             return
         self._frames.remove(frame)
+        self._room.set()
         seconds = time.monotonic() - frame.arrived
+        if fate not in ("dropped", "rate"):
+            self._context += 1  # Its `<|image|>` token.
         if fate == "seen":
             self._latencies.append(seconds)
             self._hub.counters.observe("frame", seconds)
+            self._seen.append(frame.arrived)
         fates = self._fates[frame.item_id]
         fates[frame.index] = FrameInfo(
             index=frame.index, time=frame.time, fate=fate, queued=len(self._frames)
@@ -613,6 +645,7 @@ class Dialogue:
         """Begins the response to what was asked."""
         self._counts["prompts"] += 1
         self._hub.counters.prompts += 1
+        self._context += len(self._tokenizer.encode(event.prompt))
         if self._response is not None:
             self._finish_response("cancelled", "turn_detected")
         asked = self._asked.popleft() if self._asked else Asked(event.prompt, [], None, time.monotonic())
@@ -621,12 +654,11 @@ class Dialogue:
         self._begin_response(event, asked)
 
     def _begin_response(self, event: Event, asked: Asked | None = None) -> Response:
-        stream = self.session.stream
         response = Response(
             self._next_id("resp"),
             asked=asked is not None,
             metadata=asked.metadata if asked else None,
-            input_tokens=stream.conversation.text_length if stream else 0,
+            input_tokens=self._context,
             asked_at=asked.at if asked else None,
         )
         self._response = response
@@ -688,6 +720,7 @@ class Dialogue:
         if held := self._corrections.flush():
             self._say(response, held, self._time)
         self._response = None
+        self._context += len(self._tokenizer.encode(response.text))
         if response.item_id is not None:
             item = self._output(response, "completed" if status == "completed" else "incomplete")
             ids = {"response_id": response.id, "item_id": response.item_id}
@@ -714,7 +747,7 @@ class Dialogue:
         if status == "in_progress":
             return protocol.ResponseObject(id=response.id, status=status, metadata=response.metadata)
         failure = protocol.StatusError(type="server_error", code=error) if error else None
-        said = len(self._hub.scheduler.engine.tokenizer.encode(response.text)) if response.text else 0
+        said = len(self._tokenizer.encode(response.text))
         output = ()
         if response.item_id is not None:
             output = (self._output(response, "completed" if status == "completed" else "incomplete"),)
@@ -736,6 +769,7 @@ class Dialogue:
             status = "completed" if event.reason == "finished" else "incomplete"
             self._finish_response(status)
         self._stop_counters()
+        self._room.set()
         counters = dataclasses.asdict(event.counters)
         self._counts = counters
         if self.moss is not None:
@@ -834,6 +868,7 @@ class Dialogue:
             "corrections": self._corrections.held,
             "counts": dict(self._counts),
             "time": self._time,
+            "context": self._context,
         }
 
     async def restore(self, saved: SavedSession) -> None:
@@ -859,7 +894,7 @@ class Dialogue:
         if state["response"]:
             self._response = Response(**state["response"] | {"asked_at": None})
         self._corrections.held = state["corrections"]
-        self._counts, self._time = state["counts"], state["time"]
+        self._counts, self._time, self._context = state["counts"], state["time"], state["context"]
         await self._open(saved.stream)
         self.session.is_resumable = True
         self._counters_task = asyncio.create_task(self._tell_counters())

@@ -55,8 +55,9 @@ class ServerCounters:
       errors_by_code: errors that clients were sent.
       slow_clients: connections that were closed since the client did not read.
       saves, failed_saves: of streams.
+      restarts: of the scheduler, after a step has failed.
       observers: called with the name of a duration and its seconds: "ttft" from a prompt to the first text,
-        "frame" from a frame's arrival until it was seen, "save" of a stream.
+        "frame" from a frame's arrival until its step, "extend" until the token after it, "save" of a stream.
     """
 
     connections: int = 0
@@ -73,6 +74,7 @@ class ServerCounters:
     slow_clients: int = 0
     saves: int = 0
     failed_saves: int = 0
+    restarts: int = 0
     observers: list[Callable[[str, float], None]] = dataclasses.field(default_factory=list)
 
     def observe(self, name: str, seconds: float) -> None:
@@ -96,6 +98,11 @@ class Reservation:
 
 class Connection(Protocol):
     """A client, as a session sees it."""
+
+    @property
+    def unsent(self) -> int:
+        """Events that wait."""
+        ...
 
     def put(self, text: str) -> bool:
         """Queues an event; False if too many wait."""
@@ -134,12 +141,13 @@ class Session:
       owner: of its events.
       is_resumable: whether the client knows how to resume it.
       is_over: whether the stream has ended, or never will be opened.
+      is_forgotten: whether nobody can resume it any more, so that it must not have a file.
       reservation: of a slot, until the stream is opened.
       sequence: number of the last event.
     """
 
     def __init__(self, hub: "Hub", identity: tuple[str, str] | None = None):
-        self.id, self.token = identity or (f"sess_{secrets.token_hex(12)}", secrets.token_urlsafe(24))
+        self.id, self.token = identity or (hub.new_id(), secrets.token_urlsafe(24))
         self.stream: Stream | None = None
         self.owner: Owner | None = None
         self.is_resumable = self.is_over = False
@@ -150,8 +158,9 @@ class Session:
         self._sent: collections.deque[tuple[int, str]] = collections.deque(maxlen=hub.config.replay_events)
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task | None = None
-        self._keeps_file = self._is_forgotten = False
-        self._saving = asyncio.Lock()
+        self._keeps_file = self.is_forgotten = False
+        # One save after the other, since each removes the file of the one before.
+        self._writing = threading.Lock()
         # What to do when a copy of the stream comes out of its inbox.
         self._marks: dict[Future, Callable[[], object]] = {}
 
@@ -161,6 +170,11 @@ class Session:
     def is_connected(self) -> bool:
         """Whether a client is there."""
         return self._connection is not None
+
+    @property
+    def unsent(self) -> int:
+        """Events that wait until the client takes them."""
+        return 0 if self._connection is None else self._connection.unsent
 
     def send(self, event: protocol.Event) -> None:
         """Sends an event, or keeps it for when the client is back."""
@@ -217,7 +231,6 @@ class Session:
             self.stream.stop()
         self.is_over = True
         self.release()
-        self._is_forgotten = not self._keeps_file
         self._hub.forget(self, keeps_file=self._keeps_file)
 
     def drop(self) -> None:
@@ -255,6 +268,8 @@ class Session:
                     _logger.exception("an event of session %s was lost", self.id)
                 if isinstance(event, End):
                     self._hub.counters.streams_by_end[event.reason] += 1
+                    details = {"reason": event.reason, "counters": dataclasses.asdict(event.counters)}
+                    _logger.info("a stream ended", extra=details)
         finally:
             self.is_over = True
             if saving is not None:
@@ -277,11 +292,7 @@ class Session:
             raise SessionError("the server keeps no streams: it was started without --state-dir")
         if self.stream is None or self.is_over or self.owner is None:
             raise SessionError("there is no stream to save")
-        async with self._saving:
-            return await self._save(folder, self.stream, self.owner)
-
-    async def _save(self, folder: Path, stream: Stream, owner: Owner) -> float:
-        started = time.monotonic()
+        started, stream, owner = time.monotonic(), self.stream, self.owner
         future = stream.copy_while_running()
         # Once the copy comes out of the inbox, the dialogue has had all events before it, and none after it.
         state: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -293,15 +304,20 @@ class Session:
         finally:
             self._marks.pop(future, None)
         try:
-            await asyncio.to_thread(write_session, folder, self.id, self.token, saved, dialogue)
+            await asyncio.to_thread(self._write, folder, saved, dialogue)
         except OSError:
             self._hub.counters.failed_saves += 1
             raise
-        if self._is_forgotten:
-            remove_session(folder, self.id)
         self._hub.counters.saves += 1
         self._hub.counters.observe("save", time.monotonic() - started)
         return saved.dialogue["start_time"]
+
+    def _write(self, folder: Path, saved: SavedStream, dialogue: dict[str, Any]) -> None:
+        """Writes the session to the folder, in a thread, which goes on though nobody waits for it any more."""
+        with self._writing:
+            write_session(folder, self.id, self.token, saved, dialogue)
+        if self.is_forgotten:
+            remove_session(folder, self.id)
 
     async def _save_often(self) -> None:
         """Saves the stream again and again, where the client knows how to resume it."""
@@ -410,10 +426,11 @@ class Hub:
       session: bounds of the streams, which a session may change in part.
       model: name of the model.
       state_folder: where streams are saved; None for nowhere.
+      id_prefix: up to 8 hexadecimal digits that ids of sessions begin with, where they say whose they are.
 
     Attributes:
-      is_ready: whether streams may be opened: the programs are compiled, and the server does not end.
-      was_ready: whether they ever could.
+      is_warm: whether the programs are compiled.
+      was_ready: whether streams could be opened at some time.
       reserved: slots that are kept for somebody.
       sessions: by id.
       counters: of all.
@@ -429,18 +446,21 @@ class Hub:
         session: SessionConfig | None = None,
         model: str = "moss",
         state_folder: str | os.PathLike | None = None,
+        id_prefix: str = "",
     ):
+        self._id_prefix = id_prefix
         self.scheduler = scheduler
         self.config = config or ServerConfig()
         self.session_config = dataclasses.replace(session or SessionConfig(), clock=scheduler.config.clock)
         self.model = model
         self.state_folder = None if state_folder is None else Path(state_folder)
-        self.is_ready = self.was_ready = False
+        self.is_warm = self.was_ready = False
         self.is_closing = False
         self.reserved = 0
         self.sessions: dict[str, Session] = {}
         self.counters = ServerCounters()
         self.decoders = ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode")
+        self._watching: asyncio.Task | None = None
         engine = scheduler.engine
         self.image_size = engine.model_config.vision.image_size if isinstance(engine, Engine) else 112
 
@@ -453,13 +473,30 @@ class Hub:
             await in_thread(lambda: warm_up_all(engine, self.image_size))
         if not self.is_closing:
             self.scheduler.start()
-            self.is_ready = self.was_ready = True
+            self.is_warm = self.was_ready = True
+            self._watching = asyncio.create_task(self._watch())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether streams may be opened: programs are compiled, steps work, and the server does not end."""
+        return self.is_warm and not self.is_closing and self.scheduler.is_started
+
+    async def _watch(self) -> None:
+        """Has the scheduler begin anew after a step has failed."""
+        while True:
+            await asyncio.sleep(self.config.restart_seconds)
+            if not self.is_closing and not self.scheduler.is_started:
+                self.scheduler.start()
+                self.counters.restarts += 1
+                _logger.warning("the scheduler begins anew")
 
     async def close(self) -> None:
         """Takes no more streams, tells the running ones, saves them if it can, and ends them."""
         if self.is_closing:
             return
-        self.is_closing, self.is_ready = True, False
+        self.is_closing = True
+        if self._watching is not None:
+            self._watching.cancel()
         await asyncio.gather(*(session.shut_down() for session in list(self.sessions.values())))
         await asyncio.to_thread(self.scheduler.close)
         self.decoders.shutdown(wait=False)
@@ -475,20 +512,26 @@ class Hub:
         Raises:
           Refused: there is none.
         """
-        if not self.is_ready:
-            raise Refused("the server ends" if self.is_closing else "the server is not ready yet")
-        # After a step has failed, the scheduler begins anew.
-        with contextlib.suppress(RuntimeError):
-            self.scheduler.start()
+        self._check_ready()
         if not self.free_slots:
             raise Refused(f"all {self.scheduler.engine.config.slots} streams are taken; try again later")
         self.reserved += 1
         return Reservation(self)
 
+    def _check_ready(self) -> None:
+        """Raises `Refused` if streams cannot be opened now."""
+        if self.is_closing:
+            raise Refused("the server ends")
+        if not self.is_warm:
+            raise Refused("the server is not ready yet")
+        if not self.scheduler.is_started:
+            raise Refused("the server recovers from an error; try again in a moment")
+
     async def open(self, reservation: Reservation | None = None, **options: Any) -> Stream:
         """Opens a stream in a reserved slot, or in a free one; options and errors of `Scheduler.open`."""
         reservation = reservation or self.reserve()
         try:
+            self._check_ready()
             return await asyncio.to_thread(self.scheduler.open, **options)
         finally:
             reservation.release()
@@ -505,6 +548,10 @@ class Hub:
         self.sessions[session.id] = session
         self.counters.sessions_total += 1
         return session
+
+    def new_id(self) -> str:
+        """An id that no other session has."""
+        return f"sess_{self._id_prefix}{secrets.token_hex(12)[len(self._id_prefix) :]}"
 
     def find(self, session_id: str, token: str) -> Session | None:
         """A session that a client wants to resume; None if it is not in memory.
@@ -536,6 +583,7 @@ class Hub:
     def forget(self, session: Session, *, keeps_file: bool = False) -> None:
         """Drops a session, with its files."""
         if self.sessions.pop(session.id, None) is not None and self.state_folder and not keeps_file:
+            session.is_forgotten = True
             remove_session(self.state_folder, session.id)
 
 

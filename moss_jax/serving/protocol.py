@@ -9,6 +9,7 @@ import struct
 from typing import Annotated, Any, Literal
 
 import pydantic
+import pydantic_core
 
 from moss_jax.config import Clock, UnseenReason
 from moss_jax.stream.events import EndReason
@@ -289,6 +290,16 @@ def parse(text: str | bytes) -> ClientEvent:
         raise ProtocolError(f"{where}{first['msg']}"[:500], code=code, param=param) from None
 
 
+def event_id_of(text: str | bytes) -> str | None:
+    """The id that a client gave an event which cannot be parsed; None if it has none."""
+    try:
+        event = pydantic_core.from_json(text)
+    except ValueError:
+        return None
+    found = event.get("event_id") if isinstance(event, dict) else None
+    return found if isinstance(found, str) and len(found) <= 512 else None
+
+
 # ----------------------------------------------------------------------------------- what the server sends
 
 
@@ -371,7 +382,10 @@ class ItemObject(Message):
 
 
 class Usage(Message):
-    """Tokens: those in the context before the answer, and those of the answer."""
+    """Tokens: those of texts, frames and answers before the answer, and those of the answer.
+
+    A frame counts as one token. Those before count also where the stream has forgotten them.
+    """
 
     total_tokens: int
     input_tokens: int

@@ -17,6 +17,7 @@ from moss_jax.serving.hub import (
     encoded,
     event_number,
 )
+from moss_jax.serving.logs import session_id as logged_session
 from moss_jax.serving.protocol import ProtocolError
 from moss_jax.stream import Refused
 
@@ -39,6 +40,11 @@ class Client:
         self._changed = asyncio.Event()
         self._closing: tuple[int, str] | None = None
         self._sending = asyncio.create_task(self._send())
+
+    @property
+    def unsent(self) -> int:
+        """Events that wait."""
+        return len(self._waiting)
 
     def put(self, text: str) -> bool:
         """Queues an event; False if too many wait."""
@@ -117,6 +123,8 @@ async def _serve(hub: Hub, websocket: WebSocket, client: Client) -> None:
             await websocket.close(code, error.message[:120])
         client.give_up()
         return
+    logged_session.set(dialogue.session.id)
+    _logger.info("a session goes on" if "session" in query else "a session began")
     reader = Reader(hub, websocket, client, dialogue)
     tasks = {asyncio.create_task(reader.run()), asyncio.create_task(client.write())}
     try:
@@ -224,6 +232,8 @@ class Reader:
             else:
                 await self.dialogue.handle(event)
         except ProtocolError as error:
+            if event_id is None and text is not None:
+                event_id = protocol.event_id_of(text)
             self.dialogue.session.send(protocol.error_event(error, event_id))
         except Refused as error:
             refused = ProtocolError(str(error), code="no_free_stream", type="server_error")

@@ -10,6 +10,7 @@ speculatively, shortly before the step in flight ends and without knowing its to
 silence, the speculative step has appended it, which is right, and its own sample is dropped.
 """
 
+import collections
 import copy
 import dataclasses
 import itertools
@@ -291,6 +292,22 @@ class Moves:
     begun: float = 0.0
 
 
+@dataclasses.dataclass
+class SchedulerCounters:
+    """What a scheduler has done since it was made; only its threads change it.
+
+    Attributes:
+      step_rows, step_frames: steps, by how many streams took part and how many frames they appended.
+      encoded_frames: batches that were encoded, by their number of frames.
+      failures: of a step, each of which ends all streams.
+    """
+
+    step_rows: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    step_frames: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    encoded_frames: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    failures: int = 0
+
+
 class Scheduler:
     """Runs the streams of one engine: in a thread between `start` and `close`, or where `run` is iterated.
 
@@ -305,6 +322,7 @@ class Scheduler:
       engine: as given.
       changed: guards everything that the threads share, and tells the loop of changes.
       is_running: whether the loop runs.
+      counters: of steps and batches.
       state: of the engine, once the loop is over and not by an error; else None.
     """
 
@@ -313,6 +331,7 @@ class Scheduler:
         self.config = config or SchedulerConfig()
         self.changed = threading.Condition()
         self.is_running = False
+        self.counters = SchedulerCounters()
         self._orders = itertools.count()
         self._slots: list[Stream | None] = [None] * engine.config.slots
         # Streams that the loop has not begun with, and slots that hold what a former stream has left.
@@ -411,6 +430,11 @@ class Scheduler:
         """How many more streams could be opened now."""
         with self.changed:
             return 0 if self._closing else sum(stream is None for stream in self._slots)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether there is a thread that runs the loop; after a step has failed, there is none."""
+        return self._thread is not None
 
     @property
     def streams(self) -> list[Stream]:
@@ -514,9 +538,14 @@ class Scheduler:
                 stream.inbox.put(event)
         except Exception as error:
             _logger.exception("a step failed; all streams end")
-            for stream in self.streams:
+            self.counters.failures += 1
+            with self.changed:
+                # Whoever is told of the failure may start anew at once, and a stream that is opened then is
+                # none of these.
+                streams, self._thread = self.streams, None
+            for stream in streams:
                 self._fail(stream, error)
-        finally:
+        else:
             with self.changed:
                 self._thread = None
 
@@ -768,6 +797,8 @@ class Scheduler:
         # A row that goes on has no sample yet.
         plans = {stream: self._plans.pop(stream) for stream in rows if stream not in self._rows}
         kind = max(len(row.tokens) for row in rows.values()), sum(len(row.frames) for row in rows.values())
+        self.counters.step_rows[len(rows)] += 1
+        self.counters.step_frames[kind[1]] += 1
         return state, StepInFlight(plans, kind, sampled.tokens, timer, started)
 
     # --------------------------------------------------------------------------- perception
@@ -811,6 +842,7 @@ class Scheduler:
         """Has the device encode a batch after the step in flight."""
         features = self.engine.encode([frame.rgb for frame in frames if frame.rgb is not None])
         self._has_encoded = True
+        self.counters.encoded_frames[len(frames)] += 1
         with self.changed:
             for index, frame in enumerate(frames):
                 frame.encoded = Encoded(features, index)
@@ -851,6 +883,7 @@ class Scheduler:
             while frames := self._claim_frames():
                 rgb = [frame.rgb for frame in frames if frame.rgb is not None]
                 features = jax.block_until_ready(self.engine.encode(rgb))
+                self.counters.encoded_frames[len(frames)] += 1
                 with self.changed:
                     for index, frame in enumerate(frames):
                         frame.encoded = Encoded(features, index)

@@ -39,9 +39,14 @@ class AnsweringEngine(ScriptedEngine):
 
 
 @pytest.fixture
-def served(tokenizer) -> Iterator[Running]:
-    """A server over an engine that answers by `ANSWERS`; each of its streams serves once."""
+def answering(tokenizer) -> AnsweringEngine:
+    """An engine that answers by `ANSWERS`; each of its streams serves once."""
     config = EngineConfig(8, 4096, 256, FORGETS_NOTHING)
-    engine = AnsweringEngine(tokenizer, {slot: [] for slot in range(config.slots)}, config)
-    with running(Hub(Scheduler(engine, SchedulerConfig()), QUICK, session=SessionConfig())) as server:
+    return AnsweringEngine(tokenizer, {slot: [] for slot in range(config.slots)}, config)
+
+
+@pytest.fixture
+def served(answering) -> Iterator[Running]:
+    """A server over such an engine."""
+    with running(Hub(Scheduler(answering, SchedulerConfig()), QUICK, session=SessionConfig())) as server:
         yield server
