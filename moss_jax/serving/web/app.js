@@ -35,6 +35,7 @@ const ticker = new Ticker(showFrame);
 let source = "playground";
 let media = null; // the MediaStream of camera or screen, or the URL of a file
 let answer = null; // the entry of the response in progress
+let question = null; // the entry of the last one
 let askedAt = null; // when the last question was asked, until its first word
 let sent = []; // frames whose fate is not known: {time, taken, url}
 let numberOfFrames = 0;
@@ -205,6 +206,12 @@ const on = {
   },
   "response.created"({ response, moss }) {
     answer = { id: response.id, asked: moss?.asked ?? true, time: moss?.time ?? live.now };
+    // A question before the first frame, when the stream's clock was not known.
+    if (answer.asked && question?.time === null) {
+      question.time = answer.time;
+      transcript.update(question);
+      timeline.addWords(question);
+    }
     mood("thinking");
   },
   "response.output_text.delta"({ response_id, delta, moss }) {
@@ -281,8 +288,10 @@ function take(time) {
 live.addEventListener("event", ({ detail }) => {
   if (detail.type === "session.created") {
     $("model").textContent = `Model: ${detail.session.model}`;
-    // What was asked but never answered before a reload.
-    if (detail.session.moss?.resumed?.missed) remark("Some of what it said meanwhile is lost.");
+    if (detail.session.moss?.resumed?.missed) {
+      cutAnswer();
+      remark("Some of what it said meanwhile is lost.");
+    }
   }
   on[detail.type]?.(detail);
 });
@@ -293,32 +302,37 @@ live.addEventListener("state", ({ detail: { state, text } }) => {
   if (state !== "open") {
     sent = [];
     if (state !== "connecting") mood("idle");
+    if (state === "ended") stopWatching();
   } else {
     mood(answer ? "talking" : "listening");
-    ticker.hurry();
+    if (ticker.isRunning) ticker.start();
     if (waiting) ask(waiting);
   }
   $("prompt").disabled = false;
 });
 
+// A new session has a clock of its own.
 live.addEventListener("begin", () => {
   numberOfFrames = 0;
-  answer = null;
+  cutAnswer();
+  timeline.clear();
+  memory.set([]);
 });
 
 live.addEventListener("forgotten", () => {
-  if (answer?.entry) {
-    answer.entry.status = "cut";
-    show(answer.entry);
-  }
-  answer = null;
-  timeline.clear();
-  memory.set([]);
   remark("The session could not be resumed. A new one begins, and remembers nothing.");
 });
 
 live.addEventListener("key", () => $("key").showModal());
 $("key").addEventListener("close", () => $("key-value").value && live.useKey($("key-value").value));
+
+function cutAnswer() {
+  if (answer?.entry) {
+    answer.entry.status = "cut";
+    show(answer.entry);
+  }
+  answer = null;
+}
 
 function show(entry) {
   // Under the picture, where a phone has no room for what is said beside it.
@@ -364,9 +378,9 @@ async function ask(text) {
   waiting = "";
   if (!live.ask(text)) return;
   askedAt = performance.now();
-  const entry = transcript.add({ kind: "prompt", text, time: live.now });
+  question = transcript.add({ kind: "prompt", text, time: live.now });
   transcript.sticks = true;
-  timeline.addWords(entry);
+  timeline.addWords(question);
   mood("thinking");
   save();
 }
@@ -455,7 +469,10 @@ for (const tab of tabs) {
   };
 }
 $("start").onclick = () => (ticker.isRunning ? stopWatching() : startWatching());
-$("rate").onchange = () => (ticker.rate = Number($("rate").value));
+$("rate").onchange = () => {
+  ticker.rate = Number($("rate").value);
+  if (ticker.isRunning) ticker.start();
+};
 $("pick").onchange = () => {
   openFile($("pick").files[0]);
   $("pick").value = "";
@@ -518,7 +535,8 @@ function save(now = false) {
   store(PAGE, {
     source, running: ticker.isRunning, table: playground.state, numberOfFrames, entries,
     answer: answer && { id: answer.id, asked: answer.asked, time: answer.time, at: entries.indexOf(answer.entry) },
-    frames: timeline.state,
+    // Thumbnails are too much to be written all the time.
+    frames: now ? timeline.state : [],
   });
 }
 

@@ -63,47 +63,36 @@ function draw(element, width, height) {
   return canvas;
 }
 
-// Calls back at a steady rate, also when a call takes long; a hidden page is called once a second at most.
+// Calls back at a steady rate, also while the page is hidden; a call that takes longer leaves out others.
 export class Ticker {
   constructor(call) {
     this.call = call;
     this.rate = 1;
-    this.timer = 0;
+    this.isRunning = false;
+    this.isBusy = false;
+    this.clock = new Worker(new URL("clock.js", import.meta.url));
+    this.clock.onmessage = () => this.tick();
   }
 
-  get isRunning() {
-    return this.timer !== 0;
-  }
-
+  // Calls now, and from now on.
   start() {
-    if (this.isRunning) return;
-    this.due = performance.now();
-    this.timer = -1;
-    this.tick();
-  }
-
-  async tick() {
-    const mine = (this.turn = {});
-    try {
-      await this.call();
-    } finally {
-      if (this.timer && mine === this.turn) {
-        this.due = Math.max(this.due + 1000 / this.rate, performance.now());
-        this.timer = setTimeout(() => this.tick(), this.due - performance.now());
-      }
-    }
-  }
-
-  // Calls now rather than when the next call is due.
-  hurry() {
-    if (!this.isRunning) return;
-    clearTimeout(this.timer);
-    this.due = performance.now();
+    this.isRunning = true;
+    this.clock.postMessage(this.rate);
     this.tick();
   }
 
   stop() {
-    clearTimeout(this.timer);
-    this.timer = 0;
+    this.isRunning = false;
+    this.clock.postMessage(0);
+  }
+
+  async tick() {
+    if (!this.isRunning || this.isBusy) return;
+    this.isBusy = true;
+    try {
+      await this.call();
+    } finally {
+      this.isBusy = false;
+    }
   }
 }
