@@ -55,8 +55,8 @@ class ServerError(RuntimeError):
 class AsyncClient:
     """One live stream. As a context manager it connects and closes; iterating gives the server's events.
 
-    A connection that is lost comes back by itself while the events are read: nothing is missed, but for frames
-    that were shown meanwhile.
+    A connection that is lost comes back by itself while the events are read: nothing is missed, but for what
+    was shown and asked meanwhile.
 
     Args:
       url: of the server, such as http://127.0.0.1:8765.
@@ -145,7 +145,7 @@ class AsyncClient:
         await self._put(struct.pack(">d", at) + await asyncio.to_thread(encode, rgb, self._format))
 
     async def ask(self, text: str, time: float | None = None) -> None:
-        """Asks the model something at `time` seconds of the stream (now, if None); cuts its answer, if any."""
+        """Asks the model something at `time` seconds of the stream (now, if None), which cuts its answer."""
         content = [{"type": "input_text", "text": text}]
         await self.send(
             "conversation.item.create", item={"type": "message", "role": "user", "content": content}
@@ -298,8 +298,9 @@ def watch(
       ServerError: the server refuses something.
       Exception: whatever reading the frames raises.
     """
-    assert client.session and client.session.moss, "the client is connected"
-    feeder = _Feeder(client, frames, sorted(prompts), client.session.moss.clock == "realtime")
+    session = client.session
+    is_realtime = session is None or session.moss is None or session.moss.clock == "realtime"
+    feeder = _Feeder(client, frames, sorted(prompts), is_realtime)
     feeder.start()
     try:
         asked = feeder.asked
@@ -404,6 +405,4 @@ def stream_events(event: protocol.ServerEvent, asked: list[str]) -> Iterator[Eve
         case protocol.EndEvent() if event.reason != "shutdown":
             counters = Counters(**event.counters) if event.counters else Counters()
             figures: dict[str, Any] = dict(event.figures or {})
-            yield End(
-                **stamp(event.time), reason=event.reason, counters=counters, figures=Figures(**figures)
-            )
+            yield End(**stamp(event.time), reason=event.reason, counters=counters, figures=Figures(**figures))

@@ -38,6 +38,8 @@ from moss_jax.stream.saved import SavedStream, write_stream
 _logger = logging.getLogger(__name__)
 _ID = re.compile(r"sess_[0-9a-f]{24}")
 
+# Seconds within which the last events of a stream come that takes no more.
+END_SECONDS = 1.0
 # Codes of closed connections: of the protocol, and of this server.
 CLOSE_NORMAL, CLOSE_SLOW, CLOSE_RESTART, CLOSE_LATER, CLOSE_TAKEN_OVER = 1000, 1008, 1012, 1013, 4001
 
@@ -277,6 +279,11 @@ class Session:
             if self._connection is None and self._timer is None:
                 self.end()
 
+    async def told_of_end(self) -> None:
+        """Waits until the client has been told why a stream that takes no more is over."""
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=END_SECONDS)
+
     async def save(self) -> float:
         """Saves the stream and the dialogue to the state folder, as they are between two steps.
 
@@ -313,7 +320,7 @@ class Session:
         return saved.dialogue["start_time"]
 
     def _write(self, folder: Path, saved: SavedStream, dialogue: dict[str, Any]) -> None:
-        """Writes the session to the folder, in a thread, which goes on though nobody waits for it any more."""
+        """Writes the session to the folder, in a thread, which goes on though nobody waits for it."""
         with self._writing:
             write_session(folder, self.id, self.token, saved, dialogue)
         if self.is_forgotten:

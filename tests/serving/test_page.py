@@ -458,7 +458,7 @@ def test_files_are_watched(page, tmp_path):
     # What is no picture is told, and stops nothing.
     (tmp_path / "notes.txt").write_text("no picture")
     page.set_input_files("#pick", tmp_path / "notes.txt")
-    expect(page.locator("#stage-note")).to_contain_text("cannot play")
+    expect(page.locator("#stage-note")).to_contain_text("cannot show")
 
 
 def test_reduced_motion_and_themes(page):

@@ -1,7 +1,8 @@
 // Puts the page together: sources, the connection, and what is shown of it.
 
 import { pageTime, Realtime, store, stored } from "./realtime.js";
-import { explain, openCamera, openScreen, takeFrame, takeThumb, Ticker } from "./sources.js";
+import { takeFrame, takeThumb } from "./sources.js";
+import { Stage } from "./stage.js";
 import { Pad, Playground } from "./tabletop/playground.js";
 import { Memory, Timeline } from "./timeline.js";
 import { clock, spoken, Transcript } from "./transcript.js";
@@ -30,10 +31,8 @@ const playground = new Playground(
   },
   pad,
 );
-const ticker = new Ticker(showFrame);
+const stage = new Stage(showFrame);
 
-let source = "playground";
-let media = null; // the MediaStream of camera or screen, or the URL of a file
 let answer = null; // the entry of the response in progress
 let question = null; // the entry of the last one
 let askedAt = null; // when the last question was asked, until its first word
@@ -41,140 +40,22 @@ let sent = []; // frames whose fate is not known: {time, taken, url}
 let numberOfFrames = 0;
 let resumes = stored("moss.session")?.token ? stored(PAGE) : null;
 
-// ------------------------------------------------------------------------------------------- sources
+// -------------------------------------------------------------------------------- what the model sees
 
-function pictureElement() {
-  return source === "playground" ? $("table") : media?.image ?? $("video");
-}
-
-async function chooseSource(name, { quiet = false } = {}) {
-  if (name !== source) {
-    stopWatching();
-    closeMedia();
-  }
-  source = name;
-  $("stage").dataset.source = name;
-  for (const tab of document.querySelectorAll("[data-source][role=radio]")) {
-    tab.setAttribute("aria-checked", String(tab.dataset.source === name));
-    tab.tabIndex = tab.dataset.source === name ? 0 : -1;
-  }
-  $("playground").hidden = $("tools").hidden = name !== "playground";
-  $("video-tools").hidden = name === "playground";
-  $("pick-label").hidden = $("pick").hidden = name !== "file";
-  $("video").hidden = name === "playground" || !media;
-  const notes = { camera: "The camera's picture goes to this server, and nowhere else.", screen: "Choose a window or a screen to share.", file: "Choose a video or an image below, or drop one here." };
-  note(name in notes && !media ? notes[name] : "");
+stage.addEventListener("source", () => {
   showChips();
-  showRunning();
-  if (!quiet) save();
-}
-
-function note(text) {
-  $("stage-note").textContent = text;
-  $("stage-note").hidden = !text;
-}
-
-function closeMedia() {
-  if (media?.stream) for (const track of media.stream.getTracks()) track.stop();
-  if (media?.url) URL.revokeObjectURL(media.url);
-  media = null;
-  $("video").srcObject = null;
-  $("video").removeAttribute("src");
-  $("video").hidden = true;
-  document.querySelector("#stage > img")?.remove();
-}
-
-async function openMedia() {
-  if (source === "playground" || media) return true;
-  if (source === "file") {
-    $("pick").click();
-    return false;
-  }
-  try {
-    const stream = await (source === "camera" ? openCamera() : openScreen());
-    media = { stream };
-    stream.getVideoTracks()[0].onended = () => {
-      stopWatching();
-      closeMedia();
-      note("The source has ended.");
-    };
-    $("video").srcObject = stream;
-    $("video").hidden = false;
-    await $("video").play();
-    note("");
-    return true;
-  } catch (error) {
-    note(explain(error, source));
-    return false;
-  }
-}
-
-async function openFile(file) {
-  if (!file) return;
-  await chooseSource("file", { quiet: true });
-  stopWatching();
-  closeMedia();
-  const url = URL.createObjectURL(file);
-  try {
-    if (file.type.startsWith("image/")) {
-      const image = new Image();
-      image.src = url;
-      image.alt = "What the model sees";
-      await image.decode();
-      media = { url, image };
-      $("stage").append(image);
-    } else {
-      media = { url };
-      const video = $("video");
-      video.src = url;
-      video.loop = false;
-      await new Promise((done, fail) => {
-        video.onloadeddata = done;
-        video.onerror = () => fail(new Error("This browser cannot play that file."));
-      });
-      video.hidden = false;
-      video.onended = () => stopWatching();
-    }
-    note("");
-    await startWatching();
-  } catch (error) {
-    closeMedia();
-    note(error.message && error.name === "Error" ? error.message : "That file cannot be opened as a picture.");
-  }
-}
-
-async function startWatching() {
-  if (!(await openMedia())) return false;
-  if (source === "file" && !media.image) await $("video").play();
-  ticker.rate = source === "playground" ? 1 : Number($("rate").value);
-  live.connect();
-  ticker.start();
-  showRunning();
   save();
-  return true;
-}
-
-function stopWatching() {
-  ticker.stop();
-  if (source === "file") $("video").pause();
-  showRunning();
+});
+stage.addEventListener("change", () => {
+  if (stage.isRunning) live.connect();
   save();
-}
-
-function showRunning() {
-  const running = ticker.isRunning;
-  $("start").querySelector("span").textContent = running ? "Pause" : numberOfFrames ? "Go on watching" : "Start watching";
-  $("start").classList.toggle("running", running);
-  $("start").querySelector("path").setAttribute("d", running ? "M7 5h3v14H7zM14 5h3v14h-3z" : "M7 4l13 8-13 8z");
-  $("seeing").hidden = !running;
-  $("stage").classList.toggle("running", running);
-}
+});
 
 async function showFrame() {
   if (!live.isOpen) return;
-  const element = pictureElement(), taken = pageTime();
+  const element = stage.picture, taken = pageTime();
   const image = await takeFrame(element);
-  if (!image || !live.isOpen || !ticker.isRunning) return;
+  if (!image || !live.isOpen || !stage.isRunning) return;
   const learns = live.offset === null || numberOfFrames < LEARN_FIRST || numberOfFrames % LEARN_EVERY === 0;
   const time = learns ? NaN : Math.max(0, taken + live.offset);
   if (!live.frame(image, time)) return;
@@ -302,10 +183,10 @@ live.addEventListener("state", ({ detail: { state, text } }) => {
   if (state !== "open") {
     sent = [];
     if (state !== "connecting") mood("idle");
-    if (state === "ended") stopWatching();
+    if (state === "ended") stage.stop();
   } else {
     mood(answer ? "talking" : "listening");
-    if (ticker.isRunning) ticker.start();
+    if (stage.isRunning) stage.tick();
     if (waiting) ask(waiting);
   }
   $("prompt").disabled = false;
@@ -357,7 +238,7 @@ function set(name, value) {
 
 function mood(name) {
   const words = { idle: "Quiet", thinking: "Thinking", talking: "Talking", listening: "Listening" };
-  if (name === "listening" && !ticker.isRunning && !numberOfFrames) name = "idle";
+  if (name === "listening" && !stage.isRunning && !numberOfFrames) name = "idle";
   $("mood").dataset.mood = name;
   $("mood").querySelector("span").textContent = words[name];
   $("stop").disabled = !["thinking", "talking"].includes(name);
@@ -371,8 +252,8 @@ async function ask(text) {
   $("welcome").hidden = true;
   if (!live.isOpen) {
     waiting = text;
-    if (!ticker.isRunning) await startWatching();
-    else live.connect();
+    if (stage.isRunning) live.connect();
+    else await stage.start();
     return;
   }
   waiting = "";
@@ -404,7 +285,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 function showChips() {
-  const texts = CHIPS[source] ?? CHIPS.other;
+  const texts = CHIPS[stage.source] ?? CHIPS.other;
   $("chips").replaceChildren(
     ...texts.map((text) => {
       const chip = document.createElement("button");
@@ -454,39 +335,12 @@ function flash() {
   requestAnimationFrame(() => $("stage").classList.add("flash"));
 }
 
-// --------------------------------------------------------------------------- source and theme buttons
+// ---------------------------------------------------------------------------- a new session, the theme
 
-const tabs = [...document.querySelectorAll("[data-source][role=radio]")];
-for (const tab of tabs) {
-  tab.onclick = () => chooseSource(tab.dataset.source);
-  tab.onkeydown = (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step) return;
-    event.preventDefault();
-    const next = tabs.at((tabs.indexOf(tab) + step) % tabs.length);
-    next.focus();
-    chooseSource(next.dataset.source);
-  };
-}
-$("start").onclick = () => (ticker.isRunning ? stopWatching() : startWatching());
-$("rate").onchange = () => {
-  ticker.rate = Number($("rate").value);
-  if (ticker.isRunning) ticker.start();
-};
-$("pick").onchange = () => {
-  openFile($("pick").files[0]);
-  $("pick").value = "";
-};
-$("stage").addEventListener("dragover", (event) => event.preventDefault());
-$("stage").addEventListener("drop", (event) => {
-  event.preventDefault();
-  openFile(event.dataTransfer.files[0]);
-});
 playground.addEventListener("change", () => save());
 playground.addEventListener("say", ({ detail }) => say(detail));
 
 $("new").onclick = () => {
-  const running = ticker.isRunning;
   live.end();
   answer = null;
   waiting = "";
@@ -497,8 +351,9 @@ $("new").onclick = () => {
   numberOfFrames = 0;
   $("welcome").hidden = false;
   mood("idle");
-  if (running) live.connect();
-  showRunning();
+  stage.hasBegun = stage.isRunning;
+  stage.show();
+  if (stage.isRunning) live.connect();
   save();
 };
 
@@ -533,7 +388,7 @@ function save(now = false) {
   live.save();
   const entries = transcript.entries.slice(-60);
   store(PAGE, {
-    source, running: ticker.isRunning, table: playground.state, numberOfFrames, entries,
+    source: stage.source, running: stage.isRunning, table: playground.state, numberOfFrames, entries,
     answer: answer && { id: answer.id, asked: answer.asked, time: answer.time, at: entries.indexOf(answer.entry) },
     // Thumbnails are too much to be written all the time.
     frames: now ? timeline.state : [],
@@ -547,7 +402,7 @@ function restore() {
   const page = stored(PAGE);
   if (page?.table) playground.state = page.table;
   else playground.begin();
-  if (!resumes) return chooseSource(page?.source ?? "playground", { quiet: true });
+  if (!resumes) return stage.choose(page?.source ?? "playground");
   numberOfFrames = page.numberOfFrames;
   for (const frame of page.frames) {
     const { fate } = frame;
@@ -557,11 +412,12 @@ function restore() {
   for (const entry of page.entries) timeline.addWords(transcript.add(entry));
   if (page.answer) answer = { ...page.answer, entry: transcript.entries[page.answer.at] };
   $("welcome").hidden = page.entries.length > 0;
-  chooseSource(page.source, { quiet: true });
+  stage.hasBegun = true;
+  stage.choose(page.source);
   live.connect();
-  if (page.running && ["playground", "camera"].includes(page.source)) startWatching();
+  // What must be chosen by hand waits for that.
+  if (page.running && ["playground", "camera"].includes(page.source)) stage.start();
 }
 
 restore();
 showTheme();
-showRunning();
