@@ -47,8 +47,7 @@ def tokens_to_keep(kinds: Sequence[Kind], room: int, memory: MemoryConfig, capac
     old = [run for kind, run in runs if run.start < recent and kind in (Kind.FRAME, Kind.SILENCE)]
     drop(range(i, i + 1) for run in old for i in run if i < recent)
     user, assistant = (
-        [run for kind, run in runs if kind is of and run.stop <= recent]
-        for of in (Kind.USER, Kind.ASSISTANT)
+        [run for kind, run in runs if kind is of and run.stop <= recent] for of in (Kind.USER, Kind.ASSISTANT)
     )
     # The oldest answers beyond the budget.
     lengths = list(itertools.accumulate(map(len, reversed(assistant))))
