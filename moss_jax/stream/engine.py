@@ -281,9 +281,8 @@ class Engine:
           features: of encoded frames, which the rows' frames index; of several batches, the frames index
             their concatenation.
         """
-        if features is None:
-            features = self._no_frame
-        batches = features if isinstance(features, list) else [features]
+        given = self._no_frame if features is None else features
+        batches = given if isinstance(given, list) else [given]
         left = {slot: row for slot, row in enumerate(rows) if row}
         for slot, row in left.items():
             state = self._compact(state, slot, row)
@@ -452,7 +451,9 @@ class Engine:
             packed = on_device if shape == DECODE else pack(arguments, slots)
             batches = {len(x): x for x in encoded}.values() if index is not None else [None]
             for batch in batches:
-                features = None if batch is None else gather_all([batch, batch], index + len(batch))
+                features = None
+                if batch is not None and index is not None:
+                    features = gather_all([batch, batch], index + len(batch))
                 # The state is passed on, so that there is never room needed for two.
                 state, tokens = self._run(state, shape, packed, features, SamplingKind.GREEDY)
                 jax.block_until_ready(tokens)

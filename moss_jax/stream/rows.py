@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -396,7 +396,7 @@ def features_of(rows: Mapping[int, Row[Encoded]]) -> tuple[list[Float[Array, "P 
     def index(frame: Encoded | None) -> int | None:
         return None if frame is None else begin[id(frame.features)] + frame.index
 
-    indexed = {
+    indexed: dict[int, Any] = {
         slot: dataclasses.replace(row, frames=[*map(index, row.frames)]) if row.frames else row
         for slot, row in rows.items()
     }
