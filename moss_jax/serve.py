@@ -142,6 +142,8 @@ class Stream:
 
 def open_stream(args: argparse.Namespace) -> Stream:
     """Opens video and model, and compiles what a realtime stream can't wait for."""
+    if args.mesh or args.token_file or args.allow_origin:
+        raise ConfigError("--mesh, --token-file and --allow-origin are of the live server; leave out --video")
     gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
     sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
     selection = override(gin_bindings.settings(SelectionConfig), enabled=args.select or None)
@@ -392,12 +394,14 @@ def mesh_of(axes: str | None) -> "jax.sharding.Mesh | None":
     """
     if axes is None:
         return None
-    given = dict(part.partition("=")[::2] for part in axes.split(","))
-    if not given.keys() <= set(MESH_AXES) or not all(n.isdecimal() and int(n) for n in given.values()):
+    sizes: dict[str, int] = {}
+    for part in axes.split(","):
+        name, _, number = part.partition("=")
+        sizes[name] = int(number) if number.isdecimal() else 0
+    if not sizes.keys() <= set(MESH_AXES) or not all(sizes.values()):
         raise ConfigError(
             f"--mesh names axes ({', '.join(MESH_AXES)}) and devices, as tensor=2, not {axes!r}"
         )
-    sizes = {name: int(number) for name, number in given.items()}
     devices, needed = jax.devices(), math.prod(sizes.values())
     if needed > len(devices):
         raise ConfigError(f"--mesh {axes} needs {needed} devices; there are {len(devices)}")
