@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from moss_jax.serving.hub import Hub
@@ -23,6 +25,8 @@ _logger = logging.getLogger(__name__)
 WEB = Path(__file__).parent / "web"
 # Seconds after which a connection is cut whose client does not take the rest of what was sent.
 ABORT_SECONDS = 10.0
+# Seconds in which a client has to send the head of its first request.
+REQUEST_SECONDS = 10.0
 
 
 def make_app(
@@ -57,7 +61,7 @@ def make_app(
         Route("/readyz", readiness),
         WebSocketRoute("/v1/realtime", realtime),
     ]
-    page = Mount("/", StaticFiles(directory=WEB, html=True), name="page")
+    page = Mount("/", Page(directory=WEB, html=True), name="page")
     app = Starlette(routes=[*own, *routes, page], middleware=list(middleware), lifespan=lifespan)
     app.state.hub = hub
     return app
@@ -71,6 +75,18 @@ async def _start(hub: Hub, on_ready: Callable[[], object], *, warm_up: bool) -> 
         _logger.exception("the streams cannot be started")
 
 
+class Page(StaticFiles):
+    """The page's files, which browsers ask about each time, so that they never mix those of two versions."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        """Answers with a file, or that it has not changed."""
+        response = super().file_response(*args, **options)
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["Content-Security-Policy"] = "frame-ancestors 'none'"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+
 async def health(_: Request) -> Response:
     """Whether the process answers."""
     return JSONResponse({"status": "ok"})
@@ -81,6 +97,20 @@ async def readiness(request: Request) -> Response:
     hub: Hub = request.app.state.hub
     content = {"ready": hub.is_ready, "free_streams": hub.free_slots}
     return JSONResponse(content, status_code=200 if hub.is_ready else 503)
+
+
+class HttpProtocol(H11Protocol):
+    """Cuts a connection over which no request comes, which would stay open else."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Begins with a connection."""
+        super().connection_made(transport)
+        self.loop.call_later(REQUEST_SECONDS, self._cut)
+
+    def _cut(self) -> None:
+        # Neither has a request come, nor has it become a WebSocket.
+        if self.cycle is None and self in self.connections:
+            self.transport.abort()
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
@@ -131,6 +161,7 @@ def make_server(app: Starlette, hub: Hub, *, host: str = "127.0.0.1", port: int 
       options: of `uvicorn.Config`.
     """
     settings = {
+        "http": HttpProtocol,
         "ws": WebSocketProtocol,
         "ws_max_size": hub.config.max_message_bytes,
         "ws_per_message_deflate": False,
