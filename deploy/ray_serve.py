@@ -3,9 +3,9 @@
 `python deploy/ray_serve.py --slots 8 --replicas 2:6 --gpus-per-replica 1 --token-file tokens --host 0.0.0.0`
 
 Each replica has an engine and a scheduler of its own. A WebSocket stays on the replica that took it, and a
-client that resumes its session gets back there, since a session's id begins with that of its replica. Ray adds
-replicas as free streams become few. If a replica is lost, its sessions go on elsewhere as of their last save,
-if `--state-dir` is a folder that all machines share.
+client that resumes its session gets back there, since a session's id begins with that of its replica. Ray
+adds replicas as free streams become few. If a replica is lost, its sessions go on elsewhere as of their last
+save, if `--state-dir` is a folder that all machines share.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from urllib.parse import parse_qs
 
 import ray
 from ray import serve
-from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
+from ray.serve.request_router import FIFOMixin, RequestRouter
 
 from moss_jax import gin_bindings
 from moss_jax.config import EngineConfig, SecurityConfig, ServerConfig, SessionConfig, TokenSampling
@@ -36,11 +36,11 @@ def prefix_of(replica: str) -> str:
     return hashlib.sha256(replica.encode()).hexdigest()[:8]
 
 
-class StickyRouter(PowerOfTwoChoicesRequestRouter):
-    """Sends who resumes a session to the replica that has it, others to where fewer streams are."""
+class StickyRouter(FIFOMixin, RequestRouter):
+    """Sends who resumes a session to the replica that has it, others to where the fewest streams are."""
 
     async def choose_replicas(self, candidate_replicas, pending_request=None):
-        """Ranks the replicas for a request."""
+        """The replicas that a request may go to, of which Ray takes the one with the fewest requests."""
         if pending_request is not None and pending_request.args:
             # As Ray's proxy has sent it.
             scope = pickle.loads(pending_request.args[0]).asgi_scope
@@ -49,7 +49,7 @@ class StickyRouter(PowerOfTwoChoicesRequestRouter):
             holders = [r for r in candidate_replicas if session.startswith(prefix_of(r.replica_id.unique_id))]
             if holders:
                 return [holders]
-        return await super().choose_replicas(candidate_replicas, pending_request)
+        return [candidate_replicas]
 
 
 def deployment(args: argparse.Namespace) -> serve.Application:
@@ -140,7 +140,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--free-streams", type=float, default=1.0, help="free ones a replica, below which another is started")
     add("--cpus-per-replica", type=float, default=1)
     add("--gpus-per-replica", type=float, default=0)
-    add("--drain-seconds", type=float, default=600, help="for the streams of a replica that is no longer needed")
+    add(
+        "--drain-seconds",
+        type=float,
+        default=600,
+        help="for the streams of a replica that is no longer needed",
+    )
     add("--state-dir", type=Path, help="folder where streams are saved, of all machines")
     add("--token-file", type=Path, help="as for serve.py")
     add("--allow-origin", action="append", default=[], help="as for serve.py")

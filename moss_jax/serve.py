@@ -22,6 +22,7 @@ import jax
 from moss_jax import command, gin_bindings
 from moss_jax.api import frames_that_fit
 from moss_jax.config import (
+    ChatConfig,
     Clock,
     ConfigError,
     DecoderWeights,
@@ -141,6 +142,8 @@ class Stream:
 
 def open_stream(args: argparse.Namespace) -> Stream:
     """Opens video and model, and compiles what a realtime stream can't wait for."""
+    if args.mesh or args.token_file or args.allow_origin:
+        raise ConfigError("--mesh, --token-file and --allow-origin are of the live server; leave out --video")
     gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
     sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
     selection = override(gin_bindings.settings(SelectionConfig), enabled=args.select or None)
@@ -254,6 +257,7 @@ def run_server(args: argparse.Namespace) -> int:
         # Imported here, since a video needs none of it.
         from starlette.middleware import Middleware
 
+        from moss_jax.serving import chat as chat_completions
         from moss_jax.serving import logs
         from moss_jax.serving.app import make_app, make_server
         from moss_jax.serving.hub import Hub
@@ -291,10 +295,12 @@ def run_server(args: argparse.Namespace) -> int:
         state_folder=args.state_dir,
     )
     gate = Gate(security, tokens=tokens, host=args.host, origins=args.allow_origin)
+    chat_config = override(gin_bindings.settings(ChatConfig), file_roots=args.media_root or None)
+    completions = chat_completions.routes(hub, chat_config, gin_bindings.settings(FrameSampling))
     app = make_app(
         hub,
         middleware=[Middleware(logs.RequestLog), *protection(gate, args.allow_origin)],
-        routes=[Metrics(hub, gate).route()],
+        routes=[Metrics(hub, gate).route(), *completions],
         on_ready=lambda: command.tell("ready"),
     )
     server = make_server(app, hub, host=args.host, port=args.port)
@@ -388,12 +394,14 @@ def mesh_of(axes: str | None) -> "jax.sharding.Mesh | None":
     """
     if axes is None:
         return None
-    given = dict(part.partition("=")[::2] for part in axes.split(","))
-    if not given.keys() <= set(MESH_AXES) or not all(n.isdecimal() and int(n) for n in given.values()):
+    sizes: dict[str, int] = {}
+    for part in axes.split(","):
+        name, _, number = part.partition("=")
+        sizes[name] = int(number) if number.isdecimal() else 0
+    if not sizes.keys() <= set(MESH_AXES) or not all(sizes.values()):
         raise ConfigError(
             f"--mesh names axes ({', '.join(MESH_AXES)}) and devices, as tensor=2, not {axes!r}"
         )
-    sizes = {name: int(number) for name, number in given.items()}
     devices, needed = jax.devices(), math.prod(sizes.values())
     if needed > len(devices):
         raise ConfigError(f"--mesh {axes} needs {needed} devices; there are {len(devices)}")
@@ -493,6 +501,14 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="folder where the live server saves its streams, so that they go on after a restart "
         "(default: none)",
+    )
+    add(
+        "--media-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder below which the live server reads the videos and images that file:// URLs of chat "
+        "completions name; may be given several times (default: none)",
     )
     add(
         "--token-file",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from moss_jax.serving.app import Server, make_app, make_server
@@ -119,6 +120,14 @@ class Client:
         event = json.loads(self.socket.recv(timeout))
         self.events.append(event)
         return event
+
+    def until_closed(self, timeout: float = 60.0) -> int | None:
+        """Receives up to the end of the connection; the code that it was closed with, if it was."""
+        try:
+            while True:
+                self.receive(timeout)
+        except ConnectionClosed as closed:
+            return closed.rcvd.code if closed.rcvd else None
 
     def until(self, *types: str, timeout: float = 60.0) -> dict:
         """Receives up to an event of one of these types."""

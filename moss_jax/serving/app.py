@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from moss_jax.serving.hub import Hub
@@ -24,6 +25,8 @@ _logger = logging.getLogger(__name__)
 WEB = Path(__file__).parent / "web"
 # Seconds after which a connection is cut whose client does not take the rest of what was sent.
 ABORT_SECONDS = 10.0
+# Seconds in which a client has to send the head of its first request.
+REQUEST_SECONDS = 10.0
 
 
 def make_app(
@@ -96,6 +99,20 @@ async def readiness(request: Request) -> Response:
     return JSONResponse(content, status_code=200 if hub.is_ready else 503)
 
 
+class HttpProtocol(H11Protocol):
+    """Cuts a connection over which no request comes, which would stay open else."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Begins with a connection."""
+        super().connection_made(transport)
+        self.loop.call_later(REQUEST_SECONDS, self._cut)
+
+    def _cut(self) -> None:
+        # Neither has a request come, nor has it become a WebSocket.
+        if self.cycle is None and self in self.connections:
+            self.transport.abort()
+
+
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """Cuts a connection whose client does not take the rest of what was sent, which would stay open else."""
 
@@ -144,6 +161,7 @@ def make_server(app: Starlette, hub: Hub, *, host: str = "127.0.0.1", port: int 
       options: of `uvicorn.Config`.
     """
     settings = {
+        "http": HttpProtocol,
         "ws": WebSocketProtocol,
         "ws_max_size": hub.config.max_message_bytes,
         "ws_per_message_deflate": False,

@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,7 +18,6 @@ from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from moss_jax.config import UnseenReason
 from moss_jax.serving import protocol
 from moss_jax.stream import (
     Counters,
@@ -376,7 +375,7 @@ def stream_events(event: protocol.ServerEvent, asked: list[str]) -> Iterator[Eve
       asked: texts whose answers have not begun, in order.
     """
 
-    def stamp(time: float) -> dict[str, float]:
+    def stamp(time: float) -> dict[str, Any]:
         return {"stream_time": time, "wall_time": time}
 
     match event:
@@ -387,7 +386,7 @@ def stream_events(event: protocol.ServerEvent, asked: list[str]) -> Iterator[Eve
                     yield FrameSeen(**known, index=frame.index)
                 elif frame.fate == "dropped":
                     yield FrameDropped(**known)
-                elif frame.fate in get_args(UnseenReason):
+                elif frame.fate is not None:
                     yield FrameUnseen(**known, index=frame.index, reason=frame.fate)
         case protocol.ResponseCreated(moss=protocol.MossResponse(asked=True) as moss):
             yield Turn(**stamp(moss.time), prompt=asked.pop(0) if asked else "")

@@ -307,7 +307,8 @@ class Session:
         future.add_done_callback(stream.inbox.put)  # pyright: ignore[reportArgumentType]
         try:
             saved = await asyncio.wrap_future(future)
-            dialogue = await state
+            # What came after the copy was made is not in it.
+            dialogue = await state | {"inbox": saved.dialogue["inbox"]}
         finally:
             self._marks.pop(future, None)
         try:
@@ -346,7 +347,7 @@ class Session:
                 saved = self._keeps_file = True
             except (OSError, SessionError, TimeoutError) as error:
                 _logger.warning("session %s was not saved: %s", self.id, error)
-        if self.owner is not None:
+        if self.owner is not None and not self.is_over:
             self.owner.on_shutdown(saved=saved)
         self.close(CLOSE_RESTART, "the server ends")
         self.end()
@@ -539,7 +540,13 @@ class Hub:
         reservation = reservation or self.reserve()
         try:
             self._check_ready()
-            return await asyncio.to_thread(self.scheduler.open, **options)
+            opening = asyncio.ensure_future(asyncio.to_thread(self.scheduler.open, **options))
+            try:
+                return await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                # Whoever wanted it is gone, but the thread goes on.
+                opening.add_done_callback(_stop_opened)
+                raise
         finally:
             reservation.release()
 
@@ -592,6 +599,12 @@ class Hub:
         if self.sessions.pop(session.id, None) is not None and self.state_folder and not keeps_file:
             session.is_forgotten = True
             remove_session(self.state_folder, session.id)
+
+
+def _stop_opened(opening: "asyncio.Future[Stream]") -> None:
+    """Stops a stream that nobody wants any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().stop()
 
 
 def not_resumable() -> ProtocolError:

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, most of them read from the counters of hub and scheduler when they are asked for."""
+"""Metrics for Prometheus, most of them read from counters of hub and scheduler when they are asked for."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,26 @@ from moss_jax.serving.security import Gate
 from moss_jax.stream import Engine
 
 # Upper bounds of durations in seconds: of a GPU's steps at one end, of a laptop's at the other.
-SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+SECONDS = (
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    0.75,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    5.0,
+    10.0,
+)
 # Of numbers of rows and of frames.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 DURATIONS = {
@@ -80,7 +99,9 @@ class Metrics(Collector):
 
     def _totals(self) -> Iterator[Metric]:
         counters = self._hub.counters
-        yield _counter("moss_connections", "WebSocket connections that were opened", counters.connections_total)
+        yield _counter(
+            "moss_connections", "WebSocket connections that were opened", counters.connections_total
+        )
         yield _counter("moss_sessions_begun", "Sessions that were begun", counters.sessions_total)
         yield _counter("moss_sessions_resumed", "Connections that resumed a session", counters.resumed_total)
         yield _labelled("moss_streams_ended", "Streams that are over", "reason", counters.streams_by_end)
@@ -100,7 +121,9 @@ class Metrics(Collector):
         counters = self._hub.scheduler.counters
         yield _counter("moss_steps", "Steps that were dispatched", counters.step_rows.total())
         yield _counter("moss_step_failures", "Steps that failed, which ends all streams", counters.failures)
-        yield _counter("moss_restarts", "Starts of the scheduler after a failure", self._hub.counters.restarts)
+        yield _counter(
+            "moss_restarts", "Starts of the scheduler after a failure", self._hub.counters.restarts
+        )
         yield _histogram("moss_step_rows", "Streams that take part in a step", counters.step_rows)
         yield _histogram("moss_step_frames", "Frames that a step appends", counters.step_frames)
         yield _histogram("moss_encoded_frames", "Frames that are encoded together", counters.encoded_frames)
@@ -150,6 +173,8 @@ def _histogram(name: str, text: str, numbers: Mapping[int, int]) -> Metric:
     numbers = dict(numbers)
     bounds = [*SIZES, float("inf")]
     within = [sum(count for n, count in numbers.items() if n <= bound) for bound in bounds]
-    buckets = [(str(float(bound)) if bound in SIZES else "+Inf", n) for bound, n in zip(bounds, within, strict=True)]
+    buckets = [
+        (str(float(bound)) if bound in SIZES else "+Inf", n) for bound, n in zip(bounds, within, strict=True)
+    ]
     total = sum(itertools.starmap(int.__mul__, numbers.items()))
     return HistogramMetricFamily(name, text, buckets=buckets, sum_value=total)

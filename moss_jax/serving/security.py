@@ -318,7 +318,6 @@ async def refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -
     await send({"type": f"{prefix}.response.body", "body": content})
 
 
-
 def protection(gate: Gate, origins: Sequence[str] = ()) -> list[Middleware]:
     """The middleware of a gate, and what tells browsers that pages of other origins may read answers."""
     cross = Middleware(

@@ -73,7 +73,8 @@ def describe(annotation: Any) -> str:
     if origin is typing.Annotated:
         return describe(arguments[0])
     if origin is typing.Literal:
-        return " or ".join(f'"{x}"' if isinstance(x, str) else str(x) for x in arguments)
+        # Sorted, since `typing` caches unions of literals whatever their order is.
+        return " or ".join(sorted(f'"{x}"' if isinstance(x, str) else str(x) for x in arguments))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(x) for x in arguments if x is not type(None))
     if origin is tuple:
@@ -92,12 +93,12 @@ def meaning(kind: type[pydantic.BaseModel]) -> str:
     return " ".join([" ".join(summary.split()), *lines]).replace("|", "\\|")
 
 
-def objects() -> Iterator[type[pydantic.BaseModel]]:
+def objects() -> Iterator[type[protocol.Message]]:
     """The types that events have in their fields, in the order of the code."""
-    bases = (protocol.Message, protocol.Strict, protocol.Request, protocol.Event)
-    for kind in vars(protocol).values():
-        is_object = inspect.isclass(kind) and issubclass(kind, protocol.Message)
-        if is_object and kind not in bases and not issubclass(kind, protocol.Event | protocol.Request):
+    bases = (protocol.Message, protocol.Strict)
+    for kind in filter(inspect.isclass, vars(protocol).values()):
+        is_event = issubclass(kind, protocol.Event | protocol.Request)
+        if issubclass(kind, protocol.Message) and kind not in bases and not is_event:
             yield kind
 
 

@@ -24,7 +24,13 @@ import websockets
 from servers import Client, Running, data_url, png, running, wait_for
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from moss_jax.config import EngineConfig, MemoryConfig, SchedulerConfig, SecurityConfig, ServerConfig, SessionConfig
+from moss_jax.config import (
+    MemoryConfig,
+    SchedulerConfig,
+    SecurityConfig,
+    ServerConfig,
+    SessionConfig,
+)
 from moss_jax.serving import app, hub, protocol
 from moss_jax.serving.dialogue import Dialogue
 from moss_jax.serving.hub import Hub, Session
@@ -65,12 +71,13 @@ def left(server: Running) -> dict[str, object]:
     gc.collect()
     kinds = (Session, Dialogue, Connected, Stream)
     alive = collections.Counter(type(o).__name__ for o in gc.get_objects() if isinstance(o, kinds))
-    # The loop of the scheduler has the streams of its last step, until there is another one.
+    # The loop of the scheduler has the streams of its last step, until there is another one; pytest has those
+    # of a loop that failed, as long as it keeps the log.
     streams = alive.pop("Stream", 0)
     held = {
         "sessions": len(server.hub.sessions),
         "streams": len(server.hub.scheduler.streams),
-        "streams in memory": max(0, streams - SLOTS),
+        "streams in memory": max(0, streams - 2 * SLOTS),
         "reserved": server.hub.reserved,
         "connections": server.hub.counters.connections,
         "threads": sum(thread.name == "events" for thread in threading.enumerate()),
@@ -159,9 +166,7 @@ def test_a_client_is_killed_while_it_is_answered(server, others):
         client.until("response.created")
         client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.lose()
-        with pytest.raises(ConnectionClosed):
-            while True:
-                client.receive()
+        client.until_closed()
     wait_for(lambda: len(server.hub.scheduler.streams) == 1)
 
 
@@ -172,7 +177,22 @@ class Fuzz:
       random: decides.
     """
 
-    ODD = (None, True, -1, 0, 2**70, 1e308, "", "x", "é\u0000\ud83d\ude00", [], {}, [[]], {"a": {"b": None}}, "inf")
+    ODD = (
+        None,
+        True,
+        -1,
+        0,
+        2**70,
+        1e308,
+        "",
+        "x",
+        "é\u0000\ud83d\ude00",
+        [],
+        {},
+        [[]],
+        {"a": {"b": None}},
+        "inf",
+    )
 
     def __init__(self, random: random.Random):
         self.random = random
@@ -201,7 +221,9 @@ class Fuzz:
                 }
                 return made | ({"surprise": 1} if choice > 0.95 else {})
             case "array":
-                return [self.value(schema.get("items", {}), depth + 1) for _ in range(self.random.randrange(3))]
+                return [
+                    self.value(schema.get("items", {}), depth + 1) for _ in range(self.random.randrange(3))
+                ]
             case "string":
                 texts = ("user", "system", "message", "input_text", "input_image", "Hello?", data_url(GREY))
                 return self.random.choice((*texts, "data:image/png;base64,AAAA", "x" * 3000))
@@ -272,7 +294,12 @@ def test_a_client_that_never_reads_is_cut_off(server, others):
     with Client(server.realtime, max_queue=1) as client:
         client.negotiate()
         text = "x" * 100_000
-        item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}], "id": "big"}
+        item = {
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_text", "text": text}],
+            "id": "big",
+        }
         client.send("conversation.item.create", item=item)
         client.until("conversation.item.added")
         with contextlib.suppress(ConnectionClosed, TimeoutError):
@@ -283,9 +310,7 @@ def test_a_client_that_never_reads_is_cut_off(server, others):
         wait_for(lambda: server.hub.counters.slow_clients == before + 1)
         wait_for(lambda: server.hub.counters.connections == 1)
         # What had been sent is there, then the connection is over.
-        with pytest.raises(ConnectionClosed):
-            while True:
-                client.receive()
+        client.until_closed()
 
 
 def test_a_slow_client_gets_everything(server, others):
@@ -331,7 +356,13 @@ def test_wrong_tokens_and_origins(answering):
             ({}, 401),
             ({"additional_headers": {"Authorization": "Bearer wrong"}}, 401),
             ({"subprotocols": ["realtime", "openai-insecure-api-key.wrong"]}, 401),
-            ({"origin": "https://evil.example", "additional_headers": {"Authorization": f"Bearer {token}"}}, 403),
+            (
+                {
+                    "origin": "https://evil.example",
+                    "additional_headers": {"Authorization": f"Bearer {token}"},
+                },
+                403,
+            ),
         ):
             with pytest.raises(InvalidStatus) as refused, Client(server.realtime, **options):
                 pass
@@ -389,6 +420,8 @@ def test_a_device_error_in_one_step(server, monkeypatch):
         # All streams of the device end, and say so.
         for client in clients[:2]:
             error = client.until("error")["error"]
+            if error["code"] == "stream_is_over":  # Where another stream's step came before the frame.
+                error = client.until("error")["error"]
             assert (error["code"], error["type"]) == ("stream_failed", "server_error")
             assert "lost" not in error["message"]
             assert client.until("moss.end")["reason"] == "failed"
@@ -400,8 +433,9 @@ def test_a_device_error_in_one_step(server, monkeypatch):
                 answered(client)
                 assert not [event for event in client.events if event["type"] == "error"]
 
+
 def test_a_stream_that_is_opened_while_the_scheduler_is_down(server, monkeypatch):
-    wait_for(lambda: not server.hub.sessions)
+    wait_for(lambda: server.hub.is_ready and not server.hub.sessions)
     monkeypatch.setattr(type(server.hub), "is_ready", property(lambda hub: False))
     assert httpx.get(f"{server.url}/readyz").status_code == 503
     monkeypatch.undo()

@@ -45,7 +45,9 @@ def test_a_session_is_logged_without_content(answering, log):
     middleware = [Middleware(logs.RequestLog), *protection(gate)]
     with running(hub, middleware=middleware) as server:
         logs.set_up(log)  # Once more, since uvicorn sets up its own.
-        with Client(f"{server.realtime}?api_key={TOKEN}", additional_headers={"X-Request-Id": "mine"}) as client:
+        with Client(
+            f"{server.realtime}?api_key={TOKEN}", additional_headers={"X-Request-Id": "mine"}
+        ) as client:
             session = client.negotiate()
             client.show(GREY)
             client.ask("Is there a cat?")

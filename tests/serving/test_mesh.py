@@ -24,8 +24,10 @@ TOLD = ("response.output_text.delta", "response.done", "conversation.item.done",
 
 def play(axes):
     opened = open_model(dtype="float32", mesh=mesh_of(axes))
-    engine = Engine(opened.model, opened.tokenizer, EngineConfig(slots=2, text_capacity=256, bank_capacity=8))
-    hub = Hub(Scheduler(engine, SchedulerConfig(clock="lockstep")), session=SessionConfig(tokens_per_second=4))
+    config = EngineConfig(slots=2, text_capacity=256, bank_capacity=8)
+    engine = Engine(opened.model, opened.tokenizer, config)
+    scheduler = Scheduler(engine, SchedulerConfig(clock="lockstep"))
+    hub = Hub(scheduler, session=SessionConfig(tokens_per_second=4))
     with running(hub) as server, Client(server.realtime) as first, Client(server.realtime) as second:
         for client in (first, second):
             client.negotiate()

@@ -59,6 +59,7 @@ def fleet(tmp_path):
     log = open(tmp_path / "log", "w")  # noqa: SIM115
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
+
         def is_ready() -> bool:
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             return "\nready" in (tmp_path / "log").read_text()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import uvicorn
-from servers import wait_for
+from servers import Client, running, wait_for
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -18,8 +19,12 @@ from starlette.routing import Route, WebSocketRoute
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from moss_jax import serve
 from moss_jax.config import ConfigError, SecurityConfig
+from moss_jax.serving import app
+from moss_jax.serving.hub import Hub
 from moss_jax.serving.security import Bucket, Gate, Guard, Tokens, check_host, read_tokens
+from moss_jax.stream import Scheduler
 
 TOKEN = "a-token-that-is-long-enough"
 
@@ -48,8 +53,8 @@ def guarded(gate: Gate) -> Iterator[str]:
         Route("/v1/size", size, methods=["POST"]),
         WebSocketRoute("/v1/echo", echo),
     ]
-    app = Starlette(routes=routes, middleware=[Middleware(Guard, gate=gate)])
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="websockets-sansio"))
+    guarded = Starlette(routes=routes, middleware=[Middleware(Guard, gate=gate)])
+    server = uvicorn.Server(uvicorn.Config(guarded, port=0, log_level="warning", ws="websockets-sansio"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     wait_for(lambda: server.started)
@@ -130,7 +135,9 @@ def test_a_server_with_tokens_answers_to_any_name():
 
 
 def test_connections_are_limited():
-    gate = Gate(SecurityConfig(max_connections_per_address=2, connection_burst=5, connections_per_second=0.01))
+    gate = Gate(
+        SecurityConfig(max_connections_per_address=2, connection_burst=5, connections_per_second=0.01)
+    )
     with guarded(gate) as host, contextlib.ExitStack() as stack:
         url = f"ws://{host}/v1/echo"
         for _ in range(2):
@@ -223,3 +230,40 @@ def test_a_bucket_fills_again(monkeypatch):
     assert bucket.wait() == 0
     now = 100.0
     assert [bucket.take() for _ in range(4)] == [0, 0, 0, 0.5]
+
+
+def test_connections_without_a_request_are_cut(answering, monkeypatch):
+    monkeypatch.setattr(app, "REQUEST_SECONDS", 0.2)
+    with running(Hub(Scheduler(answering))) as server:
+        address = ("127.0.0.1", server.port)
+        with socket.create_connection(address) as silent, socket.create_connection(address) as slow:
+            slow.sendall(b"GET / HTTP/1.1\r\nHost: local")
+            for client in (silent, slow):
+                client.settimeout(20)
+                with contextlib.suppress(ConnectionResetError):
+                    assert client.recv(1000) == b""
+        # Neither a WebSocket nor a connection that is used again is cut.
+        with Client(server.realtime) as client, httpx.Client() as other:
+            other.get(f"{server.url}/healthz")
+            time.sleep(0.4)
+            assert other.get(f"{server.url}/healthz").status_code == 200
+            client.ask("Is there a cat?")
+            client.until("response.done")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines, so clients need a token"),
+        (["--token-file", "/nowhere/tokens"], "--token-file /nowhere/tokens cannot be read"),
+        (["--mesh", "tensor"], "--mesh names axes (data, fsdp, tensor) and devices, as tensor=2"),
+        (["--mesh", "pipeline=2"], "--mesh names axes"),
+        (["--mesh", "tensor=4096"], "--mesh tensor=4096 needs 4096 devices; there are"),
+        (["--video", "clip.mp4", "--mesh", "tensor=2"], "are of the live server; leave out --video"),
+    ],
+)
+def test_the_command_refuses(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve.py", *flags])
+    monkeypatch.delenv("MOSS_TOKENS", raising=False)
+    assert serve.main() == 2
+    assert message in capsys.readouterr().err

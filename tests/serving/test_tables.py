@@ -13,5 +13,5 @@ def test_every_event_and_every_field_is_in_a_table():
     for event in (*tables.members(protocol.ClientEvent), *tables.members(protocol.ServerEvent)):
         assert f"| `{event.model_fields['type'].annotation.__args__[0]}` |" in text
     assert "[`from` integer]" in text
-    assert '`fate` "seen" or "dropped" or "still" or "alike" or "rate"' in text
+    assert '`fate` "alike" or "dropped" or "rate" or "seen" or "still"' in text
     assert f"version {protocol.VERSION}" in tables.PAGE.read_text(encoding="utf-8")

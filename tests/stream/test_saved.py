@@ -479,7 +479,8 @@ def test_the_file_is_as_any_safetensors_file(saved):
     _, path = saved
     stream = read_stream(path)
     with safe_open(path, framework="numpy") as file:
-        assert set(file.keys()) == {*stream.arrays, *(f"inbox.{i}" for i in range(len(stream.frames)))}
+        inbox = (f"inbox.{i}" for i in range(len(stream.frames)))
+        assert set(file.keys()) == {*stream.arrays, *inbox, *(f"compared.{name}" for name in stream.compared)}
         assert json.loads(file.metadata()["dialogue"]) == stream.dialogue
         for name, x in stream.arrays.items():
             np.testing.assert_array_equal(file.get_tensor(name), x)
