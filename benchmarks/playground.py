@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import http.server
-import io
 import math
 import shutil
 import threading
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from jaxtyping import UInt8
 from playwright.sync_api import Page, sync_playwright
@@ -32,6 +30,7 @@ from moss_jax.command import at_least
 from moss_jax.config import EngineConfig, SessionConfig
 from moss_jax.convert import open_model
 from moss_jax.eval.tabletop.scores import REACT, transcribe
+from moss_jax.serving.media import MediaLimits, decode_image
 from moss_jax.stream import Engine, Session
 from moss_jax.worlds.tabletop import digits
 from moss_jax.worlds.tabletop.answers import narrate
@@ -233,8 +232,7 @@ def take(page: Page) -> UInt8[np.ndarray, "H W 3"]:
           return Array.from(new Uint8Array(await takeFrame(document.getElementById("table"))));
         }"""
     )
-    with av.open(io.BytesIO(bytes(content))) as container:
-        return next(container.decode(video=0)).to_ndarray(format="rgb24")
+    return decode_image(bytes(content), limits=MediaLimits())
 
 
 class Hand:
@@ -319,8 +317,11 @@ class Hand:
         """Makes a change."""
         self.turn += 1
         keys = self.turn % 3 == 0
-        thing, old = after.find(event.kind), before.find(event.kind)
-        place = self.page.locator(self.cell((old or thing).cell))
+        old, thing = before.find(event.kind), after.find(event.kind)
+        old, thing = old or thing, thing or old
+        assert old
+        assert thing
+        place = self.page.locator(self.cell(old.cell))
         match event.change:
             case "appear":
                 self.lay(event.kind, thing.cell, thing.colour, thing.label if event.kind == CARD else "")

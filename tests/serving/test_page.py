@@ -324,7 +324,7 @@ def test_silence_shows_and_an_alert_notifies(page, context):
     page.keyboard.press("Delete")
     expect(page.locator(".entry.alert")).to_have_text(re.compile("Now! The star is gone"))
     page.wait_for_function("window.told.length > 0")
-    assert page.evaluate("window.told")[0] == ["Now!", "Now! The star is gone."]
+    assert ["Now!", "Now! The star is gone."] in page.evaluate("window.told")
     expect(page.locator("#announce")).to_have_text("Now! The star is gone.")
 
 
@@ -490,7 +490,7 @@ def axe(tmp_path_factory) -> str:
     )
     if result.returncode:
         pytest.skip(f"npm cannot get axe-core: {result.stderr.strip()[-200:]}")
-    shutil.unpack_archive(folder / result.stdout.strip(), folder)
+    shutil.unpack_archive(folder / result.stdout.strip(), folder, filter="data")
     return (folder / "package" / "axe.min.js").read_text(encoding="utf-8")
 
 

@@ -9,14 +9,15 @@ export const clock = (seconds) => {
   return whole >= 3600 ? `${Math.floor(whole / 3600)}:${text}` : text.replace(/^0/, "");
 };
 
-// What is left of a text after its corrections.
+// What is left of a text after its corrections, which begin in lower case.
 export function spoken({ text, struck }) {
   let left = "", at = 0;
   for (const { from, to, end } of struck) {
     left += text.slice(at, Math.max(at, from));
     at = Math.max(at, end ?? to);
   }
-  return left + text.slice(at);
+  left += text.slice(at);
+  return struck.length ? left.charAt(0).toUpperCase() + left.slice(1) : left;
 }
 
 export class Transcript {

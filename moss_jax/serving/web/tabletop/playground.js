@@ -248,11 +248,11 @@ export class Playground extends EventTarget {
         button.cell = [column, row];
         button.dataset.cell = `${column},${row}`;
         button.tabIndex = column || row ? -1 : 0;
-        button.onclick = () => this.pressed(button.cell);
+        button.onclick = () => !this.isHandled() && this.press(button.cell);
         button.ondblclick = () => this.inCell(button.cell)?.kind === CARD && this.write(this.find(CARD));
         button.onpointerdown = (event) => {
           const thing = this.inCell(button.cell);
-          if (thing) this.drag(event, thing.kind === this.covered ? { kind: "cover" } : thing);
+          this.drag(event, thing && thing.kind === this.covered ? { kind: "cover" } : thing, () => this.press(button.cell));
         };
         button.onkeydown = (event) => this.key(event, button);
         this.cells.push(button);
@@ -261,12 +261,19 @@ export class Playground extends EventTarget {
     }
   }
 
-  pressed(cell) {
-    if (this.dragged) {
-      // The click that ends a drag.
-      this.dragged = false;
-      return;
-    }
+  // Whether a click only ends a drag or a tap.
+  isHandled() {
+    const { handled } = this;
+    this.handled = false;
+    return handled;
+  }
+
+  handle() {
+    this.handled = true;
+    setTimeout(() => (this.handled = false), 400);
+  }
+
+  press(cell) {
     const thing = this.chosenThing;
     if (this.inCell(cell) || !thing) {
       this.chosen = this.chosen && same(this.chosen, cell) ? null : cell;
@@ -314,11 +321,11 @@ export class Playground extends EventTarget {
       button.dataset.kind = kind;
       button.setAttribute("aria-label", kind === "cover" ? "Cloth: cover the chosen thing" : `Lay a ${kind}`);
       button.title = kind === "cover" ? "cloth" : kind;
-      button.onclick = () => {
-        if (this.dragged) this.dragged = false;
-        else this.fromTray(kind);
+      button.onclick = () => !this.isHandled() && this.fromTray(kind);
+      button.onpointerdown = (event) => {
+        const thing = { kind, colour: this.colour, isNew: true };
+        this.drag(event, button.getAttribute("aria-disabled") === "true" ? null : thing, () => this.fromTray(kind));
       };
-      button.onpointerdown = (event) => button.getAttribute("aria-disabled") !== "true" && this.drag(event, { kind, colour: this.colour, isNew: true });
       this.at.tray.append(button);
       return button;
     });
@@ -368,11 +375,13 @@ export class Playground extends EventTarget {
 
   // ------------------------------------------------------------------------------------- dragging
 
-  drag(event, thing) {
-    if (event.button) return;
+  // Follows a pointer that was pressed on a thing, or on none. Taps are noticed here, since browsers leave out
+  // the click of one that follows a quick drag.
+  drag(event, thing, tap) {
+    if (event.button || !event.isPrimary) return;
     const begin = [event.clientX, event.clientY], target = event.currentTarget;
-    this.dragged = false;
-    let ghost = null;
+    this.handled = false;
+    let ghost = null, hasMoved = false;
     const stop = new AbortController();
     const finish = () => {
       stop.abort();
@@ -381,33 +390,40 @@ export class Playground extends EventTarget {
       for (const cell of this.cells) cell.classList.remove("target");
     };
     const move = ({ clientX, clientY }) => {
-      if (!ghost && Math.hypot(clientX - begin[0], clientY - begin[1]) < SLOP) return;
-      if (!ghost) {
-        ghost = document.createElement("div");
-        ghost.className = "ghost";
-        ghost.append(icon(thing.kind, thing.colour));
-        const side = this.at.table.clientWidth * (thing.kind === "cover" ? 0.4 : 0.27);
-        ghost.style.width = ghost.style.height = `${side}px`;
-        document.body.append(ghost);
-        this.at.table.classList.add("dragging");
-        this.dragged = true;
-      }
+      hasMoved ||= Math.hypot(clientX - begin[0], clientY - begin[1]) >= SLOP;
+      if (!hasMoved || !thing) return;
+      ghost ??= this.lift(thing);
       ghost.style.transform = `translate(${clientX}px, ${clientY}px) translate(-50%, -50%)`;
       const over = this.cellAt(clientX, clientY);
       for (const cell of this.cells) cell.classList.toggle("target", cell === over);
     };
-    const up = ({ clientX, clientY }) => {
+    const up = ({ clientX, clientY, pointerType }) => {
       finish();
-      if (!ghost) return;
-      // A click follows only where the pointer is still on what was pressed.
-      setTimeout(() => (this.dragged = false), 0);
-      this.drop(thing, this.cellAt(clientX, clientY)?.cell);
+      if (ghost) {
+        this.handle();
+        this.drop(thing, this.cellAt(clientX, clientY)?.cell);
+      } else if (pointerType === "touch" && !hasMoved) {
+        this.handle();
+        tap();
+      }
     };
-    // Touch: the pointer stays with what was pressed, and the page does not scroll (touch-action in the CSS).
-    target.setPointerCapture?.(event.pointerId);
+    // The pointer stays with what was pressed, and the page does not scroll (touch-action in the CSS).
+    if (thing) target.setPointerCapture(event.pointerId);
     target.addEventListener("pointermove", move, stop);
     target.addEventListener("pointerup", up, stop);
     target.addEventListener("pointercancel", finish, stop);
+  }
+
+  // The picture of a thing that the pointer carries.
+  lift(thing) {
+    const ghost = document.createElement("div");
+    ghost.className = "ghost";
+    ghost.append(icon(thing.kind, thing.colour));
+    const side = this.at.table.clientWidth * (thing.kind === "cover" ? 0.4 : 0.27);
+    ghost.style.width = ghost.style.height = `${side}px`;
+    document.body.append(ghost);
+    this.at.table.classList.add("dragging");
+    return ghost;
   }
 
   cellAt(x, y) {
@@ -447,7 +463,10 @@ export class Pad extends EventTarget {
     dialog.addEventListener("close", () => this.close());
     dialog.addEventListener("keydown", (event) => {
       if (/^[0-9]$/.test(event.key)) this.show(DIGITS[event.key], `The card shows ${event.key}.`);
-      else if (event.key === "Enter" && event.target === paper && this.strokes.length) dialog.close("done");
+      if (event.key !== "Enter" || event.target !== paper || !this.strokes.length) return;
+      // Or the key would press the button that the focus goes back to.
+      event.preventDefault();
+      dialog.close("done");
     });
   }
 
