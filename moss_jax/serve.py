@@ -551,8 +551,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--clock",
         choices=get_args(Clock),
-        help=f"the stream's own clock, or the wall's (default: {settings(SessionConfig).clock}; of the live "
-        "server realtime)",
+        help=f"the stream's own clock, or the wall's (default: {settings(SessionConfig).clock}); "
+        "the live server's is the wall's, unless this says else",
     )
     add("--offline", action="store_true", help="prefill the whole clip, then answer")
     add(
