@@ -1,4 +1,5 @@
 # make demo        set up and watch a video: stream 759 of seed 7, from python -m moss_jax.worlds.tabletop --seconds 30
+# make serve       set up and start the live server: http://127.0.0.1:8765/
 # make test        set up and run the tests, without the slow ones
 # make test-slow   run the slow tests: the wheel in an environment of its own, the notebooks, several processes, Ray
 # make lint        check style, formatting, layers and types
@@ -6,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint
+.PHONY: demo serve test test-slow lint
 
 demo: .venv/installed
 	$(BIN)/python serve.py --video assets/demo.mp4 --gin_file configs/demo.gin \
@@ -15,6 +16,9 @@ demo: .venv/installed
 		--prompt "Tell me what is on the table." --prompt-at 14.51 \
 		--prompt "What was the number before this one?" --prompt-at 19.2 \
 		--prompt "Tell me when the ring is taken away." --prompt-at 23.6
+
+serve: .venv/installed-serve
+	$(BIN)/python serve.py
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
@@ -35,9 +39,13 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
+.venv/installed-serve: requirements.txt pyproject.toml setup.py | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[serve]'
+	touch $@ .venv/installed
+
 .venv/installed-dev: requirements.txt pyproject.toml setup.py | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@ .venv/installed
+	touch $@ .venv/installed .venv/installed-serve
 
 .venv/installed-slow: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'

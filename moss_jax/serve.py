@@ -54,7 +54,17 @@ from moss_jax.stream.events import EndReason
 from moss_jax.terminal.feed import adapt_rate, open_session, report_skipped, run_session
 from moss_jax.terminal.transcript import clock, print_json, print_transcript
 from moss_jax.text import TokenizerError, chat
-from moss_jax.video import VideoError, VideoInfo, clip_times, fit_frames, probe, sample_at, sample_file
+from moss_jax.video import (
+    VideoError,
+    VideoInfo,
+    clip_times,
+    fit_frames,
+    is_live,
+    probe,
+    read_live,
+    sample_at,
+    sample_file,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -79,6 +89,8 @@ def run() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("moss_jax").setLevel(logging.INFO if args.verbose else logging.WARNING)
     command.cache_compilations(args.compilation_cache)
+    if args.connect is not None:
+        return run_client(args)
     if args.video is None:
         return run_server(args)
     with command.on_stop_signal(command.leave):
@@ -143,9 +155,20 @@ def open_stream(args: argparse.Namespace) -> Stream:
     engine_config = dataclasses.replace(gin_bindings.settings(EngineConfig), slots=1, memory=memory)
     token_sampling = override(gin_bindings.settings(TokenSampling), seed=args.seed)
 
-    info = probe(args.video)
     prompts = sorted(args.prompt, key=lambda p: p.at)
-    check_times(prompts, info)
+    source = None
+    if is_live(args.video):
+        if args.offline or session_config.clock == "lockstep":
+            if args.offline or args.clock == "lockstep":
+                raise ConfigError(
+                    "a camera or an address is live: it takes neither --offline nor --clock lockstep"
+                )
+            session_config = dataclasses.replace(session_config, clock="realtime")
+        source = read_live(args.video, sampling)
+        info = None
+    else:
+        info = probe(args.video)
+        check_times(prompts, info)
     if args.offline and len(prompts) != 1:
         raise ConfigError(f"--offline answers one --prompt about the whole clip, not {len(prompts)}")
     if args.offline and prompts[0].at:
@@ -175,15 +198,15 @@ def open_stream(args: argparse.Namespace) -> Stream:
     engine = Engine(
         opened.model, opened.tokenizer, engine_config, token_sampling, perception_device=perception
     )
-    length = f" · {info.duration:.1f} s" if info.duration else ""
+    length = f" · {info.duration:.1f} s" if info and info.duration else ""
+    size = f"{info.width}×{info.height}" if info else "live"
     mode = "offline" if args.offline else session_config.clock
-    heading = (
-        f"{Path(args.video).name} · {info.width}×{info.height}{length} · {rate} fps · {mode}\n{opened.name}\n"
-    )
+    heading = f"{Path(args.video).name} · {size}{length} · {rate} fps · {mode}\n{opened.name}\n"
     # Times of the frames that cannot be decoded.
     skipped: list[float] = []
     session = None
     if args.offline:
+        assert info is not None
         times = clip_times(args.video, frames_that_fit(sampling, engine_config))
         frames = sample_at(args.video, times, skipped.append)
         if picture:
@@ -200,14 +223,18 @@ def open_stream(args: argparse.Namespace) -> Stream:
         system = chat.SYSTEM_PROMPT if args.system is None else args.system
         timed = [(prompt.at, prompt.text) for prompt in prompts]
         session, later = open_session(engine, timed, session_config, system=system, resume=args.resume)
-        start = session.start_time
+        start, side = session.start_time, engine.model_config.vision.image_size
         if args.resume:
             heading += f"continues {args.resume} at {clock(start)}\n"
         if session_config.clock == "realtime":
             # Compiled beforehand, since the clip goes on meanwhile.
             with command.progress("compiling"):
-                engine.warm_up((info.height, info.width, 3))
-        frames = sample_file(args.video, sampling, lambda time: skipped.append(start + time))
+                engine.warm_up((info.height, info.width, 3) if info else (side, side, 3))
+        if source is None:
+            frames = sample_file(args.video, sampling, lambda time: skipped.append(start + time))
+        else:
+            # Of one size, whatever that of the source is.
+            frames = fit_frames(source, side)
         frames = (dataclasses.replace(frame, time=start + frame.time) for frame in frames)
         if picture:
             frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
@@ -235,9 +262,7 @@ def run_server(args: argparse.Namespace) -> int:
         from moss_jax.serving.metrics import Metrics
         from moss_jax.serving.security import Gate, check_host, protection, read_tokens
     except ImportError as error:
-        raise ConfigError(
-            f"the live server needs {error.name}: pip install 'moss_jax[serve]'; or give a --video to watch"
-        ) from error
+        raise needs_extra(error) from error
     gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
     selection = override(gin_bindings.settings(SelectionConfig), enabled=args.select or None)
     session = dataclasses.replace(gin_bindings.settings(SessionConfig), selection=selection)
@@ -288,6 +313,73 @@ def run_server(args: argparse.Namespace) -> int:
         # A thread may be compiling, which is not waited for.
         command.leave(stopped_by or 0)
     return code
+
+
+def run_client(args: argparse.Namespace) -> int:
+    """Shows a live server a video and prints what comes of it; returns the exit code."""
+    if args.video is None:
+        raise ConfigError("--connect shows a server a --video; give one")
+    own = ("offline", "memory", "select", "checkpoint", "weights", "encoder_weights", "perception_device")
+    for name in (*own, "clock", "save", "resume", "timeline", "state_dir", "mesh"):
+        if getattr(args, name) not in (None, False):
+            flag = {"resume": "continue"}.get(name, name.replace("_", "-"))
+            raise ConfigError(f"--{flag} is up to the server that --connect names")
+    try:
+        from moss_jax.serving.client import Client, ServerError, watch
+    except ImportError as error:
+        raise needs_extra(error) from error
+    gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
+    sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
+    if is_live(args.video):
+        frames = read_live(args.video, sampling)
+    else:
+        check_times(args.prompt, probe(args.video))
+        frames = sample_file(args.video, sampling)
+    options = {
+        "instructions": args.system,
+        "settings": {} if args.seed is None else {"sampling": {"seed": args.seed}},
+        "token": own_token(args.token_file),
+    }
+    prompts = [(prompt.at, prompt.text) for prompt in args.prompt]
+    try:
+        with Client(args.connect, **options) as client, command.on_stop_signal(lambda _: client.finish()):
+            session = client.session
+            assert session is not None
+            heading = f"{args.video} · {args.connect}\n{session.model}\n"
+            events = watch(client, frames, prompts)
+            if args.json:
+                command.tell(heading, end="")
+                print_json(events, sys.stdout)
+            else:
+                console = command.PipeConsole(highlight=False)
+                console.print(heading, style="dim", markup=False)
+                print_transcript(events, console)
+    except (ServerError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ConfigError(f"{args.connect}: {error}") from error
+    return 0
+
+
+def own_token(path: Path | None) -> str | None:
+    """The token that a client sends: the first of a file, or of the variable MOSS_TOKENS; None without.
+
+    Raises:
+      ConfigError: the file cannot be read.
+    """
+    try:
+        text = os.environ.get("MOSS_TOKENS", "") if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {path} cannot be read: {error}") from error
+    return next(iter(text.split()), None)
+
+
+def needs_extra(error: ImportError) -> ConfigError:
+    """The error where the libraries of the server are not installed."""
+    return ConfigError(
+        f"this needs {error.name}, of the extra 'serve': pip install 'moss_jax[serve]'; or give a --video "
+        "without --connect"
+    )
 
 
 def mesh_of(axes: str | None) -> "jax.sharding.Mesh | None":
@@ -384,7 +476,18 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=command.HelpFormatter,
     )
     add = parser.add_argument
-    add("--video", metavar="FILE", help="video or image file (default: none, this is the live server)")
+    add(
+        "--video",
+        metavar="FILE",
+        help="video or image file, number of a camera, or address such as rtsp://host/path (default: none, "
+        "this is the live server)",
+    )
+    add(
+        "--connect",
+        metavar="URL",
+        help="live server that is shown the --video, as http://127.0.0.1:8765 (default: none, the model runs "
+        "here)",
+    )
     add("--host", default="127.0.0.1", help="address that the live server listens at")
     add("--port", type=command.at_least(0), default=8765, help="port of the live server")
     add("--slots", type=command.at_least(1), default=4, help="streams that the live server runs at once")

@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,7 +18,6 @@ from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from moss_jax.config import UnseenReason
 from moss_jax.serving import protocol
 from moss_jax.stream import (
     Counters,
@@ -55,8 +54,8 @@ class ServerError(RuntimeError):
 class AsyncClient:
     """One live stream. As a context manager it connects and closes; iterating gives the server's events.
 
-    A connection that is lost comes back by itself while the events are read: nothing is missed, but for frames
-    that were shown meanwhile.
+    A connection that is lost comes back by itself while the events are read: nothing is missed, but for what
+    was shown and asked meanwhile.
 
     Args:
       url: of the server, such as http://127.0.0.1:8765.
@@ -145,7 +144,7 @@ class AsyncClient:
         await self._put(struct.pack(">d", at) + await asyncio.to_thread(encode, rgb, self._format))
 
     async def ask(self, text: str, time: float | None = None) -> None:
-        """Asks the model something at `time` seconds of the stream (now, if None); cuts its answer, if any."""
+        """Asks the model something at `time` seconds of the stream (now, if None), which cuts its answer."""
         content = [{"type": "input_text", "text": text}]
         await self.send(
             "conversation.item.create", item={"type": "message", "role": "user", "content": content}
@@ -298,8 +297,9 @@ def watch(
       ServerError: the server refuses something.
       Exception: whatever reading the frames raises.
     """
-    assert client.session and client.session.moss, "the client is connected"
-    feeder = _Feeder(client, frames, sorted(prompts), client.session.moss.clock == "realtime")
+    session = client.session
+    is_realtime = session is None or session.moss is None or session.moss.clock == "realtime"
+    feeder = _Feeder(client, frames, sorted(prompts), is_realtime)
     feeder.start()
     try:
         asked = feeder.asked
@@ -375,7 +375,7 @@ def stream_events(event: protocol.ServerEvent, asked: list[str]) -> Iterator[Eve
       asked: texts whose answers have not begun, in order.
     """
 
-    def stamp(time: float) -> dict[str, float]:
+    def stamp(time: float) -> dict[str, Any]:
         return {"stream_time": time, "wall_time": time}
 
     match event:
@@ -386,7 +386,7 @@ def stream_events(event: protocol.ServerEvent, asked: list[str]) -> Iterator[Eve
                     yield FrameSeen(**known, index=frame.index)
                 elif frame.fate == "dropped":
                     yield FrameDropped(**known)
-                elif frame.fate in get_args(UnseenReason):
+                elif frame.fate is not None:
                     yield FrameUnseen(**known, index=frame.index, reason=frame.fate)
         case protocol.ResponseCreated(moss=protocol.MossResponse(asked=True) as moss):
             yield Turn(**stamp(moss.time), prompt=asked.pop(0) if asked else "")
@@ -404,6 +404,4 @@ def stream_events(event: protocol.ServerEvent, asked: list[str]) -> Iterator[Eve
         case protocol.EndEvent() if event.reason != "shutdown":
             counters = Counters(**event.counters) if event.counters else Counters()
             figures: dict[str, Any] = dict(event.figures or {})
-            yield End(
-                **stamp(event.time), reason=event.reason, counters=counters, figures=Figures(**figures)
-            )
+            yield End(**stamp(event.time), reason=event.reason, counters=counters, figures=Figures(**figures))

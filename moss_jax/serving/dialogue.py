@@ -468,7 +468,7 @@ class Dialogue:
         item_id: str,
         parts: tuple[protocol.Part, ...],
         *,
-        role: str = "user",
+        role: Literal["user", "system"] = "user",
         moss: MossFrames | None = None,
     ) -> None:
         item = protocol.ItemObject(id=item_id, status="completed", role=role, content=parts)
@@ -484,7 +484,9 @@ class Dialogue:
         while len(self._history) > self._hub.config.history_items:
             self._history.popitem(last=False)
 
-    def _finish_item(self, item_id: str, moss: MossFrames | None = None, status: str = "completed") -> None:
+    def _finish_item(
+        self, item_id: str, moss: MossFrames | None = None, status: protocol.Status = "completed"
+    ) -> None:
         item = self._history.get(item_id)
         if item is None:  # So old that it is no longer kept.
             item = protocol.ItemObject(id=item_id, status="completed", role="user")
@@ -598,8 +600,10 @@ class Dialogue:
             case Failed():
                 if self._response is not None:
                     self._finish_response("failed", error="stream_failed")
+                is_kept = self._hub.state_folder is not None and self.session.is_resumable
+                resume = ", or resume this one as of its last save" if is_kept else ""
                 error = ProtocolError(
-                    "an error in the server has ended the stream; open another session",
+                    f"an error in the server has ended the stream; open another session{resume}",
                     code="stream_failed",
                     type="server_error",
                 )
@@ -710,7 +714,7 @@ class Dialogue:
     def _finish_response(
         self,
         status: protocol.ResponseStatus,
-        reason: str | None = None,
+        reason: protocol.Reason | None = None,
         *,
         error: str | None = None,
     ) -> None:
@@ -723,10 +727,9 @@ class Dialogue:
         self._context += len(self._tokenizer.encode(response.text))
         if response.item_id is not None:
             item = self._output(response, "completed" if status == "completed" else "incomplete")
-            ids = {"response_id": response.id, "item_id": response.item_id}
             part = protocol.ContentPart(text=response.text)
-            self.session.send(protocol.TextDone(**ids, text=response.text))
-            self.session.send(protocol.PartDone(**ids, part=part))
+            self.session.send(protocol.TextDone(response_id=response.id, item_id=item.id, text=response.text))
+            self.session.send(protocol.PartDone(response_id=response.id, item_id=item.id, part=part))
             self.session.send(protocol.OutputItemDone(response_id=response.id, item=item))
             self._remember(item)
             self.session.send(protocol.ItemDone(item=item))
@@ -741,7 +744,7 @@ class Dialogue:
         self,
         response: Response,
         status: protocol.ResponseStatus,
-        reason: str | None = None,
+        reason: protocol.Reason | None = None,
         error: str | None = None,
     ) -> protocol.ResponseObject:
         if status == "in_progress":
@@ -886,11 +889,16 @@ class Dialogue:
         items = map(protocol.ItemObject.model_validate, state["history"])
         self._history = collections.OrderedDict((item.id, item) for item in items)
         now = time.monotonic()
-        self._frames = [Frame(**frame | {"arrived": now}) for frame in state["frames"]]
+        waiting = collections.Counter(at for at, prompt, _ in state["inbox"] if prompt is None)
+        for fields in state["frames"]:
+            if waiting[fields["time"]] > 0:
+                waiting[fields["time"]] -= 1
+                self._frames.append(Frame(**fields | {"arrived": now}))
         for frame in self._frames:
             self._fates.setdefault(frame.item_id, {})[frame.index] = None
         self._held = [(item_id, text) for item_id, text in state["held"]]
-        self._asked = collections.deque(Asked(**asked | {"at": now}) for asked in state["asked"])
+        prompts = sum(prompt is not None for _, prompt, _ in state["inbox"])
+        self._asked.extend(Asked(**asked | {"at": now}) for asked in state["asked"][:prompts])
         if state["response"]:
             self._response = Response(**state["response"] | {"asked_at": None})
         self._corrections.held = state["corrections"]

@@ -38,6 +38,8 @@ from moss_jax.stream.saved import SavedStream, write_stream
 _logger = logging.getLogger(__name__)
 _ID = re.compile(r"sess_[0-9a-f]{24}")
 
+# Seconds within which the last events of a stream come that takes no more.
+END_SECONDS = 1.0
 # Codes of closed connections: of the protocol, and of this server.
 CLOSE_NORMAL, CLOSE_SLOW, CLOSE_RESTART, CLOSE_LATER, CLOSE_TAKEN_OVER = 1000, 1008, 1012, 1013, 4001
 
@@ -211,7 +213,8 @@ class Session:
         if self._connection is not connection:
             return
         self._connection = None
-        if is_final or not self.is_resumable or (self.is_over and self.stream is None):
+        is_gone = self.is_over and (self.stream is None or self._keeps_file)
+        if is_final or not self.is_resumable or is_gone:
             self.end()
         else:
             loop = asyncio.get_running_loop()
@@ -268,6 +271,8 @@ class Session:
                     _logger.exception("an event of session %s was lost", self.id)
                 if isinstance(event, End):
                     self._hub.counters.streams_by_end[event.reason] += 1
+                    # It can go on as of its last save, if there is one.
+                    self._keeps_file = event.reason == "failed"
                     details = {"reason": event.reason, "counters": dataclasses.asdict(event.counters)}
                     _logger.info("a stream ended", extra=details)
         finally:
@@ -276,6 +281,11 @@ class Session:
                 saving.cancel()
             if self._connection is None and self._timer is None:
                 self.end()
+
+    async def told_of_end(self) -> None:
+        """Waits until the client has been told why a stream that takes no more is over."""
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=END_SECONDS)
 
     async def save(self) -> float:
         """Saves the stream and the dialogue to the state folder, as they are between two steps.
@@ -300,7 +310,8 @@ class Session:
         future.add_done_callback(stream.inbox.put)  # pyright: ignore[reportArgumentType]
         try:
             saved = await asyncio.wrap_future(future)
-            dialogue = await state
+            # What came after the copy was made is not in it.
+            dialogue = await state | {"inbox": saved.dialogue["inbox"]}
         finally:
             self._marks.pop(future, None)
         try:
@@ -339,7 +350,7 @@ class Session:
                 saved = self._keeps_file = True
             except (OSError, SessionError, TimeoutError) as error:
                 _logger.warning("session %s was not saved: %s", self.id, error)
-        if self.owner is not None:
+        if self.owner is not None and not self.is_over:
             self.owner.on_shutdown(saved=saved)
         self.close(CLOSE_RESTART, "the server ends")
         self.end()

@@ -4,14 +4,14 @@ The names are those of OpenAI's Realtime API (GA). Of what clients send, fields 
 such as those of audio and tools, are ignored; what the server does not do is refused by an `error` event.
 """
 
+import json
 import math
 import struct
 from typing import Annotated, Any, Literal
 
 import pydantic
-import pydantic_core
 
-from moss_jax.config import Clock, UnseenReason
+from moss_jax.config import Clock
 from moss_jax.stream.events import EndReason
 
 # Of the object `moss`.
@@ -19,7 +19,8 @@ VERSION = 1
 
 Status = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["in_progress", "completed", "cancelled", "incomplete", "failed"]
-Fate = Literal["seen", "dropped"] | UnseenReason
+Fate = Literal["seen", "still", "alike", "rate", "dropped"]
+Reason = Literal["turn_detected", "client_cancelled", "max_output_tokens"]
 ErrorType = Literal["invalid_request_error", "server_error"]
 # Seconds of a stream.
 Time = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -38,7 +39,8 @@ class ProtocolError(Exception):
         self, message: str, *, code: str, param: str | None = None, type: ErrorType = "invalid_request_error"
     ):
         super().__init__(message)
-        self.message, self.code, self.param, self.type = message, code, param, type
+        self.message, self.code, self.param = message, code, param
+        self.type: ErrorType = type
 
 
 class Message(pydantic.BaseModel):
@@ -293,14 +295,32 @@ def parse(text: str | bytes) -> ClientEvent:
 def event_id_of(text: str | bytes) -> str | None:
     """The id that a client gave an event which cannot be parsed; None if it has none."""
     try:
-        event = pydantic_core.from_json(text)
-    except ValueError:
+        event = json.loads(text)
+    except (ValueError, RecursionError):
         return None
     found = event.get("event_id") if isinstance(event, dict) else None
     return found if isinstance(found, str) and len(found) <= 512 else None
 
 
 # ----------------------------------------------------------------------------------- what the server sends
+
+
+class Resumed(Message):
+    """How a session goes on.
+
+    Attributes:
+      time: seconds of the stream now.
+      replayed: events that follow again.
+      missed: events after the client's last that are gone.
+      saved: whether the stream goes on as of its last save; what came later is lost.
+      open: the ids of the response in progress and of its item, if there is one.
+    """
+
+    time: float
+    replayed: int
+    missed: int
+    saved: bool
+    open: tuple[str, str] | None = None
 
 
 class MossSession(Message):
@@ -329,25 +349,7 @@ class MossSession(Message):
     limits: dict[str, Any]
     correction: str
     image_size: int
-    resumed: "Resumed | None" = None
-
-
-class Resumed(Message):
-    """How a session goes on.
-
-    Attributes:
-      time: seconds of the stream now.
-      replayed: events that follow again.
-      missed: events after the client's last that are gone.
-      saved: whether the stream goes on as of its last save; what came later is lost.
-      open: the ids of the response in progress and of its item, if there is one.
-    """
-
-    time: float
-    replayed: int
-    missed: int
-    saved: bool
-    open: tuple[str, str] | None = None
+    resumed: Resumed | None = None
 
 
 class SessionObject(Message):
@@ -403,7 +405,7 @@ class StatusDetails(Message):
     """Why a response was not completed."""
 
     type: Literal["completed", "cancelled", "incomplete", "failed"]
-    reason: Literal["turn_detected", "client_cancelled", "max_output_tokens"] | None = None
+    reason: Reason | None = None
     error: StatusError | None = None
 
 

@@ -234,6 +234,8 @@ class Reader:
         except ProtocolError as error:
             if event_id is None and text is not None:
                 event_id = protocol.event_id_of(text)
+            if error.code == "stream_is_over":
+                await self.dialogue.session.told_of_end()
             self.dialogue.session.send(protocol.error_event(error, event_id))
         except Refused as error:
             refused = ProtocolError(str(error), code="no_free_stream", type="server_error")

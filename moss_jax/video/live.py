@@ -29,7 +29,7 @@ def is_live(source: str | os.PathLike) -> bool:
 
 
 def read_live(source: str, sampling: FrameSampling) -> Iterator[Frame]:
-    """Opens a live source at once, and returns an iterator over the frames that it shows at `fps` times a second.
+    """Opens a live source at once, and returns an iterator over what it shows at `fps` times a second.
 
     The source is read in a thread of its own, so that a frame is the newest when it is taken, however long
     the one before it took. The times are seconds of the wall clock since the iteration began.
@@ -42,6 +42,7 @@ def read_live(source: str, sampling: FrameSampling) -> Iterator[Frame]:
       VideoError: the source cannot be opened; while iterating, it fails.
     """
     newest = _Newest(_open(source), source)
+    newest.start()
     return newest.frames(sampling.fps)
 
 
@@ -93,7 +94,6 @@ class _Newest(threading.Thread):
 
     def frames(self, fps: float) -> Iterator[Frame]:
         """The newest frame, at this rate at most."""
-        self.start()
         started, last = time.monotonic(), None
         try:
             for number in range(sys.maxsize):

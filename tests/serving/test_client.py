@@ -2,10 +2,13 @@
 
 import asyncio
 
+import av
 import numpy as np
 import pytest
 from servers import wait_for
 
+from moss_jax import serve
+from moss_jax.config import ConfigError
 from moss_jax.serving import protocol
 from moss_jax.serving.client import AsyncClient, Client, ServerError, watch
 from moss_jax.stream import End, FrameSeen, Text, Turn
@@ -25,7 +28,8 @@ def test_the_plain_client_shows_asks_and_finishes(served):
                 client.finish()
         assert said == "A cat. It sleeps."
         assert isinstance(event, protocol.EndEvent)
-        assert event.counters and event.counters["frames"] == 1
+        assert event.counters is not None
+        assert event.counters["frames"] == 1
 
 
 def test_the_async_client_gets_a_lost_connection_back(served):
@@ -63,11 +67,35 @@ def test_a_clip_is_watched(served):
 
 
 def test_errors_are_told_when_the_client_connects(served):
-    with pytest.raises(ServerError, match="temperature -1") as told, Client(
-        served.url, settings={"sampling": {"temperature": -1}}
+    with (
+        pytest.raises(ServerError, match="temperature -1") as told,
+        Client(served.url, settings={"sampling": {"temperature": -1}}),
     ):
         pass
     assert told.value.code == "invalid_setting"
     with pytest.raises(ValueError, match="is like http://127"):
         Client("127.0.0.1:8765")
     wait_for(lambda: served.hub.free_slots == 8)
+
+
+def test_the_command_shows_a_server_a_clip(served, monkeypatch, capsys, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    with av.open(str(clip), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 64, 48
+        for _ in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.resize(GREY, (48, 64, 3)))))
+        container.mux(stream.encode())
+    arguments = ["--video", str(clip), "--connect", served.url, "--fps", "5", "--prompt", "Is there a cat?"]
+    monkeypatch.setattr("sys.argv", ["serve.py", *arguments, "--compilation-cache", ""])
+    assert serve.run() == 0
+    shown = capsys.readouterr().out
+    assert "› Is there a cat?" in shown
+    assert "A cat. It sleeps." in shown
+    assert "5 frames" in shown
+    monkeypatch.setattr("sys.argv", ["serve.py", *arguments, "--memory", "window"])
+    with pytest.raises(ConfigError, match="--memory is up to the server"):
+        serve.run()
+    monkeypatch.setattr("sys.argv", ["serve.py", "--video", str(clip), "--connect", "http://127.0.0.1:9"])
+    with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:9: .*Connect call failed"):
+        serve.run()

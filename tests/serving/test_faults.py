@@ -434,6 +434,35 @@ def test_a_device_error_in_one_step(server, monkeypatch):
                 assert not [event for event in client.events if event["type"] == "error"]
 
 
+def test_a_stream_goes_on_as_of_its_last_save_after_a_failed_step(server, monkeypatch):
+    engine = server.hub.scheduler.engine
+    with nothing_left(server):
+        with Client(server.realtime) as client:
+            session = client.negotiate()
+            client.show(GREY)
+            client.until("conversation.item.done")
+            answered(client)
+            client.send("moss.save")
+            client.until("moss.saved")
+
+            def fail(*_):
+                monkeypatch.undo()
+                raise RuntimeError("the device is lost")
+
+            monkeypatch.setattr(type(engine), "step", fail)
+            client.ask("And now?")
+            assert "resume this one" in client.until("error")["error"]["message"]
+            client.until_closed()
+        wait_for(lambda: server.hub.is_ready and not server.hub.sessions)
+        address = f"{server.realtime}?session={session['id']}&token={session['moss']['token']}"
+        with Client(address) as client:
+            assert client.receive()["session"]["moss"]["resumed"]["saved"] is True
+            answered(client, "Well?")
+            client.send("moss.finish")
+            counters = client.until("moss.end")["counters"]
+            assert (counters["frames"], counters["prompts"]) == (1, 2)
+
+
 def test_a_stream_that_is_opened_while_the_scheduler_is_down(server, monkeypatch):
     wait_for(lambda: server.hub.is_ready and not server.hub.sessions)
     monkeypatch.setattr(type(server.hub), "is_ready", property(lambda hub: False))

@@ -230,3 +230,31 @@ def test_frames_that_are_dropped_are_told(serve, frames, make_engine, monkeypatc
         dropped = [index for index, fate in fates.items() if fate == "dropped"]
         assert set(fates.values()) == {"seen", "dropped"}
         assert len(dropped) == client.until("moss.counters")["counters"]["frames_dropped"]
+
+
+def test_what_came_after_a_save_does_not_wait_for_ever(serve, frames, tmp_path):
+    """Frames and questions that the saved stream does not have are not waited for."""
+    with serve() as server, Client(server.realtime) as client:
+        session = client.negotiate()
+        client.show(frames[0], moss={"time": 0.0})
+        client.until("conversation.item.done")
+        client.send("moss.save")
+        client.until("moss.saved")
+        server.server.should_exit = True
+        client.until("moss.end")
+    path = tmp_path / "state" / f"{session['id']}.json"
+    content = json.loads(path.read_text())
+    late = {"item_id": "item_late", "index": 1, "time": 0.5, "arrived": 0.0}
+    content["dialogue"]["frames"].append(late)
+    asked = {"text": "Well?", "items": ["item_asked"], "metadata": None, "at": 0.0}
+    content["dialogue"]["asked"].append(asked)
+    path.write_text(json.dumps(content))
+    with serve() as server, Client(address(server, session)) as client:
+        client.receive()
+        client.show(frames[1])
+        assert client.until("conversation.item.added")["moss"]["frame"]["queued"] == 1
+        client.ask("Now?", response={"metadata": {"mine": "yes"}})
+        created = client.until("response.created")
+        while not created["moss"]["asked"]:
+            created = client.until("response.created")
+        assert created["response"]["metadata"] == {"mine": "yes"}

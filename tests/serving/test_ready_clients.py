@@ -25,7 +25,11 @@ def test_the_realtime_client_of_openai(served):
             created = await connection.recv()
             assert created.type == "session.created"
             await connection.session.update(
-                session={"type": "realtime", "output_modalities": ["text"], "instructions": "You watch birds."}
+                session={
+                    "type": "realtime",
+                    "output_modalities": ["text"],
+                    "instructions": "You watch birds.",
+                }
             )
             assert (await connection.recv()).session.instructions == "You watch birds."
             image = {"type": "input_image", "image_url": data_url(GREY)}
@@ -69,7 +73,7 @@ def test_the_realtime_client_of_openai(served):
 
 @pytest.fixture(scope="module")
 def livekit_python(tmp_path_factory) -> str:
-    """Python of an environment with LiveKit Agents: that of LIVEKIT_PYTHON, or one that is made for the test."""
+    """Python of an environment with LiveKit Agents: that of LIVEKIT_PYTHON, or one made for the test."""
     if python := os.environ.get("LIVEKIT_PYTHON"):
         return python
     folder = tmp_path_factory.mktemp("livekit")

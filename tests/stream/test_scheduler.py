@@ -420,7 +420,7 @@ def resident_mb() -> float:
 
 
 def test_a_running_stream_is_saved_and_goes_on_elsewhere(make_engine, frames, tmp_path):
-    """Saved in the middle, both the stream itself and the one that resumes the file say what it says alone."""
+    """Saved in the middle, both the stream and the one that resumes the file say what it says alone."""
     scripts = [script(number, frames) for number in (1, 2)]
     engine = make_engine(slots=3, policies=POLICIES)
     with Scheduler(engine, LOCKSTEP) as scheduler:
