@@ -520,6 +520,22 @@ def test_a_full_disk_at_a_save(server, others, monkeypatch):
         assert session["id"] in server.hub.sessions
 
 
+def test_what_nobody_resumes_is_removed(server, others, monkeypatch):
+    folder = server.hub.state_folder
+    for name, age in (
+        ("sess_old.stream", 2 * CONFIG.keep_seconds),
+        ("sess_new.stream", 10.0),
+        ("other", 1e9),
+    ):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age,) * 2)
+    monkeypatch.setattr(hub, "CLEAN_SECONDS", 0.0)
+    wait_for(lambda: not (folder / "sess_old.stream").exists())
+    assert sorted(os.listdir(folder)) == ["other", "sess_new.stream"]
+    for name in os.listdir(folder):
+        (folder / name).unlink()
+
+
 def test_many_come_and_go(server, others):
     def visit(number: int) -> None:
         with contextlib.suppress(ConnectionClosed), Client(server.realtime) as client:
