@@ -550,7 +550,13 @@ class Hub:
         reservation = reservation or self.reserve()
         try:
             self._check_ready()
-            return await asyncio.to_thread(self.scheduler.open, **options)
+            opening = asyncio.ensure_future(asyncio.to_thread(self.scheduler.open, **options))
+            try:
+                return await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                # Whoever wanted it is gone, but the thread goes on.
+                opening.add_done_callback(_stop_opened)
+                raise
         finally:
             reservation.release()
 
@@ -603,6 +609,12 @@ class Hub:
         if self.sessions.pop(session.id, None) is not None and self.state_folder and not keeps_file:
             session.is_forgotten = True
             remove_session(self.state_folder, session.id)
+
+
+def _stop_opened(opening: "asyncio.Future[Stream]") -> None:
+    """Stops a stream that nobody wants any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().stop()
 
 
 def not_resumable() -> ProtocolError:

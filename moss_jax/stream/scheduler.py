@@ -665,7 +665,8 @@ class Scheduler:
     def _give_up(self, stream: Stream | None) -> None:
         """Fails the calls that wait for a stream that is over."""
         for _, future in self._calls.pop(stream, ()):
-            future.set_exception(SessionError("the stream is over"))
+            if future.set_running_or_notify_cancel():
+                future.set_exception(SessionError("the stream is over"))
 
     def _begin(self, state: Any, stream: Stream) -> Any:
         """Prepares the slot of a stream."""
@@ -950,7 +951,9 @@ def check_length(tokens: list[int], config: EngineConfig, opening_length: int = 
 
 
 def _call(function: Callable[[Any], Any], state: Any, future: Future) -> None:
-    """Calls a function for a future, which gets what it returns or raises."""
+    """Calls a function for a future, which gets what it returns or raises, unless nobody waits any more."""
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         result = function(state)
     except Exception as error:

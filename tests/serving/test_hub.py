@@ -1,5 +1,6 @@
 """Sessions that outlive connections and processes, over a small engine that can save its streams."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -258,3 +259,28 @@ def test_what_came_after_a_save_does_not_wait_for_ever(serve, frames, tmp_path):
         while not created["moss"]["asked"]:
             created = client.until("response.created")
         assert created["response"]["metadata"] == {"mine": "yes"}
+
+
+def test_a_stream_whose_opening_nobody_waits_for_is_stopped(serve, monkeypatch):
+    with serve() as server:
+        scheduler, gate, made = server.hub.scheduler, [], []
+        opened = scheduler.open
+
+        def slow(**options):
+            wait_for(lambda: gate)
+            made.append(opened(**options))
+            return made[0]
+
+        monkeypatch.setattr(scheduler, "open", slow)
+
+        async def give_up():
+            opening = asyncio.create_task(server.hub.open())
+            await asyncio.sleep(0.05)
+            opening.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await opening
+
+        asyncio.run_coroutine_threadsafe(give_up(), server.loop).result(60)
+        gate.append(True)
+        wait_for(lambda: made and not scheduler.streams)
+        assert server.hub.free_slots == 2

@@ -467,3 +467,36 @@ def test_a_talking_stream_is_copied_and_talks_on(make_engine, frames):
         for each in (stream, other):
             each.stop()
             assert list(each)[-1].reason == "stopped"
+
+
+def test_a_call_that_nobody_waits_for_harms_nothing(make_engine, frames):
+    with Scheduler(make_engine(slots=2), LOCKSTEP) as scheduler:
+        stream = scheduler.open()
+        with scheduler.changed:  # So that the loop cannot come before.
+            copy, look = stream.copy_while_running(), stream.look_at_bank()
+            assert copy.cancel()
+            assert look.cancel()
+        stream.push_frame(frames[0], 0.0)
+        assert len(stream.copy_while_running().result(60).dialogue["inbox"]) == 1
+        stream.stop()
+        with scheduler.changed:
+            late = stream.copy_while_running()
+            late.cancel()
+        assert list(stream)[-1].reason == "stopped"
+    assert scheduler.free_slots == 0
+
+
+def test_a_stream_that_cannot_be_copied_goes_on(make_engine, frames, monkeypatch):
+    engine = make_engine(slots=2)
+    with Scheduler(engine, LOCKSTEP) as scheduler:
+        stream = scheduler.open()
+
+        def fail(*_):
+            raise MemoryError("no room on the host")
+
+        monkeypatch.setattr(engine, "save_slot", fail)
+        with pytest.raises(MemoryError, match="no room"):
+            stream.copy_while_running().result(60)
+        stream.push_frame(frames[0], 0.0)
+        stream.finish()
+        assert list(stream)[-1].reason == "finished"
