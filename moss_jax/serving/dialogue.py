@@ -600,8 +600,10 @@ class Dialogue:
             case Failed():
                 if self._response is not None:
                     self._finish_response("failed", error="stream_failed")
+                is_kept = self._hub.state_folder is not None and self.session.is_resumable
+                resume = ", or resume this one as of its last save" if is_kept else ""
                 error = ProtocolError(
-                    "an error in the server has ended the stream; open another session",
+                    f"an error in the server has ended the stream; open another session{resume}",
                     code="stream_failed",
                     type="server_error",
                 )

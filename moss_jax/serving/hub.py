@@ -40,6 +40,9 @@ _ID = re.compile(r"sess_[0-9a-f]{24}")
 
 # Seconds within which the last events of a stream come that takes no more.
 END_SECONDS = 1.0
+# Seconds between two looks for files that are too old.
+CLEAN_SECONDS = 600.0
+
 # Codes of closed connections: of the protocol, and of this server.
 CLOSE_NORMAL, CLOSE_SLOW, CLOSE_RESTART, CLOSE_LATER, CLOSE_TAKEN_OVER = 1000, 1008, 1012, 1013, 4001
 
@@ -213,7 +216,8 @@ class Session:
         if self._connection is not connection:
             return
         self._connection = None
-        if is_final or not self.is_resumable or (self.is_over and self.stream is None):
+        is_gone = self.is_over and (self.stream is None or self._keeps_file)
+        if is_final or not self.is_resumable or is_gone:
             self.end()
         else:
             loop = asyncio.get_running_loop()
@@ -270,6 +274,8 @@ class Session:
                     _logger.exception("an event of session %s was lost", self.id)
                 if isinstance(event, End):
                     self._hub.counters.streams_by_end[event.reason] += 1
+                    # It can go on as of its last save, if there is one.
+                    self._keeps_file = event.reason == "failed"
                     details = {"reason": event.reason, "counters": dataclasses.asdict(event.counters)}
                     _logger.info("a stream ended", extra=details)
         finally:
@@ -490,13 +496,17 @@ class Hub:
         return self.is_warm and not self.is_closing and self.scheduler.is_started
 
     async def _watch(self) -> None:
-        """Has the scheduler begin anew after a step has failed."""
+        """Has the scheduler begin anew after a step has failed, and removes what is too old to be resumed."""
+        cleaned = time.monotonic()
         while True:
             await asyncio.sleep(self.config.restart_seconds)
             if not self.is_closing and not self.scheduler.is_started:
                 self.scheduler.start()
                 self.counters.restarts += 1
                 _logger.warning("the scheduler begins anew")
+            if self.state_folder is not None and time.monotonic() - cleaned > CLEAN_SECONDS:
+                cleaned = time.monotonic()
+                await asyncio.to_thread(prepare_folder, self.state_folder, self.config.keep_seconds)
 
     async def close(self) -> None:
         """Takes no more streams, tells the running ones, saves them if it can, and ends them."""

@@ -119,5 +119,6 @@ class RequestLog:
                 "seconds": round(time.monotonic() - begin, 3),
                 "address": address_of(scope),
             }
-            quiet = scope["path"] in ("/healthz", "/readyz", "/metrics") and status == 200
+            # They are asked for every few seconds.
+            quiet = scope["path"] in ("/healthz", "/readyz", "/metrics") and status in (200, 503)
             _logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra=details)

@@ -1,5 +1,6 @@
 """A fleet on a local Ray: streams keep to their replica, and go on elsewhere when it is killed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -47,37 +49,53 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-@pytest.fixture
-def fleet(tmp_path):
-    """Two replicas of the small model with two streams each: the process, and where it listens."""
+@contextlib.contextmanager
+def fleet(folder: Path, *flags: str) -> Iterator[tuple[int, str]]:
+    """A fleet of the small model with two streams a replica: its process, and where it listens."""
     pytest.importorskip("ray.serve")
     port = free_port()
-    command = [sys.executable, "deploy/ray_serve.py", "--port", str(port), "--replicas", "2", "--slots", "2"]
-    command += ["--cpus-per-replica", "0.1", "--state-dir", str(tmp_path / "state"), "--no-warm-up"]
-    command += ["--gin_param", "session.max_tokens_per_turn = 8", "--drain-seconds", "1"]
+    command = [sys.executable, "deploy/ray_serve.py", "--port", str(port), "--slots", "2", "--no-warm-up"]
+    command += ["--cpus-per-replica", "0.1", "--state-dir", str(folder / "state"), "--drain-seconds", "1"]
+    command += ["--gin_param", "session.max_tokens_per_turn = 8", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "RAY_TMPDIR": "/tmp/r"}
-    log = open(tmp_path / "log", "w")  # noqa: SIM115
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    path = folder / "log"
+    with open(path, "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
 
         def is_ready() -> bool:
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            return "\nready" in (tmp_path / "log").read_text()
+            assert process.poll() is None, path.read_text()[-3000:]
+            return "\nready" in path.read_text()
 
-        wait_for(is_ready, 300)
-        yield process.pid, f"127.0.0.1:{port}"
+        wait_for(is_ready, 300, every=0.2)
+        host = f"127.0.0.1:{port}"
+        wait_for(lambda: httpx.get(f"http://{host}/readyz").status_code == 200, 60, every=0.2)
+        yield process.pid, host
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-        log.close()
 
 
 @pytest.mark.slow
-def test_a_replica_is_killed_under_load(fleet):
-    parent, host = fleet
+def test_a_replica_is_added_as_free_streams_become_few(tmp_path):
+    with fleet(tmp_path, "--replicas", "1:2", "--free-streams", "1") as (parent, host):
+        url = f"ws://{host}/v1/realtime"
+        assert len(replicas(parent)) == 1
+        with Client(url) as first, Client(url) as second:
+            for client in (first, second):
+                assert client.receive()["type"] == "session.created"
+            wait_for(lambda: len(replicas(parent)) == 2, 300, every=0.5)
+
+
+@pytest.mark.slow
+def test_a_replica_is_killed_under_load(tmp_path):
+    with fleet(tmp_path, "--replicas", "2") as (parent, host):
+        check_a_killed_replica(parent, host)
+
+
+def check_a_killed_replica(parent: int, host: str) -> None:
     url = f"ws://{host}/v1/realtime"
     clients, sessions, places = [], [], []
-    wait_for(lambda: httpx.get(f"http://{host}/readyz").status_code == 200)
     # Both replicas get streams, of which each takes two.
     while len(clients) < 4:
         client = Client(url).__enter__()
