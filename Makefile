@@ -1,13 +1,14 @@
 # make demo        set up and watch a video: stream 759 of seed 7, from python -m moss_jax.worlds.tabletop --seconds 30
 # make serve       set up and start the live server: http://127.0.0.1:8765/
 # make test        set up and run the tests, without the slow ones
-# make test-slow   run the slow tests: the wheel in an environment of its own, the notebooks, several processes, Ray
+# make test-slow   run the slow tests: the wheel in an environment of its own, the notebooks, several processes, Ray,
+#                  the page in Chromium, which is installed if it is missing and root may
 # make lint        check style, formatting, layers and types
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test test-slow lint
+.PHONY: demo serve test test-slow lint chromium
 
 demo: .venv/installed
 	$(BIN)/python serve.py --video assets/demo.mp4 --gin_file configs/demo.gin \
@@ -23,8 +24,15 @@ serve: .venv/installed-serve
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: .venv/installed-slow
+test-slow: .venv/installed-slow chromium
 	$(BIN)/python -m pytest -m slow
+
+# Where it cannot be installed, the tests of the page are skipped, and say so.
+chromium:
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { \
+		[ "$$(id -u)" = 0 ] && apt-get update --quiet && \
+		apt-get install --quiet --yes --no-install-recommends chromium fonts-dejavu-core; } || \
+		echo "there is no Chromium, and it cannot be installed: the page's tests are skipped"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -697,6 +697,63 @@ class ServerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """Chat completions of the live server.
+
+    Attributes:
+      max_tokens: of an answer whose request says nothing.
+      queue: requests that may wait in line.
+      queue_seconds: how long each may wait there, and then for a free stream.
+      max_body_bytes: of a request, with its data URLs.
+      max_image_bytes, max_video_bytes: of an image and of a video.
+      max_video_seconds: of a video.
+      max_frames: of all images and videos of a request; longer videos are sampled more sparsely.
+      decode_seconds: that the decoding of a video may take.
+      decode_threads: threads that decode videos.
+      file_bytes, files: that uploads may have together, and their number.
+      keep_seconds: how long an upload is kept.
+      file_roots: folders below which `file://` URLs are allowed.
+      fetch_hosts: from which media are fetched, each with `:port` if that is not the scheme's own.
+      fetch_seconds: that it may take to fetch one.
+    """
+
+    max_tokens: int = 512
+    queue: int = 64
+    queue_seconds: float = 30.0
+    max_body_bytes: int = 64 * 2**20
+    max_image_bytes: int = 16 * 2**20
+    max_video_bytes: int = 512 * 2**20
+    max_video_seconds: float = 3600.0
+    max_frames: int = 256
+    decode_seconds: float = 120.0
+    decode_threads: int = 2
+    file_bytes: int = 2 * 2**30
+    files: int = 1024
+    keep_seconds: float = 86400.0
+    file_roots: tuple[str, ...] = ()
+    fetch_hosts: tuple[str, ...] = ()
+    fetch_seconds: float = 20.0
+
+    def __post_init__(self):
+        _convert_fields(self)
+        for name in ("queue_seconds", "max_video_seconds", "decode_seconds", "keep_seconds", "fetch_seconds"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        _require_at_least(
+            1,
+            self,
+            "max_tokens",
+            "max_body_bytes",
+            "max_image_bytes",
+            "max_video_bytes",
+            "max_frames",
+            "decode_threads",
+            "file_bytes",
+            "files",
+        )
+        _require_at_least(0, self, "queue")
+
+
+@dataclasses.dataclass(frozen=True)
 class SecurityConfig:
     """What the live server lets clients do; the size of a message is in `ServerConfig`.
 

@@ -11,6 +11,7 @@ import gin
 from gin import config as gin_config
 
 from moss_jax.config import (
+    ChatConfig,
     ConfigError,
     ConversationConfig,
     DataConfig,
@@ -38,6 +39,7 @@ _NAMES = {
     SessionConfig: "session",
     SelectionConfig: "selection",
     ServerConfig: "server",
+    ChatConfig: "chat",
     SecurityConfig: "security",
     TokenSampling: "sampling",
     TrainConfig: "train",

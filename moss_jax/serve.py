@@ -22,6 +22,7 @@ import jax
 from moss_jax import command, gin_bindings
 from moss_jax.api import frames_that_fit
 from moss_jax.config import (
+    ChatConfig,
     Clock,
     ConfigError,
     DecoderWeights,
@@ -256,6 +257,7 @@ def run_server(args: argparse.Namespace) -> int:
         # Imported here, since a video needs none of it.
         from starlette.middleware import Middleware
 
+        from moss_jax.serving import chat as chat_completions
         from moss_jax.serving import logs
         from moss_jax.serving.app import make_app, make_server
         from moss_jax.serving.hub import Hub
@@ -293,10 +295,12 @@ def run_server(args: argparse.Namespace) -> int:
         state_folder=args.state_dir,
     )
     gate = Gate(security, tokens=tokens, host=args.host, origins=args.allow_origin)
+    chat_config = override(gin_bindings.settings(ChatConfig), file_roots=args.media_root or None)
+    completions = chat_completions.routes(hub, chat_config, gin_bindings.settings(FrameSampling))
     app = make_app(
         hub,
         middleware=[Middleware(logs.RequestLog), *protection(gate, args.allow_origin)],
-        routes=[Metrics(hub, gate).route()],
+        routes=[Metrics(hub, gate).route(), *completions],
         on_ready=lambda: command.tell("ready"),
     )
     server = make_server(app, hub, host=args.host, port=args.port)
@@ -499,6 +503,14 @@ def parse_arguments() -> argparse.Namespace:
         "(default: none)",
     )
     add(
+        "--media-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder below which the live server reads the videos and images that file:// URLs of chat "
+        "completions name; may be given several times (default: none)",
+    )
+    add(
         "--token-file",
         type=Path,
         metavar="FILE",
@@ -539,8 +551,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--clock",
         choices=get_args(Clock),
-        help=f"the stream's own clock, or the wall's (default: {settings(SessionConfig).clock}; of the live "
-        "server realtime)",
+        help=f"the stream's own clock, or the wall's (default: {settings(SessionConfig).clock}); "
+        "the live server's is the wall's, unless this says else",
     )
     add("--offline", action="store_true", help="prefill the whole clip, then answer")
     add(

@@ -10,7 +10,6 @@ import signal
 import threading
 import traceback
 import weakref
-from collections import deque
 from collections.abc import Generator
 from concurrent import futures
 from multiprocessing import parent_process
@@ -73,8 +72,8 @@ def iterate(source: BatchSource, *, start: int, workers: int, read_ahead: int) -
     Raises:
       BatchError: the source raised, or a worker was killed.
     """
-    dataset = grain.MapDataset.source(_Guarded(source))[start:]
-    batches = _make_in_workers(dataset, workers, read_ahead) if workers else _make_here(dataset)
+    steps = range(start, len(source))
+    batches = _make_in_workers(source, steps, workers, read_ahead) if workers else _make_here(source, steps)
     # A program that ends with an exception still holds the iterator while the interpreter tears grain down.
     atexit.register(_close, weakref.ref(batches))
     return batches
@@ -85,12 +84,15 @@ def _close(alive: weakref.ref) -> None:
         batches.close()
 
 
-def _make_here(dataset: grain.MapDataset) -> Generator[LoadedBatch]:
-    for step in range(len(dataset)):
-        yield _checked(dataset[step])
+def _make_here(source: BatchSource, steps: range) -> Generator[LoadedBatch]:
+    guarded = _Guarded(source, steps)
+    for index in range(len(guarded)):
+        yield _checked(guarded[index])
 
 
-def _make_in_workers(dataset: grain.MapDataset, workers: int, read_ahead: int) -> Generator[LoadedBatch]:
+def _make_in_workers(
+    source: BatchSource, steps: range, workers: int, read_ahead: int
+) -> Generator[LoadedBatch]:
     # grain reads absl flags, which raise in a program that doesn't parse them.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
@@ -98,32 +100,34 @@ def _make_in_workers(dataset: grain.MapDataset, workers: int, read_ahead: int) -
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The buffer size counts twice, for the worker's queue and for a buffer here; one more batch is in transit
     # between them, and one is being copied.
-    options = grain.MultiprocessingOptions(1, per_worker_buffer_size=max(1, read_ahead // 2 - 1))
+    buffered = max(1, read_ahead // 2 - 1)
+    options = grain.MultiprocessingOptions(1, per_worker_buffer_size=buffered)
+    # A worker makes a run of successive steps, since a source may reuse what it made for the step before. The
+    # run is no longer than what the worker prefetches, so that all of them work while one is read.
+    run = 2 * buffered + 2
     # One dataset per worker, because grain shuts the workers of one dataset down one after the other.
     shards = [
         # By default, grain would prefetch 500 batches in 16 threads of each worker.
         iter(
-            dataset[i::workers]
+            grain.MapDataset.source(_Guarded(source, steps, run=run, worker=i, workers=workers))
             .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
             .mp_prefetch(options, worker_init_fn=_start_worker)
         )
         for i in range(workers)
     ]
     with futures.ThreadPoolExecutor(workers) as threads:
-        pending = deque((shard, threads.submit(_take, shard)) for shard in shards)
+        pending = [threads.submit(_take, shard) for shard in shards]
         try:
-            while True:
-                shard, batch = pending.popleft()
+            for index in range(len(steps)):
+                worker = index // run % workers
                 try:
-                    loaded = batch.result()
+                    loaded = pending[worker].result()
                 except RuntimeError as error:
                     raise BatchError(f"{error} {_HINT}") from error
-                if loaded is None:
-                    return
-                pending.append((shard, threads.submit(_take, shard)))
+                pending[worker] = threads.submit(_take, shards[worker])
                 yield _checked(loaded)
         finally:
-            futures.wait([batch for _, batch in pending])
+            futures.wait(pending)
             try:
                 list(threads.map(lambda shard: shard.close(), shards))
             except RuntimeError:  # at interpreter shutdown, when threads take no more work
@@ -152,19 +156,26 @@ def _checked(loaded: "LoadedBatch | BatchError | None") -> LoadedBatch:
 
 
 class _Guarded:
-    """A source that returns its errors, because not every exception can be pickled to the parent."""
+    """The steps of one worker, of which it makes every `workers`-th run of `run` successive ones.
 
-    def __init__(self, source: BatchSource):
-        self._source = source
+    Errors are returned, because not every exception can be pickled to the parent.
+    """
+
+    def __init__(self, source: BatchSource, steps: range, *, run: int = 1, worker: int = 0, workers: int = 1):
+        self._source, self._steps = source, steps
+        self._run, self._worker, self._workers = run, worker, workers
 
     def __len__(self) -> int:
-        return len(self._source)
+        runs, rest = divmod(len(self._steps), self._run * self._workers)
+        return runs * self._run + min(max(rest - self._worker * self._run, 0), self._run)
 
     def __getitem__(self, index: int) -> "LoadedBatch | BatchError":
+        number, place = divmod(index, self._run)
+        step = self._steps[(number * self._workers + self._worker) * self._run + place]
         try:
-            return self._source[index]
+            return self._source[step]
         except Exception as error:
-            failed = BatchError(f"the batch of step {index} cannot be made: {type(error).__name__}: {error}")
+            failed = BatchError(f"the batch of step {step} cannot be made: {type(error).__name__}: {error}")
             failed.add_note(traceback.format_exc())
             return failed
 

@@ -36,18 +36,18 @@ def tokens_to_keep(kinds: Sequence[Kind], room: int, memory: MemoryConfig, capac
     recent = len(kinds) - min(int(memory.text_recent * capacity), room)
     excess = len(kinds) - room
     dropped: set[int] = set()
+    runs = list(_runs(kinds))
 
-    def drop(runs: Iterator[range]) -> None:
-        for run in runs:
+    def drop(candidates: Iterator[range]) -> None:
+        for run in candidates:
             if len(dropped) >= excess:
                 return
             dropped.update(run)
 
-    old = [run for kind, run in _runs(kinds) if run.start < recent and kind in (Kind.FRAME, Kind.SILENCE)]
+    old = [run for kind, run in runs if run.start < recent and kind in (Kind.FRAME, Kind.SILENCE)]
     drop(range(i, i + 1) for run in old for i in run if i < recent)
     user, assistant = (
-        [run for kind, run in _runs(kinds) if kind is of and run.stop <= recent]
-        for of in (Kind.USER, Kind.ASSISTANT)
+        [run for kind, run in runs if kind is of and run.stop <= recent] for of in (Kind.USER, Kind.ASSISTANT)
     )
     # The oldest answers beyond the budget.
     lengths = list(itertools.accumulate(map(len, reversed(assistant))))

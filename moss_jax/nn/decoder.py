@@ -17,7 +17,7 @@ from moss_jax.config import DecoderConfig, Remat, RowsBeforeFirstFrame
 from moss_jax.memory import MemoryBank, StreamState, TextCache, remember_frames, vectors_visible
 from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, RMSNorm, gate, normal, remat
 from moss_jax.nn.rope import rotation
-from moss_jax.ops.attention import KeyRange, append_and_attend, attention
+from moss_jax.ops.attention import KeyRange, append, attention
 from moss_jax.ops.linear import norm_linear
 from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.post_attention import post_attention
@@ -125,11 +125,11 @@ class SelfAttention(nnx.Module):
             keys, values = past
             assert isinstance(keys, Array)
             assert isinstance(values, Array)
-            heads = []
+            attends = []
             for part, qkv_part in zip(rows, split(qkv, rows), strict=True):
                 assert part.start is not None
                 assert part.count is not None
-                of_part, keys, values = append_and_attend(
+                keys, values, attend = append(
                     qkv_part,
                     part.rope,
                     keys,
@@ -140,7 +140,8 @@ class SelfAttention(nnx.Module):
                     capacity=capacity,
                     implementation=self.implementation,
                 )
-                heads.append(of_part)
+                attends.append(attend)
+            heads = [attend(keys, values) for attend in attends]
             return join(heads), x, KeysValues(keys, values)
         (rope,) = (part.rope for part in rows)
         B, T = x.shape[:2]

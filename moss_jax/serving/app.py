@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -60,7 +61,7 @@ def make_app(
         Route("/readyz", readiness),
         WebSocketRoute("/v1/realtime", realtime),
     ]
-    page = Mount("/", StaticFiles(directory=WEB, html=True), name="page")
+    page = Mount("/", Page(directory=WEB, html=True), name="page")
     app = Starlette(routes=[*own, *routes, page], middleware=list(middleware), lifespan=lifespan)
     app.state.hub = hub
     return app
@@ -72,6 +73,18 @@ async def _start(hub: Hub, on_ready: Callable[[], object], *, warm_up: bool) -> 
         on_ready()
     except Exception:
         _logger.exception("the streams cannot be started")
+
+
+class Page(StaticFiles):
+    """The page's files, which browsers ask about each time, so that they never mix those of two versions."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        """Answers with a file, or that it has not changed."""
+        response = super().file_response(*args, **options)
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["Content-Security-Policy"] = "frame-ancestors 'none'"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
 
 
 async def health(_: Request) -> Response:

@@ -7,14 +7,22 @@ import base64
 import binascii
 import dataclasses
 import io
+import os
 import re
 import struct
+import time
+from collections.abc import Callable
 
+import av
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import UInt8
 from PIL import Image
 
+from moss_jax.config import FrameSampling
+from moss_jax.video import Frame, VideoError, clip_times, fit_frames, sample_at
 from moss_jax.video.stills import to_rgb, upright
+from moss_jax.video.truncation import iso_brands
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 # A type, perhaps with parameters, in front of the content.
@@ -22,6 +30,21 @@ _DATA_URL = re.compile(r"data:([a-z]+/[a-z0-9.+-]+)((?:;[a-z0-9-]+=[a-z0-9.+-]+)
 # Progressive pictures have about 10 scans; each takes as long to decode as the whole picture.
 _MAX_SCANS = 64
 _START_OF_SCAN = b"\xff\xda"
+# Containers of videos, by libav's names. Others, such as playlists, may have libav open further files.
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2",
+    "matroska,webm",
+    "avi",
+    "mpegts",
+    "mpeg",
+    "ogg",
+    "flv",
+    "gif",
+    "asf",
+)
+_PACKETS_PER_SECOND = 240
+# Of HEIC and AVIF, which are in the container of MP4.
+_STILL_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis"}
 
 
 class MediaError(ValueError):
@@ -35,12 +58,16 @@ class MediaLimits:
     Attributes:
       max_bytes: of an image.
       max_pixels: of an image, or of a frame of a video.
-      max_side: width and height of an image, in pixels.
+      max_side: width and height of an image or a frame, in pixels.
+      max_seconds: of a video.
+      decode_seconds: that decoding a video may take.
     """
 
     max_bytes: int = 8 * 2**20
     max_pixels: int = 16 * 2**20
     max_side: int = 8192
+    max_seconds: float = 3600.0
+    decode_seconds: float = 120.0
 
 
 def parse_data_url(url: str, *, max_bytes: int = MediaLimits.max_bytes) -> tuple[str, bytes]:
@@ -91,6 +118,73 @@ def decode_image(data: bytes, *, limits: MediaLimits) -> UInt8[np.ndarray, "H W 
         raise MediaError(f"the image has more than {limits.max_pixels} pixels") from None
     except Exception:  # Pillow raises what it happens to come upon in a damaged file
         raise MediaError("the image is damaged or incomplete") from None
+
+
+def is_image(head: bytes) -> bool:
+    """Whether a file that begins so is one of the pictures that `decode_image` takes."""
+    is_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    return is_webp or head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
+
+
+def decode_clip(
+    path: str | os.PathLike,
+    sampling: FrameSampling,
+    image_size: int,
+    *,
+    limits: MediaLimits,
+    on_frame: Callable[[], None] = lambda: None,
+) -> list[Frame]:
+    """Samples a video as `sample_clip` does, and fits its frames to the model as `fit_frame` does.
+
+    Args:
+      on_frame: called whenever a frame has been decoded; what it raises ends the decoding.
+
+    Returns:
+      Frames of [image_size, image_size, 3].
+
+    Raises:
+      MediaError: it is no video in a known format, it is damaged, or beyond the limits.
+    """
+    end = time.monotonic() + limits.decode_seconds
+
+    def check() -> None:
+        on_frame()
+        if time.monotonic() > end:
+            raise MediaError(f"decoding the video takes longer than {limits.decode_seconds:g} s")
+
+    try:
+        _check_video(path, limits, check)
+        # The decoder counts its padding, less than 256 pixels on either axis, which the header leaves out.
+        most = limits.max_pixels + 512 * (limits.max_side + 128)
+        times = clip_times(path, sampling, max_pixels=most)
+        frames = sample_at(path, times, on_frame=check, max_pixels=most)
+        return list(fit_frames(frames, image_size))
+    except (VideoError, FFmpegError, OSError):
+        # Their messages name the file.
+        raise MediaError("the video is damaged, incomplete or in an unknown format") from None
+
+
+def _check_video(path: str | os.PathLike, limits: MediaLimits, check: Callable[[], None]) -> None:
+    """Checks by header and packets alone that a video is within the limits."""
+    if iso_brands(path) & _STILL_BRANDS:
+        raise MediaError("the file is a still picture in an unknown format; convert it to JPEG, PNG or WebP")
+    options = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": "file"}
+    with av.open(f"file:{os.fspath(path)}", options=options) as container:
+        if container.format.name not in _CONTAINERS:
+            raise MediaError("the video is in an unknown format; convert it to MP4 or WebM")
+        for stream in container.streams.video:
+            aspect = float(stream.sample_aspect_ratio or 1) or 1.0
+            stretch = min(max(aspect, 1 / aspect), 10.0)
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height * stretch > limits.max_pixels or max(width, height) * stretch > limits.max_side:
+                raise MediaError(f"the video has {width} x {height} pixels; {limits.max_pixels} are allowed")
+        most, first = limits.max_seconds * _PACKETS_PER_SECOND, None
+        for number, packet in enumerate(container.demux(video=0)):
+            check()
+            at = None if packet.dts is None else float(packet.dts * packet.time_base)
+            first = at if first is None else first
+            if number > most or (at is not None and first is not None and at - first > limits.max_seconds):
+                raise MediaError(f"the video is longer than {limits.max_seconds:g} s")
 
 
 def _check_size(size: tuple[int, int], limits: MediaLimits) -> None:

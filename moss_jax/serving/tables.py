@@ -1,5 +1,6 @@
 """The tables of docs/serving.md, made from the types; `python -m moss_jax.serving.tables` writes them."""
 
+import argparse
 import inspect
 import types
 import typing
@@ -102,5 +103,12 @@ def objects() -> Iterator[type[protocol.Message]]:
             yield kind
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Writes the tables into the page."""
+    description = "Write the tables of the protocol's types into docs/serving.md."
+    argparse.ArgumentParser(description=description).parse_args()
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

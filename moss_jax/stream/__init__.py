@@ -1,5 +1,6 @@
 """Live streams: the engine, the scheduler and the session that run its steps, and the events of a stream."""
 
+from moss_jax.stream.completion import DialogueTurn
 from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import (
     Counters,
@@ -32,6 +33,7 @@ __all__ = [
     "PENDING",
     "Compaction",
     "Counters",
+    "DialogueTurn",
     "End",
     "Engine",
     "EngineLike",

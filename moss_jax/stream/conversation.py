@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import UInt8
 
 from moss_jax.config import EngineConfig, SessionConfig, UnseenReason
 from moss_jax.memory import selection
@@ -31,7 +31,7 @@ from moss_jax.stream.events import (
     TurnLimit,
 )
 from moss_jax.stream.moments import Moments
-from moss_jax.stream.rows import PENDING, Compaction
+from moss_jax.stream.rows import PENDING, Compaction, Encoded
 from moss_jax.stream.step import NOT_FINITE
 from moss_jax.text import Detokenizer, Tokenizer
 
@@ -39,14 +39,6 @@ from moss_jax.text import Detokenizer, Tokenizer
 NEARLY = 0.9
 # Stream times that are closer than this are one instant.
 INSTANT = 1e-6
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """A frame's features: an index into those of its batch."""
-
-    features: Float[Array, "P N D"]
-    index: int
 
 
 @dataclasses.dataclass(order=True)
@@ -60,6 +52,7 @@ class Inbound:
       thumbnail: of a frame; None where frames are not selected.
       unseen: why the model is not shown a frame; None if it is.
       tokens: that a prompt appends.
+      arrived: when it was pushed, by `time.monotonic`.
       claimed: whether the perception thread encodes the frame.
       encoded: a frame's features, once the perception thread has them.
       position: of a frame in the context, once it is planned.
@@ -73,6 +66,7 @@ class Inbound:
     unseen: UnseenReason | None = dataclasses.field(default=None, compare=False)
     prompt: str = dataclasses.field(default="", compare=False)
     tokens: list[int] = dataclasses.field(default_factory=list, compare=False)
+    arrived: float = dataclasses.field(default=0.0, compare=False)
     claimed: bool = dataclasses.field(default=False, compare=False)
     encoded: Encoded | None = dataclasses.field(default=None, compare=False)
     position: int = dataclasses.field(default=-1, compare=False)
@@ -585,7 +579,7 @@ class Conversation:
         while (
             self._inbox
             and self._inbox[0].time <= limit
-            and _fits_step(due, self._inbox[0], perception_async=perception_async)
+            and fits_step(due, self._inbox[0], perception_async=perception_async)
         ):
             if self._inbox[0].unseen != "rate":
                 due.append(heapq.heappop(self._inbox))
@@ -725,7 +719,7 @@ class Conversation:
         return self._instant + self._ticks / self.config.tokens_per_second
 
 
-def _fits_step(due: Sequence[Inbound], inbound: Inbound, *, perception_async: bool) -> bool:
+def fits_step(due: Sequence[Inbound], inbound: Inbound, *, perception_async: bool) -> bool:
     """Whether one step can append it with those before it: the frames of a step are of one encoded batch."""
     if inbound.rgb is None:
         return True

@@ -12,6 +12,7 @@ from concurrent import futures
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -29,9 +30,10 @@ from moss_jax.stream.rows import (
     PENDING,
     Compaction,
     Row,
-    StepArguments,
+    Shape,
     empty_arguments,
     first_step,
+    pack,
     shapes,
     step_arguments,
 )
@@ -43,6 +45,7 @@ from moss_jax.stream.step import (
     SamplingRules,
     compact_bank,
     compact_text,
+    packed_step,
     put_slot,
     reset_slot,
     sample_pending,
@@ -50,7 +53,6 @@ from moss_jax.stream.step import (
     slot_from_host,
     slot_to_host,
     start,
-    step,
 )
 from moss_jax.text import Tokenizer
 
@@ -85,7 +87,10 @@ class EngineLike(Protocol):
         ...
 
     def step(self, state: Any, rows: Sequence[Row | None], features: Any = None, /) -> tuple[Any, Sampled]:
-        """Appends a row to each slot and samples its next token; uses up the state."""
+        """Appends a row to each slot and samples its next token; uses up the state.
+
+        Frames of several calls of `encode` come as the list of their features.
+        """
         ...
 
 
@@ -150,7 +155,7 @@ class Engine:
         parts = model.decoder.norm.weight, bias
         self._weights = hashlib.sha256(b"".join(np.asarray(x[...]).tobytes() for x in parts)).hexdigest()
         special = tokenizer.special
-        parameters, pure_step = functionalize(for_decoding(model.decoder), step)
+        parameters, pure_step = functionalize(for_decoding(model.decoder), packed_step)
         # Every argument is committed to its device, so features that come from another device find the same
         # programs.
         self.placement = placement_of(parameters)
@@ -168,16 +173,17 @@ class Engine:
         # The state alone is returned, in the memory that it came in: where no buffer changes its address, the
         # device replays the step as a recorded graph. `keep_unused` keeps the logits, which a step does not
         # read, among the donated arguments.
-        def program(change: Callable[..., EngineState], state: int):
+        def program(change: Callable[..., EngineState], state: int, static: tuple[int, ...] = ()):
             """Compiles a change of the state, which is argument number `state`."""
             return jax.jit(
                 _flat(traced_on(self.placement, change)),
+                static_argnums=static,
                 donate_argnums=(state,),
                 keep_unused=True,
                 out_shardings=shardings if mesh_of(self.placement) else None,
             )
 
-        self._step = program(pure_step, 2)
+        self._step = program(pure_step, 2, static=(5,))
         self._compact_text = program(compact_text, 0)
         self._put_slot = program(put_slot, 0)
         self._set_sampling = program(set_sampling, 0)
@@ -264,45 +270,58 @@ class Engine:
     def step(
         self,
         state: EngineState,
-        rows: Sequence[Row | None],
-        features: Float[Array, "P N D"] | None = None,
+        rows: Sequence[Row[int] | None],
+        features: Float[Array, "P N D"] | list[Float[Array, "P N D"]] | None = None,
     ) -> tuple[EngineState, Sampled]:
         """Appends a row to each slot and samples its next token; slots whose row is None stand still.
 
         Args:
           state: is donated.
           rows: one for each slot, at least one of them not None; the caller checks that they fit.
-          features: of encoded frames, which the rows' frames index.
+          features: of encoded frames, which the rows' frames index; of several batches, the frames index
+            their concatenation.
         """
+        given = self._no_frame if features is None else features
+        batches = given if isinstance(given, list) else [given]
         left = {slot: row for slot, row in enumerate(rows) if row}
         for slot, row in left.items():
             state = self._compact(state, slot, row)
         tokens = None
         while left:
             now, left = first_step(left, self.config.slots, self.tokenizer.special.image)
-            state, tokens = self._append(state, now, features)
+            state, tokens = self._append(state, now, batches)
         assert tokens is not None, "at least one row"
         return state, Sampled(tokens, state.logits)
 
     def _append(
-        self, state: EngineState, rows: Mapping[int, Row], features: Float[Array, "P N D"] | None
+        self, state: EngineState, rows: Mapping[int, Row[int]], batches: Sequence[Float[Array, "P N D"]]
     ) -> tuple[EngineState, Int[Array, " B"]]:
         """Runs one step, for which there is a program, and samples."""
-        arguments, index = self._arguments(rows)
-        if arguments.frames is not None:
-            # A few tokens go to a program with room for frames, whether there are any or not.
-            features = self._no_frame if features is None else features
-            # Gathered beforehand, so that one program serves any number of encoded frames.
-            frames = dataclasses.replace(arguments.frames, features=gather(features, index))
-            arguments = dataclasses.replace(arguments, frames=frames)
+        slots = self.config.slots
+        shape, packed, features = DECODE, None, None
+        if all(row.is_decode for row in rows.values()):
+            # The most frequent step, whose arguments stay on the device.
+            packed = self._decode_arguments(tuple(sorted((i, row.new_turn) for i, row in rows.items())))
+        else:
+            arguments, index = step_arguments(rows, slots, self.tokenizer.special.image)
+            shape, packed = arguments.shape, pack(arguments, slots)
+            # Gathered beforehand, so that one program serves any number of encoded frames. A few tokens go
+            # to a program with room for frames, whether there are any or not.
+            features = None if index is None else gather_all(batches, index)
         # How much sampling computes is up to the slot that asks for most.
-        return self._run(state, arguments, max(state.kinds[slot] for slot in rows))
+        return self._run(state, shape, packed, features, max(state.kinds[slot] for slot in rows))
 
     def _run(
-        self, state: EngineState, arguments: StepArguments, kind: SamplingKind
+        self,
+        state: EngineState,
+        shape: Shape,
+        packed: Int[Array, " n"] | Int[np.ndarray, " n"],
+        features: Float[Array, "R F N D"] | None,
+        kind: SamplingKind,
     ) -> tuple[EngineState, Int[Array, " B"]]:
         """Calls the programs of a step."""
-        arrays = self._step(self.parameters, self.rules, dataclasses.replace(state, kinds=()), arguments)
+        without = dataclasses.replace(state, kinds=())
+        arrays = self._step(self.parameters, self.rules, without, packed, features, shape)
         state = self._with_kinds(arrays, state.kinds)
         pending, tokens = self._sample[kind](
             state.pending,
@@ -311,7 +330,7 @@ class Engine:
             state.said,
             state.sampling,
             state.stream.text.position,
-            arguments.takes,
+            packed,
         )
         return dataclasses.replace(state, pending=pending), tokens
 
@@ -425,21 +444,22 @@ class Engine:
         if self.config.slots > 1:
             self.frame_encoder.measure(frame_shape)
         state = self.start()
-        for shape in shapes(self.config.slots):
-            arguments, index = empty_arguments(shape, self.config.slots)
-            if shape == DECODE:
-                arguments = self._decode_arguments(())
-            batches = {len(x): x for x in encoded}.values() if shape.frames else [None]
-            for features in batches:
-                if arguments.frames is not None:
-                    frames = dataclasses.replace(arguments.frames, features=gather(features, index))
-                    arguments = dataclasses.replace(arguments, frames=frames)
+        slots = self.config.slots
+        on_device = self._decode_arguments(())
+        for shape in shapes(slots):
+            arguments, index = empty_arguments(shape, slots)
+            packed = on_device if shape == DECODE else pack(arguments, slots)
+            batches = {len(x): x for x in encoded}.values() if index is not None else [None]
+            for batch in batches:
+                features = None
+                if batch is not None and index is not None:
+                    features = gather_all([batch, batch], index + len(batch))
                 # The state is passed on, so that there is never room needed for two.
-                state, tokens = self._run(state, arguments, SamplingKind.GREEDY)
+                state, tokens = self._run(state, shape, packed, features, SamplingKind.GREEDY)
                 jax.block_until_ready(tokens)
         # After arguments on the device and after those of the host.
-        for kind, after in itertools.product(SamplingKind, (self._decode_arguments(()), arguments)):
-            state, tokens = self._run(state, after, kind)
+        for kind, numbers in itertools.product(SamplingKind, (on_device, np.asarray(on_device))):
+            state, tokens = self._run(state, DECODE, numbers, None, kind)
         state = self.reset_slot(state, 0)
         del state
         state = self.set_sampling(self.start(), 0, self.sampling)
@@ -455,32 +475,26 @@ class Engine:
         vectors = self.model_config.vectors_per_frame, self.model_config.decoder.hidden_size
         for shape in shapes(self.config.slots):
             arguments, index = empty_arguments(shape, self.config.slots)
+            packed = pack(arguments, self.config.slots)
             if shape == DECODE:
-                arguments = self._decode_arguments(())
-            if arguments.frames is not None and index is not None:
+                packed = self._decode_arguments(())
+            features = None
+            if index is not None:
                 features = jax.ShapeDtypeStruct((*index.shape, *vectors), self.dtype, sharding=self.placement)
-                frames = dataclasses.replace(arguments.frames, features=features)
-                arguments = dataclasses.replace(arguments, frames=frames)
-            yield self._step.lower(self.parameters, self.rules, state, arguments)
-
-    def _arguments(self, rows: Mapping[int, Row]) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
-        """As `step_arguments`; those of a decode step, the most frequent one, stay on the device."""
-        if all(row.is_decode for row in rows.values()):
-            return self._decode_arguments(tuple(sorted((i, row.new_turn) for i, row in rows.items()))), None
-        return step_arguments(rows, self.config.slots, self.tokenizer.special.image)
+            yield self._step.lower(self.parameters, self.rules, state, packed, features, shape)
 
 
 def _decode_arguments(
     slots: int, placement: Sharding, taking_part: tuple[tuple[int, bool], ...]
-) -> StepArguments:
-    """Arguments, on the device, of a step that appends the pending token alone to some slots.
+) -> Int[Array, " n"]:
+    """Packed arguments, on the device, of a step that appends the pending token alone to some slots.
 
     Args:
       taking_part: those slots, each with whether a turn begins.
     """
     rows = {slot: Row([PENDING], new_turn=new_turn) for slot, new_turn in taking_part}
     arguments, _ = step_arguments(rows, slots, -1) if rows else empty_arguments(DECODE, slots)
-    return jax.device_put(arguments, placement)
+    return jax.device_put(pack(arguments, slots), placement)
 
 
 def _flat_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -500,6 +514,27 @@ def _flat[**Arguments](function: Callable[Arguments, EngineState]) -> Callable[A
 def gather(features: Float[Array, "P N D"], index: Int[Array, "B F"]) -> Float[Array, "B F N D"]:
     """The features of each slot's frames."""
     return features[index]
+
+
+@jax.jit
+def gather_into(
+    gathered: Float[Array, "B F N D"], features: Float[Array, "P N D"], index: Int[Array, "B F"]
+) -> Float[Array, "B F N D"]:
+    """The gathered features, with those of another batch in the places whose index is not negative."""
+    return jnp.where((index >= 0)[..., None, None], features[index], gathered)
+
+
+def gather_all(
+    batches: Sequence[Float[Array, "P N D"]], index: Int[np.ndarray, "B F"]
+) -> Float[Array, "B F N D"]:
+    """The features of each slot's frames from all batches, of whose concatenation `index` is."""
+    first, *others = batches
+    gathered, begin = gather(first, np.where(index < len(first), index, 0)), len(first)
+    for features in others:
+        here = (index >= begin) & (index < begin + len(features))
+        gathered = gather_into(gathered, features, np.where(here, index - begin, -1))
+        begin += len(features)
+    return gathered
 
 
 @jax.jit

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
-from moss_jax.config import EngineConfig
 from moss_jax.memory.eviction import Kind
+from moss_jax.stream.completion import NoRoom, Part, misfit, plan_rows
 from moss_jax.stream.contents import SlotContents
 from moss_jax.stream.conversation import Inbound, Plan
 from moss_jax.stream.engine import EngineLike
@@ -48,27 +48,11 @@ def answer_offline(
     at = opening.index(special.image)
     before, after = opening[:at], opening[at + 1 :]
     num_frames = len(frames) if isinstance(frames, Sized) else num_frames
-    _check_fit(engine.config, num_frames, len(before) + len(after))
-    return _answer(engine, frames, prompt, before, after, max_tokens)
-
-
-def _check_fit(config: EngineConfig, num_frames: int | None, tokens: int) -> None:
-    """Refuses what is known not to fit.
-
-    Args:
-      tokens: beside those of the frames.
-    """
     if num_frames == 0:
         raise SessionError("there is no frame to answer about")
-    if num_frames is not None and config.memory.policy == "full" and num_frames > config.bank_capacity:
-        raise SessionError(f"the clip has {num_frames} frames; the bank has room for {config.bank_capacity}")
-    if config.memory.text == "full":
-        tokens += num_frames or 0
-    if tokens + 1 > config.text_capacity:
-        raise SessionError(
-            f"clip and prompt take {tokens} tokens, more than the text capacity of "
-            f"{config.text_capacity} leaves room for"
-        )
+    if message := misfit(engine.config, num_frames, len(before) + len(after)):
+        raise SessionError(message)
+    return _answer(engine, frames, prompt, before, after, max_tokens)
 
 
 def _answer(
@@ -98,8 +82,12 @@ def _answer(
         # device encodes, but never far ahead of it.
         waited = sampled
         features = engine.encode([frame.rgb for frame in part])
-        begin, end = [] if num_frames else before, after if is_last else []
-        for plan in _plans(contents, begin, part, special.image, end):
+        parts = [] if num_frames else [Part(before, Kind.PINNED)]
+        parts += [
+            Part([special.image], Kind.FRAME, Inbound(x.time, 1, i, rgb=x.rgb)) for i, x in enumerate(part)
+        ]
+        parts += [Part(after, Kind.USER, prompts=[prompt])] if is_last else []
+        for plan in _plans(contents, parts):
             row = Row(plan.tokens, [x.order for x in plan.frames], plan.new_turn, plan.compact, plan.kept)
             state, sampled = engine.step(state, [row, *other_slots], features)
             for inbound in plan.frames:
@@ -145,38 +133,17 @@ def _in_chunks(frames: Iterable[Frame], size: int) -> Iterator[tuple[list[Frame]
         yield chunk, following is None
 
 
-def _plans(
-    contents: SlotContents, before: list[int], frames: list[Frame], image: int, after: list[int]
-) -> Iterator[Plan]:
-    """The rows of frames that are encoded together: one, or as many as there are compactions.
-
-    Args:
-      before, after: tokens around the frames; none where more frames come before or after.
+def _plans(contents: SlotContents, parts: list[Part]) -> Iterator[Plan]:
+    """The rows of frames that are encoded together, and the tokens around them.
 
     Raises:
       SessionError: there is no room, and nothing may be forgotten.
     """
-    plan, kinds = Plan(tokens=[*before]), [Kind.PINNED] * len(before)
-    parts: list[tuple[list[int], Frame | None]] = [([image], frame) for frame in frames]
-    for index, (tokens, frame) in enumerate([*parts, (after, None)]):
-        fit = contents.make_room(plan, len(kinds) + len(tokens), is_frame=frame is not None)
-        if fit == "next_row":
-            contents.append(kinds)
+    try:
+        for plan, _ in plan_rows(contents, parts):
             yield plan
-            plan, kinds = Plan(), []
-            fit = contents.make_room(plan, len(tokens), is_frame=frame is not None)
-        if fit != "fits":
-            raise SessionError(
-                f'the clip is longer than engine.{fit} has room for; with the memory policy and text "full" '
-                f"nothing is forgotten: sample fewer frames, or choose another (memory.policy, memory.text)"
-            )
-        plan.tokens += tokens
-        if frame is None:
-            kinds += [Kind.USER] * len(tokens)
-            plan.new_turn = bool(tokens)
-        else:
-            kinds.append(Kind.FRAME)
-            plan.frames.append(Inbound(frame.time, 1, index, rgb=frame.rgb))
-            contents.append([], frames=1)
-    contents.append(kinds)
-    yield plan
+    except NoRoom as error:
+        raise SessionError(
+            f"the clip is longer than engine.{error.capacity} has room for; with the memory policy and text "
+            '"full" nothing is forgotten: sample fewer frames, or choose another (memory.policy, memory.text)'
+        ) from None

@@ -5,9 +5,10 @@ B slots, C chunks of W tokens, R rows of F frames, P encoded frames, N vectors a
 
 import bisect
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,26 +41,34 @@ class Compaction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Encoded:
+    """A frame's features: an index into those of its batch."""
+
+    features: Float[Array, "P N D"]
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row[Frame]:
     """Tokens and frames that one step appends to a slot.
 
     Attributes:
       tokens: may begin with PENDING.
-      frames: for each `<|image|>` among the tokens, in order, the index of its frame in the encoded features,
-        or None for a token without a frame; empty if none has one.
+      frames: for each `<|image|>` among the tokens, in order, its frame, or None for a token without one;
+        empty if none has one. A step takes the index of each among the encoded features.
       new_turn: whether the repetition penalty starts afresh.
       compact: of the slot's bank, before the row; None for none.
       kept: indices of the tokens that stay in the slot's text cache, ascending; None for all.
     """
 
     tokens: Sequence[int]
-    frames: Sequence[int | None] = ()
+    frames: Sequence[Frame | None] = ()
     new_turn: bool = False
     compact: Compaction | None = None
     kept: Sequence[int] | None = None
 
-    def placed(self, image: int) -> dict[int, int]:
-        """The index of each frame by the offset of its token in the row."""
+    def placed(self, image: int) -> dict[int, Frame]:
+        """The frames by the offsets of their tokens in the row."""
         if not self.frames:
             return {}
         offsets = [i for i, token in enumerate(self.tokens) if token == image]
@@ -71,7 +80,7 @@ class Row:
         """Whether it appends the pending token alone."""
         return not self.frames and list(self.tokens) == [PENDING]
 
-    def cut(self, length: int, image: int) -> "tuple[Row, Row]":
+    def cut(self, length: int, image: int) -> "tuple[Row[Frame], Row[Frame]]":
         """The first `length` tokens with what comes before a row, and the others."""
         if length >= len(self.tokens):
             return self, Row([])
@@ -83,7 +92,7 @@ class Row:
         )
 
 
-def _any_frame(frames: Sequence[int | None]) -> Sequence[int | None]:
+def _any_frame[Frame](frames: Sequence[Frame | None]) -> Sequence[Frame | None]:
     return frames if any(frame is not None for frame in frames) else ()
 
 
@@ -122,7 +131,9 @@ def shapes(slots: int) -> tuple[Shape, ...]:
     return (DECODE, *short, *long)
 
 
-def first_step(rows: Mapping[int, Row], slots: int, image: int) -> tuple[dict[int, Row], dict[int, Row]]:
+def first_step[Frame](
+    rows: Mapping[int, Row[Frame]], slots: int, image: int
+) -> tuple[dict[int, Row[Frame]], dict[int, Row[Frame]]]:
     """What the next step appends of the rows of some slots, those named first before others; and the rest.
 
     Args:
@@ -192,22 +203,29 @@ class StepArguments:
     """Arguments of a step.
 
     Attributes:
+      takes: slots that take part.
       decode: the slots whose pending token is appended alone; None if the step has no decode rows.
       chunks: None if there are none.
       frames: None if the step has no room for any.
-      takes: slots that take part.
       speaks: slots whose pending token is appended.
       new_turn: slots whose repetition penalty starts afresh.
       last: index of each slot's last token among all tokens of the step, decode rows first.
     """
 
+    takes: Bool[Array, " B"] | Bool[np.ndarray, " B"]
     decode: Bool[Array, " B"] | Bool[np.ndarray, " B"] | None
     chunks: Chunks | None
     frames: StepFrames | None
-    takes: Bool[Array, " B"] | Bool[np.ndarray, " B"]
     speaks: Bool[Array, " B"] | Bool[np.ndarray, " B"]
     new_turn: Bool[Array, " B"] | Bool[np.ndarray, " B"]
     last: Int[Array, " B"] | Int[np.ndarray, " B"]
+
+    @property
+    def shape(self) -> Shape:
+        """What it has room for."""
+        chunks, width = self.chunks.tokens.shape if self.chunks else (0, 0)
+        frames = self.frames.offset.size if self.frames else 0
+        return Shape(self.decode is not None, chunks, width, frames)
 
 
 def empty_arguments(shape: Shape, slots: int) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
@@ -235,13 +253,13 @@ def empty_arguments(shape: Shape, slots: int) -> tuple[StepArguments, Int[np.nda
         )
     decode, takes, speaks, new_turn = (np.zeros(slots, bool) for _ in range(4))
     arguments = StepArguments(
-        decode if shape.decode else None, chunks, frames, takes, speaks, new_turn, zeros(slots)
+        takes, decode if shape.decode else None, chunks, frames, speaks, new_turn, zeros(slots)
     )
     return arguments, index
 
 
 def step_arguments(
-    rows: Mapping[int, Row], slots: int, image: int
+    rows: Mapping[int, Row[int]], slots: int, image: int
 ) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
     """Packs rows into the arguments of one step, of the smallest shape that has room.
 
@@ -283,6 +301,42 @@ def step_arguments(
     return a, index
 
 
+def pack(arguments: StepArguments, slots: int) -> Int[np.ndarray, " n"]:
+    """The numbers of a step's arguments in one array, the slots that take part first.
+
+    It has one length for all shapes. Arrays of their own would cost the host more time than the step takes on
+    the device.
+    """
+    packed, end = np.zeros(_room(slots), np.int32), 0
+    for x in jax.tree.leaves(arguments):
+        packed[end : end + x.size] = x.ravel()
+        end += x.size
+    return packed
+
+
+def unpack(
+    packed: Int[Array, " n"], features: Float[Array, "R F N D"] | None, shape: Shape, slots: int
+) -> StepArguments:
+    """Reverses `pack`, in a program; with the features of the step's frames."""
+    leaves, structure = jax.tree.flatten(empty_arguments(shape, slots)[0])
+    end, found = 0, []
+    for x in leaves:
+        found.append(packed[end : end + x.size].reshape(x.shape).astype(x.dtype))
+        end += x.size
+    arguments = jax.tree.unflatten(structure, found)
+    if arguments.frames is None:
+        return arguments
+    return dataclasses.replace(arguments, frames=dataclasses.replace(arguments.frames, features=features))
+
+
+@functools.cache
+def _room(slots: int) -> int:
+    """Numbers of the arguments of the largest shape."""
+    return max(
+        sum(x.size for x in jax.tree.leaves(empty_arguments(shape, slots)[0])) for shape in shapes(slots)
+    )
+
+
 def _width(rows: Mapping[int, Row]) -> int:
     """Tokens of a chunk, among several slots."""
     # A chunk reads the keys and values of its slot, so long rows are cut into few.
@@ -302,7 +356,7 @@ def _smallest(rows: Mapping[int, Row], slots: int, image: int) -> Shape:
     raise ValueError(f"no step has room for rows of {[len(row.tokens) for row in rows.values()]} tokens")
 
 
-def split_row(row: Row, image: int) -> Iterator[Row]:
+def split_row[Frame](row: Row[Frame], image: int) -> Iterator[Row[Frame]]:
     """Cuts a row into pieces that fit the buckets.
 
     A session runs on one program for each token bucket and one for each frame bucket, not for their product.
@@ -312,7 +366,7 @@ def split_row(row: Row, image: int) -> Iterator[Row]:
     start = end = frames = 0
     placed = row.placed(image)
 
-    def piece() -> Row:
+    def piece() -> Row[Frame]:
         offsets = [i for i in range(start, end) if row.tokens[i] == image] if frames else []
         return Row(row.tokens[start:end], [placed.get(i) for i in offsets], row.new_turn and start == 0)
 
@@ -327,6 +381,26 @@ def split_row(row: Row, image: int) -> Iterator[Row]:
                 start, frames = end, 0
             end, frames, left = end + count, frames + count * is_frame, left - count
     yield piece()
+
+
+def features_of(rows: Mapping[int, Row[Encoded]]) -> tuple[list[Float[Array, "P N D"]], dict[int, Row[int]]]:
+    """The batches that the frames of some rows were encoded in, and rows that index their concatenation."""
+    begin: dict[int, int] = {}
+    batches, length = [], 0
+    for frame in (frame for row in rows.values() for frame in row.frames if frame is not None):
+        if id(frame.features) not in begin:
+            begin[id(frame.features)] = length
+            batches.append(frame.features)
+            length += len(frame.features)
+
+    def index(frame: Encoded | None) -> int | None:
+        return None if frame is None else begin[id(frame.features)] + frame.index
+
+    indexed: dict[int, Any] = {
+        slot: dataclasses.replace(row, frames=[*map(index, row.frames)]) if row.frames else row
+        for slot, row in rows.items()
+    }
+    return batches, indexed
 
 
 def bucket(size: int, buckets: Sequence[int]) -> int:

@@ -19,15 +19,15 @@ import math
 import os
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from time import monotonic
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import UInt8
 
 from moss_jax.config import (
     EngineConfig,
@@ -38,14 +38,16 @@ from moss_jax.config import (
     UnseenReason,
 )
 from moss_jax.memory.selection import thumbnail
-from moss_jax.stream.conversation import Conversation, Encoded, Inbound, Plan
+from moss_jax.stream.completion import Completion, DialogueTurn, dialogue_parts, misfit, sizes
+from moss_jax.stream.conversation import Conversation, Inbound, Plan
 from moss_jax.stream.dispatch_timer import DispatchTimer, StepInFlight
 from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import End, Event
+from moss_jax.stream.frame_pool import FramePool
 from moss_jax.stream.limits import saved_config, stream_config
 from moss_jax.stream.moments import BankView
 from moss_jax.stream.perception import FEW
-from moss_jax.stream.rows import Row, first_step
+from moss_jax.stream.rows import Encoded, Row, features_of, first_step
 from moss_jax.stream.saved import (
     SavedStream,
     SavedStreamError,
@@ -56,6 +58,11 @@ from moss_jax.stream.saved import (
 from moss_jax.text import chat
 
 _logger = logging.getLogger(__name__)
+
+# How long a frame waits for others of its batch at most, in units of `SchedulerConfig.max_stall_ms`.
+PATIENCE = 2.0
+# Of a new interval in the running mean of those between frames.
+INTERVAL_WEIGHT = 1 / 16
 
 
 class SessionError(ValueError):
@@ -81,12 +88,12 @@ class Clock:
     def start(self) -> None:
         """Starts the clock, unless it runs."""
         if self._started is None:
-            self._started = time.monotonic()
+            self._started = monotonic()
 
     def now(self) -> float:
         """Seconds since the start; before it, those at which the stream begins."""
         before = self.start_time if self.is_realtime else 0.0
-        return before if self._started is None else before + time.monotonic() - self._started
+        return before if self._started is None else before + monotonic() - self._started
 
 
 class Stream:
@@ -135,7 +142,8 @@ class Stream:
             raise SessionError(f"a frame is uint8 RGB [height, width, 3]; got {rgb.dtype} {list(rgb.shape)}")
         small = thumbnail(rgb) if self.config.selection.enabled else None
         at = self._time(time)
-        return self._push(Inbound(at, 1, self._scheduler.next_order(), rgb=rgb.copy(), thumbnail=small))
+        copied = self._scheduler.frame_pool.copy(rgb)
+        return self._push(Inbound(at, 1, self._scheduler.next_order(), rgb=copied, thumbnail=small))
 
     def push_prompt(self, text: str, time: float | None = None) -> bool:
         """Asks the model something at `time` seconds of the stream (now, if None); cuts its answer, if any.
@@ -259,6 +267,9 @@ class Stream:
                 return False
             if self.config.clock == "lockstep":
                 _check_order(target, inbound, is_running=self._scheduler.is_running)
+            inbound.arrived = monotonic()
+            if inbound.is_frame:
+                self._scheduler.frame_arrived(inbound.arrived)
             target.receive(inbound)
             self._scheduler.changed.notify_all()
             return True
@@ -320,6 +331,7 @@ class Scheduler:
 
     Attributes:
       engine: as given.
+      frame_pool: memory of the frames that wait.
       changed: guards everything that the threads share, and tells the loop of changes.
       is_running: whether the loop runs.
       counters: of steps and batches.
@@ -329,6 +341,7 @@ class Scheduler:
     def __init__(self, engine: EngineLike, config: SchedulerConfig | None = None):
         self.engine = engine
         self.config = config or SchedulerConfig()
+        self.frame_pool = FramePool()
         self.changed = threading.Condition()
         self.is_running = False
         self.counters = SchedulerCounters()
@@ -337,14 +350,15 @@ class Scheduler:
         # Streams that the loop has not begun with, and slots that hold what a former stream has left.
         self._opened: list[Stream] = []
         self._used: set[int] = set()
-        # Of the rows under way, what is left, with the features of their frames; plans by stream.
-        self._rows: dict[Stream, Row] = {}
-        self._features: dict[Stream, Any] = {}
+        # Of the rows under way, what is left; plans by stream.
+        self._rows: dict[Stream, Row[Encoded]] = {}
         self._plans: dict[Stream, Plan] = {}
         # What waits until a stream is between two steps, or only until the loop comes by: that is under None.
         self._calls: dict[Stream | None, list[tuple[Callable[[Any], Any], Future]]] = {}
         self._thread: threading.Thread | None = None
         self._closing = self._paused = self._has_encoded = self._is_persistent = False
+        # Seconds between two frames of any streams, a running mean.
+        self._frame_interval, self._last_frame = 1.0, monotonic()
         # State of the engine, once the loop is over.
         self.state: Any = None
         self._failure: BaseException | None = None
@@ -403,15 +417,8 @@ class Scheduler:
         else:
             check_length(opening, limits)
         with self.changed:
-            if self._closing:
-                raise Refused("the scheduler is closed")
-            free = [slot for slot, stream in enumerate(self._slots) if stream is None]
-            if not free:
-                raise Refused(
-                    f"all {len(self._slots)} slots are taken; close a stream, or raise engine.slots"
-                )
             conversation = Conversation(
-                tokenizer, limits, config, free[0], opening=opening, prompt="" if resume else prompt
+                tokenizer, limits, config, self._free_slot(), opening=opening, prompt="" if resume else prompt
             )
             if isinstance(self.engine, Engine):
                 conversation.speed.bytes = self.engine.slot_bytes
@@ -420,10 +427,74 @@ class Scheduler:
             if resume and saved:
                 stream.arrays = self._resume(stream, resume, saved)
             clock.start_time = max(clock.start_time, conversation.start_time)
-            self._slots[free[0]] = stream
-            self._opened.append(stream)
-            self.changed.notify_all()
+            self._take_slot(stream)
         return stream
+
+    def complete(
+        self,
+        turns: Sequence[DialogueTurn],
+        *,
+        max_tokens: int = 512,
+        sampling: TokenSampling | None = None,
+        memory: MemoryConfig | None = None,
+        bank_capacity: int | None = None,
+        text_capacity: int | None = None,
+    ) -> Stream:
+        """Answers a whole dialogue in a free slot, beside the live streams.
+
+        All its frames are seen, in chunks; if they are more than the bank has room for, memory is compacted
+        as in a live stream. Nothing can be pushed, and its events are those of `answer_offline`. `stop` ends
+        the answer.
+
+        Args:
+          turns: the last is the user's.
+          max_tokens: limit on the answer.
+          sampling: how its tokens are sampled; None for the engine's own.
+          memory, bank_capacity, text_capacity: as for `stream_config`; None for the engine's.
+
+        Raises:
+          Refused: no slot is free, or the scheduler is closed.
+          ConfigError: the engine has no room or no program for these limits.
+          SessionError: the dialogue does not fit, or is none that can be answered.
+        """
+        model = self.engine.model_config if isinstance(self.engine, Engine) else None
+        limits = stream_config(self.engine.config, memory, bank_capacity, text_capacity, model=model)
+        try:
+            parts = dialogue_parts(self.engine.tokenizer, turns, self.next_order())
+        except ValueError as error:
+            raise SessionError(str(error)) from error
+        if message := misfit(limits, *sizes(limits, parts)):
+            raise SessionError(message)
+        if max_tokens < 1:
+            raise SessionError(f"max_tokens must be at least 1, not {max_tokens}")
+        config = SessionConfig(clock=self.config.clock)
+        with self.changed:
+            completion = Completion(
+                self.engine.tokenizer, limits, config, self._free_slot(), parts=parts, max_tokens=max_tokens
+            )
+            stream = Stream(self, completion, Clock(is_realtime=config.clock == "realtime"))
+            stream.sampling = sampling
+            self._take_slot(stream)
+        return stream
+
+    def _free_slot(self) -> int:
+        """A slot for a new stream; under the lock.
+
+        Raises:
+          Refused: there is none, or the scheduler is closed.
+        """
+        if self._closing:
+            raise Refused("the scheduler is closed")
+        free = [slot for slot, stream in enumerate(self._slots) if stream is None]
+        if not free:
+            raise Refused(f"all {len(self._slots)} slots are taken; close a stream, or raise engine.slots")
+        return free[0]
+
+    def _take_slot(self, stream: Stream) -> None:
+        """Gives a stream its slot; under the lock."""
+        self._slots[stream.slot] = stream
+        self._opened.append(stream)
+        self.changed.notify_all()
 
     @property
     def free_slots(self) -> int:
@@ -441,6 +512,11 @@ class Scheduler:
         """Those that are open, by slot."""
         with self.changed:
             return [stream for stream in self._slots if stream]
+
+    def frame_arrived(self, at: float) -> None:
+        """Counts a frame of any stream into the mean interval between them."""
+        self._frame_interval += INTERVAL_WEIGHT * (at - self._last_frame - self._frame_interval)
+        self._last_frame = at
 
     def next_order(self) -> int:
         """Numbers what is pushed."""
@@ -576,7 +652,7 @@ class Scheduler:
         perception = None
         self.is_running, self._is_persistent, self._failure, self.state = True, persistent, None, None
         with self.changed:
-            self._used, self._rows, self._features, self._plans = set(), {}, {}, {}
+            self._used, self._rows, self._plans = set(), {}, {}
         if self.config.clock == "realtime" and self.engine.perception_device is not None:
             perception = threading.Thread(target=self._perceive, name="perception", daemon=True)
             perception.start()
@@ -615,7 +691,7 @@ class Scheduler:
             if before:
                 tokens = before.wait()
                 if in_flight:
-                    in_flight.begun = max(in_flight.begun, time.monotonic())
+                    in_flight.begun = max(in_flight.begun, monotonic())
                 yield from self._on_tokens(before, tokens)
                 with self.changed:
                     # Whether the model is talking decides which thread encodes the waiting frames.
@@ -653,7 +729,6 @@ class Scheduler:
         with self.changed:
             stream.conversation.ended = True
             self._rows.pop(stream, None)
-            self._features.pop(stream, None)
             self._plans.pop(stream, None)
             if stream in self._opened:
                 self._opened.remove(stream)
@@ -691,7 +766,7 @@ class Scheduler:
         with self.changed:
             # One pass under the lock decides for every stream, so a push is either in it or wakes the wait.
             while True:
-                begun = time.monotonic()
+                begun = monotonic()
                 if self._failure:
                     raise self._failure
                 if self._opened:
@@ -708,16 +783,17 @@ class Scheduler:
                     return Moves(plans=dict.fromkeys(step.plans, Plan()))
                 time_left = step.time_left() if step else None
                 may_continue = time_left is None or time_left <= 0
+                frames, frames_wait = self._due_frames(live)
+                if frames:
+                    return Moves(encode=frames)
                 # With several streams, a step takes all that has arrived until it is due.
                 if may_continue or len(live) == 1:
-                    if frames := self._due_frames(live):
-                        return Moves(encode=frames)
                     plans = self._make_plans(live, step, may_continue=may_continue)
                     if plans or self._rows or (step and may_continue):
                         plans = plans or dict.fromkeys(step.plans if step else (), Plan())
                         return Moves(plans=plans, begun=begun)
                 deadlines = [stream.conversation.deadline(stream.clock.now()) for stream in live]
-                waits = [wait for wait in (time_left, *deadlines) if wait is not None]
+                waits = [wait for wait in (time_left, frames_wait, *deadlines) if wait is not None]
                 self.changed.wait(max(0.0, min(waits)) if waits else None)
 
     def _make_plans(
@@ -753,46 +829,34 @@ class Scheduler:
         if fresh:
             self._encode(fresh)
         for stream, plan in plans.items():
-            features, index = features_of(plan.seen) if plan.seen else (None, iter(()))
-            frames = [None if frame.unseen else next(index) for frame in plan.frames]
-            self._withdraw_alike(stream, plan, frames, features)
+            frames = [None if frame.unseen else frame.encoded for frame in plan.frames]
+            self._withdraw_alike(stream, plan, frames)
             self._rows[stream] = Row(plan.tokens, frames, plan.new_turn, plan.compact, plan.kept)
-            self._features[stream], self._plans[stream] = features, plan
+            self._plans[stream] = plan
 
-    def _next_rows(self) -> dict[Stream, Row]:
+    def _next_rows(self) -> dict[Stream, Row[Encoded]]:
         """Rows of the next step, those first that have waited longest; what is left of them stays."""
         if not self._rows:
             return {}
-        chosen, features = {}, None
-        for stream, row in self._rows.items():
-            if row.frames:
-                # The frames of a step are of one encoded batch.
-                if features is not None and self._features[stream] is not features:
-                    continue
-                features = self._features[stream]
-            chosen[stream] = row
         # An engine cuts rows itself where they are given whole, but then nobody else gets a token meanwhile.
         if self.config.clock == "lockstep" or len(self._slots) == 1 or not isinstance(self.engine, Engine):
-            now, later = chosen, {}
+            now, later = self._rows, {}
         else:
-            by_slot = {stream.slot: stream for stream in chosen}
-            rows = {stream.slot: row for stream, row in chosen.items()}
+            by_slot = {stream.slot: stream for stream in self._rows}
+            rows = {stream.slot: row for stream, row in self._rows.items()}
             image = self.engine.tokenizer.special.image
             parts = first_step(rows, len(self._slots), image)
             now, later = ({by_slot[slot]: row for slot, row in part.items()} for part in parts)
-        deferred = {stream: row for stream, row in self._rows.items() if stream not in chosen}
-        self._rows = {**deferred, **later}
+        self._rows = later
         return now
 
     def _dispatch(
-        self, state: Any, rows: Mapping[Stream, Row], timer: DispatchTimer, started: float
+        self, state: Any, rows: Mapping[Stream, Row[Encoded]], timer: DispatchTimer, started: float
     ) -> tuple[Any, StepInFlight]:
         """Dispatches one step."""
-        by_slot: list[Row | None] = [None] * len(self._slots)
-        features = None
-        for stream, row in rows.items():
-            by_slot[stream.slot] = row
-            features = self._features[stream] if row.frames else features
+        batches, indexed = features_of({stream.slot: row for stream, row in rows.items()})
+        features = batches[0] if len(batches) == 1 else batches or None
+        by_slot = [indexed.get(slot) for slot in range(len(self._slots))]
         state, sampled = self.engine.step(state, by_slot, features)
         self._has_encoded = False
         # A row that goes on has no sample yet.
@@ -811,27 +875,36 @@ class Scheduler:
             self.config.clock == "realtime" and len(self._slots) > 1 and self.engine.perception_device is None
         )
 
-    def _due_frames(self, live: list[Stream]) -> list[Inbound]:
+    def _due_frames(self, live: list[Stream]) -> tuple[list[Inbound], float | None]:
         """Waiting frames to encode now, in one batch; none if text would be held up for too long.
 
-        The streams take turns, and the oldest frame comes first.
+        The streams take turns, and the oldest frame comes first. While a stream talks, frames wait a little
+        until the batch is full, if they come so fast that others can be expected: batches take less time.
+
+        Returns:
+          The batch, and seconds until a smaller one is due; None if none waits for that.
         """
         if not self._shares_encoder:
-            return []
+            return [], None
         talking = any(stream.conversation.speaking for stream in live)
         if talking and self._has_encoded:
-            return []
+            return [], None
         turns = [
             (turn, frame.order, frame)
             for stream in live
             for turn, frame in enumerate(sorted(stream.conversation.unclaimed_frames()))
         ]
         waiting = [frame for _, _, frame in sorted(turns, key=lambda entry: entry[:2])]
-        most = self._batch_limit(self.config.max_stall_ms / 1e3 if talking else math.inf)
+        stall = self.config.max_stall_ms / 1e3
+        most = self._batch_limit(stall if talking else math.inf)
         batch = [frame for frame in waiting if frame.shape == waiting[0].shape][:most]
+        if talking and batch and len(batch) < most and self._frame_interval < stall:
+            wait = batch[0].arrived + PATIENCE * stall - monotonic()
+            if wait > 0:
+                return [], wait
         for frame in batch:
             frame.claimed = True
-        return batch
+        return batch, None
 
     def _batch_limit(self, seconds: float) -> int:
         """Frames of the largest batch that is encoded in this time; at least 1."""
@@ -848,7 +921,7 @@ class Scheduler:
             for index, frame in enumerate(frames):
                 frame.encoded = Encoded(features, index)
 
-    def _withdraw_alike(self, stream: Stream, plan: Plan, frames: list[int | None], features: Any) -> None:
+    def _withdraw_alike(self, stream: Stream, plan: Plan, frames: list[Encoded | None]) -> None:
         """Sets to None the frames of a row whose features are like those of the frame remembered before.
 
         The host waits for the features, and for the step in flight before them.
@@ -856,15 +929,17 @@ class Scheduler:
         threshold = _min_distance(stream)
         if threshold is None:
             return
-        for place, index in enumerate(frames):
-            if index is None:
+        for place, now in enumerate(frames):
+            if now is None:
                 continue
             before = stream.remembered
-            if before and self.engine.distance(before.features, before.index, features, index) < threshold:
+            if before and (
+                self.engine.distance(before.features, before.index, now.features, now.index) < threshold
+            ):
                 stream.conversation.withdraw(plan, plan.frames[place])
                 frames[place] = None
             else:
-                stream.remembered = Encoded(features, index)
+                stream.remembered = now
 
     def _perceives_apart(self) -> bool:
         """Whether frames wait in the inbox while the perception thread has them encoded on another device.
@@ -907,15 +982,6 @@ class Scheduler:
                     return batch
                 self.changed.wait()
             return []
-
-
-def features_of(frames: list[Inbound]) -> tuple[Float[Array, "P N D"], Iterator[int]]:
-    """Features of encoded frames, and the index of each."""
-    encoded = [frame.encoded for frame in frames if frame.encoded is not None]
-    batches = list({id(e.features): e.features for e in encoded}.values())
-    begin = dict(zip(map(id, batches), itertools.accumulate([0, *map(len, batches)]), strict=False))
-    index = [begin[id(e.features)] + e.index for e in encoded]
-    return batches[0] if len(batches) == 1 else jnp.concatenate(batches), iter(index)
 
 
 def saving_engine(engine: EngineLike) -> Engine:

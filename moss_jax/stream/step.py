@@ -20,7 +20,7 @@ from moss_jax.memory import NO_POSITION, StreamState, init_state, keep_tokens, l
 from moss_jax.memory.policies import Compact
 from moss_jax.nn.decoder import Decoder, Rows
 from moss_jax.ops.qarray import DTYPES
-from moss_jax.stream.rows import PENDING, StepArguments
+from moss_jax.stream.rows import PENDING, Shape, StepArguments, unpack
 from moss_jax.stream.sampling import SamplingKind, SlotSampling, sample
 from moss_jax.text import SpecialTokens
 
@@ -143,6 +143,18 @@ def step(decoder: Decoder, rules: SamplingRules, state: EngineState, arguments: 
     return dataclasses.replace(state, stream=stream, logits=logits, said=said)
 
 
+def packed_step(
+    decoder: Decoder,
+    rules: SamplingRules,
+    state: EngineState,
+    packed: Int[Array, " n"],
+    features: Float[Array, "R F N D"] | None,
+    shape: Shape,
+) -> EngineState:
+    """A `step` whose arguments come as one array; see `rows.pack`."""
+    return step(decoder, rules, state, unpack(packed, features, shape, len(state.pending)))
+
+
 def sample_pending(
     special: SpecialTokens,
     kind: SamplingKind,
@@ -152,13 +164,14 @@ def sample_pending(
     said: Bool[Array, "B V"],
     sampling: SlotSampling,
     positions: Int[Array, " B"],
-    takes: Bool[Array, " B"],
+    packed: Int[Array, " n"],
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """Samples the next token of the slots that take part, after a `step`.
 
     Args:
       kind: at least that of every slot that takes part.
       positions: of the tokens to sample.
+      packed: arguments of the step.
 
     Returns:
       The pending tokens of all slots, twice: for the next step, and for the host.
@@ -168,7 +181,7 @@ def sample_pending(
     sampled = jnp.where(sampled == special.eot, special.silence, sampled)
     # Said by the token itself, so that the host reads no other array.
     sampled = jnp.where(jnp.isfinite(logits).all(axis=-1), sampled, NOT_FINITE)
-    pending = jnp.where(takes, sampled, pending)
+    pending = jnp.where(packed[: len(pending)] > 0, sampled, pending)
     return pending, jnp.copy(pending)
 
 

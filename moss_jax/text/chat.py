@@ -4,6 +4,7 @@ A turn is `<|start_header_id|>ROLE<|end_header_id|>\n\nCONTENT<|eot_id|>`, and `
 sequence. The assistant's turn is left open: frames and generated tokens follow its header.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from moss_jax.text.tokenizer import Tokenizer
@@ -71,14 +72,42 @@ def offline_opening(tokenizer: Tokenizer, *, system: str | None, num_frames: int
     ]
 
 
+def content(tokenizer: Tokenizer, role: Role, parts: Sequence[str | None]) -> list[int]:
+    """Returns the tokens of a turn's content, between its header and its end.
+
+    White space around it is left out, as well as that behind leading frames.
+
+    Args:
+      parts: texts, and None for each frame, in their order; in a system prompt, `<|silence|>` is the control
+        token.
+
+    Raises:
+      TokenizerError: a text is not valid Unicode.
+    """
+    texts = list(parts)
+    for index, part in enumerate(texts):
+        if part is not None:
+            texts[index] = part = part.lstrip()
+            if part:
+                break
+    for index in reversed(range(len(texts))):
+        if (part := texts[index]) is None:
+            break
+        texts[index] = part = part.rstrip()
+        if part:
+            break
+    marked = MARKERS["system"] if role == "system" else ()
+    tokens = []
+    for part in texts:
+        tokens += [tokenizer.special.image] if part is None else tokenizer.encode_marked(part, marked)
+    return tokens
+
+
 def _system_turn(tokenizer: Tokenizer, system: str | None) -> list[int]:
-    text = (system or "").strip()
-    if not text:
-        return []
-    content = tokenizer.encode_marked(text, MARKERS["system"])
-    return [*header(tokenizer, "system"), *content, tokenizer.special.eot]
+    tokens = content(tokenizer, "system", [system or ""])
+    return [*header(tokenizer, "system"), *tokens, tokenizer.special.eot] if tokens else []
 
 
 def _user_turn(tokenizer: Tokenizer, prompt: str, *, num_frames: int = 0) -> list[int]:
-    frames = [tokenizer.special.image] * num_frames
-    return [*header(tokenizer, "user"), *frames, *tokenizer.encode(prompt.strip()), tokenizer.special.eot]
+    tokens = content(tokenizer, "user", [None] * num_frames + [prompt])
+    return [*header(tokenizer, "user"), *tokens, tokenizer.special.eot]

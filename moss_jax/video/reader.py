@@ -104,13 +104,16 @@ def frame_spans(path: str | os.PathLike) -> list[Span]:
     return scan(path)[1]
 
 
-def scan(path: str | os.PathLike) -> tuple[VideoInfo, list[Span]]:
+def scan(path: str | os.PathLike, *, max_pixels: int | None = None) -> tuple[VideoInfo, list[Span]]:
     """Returns what `probe` and `frame_spans` do.
+
+    Args:
+      max_pixels: of a frame; the decoder refuses larger ones before it takes memory for them.
 
     Raises:
       VideoError: as `check` does.
     """
-    first, is_image = _first_frame(path)
+    first, is_image = _first_frame(path, max_pixels)
     height, width, _ = first.rgb.shape
     if is_image:
         return VideoInfo(width, height, 0.0, None, True), [Span(0.0, None)]
@@ -130,21 +133,26 @@ def check(path: str | os.PathLike) -> None:
     _first_frame(path)
 
 
-def _first_frame(path: str | os.PathLike) -> tuple[DecodedFrame, bool]:
+def _first_frame(path: str | os.PathLike, max_pixels: int | None = None) -> tuple[DecodedFrame, bool]:
     """Checks a file; returns its first frame, and whether that is all of it: a still image."""
     check_file(path)
     if missing := missing_part(path):
         raise VideoError(f"{path} {missing}; copy or download it again")
     if still := _still(path):
         return still, True
-    with _open(path) as (container, stream):
+    with _open(path, max_pixels) as (container, stream):
         for _, (picture, _) in _decoded(container, stream):
             if picture:
                 return DecodedFrame(picture, 0.0, pixel_aspect=_pixel_aspect(stream)), _is_image(container)
     raise damaged(path)
 
 
-def read(path: str | os.PathLike, on_skip: Callable[[float], None] | None = None) -> Iterator[DecodedFrame]:
+def read(
+    path: str | os.PathLike,
+    on_skip: Callable[[float], None] | None = None,
+    *,
+    max_pixels: int | None = None,
+) -> Iterator[DecodedFrame]:
     """Decodes a file frame by frame, in presentation order, starting at time 0.
 
     The file is open from the first `next` until the iterator is exhausted, closed or dropped. The times are
@@ -153,6 +161,7 @@ def read(path: str | os.PathLike, on_skip: Callable[[float], None] | None = None
 
     Args:
       on_skip: called with the time of each frame that is skipped, before the next frame is yielded.
+      max_pixels: of a frame, as for `scan`.
 
     Raises:
       VideoError: as `check` does; of a truncated file, or one of which most cannot be decoded, after its
@@ -165,7 +174,7 @@ def read(path: str | os.PathLike, on_skip: Callable[[float], None] | None = None
             raise VideoError(f"{path} {missing}; copy or download it again")
         yield still
         return
-    with _open(path) as (container, stream):
+    with _open(path, max_pixels) as (container, stream):
         aspect, is_image = _pixel_aspect(stream), _is_image(container)
         decoded = _decoded(container, stream)
         newest: DecodedFrame | None = None
@@ -203,7 +212,9 @@ def read(path: str | os.PathLike, on_skip: Callable[[float], None] | None = None
 
 
 @contextmanager
-def _open(path: str | os.PathLike) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+def _open(
+    path: str | os.PathLike, max_pixels: int | None = None
+) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     """Opens a file and finds its video stream; libav errors inside the context become VideoErrors."""
     # "file:" and "none" keep names like "a:b.mp4" and "%d.jpg" from being read as protocols and patterns.
     try:
@@ -216,6 +227,10 @@ def _open(path: str | os.PathLike) -> Iterator[tuple[InputContainer, av.VideoStr
         raise VideoError(f"{path} is neither a video nor an image in a known format") from error
     with container:
         stream = _video_stream(path, container)
+        if max_pixels is not None:
+            # Also of a frame that is larger than the file says.
+            options = stream.codec_context.options or {}
+            stream.codec_context.options = {**options, "max_pixels": str(max_pixels)}
         try:
             yield container, stream
         except FFmpegError as error:

@@ -71,13 +71,18 @@ def sample_clip(path: str | os.PathLike, sampling: FrameSampling) -> list[Frame]
     return list(sample_at(path, clip_times(path, sampling)))
 
 
-def clip_times(path: str | os.PathLike, sampling: FrameSampling) -> list[float]:
+def clip_times(
+    path: str | os.PathLike, sampling: FrameSampling, *, max_pixels: int | None = None
+) -> list[float]:
     """Returns the times of the frames of `sample_clip`, from the packets; decodes only the first frame.
+
+    Args:
+      max_pixels: of a frame; the decoder refuses larger ones before it takes memory for them.
 
     Raises:
       VideoError: the file cannot be read; see `probe`.
     """
-    info, spans = scan(path)
+    info, spans = scan(path, max_pixels=max_pixels)
     if info.is_image:
         return [0.0]
     most = sampling.max_frames
@@ -91,7 +96,12 @@ def clip_times(path: str | os.PathLike, sampling: FrameSampling) -> list[float]:
 
 
 def sample_at(
-    path: str | os.PathLike, times: Sequence[float], on_skip: Callable[[float], None] | None = None
+    path: str | os.PathLike,
+    times: Sequence[float],
+    on_skip: Callable[[float], None] | None = None,
+    *,
+    on_frame: Callable[[], None] | None = None,
+    max_pixels: int | None = None,
 ) -> Iterator[Frame]:
     """Yields the frame of a file that is shown at each of the given times; after its end, the last frame.
 
@@ -100,6 +110,8 @@ def sample_at(
       times: in seconds, nonnegative and ascending. Nothing is read beyond the last.
       on_skip: called with the time of each frame that cannot be decoded; see `read`. With it, the file is
         read to its end.
+      on_frame: called whenever a frame has been decoded; what it raises ends the reading.
+      max_pixels: of a frame, as for `clip_times`.
 
     Raises:
       VideoError: the file cannot be read; see `read`.
@@ -109,9 +121,11 @@ def sample_at(
     def note(frame: DecodedFrame) -> DecodedFrame:
         nonlocal newest
         newest = frame
+        if on_frame:
+            on_frame()
         return frame
 
-    decoded = map(note, read(path, on_skip))
+    decoded = map(note, read(path, on_skip, max_pixels=max_pixels))
     for time, frame in _pick(decoded, times):
         yield Frame(_checked(frame.rgb), time)
         count += 1

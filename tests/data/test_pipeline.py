@@ -84,7 +84,9 @@ def test_an_error_is_raised_at_its_step(workers):
 
 def test_workers_run_on_cpu_and_ignore_signals():
     batches = iterate(Inside(), start=0, workers=2, read_ahead=1)
-    inside = [next(batches).dropped for _ in range(4)]
+    inside = [next(batches).dropped for _ in range(8)]
+    # Each makes four successive batches, as many as it prefetches.
+    assert all(len({pid for pid, _ in run}) == 1 for run in (inside[:4], inside[4:]))
     pids = {int(pid) for pid, _ in inside}
     assert len(pids) == 2
     assert os.getpid() not in pids

@@ -78,7 +78,6 @@ class Contract:
 
     Attributes:
       plain: implementations in plain JAX.
-      by_name: implementations that are chosen by their name alone.
       rows: fields of the arguments that have one entry a row, on their first axes.
       keeps_float32: implementations that don't round results to the dtype of the stream between two steps.
       supports_vjp: kernels that do.
@@ -90,7 +89,6 @@ class Contract:
 
     op: Op
     plain: Sequence[str | None] = (None, *PLAIN)
-    by_name: Sequence[str] = ()
     rows: Sequence[str] = ("x",)
     keeps_float32: Sequence[str] = ()
     supports_vjp: Sequence[str] = ()
@@ -206,8 +204,7 @@ class Contract:
         for case in self.real:
             a = self.abstract(**case.sizes)
             assert [self.op.choose(a, platform=p) for p in ("cpu", "tpu")] == ["xla", "xla"]
-            chosen = None if case.kernel in self.by_name else case.kernel
-            assert self.op.choose(a, platform="gpu") == (chosen or "xla"), case.name
+            assert self.op.choose(a, platform="gpu") == (case.kernel or "xla"), case.name
             calls += [(case.kernel, a)] * (case.kernel not in self.plain)
         for kernel, sizes, reason in self.unsupported:
             message = f"{self.op.name} implementation {kernel!r} cannot be used: {reason}"

@@ -1,19 +1,31 @@
-"""Images and data URLs of clients: every form that is taken, and every bomb that is not."""
+"""Images, videos and data URLs of clients: every form that is taken, and every bomb that is not."""
 
 import base64
 import contextlib
+import dataclasses
 import io
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from moss_jax.serving.media import MediaError, MediaLimits, decode_image, parse_data_url
+from moss_jax.config import FrameSampling
+from moss_jax.serving.media import (
+    MediaError,
+    MediaLimits,
+    decode_clip,
+    decode_image,
+    is_image,
+    parse_data_url,
+)
+from moss_jax.video import Frame, fit_frames, read, sample_clip
 
 LIMITS = MediaLimits(max_bytes=2**20, max_pixels=2**20, max_side=2048)
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -216,6 +228,117 @@ def test_text_that_unpacks_to_much_is_refused():
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 2**26, 9))
     with pytest.raises(MediaError):
         decode(png(2, 1, b"\0" * 7, extra=text))
+
+
+# --------------------------------------------------------------------------------------- videos
+
+
+DEMO = Path(__file__).parents[2] / "assets" / "demo.mp4"
+SAMPLING = FrameSampling(fps=1.0)
+
+
+def encode(path: Path, sizes: list[tuple[int, int]], **options) -> Path:
+    """A video of one grey frame a second, each of its own size."""
+    with av.open(str(path), "w", **options) as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width, stream.height, stream.pix_fmt = *sizes[0], "yuv420p"
+        for number, (width, height) in enumerate(sizes):
+            grey = np.full((height, width, 3), 20 * number % 256, np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey)
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def clip(path: Path, **limits) -> list[Frame]:
+    return decode_clip(path, SAMPLING, 28, limits=dataclasses.replace(LIMITS, **limits))
+
+
+def test_a_clip_is_sampled_and_fitted():
+    frames = clip(DEMO)
+    expected = list(fit_frames(sample_clip(DEMO, SAMPLING), 28))
+    assert [frame.time for frame in frames] == [frame.time for frame in expected]
+    for frame, same in zip(frames, expected, strict=True):
+        np.testing.assert_array_equal(frame.rgb, same.rgb)
+    bounded = decode_clip(DEMO, dataclasses.replace(SAMPLING, max_frames=3), 28, limits=LIMITS)
+    assert len(bounded) == 3
+
+
+def test_a_video_beyond_the_limits_is_refused(tmp_path):
+    video = encode(tmp_path / "large.mp4", [(640, 480)] * 5)
+    assert len(clip(video)) == 5
+    with pytest.raises(MediaError, match="640 x 480 pixels; 300000 are allowed"):
+        clip(video, max_pixels=300_000)
+    with pytest.raises(MediaError, match="640 x 480"):
+        clip(video, max_side=600)
+    with pytest.raises(MediaError, match="longer than 3 s"):
+        clip(video, max_seconds=3.0)
+    with pytest.raises(MediaError, match="takes longer"):
+        clip(video, decode_seconds=0.0)
+
+
+def test_the_decoder_refuses_frames_that_are_larger_than_the_header_says(tmp_path):
+    """A stream in which another with larger frames begins."""
+    small = encode(tmp_path / "small.m4v", [(64, 48)] * 4, format="m4v").read_bytes()
+    large = encode(tmp_path / "large.m4v", [(640, 480)] * 4, format="m4v").read_bytes()
+    path = tmp_path / "both.m4v"
+    path.write_bytes(small + large)
+    seen = [frame.rgb.shape for frame in read(path)]
+    assert (480, 640, 3) in seen
+    seen = {frame.rgb.shape for frame in read(path, max_pixels=100_000)}
+    assert seen == {(48, 64, 3)}
+
+
+def test_decoding_can_be_ended(tmp_path):
+    video = encode(tmp_path / "video.mp4", [(64, 48)] * 30)
+    calls = []
+
+    def on_frame():
+        calls.append(1)
+        if len(calls) == 40:
+            raise MediaError("enough")
+
+    with pytest.raises(MediaError, match="enough"):
+        decode_clip(video, SAMPLING, 28, limits=LIMITS, on_frame=on_frame)
+    assert len(calls) == 40
+
+
+def test_a_playlist_opens_no_other_file(tmp_path):
+    """libav would read what playlists name."""
+    encode(tmp_path / "secret.ts", [(64, 48)] * 5, format="mpegts")
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nsecret.ts\n#EXT-X-ENDLIST\n"
+    concat = f"ffconcat version 1.0\nfile {tmp_path / 'secret.ts'}\n"
+    for name, content in (("a.m3u8", playlist), ("a.mp4", playlist), ("a.ffconcat", concat)):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(MediaError, match="unknown format"):
+            clip(tmp_path / name)
+    assert len(clip(tmp_path / "secret.ts")) == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\0" * 5000, b"\x1aE\xdf\xa3" + b"\0" * 100])
+def test_what_is_no_video_is_refused_without_its_name(tmp_path, content):
+    path = tmp_path / "name-of-the-file"
+    path.write_bytes(content)
+    with pytest.raises(MediaError) as refused:
+        clip(path)
+    assert "name-of-the-file" not in str(refused.value)
+
+
+def test_a_truncated_video_is_refused(tmp_path):
+    content = DEMO.read_bytes()
+    path = tmp_path / "part.mp4"
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(MediaError, match="damaged, incomplete"):
+        clip(path)
+
+
+def test_pictures_are_told_by_their_head():
+    for kind in ("JPEG", "PNG", "WEBP"):
+        assert is_image(saved(halves(), kind)[:16])
+    assert not is_image(DEMO.read_bytes()[:16])
+    assert not is_image(saved(halves(), "GIF")[:16])
+    assert not is_image(b"RIFF\0\0\0\0AVI ")
 
 
 # ------------------------------------------------------------------------------------- data URLs

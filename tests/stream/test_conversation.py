@@ -5,7 +5,8 @@ import pytest
 
 from moss_jax.config import EngineConfig, MemoryConfig, SessionConfig
 from moss_jax.stream import PENDING, FrameSeen, Interrupted, Silence, Text
-from moss_jax.stream.conversation import Conversation, Encoded, Inbound, Plan
+from moss_jax.stream.conversation import Conversation, Inbound, Plan
+from moss_jax.stream.rows import Encoded
 
 SILENCE, IMAGE = 1021, 1024
 OPENING = [1015, 5, 6]

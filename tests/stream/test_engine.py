@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from moss_jax.config import ConfigError, EngineConfig, TokenSampling
+from moss_jax.config import ConfigError, EngineConfig, TokenSampling, moss_tiny
 from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.stream.engine import gather, pick_frame
 from moss_jax.stream.perception import ENCODE_BUCKETS
-from moss_jax.stream.rows import DECODE, FRAME_BUCKETS, TOKEN_BUCKETS, empty_arguments
+from moss_jax.stream.rows import DECODE, FRAME_BUCKETS, TOKEN_BUCKETS, empty_arguments, pack
 from moss_jax.stream.sampling import SamplingKind
 from moss_jax.text import Tokenizer
 
@@ -193,15 +193,15 @@ def test_the_state_is_donated(make_engine):
 @pytest.mark.parametrize("slots", [1, 3])
 def test_a_token_takes_no_loop_and_no_branch(make_engine, slots):
     engine = make_engine(slots=slots)
-    state, (arguments, _) = engine.start(), empty_arguments(DECODE, slots)
-    step = engine.programs["step"].lower(engine.parameters, engine.rules, state, arguments)
+    state, packed = engine.start(), pack(empty_arguments(DECODE, slots)[0], slots)
+    step = engine.programs["step"].lower(engine.parameters, engine.rules, state, packed, None, DECODE)
     sampling = state.pending, engine.rules, state.logits, state.said, state.sampling
     positions = state.stream.text.position
-    greedy = engine.programs["sample.greedy"].lower(*sampling, positions, arguments.takes)
+    greedy = engine.programs["sample.greedy"].lower(*sampling, positions, packed)
     for program in (step, greedy):
         # A GPU would have the host wait for what a loop or a branch depends on.
         assert not re.search(r"stablehlo\.(while|case|if)\b", program.as_text())
-    filtered = engine.programs["sample.filtered"].lower(*sampling, positions, arguments.takes)
+    filtered = engine.programs["sample.filtered"].lower(*sampling, positions, packed)
     assert "stablehlo.while" in filtered.as_text()
 
 
@@ -340,3 +340,14 @@ def test_no_two_arrays_of_a_state_share_a_buffer(make_engine):
     leaves = jax.tree.leaves(make_engine(slots=32, text_capacity=8, bank_capacity=1).start())
     pointers = [x.unsafe_buffer_pointer() for x in leaves if x.nbytes > 64]
     assert len(pointers) == len(set(pointers))
+
+
+@pytest.mark.gpu
+def test_no_step_copies_a_cache(random_model, tokenizer):
+    """Of no shape: the decode rows and the chunks of a step both append to each layer's cache."""
+    model = random_model(moss_tiny(), dtype="bfloat16")
+    engine = Engine(model, tokenizer, EngineConfig(8, text_capacity=8192, bank_capacity=128))
+    shape = str(engine.start().stream.text.keys[0].shape).replace(" ", "")
+    cache = re.compile(rf"bf16\[{re.escape(shape[1:-1])}\]\S* copy(-start)?\(")
+    for program in engine._lower():
+        assert not cache.search(program.compile().as_text())

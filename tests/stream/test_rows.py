@@ -1,5 +1,7 @@
 """Planning of rows: how they are cut, and packed into the steps that there are programs for."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,14 +11,50 @@ from moss_jax.stream import PENDING, Row
 from moss_jax.stream.rows import (
     FRAME_BUCKETS,
     TOKEN_BUCKETS,
+    Encoded,
     Shape,
+    features_of,
     first_step,
+    pack,
     shapes,
     split_row,
     step_arguments,
+    unpack,
 )
 
 IMAGE = 1024
+
+
+def test_frames_of_several_batches_index_their_concatenation():
+    batches = [np.full((count, 1, 1), 10.0 * count) + np.arange(count)[:, None, None] for count in (2, 3)]
+    first, second = batches
+    row = Row([IMAGE, 7, IMAGE, IMAGE], [Encoded(first, 1), None, Encoded(second, 2)])
+    rows = {4: row, 1: Row([PENDING]), 2: Row([IMAGE], [Encoded(first, 0)])}
+    found, indexed = features_of(rows)
+    features = np.concatenate(found)[:, 0, 0]
+    shown = {slot: [None if i is None else features[i] for i in r.frames] for slot, r in indexed.items()}
+    assert shown == {4: [21.0, None, 32.0], 1: [], 2: [20.0]}
+    assert features_of({1: Row([PENDING])})[0] == []
+
+
+@pytest.mark.parametrize("slots", [1, 5])
+def test_arguments_are_packed_into_one_array_as_long_for_any_shape(slots):
+    rows = [Row([PENDING]), Row([PENDING, IMAGE, 7], [0], new_turn=True), Row(range(40))]
+    packed = []
+    for row in rows:
+        arguments, index = step_arguments({slots - 1: row}, slots, IMAGE)
+        packed.append(pack(arguments, slots))
+        features = None if index is None else np.ones((*index.shape, 1, 1), np.float32)
+        found = unpack(jnp.asarray(packed[-1]), features, arguments.shape, slots)
+        assert found.frames is None or found.frames.features is features
+        assert packed[-1][:slots].tolist() == arguments.takes.tolist() == [0] * (slots - 1) + [1]
+        given = [arguments.decode, arguments.chunks, arguments.speaks, arguments.new_turn, arguments.last]
+        read = [found.decode, found.chunks, found.speaks, found.new_turn, found.last]
+        assert jax.tree.structure(given) == jax.tree.structure(read)
+        for x, y in zip(jax.tree.leaves(given), jax.tree.leaves(read), strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+    assert len({len(x) for x in packed}) == 1
 
 
 @pytest.mark.parametrize("framed", [0.0, 0.1, 0.9, 1.0])

@@ -479,7 +479,8 @@ def test_the_file_is_as_any_safetensors_file(saved):
     _, path = saved
     stream = read_stream(path)
     with safe_open(path, framework="numpy") as file:
-        assert set(file.keys()) == {*stream.arrays, *(f"inbox.{i}" for i in range(len(stream.frames)))}
+        inbox = (f"inbox.{i}" for i in range(len(stream.frames)))
+        assert set(file.keys()) == {*stream.arrays, *inbox, *(f"compared.{name}" for name in stream.compared)}
         assert json.loads(file.metadata()["dialogue"]) == stream.dialogue
         for name, x in stream.arrays.items():
             np.testing.assert_array_equal(file.get_tensor(name), x)
@@ -657,6 +658,8 @@ def test_nothing_of_a_dialogue_is_forgotten(tokenizer):
     passing |= {"finished_at", "end_reason", "wall", "passed", "has_failed"}
     # Of the wall clock, which goes on.
     passing |= {"next_token", "next_frame", "speed"}
+    # With the arrays: see `Moments.save`.
+    passing |= {"moments"}
     kept = {"detokenizer": "incomplete", "contents": "kinds"}
     names = {name.lstrip("_") for name in vars(conversation)} - passing
     assert {kept.get(name, name) for name in names} <= set(conversation.save(0.0)[0])

@@ -24,8 +24,6 @@ from moss_jax.stream import (
     Text,
     Turn,
 )
-from moss_jax.stream.conversation import Encoded, Inbound
-from moss_jax.stream.scheduler import features_of
 from moss_jax.text import chat
 
 SILENCE, EOT, IMAGE = 1021, 1020, 1024
@@ -430,18 +428,6 @@ def test_a_frame_without_a_time_was_taken_now(scripted):
     watcher.join(60)
     (seen,) = [e for e in watcher.events if isinstance(e, FrameSeen)]
     assert 0 < before <= seen.time <= after
-
-
-def test_features_of_frames_come_from_their_batches():
-    batches = [jnp.full((count, 1, 1), 10.0 * count) + jnp.arange(count)[:, None, None] for count in (2, 3)]
-    frames = [
-        Inbound(0.0, 1, order, rgb=numbered(1)[0], encoded=Encoded(batches[batch], index))
-        for order, (batch, index) in enumerate([(0, 1), (1, 2), (0, 0), (1, 0)])
-    ]
-    features, index = features_of(frames)
-    assert [float(features[next(index), 0, 0]) for _ in frames] == [21.0, 32.0, 20.0, 30.0]
-    features, _ = features_of([frames[1], frames[3]])
-    assert features is batches[1]
 
 
 def test_a_failing_step_ends_the_session(scripted):

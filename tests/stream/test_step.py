@@ -9,9 +9,9 @@ import pytest
 
 from moss_jax.config import EngineConfig, TokenSampling
 from moss_jax.stream import NOT_FINITE, PENDING, Row
-from moss_jax.stream.rows import step_arguments
+from moss_jax.stream.rows import pack, step_arguments
 from moss_jax.stream.sampling import SamplingKind
-from moss_jax.stream.step import SamplingRules, sample_pending, start, step
+from moss_jax.stream.step import SamplingRules, packed_step, sample_pending, start
 
 SLOTS = 3
 
@@ -41,11 +41,10 @@ def stepped(tokenizer, logits, state, rows, allowed=None):
     allowed = jnp.ones(vocab, bool) if allowed is None else allowed
     rules = SamplingRules(allowed, jnp.zeros(vocab, bool))
     arguments, index = step_arguments(rows, SLOTS, tokenizer.special.image)
-    if arguments.frames is not None:
-        frames = dataclasses.replace(arguments.frames, features=jnp.zeros((*index.shape, 1, 1)))
-        arguments = dataclasses.replace(arguments, frames=frames)
-    state = step(GivenLogits(jnp.asarray(logits, jnp.float32)), rules, state, arguments)
-    own = rules, state.logits, state.said, settings, state.stream.text.position, arguments.takes
+    features = None if index is None else jnp.zeros((*index.shape, 1, 1))
+    packed, decoder = pack(arguments, SLOTS), GivenLogits(jnp.asarray(logits, jnp.float32))
+    state = packed_step(decoder, rules, state, packed, features, arguments.shape)
+    own = rules, state.logits, state.said, settings, state.stream.text.position, packed
     pending, tokens = sample_pending(tokenizer.special, SamplingKind.FILTERED, state.pending, *own)
     assert pending.tolist() == tokens.tolist()
     return dataclasses.replace(state, pending=pending)

@@ -1,10 +1,12 @@
 """The chat template."""
 
+import functools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moss_jax.text import SYSTEM_PROMPT, Tokenizer, header, interjection, offline_opening, opening
+from moss_jax.text import SYSTEM_PROMPT, Tokenizer, chat, header, interjection, offline_opening, opening
 
 TINY = Tokenizer.moss_tiny()
 ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -84,3 +86,19 @@ def test_a_system_prompt_adds_no_control_token_but_silence(text):
 @given(st.text().map(str.strip))
 def test_the_header_never_merges_with_the_content(content):
     assert TINY.encode("\n\n" + content) == header(TINY, "user")[-1:] + TINY.encode(content)
+
+
+def test_content_has_frames_at_their_places():
+    """White space around it goes, and that behind leading frames."""
+    image, encode = TINY.special.image, TINY.encode
+    content = functools.partial(chat.content, TINY, "user")
+    assert content([None, "\n", None, " A cat? \n"]) == [image, image, *encode("A cat?")]
+    assert content([" This: ", None, " or that? ", None]) == [
+        *encode("This: "),
+        image,
+        *encode(" or that? "),
+        image,
+    ]
+    assert content(["<|image|>"]) == encode("<|image|>") != [image]
+    assert content([" ", "\n"]) == content([]) == []
+    assert chat.content(TINY, "system", ["<|silence|>"]) == [TINY.special.silence]

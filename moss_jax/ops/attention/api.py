@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from moss_jax.ops.attention import base, cudnn, mosaic_gpu, mosaic_tpu, xla
 from moss_jax.ops.attention.base import (
     AppendArguments,
+    Appended,
     Arguments,
     KeyRange,
     Projection,
@@ -231,9 +232,7 @@ def self_attention(
     return out if out_scale is None else QArray(out, out_scale)
 
 
-def _append_then_attend(
-    a: AppendArguments,
-) -> tuple[Float[Array, "R T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
+def _append(a: AppendArguments) -> Appended:
     """RoPE, the writes to the cache and `attention`, one op after the other."""
     R, T, *_, D = a.qkv.shape
     q = rotate(a.qkv[..., :-2, :].reshape(R, T, -1, D), a.rotation)
@@ -246,21 +245,24 @@ def _append_then_attend(
     else:
         at = jnp.where(a.count > 0, jnp.minimum(a.start, a.capacity), a.capacity)
         keys, values = (write_row(old, x, at) for old, x in new)
-    out = attention(q, keys, values, a.key_range, slots=a.slots, implementation=a.attention)
-    return out, keys, values
+
+    def attend(keys, values):
+        return attention(q, keys, values, a.key_range, slots=a.slots, implementation=a.attention)
+
+    return Appended(keys, values, attend)
 
 
 APPEND_AND_ATTEND = Op(
     "append_and_attend",
     {
-        "mosaic_gpu": Implementation(mosaic_gpu.append_and_attend, mosaic_gpu.unsupported_append),
-        "xla": Implementation(_append_then_attend),
+        "mosaic_gpu": Implementation(mosaic_gpu.append, mosaic_gpu.unsupported_append),
+        "xla": Implementation(_append),
     },
     {"gpu": ("mosaic_gpu", "xla")},
 )
 
 
-def append_and_attend(
+def append(
     qkv: Float[Array, "R T K group_and_kv D"],
     rotation: Rotation,
     keys: Float[Array, "B K S D"],
@@ -272,8 +274,8 @@ def append_and_attend(
     capacity: int,
     implementation: str | None = None,
     config: DecodeConfig | None = None,
-) -> tuple[Float[Array, "R T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
-    """Appends new tokens to a KV cache, and attends from each to its slot of the cache up to itself.
+) -> Appended:
+    """Appends new tokens to a KV cache, for each to attend to its slot of the cache up to itself.
 
     Token `t` of row `r` has the position `start[r] + t` in its slot. Tokens from `count[r]` on, and those
     beyond the capacity, are not appended; the former attend to nothing and give zeros. All rows are appended
@@ -294,7 +296,8 @@ def append_and_attend(
       config: forces the fused kernel, and how it is cut.
 
     Returns:
-      The attention outputs of the tokens, and the cache with them appended.
+      The cache with the tokens appended, and their attention to it. Where several calls append to one cache,
+      all do before any attends: between two writes, XLA may copy the cache for the read.
 
     Raises:
       ValueError: shapes that don't fit together, or a cache without a row beyond the capacity.
@@ -304,3 +307,17 @@ def append_and_attend(
         qkv, rotation, keys, values, start, count, slots, capacity=capacity, attention=implementation
     )
     return APPEND_AND_ATTEND(a, implementation=None if config is None else "mosaic_gpu", config=config)
+
+
+def append_and_attend(
+    qkv: Float[Array, "R T K group_and_kv D"],
+    rotation: Rotation,
+    keys: Float[Array, "B K S D"],
+    values: Float[Array, "B K S D"],
+    start: Int[Array, " R"],
+    count: Int[Array, " R"],
+    **options: Any,
+) -> tuple[Float[Array, "R T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
+    """Appends as `append` does, with the same options, and attends; the outputs, and the cache."""
+    appended = append(qkv, rotation, keys, values, start, count, **options)
+    return appended.attend(appended.keys, appended.values), appended.keys, appended.values

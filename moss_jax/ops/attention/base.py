@@ -6,6 +6,7 @@ D head, P positions
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -227,10 +228,23 @@ def slices(projection: Projection) -> tuple[Float[Array, "B P H D"], ...]:
     return tuple(projection[:, :, i] for i in range(3))
 
 
+class Appended(NamedTuple):
+    """A KV cache with new tokens in it, and their attention.
+
+    Attributes:
+      attend: the attention outputs of the new tokens, [R, T, H, D], of the keys and values as they stand when
+        all calls have appended.
+    """
+
+    keys: Float[Array, "B K S D"]
+    values: Float[Array, "B K S D"]
+    attend: Callable[[Float[Array, "B K S D"], Float[Array, "B K S D"]], Float[Array, "R T H D"]]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AppendArguments:
-    """One checked call of `append_and_attend`.
+    """One checked call of `append`.
 
     Attributes:
       qkv: projections of the new tokens: for each kv head its queries, key and value.

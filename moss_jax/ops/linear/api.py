@@ -26,8 +26,7 @@ LINEAR = Op(
         "xla": Implementation(base.define),
         "reference": Implementation(base.reference),
     },
-    # `weight_only_gemm` is chosen by its name alone until it has been measured on a card.
-    {"gpu": ("weight_only", "matmul_epilogue", "gemv", "xla")},
+    {"gpu": ("weight_only", "weight_only_gemm", "matmul_epilogue", "gemv", "xla")},
 )
 
 

@@ -135,7 +135,7 @@ class Sentence:
         }
         return _articles(wordings[variant % len(wordings)].format(**words))
 
-    @property
+    @functools.cached_property
     def facts(self) -> Facts:
         """The facts that it asserts."""
         v = self.values

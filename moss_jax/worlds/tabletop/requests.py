@@ -1,6 +1,7 @@
 """The requests of a user of the tabletop world: questions, alerts, narration."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -291,17 +292,18 @@ def _alert(rng: np.random.Generator, world: World, time: float, frame: int) -> R
     return Request(time, text, awaited.name, values.get("k", ""), awaited)
 
 
-def _awaitable() -> list[Sentence]:
+@functools.cache
+def _awaitable() -> tuple[Sentence, ...]:
     """All alerts."""
     kinds = [*SHAPES, CARD]
-    return [
+    return (
         *(sentence("alert there", k=k) for k in kinds),
         *(sentence("alert none", k=k) for k in kinds),
         *(sentence("alert covered", k=k) for k in kinds),
         *(sentence("alert digit", d=str(d)) for d in range(10)),
         *(sentence("alert colour", c=c) for c in COLOURS),
         sentence("alert empty"),
-    ]
+    )
 
 
 def _some_kind(rng: np.random.Generator, table: Table, card: bool) -> str:

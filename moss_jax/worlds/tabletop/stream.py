@@ -1,14 +1,16 @@
 """Streams of the tabletop world: a world, the camera on it, and the requests of a user."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from moss_jax.worlds.tabletop import digits
-from moss_jax.worlds.tabletop.render import Look, impair, paint, photograph
+from moss_jax.worlds.tabletop.render import Look, Scene, impair, paint, photograph
 from moss_jax.worlds.tabletop.requests import PACE, Request, draw_requests
 from moss_jax.worlds.tabletop.world import IMPAIRMENTS, Impairment, World, generate, pick
 
@@ -70,7 +72,7 @@ class TabletopStream:
 def take_photographs(
     stream: TabletopStream, *, size: int, start: int, stop: int, fps: int = 1
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-    """Renders a range of seconds in order, and paints anew only what differs from the frame before.
+    """Renders a range of seconds in order.
 
     Args:
       stream: to be rendered.
@@ -79,19 +81,24 @@ def take_photographs(
       stop: the second after the last.
       fps: photographs a second.
     """
-    painted = picture = None
     for number in range(start * fps, stop * fps):
         impairment = stream.world.impairment(number // fps)
         if impairment and impairment.kind == "frozen":
             number = impairment.start * fps
         kind = impairment.kind if impairment and impairment.kind != "frozen" else None
-        scene = stream.world.scene(number / fps)
-        if picture is None or painted != (scene, kind):
-            picture = paint(scene, stream.look, size)
-            picture = impair(picture, kind) if kind else picture
-            painted = scene, kind
+        picture = _picture(stream.world.scene(number / fps), stream.look, size, kind)
         # Each photograph has its own seed, so that a range is the same as in the whole.
         yield photograph(picture, stream.look, np.random.default_rng([stream.noise, number]), size)
+
+
+# A scene that does not change is painted once, also where a range goes on after another of the same stream.
+@functools.lru_cache(maxsize=4)
+def _picture(
+    scene: Scene, look: Look, size: int, kind: Literal["black", "blurred", "overexposed"] | None
+) -> Float[np.ndarray, "P P 3"]:
+    """Paints what the camera sees, impaired or not."""
+    picture = paint(scene, look, size)
+    return impair(picture, kind) if kind else picture
 
 
 def draw_stream(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from moss_jax.ops.attention import tuning
 from moss_jax.ops.attention.base import (
     AppendArguments,
+    Appended,
     Arguments,
     KeyRange,
     SelfAttentionArguments,
@@ -111,10 +112,8 @@ def unsupported_append(a: AppendArguments, platform: str) -> str | None:
     return None
 
 
-def append_and_attend(
-    a: AppendArguments, config: DecodeConfig | None = None
-) -> tuple[Float[Array, "R T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
-    """Appends keys and values to the cache and attends to it; forward only."""
+def append(a: AppendArguments, config: DecodeConfig | None = None) -> Appended:
+    """Appends keys and values to the cache, to attend to; forward only."""
     following = a.following
     (R, T, H, _), K = following.q.shape, a.keys.shape[1]
     blocks = QueryBlocks(R, T, K, H // K)
@@ -122,7 +121,11 @@ def append_and_attend(
         a.qkv, a.rotation, a.keys, a.values, a.start, a.count, a.slots, capacity=a.capacity, blocks=blocks
     )
     config = config or _decode_config(following)
-    return decode_blocks(q, k, v, a.key_range, None, a.slots, following.scale, blocks, config), k, v
+
+    def attend(keys, values):
+        return decode_blocks(q, keys, values, a.key_range, None, a.slots, following.scale, blocks, config)
+
+    return Appended(k, v, attend)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

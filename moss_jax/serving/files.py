@@ -1,0 +1,124 @@
+"""Files that clients upload: a bounded store in a temporary folder."""
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+
+class StoreFull(Exception):
+    """There is no room for a file; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFile:
+    """An uploaded file.
+
+    Attributes:
+      size: in bytes.
+      created, expires: seconds since the epoch.
+    """
+
+    id: str
+    path: Path
+    name: str
+    purpose: str
+    size: int
+    created: int
+    expires: int
+
+    def describe(self) -> dict[str, Any]:
+        """As OpenAI's API has it."""
+        return {
+            "id": self.id,
+            "object": "file",
+            "bytes": self.size,
+            "created_at": self.created,
+            "expires_at": self.expires,
+            "filename": self.name,
+            "purpose": self.purpose,
+            "status": "processed",
+        }
+
+
+class FileStore:
+    """Uploaded files, by id, in a folder that goes with the store.
+
+    All methods are for one event loop.
+
+    Args:
+      max_bytes: of all files together.
+      max_files: number of them.
+      keep_seconds: after which a file expires.
+    """
+
+    def __init__(self, *, max_bytes: int, max_files: int, keep_seconds: float):
+        self._folder = tempfile.TemporaryDirectory(prefix="moss-files-", ignore_cleanup_errors=True)
+        self._max_bytes, self._max_files, self._keep_seconds = max_bytes, max_files, keep_seconds
+        self._files: dict[str, StoredFile] = {}
+        # Bytes of files, and of those that are being written.
+        self._used = 0
+
+    def new_path(self) -> Path:
+        """A name in the folder for a file that is not kept."""
+        return Path(self._folder.name) / secrets.token_hex(12)
+
+    async def add(
+        self, chunks: AsyncIterator[bytes], *, name: str, purpose: str, keep_seconds: float | None = None
+    ) -> StoredFile:
+        """Writes a file.
+
+        Args:
+          keep_seconds: at most the store's, which is the default.
+
+        Raises:
+          StoreFull: there is no room; nothing of the file stays.
+          OSError: it cannot be written.
+        """
+        self.expire()
+        if len(self._files) >= self._max_files:
+            raise StoreFull(f"there are {self._max_files} files, as many as there may be; delete some")
+        path, size = self.new_path(), 0
+        try:
+            with open(path, "xb") as file:
+                async for chunk in chunks:
+                    size, self._used = size + len(chunk), self._used + len(chunk)
+                    if self._used > self._max_bytes:
+                        raise StoreFull(f"all files together may have {self._max_bytes} bytes; delete some")
+                    file.write(chunk)
+        except BaseException:
+            self._used -= size
+            path.unlink(missing_ok=True)
+            raise
+        now, seconds = time.time(), min(keep_seconds or self._keep_seconds, self._keep_seconds)
+        stored = StoredFile(f"file-{path.name}", path, name, purpose, size, int(now), int(now + seconds))
+        self._files[stored.id] = stored
+        return stored
+
+    def get(self, file_id: str) -> StoredFile | None:
+        """A file; None if there is none, or it has expired."""
+        self.expire()
+        return self._files.get(file_id)
+
+    def all(self) -> list[StoredFile]:
+        """All files, the oldest first."""
+        self.expire()
+        return list(self._files.values())
+
+    def delete(self, file_id: str) -> None:
+        """Deletes a file that there is."""
+        stored = self._files.pop(file_id)
+        self._used -= stored.size
+        with contextlib.suppress(OSError):
+            os.unlink(stored.path)
+
+    def expire(self) -> None:
+        """Deletes the files whose time is over."""
+        now = time.time()
+        for stored in [stored for stored in self._files.values() if stored.expires <= now]:
+            self.delete(stored.id)
