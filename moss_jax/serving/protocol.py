@@ -296,10 +296,11 @@ def event_id_of(text: str | bytes) -> str | None:
     """The id that a client gave an event which cannot be parsed; None if it has none."""
     try:
         event = json.loads(text)
+        found = event.get("event_id") if isinstance(event, dict) else None
+        # It may hold half of a surrogate pair, which cannot be encoded, and so not be sent back.
+        return found if isinstance(found, str) and len(found) <= 512 and found.encode() else None
     except (ValueError, RecursionError):
         return None
-    found = event.get("event_id") if isinstance(event, dict) else None
-    return found if isinstance(found, str) and len(found) <= 512 else None
 
 
 # ----------------------------------------------------------------------------------- what the server sends

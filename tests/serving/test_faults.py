@@ -261,7 +261,9 @@ def test_malformed_messages(server, others, count):
     while sent < count:
         # One that happens to be right may end the session.
         with contextlib.suppress(ConnectionClosed), Client(server.realtime) as client:
-            for _ in range(min(100, count - sent)):
+            if fuzz.random.random() < 0.5:
+                client.negotiate(frames="binary")
+            for _ in range(min(50, count - sent)):
                 sent += 1
                 client.socket.send(fuzz.message())
             client.send("no.such.event", event_id="last")
@@ -272,6 +274,7 @@ def test_malformed_messages(server, others, count):
     assert codes["internal_error"] == 0
     assert codes["invalid_json"] > count / 100
     assert codes["invalid_event"] > count / 100
+    assert codes["invalid_image"] + codes["invalid_frame"] > count / 100
     assert len(codes) > 6
 
 

@@ -140,6 +140,7 @@ def test_a_correction_says_what_it_takes_back(served):
         ("[]", "invalid_event", None),
         ("{}", "invalid_event", None),
         ('{"type": "make.coffee"}', "unknown_event", None),
+        (r'{"type": "make.tea", "event_id": "\ud83d"}', "invalid_json", None),
         ('{"type": "conversation.item.create"}', "invalid_event", "item"),
         ('{"type": "input_audio_buffer.append", "audio": ""}', "unsupported", "type"),
         ('{"type": "conversation.item.delete", "item_id": "x"}', "unsupported", "type"),
