@@ -411,6 +411,11 @@ class Conversation:
         if frame.unseen:
             frame.rgb = None
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether a prompt waits in the inbox."""
+        return any(not i.is_frame for i in self._inbox)
+
     def unclaimed_frames(self) -> list[Inbound]:
         """Frames in the inbox that the perception thread has not claimed."""
         return [i for i in self._inbox if i.rgb is not None and not i.claimed]

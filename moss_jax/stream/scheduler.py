@@ -878,8 +878,9 @@ class Scheduler:
     def _due_frames(self, live: list[Stream]) -> tuple[list[Inbound], float | None]:
         """Waiting frames to encode now, in one batch; none if text would be held up for too long.
 
-        The streams take turns, and the oldest frame comes first. While a stream talks, frames wait a little
-        until the batch is full, if they come so fast that others can be expected: batches take less time.
+        Frames that a prompt waits behind come first; then the streams take turns, the oldest frame first.
+        While a stream talks, frames wait a little until the batch is full, if they come so fast that others
+        can be expected: batches take less time.
 
         Returns:
           The batch, and seconds until a smaller one is due; None if none waits for that.
@@ -890,16 +891,16 @@ class Scheduler:
         if talking and self._has_encoded:
             return [], None
         turns = [
-            (turn, frame.order, frame)
+            (not stream.conversation.is_asked, turn, frame.order, frame)
             for stream in live
             for turn, frame in enumerate(sorted(stream.conversation.unclaimed_frames()))
         ]
-        waiting = [frame for _, _, frame in sorted(turns, key=lambda entry: entry[:2])]
+        waiting = [frame for *_, frame in sorted(turns, key=lambda entry: entry[:3])]
         stall = self.config.max_stall_ms / 1e3
         most = self._batch_limit(stall if talking else math.inf)
         batch = [frame for frame in waiting if frame.shape == waiting[0].shape][:most]
         if talking and batch and len(batch) < most and self._frame_interval < stall:
-            wait = batch[0].arrived + PATIENCE * stall - monotonic()
+            wait = min(frame.arrived for frame in batch) + PATIENCE * stall - monotonic()
             if wait > 0:
                 return [], wait
         for frame in batch:
