@@ -203,7 +203,7 @@ def test_filters_that_keep_all_change_no_draw():
         return sample(logits, settings, positions=positions, allowed=allowed, said=said).tolist()
 
     plain = run()
-    for vocabulary in (203, 204, 10**6, 2**40):
+    for vocabulary in (203, 204, 10**6, 2**31 - 1):
         assert run(top_k=vocabulary) == plain
     assert run(top_p=1.0) == plain
     assert run(seed=1) != plain

@@ -32,7 +32,8 @@ start, count = jnp.int32([5, 9, 8, 11, 0, 12]), jnp.int32([3, 3, 3, 2, 0, 1])
 
 def append(k, v):
     a = AppendArguments(rows, rotation, k, v, start, count, slots, capacity=32)
-    return api._append_then_attend(a)
+    appended = api._append(a)
+    return appended.attend(appended.keys, appended.values), appended.keys, appended.values
 
 
 qkv = rng.standard_normal((4, 24, 3, 4, 16)).astype(np.float32)
