@@ -1,6 +1,7 @@
 """What the bank of a running stream holds of which moment."""
 
 import numpy as np
+import pytest
 
 from moss_jax.config import MemoryConfig, SchedulerConfig, SessionConfig
 from moss_jax.memory.bank import NO_POSITION
@@ -25,6 +26,7 @@ def test_the_oldest_moments_are_forgotten():
     assert moments.times == {2: 2.0}
 
 
+@pytest.mark.slow
 def test_a_running_stream_tells_what_its_bank_holds(make_engine, frames, tmp_path):
     """Through compactions, and after the stream was saved and resumed."""
     engine = make_engine(slots=2, policies=("pyramid",), bank_capacity=32)

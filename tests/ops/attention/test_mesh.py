@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import dataclasses
 import jax, jax.numpy as jnp, numpy as np
@@ -82,6 +84,7 @@ print("held")
 """
 
 
+@pytest.mark.slow
 def test_each_device_computes_its_part():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
