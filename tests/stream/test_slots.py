@@ -126,7 +126,9 @@ def compacting(script, memory) -> list[Row | None]:
     return changed
 
 
-@pytest.mark.parametrize("name", ["full", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "merge"))]
+)
 def test_a_slot_that_was_reset_is_as_good_as_new(make_engine, frames, name):
     """A stream of NaN leaves nothing behind, and touches no other slot while it lasts."""
     engine = make_engine(slots=3, memory=MEMORIES[name])
