@@ -5,7 +5,9 @@ S vectors
 
 import bisect
 import dataclasses
+from array import array
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -28,26 +30,40 @@ class Moment:
     frames: int = 1
 
 
+class FrameTimes(NamedTuple):
+    """When frames were taken, in seconds of the stream, by their positions in its context, which ascend."""
+
+    positions: Int[np.ndarray, " F"]
+    times: Float[np.ndarray, " F"]
+
+
 class Moments:
-    """Times of the frames that a stream has been shown, by their positions in its context.
+    """Times of the frames that a stream has been shown: 16 bytes each, since there is no end of them.
 
     Args:
-      most: of the latest that are kept.
+      most: of the latest that are kept; a quarter more before the oldest go.
     """
 
     def __init__(self, most: int = 1 << 16):
-        self._times: dict[int, float] = {}
+        self._positions, self._times = array("q"), array("d")
         self._most = most
 
     def add(self, position: int, time: float) -> None:
         """Notes a frame; positions ascend."""
-        self._times[position] = time
-        if len(self._times) > self._most:
-            del self._times[next(iter(self._times))]
+        self._positions.append(position)
+        self._times.append(time)
+        if len(self._positions) > self._most + self._most // 4:
+            del self._positions[: -self._most], self._times[: -self._most]
 
     def forget(self, position: int) -> None:
         """Takes a frame back that the model was not shown after all."""
-        self._times.pop(position, None)
+        index = bisect.bisect_left(self._positions, position)
+        if self._positions[index : index + 1] == array("q", [position]):
+            del self._positions[index], self._times[index]
+
+    def times(self) -> FrameTimes:
+        """A copy of what is known."""
+        return FrameTimes(np.array(self._positions), np.array(self._times))
 
     def save(self, positions: Int[np.ndarray, " S"]) -> dict[str, np.ndarray]:
         """The frames of which a bank holds something, as arrays for a file.
@@ -55,23 +71,18 @@ class Moments:
         Args:
           positions: of the vectors in the bank.
         """
-        held = set(positions.tolist())
-        pairs = [(position, time) for position, time in self._times.items() if position in held]
+        known = self.times()
+        held = np.isin(known.positions, positions)
         return {
-            "moments.positions": np.array([position for position, _ in pairs], np.int32),
-            "moments.times": np.array([time for _, time in pairs], np.float32),
+            "moments.positions": known.positions[held].astype(np.int32),
+            "moments.times": known.times[held].astype(np.float32),
         }
 
     def resume(self, saved: Mapping[str, np.ndarray]) -> None:
         """Goes on with what `save` has returned; files of earlier versions have none of it."""
         if "moments.positions" in saved:
-            positions, times = saved["moments.positions"], saved["moments.times"]
-            self._times = dict(zip(positions.tolist(), times.tolist(), strict=True))
-
-    @property
-    def times(self) -> Mapping[int, float]:
-        """By position."""
-        return self._times
+            self._positions = array("q", saved["moments.positions"].tolist())
+            self._times = array("d", saved["moments.times"].tolist())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +92,13 @@ class BankView:
     Attributes:
       positions: of the vectors; NO_POSITION where there is none.
       counts: vectors that each stands for; None where nothing is merged.
-      times: of frames, by position.
+      frames: that the stream has been shown.
       vectors_per_frame: of a whole frame.
     """
 
     positions: Int[Array | np.ndarray, " S"]
     counts: Float[Array | np.ndarray, " S"] | None
-    times: Mapping[int, float]
+    frames: FrameTimes
     vectors_per_frame: int
 
     def moments(self) -> list[Moment]:
@@ -102,10 +113,10 @@ class BankView:
             return []
         stands_for = np.ones(in_use.sum()) if self.counts is None else np.asarray(self.counts)[in_use]
         frames = np.add.reduceat(stands_for, first) / self.vectors_per_frame
-        known = sorted(self.times)
-        moments = []
-        for position, size, share in zip(found, vectors, frames, strict=True):
-            index = max(bisect.bisect_right(known, position) - 1, 0)
-            time = self.times[known[index]] if known else 0.0
-            moments.append(Moment(time, int(size), max(1, round(share))))
-        return moments
+        known = self.frames
+        before = np.searchsorted(known.positions, found, side="right") - 1
+        times = known.times[np.maximum(before, 0)] if len(known.times) else np.zeros(len(found))
+        return [
+            Moment(float(time), int(size), max(1, round(share)))
+            for time, size, share in zip(times, vectors, frames, strict=True)
+        ]

@@ -255,8 +255,8 @@ class Stream:
         def look(state: Any) -> BankView:
             engine = saving_engine(self._scheduler.engine)
             positions, counts = engine.bank_vectors(state, self.slot)
-            times = dict(self.conversation.moments.times)
-            return BankView(positions, counts, times, engine.model_config.vectors_per_frame)
+            frames = self.conversation.moments.times()
+            return BankView(positions, counts, frames, engine.model_config.vectors_per_frame)
 
         return self._scheduler.call(None, look)
 

@@ -6,24 +6,35 @@ import pytest
 from moss_jax.config import MemoryConfig, SchedulerConfig, SessionConfig
 from moss_jax.memory.bank import NO_POSITION
 from moss_jax.stream import Scheduler
-from moss_jax.stream.moments import BankView, Moments
+from moss_jax.stream.moments import BankView, FrameTimes, Moments
 from moss_jax.stream.saved import write_stream
 
 
 def test_vectors_are_counted_by_frame():
     positions = np.array([3, 7, 7, 9, 9, 9, 9, NO_POSITION])
     counts = np.array([12, 2, 2, 1, 1, 1, 1, 0], np.float32)
-    moments = BankView(positions, counts, {3: 0.5, 5: 1.0, 7: 2.0, 9: 3.0}, 4).moments()
+    frames = FrameTimes(np.array([3, 5, 7, 9]), np.array([0.5, 1.0, 2.0, 3.0]))
+    moments = BankView(positions, counts, frames, 4).moments()
     assert [(m.time, m.vectors, m.frames) for m in moments] == [(0.5, 1, 3), (2.0, 2, 1), (3.0, 4, 1)]
-    assert BankView(np.full(4, NO_POSITION), None, {}, 4).moments() == []
+    nothing = FrameTimes(np.array([], int), np.array([]))
+    assert BankView(np.full(4, NO_POSITION), None, frames, 4).moments() == []
+    assert BankView(positions, None, nothing, 4).moments()[0].time == 0.0
 
 
 def test_the_oldest_moments_are_forgotten():
-    moments = Moments(most=2)
-    for position in range(4):
-        moments.add(position, float(position))
+    moments = Moments(most=8)
+    for position in range(0, 22, 2):
+        moments.add(position, position / 2)
+    moments.forget(18)
     moments.forget(3)
-    assert moments.times == {2: 2.0}
+    assert moments.times().positions.tolist() == [6, 8, 10, 12, 14, 16, 20]
+    assert moments.times().times.tolist() == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0]
+    saved = moments.save(np.array([8, 8, 20, NO_POSITION]))
+    resumed = Moments()
+    resumed.resume(saved)
+    resumed.add(24, 12.0)
+    assert resumed.times().positions.tolist() == [8, 20, 24]
+    assert resumed.times().times.tolist() == [4.0, 10.0, 12.0]
 
 
 @pytest.mark.slow
