@@ -188,6 +188,7 @@ def seen(page: Page) -> int:
 
 
 def wait_seen(page: Page, count: int) -> None:
+    # A function each time: an expression would be evaluated again and again, which the page's CSP forbids.
     page.wait_for_function(
         "count => Number(document.querySelector('[data-figure=seen]').textContent) >= count", arg=count
     )
@@ -226,7 +227,7 @@ def test_a_camera_is_allowed_and_asked_about(page):
     page.click("[data-source=camera]")
     page.click("#start")
     expect(page.locator("#link")).to_have_text("Connected")
-    page.wait_for_function("document.getElementById('video').videoWidth > 0")
+    page.wait_for_function("() => document.getElementById('video').videoWidth > 0")
     wait_seen(page, 2)
     expect(page.locator("#mood")).to_have_text("Listening")
     ask(page, "What is on the table?")
@@ -235,7 +236,7 @@ def test_a_camera_is_allowed_and_asked_about(page):
     # The moment is on the timeline, and in memory.
     expect(page.locator("#thumbs figure[data-fate=seen]").first).to_be_visible()
     expect(page.locator(".word.answer").first).to_be_visible()
-    page.wait_for_function("Number(document.querySelector('#legend b').textContent) >= 2")
+    page.wait_for_function("() => Number(document.querySelector('#legend b').textContent) >= 2")
     # Frames stop at once.
     page.click("#start")
     page.wait_for_timeout(1500)
@@ -323,7 +324,7 @@ def test_silence_shows_and_an_alert_notifies(page, context):
     page.locator('.cell[data-cell="2,1"]').focus()
     page.keyboard.press("Delete")
     expect(page.locator(".entry.alert")).to_have_text(re.compile("Now! The star is gone"))
-    page.wait_for_function("window.told.length > 0")
+    page.wait_for_function("() => window.told.length > 0")
     assert ["Now!", "Now! The star is gone."] in page.evaluate("window.told")
     expect(page.locator("#announce")).to_have_text("Now! The star is gone.")
 
