@@ -154,6 +154,7 @@ def test_a_full_bank_ends_no_stream_but_one_that_may_not_forget(checkpoint):
     assert end["reason"] == "bank_capacity"
 
 
+@pytest.mark.slow
 def test_the_demo_corrects_itself_alerts_and_is_silent():
     result = subprocess.run(
         ["make", "--silent", "--always-make", "--dry-run", "demo"], capture_output=True, text=True, cwd=ROOT
@@ -272,6 +273,7 @@ def test_a_full_disk_is_a_sentence_and_the_picture_is_drawn(checkpoint, tmp_path
     assert_is_picture(picture)
 
 
+@pytest.mark.slow
 def test_events_print_where_the_terminal_has_no_unicode(checkpoint, tmp_path):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--fps", "0.2", "--prompt", "Où est 猫?"]
     # Without JAX's own settings, so that compiled programs are kept in the user's cache.

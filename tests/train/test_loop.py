@@ -264,6 +264,7 @@ def test_resuming_without_a_checkpoint_says_that_it_starts_anew(tmp_path, finish
     assert runs.losses(tmp_path / "new") == runs.losses(finished)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_at_the_first_bad_step(tmp_path, finished, checkpoint):
     """With the checkpoint before it as it was."""
     workdir = tmp_path / "run"
