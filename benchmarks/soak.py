@@ -34,7 +34,7 @@ QUESTION = "What is on the table?"
 
 @dataclasses.dataclass
 class Figures:
-    """What one stream has gone through; times in seconds."""
+    """Measurements of one stream; times in seconds."""
 
     sent: int = 0
     fates: dict[str, int] = dataclasses.field(default_factory=dict)

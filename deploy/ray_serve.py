@@ -32,7 +32,7 @@ SPARE_REQUESTS = 16
 
 
 def prefix_of(replica: str) -> str:
-    """What the ids of a replica's sessions begin with."""
+    """Prefix of the session ids of a replica."""
     return hashlib.sha256(replica.encode()).hexdigest()[:8]
 
 

@@ -757,7 +757,7 @@ class ChatConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SecurityConfig:
-    """What the live server lets clients do; the size of a message is in `ServerConfig`.
+    """Access control and rate limits of the live server; `ServerConfig` limits the size of a message.
 
     Attributes:
       max_connections: connections and requests at once, of all.

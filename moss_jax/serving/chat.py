@@ -277,7 +277,7 @@ class Stops:
         return self._release(len(self._held))
 
     def flush(self) -> str:
-        """What was held back, at the end of the answer."""
+        """Flushes the text that was held back for a stop sequence, at the end of the answer."""
         return "" if self.found else self._release(len(self._held))
 
     def _release(self, length: int) -> str:
@@ -882,7 +882,7 @@ class Chat:
         )
 
     async def get_file(self, request: Request) -> Response:
-        """What is known of a file."""
+        """Metadata of an uploaded file."""
         return JSONResponse(self._find(request.path_params["file"]).describe())
 
     async def get_content(self, request: Request) -> Response:
@@ -947,7 +947,7 @@ def text_length(message: Message) -> int:
 
 
 def _limited(receive: Receive, most: int) -> Receive:
-    """Receives a body that may have so many bytes."""
+    """Reads a request body up to a limit in bytes."""
     received = 0
 
     async def limited() -> AsgiMessage:

@@ -8,8 +8,6 @@ from jaxtyping import UInt8
 
 # Frames that are kept for use again; those of more streams that wait at once are allocated as usual.
 MOST = 16
-# References to a frame that nobody has: the pool's list, the loop variable and `getrefcount`'s argument.
-UNUSED = 3
 
 
 class FramePool:
@@ -32,9 +30,18 @@ class FramePool:
 
     def _unused(self, shape: tuple[int, ...]) -> np.ndarray:
         with self._lock:
-            for frame in self._frames:
-                if frame.shape == shape and sys.getrefcount(frame) == UNUSED:
+            for frame, count in zip(self._frames, _references(self._frames), strict=True):
+                if frame.shape == shape and count == UNUSED:
                     return frame
             fresh = np.empty(shape, np.uint8)
             self._frames = [fresh, *self._frames[: MOST - 1]]
             return fresh
+
+
+def _references(frames: list[np.ndarray]) -> list[int]:
+    """References to each frame, those of the list and of this function included."""
+    return [sys.getrefcount(frame) for frame in frames]
+
+
+# Of a frame that nobody else refers to; how many that are depends on the version of Python.
+UNUSED = _references([np.empty(0)])[0]

@@ -1,11 +1,10 @@
 """Attention in which each query sees one range of the keys: over a KV cache, a memory bank, or itself."""
 
 from moss_jax.ops.attention.api import (
-    APPEND_AND_ATTEND,
+    APPEND,
     ATTENTION,
     SELF_ATTENTION,
     append,
-    append_and_attend,
     attention,
     self_attention,
 )
@@ -14,7 +13,7 @@ from moss_jax.ops.attention.projected import QuantizedQKV, norm_self_attention
 from moss_jax.ops.dispatch import Unsupported
 
 __all__ = [
-    "APPEND_AND_ATTEND",
+    "APPEND",
     "ATTENTION",
     "SELF_ATTENTION",
     "Arguments",
@@ -23,7 +22,6 @@ __all__ = [
     "QuantizedQKV",
     "Unsupported",
     "append",
-    "append_and_attend",
     "attention",
     "norm_self_attention",
     "self_attention",

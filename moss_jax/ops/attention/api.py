@@ -252,8 +252,8 @@ def _append(a: AppendArguments) -> Appended:
     return Appended(keys, values, attend)
 
 
-APPEND_AND_ATTEND = Op(
-    "append_and_attend",
+APPEND = Op(
+    "append",
     {
         "mosaic_gpu": Implementation(mosaic_gpu.append, mosaic_gpu.unsupported_append),
         "xla": Implementation(_append),
@@ -306,18 +306,4 @@ def append(
     a = AppendArguments(
         qkv, rotation, keys, values, start, count, slots, capacity=capacity, attention=implementation
     )
-    return APPEND_AND_ATTEND(a, implementation=None if config is None else "mosaic_gpu", config=config)
-
-
-def append_and_attend(
-    qkv: Float[Array, "R T K group_and_kv D"],
-    rotation: Rotation,
-    keys: Float[Array, "B K S D"],
-    values: Float[Array, "B K S D"],
-    start: Int[Array, " R"],
-    count: Int[Array, " R"],
-    **options: Any,
-) -> tuple[Float[Array, "R T H D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
-    """Appends as `append` does, with the same options, and attends; the outputs, and the cache."""
-    appended = append(qkv, rotation, keys, values, start, count, **options)
-    return appended.attend(appended.keys, appended.values), appended.keys, appended.values
+    return APPEND(a, implementation=None if config is None else "mosaic_gpu", config=config)

@@ -13,11 +13,17 @@ import pytest
 from ops.attention import exact
 from ops.attention.exact import Exact, close
 
-from moss_jax.ops.attention import append_and_attend
+from moss_jax.ops.attention import append
 from moss_jax.ops.attention.mosaic_gpu import DecodeConfig
 from moss_jax.ops.rotary import Rotation
 
 CAPACITY = 40
+
+
+def append_and_attend(*arrays, **options):
+    """Output, keys and values of one call that appends and attends."""
+    appended = append(*arrays, **options)
+    return appended.attend(appended.keys, appended.values), appended.keys, appended.values
 
 
 def inputs(T, *, R=2, B=2, K=2, G=2, D=64, places=48, dtype="bfloat16", seed=0):

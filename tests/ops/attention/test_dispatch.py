@@ -11,7 +11,7 @@ import pytest
 
 from moss_jax.ops import dispatch
 from moss_jax.ops.attention import (
-    APPEND_AND_ATTEND,
+    APPEND,
     ATTENTION,
     SELF_ATTENTION,
     Arguments,
@@ -100,13 +100,13 @@ def append_call(dtype="bfloat16", *, tokens=1, head_dim=128, group=4, rows=1, sl
         (SELF_ATTENTION, self_attention_call(attention="cudnn"), False),
         (SELF_ATTENTION, self_attention_call("float32"), False),
         (SELF_ATTENTION, self_attention_call(positions=1601), False),
-        (APPEND_AND_ATTEND, append_call(), True),
-        (APPEND_AND_ATTEND, append_call(tokens=64, attention="mosaic_gpu"), True),
-        (APPEND_AND_ATTEND, append_call(rows=3, slots=True), True),
-        (APPEND_AND_ATTEND, append_call(tokens=65), False),
-        (APPEND_AND_ATTEND, append_call(head_dim=32), False),
-        (APPEND_AND_ATTEND, append_call(attention="xla"), False),
-        (APPEND_AND_ATTEND, append_call("float32"), False),
+        (APPEND, append_call(), True),
+        (APPEND, append_call(tokens=64, attention="mosaic_gpu"), True),
+        (APPEND, append_call(rows=3, slots=True), True),
+        (APPEND, append_call(tokens=65), False),
+        (APPEND, append_call(head_dim=32), False),
+        (APPEND, append_call(attention="xla"), False),
+        (APPEND, append_call("float32"), False),
     ],
 )
 def test_fused_kernels_take_what_they_can(op, call, kernel):
@@ -116,11 +116,11 @@ def test_fused_kernels_take_what_they_can(op, call, kernel):
 
 def test_the_append_kernel_is_not_used_on_a_mesh():
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("tensor",))):
-        assert APPEND_AND_ATTEND.choose(append_call(), platform="gpu") == "xla"
+        assert APPEND.choose(append_call(), platform="gpu") == "xla"
         assert SELF_ATTENTION.choose(self_attention_call(), platform="gpu") == "mosaic_gpu"
 
 
-@pytest.mark.parametrize("op", [ATTENTION, SELF_ATTENTION, APPEND_AND_ATTEND])
+@pytest.mark.parametrize("op", [ATTENTION, SELF_ATTENTION, APPEND])
 def test_orders_name_implementations_that_exist(op):
     assert {name for order in op.orders.values() for name in order} <= set(op.implementations)
 
