@@ -88,6 +88,16 @@ def frames() -> list[np.ndarray]:
     return [rng.integers(0, 256, (24, 32, 3), dtype=np.uint8) for _ in range(16)]
 
 
+# What a `ScriptedEngine` knows frames by: their first pixels, of one batch or of several.
+type Pixels = np.ndarray | list[np.ndarray] | None
+
+
+def shown_in(row: Row, features: Pixels) -> list[int]:
+    """The frames of a row."""
+    pool = np.concatenate(features) if isinstance(features, list) else features
+    return [int(pool[i]) for i in row.frames if i is not None]
+
+
 @dataclasses.dataclass
 class ScriptedState:
     """The context of each slot, and its pending token."""
@@ -123,15 +133,14 @@ class ScriptedEngine:
         self.state = ScriptedState([[] for _ in range(slots)], [PENDING] * slots)
         return self.state
 
-    def encode(self, frames: Sequence[np.ndarray]) -> list[int]:
-        # A frame is identified by its first pixel.
-        return [int(frame[0, 0, 0]) for frame in frames]
+    def encode(self, frames: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array([frame[0, 0, 0] for frame in frames], int)
 
-    def distance(self, before: Sequence[int], i: int, after: Sequence[int], j: int) -> float:
+    def distance(self, before: np.ndarray, i: int, after: np.ndarray, j: int) -> float:
         return abs(after[j] - before[i]) / 255
 
     def step(
-        self, state: ScriptedState, rows: Sequence[Row | None], features: Sequence[int] = ()
+        self, state: ScriptedState, rows: Sequence[Row | None], features: Pixels = None
     ) -> tuple[ScriptedState, Sampled]:
         self.before_step()
         special = self.tokenizer.special
@@ -144,7 +153,7 @@ class ScriptedEngine:
             self.compactions += row.compact is not None
             tokens = [state.pending[slot] if t == PENDING else t for t in row.tokens]
             assert sum(t == special.image for t in tokens) == len(row.frames)
-            self.seen += [features[i] for i in row.frames if i is not None]
+            self.seen += shown_in(row, features)
             state.context[slot] += tokens
             script = self.script.get(slot)
             # The sample after a speculative silence is dropped, so it does not come from the script.

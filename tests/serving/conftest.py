@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from engines import FORGETS_NOTHING, ScriptedEngine
+from engines import FORGETS_NOTHING, ScriptedEngine, shown_in
 from servers import Running, running
 
 from moss_jax.config import EngineConfig, SchedulerConfig, ServerConfig, SessionConfig
@@ -24,13 +24,13 @@ REMARKS = {200: "Something has come."}
 class AnsweringEngine(ScriptedEngine):
     """Answers questions and remarks on frames, however they are put into rows."""
 
-    def step(self, state, rows, features=()):
+    def step(self, state, rows, features=None):
         for slot, row in enumerate(rows):
             if row is None:
                 continue
             said = self.tokenizer.decode([t for t in row.tokens if t >= 0])
             texts = [text for word, text in ANSWERS.items() if word in said]
-            texts += [REMARKS[features[i]] for i in row.frames if i is not None and features[i] in REMARKS]
+            texts += [REMARKS[frame] for frame in shown_in(row, features) if frame in REMARKS]
             if row.new_turn:
                 self.script[slot].clear()
             for text in texts:

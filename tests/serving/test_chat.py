@@ -40,7 +40,7 @@ ANSWERS = {"cat": "A cat. It sleeps.", "story": "And then, " * 400, "colour": "I
 class AnsweringEngine(ScriptedEngine):
     """Answers the questions that have a word of `ANSWERS` in them."""
 
-    def step(self, state, rows, features=()):
+    def step(self, state, rows, features=None):
         for slot, row in enumerate(rows):
             said = self.tokenizer.decode([t for t in row.tokens if t >= 0]) if row else ""
             for text in (text for word, text in ANSWERS.items() if word in said):

@@ -591,6 +591,7 @@ def test_many_threads_push_at_once_and_nothing_is_lost(scripted):
     ends = [e for e in watcher.events if isinstance(e, End)]
     assert sorted(e.slot for e in ends) == [0, 1, 2]
     assert all(e.counters.frames == 150 and e.counters.prompts == 15 for e in ends)
+    assert len(engine.seen) == 450
 
 
 def test_lockstep_does_not_depend_on_when_things_are_pushed(scripted, tokenizer):
