@@ -23,10 +23,9 @@ from moss_jax.memory.selection import feature_distance
 from moss_jax.nn import MossVideo, for_decoding
 from moss_jax.stream.capacity import slot_bytes
 from moss_jax.stream.parameters import functionalize
-from moss_jax.stream.perception import ENCODE_BUCKETS, SHARED_BUCKETS, FrameEncoder
+from moss_jax.stream.perception import ENCODE_BUCKETS, SHARED_BUCKETS, FrameEncoder, Strips
 from moss_jax.stream.placement import abstract, mesh_of, place, placement_of, state_sharding, traced_on
 from moss_jax.stream.rows import (
-    DECODE,
     PENDING,
     Compaction,
     Row,
@@ -255,6 +254,14 @@ class Engine:
         """
         return self.frame_encoder.encode(frames)
 
+    def send(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Strips:
+        """Starts the transfer of frames of one size, at most a batch, for `encode_sent`."""
+        return self.frame_encoder.send(frames, ahead=True)
+
+    def encode_sent(self, sent: Strips) -> Float[Array, "P N D"]:
+        """Features of frames that were sent before; the result may be padded."""
+        return self.frame_encoder.encode_sent(sent)
+
     def distance(
         self,
         before: Float[Array, "P N D"],
@@ -298,10 +305,11 @@ class Engine:
     ) -> tuple[EngineState, Int[Array, " B"]]:
         """Runs one step, for which there is a program, and samples."""
         slots = self.config.slots
-        shape, packed, features = DECODE, None, None
+        features = None
         if all(row.is_decode for row in rows.values()):
             # The most frequent step, whose arguments stay on the device.
-            packed = self._decode_arguments(tuple(sorted((i, row.new_turn) for i, row in rows.items())))
+            taking_part = tuple(sorted((slot, row.new_turn) for slot, row in rows.items()))
+            shape, packed = self._decode_arguments(taking_part)
         else:
             arguments, index = step_arguments(rows, slots, self.tokenizer.special.image)
             shape, packed = arguments.shape, pack(arguments, slots)
@@ -444,11 +452,8 @@ class Engine:
         if self.config.slots > 1:
             self.frame_encoder.measure(frame_shape)
         state = self.start()
-        slots = self.config.slots
-        on_device = self._decode_arguments(())
-        for shape in shapes(slots):
-            arguments, index = empty_arguments(shape, slots)
-            packed = on_device if shape == DECODE else pack(arguments, slots)
+        for shape in shapes(self.config.slots):
+            packed, index = self._empty_arguments(shape)
             batches = {len(x): x for x in encoded}.values() if index is not None else [None]
             for batch in batches:
                 features = None
@@ -457,9 +462,11 @@ class Engine:
                 # The state is passed on, so that there is never room needed for two.
                 state, tokens = self._run(state, shape, packed, features, SamplingKind.GREEDY)
                 jax.block_until_ready(tokens)
+        shape = shapes(self.config.slots)[0]
+        on_device, _ = self._empty_arguments(shape)
         # After arguments on the device and after those of the host.
-        for kind, numbers in itertools.product(SamplingKind, (on_device, np.asarray(on_device))):
-            state, tokens = self._run(state, DECODE, numbers, None, kind)
+        for kind, packed in itertools.product(SamplingKind, (on_device, np.asarray(on_device))):
+            state, tokens = self._run(state, shape, packed, None, kind)
         state = self.reset_slot(state, 0)
         del state
         state = self.set_sampling(self.start(), 0, self.sampling)
@@ -474,27 +481,32 @@ class Engine:
         state = jax.tree.map(lambda x: abstract(x, state_sharding(x, self.placement)), self._abstract_state)
         vectors = self.model_config.vectors_per_frame, self.model_config.decoder.hidden_size
         for shape in shapes(self.config.slots):
-            arguments, index = empty_arguments(shape, self.config.slots)
-            packed = pack(arguments, self.config.slots)
-            if shape == DECODE:
-                packed = self._decode_arguments(())
+            packed, index = self._empty_arguments(shape)
             features = None
             if index is not None:
                 features = jax.ShapeDtypeStruct((*index.shape, *vectors), self.dtype, sharding=self.placement)
             yield self._step.lower(self.parameters, self.rules, state, packed, features, shape)
 
+    def _empty_arguments(
+        self, shape: Shape
+    ) -> tuple[Int[Array, " n"] | Int[np.ndarray, " n"], Int[np.ndarray, "R F"] | None]:
+        """Packed arguments of a step in which no slot takes part, on the device or the host as in traffic."""
+        arguments, index = empty_arguments(shape, self.config.slots)
+        packed = pack(arguments, self.config.slots)
+        return packed if shape.chunks else jax.device_put(packed, self.placement), index
+
 
 def _decode_arguments(
     slots: int, placement: Sharding, taking_part: tuple[tuple[int, bool], ...]
-) -> Int[Array, " n"]:
+) -> tuple[Shape, Int[Array, " n"]]:
     """Packed arguments, on the device, of a step that appends the pending token alone to some slots.
 
     Args:
       taking_part: those slots, each with whether a turn begins.
     """
     rows = {slot: Row([PENDING], new_turn=new_turn) for slot, new_turn in taking_part}
-    arguments, _ = step_arguments(rows, slots, -1) if rows else empty_arguments(DECODE, slots)
-    return jax.device_put(pack(arguments, slots), placement)
+    arguments, _ = step_arguments(rows, slots, -1)
+    return arguments.shape, jax.device_put(pack(arguments, slots), placement)
 
 
 def _flat_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

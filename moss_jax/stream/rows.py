@@ -25,6 +25,9 @@ TOKEN_BUCKETS = (2, 4, 16, 64, 320)
 FRAME_BUCKETS = (1, 8, 32, 256)
 # Tokens of a chunk where there are several slots.
 WIDTH = 16
+# Slots from which on there are programs in which a quarter of them decode: with fewer, reading the weights
+# takes most of a step, however many rows there are.
+MANY_SLOTS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,36 +102,39 @@ def _any_frame[Frame](frames: Sequence[Frame | None]) -> Sequence[Frame | None]:
 class Shape(NamedTuple):
     """What the program of a step has room for.
 
-    With one slot a row is a chunk, and the pending token alone is a decode row. With more, the decode rows of
-    all slots are in every step, and chunks are of whichever slots have more to append; a slot may have
-    several.
+    With one slot a row is a chunk, and the pending token alone is a decode row. With more, every step has
+    decode rows, and chunks are of whichever slots have more to append; a slot may have several.
 
     Attributes:
-      decode: whether there is a row of one token for each slot.
+      decode: rows of a pending token alone: one for each slot, or fewer.
       chunks, width: rows of prompt and frame tokens, and the tokens of each.
       frames: over all chunks.
     """
 
-    decode: bool
+    decode: int = 0
     chunks: int = 0
     width: int = 0
     frames: int = 0
 
 
-DECODE = Shape(decode=True)
+def decode_counts(slots: int) -> tuple[int, ...]:
+    """Decode rows that programs have room for; where there are many slots, few of them may talk."""
+    return (slots // 4, slots) if slots >= MANY_SLOTS else (slots,)
 
 
 def shapes(slots: int) -> tuple[Shape, ...]:
     """Shapes that steps over this number of slots have, one compiled program each; smaller ones first."""
     if slots == 1:
-        text = [Shape(False, 1, width) for width in TOKEN_BUCKETS]
-        framed = [Shape(False, 1, _token_room(frames), frames) for frames in FRAME_BUCKETS]
-        return (DECODE, *text, *framed)
+        text = [Shape(0, 1, width) for width in TOKEN_BUCKETS]
+        framed = [Shape(0, 1, _token_room(frames), frames) for frames in FRAME_BUCKETS]
+        return (Shape(1), *text, *framed)
     counts = (1, 2, 4, 8, 16, 32)
     # The frame of a slot and the token before it; then chunks of prompts.
-    short = [Shape(True, count, 2, count) for count in counts if count < 2 * slots]
-    long = [Shape(True, count, WIDTH, frames) for count in (1, 4, 16) for frames in (0, count)]
-    return (DECODE, *short, *long)
+    short = [(count, 2, count) for count in counts if count < 2 * slots]
+    long = [(count, WIDTH, frames) for count in (1, 4, 16) for frames in (0, count)]
+    return tuple(
+        Shape(decode, *chunks) for chunks in ((0, 0, 0), *short, *long) for decode in decode_counts(slots)
+    )
 
 
 def first_step[Frame](
@@ -189,7 +195,7 @@ class StepFrames:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """The rows of prompt and frame tokens of one step; see `nn.decoder.Rows`."""
+    """Rows of tokens of one step, of one length; see `nn.decoder.Rows`."""
 
     tokens: Int[Array, "C W"] | Int[np.ndarray, "C W"]
     count: Int[Array, " C"] | Int[np.ndarray, " C"]
@@ -204,8 +210,8 @@ class StepArguments:
 
     Attributes:
       takes: slots that take part.
-      decode: the slots whose pending token is appended alone; None if the step has no decode rows.
-      chunks: None if there are none.
+      decode: rows of a pending token alone; None if there are none.
+      chunks: rows of prompt and frame tokens; None if there are none.
       frames: None if the step has no room for any.
       speaks: slots whose pending token is appended.
       new_turn: slots whose repetition penalty starts afresh.
@@ -213,7 +219,7 @@ class StepArguments:
     """
 
     takes: Bool[Array, " B"] | Bool[np.ndarray, " B"]
-    decode: Bool[Array, " B"] | Bool[np.ndarray, " B"] | None
+    decode: Chunks | None
     chunks: Chunks | None
     frames: StepFrames | None
     speaks: Bool[Array, " B"] | Bool[np.ndarray, " B"]
@@ -225,17 +231,22 @@ class StepArguments:
         """What it has room for."""
         chunks, width = self.chunks.tokens.shape if self.chunks else (0, 0)
         frames = self.frames.offset.size if self.frames else 0
-        return Shape(self.decode is not None, chunks, width, frames)
+        return Shape(len(self.decode.tokens) if self.decode else 0, chunks, width, frames)
 
 
 def empty_arguments(shape: Shape, slots: int) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
     """Arguments of a step in which no slot takes part; see `step_arguments`."""
-    chunks = frames = index = None
+    decode = chunks = frames = index = None
     several = slots > 1
 
     def zeros(*size: int) -> np.ndarray:
         return np.zeros(size, np.int32)
 
+    if shape.decode:
+        tokens = np.full((shape.decode, 1), PENDING, np.int32)
+        decode = Chunks(
+            tokens, zeros(shape.decode), zeros(shape.decode) if shape.decode < slots else None, None
+        )
     if shape.chunks:
         C = shape.chunks
         chunks = Chunks(
@@ -251,11 +262,8 @@ def empty_arguments(shape: Shape, slots: int) -> tuple[StepArguments, Int[np.nda
             zeros(rows) if several else None,
             zeros(rows) if several else None,
         )
-    decode, takes, speaks, new_turn = (np.zeros(slots, bool) for _ in range(4))
-    arguments = StepArguments(
-        takes, decode if shape.decode else None, chunks, frames, speaks, new_turn, zeros(slots)
-    )
-    return arguments, index
+    takes, speaks, new_turn = (np.zeros(slots, bool) for _ in range(3))
+    return StepArguments(takes, decode, chunks, frames, speaks, new_turn, zeros(slots)), index
 
 
 def step_arguments(
@@ -272,13 +280,17 @@ def step_arguments(
     """
     shape = _smallest(rows, slots, image)
     a, index = empty_arguments(shape, slots)
-    chunk = frame = 0
+    decoding = chunk = frame = 0
     for slot, row in rows.items():
         a.takes[slot], a.new_turn[slot] = True, row.new_turn
         a.speaks[slot] = row.tokens[0] == PENDING
         if shape.decode and row.is_decode:
             assert a.decode is not None
-            a.decode[slot], a.last[slot] = True, slot
+            place = slot
+            if a.decode.slots is not None:
+                a.decode.slots[place := decoding] = slot
+            a.decode.count[place], a.last[slot] = 1, place
+            decoding += 1
             continue
         assert a.chunks is not None
         for start in range(0, len(row.tokens), shape.width):
@@ -287,7 +299,7 @@ def step_arguments(
             a.chunks.count[chunk] = len(tokens)
             if a.chunks.slots is not None and a.chunks.before is not None:
                 a.chunks.slots[chunk], a.chunks.before[chunk] = slot, start
-            a.last[slot] = slots * shape.decode + chunk * shape.width + len(tokens) - 1
+            a.last[slot] = shape.decode + chunk * shape.width + len(tokens) - 1
             chunk += 1
         for number, (offset, of_frame) in enumerate(row.placed(image).items()):
             assert a.frames is not None
@@ -351,7 +363,8 @@ def _smallest(rows: Mapping[int, Row], slots: int, image: int) -> Shape:
             continue
         lengths = [len(row.tokens) for row in rows.values() if not (shape.decode and row.is_decode)]
         chunks = sum(-(-length // shape.width) if shape.width else length for length in lengths)
-        if chunks <= shape.chunks and frames <= shape.frames and (shape.frames > 0) >= (frames > 0):
+        fits = chunks <= shape.chunks and frames <= shape.frames
+        if fits and (not shape.decode or len(rows) - len(lengths) <= shape.decode):
             return shape
     raise ValueError(f"no step has room for rows of {[len(row.tokens) for row in rows.values()]} tokens")
 

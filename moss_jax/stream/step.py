@@ -117,12 +117,11 @@ def step(decoder: Decoder, rules: SamplingRules, state: EngineState, arguments: 
     joins &= jnp.arange(state.said.shape[1]) == pending[:, None]
     said = (state.said | joins) & ~a.new_turn[:, None]
     rows = []
-    if a.decode is not None:
-        rows.append(Rows(pending[:, None], a.decode.astype(jnp.int32)))
-    if (chunks := a.chunks) is not None:
-        of_rows = pending if chunks.slots is None else pending[chunks.slots]
-        tokens = jnp.where(chunks.tokens == PENDING, of_rows[:, None], chunks.tokens)
-        rows.append(Rows(tokens, chunks.count, chunks.slots, chunks.before))
+    for part in (a.decode, a.chunks):
+        if part is not None:
+            of_rows = pending if part.slots is None else pending[part.slots]
+            tokens = jnp.where(part.tokens == PENDING, of_rows[:, None], part.tokens)
+            rows.append(Rows(tokens, part.count, part.slots, part.before))
     stream = state.stream
     if (frames := a.frames) is not None:
         start = stream.text.position if frames.slots is None else stream.text.position[frames.slots]

@@ -12,7 +12,7 @@ from moss_jax.config import ConfigError, EngineConfig, TokenSampling, moss_tiny
 from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.stream.engine import gather, pick_frame
 from moss_jax.stream.perception import ENCODE_BUCKETS
-from moss_jax.stream.rows import DECODE, FRAME_BUCKETS, TOKEN_BUCKETS, empty_arguments, pack
+from moss_jax.stream.rows import FRAME_BUCKETS, TOKEN_BUCKETS, Shape, empty_arguments, pack
 from moss_jax.stream.sampling import SamplingKind
 from moss_jax.text import Tokenizer
 
@@ -120,6 +120,24 @@ def test_slots_are_independent(make_engine, frames, sampling):
             assert int(sampled.tokens[0]) == token
 
 
+def test_where_few_of_many_slots_decode_each_says_what_it_says_alone(make_engine, frames):
+    many, single = make_engine(slots=40), make_engine()
+    features = many.encode(frames[:2])
+    prompts = {slot: Row([1015, *range(slot, 40)]) for slot in (3, 17, 39)}
+    # With a frame among the rows of pending tokens, and without.
+    decode = dict.fromkeys(prompts, Row([PENDING]))
+    steps = [decode | {3: Row([PENDING, IMAGE], [1])}, decode]
+    state, found = many.start(), []
+    for rows in (prompts, *steps, *steps):
+        state, sampled = many.step(state, [rows.get(slot) for slot in range(40)], features)
+        found.append(np.asarray(sampled.logits))
+    for slot in prompts:
+        state = single.start()
+        for rows, logits in zip((prompts, *steps, *steps), found, strict=True):
+            state, alone = single.step(state, [rows[slot]], features)
+            np.testing.assert_allclose(logits[slot], alone.logits[0], atol=1e-3)
+
+
 def test_rows_cut_into_unequal_pieces_all_sample_from_their_last_token(make_engine):
     pair, single = make_engine(slots=2), make_engine()
     long, short = Row([1015, *range(300)]), Row([1015, 7, 8])
@@ -193,8 +211,9 @@ def test_the_state_is_donated(make_engine):
 @pytest.mark.parametrize("slots", [1, 3])
 def test_a_token_takes_no_loop_and_no_branch(make_engine, slots):
     engine = make_engine(slots=slots)
-    state, packed = engine.start(), pack(empty_arguments(DECODE, slots)[0], slots)
-    step = engine.programs["step"].lower(engine.parameters, engine.rules, state, packed, None, DECODE)
+    state, shape = engine.start(), Shape(slots)
+    packed = pack(empty_arguments(shape, slots)[0], slots)
+    step = engine.programs["step"].lower(engine.parameters, engine.rules, state, packed, None, shape)
     sampling = state.pending, engine.rules, state.logits, state.said, state.sampling
     positions = state.stream.text.position
     greedy = engine.programs["sample.greedy"].lower(*sampling, positions, packed)

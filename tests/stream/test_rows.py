@@ -112,7 +112,7 @@ def rows_of_a_slot(draw) -> Row:
 @st.composite
 def rows_of_slots(draw) -> tuple[int, dict[int, Row]]:
     """The number of slots, and rows of some of them, in order of precedence."""
-    slots = draw(st.integers(1, 6))
+    slots = draw(st.integers(1, 6) | st.just(40))
     order = draw(st.permutations(range(slots)))
     taking_part = order[: draw(st.integers(1, slots))]
     return slots, {slot: draw(rows_of_a_slot()) for slot in taking_part}
@@ -128,19 +128,18 @@ def planned(slots, rows) -> list:
     return steps
 
 
-def shape_of(a, slots) -> Shape:
-    """The program that these arguments are for."""
-    chunks = (0, 0) if a.chunks is None else a.chunks.tokens.shape
-    return Shape(a.decode is not None, *chunks, 0 if a.frames is None else a.frames.offset.size)
-
-
-def appended(a, index, slots) -> dict[int, tuple[list[int], dict[int, int]]]:
+def appended(a, index) -> dict[int, tuple[list[int], dict[int, int]]]:
     """What the arguments of a step append to each slot: tokens, and frames by the offset of their token."""
     found: dict[int, tuple[list[int], dict[int, int]]] = {}
     at: dict[int, int] = {}
-    decode = [] if a.decode is None else np.flatnonzero(a.decode).tolist()
-    for slot in decode:
-        found[slot], at[slot] = ([PENDING], {}), slot
+    of_decode = np.zeros(0, int) if a.decode is None else np.arange(a.shape.decode)
+    if a.decode is not None and a.decode.slots is not None:
+        of_decode = a.decode.slots
+    for place, slot in enumerate(of_decode.tolist()):
+        if a.decode.count[place]:
+            assert slot not in found
+            found[slot], at[slot] = (a.decode.tokens[place].tolist(), {}), place
+    decode = list(found)
     if a.chunks is not None:
         width = a.chunks.tokens.shape[1]
         of_chunks = np.zeros(1, int) if a.chunks.slots is None else a.chunks.slots
@@ -152,8 +151,7 @@ def appended(a, index, slots) -> dict[int, tuple[list[int], dict[int, int]]]:
             # In order, and each told how many tokens of its slot are in the chunks before.
             assert len(tokens) == (0 if a.chunks.before is None else a.chunks.before[chunk])
             tokens += a.chunks.tokens[chunk, :count].tolist()
-            first = 0 if a.decode is None else slots
-            at[slot] = first + chunk * width + count - 1
+            at[slot] = a.shape.decode + chunk * width + count - 1
     if a.frames is not None:
         of_rows = np.zeros(1, int) if a.frames.slots is None else a.frames.slots
         for row, (slot, count) in enumerate(zip(of_rows.tolist(), a.frames.count, strict=True)):
@@ -175,8 +173,8 @@ def test_steps_append_every_token_and_frame_once_and_in_order(slots_and_rows):
     frames = {slot: {} for slot in rows}
     spoke, turned = [], []
     for now, arguments, index in planned(slots, rows):
-        assert shape_of(arguments, slots) in shapes(slots)
-        found = appended(arguments, index, slots)
+        assert arguments.shape in shapes(slots)
+        found = appended(arguments, index)
         assert found.keys() == now.keys()
         for slot, (of_step, placed) in found.items():
             frames[slot] |= {len(tokens[slot]) + offset: frame for offset, frame in placed.items()}
@@ -209,17 +207,22 @@ def test_what_a_slot_gets_is_up_to_those_named_before_it(slots_and_rows):
 def test_a_step_is_of_the_smallest_shape_that_has_room():
     def shape(rows, slots):
         ((_, arguments, _),) = planned(slots, rows)
-        return shape_of(arguments, slots)
+        return arguments.shape
 
     decode, frame = Row([PENDING]), Row([PENDING, IMAGE], [0])
-    assert shape({0: decode, 3: decode}, 4) == Shape(True)
-    assert shape({0: decode, 3: frame}, 4) == Shape(True, 1, 2, 1)
-    assert shape({0: frame, 1: frame, 3: frame}, 4) == Shape(True, 4, 2, 4)
-    assert shape({1: Row([1] * 16), 2: decode}, 4) == Shape(True, 1, 16)
-    assert shape({1: Row([1] * 17), 2: decode}, 4) == Shape(True, 4, 16)
-    assert shape({1: Row([1] * 100), 2: frame}, 4) == Shape(True, 16, 16, 16)
-    assert shape({0: decode}, 1) == Shape(True)
-    assert shape({0: Row([5])}, 1) == Shape(False, 1, 2)
+    assert shape({0: decode, 3: decode}, 4) == Shape(4)
+    assert shape({0: decode, 3: frame}, 4) == Shape(4, 1, 2, 1)
+    assert shape({0: frame, 1: frame, 3: frame}, 4) == Shape(4, 4, 2, 4)
+    assert shape({1: Row([1] * 16), 2: decode}, 4) == Shape(4, 1, 16)
+    assert shape({1: Row([1] * 17), 2: decode}, 4) == Shape(4, 4, 16)
+    assert shape({1: Row([1] * 100), 2: frame}, 4) == Shape(4, 16, 16, 16)
+    assert shape({0: decode}, 1) == Shape(1)
+    few, many = dict.fromkeys(range(10), decode), dict.fromkeys(range(11), decode)
+    assert shape(few, 40) == Shape(10)
+    assert shape(few | {20: frame}, 40) == Shape(10, 1, 2, 1)
+    assert shape(many, 40) == Shape(40)
+    assert shape(many | {20: frame}, 40) == Shape(40, 1, 2, 1)
+    assert shape({0: Row([5])}, 1) == Shape(0, 1, 2)
 
 
 @pytest.mark.parametrize("slots", [2, 8, 40])
