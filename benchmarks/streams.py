@@ -206,6 +206,10 @@ class StreamsEngine(FilledEngine):
         self.calls.append((time.monotonic(), len(frames)))
         return super().encode(frames)
 
+    def send(self, frames):
+        self.calls.append((time.monotonic(), len(frames)))
+        return super().send(frames)
+
     def num_programs(self) -> int:
         return super().num_programs() + gather._cache_size()
 
@@ -470,12 +474,20 @@ def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray) -> dict[str, 
             started = time.perf_counter()
             jax.block_until_ready(engine.encode([picture] * size))
             times[f"encode_{size}"].append(1e3 * (time.perf_counter() - started))
+            sent = jax.block_until_ready(engine.send([picture] * size))
+            started = time.perf_counter()
+            jax.block_until_ready(engine.encode_sent(sent))
+            times[f"sent_{size}"].append(1e3 * (time.perf_counter() - started))
     engine.calls.clear()
     medians = {name: statistics.median(some[2:]) for name, some in times.items()}
-    encode = {name.removeprefix("encode_"): ms for name, ms in medians.items() if name.startswith("encode_")}
+    # Of frames on the host, and of frames on the device.
+    encode, sent = (
+        {name.removeprefix(kind): ms for name, ms in medians.items() if name.startswith(kind)}
+        for kind in ("encode_", "sent_")
+    )
     added = medians["with_prompt"] - medians["decode"]
     step = {"step_ms": medians["decode"], "with_prompt_ms": medians["with_prompt"], "prompt_adds_ms": added}
-    return step | {"prompt_tokens": len(tokens), "encode_ms": encode}
+    return step | {"prompt_tokens": len(tokens), "encode_ms": encode, "encode_sent_ms": sent}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -583,7 +595,7 @@ def check_room(parameters: int, model: MossVideo, config: EngineConfig) -> None:
     Raises:
       ConfigError: saying how many slots there is room for.
     """
-    tokens = max(config.slots * shape.decode + shape.chunks * shape.width for shape in shapes(config.slots))
+    tokens = max(shape.decode + shape.chunks * shape.width for shape in shapes(config.slots))
     reserve = workspace_bytes(model.config, config, model.dtype, tokens=tokens, waiting=config.slots)
     fits = capacity(
         parameters,

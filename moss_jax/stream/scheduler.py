@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, UInt8
 
 from moss_jax.config import (
     EngineConfig,
@@ -46,7 +46,7 @@ from moss_jax.stream.events import End, Event
 from moss_jax.stream.frame_pool import FramePool
 from moss_jax.stream.limits import saved_config, stream_config
 from moss_jax.stream.moments import BankView
-from moss_jax.stream.perception import FEW
+from moss_jax.stream.perception import FEW, Strips
 from moss_jax.stream.rows import Encoded, Row, features_of, first_step
 from moss_jax.stream.saved import (
     SavedStream,
@@ -356,7 +356,10 @@ class Scheduler:
         # What waits until a stream is between two steps, or only until the loop comes by: that is under None.
         self._calls: dict[Stream | None, list[tuple[Callable[[Any], Any], Future]]] = {}
         self._thread: threading.Thread | None = None
-        self._closing = self._paused = self._has_encoded = self._is_persistent = False
+        self._closing = self._paused = self._is_persistent = False
+        # Whether a batch of frames was begun since the last step, and the one on its way to the device.
+        self._has_batch = False
+        self._sent: tuple[list[Inbound], Strips] | None = None
         # Seconds between two frames of any streams, a running mean.
         self._frame_interval, self._last_frame = 1.0, monotonic()
         # State of the engine, once the loop is over.
@@ -673,6 +676,7 @@ class Scheduler:
 
     def _loop(self, *, persistent: bool) -> Iterator[tuple[Stream, Event]]:
         state, timer, in_flight = self.engine.start(), DispatchTimer(), None
+        self._has_batch, self._sent = False, None
         while (moves := self._next_moves(in_flight, persistent=persistent)) is not None:
             for stream in moves.opened:
                 state = self._begin(state, stream)
@@ -681,13 +685,14 @@ class Scheduler:
             if moves.opened or moves.calls:
                 continue
             if moves.encode:
-                self._encode(moves.encode)
+                self._begin_batch(moves.encode, is_busy=in_flight is not None)
                 continue
             plans = moves.plans
             self._plan_rows({stream: plan for stream, plan in plans.items() if plan.tokens})
             before, in_flight = in_flight, None
             if rows := self._next_rows():
                 state, in_flight = self._dispatch(state, rows, timer, moves.begun)
+            self._encode_sent()
             if before:
                 tokens = before.wait()
                 if in_flight:
@@ -858,7 +863,7 @@ class Scheduler:
         features = batches[0] if len(batches) == 1 else batches or None
         by_slot = [indexed.get(slot) for slot in range(len(self._slots))]
         state, sampled = self.engine.step(state, by_slot, features)
-        self._has_encoded = False
+        self._has_batch = False
         # A row that goes on has no sample yet.
         plans = {stream: self._plans.pop(stream) for stream in rows if stream not in self._rows}
         kind = max(len(row.tokens) for row in rows.values()), sum(len(row.frames) for row in rows.values())
@@ -888,7 +893,7 @@ class Scheduler:
         if not self._shares_encoder:
             return [], None
         talking = any(stream.conversation.speaking for stream in live)
-        if talking and self._has_encoded:
+        if self._sent or (talking and self._has_batch):
             return [], None
         turns = [
             (not stream.conversation.is_asked, turn, frame.order, frame)
@@ -913,14 +918,35 @@ class Scheduler:
             return FEW if seconds == math.inf else 1
         return self.engine.frame_encoder.largest_batch(seconds)
 
+    def _begin_batch(self, frames: list[Inbound], *, is_busy: bool) -> None:
+        """Encodes a batch at once; while a step is in flight, sends it, to be encoded after the next step.
+
+        A transfer waits for the programs that were called before it. Sent one step ahead, frames travel while
+        that step runs, and the encoder does not wait for them.
+        """
+        self._has_batch = True
+        if is_busy and isinstance(self.engine, Engine):
+            self._sent = frames, self.engine.send(_pixels(frames))
+        else:
+            self._encode(frames)
+
+    def _encode_sent(self) -> None:
+        """Encodes the batch that was sent before the last step, if there is one."""
+        if self._sent:
+            (frames, sent), self._sent = self._sent, None
+            self._set_encoded(frames, saving_engine(self.engine).encode_sent(sent))
+
     def _encode(self, frames: list[Inbound]) -> None:
-        """Has the device encode a batch after the step in flight."""
-        features = self.engine.encode([frame.rgb for frame in frames if frame.rgb is not None])
-        self._has_encoded = True
+        """Has the device encode frames after the step in flight."""
+        self._set_encoded(frames, self.engine.encode(_pixels(frames)))
+
+    def _set_encoded(self, frames: list[Inbound], features: Float[Array, "P N D"]) -> None:
+        """Gives frames their features."""
         self.counters.encoded_frames[len(frames)] += 1
         with self.changed:
             for index, frame in enumerate(frames):
                 frame.encoded = Encoded(features, index)
+            self.changed.notify_all()
 
     def _withdraw_alike(self, stream: Stream, plan: Plan, frames: list[Encoded | None]) -> None:
         """Sets to None the frames of a row whose features are like those of the frame remembered before.
@@ -958,13 +984,7 @@ class Scheduler:
         """Encodes frames as they arrive while a model talks; the body of the perception thread."""
         try:
             while frames := self._claim_frames():
-                rgb = [frame.rgb for frame in frames if frame.rgb is not None]
-                features = jax.block_until_ready(self.engine.encode(rgb))
-                self.counters.encoded_frames[len(frames)] += 1
-                with self.changed:
-                    for index, frame in enumerate(frames):
-                        frame.encoded = Encoded(features, index)
-                    self.changed.notify_all()
+                self._set_encoded(frames, jax.block_until_ready(self.engine.encode(_pixels(frames))))
         except BaseException as error:
             with self.changed:
                 self._failure = error
@@ -1027,6 +1047,10 @@ def _call(function: Callable[[Any], Any], state: Any, future: Future) -> None:
         future.set_exception(error)
     else:
         future.set_result(result)
+
+
+def _pixels(frames: list[Inbound]) -> list[UInt8[np.ndarray, "H W 3"]]:
+    return [frame.rgb for frame in frames if frame.rgb is not None]
 
 
 def _min_distance(stream: Stream) -> float | None:

@@ -279,6 +279,25 @@ def test_what_is_encoded_while_a_stream_talks(make_engine, frames, monkeypatch):
     assert due(interval=1.0) == ([], None)
 
 
+def test_frames_travel_to_the_device_while_a_step_runs(make_engine, frames, monkeypatch):
+    engine = make_engine(slots=2)
+    calls = []
+    for name in ("send", "encode_sent", "step"):
+        call = getattr(engine, name)
+        monkeypatch.setattr(engine, name, lambda *a, call=call, name=name: (calls.append(name), call(*a))[1])
+    with Scheduler(engine) as scheduler:
+        talking, other = scheduler.open(prompt="What is there?"), scheduler.open()
+        events, _ = listen(talking)
+        wait_for(events, 3, Text)
+        seen, _ = listen(other)
+        for index in range(4):
+            other.push_frame(frames[index])
+            wait_for(seen, index + 1, FrameSeen)
+    order = "".join({"send": "<", "encode_sent": ">", "step": "."}[name] for name in calls)
+    # Each batch that is sent is encoded after the next step.
+    assert order.count("<.>") == order.count("<") == order.count(">") > 0, order
+
+
 @pytest.mark.slow
 def test_live_streams_see_their_frames_and_compile_nothing(model, tokenizer, frames):
     """Frames of four talking streams go through the shared encoder."""
