@@ -1006,7 +1006,8 @@ class DataConfig:
 
     Attributes:
       kind: "tabletop", streams of the generated world, or "conversations", rows in JSON files.
-      workers: processes that make batches; 0 makes them in the training process. The batches are the same.
+      workers: processes that make batches; 0 makes them in the training process. The batches are the same. Of
+        long streams each makes some rows, so a number that divides those of a batch serves best.
       read_ahead: batches that each worker prefetches.
       max_dropped_share: share of the rows that may be dropped before the run is aborted.
     """

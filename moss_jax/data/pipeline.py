@@ -5,15 +5,16 @@ at a step, with any number of workers, sees the same batches as an uninterrupted
 """
 
 import atexit
+import itertools
 import os
 import signal
 import threading
 import traceback
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent import futures
 from multiprocessing import parent_process
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -53,6 +54,15 @@ class BatchSource(Protocol):
         ...
 
 
+@runtime_checkable
+class RowSource(BatchSource, Protocol):
+    """A batch source whose rows go on from batch to batch: a worker makes some rows of every batch."""
+
+    def split(self, most: int) -> Sequence[BatchSource]:
+        """Sources of equal shares of the rows, in order, as many as can be up to `most`."""
+        ...
+
+
 class BatchError(RuntimeError):
     """A batch source failed, in whichever process; the message names the step and the error."""
 
@@ -66,7 +76,8 @@ def iterate(source: BatchSource, *, start: int, workers: int, read_ahead: int) -
     Args:
       source: of the batches.
       start: first step.
-      workers: worker processes; 0 makes each batch on demand in the calling thread. The batches are the same.
+      workers: worker processes, of which a `RowSource` may use fewer; 0 makes each batch on demand in the
+        calling thread. The batches are the same.
       read_ahead: batches that each worker prefetches, rounded down to an even number and at least 4.
 
     Raises:
@@ -102,30 +113,32 @@ def _make_in_workers(
     # between them, and one is being copied.
     buffered = max(1, read_ahead // 2 - 1)
     options = grain.MultiprocessingOptions(1, per_worker_buffer_size=buffered)
-    # A worker makes a run of successive steps, since a source may reuse what it made for the step before. The
-    # run is no longer than what the worker prefetches, so that all of them work while one is read.
-    run = 2 * buffered + 2
+    if by_rows := isinstance(source, RowSource):
+        parts = [_Guarded(part, steps) for part in source.split(workers)]
+    else:
+        parts = [_Guarded(source, steps[worker::workers]) for worker in range(workers)]
     # One dataset per worker, because grain shuts the workers of one dataset down one after the other.
     shards = [
         # By default, grain would prefetch 500 batches in 16 threads of each worker.
         iter(
-            grain.MapDataset.source(_Guarded(source, steps, run=run, worker=i, workers=workers))
+            grain.MapDataset.source(part)
             .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
             .mp_prefetch(options, worker_init_fn=_start_worker)
         )
-        for i in range(workers)
+        for part in parts
     ]
-    with futures.ThreadPoolExecutor(workers) as threads:
+    with futures.ThreadPoolExecutor(len(shards)) as threads:
         pending = [threads.submit(_take, shard) for shard in shards]
         try:
             for index in range(len(steps)):
-                worker = index // run % workers
+                makers = range(len(shards)) if by_rows else [index % len(shards)]
                 try:
-                    loaded = pending[worker].result()
+                    loaded = [pending[maker].result() for maker in makers]
                 except RuntimeError as error:
                     raise BatchError(f"{error} {_HINT}") from error
-                pending[worker] = threads.submit(_take, shards[worker])
-                yield _checked(loaded)
+                for maker in makers:
+                    pending[maker] = threads.submit(_take, shards[maker])
+                yield _joined([_checked(part) for part in loaded])
         finally:
             futures.wait(pending)
             try:
@@ -155,23 +168,25 @@ def _checked(loaded: "LoadedBatch | BatchError | None") -> LoadedBatch:
     return loaded
 
 
+def _joined(parts: list[LoadedBatch]) -> LoadedBatch:
+    """One batch of the rows of several."""
+    if len(parts) == 1:
+        return parts[0]
+    batch = jax.tree.map(lambda *rows: np.concatenate(rows), *(part.batch for part in parts))
+    return LoadedBatch(batch, tuple(itertools.chain.from_iterable(part.dropped for part in parts)))
+
+
 class _Guarded:
-    """The steps of one worker, of which it makes every `workers`-th run of `run` successive ones.
+    """The batches that one worker makes; errors are returned, because not every exception can be pickled."""
 
-    Errors are returned, because not every exception can be pickled to the parent.
-    """
-
-    def __init__(self, source: BatchSource, steps: range, *, run: int = 1, worker: int = 0, workers: int = 1):
+    def __init__(self, source: BatchSource, steps: range):
         self._source, self._steps = source, steps
-        self._run, self._worker, self._workers = run, worker, workers
 
     def __len__(self) -> int:
-        runs, rest = divmod(len(self._steps), self._run * self._workers)
-        return runs * self._run + min(max(rest - self._worker * self._run, 0), self._run)
+        return len(self._steps)
 
     def __getitem__(self, index: int) -> "LoadedBatch | BatchError":
-        number, place = divmod(index, self._run)
-        step = self._steps[(number * self._workers + self._worker) * self._run + place]
+        step = self._steps[index]
         try:
             return self._source[step]
         except Exception as error:

@@ -4,6 +4,7 @@ B sequences, K segments, S tokens, F frames
 """
 
 import bisect
+import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -63,6 +64,15 @@ class TabletopSegments(TabletopSource):
 
     def __getstate__(self):
         return super().__getstate__() | {"_streams": {}}
+
+    def split(self, most: int) -> "list[TabletopSegments]":
+        """Sources of equal shares of the rows, as many as can be up to `most`."""
+        count = max(count for count in range(1, most + 1) if self._rows % count == 0)
+        parts = [copy.copy(self) for _ in range(count)]
+        for index, part in enumerate(parts):
+            part._rows, part._process = self._rows // count, self._process * count + index
+            part._streams = {}
+        return parts
 
     def __getitem__(self, step: int) -> LoadedBatch:
         config, rows, K = self.segments, self._rows, self.segments.per_step

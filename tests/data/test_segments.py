@@ -106,6 +106,12 @@ def test_processes_share_the_rows_of_segments(make_segments):
     halves = [make_segments(process_index=i, process_count=2)[5].batch for i in range(2)]
     np.testing.assert_array_equal(np.concatenate([half.tokens for half in halves]), whole.tokens)
     np.testing.assert_array_equal(np.concatenate([half.frames for half in halves]), whole.frames)
+    # And workers those of a process: as many as divide them.
+    parts = [part for i in range(2) for part in make_segments(process_index=i, process_count=2).split(3)]
+    assert len(parts) == 4
+    for step in (5, 6):
+        found = np.concatenate([part[step].batch.tokens for part in parts])
+        np.testing.assert_array_equal(found, make_segments()[step].batch.tokens)
 
 
 def test_streams_of_all_lengths_begin_and_some_skip_positions(make_segments):
