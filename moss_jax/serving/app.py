@@ -25,6 +25,8 @@ _logger = logging.getLogger(__name__)
 WEB = Path(__file__).parent / "web"
 # Seconds after which a connection is cut whose client does not take the rest of what was sent.
 ABORT_SECONDS = 10.0
+# Seconds after which a connection is cut whose client takes nothing of a long response.
+STALL_SECONDS = 60.0
 # Seconds in which a client has to send the head of its first request.
 REQUEST_SECONDS = 10.0
 
@@ -100,12 +102,25 @@ async def readiness(request: Request) -> Response:
 
 
 class HttpProtocol(H11Protocol):
-    """Cuts a connection over which no request comes, which would stay open else."""
+    """Cuts a connection over which no request comes, or no response goes, which would stay open else."""
+
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Begins with a connection."""
         super().connection_made(transport)
         self.loop.call_later(REQUEST_SECONDS, self._cut)
+
+    def pause_writing(self) -> None:
+        """Waits for the client to take what was written."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Goes on, as the client has taken most of it."""
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
 
     def _cut(self) -> None:
         # Neither has a request come, nor has it become a WebSocket.

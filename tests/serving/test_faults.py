@@ -22,6 +22,8 @@ import pydantic
 import pytest
 import websockets
 from servers import Client, Running, data_url, png, running, wait_for
+from starlette.responses import Response
+from starlette.routing import Route
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from moss_jax.config import (
@@ -322,6 +324,20 @@ def test_a_client_that_never_reads_is_cut_off(server, others):
         wait_for(lambda: server.hub.counters.connections == 1)
         # What had been sent is there, then the connection is over.
         client.until_closed()
+
+
+def test_a_client_that_takes_nothing_of_a_response_is_cut_off(answering, monkeypatch):
+    monkeypatch.setattr(app, "STALL_SECONDS", 0.5)
+    content = bytes(2**26)
+    made = Hub(Scheduler(answering, SchedulerConfig()), CONFIG, session=TALK)
+    with running(made, routes=[Route("/large", lambda _: Response(content))]) as server:
+        assert httpx.get(f"{server.url}/large").content == content
+        connections = server.server.server_state.connections
+        wait_for(lambda: not connections)
+        with socket.create_connection(("127.0.0.1", server.port)) as raw:
+            raw.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            wait_for(lambda: connections)
+            wait_for(lambda: not connections)
 
 
 def test_a_slow_client_gets_everything(server, others):
