@@ -704,6 +704,7 @@ class ChatConfig:
 
     Attributes:
       max_tokens: of an answer whose request says nothing.
+      max_streams: completions at once, so that live streams find free slots; 0 for as many as there are.
       queue: requests that may wait in line.
       queue_seconds: how long each may wait there, and then for a free stream.
       max_body_bytes: of a request, with its data URLs.
@@ -720,6 +721,7 @@ class ChatConfig:
     """
 
     max_tokens: int = 512
+    max_streams: int = 0
     queue: int = 64
     queue_seconds: float = 30.0
     max_body_bytes: int = 64 * 2**20
@@ -752,7 +754,7 @@ class ChatConfig:
             "file_bytes",
             "files",
         )
-        _require_at_least(0, self, "queue")
+        _require_at_least(0, self, "queue", "max_streams")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -481,6 +481,8 @@ class Chat:
         # Few have their media decoded at once, since frames take memory until there is a free stream.
         self._places, self._waiting = asyncio.Semaphore(2 * config.decode_threads), 0
         self._turn = asyncio.Lock()
+        # Slots that are reserved for completions, until their streams are open.
+        self._reserved = 0
         self._uploads = 0
 
     def routes(self) -> list[Route]:
@@ -565,7 +567,7 @@ class Chat:
         opening = asyncio.ensure_future(
             asyncio.to_thread(self._hub.scheduler.complete, turns, max_tokens=limit, sampling=sampling)
         )
-        opening.add_done_callback(lambda _: reservation.release())
+        opening.add_done_callback(lambda _: self._release(reservation))
         try:
             stream = await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -637,14 +639,28 @@ class Chat:
         try:
             async with asyncio.timeout(self._config.queue_seconds), self._turn:
                 while True:
-                    try:
-                        return self._hub.reserve()
-                    except Refused:
-                        if not self._hub.is_ready:
-                            raise _busy("the server ends", code="server_ends") from None
-                        await asyncio.sleep(_POLL)
+                    if self._may_begin():
+                        with contextlib.suppress(Refused):
+                            reservation = self._hub.reserve()
+                            self._reserved += 1
+                            return reservation
+                    if not self._hub.is_ready:
+                        raise _busy("the server ends", code="server_ends")
+                    await asyncio.sleep(_POLL)
         except TimeoutError:
             raise _busy("no stream became free in time") from None
+
+    def _release(self, reservation: Reservation) -> None:
+        self._reserved -= 1
+        reservation.release()
+
+    def _may_begin(self) -> bool:
+        """Whether there may be another completion."""
+        if not self._config.max_streams:
+            return True
+        streams = self._hub.scheduler.streams
+        under_way = sum(isinstance(stream.conversation, Completion) for stream in streams)
+        return self._reserved + under_way < self._config.max_streams
 
     # ------------------------------------------------------------------------------- media
 

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import functools
 import http.client
 import io
@@ -11,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -459,6 +461,19 @@ def test_a_request_waits_for_a_free_stream_and_not_for_ever(chat):
     chat.call(taken.pop().release)
     thread.join(60)
     assert answers[0].choices[0].message.content == "A cat. It sleeps."
+
+
+def test_completions_leave_slots_to_live_streams(tokenizer):
+    config = dataclasses.replace(CONFIG, max_streams=2, queue=10, queue_seconds=30.0)
+    with chatting(tokenizer, config) as chat, ThreadPoolExecutor(5) as threads:
+        chat.engine.before_step = lambda: time.sleep(0.002)
+        asked = [threads.submit(chat.ask, "A story?", max_tokens=50) for _ in range(5)]
+        taken = []
+        while not all(answer.done() for answer in asked):
+            taken.append(len(chat.hub.scheduler.streams))
+            time.sleep(0.001)
+        assert {answer.result().choices[0].finish_reason for answer in asked} == {"length"}
+        assert max(taken) == 2
 
 
 def test_too_many_waiting_requests_are_turned_away(chat):
