@@ -18,6 +18,12 @@ from pathlib import Path
 import av
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from servers import running
+
+from moss_jax.config import SchedulerConfig, ServerConfig, SessionConfig
+from moss_jax.serving.hub import Hub
+from moss_jax.serving.security import Gate, Tokens, protection
+from moss_jax.stream import Scheduler
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo.mp4"
@@ -243,6 +249,27 @@ def test_a_camera_is_allowed_and_asked_about(page):
     count = seen(page)
     page.wait_for_timeout(2500)
     assert seen(page) == count
+
+
+def test_a_server_that_asks_for_a_key_gets_it(context, answering):
+    key = "the-key-of-this-server-0123456789"
+    made = Hub(Scheduler(answering, SchedulerConfig()), ServerConfig(), session=SessionConfig())
+    with running(made, middleware=protection(Gate(tokens=Tokens([key])))) as server:
+        page = context.new_page()
+        page.goto(server.url)
+        page.click("#start")
+        for given in ("a-key-that-is-wrong-0123456789", key):
+            expect(page.locator("#key")).to_be_visible()
+            page.fill("#key-value", given)
+            page.press("#key-value", "Enter")
+        expect(page.locator("#link")).to_have_text("Connected")
+        expect(page.locator("#key")).to_be_hidden()
+        wait_seen(page, 1)
+        # It is kept for the next visit.
+        page.reload()
+        page.click("#start")
+        expect(page.locator("#link")).to_have_text("Connected")
+        page.close()
 
 
 def test_a_question_cuts_an_answer_and_so_does_the_button(page):
