@@ -4,7 +4,10 @@
 
 All parameters are trained, by the same step as in train.py: float32 master weights and AdamW moments,
 bfloat16 forward and backward pass, sharded over all devices of the machine. `mfu` counts model FLOPs, without
-the recomputation by remat (moss_jax/train/flops.py).
+the recomputation by remat (moss_jax/train/flops.py). A slice of the layers, with the widths of all, fits one
+device and shows what each part takes:
+
+    python benchmarks/train.py --slice 8 --profile
 """
 
 import argparse
@@ -15,9 +18,10 @@ from typing import get_args
 
 import jax
 import numpy as np
+from profiles import device_ms
 from report import add_out, make_parser, publish
 
-from moss_jax.config import PRESETS, OptimizerConfig, Remat, TrainConfig
+from moss_jax.config import PRESETS, ModelConfig, OptimizerConfig, Remat, TrainConfig
 from moss_jax.data.batch import Batch
 from moss_jax.sharding import make_mesh
 from moss_jax.text.labels import IGNORED
@@ -39,6 +43,8 @@ def main() -> None:
         "--tensor", type=int, default=1, help="size of the tensor-parallel mesh axis; the rest is fsdp"
     )
     parser.add_argument("--remat", default="full", choices=get_args(Remat), help="rematerialisation")
+    parser.add_argument("--slice", type=int, default=1, help="one in so many layers of encoder and decoder")
+    parser.add_argument("--profile", action="store_true", help="device time by phase and part of the model")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after the first")
     add_out(parser)
     args = parser.parse_args()
@@ -47,7 +53,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Runs the benchmark and returns its figures."""
-    config = dataclasses.replace(PRESETS[args.preset](), remat=args.remat)
+    config = sliced(dataclasses.replace(PRESETS[args.preset](), remat=args.remat), args.slice)
     devices = jax.device_count()
     rows = args.batch or devices
     mesh = make_mesh(fsdp=devices // args.tensor, tensor=args.tensor)
@@ -87,6 +93,14 @@ def run(args: argparse.Namespace) -> dict:
     flops = train_flops(
         config, batch=rows, tokens=args.tokens, frames=args.frames, trained=TrainConfig().trainable
     )
+    if args.profile:
+
+        def call():
+            nonlocal state
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
+
+        result["device_ms"] = device_ms(step, call)
     peak = peak_flops(jax.devices()[0].device_kind)
     memory_stats = [d.memory_stats() or {} for d in jax.local_devices()]
     return result | {
@@ -99,6 +113,27 @@ def run(args: argparse.Namespace) -> dict:
         "peak_memory_gb_per_device": max(m.get("peak_bytes_in_use", 0) for m in memory_stats) / GB,
         "losses": losses,
     }
+
+
+def sliced(config: ModelConfig, share: int) -> ModelConfig:
+    """The model with one in `share` layers of each kind, and all widths but that of the projector's input."""
+    vision, decoder = config.vision, config.decoder
+    layers, globals_ = max(1, vision.num_layers // share), max(1, vision.num_global_layers // share)
+    depth = decoder.num_layers // share
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(
+            vision,
+            num_layers=layers,
+            num_global_layers=globals_,
+            intermediate_layers=tuple(i for i in vision.intermediate_layers if i < layers),
+        ),
+        decoder=dataclasses.replace(
+            decoder,
+            num_layers=depth,
+            cross_attention_layers=tuple(i for i in decoder.cross_attention_layers if i < depth),
+        ),
+    )
 
 
 def random_batch(config, rows: int, tokens: int, frames: int) -> Batch:

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Self
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class TabletopSegments(TabletopSource):
     def __getstate__(self):
         return super().__getstate__() | {"_streams": {}}
 
-    def split(self, most: int) -> "list[TabletopSegments]":
+    def split(self, most: int) -> list[Self]:
         """Sources of equal shares of the rows, as many as can be up to `most`."""
         count = max(count for count in range(1, most + 1) if self._rows % count == 0)
         parts = [copy.copy(self) for _ in range(count)]

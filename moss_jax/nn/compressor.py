@@ -28,6 +28,7 @@ class Compressor(nnx.Module):
             else None
         )
 
+    @jax.named_scope("compressor")
     def __call__(self, states: Sequence[Float[Array, "B P D"]]) -> Float[Array, "B N C"]:
         """Compresses the encoder's states, [B, 1 + grid², D] each, and stacks their channels."""
         if self.merger is not None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
@@ -106,6 +107,7 @@ class SelfAttention(nnx.Module):
         self.qkv = Linear(embed, {**kv_heads, "group_and_kv": group + 2, **head}, rngs=rngs, dtype=dtype)
         self.out = Linear({"heads": config.num_heads, **head}, embed, rngs=rngs, dtype=dtype)
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         residual: Residual,
@@ -167,6 +169,7 @@ class CrossAttention(nnx.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype)
 
+    @jax.named_scope("keys_and_values")
     def project(self, features: Float[Array, "B F N D"], rope: Rotation) -> KeysValues:
         """Keys and values of frames, [B, K, F*N, D]; all vectors of a frame share its position."""
         kv = self.kv(features)  # [B, F, N, K, 2, D]
@@ -188,6 +191,7 @@ class CrossAttention(nnx.Module):
         parts = zip(rows, split(self.q_norm(q), rows), strict=True)
         return [rotate(q, part.rope) for part, q in parts], x
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         residual: Residual,
@@ -223,6 +227,7 @@ class SelfLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs, dtype=dtype)
 
+    @jax.named_scope("self_layer")
     def __call__(
         self, residual: Residual, rows: Sequence[RowsInCall], past: KeysValues | None, capacity: int
     ) -> tuple[Residual, KeysValues]:
@@ -251,6 +256,7 @@ class CrossLayer(nnx.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs, dtype=dtype)
         self.mlp_gate = gate(INITIAL_GATE, dtype)
 
+    @jax.named_scope("cross_layer")
     def __call__(
         self,
         residual: Residual,
@@ -324,6 +330,7 @@ class Decoder(nnx.Module):
         hidden, _ = self._run(tokens, (rows,), frames, visible > 0, keep=keep)
         return hidden
 
+    @jax.named_scope("remember")
     def remember(
         self,
         bank: MemoryBank,
@@ -383,6 +390,7 @@ class Decoder(nnx.Module):
         text = TextCache(keys, values, length, text.position + length - text.length, text.capacity)
         return hidden, StreamState(text=text, bank=bank)
 
+    @jax.named_scope("lm_head")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the next token, float32."""
         return self.lm_head(hidden, out_dtype=jnp.float32)

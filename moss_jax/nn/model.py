@@ -5,6 +5,7 @@ B batch/slot, S T tokens, F frames, H W pixels, N vectors a frame, D width, V vo
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -109,7 +110,9 @@ class MossVideo(nnx.Module):
             )
         if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
             raise ValueError(f"encode takes normalised pixels [B, {size}, {size}, 3]; got {pixels.shape}")
-        return self.projector(self.compressor(self.vision(pixels.astype(self.dtype), keep)))
+        states = self.compressor(self.vision(pixels.astype(self.dtype), keep))
+        with jax.named_scope("projector"):
+            return self.projector(states)
 
     def init_state(self, slots: int, *, text_capacity: int, bank_capacity: int) -> StreamState:
         """An empty state of `slots` streams, with room for that many tokens and frames in each."""

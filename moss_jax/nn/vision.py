@@ -3,6 +3,7 @@
 B frames, P positions (class token, patches, padding), H heads, D head or hidden width
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
@@ -29,6 +30,7 @@ class VisionAttention(nnx.Module):
         self.out = Linear(heads, {"embed": config.hidden_size}, rngs=rngs, dtype=dtype)
         self.implementation = implementation
 
+    @jax.named_scope("attention")
     def __call__(
         self, residual: Residual, norm: Norm
     ) -> tuple[Float[Array, "B P H head"] | QArray, Float[Array, "B P D"]]:
@@ -115,6 +117,7 @@ class VisionEncoder(nnx.Module):
         self.layers = layers(config.num_layers, gated=False)
         self.global_layers = layers(config.num_global_layers, gated=True)
 
+    @jax.named_scope("vision_encoder")
     def __call__(self, pixels: Float[Array, "B H W 3"], keep: Remat = "none") -> list[Float[Array, "B P D"]]:
         """Encodes normalised frames.
 

@@ -219,8 +219,9 @@ class Trainer:
             silence_weight=self.config.silence_weight,
         )
         gradient, losses, memory = self._gradient_and_losses(state, batch, targets)
-        updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
-        trained = cast(dict, optax.apply_updates(state.trained, updates))
+        with jax.named_scope("optimizer"):
+            updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
+            trained = cast(dict, optax.apply_updates(state.trained, updates))
         metrics = {
             "loss": self._weighted_sum(losses, targets),
             "loss_text": mean_over(losses["cross_entropy"], targets.text),
