@@ -86,7 +86,8 @@ from moss_jax.stream.capacity import capacity, memory_bytes, slot_bytes, workspa
 from moss_jax.stream.engine import gather
 from moss_jax.stream.events import Failed
 from moss_jax.stream.rows import shapes
-from moss_jax.stream.scheduler import Clock, Scheduler, Stream
+from moss_jax.stream.scheduler import Scheduler
+from moss_jax.stream.stream import Clock, Stream
 from moss_jax.text import Tokenizer, chat
 from moss_jax.train.flops import forward_work
 from moss_jax.worlds.tabletop import evaluation_stream

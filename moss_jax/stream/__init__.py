@@ -24,9 +24,10 @@ from moss_jax.stream.limits import stream_config
 from moss_jax.stream.offline import answer_offline
 from moss_jax.stream.rows import PENDING, Compaction, Row
 from moss_jax.stream.saved import SavedStreamError
-from moss_jax.stream.scheduler import Refused, Scheduler, Stream
-from moss_jax.stream.session import Session, SessionError
+from moss_jax.stream.scheduler import Refused, Scheduler
+from moss_jax.stream.session import Session
 from moss_jax.stream.step import NOT_FINITE, EngineState, Sampled
+from moss_jax.stream.stream import SessionError, Stream
 
 __all__ = [
     "NOT_FINITE",

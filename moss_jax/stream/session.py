@@ -9,7 +9,8 @@ from jaxtyping import UInt8
 from moss_jax.config import SchedulerConfig, SessionConfig
 from moss_jax.stream.engine import EngineLike
 from moss_jax.stream.events import Event
-from moss_jax.stream.scheduler import Clock, Scheduler, SessionError, Stream, saving_engine
+from moss_jax.stream.scheduler import Scheduler
+from moss_jax.stream.stream import Clock, SessionError, Stream, saving_engine
 from moss_jax.text import chat
 
 __all__ = ["Session", "SessionError"]

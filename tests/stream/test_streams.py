@@ -8,7 +8,8 @@ import pytest
 
 from moss_jax.config import ConfigError, EngineConfig, MemoryConfig
 from moss_jax.stream import PENDING, Compaction, Counters, End, FrameSeen, Row, Silence, Text, Turn
-from moss_jax.stream.scheduler import Clock, Scheduler
+from moss_jax.stream.scheduler import Scheduler
+from moss_jax.stream.stream import Clock
 from moss_jax.train.flops import forward_work
 
 ROOT = Path(__file__).parents[2]
