@@ -26,7 +26,10 @@ from hypothesis import strategies as st
 from servers import Running, data_url, png, running, wait_for
 
 from moss_jax.config import ChatConfig, EngineConfig, FrameSampling, MemoryConfig, SchedulerConfig
-from moss_jax.serving.chat import ApiError, ChatRequest, Stops, parse_request, routes
+from moss_jax.serving.chat import routes
+from moss_jax.serving.chat.answers import Stops
+from moss_jax.serving.chat.errors import ApiError
+from moss_jax.serving.chat.requests import ChatRequest, parse_request
 from moss_jax.serving.hub import Hub
 from moss_jax.serving.media import MediaLimits, decode_clip
 from moss_jax.stream import Scheduler, Text, answer_offline

@@ -1,0 +1,168 @@
+"""Requests of chat completions: their types, and how they are read."""
+
+import itertools
+from typing import Annotated, Literal
+
+import pydantic
+
+from moss_jax.serving.chat.errors import ApiError
+
+
+class _Object(pydantic.BaseModel):
+    """Base of what clients send; unknown fields are ignored, as OpenAI's own servers ignore new ones."""
+
+    model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
+
+
+class TextPart(_Object):
+    """A text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Url(_Object):
+    """A data URL, a `file://` or `https://` URL that is allowed, or the id of an uploaded file."""
+
+    url: str
+
+
+class ImagePart(_Object):
+    """An image."""
+
+    type: Literal["image_url"]
+    image_url: Url | str
+
+
+class VideoPart(_Object):
+    """A video."""
+
+    type: Literal["video_url"]
+    video_url: Url | str
+
+
+class FileReference(_Object):
+    """An uploaded file, or one within the request."""
+
+    file_id: str | None = None
+    file_data: str | None = None
+
+
+class FilePart(_Object):
+    """An image or a video."""
+
+    type: Literal["file"]
+    file: FileReference
+
+
+type Part = Annotated[TextPart | ImagePart | VideoPart | FilePart, pydantic.Field(discriminator="type")]
+
+
+class Message(_Object):
+    """A turn of the dialogue."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None = None
+
+
+class StreamOptions(_Object):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class VideoOptions(_Object):
+    """How videos are sampled; a name that vLLM's clients use."""
+
+    num_frames: int | None = pydantic.Field(None, ge=1)
+    fps: float | None = pydantic.Field(None, gt=0, allow_inf_nan=False)
+
+
+class MediaOptions(_Object):
+    """How media are read."""
+
+    video: VideoOptions = pydantic.Field(default_factory=lambda: VideoOptions.model_validate({}))
+
+
+class ChatRequest(_Object):
+    """The body of `POST /v1/chat/completions`."""
+
+    model: str
+    messages: list[Message] = pydantic.Field(min_length=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = pydantic.Field(None, ge=1)
+    max_completion_tokens: int | None = pydantic.Field(None, ge=1)
+    temperature: float | None = pydantic.Field(None, ge=0, le=2)
+    top_p: float | None = pydantic.Field(None, gt=0, le=1)
+    top_k: int | None = pydantic.Field(None, ge=0)
+    repetition_penalty: float | None = pydantic.Field(None, ge=0.1, le=10)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    media_io_kwargs: MediaOptions = MediaOptions()
+    # What would change the answer and is not implemented.
+    tools: list | None = None
+    functions: list | None = None
+    logprobs: bool | None = None
+    logit_bias: dict | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    response_format: dict | None = None
+    modalities: list[str] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts before which the answer ends."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def check(self) -> None:
+        """Refuses what is not implemented.
+
+        Raises:
+          ApiError: naming the field.
+        """
+        if self.n not in (None, 1):
+            raise ApiError("n must be 1: a request has one answer", param="n", code="unsupported_value")
+        if not all(self.stops) or len(self.stops) > 16:
+            raise ApiError("stop is up to 16 texts that are not empty", param="stop", code="invalid_value")
+        kind = (self.response_format or {}).get("type", "text")
+        given = {
+            "tools": self.tools,
+            "functions": self.functions,
+            "logprobs": self.logprobs,
+            "logit_bias": self.logit_bias,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "response_format": None if kind == "text" else kind,
+            "modalities": None if self.modalities in (None, ["text"]) else self.modalities,
+        }
+        for name, value in given.items():
+            if value:
+                raise ApiError(f"{name} is not supported", param=name, code="unsupported_parameter")
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """Parses the body of a request.
+
+    Raises:
+      ApiError: naming the field that is at fault.
+    """
+    try:
+        return ChatRequest.model_validate_json(body)
+    except pydantic.ValidationError as error:
+        # Of a union, the deepest is of the kind that was meant.
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        deepest = max(found, key=lambda each: len(each["loc"]))
+        # Without the names of types; a part's type and its field have one name.
+        names = [str(part) for part in deepest["loc"] if str(part).isidentifier() or isinstance(part, int)]
+        place = ".".join(name for name, _ in itertools.groupby(names) if name not in ("str", "Url"))
+        where = f"{place}: " if place else ""
+        raise ApiError(f"{where}{deepest['msg']}", param=place or None, code=deepest["type"]) from None
+
+
+def text_length(message: Message) -> int:
+    """Characters of its texts."""
+    if isinstance(message.content, list):
+        return sum(len(part.text) for part in message.content if isinstance(part, TextPart))
+    return len(message.content or "")
