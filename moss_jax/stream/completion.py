@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from moss_jax.config import EngineConfig, SessionConfig
 from moss_jax.memory.eviction import Kind
 from moss_jax.stream.contents import SlotContents
-from moss_jax.stream.conversation import Conversation, Inbound, Plan, fits_step
+from moss_jax.stream.conversation import Conversation, Inbound, Plan
 from moss_jax.stream.events import EndReason, Event, FrameSeen, Text
 from moss_jax.stream.rows import FRAME_BUCKETS, PENDING
 from moss_jax.stream.step import NOT_FINITE
@@ -239,13 +239,13 @@ class Completion(Conversation):
         return plan
 
     def _append_parts(self, perception_async: bool) -> Plan | None:
-        """The next tokens of the dialogue, with frames of one encoded batch; None while they are encoded."""
+        """The next tokens of the dialogue, up to a frame that is being encoded; None if it is the first."""
         row, plan = self._row, Plan(new_turn=self._row.new_turn)
         while self._left:
             part = self._left[0]
             if part.frame:
-                fits = fits_step(plan.frames, part.frame, perception_async=perception_async)
-                if not fits or len(plan.frames) == FRAMES_AT_ONCE:
+                can_be_shown = part.frame.can_be_shown(encodes_apart=perception_async)
+                if not can_be_shown or len(plan.frames) == FRAMES_AT_ONCE:
                     break
                 plan.frames.append(self._frames.popleft())
                 self._instant = part.frame.time

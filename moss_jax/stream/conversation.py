@@ -53,8 +53,8 @@ class Inbound:
       unseen: why the model is not shown a frame; None if it is.
       tokens: that a prompt appends.
       arrived: when it was pushed, by `time.monotonic`.
-      claimed: whether the perception thread encodes the frame.
-      encoded: a frame's features, once the perception thread has them.
+      claimed: whether the scheduler has the frame encoded.
+      encoded: a frame's features, once there are some.
       position: of a frame in the context, once it is planned.
     """
 
@@ -80,6 +80,15 @@ class Inbound:
     def shape(self) -> tuple[int, ...]:
         """Of a frame."""
         return () if self.rgb is None else self.rgb.shape
+
+    def can_be_shown(self, *, encodes_apart: bool) -> bool:
+        """Whether a step can append it: a frame may wait for its features.
+
+        Args:
+          encodes_apart: whether no step encodes frames itself.
+        """
+        waits = encodes_apart or self.claimed
+        return self.rgb is None or self.encoded is not None or not waits
 
 
 @dataclasses.dataclass
@@ -584,7 +593,7 @@ class Conversation:
         while (
             self._inbox
             and self._inbox[0].time <= limit
-            and fits_step(due, self._inbox[0], perception_async=perception_async)
+            and self._inbox[0].can_be_shown(encodes_apart=perception_async)
         ):
             if self._inbox[0].unseen != "rate":
                 due.append(heapq.heappop(self._inbox))
@@ -722,13 +731,3 @@ class Conversation:
         if self.config.clock == "realtime":
             return self._wall
         return self._instant + self._ticks / self.config.tokens_per_second
-
-
-def fits_step(due: Sequence[Inbound], inbound: Inbound, *, perception_async: bool) -> bool:
-    """Whether one step can append it with those before it: the frames of a step are of one encoded batch."""
-    if inbound.rgb is None:
-        return True
-    if inbound.encoded is None and (perception_async or inbound.claimed):
-        return False
-    batches = {i.encoded and id(i.encoded.features) for i in (*due, inbound) if i.rgb is not None}
-    return len(batches) == 1

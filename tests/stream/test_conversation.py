@@ -108,20 +108,22 @@ def test_a_frame_that_is_being_encoded_waits_for_its_features(start):
     assert move(conversation).frames == [waiting]
 
 
-def test_the_frames_of_a_row_are_of_one_encoded_batch(start):
+def test_a_row_takes_frames_of_any_batches_up_to_one_that_is_being_encoded(start):
     batches = [np.zeros((2, 1, 1)) for _ in range(2)]
-    encoded = [Encoded(batches[0], 0), Encoded(batches[0], 1), Encoded(batches[1], 0), None, None]
-    conversation = start(SILENCE)
+    encoded = [Encoded(batches[0], 1), Encoded(batches[1], 0), None, None, Encoded(batches[1], 1)]
+    conversation, waiting = start(SILENCE), frame(3.0, 3)
+    waiting.claimed = True
     for order, features in enumerate(encoded):
-        inbound = frame(float(order), order)
+        inbound = waiting if order == 3 else frame(float(order), order)
         inbound.encoded = features
         conversation.receive(inbound)
     rows = []
-    for _ in range(3):
+    for _ in range(2):
         plan = move(conversation)
         rows.append([int(x.time) for x in plan.frames])
         list(conversation.on_token(plan, SILENCE, 0.0))
-    assert rows == [[0, 1], [2], [3, 4]]
+        waiting.encoded = Encoded(batches[0], 0)
+    assert rows == [[0, 1, 2], [3, 4]]
 
 
 def test_an_interruption_tells_what_was_said_since_the_last_answer_ended(start, tokenizer):
