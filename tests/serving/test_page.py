@@ -140,6 +140,7 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
         "--use-fake-ui-for-media-stream",
         "--use-fake-device-for-media-stream",
         f"--use-file-for-fake-video-capture={camera}",
+        "--auto-select-tab-capture-source-by-title=moss_jax",
     ]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
@@ -249,6 +250,20 @@ def test_a_camera_is_allowed_and_asked_about(page):
     count = seen(page)
     page.wait_for_timeout(2500)
     assert seen(page) == count
+
+
+def test_a_screen_is_watched(page):
+    page.click("[data-source=screen]")
+    page.click("#start")
+    expect(page.locator("#link")).to_have_text("Connected")
+    page.wait_for_function("() => document.getElementById('video').videoWidth > 0")
+    wait_seen(page, 2)
+    # Whoever shares it may stop that in the browser, too.
+    page.evaluate(
+        "() => { const [t] = document.getElementById('video').srcObject.getTracks();"
+        " t.stop(); t.dispatchEvent(new Event('ended')); }"
+    )
+    expect(page.locator("#start")).not_to_have_class(re.compile("running"))
 
 
 def test_a_server_that_asks_for_a_key_gets_it(context, answering):

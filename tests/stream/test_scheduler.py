@@ -294,8 +294,9 @@ def test_frames_travel_to_the_device_while_a_step_runs(make_engine, frames, monk
             other.push_frame(frames[index])
             wait_for(seen, index + 1, FrameSeen)
     order = "".join({"send": "<", "encode_sent": ">", "step": "."}[name] for name in calls)
-    # Each batch that is sent is encoded after the next step.
-    assert order.count("<.>") == order.count("<") == order.count(">") > 0, order
+    # A batch that is sent is encoded after the next step, or at once where the model has fallen silent.
+    assert "<.>" in order
+    assert order.count("<.>") + order.count("<>") == order.count("<") == order.count(">"), order
 
 
 @pytest.mark.slow
