@@ -29,6 +29,7 @@ floor is the parameters and one state.
 
 import bisect
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -59,6 +60,7 @@ from moss_jax.config import (
 from moss_jax.memory import StreamState, policies
 from moss_jax.nn import MossVideo, quantize
 from moss_jax.ops.qarray import QArray
+from moss_jax.sharding import parse_mesh
 from moss_jax.stream import (
     Engine,
     EngineState,
@@ -70,6 +72,7 @@ from moss_jax.stream import (
     Turn,
     answer_offline,
 )
+from moss_jax.stream.placement import state_sharding
 from moss_jax.stream.rows import FRAME_BUCKETS
 from moss_jax.text import Tokenizer
 from moss_jax.train.flops import forward_work
@@ -136,7 +139,8 @@ class FilledEngine(Engine):
             bank = fill(bank, held * vectors, positions=positions, places=places, counts=counts)
             tokens = held + said
             text = fill(text, tokens, position=text.position + tokens)
-        return jax.device_put(dataclasses.replace(state, stream=StreamState(text, bank)), self.placement)
+        state = dataclasses.replace(state, stream=StreamState(text, bank))
+        return jax.tree.map(lambda x: jax.device_put(x, state_sharding(x, self.placement)), state)
 
     def num_programs(self) -> int:
         return sum(program._cache_size() for program in self.programs.values())
@@ -386,6 +390,7 @@ def main() -> None:
         default=MemoryConfig.policy,
         help="policy of the bank; none of the measures reaches a compaction",
     )
+    parser.add_argument("--mesh", help="splits the model over devices, as tensor=2")
     parser.add_argument("--perception-device", type=int, help="index of the device that encodes frames")
     parser.add_argument("--budget", type=float, help="seconds after which nothing new starts")
     add_out(parser)
@@ -413,9 +418,14 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     cache = collections.Counter()
     jax.monitoring.register_event_listener(lambda event, **_: cache.update([event.rpartition("/")[-1]]))
     config = PRESETS[args.preset]()
-    model = MossVideo(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    model = quantize(model, decoder=args.weights, encoder=args.encoder_weights)
+    mesh = parse_mesh(args.mesh) if args.mesh else None
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        model = MossVideo(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        model = quantize(model, decoder=args.weights, encoder=args.encoder_weights)
     jax.block_until_ready(nnx.state(model))
+    # Of a mesh, the devices work side by side.
+    devices = mesh.size if mesh else 1
+    ceilings = {name: devices * ceiling for name, ceiling in ceilings.items()}
     tokenizer, pictures = padded_tokenizer(config.decoder.vocab_size), random_frames(8)
     prompt, floors, parameters = prompt_text(tokenizer), Floors(model, ceilings), tree_bytes(nnx.state(model))
     started = time.monotonic()
@@ -431,7 +441,7 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     state = tree_bytes(jax.eval_shape(engine.start))
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
     # A stream's state may be allocated before the one before is freed.
-    if (needed := parameters + 2 * state + SCRATCH_BYTES) > limit:
+    if (needed := (parameters + 2 * state) / devices + SCRATCH_BYTES) > limit:
         raise SystemExit(
             f"{most} frames need about {needed / GB:.1f} GB of the device, which has {limit / GB:.1f} GB"
         )

@@ -44,6 +44,7 @@ of its own.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -81,6 +82,7 @@ from moss_jax.convert import open_model
 from moss_jax.memory import policies
 from moss_jax.memory.eviction import Kind
 from moss_jax.nn import MossVideo, for_decoding, quantize
+from moss_jax.sharding import parse_mesh
 from moss_jax.stream import PENDING, End, Event, FrameSeen, Row, Silence, Text, Turn
 from moss_jax.stream.capacity import capacity, memory_bytes, slot_bytes, workspace_bytes
 from moss_jax.stream.engine import gather
@@ -221,11 +223,15 @@ def _choose(text: jax.Array, silence: jax.Array, talking: jax.Array) -> jax.Arra
 
 
 class Floors:
-    """Lower bound of what an engine was called for, in seconds on this device."""
+    """Lower bound of what an engine was called for, in seconds on its devices."""
 
     def __init__(self, engine: StreamsEngine, ceilings: Mapping[str, float]):
         config, decoder = engine.model_config, engine.model_config.decoder
-        self._copy, self._matmul = 1e12 * ceilings["copy_tb_s"], 1e12 * ceilings["matmul_tflop_s"]
+        # Of a mesh, the devices work side by side.
+        devices = len(engine.placement.device_set)
+        self._copy, self._matmul = (
+            1e12 * devices * ceilings[name] for name in ("copy_tb_s", "matmul_tflop_s")
+        )
         embedding = decoder.vocab_size + decoder.extra_embeddings
         self._weights = tree_bytes(engine.parameters)
         self._weights -= embedding * decoder.hidden_size * engine.dtype.itemsize
@@ -517,8 +523,10 @@ def make_subject(args: argparse.Namespace) -> Subject:
         shape = (model.config.vision.image_size,) * 2
     else:
         config = PRESETS[args.preset]()
-        model = MossVideo(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-        model = quantize(model, decoder=args.weights, encoder=args.encoder_weights)
+        mesh = parse_mesh(args.mesh) if args.mesh else None
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            model = MossVideo(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+            model = quantize(model, decoder=args.weights, encoder=args.encoder_weights)
         tokenizer, shape = padded_tokenizer(config.decoder.vocab_size), frame_size(args.frame_size)
     # Here, so that the engines share what is laid out anew.
     model.decoder = for_decoding(model.decoder)
@@ -562,7 +570,8 @@ def measure(
     model = subject.model
     size = slot_bytes(model.config, config, model.dtype)
     check_room(tree_bytes(nnx.state(model)), model, config)
-    engine = StreamsEngine(model, subject.tokenizer, config)
+    apart = None if args.perception_device is None else jax.devices()[args.perception_device]
+    engine = StreamsEngine(model, subject.tokenizer, config, perception_device=apart)
     if subject.is_random:
         engine.fill(args.fill)
         engine.talk([True] * streams)
@@ -596,6 +605,7 @@ def check_room(parameters: int, model: MossVideo, config: EngineConfig) -> None:
     Raises:
       ConfigError: saying how many slots there is room for.
     """
+    devices = len(jax.tree.leaves(nnx.state(model))[0].sharding.device_set)
     tokens = max(shape.decode + shape.chunks * shape.width for shape in shapes(config.slots))
     reserve = workspace_bytes(model.config, config, model.dtype, tokens=tokens, waiting=config.slots)
     fits = capacity(
@@ -603,7 +613,7 @@ def check_room(parameters: int, model: MossVideo, config: EngineConfig) -> None:
         model.config,
         config,
         model.dtype,
-        device_bytes=memory_bytes(jax.devices()[0]),
+        device_bytes=devices * memory_bytes(jax.devices()[0]),
         reserve=reserve,
     )
     if config.slots > fits:
@@ -658,6 +668,8 @@ def main() -> None:
     parser.add_argument(
         "--encoder-weights", choices=get_args(EncoderWeights), help="8-bit format of the vision encoder"
     )
+    parser.add_argument("--mesh", help="splits the model of a preset over devices, as tensor=2")
+    parser.add_argument("--perception-device", type=int, help="index of the device that encodes frames")
     parser.add_argument("--micro", action="store_true", help="time single calls, without traffic")
     parser.add_argument(
         "--limit", type=float, default=math.inf, help="seconds after which nothing new starts"

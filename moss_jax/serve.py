@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import itertools
 import logging
-import math
 import os
 import signal
 import sys
@@ -39,7 +38,7 @@ from moss_jax.config import (
 )
 from moss_jax.convert import CheckpointError, open_model
 from moss_jax.memory.policies import FULL, POLICIES
-from moss_jax.sharding import MESH_AXES, make_mesh
+from moss_jax.sharding import parse_mesh
 from moss_jax.shipped import shipped
 from moss_jax.stream import (
     End,
@@ -275,7 +274,7 @@ def run_server(args: argparse.Namespace) -> int:
     security = gin_bindings.settings(SecurityConfig)
     tokens = read_tokens(args.token_file, os.environ)
     check_host(args.host, tokens)
-    mesh = mesh_of(args.mesh)
+    mesh = parse_mesh(args.mesh) if args.mesh else None
     with command.on_stop_signal(command.leave):
         opened = open_model(
             args.checkpoint, weights=args.weights, encoder_weights=args.encoder_weights, mesh=mesh
@@ -384,28 +383,6 @@ def needs_extra(error: ImportError) -> ConfigError:
         f"this needs {error.name}, of the extra 'serve': pip install 'moss_jax[serve]'; or give a --video "
         "without --connect"
     )
-
-
-def mesh_of(axes: str | None) -> "jax.sharding.Mesh | None":
-    """The mesh that a flag describes, over the first devices; None for one device.
-
-    Raises:
-      ConfigError: it describes none, or there are too few devices.
-    """
-    if axes is None:
-        return None
-    sizes: dict[str, int] = {}
-    for part in axes.split(","):
-        name, _, number = part.partition("=")
-        sizes[name] = int(number) if number.isdecimal() else 0
-    if not sizes.keys() <= set(MESH_AXES) or not all(sizes.values()):
-        raise ConfigError(
-            f"--mesh names axes ({', '.join(MESH_AXES)}) and devices, as tensor=2, not {axes!r}"
-        )
-    devices, needed = jax.devices(), math.prod(sizes.values())
-    if needed > len(devices):
-        raise ConfigError(f"--mesh {axes} needs {needed} devices; there are {len(devices)}")
-    return make_mesh(**sizes, devices=devices[:needed])
 
 
 def perception_device(index: int | None) -> "jax.Device | None":  # pyright: ignore[reportInvalidTypeForm]

@@ -37,6 +37,26 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence |
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
+def parse_mesh(axes: str) -> Mesh:
+    """Returns the mesh that a text such as "tensor=2" describes, over the first devices.
+
+    Raises:
+      ConfigError: it describes none, or there are too few devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in axes.split(","):
+        name, _, number = part.partition("=")
+        sizes[name] = int(number) if number.isdecimal() else 0
+    if not sizes.keys() <= set(MESH_AXES) or not all(sizes.values()):
+        raise ConfigError(
+            f"--mesh names axes ({', '.join(MESH_AXES)}) and devices, as tensor=2, not {axes!r}"
+        )
+    devices, needed = jax.devices(), math.prod(sizes.values())
+    if needed > len(devices):
+        raise ConfigError(f"--mesh {axes} needs {needed} devices; there are {len(devices)}")
+    return make_mesh(**sizes, devices=devices[:needed])
+
+
 def row_share(mesh: Mesh) -> tuple[int, int]:
     """Returns the index of the share of a batch's rows that this process loads, and the number of shares.
 

@@ -14,7 +14,7 @@ import json
 import numpy as np
 from moss_jax.config import EngineConfig, SchedulerConfig, SessionConfig
 from moss_jax.convert import open_model
-from moss_jax.serve import mesh_of
+from moss_jax.sharding import parse_mesh
 from moss_jax.serving.hub import Hub
 from moss_jax.stream import Engine, Scheduler
 from servers import Client, running
@@ -23,7 +23,7 @@ frames = np.random.default_rng(0).integers(0, 256, (6, 40, 60, 3), dtype=np.uint
 TOLD = ("response.output_text.delta", "response.done", "conversation.item.done", "moss.silence")
 
 def play(axes):
-    opened = open_model(dtype="float32", mesh=mesh_of(axes))
+    opened = open_model(dtype="float32", mesh=parse_mesh(axes) if axes else None)
     config = EngineConfig(slots=2, text_capacity=256, bank_capacity=8)
     engine = Engine(opened.model, opened.tokenizer, config)
     scheduler = Scheduler(engine, SchedulerConfig(clock="lockstep"))
