@@ -134,7 +134,7 @@ class Dialogue:
       session: session whose stream is opened with the first item or question.
 
     Attributes:
-      session: as given.
+      session: the session.
       moss: the negotiated extension; None without it.
     """
 

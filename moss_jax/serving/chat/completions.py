@@ -159,8 +159,8 @@ class Completions:
     async def _reserve(self) -> Reservation:
         """Waits for a free slot.
 
-        ApiError: the wait times out, or the server is not ready.
-          ApiError: it takes too long, or the server is not ready.
+        Raises:
+          ApiError: the wait times out, or the server is not ready.
         """
         try:
             async with asyncio.timeout(self._config.queue_seconds), self._turn:
