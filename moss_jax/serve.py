@@ -1,6 +1,6 @@
-"""Command that watches a video: `python -m moss_jax.serve --video clip.mp4 --prompt "What is happening?"`.
+"""Command-line video streaming: `python -m moss_jax.serve --video clip.mp4 --prompt "What is happening?"`.
 
-Without `--video` it is the live server, whose page and clients bring the video.
+Without `--video` it runs the live server, and clients or the web page provide the video.
 """
 
 import argparse
@@ -75,10 +75,10 @@ BAD_INPUT = (CheckpointError, ConfigError, SavedStreamError, SessionError, Token
 
 
 def main() -> int:
-    """Runs the command; returns its exit code, as `command.run` says.
+    """Runs the command; returns the exit code of `command.run`.
 
-    Ctrl-C and SIGTERM end the stream; what was asked for is still written. The code is then 143 for SIGTERM,
-    130 for Ctrl-C offline, where it cuts an answer short, and 0 for Ctrl-C live.
+    Ctrl-C and SIGTERM end the stream; requested output files are still written. The exit code is then 143 for
+    SIGTERM, 130 for Ctrl-C offline, where it cuts an answer short, and 0 for Ctrl-C live.
     """
     return command.run(Path(sys.argv[0]).name, run, BAD_INPUT)
 
@@ -110,26 +110,26 @@ def run() -> int:
         try:
             show(dataclasses.replace(stream, events=events), args)
         finally:
-            # Also if it could not be printed, or the rest of the video cannot be read.
+            # Saved even if printing or reading the rest of the video failed.
             if args.save and stream.session and stream.session.can_save and "not_finite" not in reasons:
                 save(stream.session, args.save)
     if "not_finite" in reasons:
         return 1
-    # Ctrl-C is how one ends a live stream, but it cuts an answer offline.
+    # Ctrl-C is the normal way to end a live stream, but interrupts an offline answer.
     cut = signals and (args.offline or signals[0] != signal.SIGINT)
     return command.SIGNALLED + signals[0] if cut else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """A stream that is ready to run.
+    """A stream ready to run.
 
     Attributes:
-      heading: clip and model in words.
-      events: runs the stream.
-      stop: ends the events soon; from any thread.
-      picture: gets the frames and the events, if a picture was asked for.
-      session: of a live stream.
+      heading: description of clip and model.
+      events: iterator that runs the stream.
+      stop: ends the events soon; thread-safe.
+      picture: timeline that collects frames and events, if requested.
+      session: session of a live stream.
     """
 
     heading: str
@@ -140,7 +140,7 @@ class Stream:
 
 
 def open_stream(args: argparse.Namespace) -> Stream:
-    """Opens video and model, and compiles what a realtime stream can't wait for."""
+    """Opens video and model, and compiles ahead for a realtime stream, which cannot wait."""
     if args.mesh or args.token_file or args.allow_origin:
         raise ConfigError("--mesh, --token-file and --allow-origin are of the live server; leave out --video")
     gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
@@ -188,7 +188,7 @@ def open_stream(args: argparse.Namespace) -> Stream:
 
     picture = None
     if args.timeline:
-        # Imported here, since matplotlib takes a while.
+        # Imported lazily, since matplotlib is slow to import.
         from moss_jax.terminal.timeline import Timeline, check_path
 
         check_path(args.timeline)
@@ -202,7 +202,7 @@ def open_stream(args: argparse.Namespace) -> Stream:
     size = f"{info.width}×{info.height}" if info else "live"
     mode = "offline" if args.offline else session_config.clock
     heading = f"{Path(args.video).name} · {size}{length} · {rate} fps · {mode}\n{opened.name}\n"
-    # Times of the frames that cannot be decoded.
+    # Times of frames that failed to decode.
     skipped: list[float] = []
     session = None
     if args.offline:
@@ -211,9 +211,9 @@ def open_stream(args: argparse.Namespace) -> Stream:
         frames = sample_at(args.video, times, skipped.append)
         if picture:
             frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
-        # Fitted while they are read: at full size, a chunk of 4K may take more memory than there is.
+        # Scaled while reading: a chunk of full-size 4K frames may exceed the memory.
         clip = fit_frames(frames, engine.model_config.vision.image_size)
-        if not (args.json and sys.stdout.isatty()):  # Where events would go through the bar.
+        if not (args.json and sys.stdout.isatty()):  # The progress bar would overwrite the events.
             clip = command.counted("frames", clip, len(times))
         stopped = threading.Event()
         clip = itertools.takewhile(lambda _: not stopped.is_set(), clip)
@@ -227,13 +227,13 @@ def open_stream(args: argparse.Namespace) -> Stream:
         if args.resume:
             heading += f"continues {args.resume} at {clock(start)}\n"
         if session_config.clock == "realtime":
-            # Compiled beforehand, since the clip goes on meanwhile.
+            # Compiled beforehand, since the clip does not wait.
             with command.progress("compiling"):
                 engine.warm_up((info.height, info.width, 3) if info else (side, side, 3))
         if source is None:
             frames = sample_file(args.video, sampling, lambda time: skipped.append(start + time))
         else:
-            # Of one size, whatever that of the source is.
+            # Resized to one size, since the source's size may vary.
             frames = fit_frames(source, side)
         frames = (dataclasses.replace(frame, time=start + frame.time) for frame in frames)
         if picture:
@@ -253,7 +253,7 @@ def run_server(args: argparse.Namespace) -> int:
             flag = {"resume": "continue"}.get(name, name)
             raise ConfigError(f"--{flag} is for a --video; without one, this is the live server")
     try:
-        # Imported here, since a video needs none of it.
+        # Imported lazily: only the server needs these.
         from starlette.middleware import Middleware
 
         from moss_jax.serving import chat as chat_completions
@@ -304,7 +304,7 @@ def run_server(args: argparse.Namespace) -> int:
     )
     server = make_server(app, hub, host=args.host, port=args.port)
     if args.json:
-        # After uvicorn, which sets its own logs up.
+        # After uvicorn, which configures its own logging.
         logs.set_up()
     command.tell(f"{opened.name}\nhttp://{args.host}:{args.port}/ (compiling ...)")
     server.run()
@@ -313,13 +313,13 @@ def run_server(args: argparse.Namespace) -> int:
     if not server.started:
         return 1
     if not hub.was_ready:
-        # A thread may be compiling, which is not waited for.
+        # Does not wait for a thread that may still be compiling.
         command.leave(stopped_by or 0)
     return code
 
 
 def run_client(args: argparse.Namespace) -> int:
-    """Shows a live server a video and prints what comes of it; returns the exit code."""
+    """Plays a video to a live server and prints the events; returns the exit code."""
     if args.video is None:
         raise ConfigError("--connect shows a server a --video; give one")
     own = ("offline", "memory", "select", "checkpoint", "weights", "encoder_weights", "perception_device")
@@ -365,7 +365,7 @@ def run_client(args: argparse.Namespace) -> int:
 
 
 def own_token(path: Path | None) -> str | None:
-    """The token that a client sends: the first of a file, or of the variable MOSS_TOKENS; None without.
+    """The token that a client sends: the first in the file, or in `MOSS_TOKENS` if no file is given.
 
     Raises:
       ConfigError: the file cannot be read.
@@ -378,7 +378,7 @@ def own_token(path: Path | None) -> str | None:
 
 
 def needs_extra(error: ImportError) -> ConfigError:
-    """The error where the libraries of the server are not installed."""
+    """The error for missing libraries of the server."""
     return ConfigError(
         f"this needs {error.name}, of the extra 'serve': pip install 'moss_jax[serve]'; or give a --video "
         "without --connect"
@@ -386,7 +386,7 @@ def needs_extra(error: ImportError) -> ConfigError:
 
 
 def perception_device(index: int | None) -> "jax.Device | None":  # pyright: ignore[reportInvalidTypeForm]
-    """The device that a flag names; None for that of the model."""
+    """The device that a flag names; None for the model's device."""
     if index is None:
         return None
     devices = jax.devices()
@@ -396,7 +396,7 @@ def perception_device(index: int | None) -> "jax.Device | None":  # pyright: ign
 
 
 def show(stream: Stream, args: argparse.Namespace) -> None:
-    """Runs a stream and prints its events; then draws the picture, also of one that fails or is stopped."""
+    """Runs a stream and prints its events, then draws the picture, even if the stream fails or is stopped."""
     try:
         if args.json:
             command.tell(stream.heading, end="")
@@ -406,7 +406,7 @@ def show(stream: Stream, args: argparse.Namespace) -> None:
             console.print(stream.heading, style="dim", markup=False)
             print_transcript(stream.events, console)
     except OSError:
-        # They can't be printed any more, but the picture of them and the stream are still wanted.
+        # Events cannot be printed any more, but the stream must still run for the picture or the save.
         if stream.picture or args.save:
             collections.deque(stream.events, maxlen=0)
         raise
@@ -416,13 +416,13 @@ def show(stream: Stream, args: argparse.Namespace) -> None:
 
 
 def save(session: Session, path: Path) -> None:
-    """Saves the stream of a session, and says so."""
+    """Saves the stream of a session and reports it."""
     at = session.save(path)
     command.tell(f"saved at {clock(at)}: --continue {path} goes on from there")
 
 
 def tap[T](items: Iterable[T], keep: Callable[[T], None]) -> Iterator[T]:
-    """Passes items on, each to `keep` first."""
+    """Passes items through, calling `keep` on each first."""
     for item in items:
         keep(item)
         yield item
@@ -437,10 +437,10 @@ class Prompt:
 
 
 def check_times(prompts: list[Prompt], info: VideoInfo) -> None:
-    """Checks that no prompt comes after the end of the clip.
+    """Checks that no prompt is later than the end of the clip.
 
     Raises:
-      ConfigError: one does.
+      ConfigError: a prompt is too late.
     """
     last = max((p.at for p in prompts), default=0.0)
     if last > info.duration + 1e-3:
@@ -601,7 +601,7 @@ class AddPrompt(argparse.Action):
 
 
 class SetTime(argparse.Action):
-    """Moves the prompt before it to its time."""
+    """Sets the time of the preceding prompt."""
 
     def __call__(self, parser, namespace, values: Any, option_string=None):
         if not namespace.prompt:
@@ -612,10 +612,10 @@ class SetTime(argparse.Action):
 
 
 def override[Settings: DataclassInstance](settings: Settings, **flags) -> Settings:
-    """Replaces settings by flags of the same names, but for those that are None.
+    """Replaces settings by flags of the same names, except those that are None.
 
     Raises:
-      ConfigError: a flag has no valid value.
+      ConfigError: a flag is invalid.
     """
     try:
         return dataclasses.replace(settings, **{k: v for k, v in flags.items() if v is not None})

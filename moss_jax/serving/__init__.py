@@ -1,1 +1,1 @@
-"""The live server: many streams of one engine under OpenAI's Realtime protocol, with a page that watches."""
+"""Live server: many streams of one engine over OpenAI's Realtime protocol, and a web page as client."""

@@ -1,4 +1,4 @@
-"""The application: its routes, its life, and the server that runs it."""
+"""The ASGI application: routes, lifespan, and the server that runs it."""
 
 import asyncio
 import contextlib
@@ -23,11 +23,11 @@ from moss_jax.serving.realtime import realtime
 _logger = logging.getLogger(__name__)
 
 WEB = Path(__file__).parent / "web"
-# Seconds after which a connection is cut whose client does not take the rest of what was sent.
+# Seconds until a closing WebSocket is aborted if its client does not read the remaining data.
 ABORT_SECONDS = 10.0
-# Seconds after which a connection is cut whose client takes nothing of a long response.
+# Seconds until a connection is aborted if its client stops reading a long response.
 STALL_SECONDS = 60.0
-# Seconds in which a client has to send the head of its first request.
+# Seconds for a client to send the head of its first request.
 REQUEST_SECONDS = 10.0
 
 
@@ -39,18 +39,18 @@ def make_app(
     warm_up: bool = True,
     on_ready: Callable[[], object] = lambda: None,
 ) -> Starlette:
-    """The application over a hub, which it starts and closes.
+    """Builds the application over a hub, which it starts and closes.
 
     Args:
-      middleware: goes around all routes, the first outermost.
-      routes: beside those of the live protocol and the page.
+      middleware: wraps all routes, the first one outermost.
+      routes: routes in addition to those of the live protocol and the page.
       warm_up: whether the programs are compiled before the server is ready.
-      on_ready: is called then.
+      on_ready: called when the server is ready.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        # The server answers meanwhile, and says that it is not ready.
+        # Meanwhile the server answers requests and reports that it is not ready.
         starting = asyncio.create_task(_start(hub, on_ready, warm_up=warm_up))
         try:
             yield
@@ -78,10 +78,10 @@ async def _start(hub: Hub, on_ready: Callable[[], object], *, warm_up: bool) -> 
 
 
 class Page(StaticFiles):
-    """The page's files, which browsers ask about each time, so that they never mix those of two versions."""
+    """Static files of the page, revalidated on each request so that browsers never mix two versions."""
 
     def file_response(self, *args: Any, **options: Any) -> Response:
-        """Answers with a file, or that it has not changed."""
+        """Responds with a file, or 304 if it has not changed."""
         response = super().file_response(*args, **options)
         response.headers["Cache-Control"] = "no-cache"
         response.headers["Content-Security-Policy"] = "frame-ancestors 'none'"
@@ -90,46 +90,46 @@ class Page(StaticFiles):
 
 
 async def health(_: Request) -> Response:
-    """Whether the process answers."""
+    """Liveness: whether the process responds."""
     return JSONResponse({"status": "ok"})
 
 
 async def readiness(request: Request) -> Response:
-    """Whether streams can be opened: programs are compiled, and the server does not end."""
+    """Readiness: whether streams can be opened, with programs compiled and no shutdown in progress."""
     hub: Hub = request.app.state.hub
     content = {"ready": hub.is_ready, "free_streams": hub.free_slots}
     return JSONResponse(content, status_code=200 if hub.is_ready else 503)
 
 
 class HttpProtocol(H11Protocol):
-    """Cuts a connection over which no request comes, or no response goes, which would stay open else."""
+    """HTTP protocol that aborts idle and stalled connections, which would stay open otherwise."""
 
     _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Begins with a connection."""
+        """Starts the timeout of the first request."""
         super().connection_made(transport)
         self.loop.call_later(REQUEST_SECONDS, self._cut)
 
     def pause_writing(self) -> None:
-        """Waits for the client to take what was written."""
+        """Starts the timeout of a stalled client."""
         super().pause_writing()
         self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Goes on, as the client has taken most of it."""
+        """Cancels the timeout, as the client has read most of the data."""
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
 
     def _cut(self) -> None:
-        # Neither has a request come, nor has it become a WebSocket.
+        # No request has arrived, and the connection has not become a WebSocket.
         if self.cycle is None and self in self.connections:
             self.transport.abort()
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """Cuts a connection whose client does not take the rest of what was sent, which would stay open else."""
+    """WebSocket protocol that aborts a closing connection whose client does not read the remaining data."""
 
     async def run_asgi(self) -> None:
         """Runs the application for the connection."""
@@ -137,16 +137,16 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.loop.call_later(ABORT_SECONDS, self.transport.abort)
 
     def keepalive_timeout(self) -> None:
-        """Gives up a client that does not answer."""
+        """Aborts a connection whose client does not answer keep-alive pings."""
         super().keepalive_timeout()
         self.loop.call_later(ABORT_SECONDS, self.transport.abort)
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that tells and saves the running streams before it closes their connections.
+    """uvicorn server that notifies and saves the running streams before it closes their connections.
 
     Attributes:
-      stopped_by: number of the signal that has ended it, if one has.
+      stopped_by: number of the signal that stopped it, if any.
     """
 
     def __init__(self, config: uvicorn.Config, hub: Hub):
@@ -155,13 +155,13 @@ class Server(uvicorn.Server):
         self._hub = hub
 
     def handle_exit(self, sig: int, frame) -> None:
-        """Ends the server at the first signal, at once at the second."""
+        """Shuts down gracefully at the first signal, immediately at the second."""
         self.force_exit = self.should_exit
         self.should_exit = True
         self.stopped_by = sig
 
     async def shutdown(self, sockets=None) -> None:
-        """Ends the server."""
+        """Shuts the server down."""
         for server in self.servers:
             server.close()
         await self._hub.close()
@@ -169,11 +169,11 @@ class Server(uvicorn.Server):
 
 
 def make_server(app: Starlette, hub: Hub, *, host: str = "127.0.0.1", port: int = 8765, **options) -> Server:
-    """A server that runs an application.
+    """Creates a server that runs an application.
 
     Args:
-      port: 0 for any that is free.
-      options: of `uvicorn.Config`.
+      port: TCP port; 0 for any free one.
+      options: options of `uvicorn.Config`.
     """
     settings = {
         "http": HttpProtocol,

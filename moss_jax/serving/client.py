@@ -1,4 +1,4 @@
-"""Clients of the live protocol with its extension: `AsyncClient`, and `Client` without asyncio."""
+"""Clients of the live server: `AsyncClient` for asyncio, and `Client` for synchronous code."""
 
 import asyncio
 import base64
@@ -35,15 +35,15 @@ from moss_jax.stream import (
 )
 from moss_jax.video import Frame
 
-# Seconds between two attempts to get a lost connection back: at first and at most.
+# Delay in seconds between reconnect attempts: initial and maximum.
 RETRY_SECONDS = 0.1, 5.0
 
 
 class ServerError(RuntimeError):
-    """An error that the server tells before there is a session, or a connection that does not come back.
+    """An error from the server before the session exists, or a connection that cannot be re-established.
 
     Attributes:
-      code: for programs.
+      code: machine-readable error code.
     """
 
     def __init__(self, message: str, code: str):
@@ -52,20 +52,20 @@ class ServerError(RuntimeError):
 
 
 class AsyncClient:
-    """One live stream. As a context manager it connects and closes; iterating gives the server's events.
+    """One live stream: a context manager that connects and closes, and an iterator of server events.
 
-    A connection that is lost comes back by itself while the events are read: nothing is missed, but for what
-    was shown and asked meanwhile.
+    A lost connection is re-established while the events are read, and missed events are replayed; only what
+    the client sends in the meantime is lost.
 
     Args:
-      url: of the server, such as http://127.0.0.1:8765.
-      instructions: system prompt; None for the server's.
-      settings: of the object `moss`: sampling, memory, selection, limits.
-      token: bearer token, where the server wants one.
-      lossless: whether frames are sent as PNG, not as JPEG.
+      url: server URL, such as http://127.0.0.1:8765.
+      instructions: system prompt; None for the server's default.
+      settings: fields of the `moss` object: sampling, memory, selection, limits.
+      token: bearer token, if the server requires one.
+      lossless: whether frames are sent as PNG instead of JPEG.
 
     Attributes:
-      session: as it is in force; None before the connection is open.
+      session: session settings in force; None before the connection is open.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection for good, which ends the stream; a finished one should be read to its end."""
+        """Closes the connection for good, which ends the stream; after `finish`, read the events first."""
         self._is_closed = True
         await self._stack.aclose()
 
@@ -130,7 +130,7 @@ class AsyncClient:
         return event
 
     async def send(self, event: str, **fields: Any) -> None:
-        """Sends an event of the protocol; while the connection is lost, it goes nowhere."""
+        """Sends a protocol event; it is discarded while the connection is lost."""
         await self._put(json.dumps({"type": event, **fields}))
 
     async def _put(self, message: str | bytes) -> None:
@@ -139,12 +139,12 @@ class AsyncClient:
             await self._socket.send(message)
 
     async def show(self, rgb: UInt8[np.ndarray, "H W 3"], time: float | None = None) -> None:
-        """Shows the model a frame, taken at `time` seconds of the stream (now, if None)."""
+        """Shows the model a frame, taken at `time` seconds of stream time (now if None)."""
         at = float("nan") if time is None else time
         await self._put(struct.pack(">d", at) + await asyncio.to_thread(encode, rgb, self._format))
 
     async def ask(self, text: str, time: float | None = None) -> None:
-        """Asks the model something at `time` seconds of the stream (now, if None), which cuts its answer."""
+        """Asks a question at `time` seconds of stream time (now if None), interrupting any answer."""
         content = [{"type": "input_text", "text": text}]
         await self.send(
             "conversation.item.create", item={"type": "message", "role": "user", "content": content}
@@ -152,15 +152,15 @@ class AsyncClient:
         await self.send("response.create", moss={} if time is None else {"time": time})
 
     async def cancel(self) -> None:
-        """Cuts the answer in progress."""
+        """Cancels the answer in progress."""
         await self.send("response.cancel")
 
     async def save(self) -> None:
-        """Has the server save the stream; `moss.saved` says when it has."""
+        """Requests a save of the stream; `moss.saved` confirms it."""
         await self.send("moss.save")
 
     async def finish(self, time: float | None = None) -> None:
-        """Declares the input complete; then come the rest of the events, and `moss.end`."""
+        """Declares the input complete; the remaining events and `moss.end` follow."""
         await self.send("moss.finish", moss={} if time is None else {"time": time})
 
     async def __aiter__(self) -> AsyncIterator[protocol.ServerEvent]:
@@ -177,7 +177,7 @@ class AsyncClient:
                 return
 
     async def _reconnect(self) -> None:
-        """Gets a lost connection back, within the grace period of the server."""
+        """Re-establishes a lost connection within the server's grace period."""
         moss = self.session.moss if self.session else None
         if self.session is None or moss is None:
             raise ServerError("the connection is lost", "connection_lost")
@@ -196,10 +196,9 @@ class AsyncClient:
 
 
 class Client:
-    """An `AsyncClient` for programs without asyncio, whose loop runs in a thread of its own.
+    """Synchronous `AsyncClient`, whose event loop runs in its own thread.
 
-    As a context manager it connects and closes; iterating gives the server's events. Its methods may be
-    called from any thread.
+    A context manager that connects and closes, and an iterator of server events. Its methods are thread-safe.
 
     Args:
       url, options: as for `AsyncClient`.
@@ -212,7 +211,7 @@ class Client:
 
     @property
     def session(self) -> protocol.SessionObject | None:
-        """As it is in force."""
+        """The session settings in force."""
         return self._client.session
 
     def __enter__(self) -> Self:
@@ -231,27 +230,27 @@ class Client:
             self._stop()
 
     def send(self, event: str, **fields: Any) -> None:
-        """As `AsyncClient.send`."""
+        """See `AsyncClient.send`."""
         self._call(self._client.send(event, **fields))
 
     def show(self, rgb: UInt8[np.ndarray, "H W 3"], time: float | None = None) -> None:
-        """As `AsyncClient.show`."""
+        """See `AsyncClient.show`."""
         self._call(self._client.show(rgb, time))
 
     def ask(self, text: str, time: float | None = None) -> None:
-        """As `AsyncClient.ask`."""
+        """See `AsyncClient.ask`."""
         self._call(self._client.ask(text, time))
 
     def cancel(self) -> None:
-        """As `AsyncClient.cancel`."""
+        """See `AsyncClient.cancel`."""
         self._call(self._client.cancel())
 
     def save(self) -> None:
-        """As `AsyncClient.save`."""
+        """See `AsyncClient.save`."""
         self._call(self._client.save())
 
     def finish(self, time: float | None = None) -> None:
-        """As `AsyncClient.finish`."""
+        """See `AsyncClient.finish`."""
         self._call(self._client.finish(time))
 
     def __iter__(self) -> Iterator[protocol.ServerEvent]:
@@ -269,14 +268,14 @@ class Client:
 
 
 def encode(rgb: UInt8[np.ndarray, "H W 3"], form: str = "JPEG") -> bytes:
-    """A frame as a file."""
+    """Encodes a frame as an image file."""
     file = io.BytesIO()
     Image.fromarray(rgb).save(file, form, quality=90)
     return file.getvalue()
 
 
 def data_url(rgb: UInt8[np.ndarray, "H W 3"], form: str = "JPEG") -> str:
-    """A frame as a data URL."""
+    """Encodes a frame as a data URL."""
     return f"data:image/{form.lower()};base64,{base64.b64encode(encode(rgb, form)).decode()}"
 
 
@@ -286,16 +285,16 @@ def data_url(rgb: UInt8[np.ndarray, "H W 3"], form: str = "JPEG") -> str:
 def watch(
     client: Client, frames: Iterable[Frame], prompts: Iterable[tuple[float, str]] = ()
 ) -> Iterator[Event]:
-    """Shows a server a video as it plays, and asks what is to be asked; the events, as those of a `Session`.
+    """Plays a video to a server and asks the prompts at their times; yields events like a `Session`.
 
     Args:
-      client: that is connected.
-      frames: in order of time; on a realtime server each is shown when its time has come.
+      client: connected client.
+      frames: frames in order of time; a realtime server gets each one at its time.
       prompts: (seconds since the first frame, text) pairs.
 
     Raises:
-      ServerError: the server refuses something.
-      Exception: whatever reading the frames raises.
+      ServerError: the server refuses a request.
+      Exception: any error from reading the frames.
     """
     session = client.session
     is_realtime = session is None or session.moss is None or session.moss.clock == "realtime"
@@ -314,11 +313,11 @@ def watch(
 
 
 class _Feeder(threading.Thread):
-    """Shows frames and asks prompts in order of time.
+    """Sends frames and prompts in order of time.
 
     Attributes:
-      asked: texts, in the order in which they were asked.
-      error: of reading the frames.
+      asked: texts asked so far, in order, whose answers have not begun.
+      error: error from reading the frames, if any.
     """
 
     def __init__(
@@ -349,7 +348,7 @@ class _Feeder(threading.Thread):
                 self._client.finish()
 
     def _ask_until(self, end: float, started: float) -> None:
-        """Asks what comes before a time, or at it."""
+        """Asks the prompts up to and including a time."""
         while self._prompts and self._prompts[0][0] <= end:
             at, text = self._prompts.pop(0)
             if self._wait(at, started):
@@ -358,18 +357,18 @@ class _Feeder(threading.Thread):
             self._client.ask(text, None if self._is_realtime else at)
 
     def _wait(self, at: float, started: float) -> bool:
-        """Waits until a time of a realtime video; whether it was closed meanwhile."""
+        """Waits until a time of a realtime video; returns whether the feeder was closed in the meantime."""
         ahead = started + at - time.monotonic() if self._is_realtime else 0.0
         return self._closed.wait(max(ahead, 0.0))
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._closed.set()
         self.join()
 
 
 def stream_events(event: protocol.ServerEvent, asked: list[str]) -> Iterator[Event]:
-    """The events of a `Session` that an event of the protocol stands for.
+    """Converts a protocol event to the events that a `Session` would yield.
 
     Args:
       asked: texts whose answers have not begun, in order.

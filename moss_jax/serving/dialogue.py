@@ -1,4 +1,4 @@
-"""The dialogue of one session: events of the Realtime protocol to a stream, and a stream's events back."""
+"""Protocol state machine of one session: translates Realtime events to a stream, and stream events back."""
 
 import asyncio
 import collections
@@ -40,16 +40,16 @@ from moss_jax.stream.moments import BankView
 from moss_jax.text import Tokenizer, chat
 from moss_jax.video import fit_frame
 
-# Frames whose arrival is remembered, for their rate and latency.
+# Number of recent frame arrivals kept for the rate and latency.
 RECENT = 32
-# Frames of a lockstep stream that may wait, before no more are read.
+# Queued frames of a lockstep stream at which reading from the client pauses.
 READ_AHEAD = 64
 COUNTERS = tuple(field.name for field in dataclasses.fields(Counters))
 
 
 @dataclasses.dataclass
 class Frame:
-    """A frame whose fate is not known yet."""
+    """A frame whose fate is still unknown."""
 
     item_id: str
     index: int
@@ -59,7 +59,7 @@ class Frame:
 
 @dataclasses.dataclass
 class Asked:
-    """Texts that were asked together, until the model has taken them in."""
+    """Texts asked together, until the model has processed them."""
 
     text: str
     items: list[str]
@@ -72,9 +72,9 @@ class Response:
     """The response in progress.
 
     Attributes:
-      item_id: None until there is text.
-      cancelled: whether the client wants it to end.
-      asked_at: when it was asked, by the monotonic clock, until its first text.
+      item_id: id of the answer's item; None until there is text.
+      cancelled: whether the client has cancelled it.
+      asked_at: monotonic time at which it was requested, until its first text.
     """
 
     id: str
@@ -88,10 +88,10 @@ class Response:
 
 
 class Corrections:
-    """Finds the words that take back what was said, in text that comes in pieces.
+    """Finds in streamed text the words with which the model retracts what it said.
 
     Args:
-      words: that begin a correction; empty for none.
+      words: text that begins a correction; empty for none.
     """
 
     def __init__(self, words: str):
@@ -99,7 +99,7 @@ class Corrections:
         self.held = ""
 
     def feed(self, piece: str) -> Iterator[tuple[str, bool]]:
-        """Cuts text into pieces, each with whether it begins a correction; what may begin one is held."""
+        """Yields (text, begins a correction) pieces; a suffix that may begin a correction is buffered."""
         text, self.held = self.held + piece, ""
         while self.words and (start := text.find(self.words)) >= 0:
             if start:
@@ -114,13 +114,13 @@ class Corrections:
             yield text[:cut], False
 
     def flush(self) -> str:
-        """What is held, where nothing follows."""
+        """Returns the buffered text, when no more follows."""
         held, self.held = self.held, ""
         return held
 
 
 def sentence_start(said: str, words: str) -> int:
-    """Where the sentence in progress begins: after the last one, or after a correction of it."""
+    """Start of the sentence in progress: after the previous sentence, or after a correction of it."""
     ends = [said.rfind(mark) + len(mark) for mark in (". ", "! ", "? ", "\n") if mark in said]
     if words and words in said:
         ends.append(said.rfind(words) + len(words))
@@ -128,14 +128,14 @@ def sentence_start(said: str, words: str) -> int:
 
 
 class Dialogue:
-    """The state of the protocol in one session.
+    """Protocol state of one session.
 
     Args:
-      session: whose stream it opens, with the first item or question.
+      session: session whose stream is opened with the first item or question.
 
     Attributes:
-      session: as given.
-      moss: the extension as it was negotiated; None without it.
+      session: the session.
+      moss: the negotiated extension; None without it.
     """
 
     def __init__(self, hub: Hub, session: Session):
@@ -149,7 +149,7 @@ class Dialogue:
         self._last_item: str | None = None
         self._history: collections.OrderedDict[str, protocol.ItemObject] = collections.OrderedDict()
         self._frames: list[Frame] = []
-        # Of items with frames that are not all through yet.
+        # Items some of whose frames have an unknown fate.
         self._fates: dict[str, dict[int, FrameInfo | None]] = {}
         self._held: list[tuple[str, str]] = []
         self._asked: collections.deque[Asked] = collections.deque()
@@ -158,12 +158,12 @@ class Dialogue:
         self._corrections = Corrections(hub.config.correction)
         self._arrivals: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._latencies: collections.deque[float] = collections.deque(maxlen=RECENT)
-        # When the frames arrived that the next token comes after.
+        # Arrival times of the frames that precede the next token.
         self._seen: list[float] = []
         self._counters_task: asyncio.Task | None = None
         self._time = 0.0
         self._room = asyncio.Event()
-        # Tokens that have come into the context, by the events of the stream.
+        # Tokens that entered the context, counted from the stream's events.
         self._context = 0
         self._limits = MediaLimits(
             max_pixels=hub.config.max_image_pixels, max_bytes=hub.config.max_message_bytes
@@ -172,7 +172,7 @@ class Dialogue:
     # -------------------------------------------------------------------------------- settings
 
     def describe(self, resumed: protocol.Resumed | None = None) -> protocol.SessionObject:
-        """The session as it is in force."""
+        """The session settings in force."""
         moss = None
         if self.moss is not None:
             stream, memory = self._session_config(), self._memory() or self._engine_memory()
@@ -225,7 +225,7 @@ class Dialogue:
         return engine.sampling if isinstance(engine, Engine) else TokenSampling()
 
     def _memory(self) -> MemoryConfig | None:
-        """Of the stream, if the client asks for another than the engine's."""
+        """The stream's memory settings if they differ from the engine's."""
         settings = given(self.moss.memory) if self.moss and self.moss.memory else {}
         settings = {n: x for n, x in settings.items() if n not in ("bank_capacity", "text_capacity")}
         return changed(self._engine_memory(), **settings) if settings else None
@@ -240,7 +240,7 @@ class Dialogue:
         return changed(self._engine_sampling(), **settings) if settings else None
 
     def _update(self, settings: protocol.SessionSettings) -> None:
-        """Changes the settings that may still be changed, all or none."""
+        """Changes the settings that can still change, all or none."""
         before = self._instructions, self._max_output_tokens, self.moss
         fixed = self._fixed()
         if settings.instructions is not None:
@@ -269,7 +269,7 @@ class Dialogue:
                 self._counters_task = asyncio.create_task(self._tell_counters())
 
     def _fixed(self) -> dict[str, Any]:
-        """What is fixed once the stream is open, by the name of the setting; checks it."""
+        """Validates and returns the settings that are fixed once the stream is open, by name."""
         return {
             "instructions": self._instructions,
             "max_output_tokens": self._session_config().max_tokens_per_turn,
@@ -279,13 +279,13 @@ class Dialogue:
             "moss.sampling": self._sampling() or self._engine_sampling(),
         }
 
-    # ----------------------------------------------------------------------- what clients send
+    # ------------------------------------------------------------------------ client events
 
     async def handle(self, event: protocol.ClientEvent) -> None:
-        """Does what a client asks for.
+        """Handles a client event.
 
         Raises:
-          ProtocolError: it cannot be done.
+          ProtocolError: the event is refused.
         """
         match event:
             case protocol.SessionUpdate():
@@ -335,7 +335,7 @@ class Dialogue:
         """Shows the model the frame of a binary message.
 
         Raises:
-          ProtocolError: binary messages were not negotiated, or the message holds no frame.
+          ProtocolError: binary messages were not negotiated, or the message is not a valid frame.
         """
         if self.moss is None or self.moss.frames != "binary":
             raise ProtocolError(
@@ -368,7 +368,7 @@ class Dialogue:
                 code="unsupported",
                 param="item.role",
             )
-        # All of it is checked before any of it is shown.
+        # Everything is checked before anything is shown.
         frames, texts, parts = [], [], []
         for index, part in enumerate(item.content):
             where = f"item.content[{index}]"
@@ -392,7 +392,7 @@ class Dialogue:
             self._add_item(item_id, tuple(parts))
 
     def _add_system(self, item: protocol.Item) -> None:
-        """Joins an item to the instructions."""
+        """Appends a system item to the instructions."""
         if self.session.stream is not None:
             raise ProtocolError(
                 "instructions are fixed once the stream is open; open another session",
@@ -411,7 +411,7 @@ class Dialogue:
         self._finish_item(item_id)
 
     async def _decode(self, image: str | bytes, param: str | None = None) -> UInt8[np.ndarray, "S S 3"]:
-        """A frame out of a data URL or a file, scaled to fit the model."""
+        """Decodes a frame from a data URL or a file, scaled to the model's image size."""
 
         def decode() -> UInt8[np.ndarray, "S S 3"]:
             content = parse_data_url(image)[1] if isinstance(image, str) else image
@@ -423,7 +423,7 @@ class Dialogue:
             raise ProtocolError(str(error), code="invalid_image", param=param) from error
 
     async def _wait_for_room(self, stream: Stream) -> None:
-        """Reads no more of a lockstep stream, which drops nothing, while many of its frames wait."""
+        """Applies backpressure to a lockstep client while many frames are queued; none may be dropped."""
         while stream.config.clock == "lockstep" and len(self._frames) >= READ_AHEAD:
             if self.session.is_over:
                 raise over()
@@ -438,10 +438,10 @@ class Dialogue:
         at: float | None,
         parts: tuple[protocol.Part, ...],
     ) -> None:
-        """Pushes the frames of an item, and accepts it."""
+        """Pushes the frames of an item and acknowledges it."""
         if at is None and stream.config.clock == "realtime":
             at = stream.clock.now()
-        # Selected frames and those of a lockstep stream come in order, so an error comes with the first.
+        # Frames that must be in order, selected or lockstep, fail at the first one, before any is accepted.
         infos: dict[int, FrameInfo | None] = {}
         first = None
         for rgb in frames:
@@ -479,7 +479,7 @@ class Dialogue:
         self._last_item = item_id
 
     def _remember(self, item: protocol.ItemObject) -> None:
-        """Keeps an item for who asks for it."""
+        """Keeps an item for later retrieval."""
         self._history[item.id] = item
         while len(self._history) > self._hub.config.history_items:
             self._history.popitem(last=False)
@@ -488,7 +488,7 @@ class Dialogue:
         self, item_id: str, moss: MossFrames | None = None, status: protocol.Status = "completed"
     ) -> None:
         item = self._history.get(item_id)
-        if item is None:  # So old that it is no longer kept.
+        if item is None:  # No longer kept in the history.
             item = protocol.ItemObject(id=item_id, status="completed", role="user")
         self.session.send(
             protocol.ItemDone(
@@ -499,7 +499,7 @@ class Dialogue:
     async def _ask(self, settings: protocol.ResponseSettings, at: float | None) -> None:
         texts = [text for _, text in self._held]
         if settings.instructions:
-            # Some clients repeat those of the session before their own.
+            # Some clients repeat the session's instructions before the response's own.
             own = settings.instructions.removeprefix(self._instructions).strip()
             texts += [own] * bool(own)
         if not texts:
@@ -541,7 +541,7 @@ class Dialogue:
         self.session.stream.interrupt()
 
     async def _open(self, resume: Path | None = None) -> Stream:
-        """The stream, which is opened if it is not yet."""
+        """Returns the stream, opening it if necessary."""
         if self.session.is_over:
             raise over()
         if self.session.stream is not None:
@@ -560,14 +560,14 @@ class Dialogue:
         except SavedStreamError as error:
             raise ProtocolError(str(error), code="session_not_found", type="server_error") from error
         except (ConfigError, SessionError) as error:
-            # The slot is gone, so the client gets another try with other settings.
+            # The slot was released, so reserve one for another try with other settings.
             self.session.reservation = self.session.reservation or self._hub.reserve()
             raise ProtocolError(str(error), code="invalid_setting", param="session") from error
 
     # ------------------------------------------------------------------------ events of the stream
 
     def on_event(self, event: Event) -> None:
-        """Tells the client of an event of the stream."""
+        """Notifies the client of a stream event."""
         self._time = event.stream_time
         if isinstance(event, Text | Silence):
             for arrived in self._seen:
@@ -619,7 +619,7 @@ class Dialogue:
             fate = "dropped"
         self._counts["frames" if fate == "seen" else f"frames_{fate}"] += 1
         self._hub.counters.frames_by_fate[fate] += 1
-        # Frames of one time go through in the order in which they came.
+        # Frames with equal times are processed in order of arrival.
         frame = next((f for f in self._frames if f.time == event.time), None)
         if frame is None:
             return
@@ -642,11 +642,11 @@ class Dialogue:
             item = self._history.get(frame.item_id)
             has_text = item is not None and any(part.type == "input_text" for part in item.content)
             frames = MossFrames(frame=infos[0], frames=infos if len(infos) > 1 else None)
-            if not has_text:  # An item with text is done when that is asked.
+            if not has_text:  # An item with text is done when its text is asked.
                 self._finish_item(frame.item_id, frames)
 
     def _on_turn(self, event: Turn | NotAsked) -> None:
-        """Begins the response to what was asked."""
+        """Begins the response to a question."""
         self._counts["prompts"] += 1
         self._hub.counters.prompts += 1
         self._context += len(self._tokenizer.encode(event.prompt))
@@ -691,7 +691,7 @@ class Dialogue:
             self._say(response, piece, event.stream_time, takes_back=takes_back)
 
     def _say(self, response: Response, text: str, at: float, *, takes_back: bool = False) -> None:
-        """Sends a piece of the answer, and before the first one that there is an answer."""
+        """Sends a piece of the answer, preceded by the new item if it is the first."""
         if response.item_id is None:
             response.item_id = self._next_id("item")
             item = protocol.ItemObject(id=response.item_id, status="in_progress", role="assistant")
@@ -790,7 +790,7 @@ class Dialogue:
         self.session.close(CLOSE_NORMAL, f"the stream is over: {event.reason}")
 
     def on_shutdown(self, *, saved: bool) -> None:
-        """Tells the client that the server ends."""
+        """Notifies the client that the server shuts down."""
         self._stop_counters()
         if self.moss is not None:
             end = protocol.EndEvent(time=self._time, reason="shutdown", counters=self._counts, saved=saved)
@@ -800,14 +800,14 @@ class Dialogue:
             self.session.send(protocol.error_event(error))
 
     def _send_moss(self, event: protocol.Event) -> None:
-        """Sends an event of the extension, where it was negotiated."""
+        """Sends an extension event, if the extension was negotiated."""
         if self.moss is not None:
             self.session.send(event)
 
     # ---------------------------------------------------------------------------------- counters
 
     async def _tell_counters(self) -> None:
-        """Tells how the stream goes, while somebody is there."""
+        """Sends stream statistics periodically while a client is connected."""
         while not self.session.is_over:
             await asyncio.sleep(self._hub.config.counters_seconds)
             stream = self.session.stream
@@ -819,7 +819,7 @@ class Dialogue:
                     view = await asyncio.wrap_future(stream.look_at_bank())
                     memory = await asyncio.to_thread(memory_items, view)
                 except SessionError:
-                    continue  # It is over.
+                    continue  # The stream has ended.
             if self.session.is_connected and not self.session.is_over:
                 self.session.send(self._counters(stream, memory))
 
@@ -848,14 +848,14 @@ class Dialogue:
     # --------------------------------------------------------------------------------- resuming
 
     def resumed(self, replayed: int, missed: int, *, saved: bool) -> protocol.Resumed:
-        """How the session goes on."""
+        """Describes a resumed session."""
         response, opened = self._response, None
         if response is not None and response.item_id is not None:
             opened = response.id, response.item_id
         return protocol.Resumed(time=self._time, replayed=replayed, missed=missed, saved=saved, open=opened)
 
     def state(self) -> dict[str, Any]:
-        """What the dialogue goes on with after the process has ended, JSON-ready."""
+        """JSON-ready state from which the dialogue resumes in another process."""
         return {
             "moss": self.moss.model_dump(exclude_none=True) if self.moss else None,
             "instructions": self._instructions,
@@ -875,7 +875,7 @@ class Dialogue:
         }
 
     async def restore(self, saved: SavedSession) -> None:
-        """Goes on with a saved session, whose stream it opens.
+        """Restores a saved session and opens its stream.
 
         Raises:
           ProtocolError: the stream cannot be opened.
@@ -908,13 +908,13 @@ class Dialogue:
         self._counters_task = asyncio.create_task(self._tell_counters())
 
     def _next_id(self, kind: str) -> str:
-        """An id that no other session has."""
+        """An id that is unique across sessions."""
         self._numbers[kind] += 1
         return f"{kind}_{self.session.id[5:17]}_{self._numbers[kind]}"
 
 
 def memory_items(view: BankView) -> tuple[protocol.MemoryItem, ...]:
-    """What a bank holds, as clients are told."""
+    """Contents of a memory bank, as reported to clients."""
 
     def detail(vectors: int) -> Literal["whole", "quarter", "sixteenth", "one"]:
         share = vectors / view.vectors_per_frame
@@ -922,7 +922,7 @@ def memory_items(view: BankView) -> tuple[protocol.MemoryItem, ...]:
             return "whole"
         if vectors == 1:
             return "one"
-        # The levels of a pyramid have somewhat more than a quarter and a sixteenth: the class token's vector.
+        # Pyramid levels are slightly above a quarter and a sixteenth, because of the class token's vector.
         return "quarter" if share > 1 / 8 else "sixteenth"
 
     return tuple(
@@ -934,19 +934,19 @@ def memory_items(view: BankView) -> tuple[protocol.MemoryItem, ...]:
 
 
 def over() -> ProtocolError:
-    """The error for what comes after the end of a stream."""
+    """The error for input after the end of a stream."""
     return ProtocolError("the stream is over; open another session", code="stream_is_over")
 
 
 def given(settings: protocol.Strict) -> dict[str, Any]:
-    """The settings that a client has given."""
+    """The settings that a client has set."""
     return settings.model_dump(exclude_none=True)
 
 
 def changed[Config](config: Config, **changes: Any) -> Config:
-    """A config with other values.
+    """Returns a copy of a config with changed values.
 
     Raises:
-      ConfigError: one is invalid.
+      ConfigError: a value is invalid.
     """
     return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]

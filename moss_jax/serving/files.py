@@ -1,4 +1,4 @@
-"""Files that clients upload: a bounded store in a temporary folder."""
+"""Uploaded files: a bounded store in a temporary folder."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class StoreFull(Exception):
-    """There is no room for a file; the message says why."""
+    """The store has no room for a file; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class StoredFile:
     """An uploaded file.
 
     Attributes:
-      size: in bytes.
+      size: size in bytes.
       created, expires: seconds since the epoch.
     """
 
@@ -33,7 +33,7 @@ class StoredFile:
     expires: int
 
     def describe(self) -> dict[str, Any]:
-        """As OpenAI's API has it."""
+        """The file object of OpenAI's API."""
         return {
             "id": self.id,
             "object": "file",
@@ -47,38 +47,38 @@ class StoredFile:
 
 
 class FileStore:
-    """Uploaded files, by id, in a folder that goes with the store.
+    """Uploaded files by id, in a temporary folder that is deleted with the store.
 
-    All methods are for one event loop.
+    All methods must be called from one event loop.
 
     Args:
-      max_bytes: of all files together.
-      max_files: number of them.
-      keep_seconds: after which a file expires.
+      max_bytes: maximum total size.
+      max_files: maximum number of files.
+      keep_seconds: lifetime of a file.
     """
 
     def __init__(self, *, max_bytes: int, max_files: int, keep_seconds: float):
         self._folder = tempfile.TemporaryDirectory(prefix="moss-files-", ignore_cleanup_errors=True)
         self._max_bytes, self._max_files, self._keep_seconds = max_bytes, max_files, keep_seconds
         self._files: dict[str, StoredFile] = {}
-        # Bytes of files, and of those that are being written.
+        # Bytes of stored files, and of files being written.
         self._used = 0
 
     def new_path(self) -> Path:
-        """A name in the folder for a file that is not kept."""
+        """A path in the folder for a temporary file outside the store."""
         return Path(self._folder.name) / secrets.token_hex(12)
 
     async def add(
         self, chunks: AsyncIterator[bytes], *, name: str, purpose: str, keep_seconds: float | None = None
     ) -> StoredFile:
-        """Writes a file.
+        """Stores a file.
 
         Args:
-          keep_seconds: at most the store's, which is the default.
+          keep_seconds: lifetime, capped at the store's, which is the default.
 
         Raises:
-          StoreFull: there is no room; nothing of the file stays.
-          OSError: it cannot be written.
+          StoreFull: there is no room; the partial file is removed.
+          OSError: the file cannot be written.
         """
         self.expire()
         if len(self._files) >= self._max_files:
@@ -101,24 +101,24 @@ class FileStore:
         return stored
 
     def get(self, file_id: str) -> StoredFile | None:
-        """A file; None if there is none, or it has expired."""
+        """Returns a file, or None if it does not exist or has expired."""
         self.expire()
         return self._files.get(file_id)
 
     def all(self) -> list[StoredFile]:
-        """All files, the oldest first."""
+        """All files, oldest first."""
         self.expire()
         return list(self._files.values())
 
     def delete(self, file_id: str) -> None:
-        """Deletes a file that there is."""
+        """Deletes an existing file."""
         stored = self._files.pop(file_id)
         self._used -= stored.size
         with contextlib.suppress(OSError):
             os.unlink(stored.path)
 
     def expire(self) -> None:
-        """Deletes the files whose time is over."""
+        """Deletes expired files."""
         now = time.time()
         for stored in [stored for stored in self._files.values() if stored.expires <= now]:
             self.delete(stored.id)

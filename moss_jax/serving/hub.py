@@ -1,6 +1,6 @@
-"""The asyncio side of the scheduler: sessions that outlive their connections, and streams in files.
+"""asyncio front end of the scheduler: sessions that outlive their connections, and saved streams.
 
-All of it runs in one event loop, but for the threads that wait for a stream's events and for files.
+Everything runs in one event loop, except threads that wait for stream events or do file I/O.
 """
 
 import asyncio
@@ -38,31 +38,31 @@ from moss_jax.stream.saved import SavedStream, write_stream
 _logger = logging.getLogger(__name__)
 _ID = re.compile(r"sess_[0-9a-f]{24}")
 
-# Seconds within which the last events of a stream come that takes no more.
+# Seconds to wait for the last events of a stream that accepts no more input.
 END_SECONDS = 1.0
-# Seconds between two looks for files that are too old.
+# Seconds between two clean-ups of expired files.
 CLEAN_SECONDS = 600.0
 
-# Codes of closed connections: of the protocol, and of this server.
+# WebSocket close codes: standard ones, and 4001 for a session resumed by another connection.
 CLOSE_NORMAL, CLOSE_SLOW, CLOSE_RESTART, CLOSE_LATER, CLOSE_TAKEN_OVER = 1000, 1008, 1012, 1013, 4001
 
 
 @dataclasses.dataclass
 class ServerCounters:
-    """What the server has done since its start, for whoever exports it; only the event loop changes it.
+    """Server-wide counters for metrics; only the event loop changes them.
 
     Attributes:
-      connections: that are open.
-      connections_total, sessions_total, resumed_total: that were opened; connections that resumed a session.
-      streams_by_end: streams that are over, by the reason.
-      frames_by_fate: frames, by what became of them; "received" counts all that were accepted.
-      prompts, tokens, responses, interruptions: of all streams.
-      errors_by_code: errors that clients were sent.
-      slow_clients: connections that were closed since the client did not read.
-      saves, failed_saves: of streams.
-      restarts: of the scheduler, after a step has failed.
+      connections: number of open connections.
+      connections_total, sessions_total, resumed_total: connections and sessions opened, and sessions resumed.
+      streams_by_end: streams that have ended, by reason.
+      frames_by_fate: frames by outcome; "received" counts all accepted frames.
+      prompts, tokens, responses, interruptions: totals over all streams.
+      errors_by_code: errors sent to clients.
+      slow_clients: connections closed because the client did not read fast enough.
+      saves, failed_saves: saves of streams.
+      restarts: restarts of the scheduler after a failed step.
       observers: called with the name of a duration and its seconds: "ttft" from a prompt to the first text,
-        "frame" from a frame's arrival until its step, "extend" until the token after it, "save" of a stream.
+        "frame" from a frame's arrival to its step, "extend" to the token after it, "save" of a stream.
     """
 
     connections: int = 0
@@ -83,71 +83,71 @@ class ServerCounters:
     observers: list[Callable[[str, float], None]] = dataclasses.field(default_factory=list)
 
     def observe(self, name: str, seconds: float) -> None:
-        """Tells the observers of a duration."""
+        """Reports a duration to the observers."""
         for observer in self.observers:
             observer(name, seconds)
 
 
 class Reservation:
-    """A free slot that is kept for somebody, until it is released."""
+    """A free slot that is reserved until it is released."""
 
     def __init__(self, hub: "Hub"):
         self._hub: Hub | None = hub
 
     def release(self) -> None:
-        """Gives the slot back; at most once."""
+        """Releases the slot; later calls do nothing."""
         if self._hub is not None:
             self._hub.reserved -= 1
             self._hub = None
 
 
 class Connection(Protocol):
-    """A client, as a session sees it."""
+    """A client connection, as a session sees it."""
 
     @property
     def unsent(self) -> int:
-        """Events that wait."""
+        """Number of queued events."""
         ...
 
     def put(self, text: str) -> bool:
-        """Queues an event; False if too many wait."""
+        """Queues an event; returns False when the queue is full."""
         ...
 
     def close(self, code: int, reason: str) -> None:
-        """Closes the connection once what waits has been sent; for a slow client, at once."""
+        """Closes the connection after flushing its queue, or at once if the client is too slow."""
         ...
 
 
 class Owner(Protocol):
-    """What a session's events are for: the dialogue in the protocol."""
+    """Consumer of a session's events: the protocol's dialogue."""
 
     def on_event(self, event: Event) -> None:
-        """Takes an event of the stream."""
+        """Handles an event of the stream."""
         ...
 
     def on_shutdown(self, *, saved: bool) -> None:
-        """Tells the client that the server ends."""
+        """Notifies the client that the server shuts down."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What a dialogue goes on with after the process has ended, JSON-ready."""
+        """JSON-ready state from which a dialogue resumes in another process."""
         ...
 
 
 class Session:
-    """One client's stream, from the first connection to its end, with the events that it was sent lately.
+    """One client's stream, from the first connection to its end, with a replay buffer of recent events.
 
     Args:
-      identity: None for a new one.
+      identity: id and token of a saved session; None for a new one.
 
     Attributes:
-      id, token: which resume it.
-      stream: None until it is opened.
-      owner: of its events.
-      is_resumable: whether the client knows how to resume it.
-      is_over: whether the stream has ended, or never will be opened.
-      is_forgotten: whether nobody can resume it any more, so that it must not have a file.
-      reservation: of a slot, until the stream is opened.
+      id, token: credentials for resuming the session.
+      stream: the stream; None until it is opened.
+      owner: consumer of the stream's events.
+      is_resumable: whether the client can resume the session.
+      is_over: whether the stream has ended or will never be opened.
+      is_forgotten: whether the hub has dropped the session, so that no file of it may remain.
+      reservation: reserved slot, until the stream is opened.
       sequence: number of the last event.
     """
 
@@ -164,25 +164,25 @@ class Session:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task | None = None
         self._keeps_file = self.is_forgotten = False
-        # One save after the other, since each removes the file of the one before.
+        # Saves are serialized, since each removes the previous save's file.
         self._writing = threading.Lock()
-        # What to do when a copy of the stream comes out of its inbox.
+        # Callbacks for when a copy of the stream comes out of its inbox.
         self._marks: dict[Future, Callable[[], object]] = {}
 
     # ---------------------------------------------------------------------------- connection
 
     @property
     def is_connected(self) -> bool:
-        """Whether a client is there."""
+        """Whether a client is connected."""
         return self._connection is not None
 
     @property
     def unsent(self) -> int:
-        """Events that wait until the client takes them."""
+        """Number of events that the client has not taken yet."""
         return 0 if self._connection is None else self._connection.unsent
 
     def send(self, event: protocol.Event) -> None:
-        """Sends an event, or keeps it for when the client is back."""
+        """Sends an event, and keeps it in the replay buffer."""
         self.sequence += 1
         text = encoded(event, self.sequence)
         if isinstance(event, protocol.Error):
@@ -194,7 +194,7 @@ class Session:
             self.detach(self._connection)
 
     def attach(self, connection: Connection) -> None:
-        """Gives the session a connection, in the place of one that it has."""
+        """Attaches a connection to the session, closing the previous one."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -203,15 +203,15 @@ class Session:
         self._connection = connection
 
     def missed(self, after: int) -> tuple[list[str], int]:
-        """Events after one, as they were sent, and the number of those that are gone."""
+        """Returns the events after number `after`, encoded, and how many have left the replay buffer."""
         kept = [text for number, text in self._sent if number > after]
         return kept, max(0, self.sequence - after - len(kept))
 
     def detach(self, connection: Connection, *, is_final: bool = False) -> None:
-        """Notes that a connection is lost; the stream waits for another, or ends.
+        """Handles a lost connection: the stream waits for a reconnect, or ends.
 
         Args:
-          is_final: whether the client does not want to come back.
+          is_final: whether the client does not intend to reconnect.
         """
         if self._connection is not connection:
             return
@@ -224,12 +224,12 @@ class Session:
             self._timer = loop.call_later(self._hub.config.grace_seconds, self.end)
 
     def close(self, code: int, reason: str) -> None:
-        """Closes the connection, if there is one."""
+        """Closes the connection, if any."""
         if self._connection is not None:
             self._connection.close(code, reason)
 
     def end(self) -> None:
-        """Ends the session, with its stream."""
+        """Ends the session and its stream."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -240,12 +240,12 @@ class Session:
         self._hub.forget(self, keeps_file=self._keeps_file)
 
     def drop(self) -> None:
-        """Ends a session that never opened a stream, and whose connection goes on with another."""
+        """Ends a session without a stream whose connection has moved to another session."""
         self._connection = None
         self.end()
 
     def release(self) -> None:
-        """Gives back the slot that is reserved, if there is one."""
+        """Releases the reserved slot, if any."""
         if self.reservation is not None:
             self.reservation.release()
             self.reservation = None
@@ -253,14 +253,14 @@ class Session:
     # -------------------------------------------------------------------------------- stream
 
     async def open(self, **options: Any) -> Stream:
-        """Opens the stream, with the options of `Scheduler.open`; errors likewise."""
+        """Opens the stream; options and errors are those of `Scheduler.open`."""
         reservation, self.reservation = self.reservation, None
         self.stream = await self._hub.open(reservation, **options)
         self._task = asyncio.create_task(self._run(self.stream))
         return self.stream
 
     async def _run(self, stream: Stream) -> None:
-        """Passes the events of the stream on."""
+        """Forwards the events of the stream to the owner."""
         saving = asyncio.create_task(self._save_often()) if self._hub.state_folder else None
         try:
             async for event in events_of(stream):
@@ -274,7 +274,7 @@ class Session:
                     _logger.exception("an event of session %s was lost", self.id)
                 if isinstance(event, End):
                     self._hub.counters.streams_by_end[event.reason] += 1
-                    # It can go on as of its last save, if there is one.
+                    # It can be resumed from its last save, if there is one.
                     self._keeps_file = event.reason == "failed"
                     details = {"reason": event.reason, "counters": dataclasses.asdict(event.counters)}
                     _logger.info("a stream ended", extra=details)
@@ -286,18 +286,18 @@ class Session:
                 self.end()
 
     async def told_of_end(self) -> None:
-        """Waits until the client has been told why a stream that takes no more is over."""
+        """Waits until the client has been notified why a stream that accepts no more input has ended."""
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=END_SECONDS)
 
     async def save(self) -> float:
-        """Saves the stream and the dialogue to the state folder, as they are between two steps.
+        """Saves the stream and the dialogue to the state folder, consistently between two steps.
 
         Returns:
-          Seconds of the stream at which it goes on.
+          Stream time in seconds at which the save resumes.
 
         Raises:
-          SessionError: there is no folder, or no stream that can be saved.
+          SessionError: there is no state folder, or no stream to save.
           OSError: a file cannot be written.
         """
         folder = self._hub.state_folder
@@ -307,13 +307,13 @@ class Session:
             raise SessionError("there is no stream to save")
         started, stream, owner = time.monotonic(), self.stream, self.owner
         future = stream.copy_while_running()
-        # Once the copy comes out of the inbox, the dialogue has had all events before it, and none after it.
+        # When the copy comes out of the inbox, the dialogue has seen exactly the events before the copy.
         state: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._marks[future] = lambda: state.set_result(owner.state() | {"sequence": self.sequence})
         future.add_done_callback(stream.inbox.put)  # pyright: ignore[reportArgumentType]
         try:
             saved = await asyncio.wrap_future(future)
-            # What came after the copy was made is not in it.
+            # Input that arrived after the copy was made is not part of it.
             dialogue = await state | {"inbox": saved.dialogue["inbox"]}
         finally:
             self._marks.pop(future, None)
@@ -327,14 +327,14 @@ class Session:
         return saved.dialogue["start_time"]
 
     def _write(self, folder: Path, saved: SavedStream, dialogue: dict[str, Any]) -> None:
-        """Writes the session to the folder, in a thread, which goes on though nobody waits for it."""
+        """Writes the session to the folder, in a worker thread that outlives a cancelled caller."""
         with self._writing:
             write_session(folder, self.id, self.token, saved, dialogue)
         if self.is_forgotten:
             remove_session(folder, self.id)
 
     async def _save_often(self) -> None:
-        """Saves the stream again and again, where the client knows how to resume it."""
+        """Saves the stream periodically while the client can resume it."""
         while True:
             await asyncio.sleep(self._hub.config.save_seconds)
             if not self.is_resumable:
@@ -345,7 +345,7 @@ class Session:
                 _logger.warning("session %s was not saved: %s", self.id, error)
 
     async def shut_down(self) -> None:
-        """Tells the client that the server ends, saves the stream if it can, and ends it."""
+        """Saves the stream if possible, notifies the client of the shutdown, and ends the session."""
         saved = False
         if self._hub.state_folder and self.is_resumable and self.stream is not None and not self.is_over:
             try:
@@ -360,7 +360,7 @@ class Session:
 
 
 def warm_up_all(engine: Engine, image_size: int) -> None:
-    """Compiles what streams run, and what copies one to the host."""
+    """Compiles the programs that streams run, and the one that copies a stream to the host."""
     engine.warm_up((image_size, image_size, 3))
     state = engine.start()
     engine.save_slot(state, 0)
@@ -368,7 +368,7 @@ def warm_up_all(engine: Engine, image_size: int) -> None:
 
 
 async def in_thread(function: Callable[[], object]) -> None:
-    """Calls a function that takes long in a thread that the end of the process does not wait for."""
+    """Runs a slow function in a daemon thread, which does not delay the exit of the process."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
@@ -382,7 +382,7 @@ async def in_thread(function: Callable[[], object]) -> None:
             function()
         except Exception as raised:
             error = raised
-        with contextlib.suppress(RuntimeError):  # The loop is closed.
+        with contextlib.suppress(RuntimeError):  # The event loop is closed.
             loop.call_soon_threadsafe(finish, error)
 
     threading.Thread(target=run, name="start", daemon=True).start()
@@ -390,17 +390,17 @@ async def in_thread(function: Callable[[], object]) -> None:
 
 
 def encoded(event: protocol.Event, number: int) -> str:
-    """An event with its number, as it is sent."""
+    """Encodes an event with its number."""
     return event.model_copy(update={"event_id": f"event_{number}"}).model_dump_json(
         exclude_none=True, by_alias=True
     )
 
 
 def event_number(event_id: str | None) -> int:
-    """The number in an event's id; 0 of none.
+    """The number in an event id; 0 for None.
 
     Raises:
-      ProtocolError: it is no id of an event.
+      ProtocolError: the id is not an event id.
     """
     if event_id is None:
         return 0
@@ -410,12 +410,12 @@ def event_number(event_id: str | None) -> int:
 
 
 async def events_of(stream: Stream) -> AsyncIterator[Any]:
-    """The events of a stream up to `End`, and what else is put into its inbox, in the event loop."""
+    """Yields in the event loop the events of a stream up to `End`, and anything else put into its inbox."""
     queue: asyncio.Queue[Any] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
     def pump() -> None:
-        # The loop may be closed, if the process is about to end.
+        # The event loop may be closed if the process is about to exit.
         with contextlib.suppress(RuntimeError):
             while True:
                 item = stream.inbox.get()
@@ -432,24 +432,24 @@ async def events_of(stream: Stream) -> AsyncIterator[Any]:
 
 
 class Hub:
-    """The streams of one engine, for the server: slots, sessions and their files.
+    """Manages the slots, sessions and saved streams of one engine for the server.
 
     Args:
-      scheduler: is started and closed by the hub.
-      config: of the server.
-      session: bounds of the streams, which a session may change in part.
+      scheduler: scheduler that the hub starts and closes.
+      config: server settings.
+      session: default limits of the streams, some of which a session may override.
       model: name of the model.
-      state_folder: where streams are saved; None for nowhere.
-      id_prefix: up to 8 hexadecimal digits that ids of sessions begin with, where they say whose they are.
+      state_folder: where streams are saved; None to disable saving.
+      id_prefix: up to 8 hexadecimal digits that session ids begin with, if ids are to identify their server.
 
     Attributes:
       is_warm: whether the programs are compiled.
-      was_ready: whether streams could be opened at some time.
-      reserved: slots that are kept for somebody.
+      was_ready: whether the hub has ever been ready.
+      reserved: number of reserved slots.
       sessions: by id.
-      counters: of all.
-      decoders: threads for images.
-      image_size: side of the square that frames are scaled to fit.
+      counters: server-wide counters.
+      decoders: thread pool for decoding images.
+      image_size: side in pixels of the square to which frames are scaled.
     """
 
     def __init__(
@@ -492,11 +492,11 @@ class Hub:
 
     @property
     def is_ready(self) -> bool:
-        """Whether streams may be opened: programs are compiled, steps work, and the server does not end."""
+        """Whether streams can be opened: programs are compiled, steps succeed, no shutdown is in progress."""
         return self.is_warm and not self.is_closing and self.scheduler.is_started
 
     async def _watch(self) -> None:
-        """Has the scheduler begin anew after a step has failed, and removes what is too old to be resumed."""
+        """Restarts the scheduler after a failed step, and removes expired saves."""
         cleaned = time.monotonic()
         while True:
             await asyncio.sleep(self.config.restart_seconds)
@@ -509,7 +509,7 @@ class Hub:
                 await asyncio.to_thread(prepare_folder, self.state_folder, self.config.keep_seconds)
 
     async def close(self) -> None:
-        """Takes no more streams, tells the running ones, saves them if it can, and ends them."""
+        """Accepts no more streams, notifies and saves the running ones if possible, and ends them."""
         if self.is_closing:
             return
         self.is_closing = True
@@ -521,14 +521,14 @@ class Hub:
 
     @property
     def free_slots(self) -> int:
-        """How many more streams could be opened now."""
+        """Number of streams that can be opened now."""
         return max(0, self.scheduler.free_slots - self.reserved) if self.is_ready else 0
 
     def reserve(self) -> Reservation:
-        """Keeps a free slot.
+        """Reserves a free slot.
 
         Raises:
-          Refused: there is none.
+          Refused: no slot is free.
         """
         self._check_ready()
         if not self.free_slots:
@@ -546,7 +546,7 @@ class Hub:
             raise Refused("the server recovers from an error; try again in a moment")
 
     async def open(self, reservation: Reservation | None = None, **options: Any) -> Stream:
-        """Opens a stream in a reserved slot, or in a free one; options and errors of `Scheduler.open`."""
+        """Opens a stream in a reserved or a free slot; options and errors are those of `Scheduler.open`."""
         reservation = reservation or self.reserve()
         try:
             self._check_ready()
@@ -554,14 +554,14 @@ class Hub:
             try:
                 return await asyncio.shield(opening)
             except asyncio.CancelledError:
-                # Whoever wanted it is gone, but the thread goes on.
+                # The caller was cancelled, but the thread keeps running.
                 opening.add_done_callback(_stop_opened)
                 raise
         finally:
             reservation.release()
 
     def add(self, identity: tuple[str, str] | None = None) -> Session:
-        """A new session with a reserved slot.
+        """Creates a session with a reserved slot.
 
         Raises:
           Refused: no slot is free.
@@ -574,14 +574,14 @@ class Hub:
         return session
 
     def new_id(self) -> str:
-        """An id that no other session has."""
+        """A unique session id."""
         return f"sess_{self._id_prefix}{secrets.token_hex(12)[len(self._id_prefix) :]}"
 
     def find(self, session_id: str, token: str) -> Session | None:
-        """A session that a client wants to resume; None if it is not in memory.
+        """Finds a session to resume; returns None if it is not in memory.
 
         Raises:
-          ProtocolError: the token is another.
+          ProtocolError: the token does not match.
         """
         session = self.sessions.get(session_id)
         if session is not None and not hmac.compare_digest(session.token.encode(), token.encode()):
@@ -589,10 +589,10 @@ class Hub:
         return session
 
     def find_saved(self, session_id: str, token: str) -> "SavedSession":
-        """A session in the state folder.
+        """Finds a session in the state folder.
 
         Raises:
-          ProtocolError: there is none, or the token is another.
+          ProtocolError: there is none, or the token does not match.
         """
         if self.state_folder is None or not _ID.fullmatch(session_id):
             raise not_resumable()
@@ -605,31 +605,31 @@ class Hub:
         return saved
 
     def forget(self, session: Session, *, keeps_file: bool = False) -> None:
-        """Drops a session, with its files."""
+        """Drops a session and its files."""
         if self.sessions.pop(session.id, None) is not None and self.state_folder and not keeps_file:
             session.is_forgotten = True
             remove_session(self.state_folder, session.id)
 
 
 def _stop_opened(opening: "asyncio.Future[Stream]") -> None:
-    """Stops a stream that nobody wants any more."""
+    """Stops a stream whose opener was cancelled."""
     if not opening.cancelled() and opening.exception() is None:
         opening.result().stop()
 
 
 def not_resumable() -> ProtocolError:
-    """The error for a session that is unknown, or whose token is another; it does not tell which."""
+    """The error for an unknown session or a wrong token, without telling which."""
     return ProtocolError(
         "there is no such session, it is over, or the token is another", code="session_not_found"
     )
 
 
-# ---------------------------------------------------------------------------------- sessions in files
+# ------------------------------------------------------------------------------------ saved sessions
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedSession:
-    """A session in the state folder: the file of its stream, and its dialogue."""
+    """A session in the state folder: its stream's file and its dialogue."""
 
     stream: Path
     token_hash: str
@@ -637,12 +637,12 @@ class SavedSession:
 
 
 def token_hash(token: str) -> str:
-    """What is kept of a token in a file."""
+    """The hash of a token that is stored in a file."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def prepare_folder(folder: Path, keep_seconds: float) -> None:
-    """Makes the state folder, and removes from it what is too old."""
+    """Creates the state folder and removes expired files from it."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for path in folder.glob("sess_*"):
         with contextlib.suppress(OSError):
@@ -651,7 +651,7 @@ def prepare_folder(folder: Path, keep_seconds: float) -> None:
 
 
 def write_session(folder: Path, session_id: str, token: str, saved: SavedStream, dialogue: dict) -> None:
-    """Writes a session; if that fails, the files of its last save are as they were.
+    """Writes a session; on failure the files of its previous save stay intact.
 
     Raises:
       OSError: a file cannot be written.

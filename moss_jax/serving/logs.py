@@ -17,21 +17,21 @@ from moss_jax.serving.security import QUERY, SUBPROTOCOL, address_of
 
 _logger = logging.getLogger(__name__)
 
-# Of the request or connection that the code runs for, and of its session.
+# Ids of the current request or connection, and of its session.
 request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 session_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("session_id", default=None)
 
-# Messages of other errors may quote what a client sent.
+# Errors whose messages are logged; others may quote what a client sent.
 TOLD = (OSError, RuntimeError, ConfigError)
 _SECRETS = re.compile(
     rf"(?P<before>[?&](?:token|{QUERY})=|{re.escape(SUBPROTOCOL)}|Bearer\s+)[^\s&\"',]+", re.IGNORECASE
 )
-# What a record has anyway; the rest was given as `extra`.
+# Standard attributes of a record; the rest was given as `extra`.
 _USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
 def without_secrets(text: str) -> str:
-    """A text in which tokens are replaced by dots."""
+    """Redacts tokens in a text."""
     return _SECRETS.sub(r"\g<before>...", text)
 
 
@@ -39,7 +39,7 @@ class JsonFormatter(logging.Formatter):
     """Formats a record as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The object, on one line."""
+        """Formats the record as one line."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         entry: dict[str, Any] = {
             "time": f"{at}.{int(record.msecs):03}Z",
@@ -56,7 +56,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _described(error: BaseException) -> dict[str, Any]:
-    """An error and where it was raised."""
+    """Describes an error and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     described: dict[str, Any] = {
         "type": type(error).__name__,
@@ -68,13 +68,13 @@ def _described(error: BaseException) -> dict[str, Any]:
 
 
 def set_up(file: TextIO = sys.stderr, level: int = logging.INFO) -> logging.Handler:
-    """Has the package and uvicorn log to a file as JSON; returns the handler, for whoever takes it away."""
+    """Configures the package and uvicorn to log JSON to a file; returns the handler, for removal."""
     handler = logging.StreamHandler(file)
     handler.setFormatter(JsonFormatter())
     for name in ("moss_jax", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        # uvicorn tells of each connection with its address, and so does the middleware without its query.
+        # uvicorn logs each connection's URL with its query; the middleware logs it without.
         logger.setLevel(level if name == "moss_jax" else logging.WARNING)
     return handler
 
@@ -82,7 +82,7 @@ def set_up(file: TextIO = sys.stderr, level: int = logging.INFO) -> logging.Hand
 class RequestLog:
     """Middleware that gives each request and connection an id, and logs its end.
 
-    An id that a proxy has given (`x-request-id`) is kept. The answer to a request has it as well.
+    An id set by a proxy (`x-request-id`) is kept. The response carries it as well.
     """
 
     def __init__(self, app: ASGIApp):
@@ -113,12 +113,12 @@ class RequestLog:
             details = {
                 "kind": scope["type"],
                 "method": scope.get("method"),
-                # A path is what a client chose, too.
+                # The path is chosen by the client, so it is truncated.
                 "path": scope["path"][:256],
                 "status": status,
                 "seconds": round(time.monotonic() - begin, 3),
                 "address": address_of(scope),
             }
-            # They are asked for every few seconds.
+            # These are polled every few seconds.
             quiet = scope["path"] in ("/healthz", "/readyz", "/metrics") and status in (200, 503)
             _logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra=details)

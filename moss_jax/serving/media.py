@@ -1,6 +1,6 @@
 """Images and videos that clients send, decoded within limits.
 
-Nothing about them is trusted: every size is checked before memory of that size is taken.
+Input is untrusted: every size is checked before memory of that size is allocated.
 """
 
 import base64
@@ -25,12 +25,12 @@ from moss_jax.video.stills import to_rgb, upright
 from moss_jax.video.truncation import iso_brands
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
-# A type, perhaps with parameters, in front of the content.
+# A media type, optionally with parameters, before the content.
 _DATA_URL = re.compile(r"data:([a-z]+/[a-z0-9.+-]+)((?:;[a-z0-9-]+=[a-z0-9.+-]+)*);base64", re.IGNORECASE)
-# Progressive pictures have about 10 scans; each takes as long to decode as the whole picture.
+# Progressive JPEGs have about 10 scans, each as slow to decode as the whole picture.
 _MAX_SCANS = 64
 _START_OF_SCAN = b"\xff\xda"
-# Containers of videos, by libav's names. Others, such as playlists, may have libav open further files.
+# Video containers, by libav's names. Others, such as playlists, may make libav open further files.
 _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2",
     "matroska,webm",
@@ -43,24 +43,24 @@ _CONTAINERS = (
     "asf",
 )
 _PACKETS_PER_SECOND = 240
-# Of HEIC and AVIF, which are in the container of MP4.
+# HEIC and AVIF, which use the MP4 container.
 _STILL_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis"}
 
 
 class MediaError(ValueError):
-    """What a client sent cannot be taken; the message says why, and holds nothing of its content."""
+    """Unacceptable media from a client; the message says why, and quotes none of the content."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MediaLimits:
-    """Bounds of what is decoded.
+    """Limits on decoded media.
 
     Attributes:
-      max_bytes: of an image.
-      max_pixels: of an image, or of a frame of a video.
-      max_side: width and height of an image or a frame, in pixels.
-      max_seconds: of a video.
-      decode_seconds: that decoding a video may take.
+      max_bytes: encoded size of an image.
+      max_pixels: pixels of an image or a video frame.
+      max_side: maximum width and height of an image or a frame, in pixels.
+      max_seconds: duration of a video.
+      decode_seconds: time to decode a video.
     """
 
     max_bytes: int = 8 * 2**20
@@ -71,16 +71,16 @@ class MediaLimits:
 
 
 def parse_data_url(url: str, *, max_bytes: int = MediaLimits.max_bytes) -> tuple[str, bytes]:
-    """The type, in lower case, and the content of a data URL in base64.
+    """Returns the lower-case media type and the content of a base64 data URL.
 
     Raises:
-      MediaError: it is none, its content is not exactly base64, or there is more than `max_bytes` of it.
+      MediaError: it is not a data URL, not strict base64, or larger than `max_bytes`.
     """
     head, comma, content = url.partition(",")
     match = _DATA_URL.fullmatch(head) if comma and len(head) < 256 else None
     if not match:
         raise MediaError("a data URL has the form data:image/jpeg;base64,…")
-    # Before anything is decoded; the padding stands for no bytes.
+    # Checked before decoding; the padding stands for no bytes.
     if len(content) // 4 * 3 - content.count("=", -2) > max_bytes:
         raise MediaError(f"the data URL holds more than {max_bytes} bytes")
     try:
@@ -93,14 +93,14 @@ def parse_data_url(url: str, *, max_bytes: int = MediaLimits.max_bytes) -> tuple
 
 
 def decode_image(data: bytes, *, limits: MediaLimits) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes a JPEG, PNG or WebP: upright as EXIF says, over white, of an animation the first picture.
+    """Decodes a JPEG, PNG or WebP, upright by EXIF and on white; of an animation, the first picture.
 
     Raises:
-      MediaError: it is none of these, it is damaged, or beyond the limits.
+      MediaError: it is in another format, damaged, or beyond the limits.
     """
     if len(data) > limits.max_bytes:
         raise MediaError(f"the image has {len(data)} bytes; {limits.max_bytes} are allowed")
-    # Pillow allocates a WebP when it opens it, the others when it loads them.
+    # Pillow allocates a WebP when opening it, other formats when loading them.
     if size := _webp_size(data):
         _check_size(size, limits)
     if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > _MAX_SCANS:
@@ -116,12 +116,12 @@ def decode_image(data: bytes, *, limits: MediaLimits) -> UInt8[np.ndarray, "H W 
         raise MediaError("the image is not a JPEG, PNG or WebP, or its beginning is damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise MediaError(f"the image has more than {limits.max_pixels} pixels") from None
-    except Exception:  # Pillow raises what it happens to come upon in a damaged file
+    except Exception:  # Pillow raises arbitrary errors for damaged files
         raise MediaError("the image is damaged or incomplete") from None
 
 
 def is_image(head: bytes) -> bool:
-    """Whether a file that begins so is one of the pictures that `decode_image` takes."""
+    """Whether the first bytes of a file are of a picture format that `decode_image` accepts."""
     is_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     return is_webp or head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
 
@@ -134,16 +134,16 @@ def decode_clip(
     limits: MediaLimits,
     on_frame: Callable[[], None] = lambda: None,
 ) -> list[Frame]:
-    """Samples a video as `sample_clip` does, and fits its frames to the model as `fit_frame` does.
+    """Samples a video as `sample_clip` does, and scales its frames as `fit_frame` does.
 
     Args:
-      on_frame: called whenever a frame has been decoded; what it raises ends the decoding.
+      on_frame: called after each decoded frame; an exception from it aborts the decoding.
 
     Returns:
       Frames of [image_size, image_size, 3].
 
     Raises:
-      MediaError: it is no video in a known format, it is damaged, or beyond the limits.
+      MediaError: it is not a video in a known format, damaged, or beyond the limits.
     """
     end = time.monotonic() + limits.decode_seconds
 
@@ -154,18 +154,18 @@ def decode_clip(
 
     try:
         _check_video(path, limits, check)
-        # The decoder counts its padding, less than 256 pixels on either axis, which the header leaves out.
+        # The decoder pads frames by less than 256 pixels on either axis, which the header does not include.
         most = limits.max_pixels + 512 * (limits.max_side + 128)
         times = clip_times(path, sampling, max_pixels=most)
         frames = sample_at(path, times, on_frame=check, max_pixels=most)
         return list(fit_frames(frames, image_size))
     except (VideoError, FFmpegError, OSError):
-        # Their messages name the file.
+        # The original messages contain the file name.
         raise MediaError("the video is damaged, incomplete or in an unknown format") from None
 
 
 def _check_video(path: str | os.PathLike, limits: MediaLimits, check: Callable[[], None]) -> None:
-    """Checks by header and packets alone that a video is within the limits."""
+    """Checks from header and packets alone that a video is within the limits."""
     if iso_brands(path) & _STILL_BRANDS:
         raise MediaError("the file is a still picture in an unknown format; convert it to JPEG, PNG or WebP")
     options = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": "file"}
@@ -198,10 +198,10 @@ def _check_size(size: tuple[int, int], limits: MediaLimits) -> None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height from the head of a WebP; None if it is none.
+    """Width and height from a WebP header; None if it is not a WebP.
 
     Raises:
-      MediaError: the head is damaged.
+      MediaError: the header is damaged.
     """
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return None
@@ -219,7 +219,7 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """The picture over white, if it is transparent somewhere."""
+    """Composites a transparent picture onto white."""
     if not image.has_transparency_data or image.mode.startswith("I"):
         return image
     picture = image.convert("RGBA")

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, most of them read from counters of hub and scheduler when they are asked for."""
+"""Prometheus metrics, most of them read from the counters of hub and scheduler at scrape time."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from moss_jax.serving.hub import Hub
 from moss_jax.serving.security import Gate
 from moss_jax.stream import Engine
 
-# Upper bounds of durations in seconds: of a GPU's steps at one end, of a laptop's at the other.
+# Histogram buckets in seconds, from a GPU's steps to a laptop's.
 SECONDS = (
     0.005,
     0.01,
@@ -37,7 +37,7 @@ SECONDS = (
     5.0,
     10.0,
 )
-# Of numbers of rows and of frames.
+# Histogram buckets for numbers of rows and frames.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 DURATIONS = {
     "ttft": ("moss_ttft_seconds", "From a question to the first text of its answer"),
@@ -48,13 +48,13 @@ DURATIONS = {
 
 
 class Metrics(Collector):
-    """The metrics of one server, in a registry of their own.
+    """Metrics of one server, in their own registry.
 
     Args:
-      gate: whose refusals are told; None for none.
+      gate: gate whose refusals are exported; None for none.
 
     Attributes:
-      registry: has all of them, and those of the process.
+      registry: registry of these metrics and those of the process.
     """
 
     def __init__(self, hub: Hub, gate: Gate | None = None):
@@ -73,7 +73,7 @@ class Metrics(Collector):
             self._durations[name].observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
-        """Reads the counters."""
+        """Yields the metrics from the current counters."""
         yield from self._streams()
         yield from self._totals()
         yield from self._work()
@@ -145,7 +145,7 @@ class Metrics(Collector):
         yield from (in_use, limit)
 
     def route(self) -> Route:
-        """Where Prometheus reads them."""
+        """Route of the scrape endpoint."""
 
         async def metrics(_: Request) -> Response:
             return Response(generate_latest(self.registry), headers={"content-type": CONTENT_TYPE_LATEST})
@@ -169,7 +169,7 @@ def _labelled(name: str, text: str, label: str, values: Mapping[str, int]) -> Me
 
 
 def _histogram(name: str, text: str, numbers: Mapping[int, int]) -> Metric:
-    """A histogram of how often each number came."""
+    """A histogram from the count of each value."""
     numbers = dict(numbers)
     bounds = [*SIZES, float("inf")]
     within = [sum(count for n, count in numbers.items() if n <= bound) for bound in bounds]

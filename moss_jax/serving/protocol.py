@@ -1,7 +1,7 @@
-"""Types of the Realtime protocol as it is spoken on `/v1/realtime`, and of its extension, `moss`.
+"""Event types of the Realtime protocol on `/v1/realtime` and of its extension, `moss`.
 
-The names are those of OpenAI's Realtime API (GA). Of what clients send, fields that have no meaning here,
-such as those of audio and tools, are ignored; what the server does not do is refused by an `error` event.
+Names follow OpenAI's Realtime API (GA). Fields sent by clients that have no meaning here, such as those for
+audio and tools, are ignored; unsupported requests are answered with an `error` event.
 """
 
 import json
@@ -14,7 +14,7 @@ import pydantic
 from moss_jax.config import Clock
 from moss_jax.stream.events import EndReason
 
-# Of the object `moss`.
+# Version of the `moss` extension.
 VERSION = 1
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -22,17 +22,17 @@ ResponseStatus = Literal["in_progress", "completed", "cancelled", "incomplete", 
 Fate = Literal["seen", "still", "alike", "rate", "dropped"]
 Reason = Literal["turn_detected", "client_cancelled", "max_output_tokens"]
 ErrorType = Literal["invalid_request_error", "server_error"]
-# Seconds of a stream.
+# Stream time in seconds.
 Time = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
 class ProtocolError(Exception):
-    """What a client asked for and does not get; the session goes on.
+    """A request that is refused; the session continues.
 
     Attributes:
-      code: for programs.
-      param: the field that is at fault.
-      type: whose fault it is.
+      code: machine-readable error code.
+      param: the field at fault.
+      type: whether the client or the server is at fault.
     """
 
     def __init__(
@@ -44,22 +44,22 @@ class ProtocolError(Exception):
 
 
 class Message(pydantic.BaseModel):
-    """Base of all types; unknown fields are ignored."""
+    """Base of all protocol types; unknown fields are ignored."""
 
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
 
 
 class Strict(Message):
-    """Base of the extension's types that a client sends; unknown fields are refused."""
+    """Base of the extension's types sent by clients; unknown fields are rejected."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
-# ------------------------------------------------------------------------------------ what clients send
+# -------------------------------------------------------------------------------------- client to server
 
 
 class SamplingSettings(Strict):
-    """How tokens are sampled; what is left out is the engine's own."""
+    """Token sampling settings; omitted fields use the engine's defaults."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -69,7 +69,7 @@ class SamplingSettings(Strict):
 
 
 class MemorySettings(Strict):
-    """What the stream keeps when it is out of room; what is left out is the engine's own."""
+    """Memory capacity and eviction settings of the stream; omitted fields use the engine's defaults."""
 
     policy: str | None = None
     low_water: float | None = None
@@ -82,7 +82,7 @@ class MemorySettings(Strict):
 
 
 class SelectionSettings(Strict):
-    """Which frames are shown to the model; see `SelectionConfig`."""
+    """Frame selection settings; see `SelectionConfig`."""
 
     enabled: bool | None = None
     min_change: float | None = None
@@ -93,7 +93,7 @@ class SelectionSettings(Strict):
 
 
 class LimitSettings(Strict):
-    """Bounds of the stream; see `SessionConfig`."""
+    """Limits of the stream; see `SessionConfig`."""
 
     tokens_per_second: int | None = None
     tail_seconds: float | None = None
@@ -102,14 +102,13 @@ class LimitSettings(Strict):
 
 
 class MossSettings(Strict):
-    """Negotiates the extension; the settings are fixed once the stream is open.
+    """Negotiates the extension; settings cannot change once the stream is open.
 
     Attributes:
-      version: of the extension.
-      frames: "binary" where frames come as binary messages as well: a float64 in network byte order, the
-        frame's time in seconds (NaN for now), then a JPEG, PNG or WebP file.
-      resume, token, after: the session that this connection goes on with, its token, and the id of the last
-        event that the client has had.
+      version: extension version.
+      frames: "binary" to also send frames as binary messages: the frame's time in seconds as a float64 in
+        network byte order (NaN for now), then a JPEG, PNG or WebP file.
+      resume, token, after: to resume a session: its id, its token, and the id of the last event received.
     """
 
     version: Literal[1]
@@ -124,7 +123,7 @@ class MossSettings(Strict):
 
 
 class SessionSettings(Message):
-    """Settings of a session; what is left out stays."""
+    """Session settings; omitted fields keep their values."""
 
     type: Literal["realtime"] = "realtime"
     instructions: str | None = None
@@ -133,7 +132,7 @@ class SessionSettings(Message):
 
 
 class Content(Message):
-    """A part of an item."""
+    """A content part of an item."""
 
     type: str
     text: str | None = None
@@ -141,7 +140,7 @@ class Content(Message):
 
 
 class Item(Message):
-    """An item of the conversation, as a client sends it."""
+    """A conversation item, as sent by a client."""
 
     id: Annotated[str, pydantic.Field(min_length=1, max_length=64)] | None = None
     type: str
@@ -150,26 +149,26 @@ class Item(Message):
 
 
 class MossItem(Strict):
-    """Of an item: `time`, in seconds of the stream, at which its frames were taken or its text was said."""
+    """Extension fields of an item: `time`, the stream time of its frames or its text in seconds."""
 
     time: Time | None = None
 
 
 class Request(Message):
-    """Base of what clients send; `event_id` comes back with an error."""
+    """Base of client events; errors echo the `event_id`."""
 
     event_id: Annotated[str, pydantic.Field(max_length=512)] | None = None
 
 
 class SessionUpdate(Request):
-    """Changes settings; answered by `session.updated`, which says what is in force."""
+    """Changes settings; answered by `session.updated` with the settings in force."""
 
     type: Literal["session.update"]
     session: SessionSettings
 
 
 class ItemCreate(Request):
-    """Shows the model a frame (`input_image`), or holds a text (`input_text`) until `response.create`."""
+    """Shows the model a frame (`input_image`), or queues a text (`input_text`) until `response.create`."""
 
     type: Literal["conversation.item.create"]
     item: Item
@@ -177,33 +176,33 @@ class ItemCreate(Request):
 
 
 class ItemRetrieve(Request):
-    """Asks for an item; answered by `conversation.item.retrieved`."""
+    """Requests an item; answered by `conversation.item.retrieved`."""
 
     type: Literal["conversation.item.retrieve"]
     item_id: str
 
 
 class ItemDelete(Request):
-    """Refused: what a stream has seen stays."""
+    """Refused: items cannot be removed from a stream."""
 
     type: Literal["conversation.item.delete"]
 
 
 class ItemTruncate(Request):
-    """Refused: what a stream has said stays."""
+    """Refused: answers cannot be truncated afterwards."""
 
     type: Literal["conversation.item.truncate"]
 
 
 class ResponseSettings(Message):
-    """Settings of one response: `instructions` are asked after the texts that are held."""
+    """Settings of one response: `instructions` are asked after the queued texts."""
 
     instructions: str | None = None
     metadata: dict[str, str] | None = None
 
 
 class ResponseCreate(Request):
-    """Asks the model the texts that are held, now; cuts its answer, if any."""
+    """Asks the model the queued texts now, interrupting any answer in progress."""
 
     type: Literal["response.create"]
     response: ResponseSettings = ResponseSettings()
@@ -211,45 +210,45 @@ class ResponseCreate(Request):
 
 
 class ResponseCancel(Request):
-    """Cuts the answer in progress."""
+    """Cancels the answer in progress."""
 
     type: Literal["response.cancel"]
     response_id: str | None = None
 
 
 class AudioAppend(Request):
-    """Refused: there is no audio."""
+    """Refused: audio is not supported."""
 
     type: Literal["input_audio_buffer.append"]
 
 
 class AudioCommit(Request):
-    """Refused: there is no audio."""
+    """Refused: audio is not supported."""
 
     type: Literal["input_audio_buffer.commit"]
 
 
 class AudioClear(Request):
-    """Refused: there is no audio."""
+    """Refused: audio is not supported."""
 
     type: Literal["input_audio_buffer.clear"]
 
 
 class OutputAudioClear(Request):
-    """Refused: there is no audio."""
+    """Refused: audio is not supported."""
 
     type: Literal["output_audio_buffer.clear"]
 
 
 class MossFinish(Request):
-    """The input is over: what waits is still seen, the answer is finished, then comes `moss.end`."""
+    """Ends the input: queued frames are still processed and the answer completes, then `moss.end` follows."""
 
     type: Literal["moss.finish"]
     moss: MossItem | None = None
 
 
 class MossSave(Request):
-    """Saves the stream in the server's folder; answered by `moss.saved`."""
+    """Saves the stream to the server's state folder; answered by `moss.saved`."""
 
     type: Literal["moss.save"]
 
@@ -274,10 +273,10 @@ _CLIENT_EVENT: pydantic.TypeAdapter[ClientEvent] = pydantic.TypeAdapter(ClientEv
 
 
 def parse(text: str | bytes) -> ClientEvent:
-    """Parses an event of a client.
+    """Parses a client event.
 
     Raises:
-      ProtocolError: it is no JSON, of no known type, or a field is missing or wrong.
+      ProtocolError: the text is not JSON, the type is unknown, or a field is missing or invalid.
     """
     try:
         return _CLIENT_EVENT.validate_json(text)
@@ -286,35 +285,35 @@ def parse(text: str | bytes) -> ClientEvent:
         code = {"json_invalid": "invalid_json", "union_tag_invalid": "unknown_event"}.get(
             first["type"], "invalid_event"
         )
-        # The path begins with the type of the event.
+        # The path begins with the event type.
         param = ".".join(map(str, first["loc"][1:])) or None
         where = f"{param}: " if param else ""
         raise ProtocolError(f"{where}{first['msg']}"[:500], code=code, param=param) from None
 
 
 def event_id_of(text: str | bytes) -> str | None:
-    """The id that a client gave an event which cannot be parsed; None if it has none."""
+    """The `event_id` of a client event that failed to parse; None if it has none."""
     try:
         event = json.loads(text)
         found = event.get("event_id") if isinstance(event, dict) else None
-        # It may hold half of a surrogate pair, which cannot be encoded, and so not be sent back.
+        # A lone surrogate cannot be encoded, so such an id cannot be echoed.
         return found if isinstance(found, str) and len(found) <= 512 and found.encode() else None
     except (ValueError, RecursionError):
         return None
 
 
-# ----------------------------------------------------------------------------------- what the server sends
+# ---------------------------------------------------------------------------------------- server to client
 
 
 class Resumed(Message):
-    """How a session goes on.
+    """State of a resumed session.
 
     Attributes:
-      time: seconds of the stream now.
-      replayed: events that follow again.
-      missed: events after the client's last that are gone.
-      saved: whether the stream goes on as of its last save; what came later is lost.
-      open: the ids of the response in progress and of its item, if there is one.
+      time: current stream time in seconds.
+      replayed: number of events that are replayed next.
+      missed: number of events after the client's last one that have left the replay buffer.
+      saved: whether the stream resumes from its last save; anything later is lost.
+      open: ids of the response in progress and of its item, if any.
     """
 
     time: float
@@ -325,18 +324,18 @@ class Resumed(Message):
 
 
 class MossSession(Message):
-    """The extension as it is in force.
+    """Negotiated state of the extension.
 
     Attributes:
-      version: of the extension.
-      clock: of all streams of the server.
-      frames: how frames may come: "binary" as well as "items", or as items alone.
-      token: with the session's id, resumes the session after the connection was lost; keep it secret.
-      grace_seconds: how long a lost connection may be resumed.
-      sampling, memory, selection, limits: of the stream.
-      correction: the words by which the model begins to take back what it was saying.
-      image_size: side in pixels of the square that frames are scaled to fit.
-      resumed: on the first event after a connection was resumed.
+      version: extension version.
+      clock: clock of all streams of the server.
+      frames: "binary" if frames may be sent as binary messages and as items, "items" if as items only.
+      token: secret that, with the session's id, resumes the session after a lost connection.
+      grace_seconds: how long a session can be resumed after its connection is lost.
+      sampling, memory, selection, limits: settings of the stream.
+      correction: the words with which the model begins to retract what it was saying.
+      image_size: side in pixels of the square to which frames are scaled.
+      resumed: set on the first event after a resume.
     """
 
     version: int
@@ -354,7 +353,7 @@ class MossSession(Message):
 
 
 class SessionObject(Message):
-    """A session as it is in force."""
+    """Session settings in force."""
 
     type: Literal["realtime"] = "realtime"
     object: Literal["realtime.session"] = "realtime.session"
@@ -367,14 +366,14 @@ class SessionObject(Message):
 
 
 class Part(Message):
-    """A part of an item; images are not sent back."""
+    """A content part of an item; images are not echoed."""
 
     type: Literal["input_text", "input_image", "output_text"]
     text: str | None = None
 
 
 class ItemObject(Message):
-    """An item of the conversation."""
+    """A conversation item."""
 
     id: str
     object: Literal["realtime.item"] = "realtime.item"
@@ -385,9 +384,9 @@ class ItemObject(Message):
 
 
 class Usage(Message):
-    """Tokens: those of texts, frames and answers before the answer, and those of the answer.
+    """Token usage: the context before the answer (texts, frames and earlier answers), and the answer.
 
-    A frame counts as one token. Those before count also where the stream has forgotten them.
+    A frame counts as one token. Input tokens include those already evicted from the stream's memory.
     """
 
     total_tokens: int
@@ -431,15 +430,14 @@ class ContentPart(Message):
 
 
 class FrameInfo(Message):
-    """A frame of the stream.
+    """State of one frame.
 
     Attributes:
-      index: its number in the session, from 0 on.
-      time: seconds of the stream at which it was taken.
-      queued: frames that wait to be seen now.
-      fate: once it is known: "seen" by the model; not shown to it since it looks like the one before
-        ("still"), has features like the one before ("alike") or came too soon ("rate"); "dropped" out of a
-        full queue.
+      index: frame number in the session, starting at 0.
+      time: stream time in seconds at which it was taken.
+      queued: frames in the queue now.
+      fate: set once known: "seen" by the model; skipped because it looks like the previous frame ("still"),
+        has similar features ("alike") or came too soon ("rate"); or "dropped" from a full queue.
     """
 
     index: int
@@ -449,25 +447,25 @@ class FrameInfo(Message):
 
 
 class MossFrames(Message):
-    """Of an item with frames: what became of each; `frame` is the first."""
+    """Extension fields of an item with frames: the state of each; `frame` is the first."""
 
     frame: FrameInfo
     frames: tuple[FrameInfo, ...] | None = None
 
 
 class MossResponse(Message):
-    """Of a response: whether a client asked for it, and when it begins, in seconds of the stream."""
+    """Extension fields of a response: whether a client requested it, and the stream time of its start."""
 
     asked: bool
     time: float
 
 
 class MossDelta(Message):
-    """Of a piece of text.
+    """Extension fields of a text delta.
 
     Attributes:
-      time: seconds of the stream at which it was said.
-      takes_back: this text corrects what the response has said from the character number `from` on.
+      time: stream time in seconds at which it was said.
+      takes_back: whether this text corrects what the response said from character `from` on.
     """
 
     time: float
@@ -478,13 +476,13 @@ class MossDelta(Message):
 
 
 class MemoryItem(Message):
-    """What the memory bank holds of one moment.
+    """Memory bank entry for one moment.
 
     Attributes:
-      time: seconds of the stream at which the frame was taken.
-      detail: how much of it is left: all vectors, about a quarter of them, a sixteenth, or one.
-      vectors: that it takes.
-      frames: that it stands for.
+      time: stream time in seconds at which the frame was taken.
+      detail: how much of it is kept: all vectors, about a quarter of them, a sixteenth, or one.
+      vectors: number of vectors that it occupies.
+      frames: number of frames that it represents.
     """
 
     time: float
@@ -494,21 +492,21 @@ class MemoryItem(Message):
 
 
 class Event(Message):
-    """Base of what the server sends; ids of events ascend within a session."""
+    """Base of server events; event ids ascend within a session."""
 
     event_id: str = ""
     type: str
 
 
 class SessionCreated(Event):
-    """The connection is ready, and a stream is reserved for it."""
+    """The connection is ready and a slot is reserved for its stream."""
 
     type: Literal["session.created"] = "session.created"
     session: SessionObject
 
 
 class SessionUpdated(Event):
-    """What is in force from now on."""
+    """The settings in force from now on."""
 
     type: Literal["session.updated"] = "session.updated"
     session: SessionObject
@@ -524,7 +522,7 @@ class ItemAdded(Event):
 
 
 class ItemDone(Event):
-    """A frame was seen or passed over, a text was asked, an answer is over."""
+    """A frame was seen or skipped, a text was asked, or an answer is complete."""
 
     type: Literal["conversation.item.done"] = "conversation.item.done"
     previous_item_id: str | None = None
@@ -533,14 +531,14 @@ class ItemDone(Event):
 
 
 class ItemRetrieved(Event):
-    """An item that was asked for."""
+    """The requested item."""
 
     type: Literal["conversation.item.retrieved"] = "conversation.item.retrieved"
     item: ItemObject
 
 
 class ResponseCreated(Event):
-    """The model begins to answer, or to speak unasked."""
+    """The model begins to answer, or to speak unprompted."""
 
     type: Literal["response.created"] = "response.created"
     response: ResponseObject
@@ -548,7 +546,7 @@ class ResponseCreated(Event):
 
 
 class OutputItemAdded(Event):
-    """The first text of an answer comes."""
+    """An answer produces its first text."""
 
     type: Literal["response.output_item.added"] = "response.output_item.added"
     response_id: str
@@ -557,7 +555,7 @@ class OutputItemAdded(Event):
 
 
 class PartAdded(Event):
-    """The first text of an answer comes."""
+    """An answer produces its first text."""
 
     type: Literal["response.content_part.added"] = "response.content_part.added"
     response_id: str
@@ -602,7 +600,7 @@ class PartDone(Event):
 
 
 class OutputItemDone(Event):
-    """The whole answer."""
+    """The complete item of an answer."""
 
     type: Literal["response.output_item.done"] = "response.output_item.done"
     response_id: str
@@ -611,14 +609,14 @@ class OutputItemDone(Event):
 
 
 class ResponseDone(Event):
-    """The answer is over; a question that the model answers with silence has no output."""
+    """The response is complete; it has no output if the model answers a question with silence."""
 
     type: Literal["response.done"] = "response.done"
     response: ResponseObject
 
 
 class ErrorDetails(Message):
-    """What went wrong; `event_id` is that of the client's event."""
+    """Error details; `event_id` is that of the client's event."""
 
     type: ErrorType
     code: str
@@ -628,30 +626,30 @@ class ErrorDetails(Message):
 
 
 class Error(Event):
-    """Something was refused, or went wrong; where nothing else is said, the session goes on."""
+    """A request was refused or something failed; the session continues unless stated otherwise."""
 
     type: Literal["error"] = "error"
     error: ErrorDetails
 
 
 class SilenceEvent(Event):
-    """The model has nothing (more) to say until something happens; `time` is in seconds of the stream."""
+    """The model stays silent until something happens; `time` is stream time in seconds."""
 
     type: Literal["moss.silence"] = "moss.silence"
     time: float
 
 
 class CountersEvent(Event):
-    """How the stream goes; at most once a second.
+    """Stream statistics, sent at most once a second.
 
     Attributes:
-      time: seconds of the stream.
-      counters: its totals, as in `Counters`.
-      fps: frames a second that came, lately.
-      latency: seconds from the arrival of a frame until the model had seen it, lately; None without any.
-      queue: frames that wait.
-      text_tokens, text_capacity: in the context, and room for.
-      memory: what the bank holds, the oldest first; None where it is not known.
+      time: stream time in seconds.
+      counters: totals, as in `Counters`.
+      fps: recent rate of arriving frames, in frames per second.
+      latency: recent seconds from a frame's arrival until the model has processed it; None without frames.
+      queue: number of queued frames.
+      text_tokens, text_capacity: text tokens in the context, and how many fit.
+      memory: contents of the memory bank, oldest first; None if unknown.
     """
 
     type: Literal["moss.counters"] = "moss.counters"
@@ -666,18 +664,18 @@ class CountersEvent(Event):
 
 
 class SavedEvent(Event):
-    """The stream was saved, and can go on from `time`, in seconds of the stream."""
+    """The stream was saved and can be resumed from `time`, in seconds of stream time."""
 
     type: Literal["moss.saved"] = "moss.saved"
     time: float
 
 
 class EndEvent(Event):
-    """The stream is over; the connection is closed after it.
+    """The stream has ended; the connection closes after this event.
 
     Attributes:
-      time: seconds of the stream.
-      reason: as in `End`, or "shutdown" of the server.
+      time: stream time in seconds.
+      reason: as in `End`, or "shutdown" if the server shuts down.
       counters, figures: as in `Counters` and `Figures`.
       saved: whether the session can be resumed from a file.
     """
@@ -717,10 +715,10 @@ _SERVER_EVENT: pydantic.TypeAdapter[ServerEvent] = pydantic.TypeAdapter(ServerEv
 
 
 def parse_server_event(text: str | bytes) -> ServerEvent | None:
-    """Parses an event of a server; None if its type is of a later version.
+    """Parses a server event; returns None for an unknown type, as later versions may send.
 
     Raises:
-      ValueError: it is no such event.
+      ValueError: the text is not a valid event.
     """
     try:
         return _SERVER_EVENT.validate_json(text)
@@ -731,10 +729,10 @@ def parse_server_event(text: str | bytes) -> ServerEvent | None:
 
 
 def error_event(error: ProtocolError, event_id: str | None = None) -> Error:
-    """The event of an error.
+    """Converts an error to an event.
 
     Args:
-      event_id: of the client's event.
+      event_id: id of the client's event.
     """
     return Error(
         error=ErrorDetails(
@@ -744,10 +742,10 @@ def error_event(error: ProtocolError, event_id: str | None = None) -> Error:
 
 
 def frame_time(message: bytes) -> tuple[float | None, bytes]:
-    """Cuts a binary message into the time of its frame, None for now, and the image.
+    """Splits a binary message into the frame's time, None for now, and its encoded image.
 
     Raises:
-      ProtocolError: it is too short, or the time is no number of seconds from 0 on.
+      ProtocolError: the message is too short, or the time is negative or infinite.
     """
     if len(message) <= 8:
         raise ProtocolError(

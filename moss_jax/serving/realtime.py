@@ -1,4 +1,4 @@
-"""The WebSocket endpoint `/v1/realtime`: connections, and the sessions that they begin or go on with."""
+"""The WebSocket endpoint `/v1/realtime`: connections, and the sessions that they start or resume."""
 
 import asyncio
 import collections
@@ -23,15 +23,15 @@ from moss_jax.stream import Refused
 
 _logger = logging.getLogger(__name__)
 
-# Seconds that a client gets to take what still waits for it when its connection is closed.
+# Seconds to flush a client's queue when its connection is closed.
 CLOSING_SECONDS = 5.0
 
 
 class Client:
-    """A connection with its bounded queue of events.
+    """A connection with a bounded queue of outgoing events.
 
     Args:
-      most: events that may wait.
+      most: maximum number of queued events.
     """
 
     def __init__(self, websocket: WebSocket, most: int):
@@ -43,11 +43,11 @@ class Client:
 
     @property
     def unsent(self) -> int:
-        """Events that wait."""
+        """Number of queued events."""
         return len(self._waiting)
 
     def put(self, text: str) -> bool:
-        """Queues an event; False if too many wait."""
+        """Queues an event for the client; returns False when the queue is full."""
         if self._closing is not None:
             return True
         if len(self._waiting) >= self._most:
@@ -57,7 +57,7 @@ class Client:
         return True
 
     def close(self, code: int, reason: str) -> None:
-        """Closes the connection once what waits has been sent; for a slow client, at once."""
+        """Closes the connection after flushing its queue, or at once if the client is too slow."""
         if self._closing is None:
             self._closing = code, reason
             self._changed.set()
@@ -65,13 +65,13 @@ class Client:
             asyncio.get_running_loop().call_later(seconds, self._sending.cancel)
 
     def give_up(self) -> None:
-        """Sends nothing more."""
+        """Stops sending; queued events are discarded."""
         self._sending.cancel()
 
     async def write(self) -> None:
-        """Sends what is queued, until the connection is to be closed; then closes it."""
+        """Sends queued events until the connection is to be closed, then closes it."""
         try:
-            # Ends where the connection is lost or is to be closed, or where it is cancelled by `close`.
+            # Done when the connection is lost or closing, or when `close` cancels it.
             await asyncio.wait({self._sending})
         finally:
             self._sending.cancel()
@@ -80,7 +80,7 @@ class Client:
         assert self._closing is not None
         code, reason = self._closing
         with contextlib.suppress(TimeoutError):
-            # A reason has 123 bytes at most.
+            # A close reason has at most 123 bytes.
             await asyncio.wait_for(self._websocket.close(code, reason[:120]), CLOSING_SECONDS)
 
     async def _send(self) -> None:
@@ -140,7 +140,7 @@ async def _serve(hub: Hub, websocket: WebSocket, client: Client) -> None:
 
 
 def begin(hub: Hub, client: Client) -> Dialogue:
-    """A new session for a connection.
+    """Starts a new session for a connection.
 
     Raises:
       Refused: no slot is free.
@@ -153,14 +153,14 @@ def begin(hub: Hub, client: Client) -> Dialogue:
 
 
 async def resume(hub: Hub, client: Client, session_id: str, token: str, after: str | None) -> Dialogue:
-    """Goes on with a session, from memory or from its file.
+    """Resumes a session from memory or from its file.
 
     Args:
-      after: id of the last event that the client has had; None for all that are kept.
+      after: id of the last event that the client received; None to replay all that are kept.
 
     Raises:
-      ProtocolError: there is no such session, or the token is another.
-      Refused: it is in a file, and no slot is free.
+      ProtocolError: there is no such session, or the token does not match.
+      Refused: the session is in a file, and no slot is free.
     """
     number = event_number(after)
     session = hub.find(session_id, token)
@@ -172,7 +172,7 @@ async def resume(hub: Hub, client: Client, session_id: str, token: str, after: s
         try:
             await dialogue.restore(saved)
         except BaseException:
-            # The file stays, for another try.
+            # The file stays for another attempt.
             session.release()
             hub.sessions.pop(session.id, None)
             raise
@@ -184,8 +184,8 @@ async def resume(hub: Hub, client: Client, session_id: str, token: str, after: s
     session.attach(client)
     hub.counters.resumed_total += 1
     resumed = dialogue.resumed(len(kept), missed, saved=is_saved)
-    # Its id is that of the last event which the client has had, so that a client that loses the connection
-    # again asks for the right ones.
+    # Reuses the id of the last event that the client received, so that a client that loses the connection
+    # again resumes from the right event.
     created = protocol.SessionCreated(session=dialogue.describe(resumed))
     for text in (encoded(created, number), *kept):
         if not client.put(text):
@@ -197,11 +197,11 @@ async def resume(hub: Hub, client: Client, session_id: str, token: str, after: s
 
 
 class Reader:
-    """Takes what a client sends.
+    """Receives and dispatches what a client sends.
 
     Attributes:
-      dialogue: of the connection; another once it has resumed a session.
-      is_final: whether the client closed the connection and does not want to come back.
+      dialogue: dialogue of the connection; replaced when it resumes a session.
+      is_final: whether the client closed the connection and does not intend to reconnect.
     """
 
     def __init__(self, hub: Hub, websocket: WebSocket, client: Client, dialogue: Dialogue):
@@ -209,7 +209,7 @@ class Reader:
         self.is_final = False
 
     async def run(self) -> None:
-        """Takes messages until the client is gone."""
+        """Handles messages until the client disconnects."""
         while self._websocket.client_state is not WebSocketState.DISCONNECTED:
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
@@ -218,7 +218,7 @@ class Reader:
             await self._handle(message.get("text"), message.get("bytes"))
 
     async def _handle(self, text: str | None, content: bytes | None) -> None:
-        """Handles one message; what is wrong with it is told, and the session goes on."""
+        """Handles one message; errors are reported to the client, and the session continues."""
         event_id = None
         try:
             if text is None:
@@ -246,7 +246,7 @@ class Reader:
             self.dialogue.session.send(protocol.error_event(error, event_id))
 
     async def _resume(self, moss: protocol.MossSettings) -> None:
-        """Goes on with another session in the place of that which the connection began with."""
+        """Replaces the session that the connection started with by the one to resume."""
         mine = self.dialogue.session
         if mine.stream is not None:
             raise ProtocolError(
@@ -255,7 +255,7 @@ class Reader:
                 param="session",
             )
         assert moss.resume is not None
-        # The slot that is reserved may be the one that a saved session needs.
+        # A saved session may need the slot that this one reserves.
         mine.release()
         try:
             dialogue = await resume(self._hub, self._client, moss.resume, moss.token or "", moss.after)

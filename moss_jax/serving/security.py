@@ -1,4 +1,4 @@
-"""Who may connect, from where, and how often: tokens, origins and limits, as ASGI middleware."""
+"""Authentication, origin checks and rate limits as ASGI middleware."""
 
 import asyncio
 import collections
@@ -18,29 +18,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moss_jax.config import ConfigError, SecurityConfig
 
-# Environment variable with tokens, separated by white space.
+# Environment variable with tokens, separated by whitespace.
 TOKENS_VARIABLE = "MOSS_TOKENS"
-# Browsers cannot set headers of a WebSocket, so OpenAI's clients send the token as one of its subprotocols.
+# Browsers cannot set WebSocket headers, so OpenAI's clients send the token as a subprotocol.
 SUBPROTOCOL = "openai-insecure-api-key."
 QUERY = "api_key"
 SHORTEST_TOKEN = 16
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-# What needs a token; the rest is whether the server lives, and the page with its parts.
+# Paths that require a token; the others are health checks and the static page.
 PROTECTED = ("/v1/", "/metrics")
-# Addresses whose rates are remembered.
+# Maximum number of addresses whose rates are tracked.
 MOST_ADDRESSES = 65536
 
 Refusal = tuple[int, str, str]
 
 
 class Tokens:
-    """The tokens of clients, of which only hashes are kept.
+    """Accepted client tokens, stored as hashes.
 
     Args:
       tokens: at least one, each of at least `SHORTEST_TOKEN` characters.
 
     Raises:
-      ConfigError: there is none, or one that is too short.
+      ConfigError: there is no token, or one is too short.
     """
 
     def __init__(self, tokens: Iterable[str]):
@@ -53,7 +53,7 @@ class Tokens:
             )
 
     def __contains__(self, token: str) -> bool:
-        """Whether it is one of them, in a time that does not depend on how much of it is right."""
+        """Whether a token is accepted, compared in constant time."""
         hashed = _hashed(token)
         return sum([hmac.compare_digest(hashed, known) for known in self._hashes]) > 0
 
@@ -63,10 +63,10 @@ def _hashed(token: str) -> bytes:
 
 
 def read_tokens(path: Path | None, environment: Mapping[str, str]) -> Tokens | None:
-    """The tokens of a file, one a line, and of the variable `MOSS_TOKENS`; None if neither is given.
+    """Reads tokens from a file, one a line, and from `MOSS_TOKENS`; returns None if neither is given.
 
     Raises:
-      ConfigError: the file cannot be read, or has none.
+      ConfigError: the file cannot be read, or contains no token.
     """
     found = environment.get(TOKENS_VARIABLE, "").split()
     if path is not None:
@@ -80,7 +80,7 @@ def read_tokens(path: Path | None, environment: Mapping[str, str]) -> Tokens | N
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """Whether an address is reachable only from this machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -88,10 +88,10 @@ def is_loopback(host: str) -> bool:
 
 
 def check_host(host: str, tokens: Tokens | None) -> None:
-    """Refuses to serve other machines without tokens.
+    """Refuses to serve other machines without authentication.
 
     Raises:
-      ConfigError: saying what to do.
+      ConfigError: no tokens are configured; the message says what to do.
     """
     if tokens is None and not is_loopback(host):
         raise ConfigError(
@@ -101,11 +101,11 @@ def check_host(host: str, tokens: Tokens | None) -> None:
 
 
 class Bucket:
-    """A rate with bursts: a token bucket, which is full at first.
+    """Token bucket for rate limits with bursts, initially full.
 
     Args:
-      rate: tokens a second.
-      size: tokens that it holds.
+      rate: tokens per second.
+      size: capacity in tokens.
     """
 
     def __init__(self, rate: float, size: float):
@@ -113,31 +113,31 @@ class Bucket:
         self._level, self._at = size, time.monotonic()
 
     def wait(self) -> float:
-        """Seconds until there is a token."""
+        """Seconds until a token is available."""
         now = time.monotonic()
         self._level = min(self._size, self._level + (now - self._at) * self._rate)
         self._at = now
         return max(0.0, (1 - self._level) / self._rate)
 
     def take(self) -> float:
-        """Takes a token, which may be owed; seconds until it is there."""
+        """Takes a token, possibly in advance; returns the seconds until it is available."""
         seconds = self.wait()
         self._level -= 1
         return seconds
 
 
 class Gate:
-    """What is known of clients: who is connected, and how often they came.
+    """Admission control: authentication, origin checks, and connection and rate limits.
 
     Args:
-      config: its limits.
-      tokens: None where none are needed.
-      host: that the server listens at.
-      origins: of pages from elsewhere that may connect, such as "https://example.org".
+      config: the limits.
+      tokens: accepted tokens; None to disable authentication.
+      host: address that the server listens on.
+      origins: allow-list of further origins, such as "https://example.org".
 
     Attributes:
-      open: connections and requests that are open, by address.
-      refused: how many were refused, by the reason.
+      open: number of open connections and requests, by address.
+      refused: number of refusals, by reason.
     """
 
     def __init__(
@@ -153,14 +153,14 @@ class Gate:
         self.refused: collections.Counter[str] = collections.Counter()
         self._tokens = tokens
         self._origins = {_origin(origin) for origin in origins}
-        # A page whose name was made to mean this machine must not get at a server without tokens.
+        # DNS rebinding: without tokens, a page whose name resolves to this machine must not get in.
         self._hosts = None
         if tokens is None:
             self._hosts = LOOPBACK_NAMES | {host.strip("[]")} | {urlsplit(o).hostname for o in self._origins}
         self._rates: collections.OrderedDict[str, Bucket] = collections.OrderedDict()
 
     def refusal(self, scope: Scope) -> Refusal | None:
-        """Why a connection or a request is not let in: status, code and message; None if it is."""
+        """Returns status, code and message of a refusal, or None if the request is admitted."""
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
         }
@@ -181,7 +181,7 @@ class Gate:
         self._rates[address] = bucket
         if len(self._rates) > MOST_ADDRESSES:
             self._rates.popitem(last=False)
-        # One that is refused does not count, so a client that goes on trying gets in at the rate.
+        # A refused attempt takes no token, so a client that keeps retrying is admitted at the rate.
         if bucket.wait():
             return 429, "rate_limit_exceeded", "there are too many new connections from your address; wait"
         bucket.take()
@@ -204,7 +204,7 @@ class Gate:
 
 
 def address_of(scope: Scope) -> str:
-    """Whom limits are for: the address of a client, of IPv6 the network of 64 bits."""
+    """The key of rate limits: the client's IPv4 address, or its IPv6 /64 network."""
     client = scope.get("client")
     if not client:
         return "unknown"
@@ -222,7 +222,7 @@ def _origin(origin: str) -> str:
 
 
 def _given(scope: Scope, headers: Mapping[str, str]) -> list[str]:
-    """Tokens that a client shows; in the address and as a subprotocol only of a WebSocket."""
+    """Tokens presented by a client; query parameter and subprotocol count only for a WebSocket."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     found = [token.strip()] if scheme.lower() == "bearer" else []
     if scope["type"] == "websocket":
@@ -232,17 +232,17 @@ def _given(scope: Scope, headers: Mapping[str, str]) -> list[str]:
 
 
 class Guard:
-    """The middleware: lets in what a gate lets in, and bounds what it sends.
+    """Middleware that admits requests through a gate, and bounds the size and rate of what clients send.
 
     Args:
-      gate: is shared by all requests.
+      gate: gate shared by all requests.
     """
 
     def __init__(self, app: ASGIApp, gate: Gate):
         self._app, self._gate = app, gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves a request or a connection, or refuses it."""
+        """Serves or refuses a request or connection."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
@@ -251,7 +251,7 @@ class Guard:
             await refuse(scope, receive, send, refusal)
             return
         if scope["type"] == "websocket":
-            # The endpoint must not see the token, nor choose it as the subprotocol.
+            # The endpoint must neither see the token nor select it as the subprotocol.
             shown = [p for p in scope["subprotocols"] if not p.startswith(SUBPROTOCOL)]
             scope = {**scope, "subprotocols": shown}
             receive = self._paced(receive)
@@ -266,7 +266,7 @@ class Guard:
                 del gate.open[address]
 
     def _paced(self, receive: Receive) -> Receive:
-        """Takes messages no faster than is allowed, so that a client who sends faster has to wait."""
+        """Applies backpressure to a client that exceeds the message rate."""
         config = self._gate.config
         bucket = Bucket(config.messages_per_second, config.message_burst)
 
@@ -279,7 +279,7 @@ class Guard:
         return paced
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """Refuses a body that is too large, as soon as that is known."""
+        """Rejects an oversized body as early as possible."""
         most = self._gate.config.max_body_bytes
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         left = most - int(declared if declared.isdigit() else 0)
@@ -298,7 +298,7 @@ class Guard:
 
 
 async def refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
-    """Answers a request, or the handshake of a WebSocket, with an error in the form of OpenAI's API."""
+    """Answers a request or a WebSocket handshake with an error in OpenAI's format."""
     status, code, message = refusal
     kind = "server_error" if status >= 500 else "invalid_request_error"
     content = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
@@ -319,7 +319,7 @@ async def refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -
 
 
 def protection(gate: Gate, origins: Sequence[str] = ()) -> list[Middleware]:
-    """The middleware of a gate, and what tells browsers that pages of other origins may read answers."""
+    """The middleware of a gate, with CORS headers for the allowed origins."""
     cross = Middleware(
         CORSMiddleware,
         allow_origins=list(origins),

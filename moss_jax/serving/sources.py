@@ -1,4 +1,4 @@
-"""Where the media of a request come from: data URLs, files below allowed folders, allowed hosts."""
+"""Sources of a request's media: data URLs, files in allowed folders, URLs on allowed hosts."""
 
 import contextlib
 import http.client
@@ -18,10 +18,10 @@ _CHUNK = 64 * 2**10
 
 
 def local_path(url: str, roots: Sequence[str | os.PathLike]) -> Path:
-    """The file of a `file://` URL, if it is below one of the folders once all links are followed.
+    """Resolves a `file://` URL to a file below one of the folders, after following all links.
 
     Raises:
-      MediaError: it is not, or there is no regular file of that name there.
+      MediaError: the file is outside the folders, missing or not regular.
     """
     rest = url[len("file://") :].removeprefix("localhost")
     folders = [Path(root).resolve() for root in roots]
@@ -29,11 +29,11 @@ def local_path(url: str, roots: Sequence[str | os.PathLike]) -> Path:
         raise MediaError("file:// URLs are not allowed by this server")
     if not rest.startswith("/") or "\0" in unquote(rest):
         raise MediaError("a file:// URL has the form file:///folder/clip.mp4")
-    # Some clients leave a path as it is, others quote it.
+    # Some clients percent-encode the path, others do not.
     for text in dict.fromkeys((unquote(rest), rest)):
         try:
             path = Path(text).resolve()
-            # Nothing is told of what is outside, not even whether it exists.
+            # Reveals nothing about paths outside the folders, not even whether they exist.
             if not any(path.is_relative_to(folder) for folder in folders):
                 continue
             if stat.S_ISREG(path.stat().st_mode):
@@ -44,14 +44,14 @@ def local_path(url: str, roots: Sequence[str | os.PathLike]) -> Path:
 
 
 def fetch(url: str, *, hosts: Sequence[str], max_bytes: int, seconds: float) -> bytes:
-    """Downloads from a host that is allowed; follows no redirect, and connects to public addresses alone.
+    """Downloads from an allowed host; follows no redirects and connects only to public addresses.
 
     Args:
-      hosts: names that are allowed, each with `:port` if that is not the scheme's own.
-      seconds: that it may take as a whole.
+      hosts: allow-list of names, each with `:port` unless it is the scheme's default.
+      seconds: timeout of the whole download.
 
     Raises:
-      MediaError: it is not allowed, too large, too slow, or fails.
+      MediaError: the URL is not allowed, the content is too large, or the download times out or fails.
     """
     if not hosts:
         raise MediaError("this server fetches nothing; send a data URL, or upload the file")
@@ -75,7 +75,7 @@ def fetch(url: str, *, hosts: Sequence[str], max_bytes: int, seconds: float) -> 
             ssl.create_default_context().wrap_socket(plain, server_hostname=host) if is_secure else plain
         )
         connection = http.client.HTTPConnection(host, port)
-        # Connected already, to the address that was checked.
+        # Reuses the connection to the address that was checked, so that the name is not resolved again.
         connection.sock = connected
         with contextlib.closing(connection):
             connection.request("GET", target, headers={"Accept": "image/*, video/*", "Connection": "close"})
@@ -108,7 +108,7 @@ def _errors() -> Iterator[None]:
 
 
 def _connect(host: str, port: int, end: float) -> socket.socket:
-    """A connection to a host all of whose addresses are public."""
+    """Connects to a host if all of its addresses are public."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]) for entry in found]
     if not addresses or not all(map(is_public, addresses)):
@@ -117,7 +117,7 @@ def _connect(host: str, port: int, end: float) -> socket.socket:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is of the public internet: not private, local, reserved or for many."""
+    """Whether an address is on the public internet: not private, local, reserved or multicast."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     inner = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None) or parsed
     return inner.is_global and not inner.is_multicast and parsed.is_global

@@ -1,4 +1,4 @@
-"""The tables of docs/serving.md, made from the types; `python -m moss_jax.serving.tables` writes them."""
+"""Tables of docs/serving.md, generated from the types; `python -m moss_jax.serving.tables` writes them."""
 
 import argparse
 import inspect
@@ -30,7 +30,7 @@ def tables() -> str:
 
 
 def updated(page: str) -> str:
-    """A page with the tables in the place of those that it has."""
+    """Replaces the tables of a page."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
@@ -42,7 +42,7 @@ def members(union: Any) -> list[type[pydantic.BaseModel]]:
 
 
 def event_table(events: Iterable[type[pydantic.BaseModel]]) -> str:
-    """One row an event: its type, its fields, what it means."""
+    """Table with a row per event: its type, its fields and its meaning."""
     rows = ["| Event | Fields | Meaning |", "|---|---|---|"]
     for event in events:
         (name,) = get_args(event.model_fields["type"].annotation)
@@ -51,14 +51,14 @@ def event_table(events: Iterable[type[pydantic.BaseModel]]) -> str:
 
 
 def object_table(kinds: Iterable[type[pydantic.BaseModel]]) -> str:
-    """One row an object: its name in the code, its fields, what it means."""
+    """Table with a row per object: its name in the code, its fields and its meaning."""
     rows = ["| Object | Fields | Meaning |", "|---|---|---|"]
     rows += [f"| {kind.__name__} | {fields(kind)} | {meaning(kind)} |" for kind in kinds]
     return "\n".join(rows)
 
 
 def fields(kind: type[pydantic.BaseModel]) -> str:
-    """Fields with their types; those that may be missing in brackets."""
+    """Fields with their types; optional ones in brackets."""
     described = []
     for name, field in kind.model_fields.items():
         if issubclass(kind, protocol.Event | protocol.Request) and name in ("type", "event_id"):
@@ -87,7 +87,7 @@ def describe(annotation: Any) -> str:
 
 
 def meaning(kind: type[pydantic.BaseModel]) -> str:
-    """What the docstring says, with the meaning of its attributes behind it."""
+    """The docstring, followed by the descriptions of its attributes."""
     text = inspect.getdoc(kind) or ""
     summary, _, attributes = text.partition("Attributes:")
     lines = [" ".join(line.split()) for line in attributes.splitlines() if line.strip()]
@@ -95,7 +95,7 @@ def meaning(kind: type[pydantic.BaseModel]) -> str:
 
 
 def objects() -> Iterator[type[protocol.Message]]:
-    """The types that events have in their fields, in the order of the code."""
+    """The types of the events' fields, in the order of the code."""
     bases = (protocol.Message, protocol.Strict)
     for kind in filter(inspect.isclass, vars(protocol).values()):
         is_event = issubclass(kind, protocol.Event | protocol.Request)
@@ -104,7 +104,7 @@ def objects() -> Iterator[type[protocol.Message]]:
 
 
 def main() -> None:
-    """Writes the tables into the page."""
+    """Updates the tables of the page."""
     description = "Write the tables of the protocol's types into docs/serving.md."
     argparse.ArgumentParser(description=description).parse_args()
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

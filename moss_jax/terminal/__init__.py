@@ -1,1 +1,1 @@
-"""Watching a video in a terminal: feed of a session, transcript, timeline."""
+"""Terminal front end: session feed, transcript and timeline."""

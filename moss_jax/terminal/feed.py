@@ -1,4 +1,4 @@
-"""Feeds a session from a source of frames and timed prompts, in a thread of its own."""
+"""Feeds a session from a source of frames and timed prompts in a separate thread."""
 
 import bisect
 import collections
@@ -23,19 +23,19 @@ from moss_jax.stream import (
 from moss_jax.text import chat
 from moss_jax.video import Frame
 
-# Frames that the reader of a lockstep stream may be ahead, so that a long file is never all in memory.
+# Frames by which the reader of a lockstep stream may be ahead, to bound memory on long files.
 READ_AHEAD = 16
-# Seconds. As `video.sampling` allows them, at both ends of a frame.
+# Tolerance in seconds at both ends of a frame, as in `video.sampling`.
 TOLERANCE = 2e-3
 
 
 def adapt_rate(session: SessionConfig, sampling: FrameSampling) -> tuple[SessionConfig, FrameSampling]:
-    """Has a source sampled at the highest rate that the session's selection of frames takes, if it has one.
+    """Raises the source's sampling rate to the highest that the session's frame selection accepts, if any.
 
-    The source's own rate becomes that at which frames enter while nothing changes.
+    The source's own rate becomes the rate at which frames enter while nothing changes.
 
     Raises:
-      ConfigError: the highest rate is below the source's own.
+      ConfigError: the highest rate is below the source's.
     """
     selection = session.selection
     if not selection.enabled or selection.max_fps is None:
@@ -56,16 +56,16 @@ def open_session(
     system: str | None = chat.SYSTEM_PROMPT,
     resume: str | os.PathLike | None = None,
 ) -> tuple[Session, list[tuple[float, str]]]:
-    """Makes a session whose first user turn is the first prompt at time 0, if there is one.
+    """Creates a session whose first user turn is the first prompt at time 0, if any.
 
     Args:
-      engine: of one slot.
-      prompts: (seconds since the session began, text) pairs.
+      engine: engine with one slot.
+      prompts: (seconds since the start of the session, text) pairs.
       system: system prompt; None for none.
-      resume: file of a saved stream that goes on, with the opening that it has.
+      resume: file of a saved stream to resume, with its own opening.
 
     Returns:
-      The session and the prompts that are still to be pushed, in order of time, with their stream times.
+      The session, and the remaining prompts in order of time, with their stream times.
 
     Raises:
       SessionError: a prompt is longer than the text capacity.
@@ -85,19 +85,19 @@ def open_session(
 def run_session(
     session: Session, frames: Iterable[Frame], prompts: Sequence[tuple[float, str]]
 ) -> Generator[Event]:
-    """Runs a session on a source of frames: by their timestamps in realtime, as fast as possible in lockstep.
+    """Runs a session on a source of frames: timed by timestamps in realtime, at full speed in lockstep.
 
     Args:
-      session: of one slot, not yet iterated.
-      frames: in order of time.
-      prompts: (stream time in seconds, text) pairs. None is asked after the end of the frames: the last one
-        is shown for its duration or, if that is unknown, for as long as the one before it.
+      session: session with one slot, not yet iterated.
+      frames: frames in order of time.
+      prompts: (stream time in seconds, text) pairs. Prompts after the end of the frames are not asked; the
+        last frame is shown for its duration or, if unknown, for as long as the one before it.
 
     Yields:
-      The session's events, and `NotAsked` for each prompt that it has not taken, also when it is paused.
+      The session's events, and a `NotAsked` for each prompt that was not accepted, also after a pause.
 
     Raises:
-      Exception: whatever reading the frames raises, after the events of the frames before.
+      Exception: any error from reading the frames, after the events of the frames before it.
     """
     feeder = _Feeder(session, frames, prompts)
     feeder.start()
@@ -110,7 +110,7 @@ def run_session(
             if isinstance(event, End):
                 yield from feeder.not_asked(event)
                 if feeder.error:
-                    # The stream ended because its source failed, so the error takes the place of the event.
+                    # The source failed and the stream ended for that reason, so the error replaces the event.
                     break
             yield event
         if not isinstance(last, End):
@@ -122,15 +122,15 @@ def run_session(
 
 
 def report_skipped(events: Iterable[Event], skipped: Sequence[float]) -> Generator[Event]:
-    """Adds the frames of a file that cannot be decoded to the events of its stream.
+    """Adds a file's undecodable frames to the events of its stream.
 
     Args:
-      events: of `run_session` or `answer_offline`.
-      skipped: the times of those frames, in order; may grow as the file is read. Which events there are does
-        not depend on how far the reader is ahead.
+      events: events of `run_session` or `answer_offline`.
+      skipped: times of those frames, in order; may grow as the file is read. The events do not depend on how
+        far the reader is ahead.
 
     Yields:
-      The events, with a `FramesSkipped` before the first frame that was sampled later.
+      The events, with a `FramesSkipped` before the first frame sampled after the gap.
     """
     told = 0
     for event in events:
@@ -151,8 +151,8 @@ class _Feeder(threading.Thread):
     """Pushes frames and prompts in order of time.
 
     Attributes:
-      error: of reading the frames.
-      room: frames that may be pushed before the session has seen more, in lockstep.
+      error: error from reading the frames, if any.
+      room: in lockstep, number of frames that may be pushed ahead of the session.
     """
 
     def __init__(self, session: Session, frames: Iterable[Frame], prompts: Sequence[tuple[float, str]]):
@@ -161,25 +161,25 @@ class _Feeder(threading.Thread):
         self.room = threading.Semaphore(READ_AHEAD)
         self._session = session
         self._frames = frames
-        # Those that the session has not taken; locked while one is on its way.
+        # Prompts not accepted yet; locked while one is being pushed.
         self._prompts = collections.deque(sorted(prompts, key=lambda prompt: prompt[0]))
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._realtime = session.config.clock == "realtime"
-        # Until when the frames are shown that the session has taken.
+        # End of the last accepted frame's display time.
         self._shown_until = 0.0
 
     def run(self) -> None:
         try:
             with contextlib.closing(self._reader()) as frames:
                 self._push(frames)
-        except Exception as error:  # Raised again by the thread that reads the events.
+        except Exception as error:  # Re-raised by the thread that reads the events.
             self.error = error
         finally:
             self._session.finish(time=self._shown_until)
 
     def _reader(self) -> Generator[tuple[float, int, Frame | None]]:
-        """The frames by time, and None at the end of the last."""
+        """Yields the frames by time, then None at the end of the last."""
         time = self._session.start_time
         shown = 0.0
         for frame in self._frames:
@@ -189,13 +189,13 @@ class _Feeder(threading.Thread):
         yield time + shown + TOLERANCE, 2, None
 
     def _push(self, frames: Iterator[tuple[float, int, Frame | None]]) -> None:
-        # At one instant prompts come before the frame.
+        # At equal times, prompts precede frames.
         prompts = [(at, 0, text) for at, text in self._prompts]
         for at, _, item in heapq.merge(prompts, frames, key=lambda x: x[:2]):
             if item is None:
                 return
             if self._realtime:
-                # By the session's clock, which may start later than this thread.
+                # The session's clock may start later than this thread.
                 while (ahead := at - self._session.now()) > 0 and not self._closed.wait(ahead):
                     pass
             elif isinstance(item, Frame):
@@ -213,13 +213,13 @@ class _Feeder(threading.Thread):
                 return
 
     def not_asked(self, last: Event) -> list[NotAsked]:
-        """The prompts that the session has not taken before its last event."""
+        """The prompts that were not accepted before the session's last event."""
         with self._lock:
             stamp = {"slot": last.slot, "stream_time": last.stream_time, "wall_time": last.wall_time}
             return [NotAsked(**stamp, prompt=text, time=at) for at, text in self._prompts]
 
     def close(self) -> None:
-        """Stops the session, ends the thread even while it waits and joins it, so that the file is closed."""
+        """Stops the session, wakes the thread if it waits, and joins it, so that the file is closed."""
         self._closed.set()
         self.room.release()
         self._session.stop()

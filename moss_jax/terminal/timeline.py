@@ -1,4 +1,4 @@
-"""Timeline of a session as one PNG: frames along the time axis, prompts and answers below.
+"""Timeline of a session as a PNG: frames along the time axis, prompts and answers below.
 
 The layout is in pixels, x to the right and y downwards.
 """
@@ -31,11 +31,11 @@ from moss_jax.terminal.transcript import PROMPT, clock, printable, summary
 WIDTH = 1600
 LEFT, RIGHT = 32, WIDTH - 32
 SECONDS_PER_ROW = 20
-# Limit on the rows; a longer session gets longer rows.
+# Maximum number of rows; longer sessions get longer rows.
 MAX_ROWS = 40
 THUMBNAIL = (160, 120)
 
-# Chinese is drawn if the machine has a font for it; characters that no font has become boxes.
+# Chinese needs a font on the machine; characters without one are drawn as boxes.
 CHINESE = (
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
@@ -48,13 +48,13 @@ FONTS = ["DejaVu Sans", *(name for name in CHINESE if name in font_manager.get_f
 FONT, LINE = 17, 23
 SMALL = 14
 
-# Padding of a text in its box, and the gap between boxes.
+# Padding of text in its box, and gap between boxes.
 PAD, GAP = 8, 6
 # Bounds on the width of a box.
 MIN_WIDTH, MAX_WIDTH = 180, 760
-# Characters of a prompt before it is cut.
+# Length in characters at which a prompt is truncated.
 MAX_PROMPT = 300
-# Stands in a text where a frame arrived in mid-sentence.
+# Marks a frame that arrived in mid-sentence.
 MARK = "▪"
 
 PAPER, INK, FAINT, LINES = "#fcfcfa", "#22262b", "#7b828a", "#d5d8db"
@@ -73,7 +73,7 @@ COLOURS: dict[Style, str] = {
 }
 FILLS: dict[Style, str] = {"answer": "#eef0f2", "update": "#e4eef9", "prompt": "#f7ecc6"}
 
-# A word of correction after a frame, at once or after a punctuation mark.
+# A correction word after a frame, either first or after a punctuation mark.
 CORRECTION = re.compile(
     rf"{MARK}[^{MARK}]*?"
     rf"((?:(?<={MARK})\s*|[-–—,.;:!?…]\s*)(?:(?:wait|actually|sorry|correction)\b|no,))",
@@ -84,7 +84,7 @@ CORRECTION = re.compile(
 class Timeline:
     """Collects the frames and the events of a session and draws them.
 
-    Frames may be added from another thread than events are.
+    Frames and events may be added from different threads.
 
     Attributes:
       events: those added so far.
@@ -95,7 +95,7 @@ class Timeline:
         self._thumbnails: dict[float, Image.Image] = {}
 
     def add_frame(self, rgb: UInt8[np.ndarray, "H W 3"], time: float) -> None:
-        """Keeps a thumbnail of a frame taken at `time` seconds; it is drawn if an event says it was seen."""
+        """Keeps a thumbnail of a frame taken at `time` seconds; drawn if an event reports it as seen."""
         thumbnail = Image.fromarray(rgb)
         thumbnail.thumbnail(THUMBNAIL)
         self._thumbnails[float(time)] = thumbnail
@@ -108,7 +108,7 @@ class Timeline:
         """Writes the picture as PNG, 1600 pixels wide, atomically.
 
         Raises:
-          ValueError: there were no events.
+          ValueError: there are no events.
           OSError: the file cannot be written.
         """
         png = io.BytesIO()
@@ -127,7 +127,7 @@ class Timeline:
 
 
 def _draft(path: Path) -> Path:
-    """The file beside a picture that is written first."""
+    """Path of the temporary file next to a picture."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
@@ -135,7 +135,7 @@ def check_path(path: str | os.PathLike) -> None:
     """Checks that a picture can be written to a path.
 
     Raises:
-      ConfigError: it is no .png, or its folder is missing or read-only.
+      ConfigError: the path is not a .png, or its folder is missing or read-only.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -154,7 +154,7 @@ def check_path(path: str | os.PathLike) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A text of one style, said at one instant."""
+    """A text of one style, said at one time."""
 
     time: float
     text: str
@@ -163,14 +163,14 @@ class Run:
 
 @dataclasses.dataclass
 class Utterance:
-    """A text of the model between two silences or prompts.
+    """A text of the model between silences or prompts.
 
     Attributes:
-      kind: "answer" for the first of a user turn, "update" for each later one.
-      runs: the text in the style of its kind, with a mark wherever a frame arrived; in the style
-        "correction" from a correction on.
-      end: stream time of its last token, or of the prompt that cut it.
-      cut: whether a prompt cut it.
+      kind: "answer" for the first in a user turn, "update" for later ones.
+      runs: text in the style of its kind, with a mark wherever a frame arrived, and in the style "correction"
+        from a correction on.
+      end: stream time of its last token, or of the prompt that interrupted it.
+      cut: whether a prompt interrupted it.
     """
 
     kind: Style
@@ -180,9 +180,9 @@ class Utterance:
 
 
 def utterances(events: Iterable[Event]) -> list[Utterance]:
-    """Groups the pieces of text between silences, prompts and the end.
+    """Groups pieces of text between silences, prompts and the end.
 
-    A correction is found by its words: one such as "wait" between a frame and the next.
+    A correction is recognised by a word such as "wait" between a frame and the next.
     """
     said: list[Utterance] = []
     speaking = False
@@ -191,7 +191,7 @@ def utterances(events: Iterable[Event]) -> list[Utterance]:
     for event in events:
         match event:
             case Text() if speaking:
-                # A frame after the last token arrived in silence, so a mark waits for text to follow it.
+                # A frame after the last token arrived in silence, so its mark waits for more text.
                 said[-1].runs += [*frames, Run(event.stream_time, _clean(event.text), said[-1].kind)]
                 said[-1].end = event.stream_time
                 frames = []
@@ -253,11 +253,11 @@ class Box:
 
 
 def stack(sizes: Sequence[tuple[float, float, float]], *, left: float, right: float, gap: float) -> list[Box]:
-    """Places boxes without overlap, one after the other, each as high as those before it leave room.
+    """Places boxes one after the other without overlap, each as high as the previous ones permit.
 
     Args:
-      sizes: (wanted left edge, width, height) of each box, no wider than from `left` to `right`. A box moves
-        to the left if it would stick out on the right.
+      sizes: (preferred left edge, width, height) of each box, no wider than the space from `left` to `right`.
+        A box that would stick out on the right moves left.
     """
     placed: list[Box] = []
     for wanted, width, height in sizes:
@@ -272,14 +272,14 @@ def stack(sizes: Sequence[tuple[float, float, float]], *, left: float, right: fl
 
 
 def wrap(runs: Iterable[Part], width: float, measure: Callable[[str], float]) -> list[list[Part]]:
-    """Breaks text into lines of at most `width`: between words, and inside words that are longer than a line.
+    """Wraps text to lines of at most `width`: between words, and inside words longer than a line.
 
     Args:
       runs: (text, style) pairs; a word may span several.
-      measure: width of a text.
+      measure: returns the width of a text.
 
     Returns:
-      Lines of such pairs, without spaces at their ends.
+      Lines of such pairs, without leading or trailing spaces.
     """
     words: list[list[Part]] = [[]]
     for text, style in runs:
@@ -308,7 +308,7 @@ def wrap(runs: Iterable[Part], width: float, measure: Callable[[str], float]) ->
 
 
 def _joined(line: list[Part]) -> list[Part]:
-    """The line with neighbours of one style joined."""
+    """Merges neighbours of the same style in a line."""
     joined: list[Part] = []
     for text, style in line:
         if joined and joined[-1][1] == style:
@@ -323,7 +323,7 @@ def _joined(line: list[Part]) -> list[Part]:
 
 @dataclasses.dataclass(frozen=True)
 class RowSpan:
-    """The part of the session in one row, `start` to `end` in seconds."""
+    """The part of a session in one row, from `start` to `end` in seconds."""
 
     start: int
     end: int
@@ -342,7 +342,7 @@ class RowSpan:
 
 
 def row_spans(length: float) -> list[RowSpan]:
-    """Cuts a session of `length` seconds into rows of equal length, a whole number of seconds."""
+    """Splits a session of `length` seconds into rows of equal length, in whole seconds."""
     count = min(max(math.ceil(length / SECONDS_PER_ROW), 1), MAX_ROWS)
     seconds = max(math.ceil(length / count), 5)
     count = max(math.ceil(length / seconds), 1)
@@ -351,7 +351,7 @@ def row_spans(length: float) -> list[RowSpan]:
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """A text in one row; `begin` and `end` are those of its time, in pixels."""
+    """A text in one row; `begin` and `end` are the pixel positions of its time span."""
 
     kind: Style
     begin: float
@@ -369,7 +369,7 @@ def _prompt(turn: Turn, span: RowSpan) -> Label:
 
 
 def _part(utterance: Utterance, span: RowSpan) -> Label | None:
-    """The part of an utterance that falls in a row, with ellipses where it is cut; None if there is none."""
+    """The part of an utterance in a row, with ellipses where it is cut; None if empty."""
     runs = [run for run in utterance.runs if span.holds(run.time)]
     if not runs:
         return None
@@ -389,8 +389,8 @@ def draw(events: Sequence[Event], thumbnails: Mapping[float, Image.Image]) -> Fi
     """Draws a session.
 
     Args:
-      events: of one slot, from the first on.
-      thumbnails: of frames, by the time at which they were taken.
+      events: events of one slot, from the first on.
+      thumbnails: thumbnails of frames, by the time at which they were taken.
 
     Raises:
       ValueError: there are no events.
@@ -406,7 +406,7 @@ def draw(events: Sequence[Event], thumbnails: Mapping[float, Image.Image]) -> Fi
 
 
 class _Page:
-    """A picture in the making, drawn from top to bottom; `y` is where the next part begins."""
+    """A picture under construction, from top to bottom; `y` is where the next part begins."""
 
     def __init__(self, events: Sequence[Event], thumbnails: Mapping[float, Image.Image]):
         def of[T](kind: type[T]) -> list[T]:
@@ -426,7 +426,7 @@ class _Page:
         if times:
             self.length = max(self.length, times[-1] + self.spacing)
 
-        # One point is one pixel. The height is known at the end, and with it the transform of y.
+        # One point is one pixel. The height, and thus the transform of y, is known only at the end.
         self.figure = Figure(dpi=72, facecolor=PAPER)
         self.pixels = Affine2D()
         self.images: list[tuple[FigureImage, int]] = []
@@ -435,7 +435,7 @@ class _Page:
         self._widths: dict[tuple[str, float], float] = {}
 
     def measure(self, text: str, size: float = FONT) -> float:
-        """Width of a text as it will be drawn."""
+        """Rendered width of a text."""
         key = text, size
         if key not in self._widths:
             font = font_manager.FontProperties(family=FONTS, size=size)
@@ -443,7 +443,7 @@ class _Page:
         return self._widths[key]
 
     def row(self, span: RowSpan) -> None:
-        """The strip of frames, the time axis, the prompts, and what was said."""
+        """Draws the strip of frames, the time axis, the prompts and the speech."""
         self.strip(span)
         self.axis(span)
         self.prompts(span)
@@ -451,12 +451,12 @@ class _Page:
         self.y += 34
 
     def strip(self, span: RowSpan) -> None:
-        """The frames that fit, evenly chosen, each with its left edge at its time."""
+        """Draws as many frames as fit, evenly chosen, each with its left edge at its time."""
         shown = [(span.x(time), picture) for time, picture in self.frames if span.holds(time)]
         if not shown:
             return
         width = max(picture.width for _, picture in self.frames)
-        # Frames that stand close are left out regularly; the others shrink a little to fit.
+        # Drops frames regularly if they are too dense; the rest shrink a little to fit.
         pitch = width + 4
         if distance := self.spacing * span.scale:
             pitch = min(pitch, distance * math.ceil(0.6 * width / distance))
@@ -475,7 +475,7 @@ class _Page:
         self.y = round(self.y) + height + 6
 
     def axis(self, span: RowSpan) -> None:
-        """Ticks at the seconds, labelled where there is room."""
+        """Draws ticks at whole seconds, labelled where there is room."""
         end = span.x(self.length)
         self.box(LEFT, self.y, end - LEFT, 1.5, FAINT)
         step = next(s for s in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, math.inf) if s * span.scale >= 70)
@@ -496,7 +496,7 @@ class _Page:
             self.y = self.labels(labels, self.y) + 8
 
     def speech(self, span: RowSpan) -> None:
-        """A line with bars where the model talks and dots where it is silent, and the texts below."""
+        """Draws a line with bars for speech and dots for silences, and the texts below."""
         y = self.y + 5
         self.box(LEFT, y - 0.5, span.x(self.length) - LEFT, 1, LINES)
         free = 0.0
@@ -510,7 +510,7 @@ class _Page:
         self.y = self.labels(labels, y + 5)
 
     def bar(self, label: Label, y: float, span: RowSpan) -> None:
-        """The duration of an utterance, with its correction, the frames that arrived and its cut."""
+        """Draws the duration of an utterance, with its correction, arriving frames and interruption."""
         end = max(label.end, label.begin + 5)
         self.box(label.begin, y - 5, end - label.begin, 10, COLOURS[label.kind], layer=3)
         if corrected := [run.time for run in label.runs if run.style == "correction"]:
@@ -523,7 +523,7 @@ class _Page:
             self.box(end - 2, y - 10, 4, 20, COLOURS["cut"], layer=4)
 
     def labels(self, labels: list[Label], top: float) -> float:
-        """Draws texts in boxes, each with its left edge at its time; returns their bottom."""
+        """Draws texts in boxes, each with its left edge at its time; returns the bottom of the lowest."""
         texts = [
             self.wrapped(label, follower.begin - GAP if follower else RIGHT)
             for label, follower in itertools.zip_longest(labels, labels[1:])
@@ -543,7 +543,7 @@ class _Page:
         self.box(box.left, box.top, box.width, box.height, FILLS[label.kind], layer=2)
         self.box(label.begin, top - 6, 2, box.top - top + 6, colour)
         if box.top > top:
-            # Far from the line above, so the box shows the duration once more.
+            # The box is far from the line above, so it repeats the duration.
             self.box(label.begin, box.top, label.end - label.begin, 3, colour, layer=3)
         for i, line in enumerate(lines):
             x = box.left + PAD
@@ -553,17 +553,17 @@ class _Page:
                 x += self.measure(text)
 
     def wrapped(self, label: Label, limit: float) -> list[list[Part]]:
-        """Wraps a label to its room up to `limit`, or wider if that would make a narrow column of it."""
+        """Wraps a label to the room up to `limit`, or wider if the column would be too narrow."""
         total = sum(self.measure(run.text) for run in label.runs)
         lasted, room, edge = (x - label.begin for x in (label.end, limit, RIGHT))
         tall, flat = math.sqrt(3 * LINE * total), math.sqrt(12 * LINE * total)
         if room < max(tall, MIN_WIDTH):
-            # It goes below its neighbour, where there is more room, but not beyond the edge.
+            # Placed below its neighbour, where there is more room up to the edge.
             room = max(tall, min(flat, edge), MIN_WIDTH)
         room = min(room, max(MAX_WIDTH, lasted))
         runs: list[Part] = [(run.text, run.style) for run in label.runs]
         lines = wrap(runs, room - 2 * PAD, self.measure)
-        # Then as narrow as this number of lines allows, so that no word stands alone in the last.
+        # Then shrunk as far as the number of lines allows, so that no word is left alone in the last line.
         for factor in (0.6, 0.7, 0.8, 0.9):
             narrower = wrap(runs, max(factor * room, lasted - GAP) - 2 * PAD, self.measure)
             if len(narrower) == len(lines):
@@ -571,7 +571,7 @@ class _Page:
         return lines
 
     def legend(self) -> None:
-        """The marks that occur, with their meanings."""
+        """Draws the marks that occur, with their meanings."""
         styles = {run.style for utterance in self.said for run in utterance.runs}
         entries: list[tuple[bool, Style | Literal["silence"], str]] = [
             (bool(self.turns), "prompt", "prompt"),
@@ -608,7 +608,7 @@ class _Page:
         self.y += 26
 
     def footer(self) -> None:
-        """The end of the session; then sets the size of the picture."""
+        """Draws the end of the session, and sets the picture's size."""
         for end in self.ends:
             for line in wrap([(summary(end), "more")], RIGHT - LEFT, lambda text: self.measure(text, SMALL)):
                 self.text(LEFT, self.y, line[0][0], FAINT, SMALL)
@@ -629,5 +629,5 @@ class _Page:
     def text(self, x: float, y: float, text: str, colour: str, size: float = FONT) -> None:
         """Draws one line of text from x, centred on y."""
         font = {"color": colour, "fontsize": size, "family": FONTS}
-        # Dollar signs do not start a formula.
+        # Dollar signs must not start a formula.
         self.figure.text(x, y + 0.35 * size, text, transform=self.pixels, parse_math=False, zorder=5, **font)

@@ -1,4 +1,4 @@
-"""Output of a stream on a terminal: a transcript for people, or one JSON object per event."""
+"""Terminal output of a stream: a transcript for people, or one JSON object per event."""
 
 import json
 import re
@@ -23,13 +23,13 @@ from moss_jax.stream import (
     TurnLimit,
 )
 
-# Columns before the text, for a stream time such as " 12:34  ".
+# Width of the margin for a stream time such as " 12:34  ".
 MARGIN = 8
 PROMPT = "›"
 SILENCE = "·"
 FRAME_WHILE_SPEAKING = "▫"
 
-# Embeddings, overrides and isolates (UAX #9), which hold until they are closed.
+# Bidirectional embeddings, overrides and isolates (UAX #9), which last until they are closed.
 BIDI_CONTROLS = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
 
 ENDINGS = {
@@ -43,7 +43,7 @@ ENDINGS = {
 
 
 def print_json(events: Iterable[Event], out: TextIO) -> None:
-    """Writes one JSON object per line and flushes it; in ASCII, unless the file takes any character."""
+    """Writes and flushes one JSON object per line, in ASCII unless the file accepts any character."""
     ensure_ascii = "utf" not in (out.encoding or "utf-8").lower()
     for event in events:
         out.write(json.dumps(event.to_dict(), ensure_ascii=ensure_ascii) + "\n")
@@ -53,15 +53,15 @@ def print_json(events: Iterable[Event], out: TextIO) -> None:
 def print_transcript(events: Iterable[Event], console: Console) -> None:
     """Writes a transcript, event by event.
 
-    Each line begins with the stream time and belongs to one speaker. A silence is a dot, and a frame that
-    the model sees while it is talking a small square in the text.
+    Each line begins with the stream time and belongs to one speaker. A dot is a silence, and a small square
+    in the text is a frame that the model sees while it is talking.
     """
     printer = TranscriptPrinter(console)
     try:
         for event in events:
             printer.add(event)
     finally:
-        # A stream that breaks off leaves no open line to what is printed next.
+        # Leaves no open line if the stream breaks off.
         printer.end_line()
 
 
@@ -71,7 +71,7 @@ class TranscriptPrinter:
     def __init__(self, console: Console):
         self._console = console
         self._column = 0
-        # The kind of line that is open: "text", "silence", "turn" or none.
+        # The kind of open line: "text", "silence", "turn", or empty for none.
         self._line = ""
 
     def add(self, event: Event) -> None:
@@ -137,7 +137,7 @@ class TranscriptPrinter:
             self._column += width
 
     def end_line(self) -> None:
-        """Ends the line that is open, if one is."""
+        """Ends the open line, if any."""
         if self._column:
             self._console.print()
         self._column, self._line = 0, ""
@@ -153,7 +153,7 @@ def clock(seconds: float) -> str:
 
 
 def summary(end: End) -> str:
-    """The reason and the counters of an end, in one line."""
+    """Formats the reason and counters of an end on one line."""
     c = end.counters
     counts = [
         (c.frames, "frame", "frames"),
@@ -170,10 +170,10 @@ def summary(end: End) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without control characters, with which a model could send escape codes to the terminal.
+    """Removes control characters, with which a model could send escape codes to the terminal.
 
-    Line breaks and tabs stay, these as spaces, and so do invisible characters that spelling needs: joiners,
-    variation selectors, marks of direction. Only controls that reverse the text behind them are taken out.
+    Line breaks stay, tabs become spaces, and invisible characters that spelling needs stay too: joiners,
+    variation selectors, direction marks. Only controls that reorder the text after them are removed.
     """
     return "".join(
         c

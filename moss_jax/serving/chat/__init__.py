@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, models and files, over the streams of a hub."""
+"""OpenAI-compatible chat completions, models and files endpoints over the streams of a hub."""
 
 import functools
 from collections.abc import Awaitable, Callable, Coroutine
@@ -26,8 +26,8 @@ def routes(hub: Hub, config: ChatConfig | None = None, sampling: FrameSampling |
     """Routes of chat completions, models and files, for `make_app`.
 
     Args:
-      config: limits.
-      sampling: of videos; one frame a second by default.
+      config: limits of the endpoints.
+      sampling: frame sampling of videos; one frame a second by default.
     """
     config = config or ChatConfig()
     files = FileStore(max_bytes=config.file_bytes, max_files=config.files, keep_seconds=config.keep_seconds)
@@ -47,7 +47,7 @@ def routes(hub: Hub, config: ChatConfig | None = None, sampling: FrameSampling |
 
 
 def _guarded(hub: Hub, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint whose errors are told in OpenAI's form, and which ends with its connection."""
+    """Wraps an endpoint so that errors have OpenAI's format; a client that disconnects gets none."""
 
     @functools.wraps(endpoint)
     async def guarded(request: Request) -> Response:
@@ -55,12 +55,12 @@ def _guarded(hub: Hub, endpoint: Endpoint) -> Callable[[Request], Awaitable[Resp
             return await endpoint(request)
         except (ApiError, HTTPException) as error:
             if isinstance(error, HTTPException):
-                # Of a form that is not valid, or a body that the server's own limits refuse.
+                # An invalid form, or a body beyond the server's own limits.
                 error = ApiError(error.detail, status=error.status_code, code="invalid_body")
             hub.counters.errors_by_code[error.code or "invalid_request"] += 1
             return JSONResponse(error.body, status_code=error.status, headers=error.headers)
         except ClientDisconnect:
-            # Nobody is told.
+            # The client is gone, so nobody receives this.
             return Response(status_code=499)
 
     return guarded

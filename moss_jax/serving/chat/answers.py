@@ -1,4 +1,4 @@
-"""The answer of one stream, whole or as server-sent events."""
+"""The answer of one stream, as one object or as server-sent events."""
 
 import json
 import secrets
@@ -18,10 +18,10 @@ type FinishReason = Literal["stop", "length"]
 
 
 class Stops:
-    """Finds the texts that end an answer, also where they come in pieces.
+    """Finds stop sequences in streamed text, even across pieces.
 
     Attributes:
-      found: whether one has come.
+      found: whether a stop sequence was found.
     """
 
     def __init__(self, stops: list[str]):
@@ -30,7 +30,7 @@ class Stops:
         self.found = False
 
     def feed(self, text: str) -> str:
-        """Takes a piece of the answer; what of it, and of those before, may be told."""
+        """Adds a piece of the answer; returns the text that can be emitted."""
         if self.found:
             return ""
         self._held += text
@@ -38,7 +38,7 @@ class Stops:
         if places:
             self.found = True
             return self._held[: min(places)]
-        # The end may be the beginning of one.
+        # The suffix may be the beginning of a stop sequence.
         most = max(map(len, self._stops), default=1) - 1
         for length in range(min(most, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):
@@ -55,13 +55,13 @@ class Stops:
 
 
 class Answer:
-    """The answer of one stream, and what is told of it.
+    """The answer of one stream, and its response objects.
 
     Attributes:
-      id: of the completion.
+      id: id of the completion.
       created: seconds since the epoch.
-      prompt_tokens: of the dialogue, one for each frame among them.
-      completion_tokens: of the answer, known at its end.
+      prompt_tokens: tokens of the dialogue; each frame counts as one.
+      completion_tokens: tokens of the answer, known at its end.
       finish_reason: known at its end.
     """
 
@@ -72,7 +72,7 @@ class Answer:
         self.finish_reason: FinishReason = "stop"
 
     async def texts(self) -> AsyncIterator[str]:
-        """The pieces of the answer.
+        """Yields the pieces of the answer.
 
         Raises:
           ApiError: the stream failed.
@@ -95,7 +95,7 @@ class Answer:
                         yield text
                     self._end(event)
         finally:
-            # Also if nobody wants the rest.
+            # Also when the caller stops reading early.
             self._stream.stop()
 
     def _end(self, end: End) -> None:
@@ -118,7 +118,7 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens, once the answer is over."""
+        """Token usage, known when the answer is complete."""
         prompt, completion = self.prompt_tokens, self.completion_tokens
         return {
             "prompt_tokens": prompt,
@@ -127,14 +127,14 @@ class Answer:
         }
 
     async def whole(self) -> dict[str, Any]:
-        """The answer in one object."""
+        """The complete answer as one object."""
         text = "".join([text async for text in self.texts()])
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason}
         return self._object("chat.completion", [choice]) | {"usage": self.usage}
 
     async def chunks(self, *, include_usage: bool) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
+        """Yields the answer as server-sent events."""
         usage = {"usage": None} if include_usage else {}
 
         def chunk(delta: dict[str, str], reason: FinishReason | None = None) -> str:
@@ -169,7 +169,7 @@ def _sse(content: dict[str, Any]) -> str:
 
 
 class AnswerStream(StreamingResponse):
-    """An answer as server-sent events; it ends with its connection."""
+    """SSE response with an answer, which is stopped when the client disconnects."""
 
     def __init__(self, answer: Answer, *, include_usage: bool):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -178,7 +178,7 @@ class AnswerStream(StreamingResponse):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends it."""
+        """Sends the response."""
         try:
             await super().__call__(scope, receive, send)
         except ClientDisconnect:

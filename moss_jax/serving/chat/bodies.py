@@ -1,4 +1,4 @@
-"""Bodies of requests within bounds, and work that ends with its connection."""
+"""Size-limited request bodies, and work that is cancelled when the client disconnects."""
 
 import asyncio
 import contextlib
@@ -10,15 +10,15 @@ from starlette.types import Message, Receive
 
 from moss_jax.serving.chat.errors import busy, too_large
 
-# Bytes of all requests that are being prepared, as a multiple of those that one may have.
+# Total bytes of all requests in preparation, as a multiple of the limit of one.
 _BODIES = 4
 
 
 class Bodies:
-    """The bytes of all requests that are being prepared, which are bounded.
+    """Memory limit on the bodies of all requests in preparation.
 
     Args:
-      most: of one request.
+      most: maximum bytes of one request.
     """
 
     def __init__(self, most: int):
@@ -26,10 +26,10 @@ class Bodies:
 
     @contextlib.asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The body of a request; its bytes count until the context is left.
+        """Yields the body of a request; its bytes count until the context exits.
 
         Raises:
-          ApiError: it is larger than it may be, or all together are.
+          ApiError: the body, or all bodies together, exceed the limit.
         """
         body = bytearray()
         try:
@@ -46,7 +46,7 @@ class Bodies:
 
 
 def limited(receive: Receive, most: int) -> Receive:
-    """Reads a request body up to a limit in bytes."""
+    """Wraps `receive` to limit a request body to a number of bytes."""
     received = 0
 
     async def limited_receive() -> Message:
@@ -61,10 +61,10 @@ def limited(receive: Receive, most: int) -> Receive:
 
 
 async def while_connected[Result](request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Awaits something for a client, and cancels it when the client is gone.
+    """Awaits work for a client, and cancels it if the client disconnects.
 
     Raises:
-      ClientDisconnect: the client is gone.
+      ClientDisconnect: the client has disconnected.
     """
 
     async def gone() -> None:

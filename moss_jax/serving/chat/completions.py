@@ -1,4 +1,4 @@
-"""The endpoints of chat completions and of the model: `/v1/chat/completions`, `/v1/models`."""
+"""Endpoints of chat completions and of the model: `/v1/chat/completions`, `/v1/models`."""
 
 import asyncio
 import contextlib
@@ -22,33 +22,33 @@ from moss_jax.stream import DialogueTurn, Engine, Refused, SessionError, Stream
 from moss_jax.stream.completion import Completion
 from moss_jax.video import Frame
 
-# Seconds between two looks for a free stream.
+# Seconds between polls for a free slot.
 _POLL = 0.02
-# Of the longest tokens, such as runs of spaces.
+# Length of the longest tokens, such as runs of spaces.
 _CHARACTERS_PER_TOKEN = 128
 
 
 class Completions:
-    """The endpoints of chat completions and of the model.
+    """Endpoints of chat completions and of the model.
 
     Args:
-      hub: whose streams answer.
-      config: limits.
-      turns: reads the dialogues of requests.
+      hub: hub whose streams answer.
+      config: limits of the endpoints.
+      turns: decoder of requests' dialogues.
     """
 
     def __init__(self, hub: Hub, config: ChatConfig, turns: TurnReader):
         self._hub, self._config, self._turns = hub, config, turns
         self._started = int(time.time())
         self._bodies = Bodies(config.max_body_bytes)
-        # Few have their media decoded at once, since frames take memory until there is a free stream.
+        # Limits concurrent decoding, since decoded frames occupy memory until a slot is free.
         self._places, self._waiting = asyncio.Semaphore(2 * config.decode_threads), 0
         self._turn = asyncio.Lock()
-        # Slots that are reserved for completions, until their streams are open.
+        # Slots reserved for completions whose streams are not open yet.
         self._reserved = 0
 
     async def complete(self, request: Request) -> Response:
-        """Answers a dialogue."""
+        """Completes a chat."""
         async with self._bodies.read(request) as body:
             parsed = parse_request(body)
             if parsed.model != self._hub.model:
@@ -66,9 +66,9 @@ class Completions:
         return JSONResponse(await while_connected(request, answer.whole()))
 
     async def _begin(self, request: ChatRequest) -> Answer:
-        """Waits in line, decodes the media of a request and opens its stream, once there is a free slot."""
+        """Queues a request, decodes its media and opens its stream once a slot is free."""
         sampling = self._token_sampling(request)
-        # Before so long a text is tokenized.
+        # Checked before tokenizing a text that cannot fit.
         most = self._hub.scheduler.engine.config.text_capacity * _CHARACTERS_PER_TOKEN
         if (length := sum(map(text_length, request.messages))) > most:
             raise ApiError(
@@ -89,7 +89,7 @@ class Completions:
     ) -> Answer:
         """Opens a stream in a reserved slot."""
         limit = request.max_completion_tokens or request.max_tokens or self._config.max_tokens
-        # In a thread, since a long text takes a while to tokenize.
+        # In a worker thread, since tokenizing a long text is slow.
         opening = asyncio.ensure_future(
             asyncio.to_thread(self._hub.scheduler.complete, turns, max_tokens=limit, sampling=sampling)
         )
@@ -114,12 +114,12 @@ class Completions:
         return Answer(self._hub, stream, stream.conversation.prompt_tokens, request.stops)
 
     def _token_sampling(self, request: ChatRequest) -> TokenSampling | None:
-        """How tokens are sampled; None for the engine's own way."""
+        """Token sampling of a request; None if it is the engine's default."""
         engine = self._hub.scheduler.engine
         own = engine.sampling if isinstance(engine, Engine) else TokenSampling()
         names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
         given = {name: value for name in names if (value := getattr(request, name)) is not None}
-        # In single precision, lower ones would be 0, and 0 of a share would be no token.
+        # Smaller values underflow in float32: the temperature to 0, and top_p to no tokens at all.
         if 0 < given.get("temperature", 0) < 1e-4:
             given["temperature"] = 0.0
         if "top_p" in given:
@@ -134,10 +134,10 @@ class Completions:
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
-        """Waits in line until the media of a request may be decoded.
+        """Waits in a bounded queue until a request's media may be decoded.
 
         Raises:
-          ApiError: too many wait, it takes too long, or the server is not ready.
+          ApiError: the queue is full, the wait times out, or the server is not ready.
         """
         if not self._hub.is_ready:
             raise busy("the server is not ready", code="not_ready")
@@ -160,7 +160,7 @@ class Completions:
         """Waits for a free slot.
 
         Raises:
-          ApiError: it takes too long, or the server is not ready.
+          ApiError: the wait times out, or the server is not ready.
         """
         try:
             async with asyncio.timeout(self._config.queue_seconds), self._turn:
@@ -181,7 +181,7 @@ class Completions:
         reservation.release()
 
     def _may_begin(self) -> bool:
-        """Whether there may be another completion."""
+        """Whether the limit on concurrent completions allows another one."""
         if not self._config.max_streams:
             return True
         streams = self._hub.scheduler.streams
@@ -189,11 +189,11 @@ class Completions:
         return self._reserved + under_way < self._config.max_streams
 
     async def list_models(self, _: Request) -> Response:
-        """The one model."""
+        """Lists the one model."""
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def get_model(self, request: Request) -> Response:
-        """The model of a name."""
+        """Returns the model if the name matches."""
         if request.path_params["model"] != self._hub.model:
             raise ApiError("there is no such model", status=404, code="model_not_found", param="model")
         return JSONResponse(self._model())
@@ -203,6 +203,6 @@ class Completions:
 
 
 def _stop_opened(opening: "asyncio.Future[Stream]") -> None:
-    """Stops a stream that nobody waits for any more."""
+    """Stops a stream whose opener was cancelled."""
     if not opening.cancelled() and opening.exception() is None:
         opening.result().stop()

@@ -1,16 +1,16 @@
-"""Errors of the chat API, in OpenAI's form."""
+"""Errors of the chat API in OpenAI's format."""
 
-# Seconds after which a client that was turned away may ask again.
+# Seconds after which a refused client may retry.
 RETRY_AFTER = 2
 
 
 class ApiError(Exception):
-    """A request that is not answered, as OpenAI's API tells it.
+    """A request error in the format of OpenAI's API.
 
     Attributes:
-      status: of HTTP.
-      body: JSON-ready.
-      headers: beside the usual ones.
+      status: HTTP status.
+      body: JSON-ready response body.
+      headers: additional response headers.
     """
 
     def __init__(
@@ -31,15 +31,15 @@ class ApiError(Exception):
 
 
 def busy(message: str, *, status: int = 503, code: str = "no_free_stream") -> ApiError:
-    """The error of a server that is at its limit, for now."""
+    """The error for a server that is temporarily at its limit."""
     return ApiError(message, status=status, code=code, retry_after=RETRY_AFTER)
 
 
 def too_large(most: int) -> ApiError:
-    """The error of a body with more bytes than it may have."""
+    """The error for a body that exceeds the limit in bytes."""
     return ApiError(f"the request has more than {most} bytes", status=413, code="request_too_large")
 
 
 def no_file(param: str) -> ApiError:
-    """The error of an id that is no file's."""
+    """The error for an unknown file id."""
     return ApiError("there is no such file", status=404, code="file_not_found", param=param)

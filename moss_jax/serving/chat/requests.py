@@ -1,4 +1,4 @@
-"""Requests of chat completions: their types, and how they are read."""
+"""Request types of chat completions, and their parsing."""
 
 import itertools
 from typing import Annotated, Literal
@@ -9,47 +9,47 @@ from moss_jax.serving.chat.errors import ApiError
 
 
 class _Object(pydantic.BaseModel):
-    """Base of what clients send; unknown fields are ignored, as OpenAI's own servers ignore new ones."""
+    """Base of request types; unknown fields are ignored, as OpenAI's own servers ignore new ones."""
 
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
 
 
 class TextPart(_Object):
-    """A text."""
+    """A text part."""
 
     type: Literal["text"]
     text: str
 
 
 class Url(_Object):
-    """A data URL, a `file://` or `https://` URL that is allowed, or the id of an uploaded file."""
+    """A data URL, an allowed `file://` or `https://` URL, or the id of an uploaded file."""
 
     url: str
 
 
 class ImagePart(_Object):
-    """An image."""
+    """An image part."""
 
     type: Literal["image_url"]
     image_url: Url | str
 
 
 class VideoPart(_Object):
-    """A video."""
+    """A video part."""
 
     type: Literal["video_url"]
     video_url: Url | str
 
 
 class FileReference(_Object):
-    """An uploaded file, or one within the request."""
+    """An uploaded file, or one inlined in the request."""
 
     file_id: str | None = None
     file_data: str | None = None
 
 
 class FilePart(_Object):
-    """An image or a video."""
+    """A file part: an image or a video."""
 
     type: Literal["file"]
     file: FileReference
@@ -72,14 +72,14 @@ class StreamOptions(_Object):
 
 
 class VideoOptions(_Object):
-    """How videos are sampled; a name that vLLM's clients use."""
+    """Video sampling options, with the names that vLLM's clients use."""
 
     num_frames: int | None = pydantic.Field(None, ge=1)
     fps: float | None = pydantic.Field(None, gt=0, allow_inf_nan=False)
 
 
 class MediaOptions(_Object):
-    """How media are read."""
+    """Media options of a request."""
 
     video: VideoOptions = pydantic.Field(default_factory=lambda: VideoOptions.model_validate({}))
 
@@ -101,7 +101,7 @@ class ChatRequest(_Object):
     stop: str | list[str] | None = None
     n: int | None = None
     media_io_kwargs: MediaOptions = MediaOptions()
-    # What would change the answer and is not implemented.
+    # Fields that would change the answer but are not implemented.
     tools: list | None = None
     functions: list | None = None
     logprobs: bool | None = None
@@ -113,14 +113,14 @@ class ChatRequest(_Object):
 
     @property
     def stops(self) -> list[str]:
-        """Texts before which the answer ends."""
+        """The stop sequences."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def check(self) -> None:
-        """Refuses what is not implemented.
+        """Rejects fields that are not implemented.
 
         Raises:
-          ApiError: naming the field.
+          ApiError: a field is not implemented; the error names it.
         """
         if self.n not in (None, 1):
             raise ApiError("n must be 1: a request has one answer", param="n", code="unsupported_value")
@@ -146,15 +146,15 @@ def parse_request(body: bytes) -> ChatRequest:
     """Parses the body of a request.
 
     Raises:
-      ApiError: naming the field that is at fault.
+      ApiError: the body is invalid; the error names the field.
     """
     try:
         return ChatRequest.model_validate_json(body)
     except pydantic.ValidationError as error:
-        # Of a union, the deepest is of the kind that was meant.
+        # In a union, the deepest error belongs to the variant that was meant.
         found = error.errors(include_url=False, include_context=False, include_input=False)
         deepest = max(found, key=lambda each: len(each["loc"]))
-        # Without the names of types; a part's type and its field have one name.
+        # Drops type names from the path, and merges a part's type with the field of the same name.
         names = [str(part) for part in deepest["loc"] if str(part).isidentifier() or isinstance(part, int)]
         place = ".".join(name for name, _ in itertools.groupby(names) if name not in ("str", "Url"))
         where = f"{place}: " if place else ""
@@ -162,7 +162,7 @@ def parse_request(body: bytes) -> ChatRequest:
 
 
 def text_length(message: Message) -> int:
-    """Characters of its texts."""
+    """Total characters of a message's texts."""
     if isinstance(message.content, list):
         return sum(len(part.text) for part in message.content if isinstance(part, TextPart))
     return len(message.content or "")

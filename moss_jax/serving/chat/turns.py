@@ -1,4 +1,4 @@
-"""The images and videos of a request, decoded to the frames of its turns."""
+"""Decodes the images and videos of a request into the frames of its turns."""
 
 import asyncio
 import dataclasses
@@ -30,11 +30,11 @@ from moss_jax.video import Frame, fit_frame
 
 @dataclasses.dataclass(frozen=True)
 class Medium:
-    """An image or a video of a request: its content or its file.
+    """An image or a video of a request, as content or as a file.
 
     Attributes:
-      param: where it stands in the request.
-      is_temporary: whether the file goes with the request.
+      param: path of the part in the request.
+      is_temporary: whether the file is deleted with the request.
     """
 
     param: str
@@ -43,7 +43,7 @@ class Medium:
     is_temporary: bool = False
 
     def head(self) -> bytes:
-        """Its first bytes."""
+        """Its first bytes, for detecting the format."""
         if self.content is not None:
             return self.content[:16]
         assert self.path is not None
@@ -52,13 +52,13 @@ class Medium:
 
 
 class TurnReader:
-    """Reads the turns of requests, with frames in the place of images and videos.
+    """Reads the turns of requests, with frames replacing images and videos.
 
     Args:
-      hub: whose model the frames are for.
-      config: limits.
-      sampling: of videos.
-      files: uploads, which requests may name.
+      hub: hub whose model gets the frames.
+      config: limits of the endpoints.
+      sampling: default frame sampling of videos.
+      files: uploads that requests may refer to.
     """
 
     def __init__(self, hub: Hub, config: ChatConfig, sampling: FrameSampling, files: FileStore):
@@ -72,7 +72,7 @@ class TurnReader:
         self._decoders = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="clips")
 
     async def read(self, request: ChatRequest) -> list[DialogueTurn]:
-        """The turns of a dialogue with the frames of its media."""
+        """Decodes a request into dialogue turns."""
         media: list[Medium] = []
         try:
             for number, message in enumerate(request.messages):
@@ -108,7 +108,7 @@ class TurnReader:
         return turns
 
     async def _medium(self, part: ImagePart | VideoPart | FilePart, param: str) -> Medium:
-        """Finds the content of a part."""
+        """Resolves a part to its content or file."""
         limit = self._config.max_image_bytes if isinstance(part, ImagePart) else self._config.max_video_bytes
         try:
             if isinstance(part, FilePart):
@@ -145,7 +145,7 @@ class TurnReader:
             raise ApiError(str(error), code="invalid_media", param=param) from None
         if is_image(content[:16]):
             return Medium(param, content=content)
-        # Videos are read from a file.
+        # The video decoder needs a file.
         path = self._files.new_path()
         medium = Medium(param, path=path, is_temporary=True)
         try:
@@ -158,7 +158,7 @@ class TurnReader:
         return medium
 
     def _clip_sampling(self, options: VideoOptions, images: int, videos: int) -> FrameSampling:
-        """How each of some videos is sampled, so that there is room for all media of a request."""
+        """Frame sampling of each video, such that all media of the request fit in the context."""
         own, most = (
             frames_that_fit(self._sampling, self._hub.scheduler.engine.config),
             self._config.max_frames,
@@ -171,7 +171,7 @@ class TurnReader:
         )
 
     async def _decode(self, media: list[Medium], options: VideoOptions) -> list[list[Frame]]:
-        """Decodes all media in threads; the frames of each."""
+        """Decodes all media in worker threads; returns the frames of each."""
         stopped = threading.Event()
         loop = asyncio.get_running_loop()
         pending: list[asyncio.Future[list[Frame]]] = []
@@ -211,7 +211,7 @@ class TurnReader:
             stopped.set()
             for future in pending:
                 future.cancel()
-            # The threads may still read files that are about to go.
+            # Worker threads may still be reading files that are about to be deleted.
             await asyncio.gather(*pending, return_exceptions=True)
 
     def _image(self, medium: Medium) -> np.ndarray:

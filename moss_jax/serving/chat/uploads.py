@@ -1,4 +1,4 @@
-"""Uploaded files: `/v1/files`."""
+"""Endpoints of uploaded files: `/v1/files`."""
 
 import urllib.parse
 from collections.abc import AsyncIterator
@@ -13,18 +13,18 @@ from moss_jax.serving.chat.errors import ApiError, busy, no_file
 from moss_jax.serving.files import FileStore, StoredFile, StoreFull
 
 _PURPOSES = ("user_data", "vision")
-# Bytes of a multipart form around a file.
+# Allowance in bytes for the multipart form around a file.
 _FORM_BYTES = 2**20
-# Uploads at once, each of which takes room on the disk before it is known whether there is some.
+# Concurrent uploads; each one occupies disk space before the store can refuse it.
 _UPLOADS = 8
 
 
 class Uploads:
-    """The endpoints of uploaded files.
+    """Endpoints of uploaded files.
 
     Args:
-      files: where they are kept.
-      max_bytes: of a file.
+      files: the store.
+      max_bytes: maximum size of a file.
     """
 
     def __init__(self, files: FileStore, *, max_bytes: int):
@@ -67,7 +67,7 @@ class Uploads:
         return JSONResponse(stored.describe())
 
     async def list_files(self, request: Request) -> Response:
-        """The files, by page."""
+        """Lists the files, paginated."""
         query = request.query_params
         try:
             limit = int(query.get("limit", 10_000))
@@ -95,11 +95,11 @@ class Uploads:
         )
 
     async def get_file(self, request: Request) -> Response:
-        """Metadata of an uploaded file."""
+        """Returns the metadata of a file."""
         return JSONResponse(self._find(request.path_params["file"]).describe())
 
     async def get_content(self, request: Request) -> Response:
-        """The content of a file."""
+        """Returns the content of a file."""
         stored = self._find(request.path_params["file"])
         name = urllib.parse.quote(stored.name)
         headers = {

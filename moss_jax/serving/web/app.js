@@ -1,4 +1,4 @@
-// Puts the page together: sources, the connection, and what is shown of it.
+// Entry point of the page: connects sources, connection and views.
 
 import { pageTime, Realtime, store, stored } from "./realtime.js";
 import { takeFrame, takeThumb } from "./sources.js";
@@ -12,7 +12,7 @@ const CHIPS = {
   playground: ["Describe what is happening.", "What is on the table?", "Tell me when the circle is gone.", "What has just happened?", "Just watch."],
   other: ["What do you see?", "Describe what is happening.", "Tell me when something changes."],
 };
-// Frames whose time the server says, to learn its clock: the first ones, then one in so many.
+// Frames sent without a time, to learn the stream's clock: the first ones, then one in so many.
 const LEARN_FIRST = 3, LEARN_EVERY = 30;
 
 const $ = (id) => document.getElementById(id);
@@ -33,10 +33,10 @@ const playground = new Playground(
 );
 const stage = new Stage(showFrame);
 
-let answer = null; // the entry of the response in progress
-let question = null; // the entry of the last one
-let askedAt = null; // when the last question was asked, until its first word
-let sent = []; // frames whose fate is not known: {time, taken, url}
+let answer = null; // transcript entry of the response in progress
+let question = null; // transcript entry of the last question
+let askedAt = null; // time of the last question, until its first text
+let sent = []; // frames whose fate is unknown: {time, taken, url}
 let numberOfFrames = 0;
 let resumes = stored("moss.session")?.token ? stored(PAGE) : null;
 
@@ -87,7 +87,7 @@ const on = {
   },
   "response.created"({ response, moss }) {
     answer = { id: response.id, asked: moss?.asked ?? true, time: moss?.time ?? live.now };
-    // A question before the first frame, when the stream's clock was not known.
+    // The question was asked before the first frame, when the stream's clock was still unknown.
     if (answer.asked && question?.time === null) {
       question.time = answer.time;
       transcript.update(question);
@@ -160,7 +160,7 @@ const on = {
   },
 };
 
-// The frame that was sent with this time, or the first one that left the time to the server.
+// Removes and returns the frame sent with this time, or the first one sent without a time.
 function take(time) {
   const at = sent.findIndex((frame) => frame.time === time || Number.isNaN(frame.time));
   return at < 0 ? null : sent.splice(0, at + 1).at(-1);
@@ -192,7 +192,7 @@ live.addEventListener("state", ({ detail: { state, text } }) => {
   $("prompt").disabled = false;
 });
 
-// A new session has a clock of its own.
+// A new session has its own clock.
 live.addEventListener("begin", () => {
   numberOfFrames = 0;
   cutAnswer();
@@ -216,7 +216,7 @@ function cutAnswer() {
 }
 
 function show(entry) {
-  // Under the picture, where a phone has no room for what is said beside it.
+  // The caption under the picture, for phones, which have no room for the transcript beside it.
   $("caption").textContent = spoken(entry).trim();
   transcript.update(entry);
   timeline.update(entry);
@@ -246,7 +246,7 @@ function mood(name) {
 
 // ------------------------------------------------------------------------------------------- asking
 
-let waiting = ""; // a question that was asked before there was a connection
+let waiting = ""; // a question asked before the connection is open
 
 async function ask(text) {
   $("welcome").hidden = true;
@@ -275,7 +275,7 @@ $("ask").addEventListener("submit", (event) => {
 $("stop").onclick = () => live.cancel();
 document.addEventListener("keydown", (event) => {
   const typing = event.target.matches("input, select, textarea") || document.querySelector("dialog[open]");
-  // On the table, Escape lets go of what was chosen.
+  // On the table, Escape clears the selection instead.
   const escapes = event.key === "Escape" && !event.defaultPrevented && !document.querySelector("dialog[open]");
   if (escapes && !$("stop").disabled) live.cancel();
   if (event.key === "/" && !typing) {
@@ -322,7 +322,7 @@ function announceOutside(entry, text) {
       shown.close();
     };
   } catch {
-    // Some browsers on phones notify through service workers alone.
+    // Some mobile browsers support notifications only through service workers.
   }
 }
 
@@ -372,13 +372,13 @@ $("theme").onclick = () => {
   try {
     localStorage.setItem("moss.theme", theme);
   } catch {
-    // Storage is off: until the next reload, then.
+    // Storage is disabled: the theme lasts until the next reload.
   }
   showTheme();
 };
 dark.addEventListener("change", showTheme);
 
-// ------------------------------------------------------------------------------- reloads of the page
+// --------------------------------------------------------------------------- persistence across reloads
 
 let savedAt = 0;
 
@@ -390,7 +390,7 @@ function save(now = false) {
   store(PAGE, {
     source: stage.source, running: stage.isRunning, table: playground.state, numberOfFrames, entries,
     answer: answer && { id: answer.id, asked: answer.asked, time: answer.time, at: entries.indexOf(answer.entry) },
-    // Thumbnails are too much to be written all the time.
+    // Thumbnails are too large to be saved each time.
     frames: now ? timeline.state : [],
   });
 }
@@ -415,7 +415,7 @@ function restore() {
   stage.hasBegun = true;
   stage.choose(page.source);
   live.connect();
-  // What must be chosen by hand waits for that.
+  // Sources that need a user gesture are not restarted.
   if (page.running && ["playground", "camera"].includes(page.source)) stage.start();
 }
 

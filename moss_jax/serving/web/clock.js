@@ -1,4 +1,4 @@
-// A worker that says when the next frame is due: timers of a page that is hidden go once a minute.
+// Worker that ticks when the next frame is due: timers of a hidden page are throttled to one a minute.
 let timer = 0;
 
 onmessage = ({ data: rate }) => {

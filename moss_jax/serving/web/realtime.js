@@ -1,10 +1,10 @@
-// The connection: OpenAI's Realtime protocol with the extension `moss`, resumed where it is lost.
+// Connection to the server: OpenAI's Realtime protocol with the extension `moss`, resumed after a disconnect.
 
 const KEY = "moss.key", SESSION = "moss.session";
-// Tokens a second: as fast as people read along, so that there is time to see the model change its mind.
+// Tokens per second: as fast as people read along, so that they can see the model change its mind.
 const PACE = 8;
 const WAITS = [400, 800, 1500, 3000, 5000];
-// Of closed connections: the stream is over, policy, all streams are taken, another page took over.
+// WebSocket close codes: stream over, policy violation, all streams taken, resumed by another page.
 const NORMAL = 1000, POLICY = 1008, LATER = 1013, TAKEN_OVER = 4001;
 
 const stored = (name) => {
@@ -20,16 +20,16 @@ export function store(name, value) {
     if (value === null) sessionStorage.removeItem(name);
     else sessionStorage.setItem(name, JSON.stringify(value));
   } catch {
-    // Full or off: the page goes on without.
+    // Storage is full or disabled: the page works without it.
   }
 }
 
 export { stored };
 
-// Seconds by the page's clock, which goes on over reloads.
+// Page time in seconds, which continues across reloads.
 export const pageTime = () => (performance.timeOrigin + performance.now()) / 1000;
 
-// Events: "state" {state, text}, "event" (what the server sends), "begin" (a new session), "key" (one is needed).
+// Events: "state" {state, text}, "event" (a server event), "begin" (a new session), "key" (a key is needed).
 export class Realtime extends EventTarget {
   constructor() {
     super();
@@ -38,7 +38,7 @@ export class Realtime extends EventTarget {
     this.wanted = false;
     this.tries = 0;
     this.timer = 0;
-    // Seconds between the stream's clock and the page's: of the frame that took the least time to arrive.
+    // Stream time minus page time in seconds, estimated from the frame with the least delay.
     this.offset = this.session?.offset ?? null;
     addEventListener("online", () => this.wanted && !this.isOpen && this.open());
   }
@@ -51,7 +51,7 @@ export class Realtime extends EventTarget {
     return Boolean(this.session?.token);
   }
 
-  // Seconds of the stream now; null before they are known.
+  // Current stream time in seconds; null while unknown.
   get now() {
     return this.offset === null ? null : pageTime() + this.offset;
   }
@@ -130,7 +130,7 @@ export class Realtime extends EventTarget {
       return this.state("ended", "Open in another window");
     }
     if (refusal && refusal.code !== "no_free_stream" && this.resuming) {
-      // The session is gone: forget it, and begin anew.
+      // The session has expired: start a new one.
       this.forget();
       this.tell("forgotten", refusal);
       return this.open();
@@ -204,7 +204,7 @@ export class Realtime extends EventTarget {
     store(SESSION, null);
   }
 
-  // Keeps the session for a reload, together with what the page keeps of it.
+  // Stores the session and its clock offset, so that it can be resumed after a reload.
   save() {
     if (this.canResume) store(SESSION, { ...this.session, offset: this.offset });
   }
@@ -225,9 +225,9 @@ export class Realtime extends EventTarget {
     return this.send({ type: "response.cancel" });
   }
 
-  // Shows a frame, an image file as an ArrayBuffer. Its time is that of the stream, NaN for now.
+  // Sends a frame, an image file as an ArrayBuffer, with its stream time (NaN for now).
   frame(image, time) {
-    // A slow connection would show the past: rather leave out a frame.
+    // Backpressure: on a slow connection, drop frames instead of showing the past.
     if (!this.isOpen || this.socket.bufferedAmount > 500_000) return false;
     const message = new Uint8Array(8 + image.byteLength);
     new DataView(message.buffer).setFloat64(0, time);
@@ -236,8 +236,8 @@ export class Realtime extends EventTarget {
     return true;
   }
 
-  // Learns the stream's clock from the time that the server gave to a frame, taken at `taken` by the page's: the
-  // frame that took the least time to arrive tells most. What is known fades, since clocks drift.
+  // Updates the clock offset from the time that the server gave to a frame, taken at page time `taken`. The
+  // frame with the least delay is the most accurate; older estimates decay, since clocks drift.
   learn(time, taken) {
     const offset = time - taken;
     this.offset = this.offset === null ? offset : Math.min(this.offset + 0.005, offset);

@@ -1,6 +1,6 @@
-// Where frames come from, and how they are taken.
+// Frame sources, and capturing frames from them.
 
-// The longest side of a frame that is sent; the server scales it to what the model takes.
+// Longest side of a frame that is sent; the server scales it to the model's image size.
 const LONGEST = 640, THUMB = 64, QUALITY = 0.9;
 
 export async function openCamera() {
@@ -13,7 +13,7 @@ export async function openScreen() {
   return navigator.mediaDevices.getDisplayMedia({ video: true, audio: false });
 }
 
-// What went wrong with a source, in words.
+// Describes an error of a source.
 export function explain(error, source) {
   switch (error.name) {
     case "NotAllowedError":
@@ -33,7 +33,7 @@ function sizeOf(element) {
   return [width, height];
 }
 
-// Takes a frame of a canvas, a video or an image as a JPEG file; null while there is none.
+// Captures a frame of a canvas, video or image as a JPEG file; null if there is none yet.
 export async function takeFrame(element) {
   const [width, height] = sizeOf(element);
   if (!width || !height) return null;
@@ -46,7 +46,7 @@ export async function takeFrame(element) {
   return blob && blob.arrayBuffer();
 }
 
-// A small square of a frame, for the timeline.
+// A square thumbnail of a frame, for the timeline.
 export function takeThumb(element) {
   const [width, height] = sizeOf(element);
   const side = Math.min(width, height), canvas = document.createElement("canvas");
@@ -63,7 +63,7 @@ function draw(element, width, height) {
   return canvas;
 }
 
-// Calls back at a steady rate, also while the page is hidden; a call that takes longer leaves out others.
+// Calls back at a fixed rate, also while the page is hidden; skips calls due while one is running.
 export class Ticker {
   constructor(call) {
     this.call = call;
@@ -74,7 +74,7 @@ export class Ticker {
     this.clock.onmessage = () => this.tick();
   }
 
-  // Calls now, and from now on.
+  // Calls immediately, then periodically.
   start() {
     this.isRunning = true;
     this.clock.postMessage(this.rate);

@@ -1,4 +1,4 @@
-// What the model is to see: the playground, a camera, a screen or a file, and whether it is watched.
+// Source of the model's frames: the playground, a camera, a screen or a file; and whether it is watched.
 
 import { explain, openCamera, openScreen, Ticker } from "./sources.js";
 
@@ -10,9 +10,9 @@ const NOTES = {
   file: "Choose a video or an image below, or drop one here.",
 };
 
-// Events: "source" when another one is chosen, "change" when watching begins or ends.
+// Events: "source" when another source is chosen, "change" when watching starts or stops.
 export class Stage extends EventTarget {
-  // `take` is called for each frame that is due.
+  // `take` is called for each due frame.
   constructor(take) {
     super();
     this.source = "playground";
@@ -41,7 +41,7 @@ export class Stage extends EventTarget {
     return this.ticker.isRunning;
   }
 
-  // The element that shows what the model is to see.
+  // The element that shows the source.
   get picture() {
     return this.source === "playground" ? $("table") : this.media?.image ?? $("video");
   }
@@ -90,7 +90,7 @@ export class Stage extends EventTarget {
     $("video").hidden = true;
   }
 
-  // Whether there is something to see; asks for it where it must.
+  // Whether the source is available; asks the user for it if necessary.
   async open() {
     if (this.source === "playground" || this.media) return true;
     if (this.source === "file") {
@@ -163,7 +163,7 @@ export class Stage extends EventTarget {
     this.dispatchEvent(new Event("change"));
   }
 
-  // Takes a frame now, and then at the rate that is chosen.
+  // Captures a frame now, then at the chosen rate.
   tick() {
     this.ticker.rate = this.source === "playground" ? 1 : Number($("rate").value);
     this.ticker.start();

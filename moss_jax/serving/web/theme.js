@@ -1,7 +1,7 @@
-// Runs before the page is drawn, so that it never flashes in the other theme.
+// Runs before the first paint, so that the page never flashes in the wrong theme.
 try {
   const theme = localStorage.getItem("moss.theme");
   if (theme) document.documentElement.dataset.theme = theme;
 } catch {
-  // Storage is off: the system's theme it is.
+  // Storage is disabled: use the system's theme.
 }

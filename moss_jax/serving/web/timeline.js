@@ -1,13 +1,13 @@
-// The last minutes: thumbnails of what the model was shown, and over them what was said when. And its memory.
+// Timeline of the last minutes, with thumbnails of the frames and the text above them; and the memory view.
 
 import { clock, spoken } from "./transcript.js";
 
-// Seconds that are kept, and pixels of a second.
+// Seconds kept, pixels per second, and thumbnail size in pixels.
 const KEPT = 300, SCALE = 30, THUMB = 56;
 const ROWS = 3, ROW = 30;
 const DETAILS = ["whole", "quarter", "sixteenth", "one"];
 const DETAIL_WORDS = { whole: "whole", quarter: "a quarter", sixteenth: "a sixteenth", one: "one vector" };
-// Pixels a side that a thumbnail is shown with, by how much of it is in memory.
+// Thumbnail resolution in pixels a side, by how much of the frame is in memory.
 const SIDES = { quarter: 14, sixteenth: 7, one: 1 };
 
 export class Timeline {
@@ -30,7 +30,7 @@ export class Timeline {
   }
 
   addFrame(frame) {
-    // One thumbnail for as long as it is wide.
+    // Shows no more thumbnails than fit side by side.
     const last = this.frames.at(-1);
     this.frames.push(frame);
     frame.isShown = !last || frame.time - (this.shownTime ?? -Infinity) >= THUMB / SCALE;
@@ -111,7 +111,7 @@ export class Timeline {
     this.latest.hidden = true;
   }
 
-  // Shows of each thumbnail as much as memory holds of it.
+  // Shows each thumbnail at the detail that is left in memory.
   setMemory(items) {
     for (const frame of this.frames) {
       if (!frame.node) continue;
@@ -155,7 +155,7 @@ function pixelate(frame, side) {
   whole.src = frame.url;
 }
 
-// What the memory bank holds, the oldest moment on the left: the taller, the more of it.
+// Contents of the memory bank, oldest moment on the left; taller bars are more detailed.
 export class Memory {
   constructor(canvas, legend) {
     this.canvas = canvas;

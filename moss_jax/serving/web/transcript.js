@@ -1,6 +1,6 @@
-// What was asked and said, as it comes: corrections strike what they replace, interruptions show.
+// Transcript of questions and answers as they stream: corrections strike out text, interruptions are marked.
 
-// The transcript keeps this many entries on the page.
+// Maximum number of entries on the page.
 const MOST = 200;
 
 export const clock = (seconds) => {
@@ -9,7 +9,7 @@ export const clock = (seconds) => {
   return whole >= 3600 ? `${Math.floor(whole / 3600)}:${text}` : text.replace(/^0/, "");
 };
 
-// What is left of a text after its corrections, which begin in lower case.
+// The text that is left after corrections, capitalised, since corrections begin in lower case.
 export function spoken({ text, struck }) {
   let left = "", at = 0;
   for (const { from, to, end } of struck) {

@@ -1,12 +1,12 @@
-// Handwriting on the card. The world's digits are images of 8x8 pixels, made from writing that was scaled to
-// 32x32 pixels; strokes are turned into the same.
+// Handwriting on the card. The world's digits are 8x8 images made from writing scaled to 32x32 pixels;
+// strokes are converted in the same way.
 
 const FINE = 32, COARSE = 8;
-// Of the writing at 32 pixels: the widest that a digit becomes, the widths of pens, and the share that ink covers
-// in the world's digits: few strokes are drawn with a thicker pen, so that an 8 keeps its holes and a 1 its weight.
+// At 32 pixels: the maximum width of a digit, the pen widths, and the ink coverage of the world's digits. The
+// thinnest pen with that coverage is used, so that an 8 keeps its holes and a 1 its weight.
 const WIDEST = 25, PENS = [3.6, 4.2, 4.8, 5.4, 6], SHARE = 0.27;
 
-// Strokes, lists of points [x, y] in any unit, as ink: 8x8 in [0, 1].
+// Converts strokes, lists of points [x, y] in any unit, to ink: 8x8 in [0, 1].
 export function inkOf(strokes) {
   let ink;
   for (const pen of PENS) {
@@ -20,7 +20,7 @@ function draw(strokes, pen) {
   const points = strokes.flat();
   const [left, right] = extent(points.map((p) => p[0])), [top, bottom] = extent(points.map((p) => p[1]));
   const width = Math.max(right - left, 1e-6), height = Math.max(bottom - top, 1e-6);
-  // As tall as the image, but flat ones are not blown up beyond its width.
+  // As tall as the image, but flat strokes are not stretched beyond its width.
   const tall = Math.min((FINE - pen) / height, (1.15 * WIDEST) / width);
   const wide = Math.min(tall, (WIDEST - pen) / width);
   const place = ([x, y]) => [
@@ -54,7 +54,7 @@ function distance(x, y, [[x0, y0], [x1, y1]]) {
 
 const curve = (...points) => points;
 
-// Each digit as the strokes of a hand, in a box of 100 by 100, for whoever types it.
+// The strokes of each digit in a 100x100 box, for digits typed on the keyboard.
 export const DIGITS = [
   [curve([56, 3], [42, 6], [31, 20], [26, 42], [27, 64], [35, 86], [50, 96], [64, 88], [73, 68], [75, 44], [69, 20], [58, 5], [50, 3])],
   [curve([34, 24], [46, 14], [55, 3], [55, 30], [54, 66], [54, 97])],

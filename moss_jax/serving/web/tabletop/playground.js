@@ -1,20 +1,20 @@
-// The table that the user lays: shapes, a card with a digit, and a cloth over one of them. The canvas changes
-// when a thing is let go of, so the model never sees one in mid-air.
+// The table that the user arranges: shapes, a card with a digit, and a cloth over one of them. The canvas
+// changes only on drop, so the model never sees an object in mid-air.
 
 import { DIGITS, inkOf } from "./ink.js";
 import { CARD, COLOURS, COLUMNS, Renderer, ROWS, SHAPES } from "./render.js";
 
 const PLACES = ["on the left", "in the middle", "on the right"], SIDES = ["back", "front"];
-// The model has seen tables with up to four shapes.
+// The model was trained on tables with up to four shapes.
 const MOST_SHAPES = 4;
-// Pixels that a pointer moves before a press becomes a drag.
+// Pointer movement in pixels at which a press becomes a drag.
 const SLOP = 6;
 const SVG = "http://www.w3.org/2000/svg";
 
 const between = (low, high) => low + (high - low) * Math.random();
 const same = (a, b) => a[0] === b[0] && a[1] === b[1];
 
-// Icons of 100 by 100, for the tray and for what is dragged.
+// Icons with a 100x100 view box, for the tray and the dragged object.
 export function icon(kind, colour) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "-50 -50 100 100");
@@ -49,7 +49,7 @@ export function icon(kind, colour) {
   return svg;
 }
 
-// Events: "change" after the canvas has changed, "say" {text} for whoever cannot see it.
+// Events: "change" after the canvas has changed, "say" {text} for screen readers.
 export class Playground extends EventTarget {
   constructor(elements, pad) {
     super();
@@ -61,7 +61,7 @@ export class Playground extends EventTarget {
     this.covered = null;
     this.coverAngle = 0;
     this.colour = "red";
-    this.chosen = null; // a cell
+    this.chosen = null; // the selected cell
     this.buildCells();
     this.buildTray();
     this.buildSwatches();
@@ -103,7 +103,7 @@ export class Playground extends EventTarget {
     this.draw();
   }
 
-  // The table that a new page begins with.
+  // The initial table of a new page.
   begin() {
     this.things = [
       { kind: "circle", colour: "red", cell: [0, 0], ...this.pose() },
@@ -164,7 +164,7 @@ export class Playground extends EventTarget {
     this.changed(`The ${kind} is uncovered.`);
   }
 
-  // Opens the pad, for a card that lies on the table or will once something is written on it.
+  // Opens the pad, for a card on the table or one that is added when something is written.
   write(card) {
     if (!card) return;
     if (this.covered === CARD) return this.say("Uncover the card first.");
@@ -236,7 +236,7 @@ export class Playground extends EventTarget {
     }
   }
 
-  // ------------------------------------------------------------------------------- what is pressed
+  // ------------------------------------------------------------------------------------- clicks and keys
 
   buildCells() {
     this.cells = [];
@@ -261,7 +261,7 @@ export class Playground extends EventTarget {
     }
   }
 
-  // Whether a click only ends a drag or a tap.
+  // Whether a click merely ends a drag or a tap that has been handled.
   isHandled() {
     const { handled } = this;
     this.handled = false;
@@ -375,8 +375,8 @@ export class Playground extends EventTarget {
 
   // ------------------------------------------------------------------------------------- dragging
 
-  // Follows a pointer that was pressed on a thing, or on none. Taps are noticed here, since browsers leave out
-  // the click of one that follows a quick drag.
+  // Follows a pointer pressed on an object or on none. Taps are detected here, since browsers omit the click of
+  // a tap that follows a quick drag.
   drag(event, thing, tap) {
     if (event.button || !event.isPrimary) return;
     const begin = [event.clientX, event.clientY], target = event.currentTarget;
@@ -407,14 +407,14 @@ export class Playground extends EventTarget {
         tap();
       }
     };
-    // The pointer stays with what was pressed, and the page does not scroll (touch-action in the CSS).
+    // Captures the pointer; the page does not scroll because of touch-action in the CSS.
     if (thing) target.setPointerCapture(event.pointerId);
     target.addEventListener("pointermove", move, stop);
     target.addEventListener("pointerup", up, stop);
     target.addEventListener("pointercancel", finish, stop);
   }
 
-  // The picture of a thing that the pointer carries.
+  // The image of an object that follows the pointer.
   lift(thing) {
     const ghost = document.createElement("div");
     ghost.className = "ghost";
@@ -464,7 +464,7 @@ export class Pad extends EventTarget {
     dialog.addEventListener("keydown", (event) => {
       if (/^[0-9]$/.test(event.key)) this.show(DIGITS[event.key], `The card shows ${event.key}.`);
       if (event.key !== "Enter" || event.target !== paper || !this.strokes.length) return;
-      // Or the key would press the button that the focus goes back to.
+      // Otherwise the key would press the button that regains the focus.
       event.preventDefault();
       dialog.close("done");
     });
@@ -525,7 +525,7 @@ export class Pad extends EventTarget {
       context.beginPath();
       context.moveTo(...stroke[0]);
       if (stroke.length === 1) context.lineTo(stroke[0][0] + 0.1, stroke[0][1]);
-      // Through the midpoints, so that the line is smooth.
+      // Curves through the midpoints, so that the line is smooth.
       for (let k = 1; k < stroke.length; k++) {
         const [x, y] = stroke[k - 1];
         context.quadraticCurveTo(x, y, (x + stroke[k][0]) / 2, (y + stroke[k][1]) / 2);

@@ -158,7 +158,7 @@ function written(ink, size) {
   };
 }
 
-// The distance and the colour of a thing as functions of points in its frame, and half its box.
+// Distance and colour of an object as functions of points in its frame, and half its bounding box.
 function looks(thing, size) {
   if (thing.kind === CARD) {
     const ink = thing.ink ? written(thing.ink, size) : () => 0;
@@ -176,7 +176,7 @@ function looks(thing, size) {
     return [(u, v) => rectangle(u, v, COVER_HALF), rgb, COVER_HALF];
   }
   const [outline, half] = SHAPES[thing.kind], paint = COLOURS[thing.colour];
-  // Slightly darker towards the rim, which sets a shape off from the table.
+  // Slightly darker at the rim, to set a shape off from the table.
   const rgb = (u, v, distance, out) => {
     const rim = Math.min(Math.max(0.9 - distance * (0.1 / 0.03), 0.9), 1);
     for (let c = 0; c < 3; c++) out[c] = paint[c] * rim;
@@ -184,11 +184,11 @@ function looks(thing, size) {
   return [outline, rgb, half];
 }
 
-// A picture of one size, for one canvas.
+// A renderer for one canvas size.
 export class Renderer {
   constructor(size, table = "oak") {
     this.size = size;
-    // As wide as a pixel where the model sees it.
+    // One pixel wide at the model's resolution.
     this.edge = 1;
     this.shift = Math.round(SHADOW * size);
     this.setTable(table);
@@ -203,7 +203,7 @@ export class Renderer {
     this.picture = new Float32Array(this.empty.length);
   }
 
-  // Draws things, the lowest first, and the cover of one of them.
+  // Draws objects from bottom to top, and the cover over one of them.
   draw(context, { things, covered, coverAngle = 0 }) {
     this.picture.set(this.empty);
     for (const thing of things) this.lay(thing, ...centre(thing));
