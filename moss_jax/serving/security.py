@@ -71,11 +71,12 @@ def read_tokens(path: Path | None, environment: Mapping[str, str]) -> Tokens | N
     found = environment.get(TOKENS_VARIABLE, "").split()
     if path is not None:
         try:
-            found += path.read_text(encoding="utf-8").split()
+            own = path.read_text(encoding="utf-8").split()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--token-file {path} cannot be read: {error}") from error
-        if not found:
+        if not own:
             raise ConfigError(f"--token-file {path} has no token: write one a line")
+        found += own
     return Tokens(found) if found else None
 
 

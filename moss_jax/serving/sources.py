@@ -108,12 +108,18 @@ def _errors() -> Iterator[None]:
 
 
 def _connect(host: str, port: int, end: float) -> socket.socket:
-    """Connects to a host if all of its addresses are public."""
+    """Connects to the first address of a host that answers, if all of its addresses are public."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]) for entry in found]
     if not addresses or not all(map(is_public, addresses)):
         raise MediaError("the host of the URL has an address that is not public")
-    return socket.create_connection((addresses[0], port), timeout=max(0.01, end - time.monotonic()))
+    failures = []
+    for address in addresses:
+        try:
+            return socket.create_connection((address, port), timeout=max(0.01, end - time.monotonic()))
+        except OSError as error:
+            failures.append(error)
+    raise failures[0]
 
 
 def is_public(address: str) -> bool:

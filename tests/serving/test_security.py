@@ -203,8 +203,9 @@ def test_tokens_come_from_a_file_and_the_environment(tmp_path):
     with pytest.raises(ConfigError, match="at least 16 characters"):
         read_tokens(path, {})
     path.write_text("\n")
-    with pytest.raises(ConfigError, match="has no token"):
-        read_tokens(path, {})
+    for environment in ({}, {"MOSS_TOKENS": TOKEN}):
+        with pytest.raises(ConfigError, match="has no token"):
+            read_tokens(path, environment)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_tokens(tmp_path / "missing", {})
 
