@@ -42,7 +42,7 @@ def open_model(
       dtype: bfloat16 on accelerators and float32 on CPU if None.
       weights, encoder_weights: 8-bit formats to quantize the decoder and the vision encoder to; see
         `nn.quantize`.
-      mesh: to split the parameters over; None for one device.
+      mesh: to shard the parameters over; None for one device.
 
     Raises:
       CheckpointError, TokenizerError: the checkpoint cannot be used.

@@ -20,8 +20,8 @@ You watch all the time, also when nobody asks anything.
 - When you cannot answer yet or have nothing more to say, output `<|silence|>`."""
 
 
-# The texts that are control tokens in the content of a turn. All else is text, so that no content can end its
-# turn or begin another. Media markers are for training rows: the prompts of a session are text throughout.
+# Texts that become control tokens in the content of a turn. All else is plain text, so no content can end its
+# turn or begin another. Media markers are for training rows: the prompts of a session are plain text.
 MARKERS: dict[Role, tuple[str, ...]] = {
     "system": ("<|silence|>",),
     "user": ("<|image|>", "<|video|>"),

@@ -32,12 +32,12 @@ def z_loss(logits: Float[Array, "B T V"], ids: Int[Array, "B T"]) -> Float[Array
 # Terms that `train.loss_terms` can add to the cross-entropy, by their names there and in the metrics.
 LOSS_TERMS: dict[str, LossTerm] = {"z_loss": z_loss}
 
-# The metric that counts the targets which a loss is a mean over; for other losses it is `targets`.
+# The metric that counts the targets a loss is averaged over; for other losses it is `targets`.
 _COUNTS = {f"loss_{kind}": f"targets_{kind}" for kind in ("text", "silence", "after_silence")}
 
 
 def count_of(metric: str) -> str | None:
-    """Returns the metric that counts what a metric is a mean over; None if it is no mean over targets."""
+    """Returns the metric that counts the targets a metric is averaged over; None if it is not such a mean."""
     return _COUNTS.get(metric, "targets" if metric == "loss" or metric in LOSS_TERMS else None)
 
 

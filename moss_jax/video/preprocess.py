@@ -53,7 +53,7 @@ def preprocess(
     x = jnp.asarray(rgb)
     if (new_height, new_width) != (height, width):
         x = _resize(x.reshape(*batch, height, width * channels), new_height)
-        # Fused with the second pass, the first would be recomputed for every tap of the second.
+        # If XLA fused the two passes, it would recompute the first for every tap of the second.
         x = jax.lax.optimization_barrier(x)
         x = _resize(x.reshape(*batch, new_height, width, channels), new_width)
         x = jnp.round(x)  # the model was trained on resized 8-bit images

@@ -1,6 +1,6 @@
-"""Answers by the age of the evidence: how long ago what a question needs was last to be seen.
+"""Answers by the age of the evidence: how long ago what a question needs was last visible.
 
-The probes and what is right at them are those of `eval.tabletop.scores`.
+The probes and their right answers are those of `eval.tabletop.scores`.
 """
 
 import collections
@@ -22,7 +22,7 @@ ALL_AGES = (*AGES, OLDER, WHOLE)
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A question at evidence of one age: the probes of it, taken together.
+    """A question with evidence of one age: its probes, aggregated.
 
     Attributes:
       kind: of question.

@@ -25,7 +25,7 @@ CELLS = tuple(itertools.product(range(len(PLACES)), range(ROWS)))
 MAX_SHAPES = 4
 # Seconds before the first frame that shows a change at which its motion begins and ends.
 BEGINS, ENDS = 0.85, 0.15
-# Appearances that are counted; more are "many".
+# Maximum number of appearances that is counted; more are "many".
 MOST_TIMES = 9
 
 EventKind = Literal["appear", "leave", "move", "colour", "digit", "cover", "uncover"]
@@ -55,12 +55,12 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """Its column, in a word."""
+        """Its column, as a word."""
         return PLACES[self.cell[0]]
 
     @property
     def label(self) -> str:
-        """The number on a card, in a digit."""
+        """The number on a card, as a digit."""
         return str(digits.label(self.digit))
 
     @property
@@ -124,7 +124,7 @@ class TableEvent:
 
 @dataclasses.dataclass(frozen=True)
 class Impairment:
-    """An interval in which the camera shows nothing, or one and the same image.
+    """An interval in which the camera shows nothing, or a frozen image.
 
     Nothing changes on the table meanwhile.
 
@@ -232,7 +232,7 @@ def generate(
       seconds: length of the world, with one state a second.
       digit_indices: of the digit images that its cards may show.
       rate: probability of a change in a second, one for all or one for each.
-      gap: least number of seconds between two changes.
+      gap: minimum number of seconds between two changes.
       impairments: of the camera, in order of time; nothing changes in them.
     """
     rates = itertools.repeat(rate, seconds) if isinstance(rate, int | float) else rate
@@ -267,7 +267,7 @@ def _first_table(rng: np.random.Generator, digit_indices: np.ndarray) -> Table:
 
 
 def _with(table: Table, thing: Thing) -> Table:
-    """Puts a thing on the table, in place of the one of its kind."""
+    """Puts a thing on the table, replacing the one of its kind."""
     others = tuple(t for t in table.things if t.kind != thing.kind)
     return dataclasses.replace(table, things=(*others, thing))
 
