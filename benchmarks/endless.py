@@ -110,11 +110,11 @@ def endless(
     """Plays a stream and yields a row for every `EVERY` frames after those that fill the bank.
 
     Args:
-      engine: of one slot.
+      engine: an engine with one slot.
       pictures: shown over and over.
       prompts: asked in random order.
-      frames: of the stream.
-      settings: of the session, in lockstep.
+      frames: number of frames of the stream.
+      settings: settings of the session, in lockstep.
       hear: called with each event.
     """
     watched = Watched(engine)

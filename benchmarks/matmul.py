@@ -99,7 +99,7 @@ def compare(
     compiled = side_by_side(
         (functools.partial(compile_chain, M, *shape, call) for _, shape, _, call in cases), watch
     )
-    held = None, None  # The operands of one layer at a time.
+    held = None, None  # Only the operands of one layer are in memory at a time.
     for (layer, (K, N), name, call), program in zip(cases, compiled, strict=True):
         watch.alive()
         if time.monotonic() > deadline:

@@ -98,8 +98,8 @@ class Told:
     """A change, and whether the model reported it.
 
     Attributes:
-      change: in the words of the world's ideal assistant.
-      kind: of change.
+      change: the change in the words of the world's ideal assistant.
+      kind: kind of change.
       right: whether it was reported in time.
       said: the sentences that began in that time.
     """
@@ -180,7 +180,7 @@ def draw_world(rng: np.random.Generator, changes: int) -> World:
 
 @contextlib.contextmanager
 def open_page() -> Iterator[Page]:
-    """Headless Chromium with the page in it, without a model behind."""
+    """Opens the page in headless Chromium, without a model."""
     handler = functools.partial(Files, directory=str(WEB))
     with (
         http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,

@@ -27,7 +27,7 @@ def add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def known(parser: argparse.ArgumentParser, table: dict, name: str):
-    """Looks a name of the command line up; exits with the known names if there is none."""
+    """Looks up a name of the command line; exits with the list of known names if it is unknown."""
     return table[name] if name in table else parser.error(f"no {name}; there are {', '.join(table)}")
 
 

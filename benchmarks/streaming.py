@@ -313,7 +313,7 @@ def arrivals(bench: Bench) -> Iterator[dict]:
         stream = Stream(bench, "text", functools.partial(Stream.schedule, plan=plan, seconds=seconds))
         times = [at for at in stream.times[Text] if 0 <= at - stream.begin <= seconds]
         figures = {"rate": rate_of(times), "seen": len(stream.times[FrameSeen]), "dropped": stream.dropped}
-        # The step that appends a frame samples a token like any other, so a frame adds its encoding alone.
+        # The step that appends a frame samples a token like any other, so a frame adds only its encoding.
         floor = max(0, 1 - rate * encode) / stream.step_floor
         yield row(f"decode at {rate}/s", "tok/s", figures, floor, stream)
         if rate == min(bench.sizes.arrivals):

@@ -10,7 +10,7 @@ Feeder threads push them, and one more thread reads the events of all streams; a
 clock when that thread receives it. The first `--warm-seconds` are not counted. There is a new scheduler for
 each load:
 
-all        every stream talks without end; a prompt cuts the answer, and the next begins
+all        every stream talks endlessly; a prompt cuts the answer, and the next begins
 quarter    a stream talks for a quarter of the time after each prompt, so that a quarter of them talk at any
            time; frames that arrive otherwise are answered by silence
 
@@ -99,7 +99,7 @@ SHARES = {"quarter": 0.25, "all": 1.0}  # Share of the time that a stream talks.
 FEEDERS = 4
 LEAST_SECONDS = 1.0  # Minimum traffic for a row.
 CALLS = 20  # Calls of each kind with --micro.
-# An answer goes on until it is cut, by a prompt or by the mask.
+# An answer continues until it is cut, by a prompt or by the mask.
 WITHOUT_END = 1 << 30
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -153,7 +153,7 @@ def random_traffic(
 
 
 def tabletop_traffic(streams: int, seconds: float, size: int) -> Traffic:
-    """Frames and prompts of streams of the tabletop world, each at a phase of its own."""
+    """Frames and prompts of streams of the tabletop world, each at its own phase."""
     rng, pushes = random.Random(0), []
     for number in range(streams):
         world, phase = evaluation_stream(0, number, math.ceil(seconds)), rng.random()
@@ -292,7 +292,7 @@ class Listener:
     """Reads the events of all streams, in a separate thread.
 
     Args:
-      clock: of the streams.
+      clock: clock of the streams.
 
     Attributes:
       inbox: queue that the scheduler puts events into.

@@ -47,7 +47,7 @@ class TwinDecoderConfig(DecoderConfig):
 
 
 def twin_of(config: ModelConfig) -> ModelConfig:
-    """The config of a model's twin: its self-attention layers alone."""
+    """The config of a model's twin: only its self-attention layers."""
     decoder = {f.name: getattr(config.decoder, f.name) for f in dataclasses.fields(config.decoder)}
     decoder |= {"num_layers": config.decoder.num_self_attention_layers, "cross_attention_layers": ()}
     return dataclasses.replace(config, decoder=TwinDecoderConfig(**decoder))

@@ -111,8 +111,8 @@ def watch(
       engine: takes the place of the checkpoint.
       frames: their rate; with the session's `selection.max_fps`, the rate while nothing changes. The bounds
         on their number apply to `ask` alone.
-      session: clock and bounds; by default lockstep, where the events depend on the input alone, with 10 s
-        for the last answer.
+      session: clock and limits; by default lockstep, in which events depend only on the input, with 10 s for
+        the last answer.
       system: system prompt; None for none.
 
     Raises:

@@ -46,7 +46,7 @@ def run(name: str, body: Callable[[], int | None], bad_input: tuple[type[Excepti
     Ctrl-C. A reader that closes the pipe behind stdout, as `head` does, is not an error.
 
     Args:
-      name: of the command; the sentence starts with it.
+      name: name of the command; the sentence starts with it.
       body: the command; it may raise.
       bad_input: exceptions that it raises for bad input.
     """
@@ -169,7 +169,7 @@ def leave(number: int) -> None:
 
 @contextlib.contextmanager
 def on_stop_signal(handle: Callable[[int], object]) -> Iterator[None]:
-    """Calls `handle` with the number of the first SIGINT or SIGTERM; at the second, the process ends at once.
+    """Calls `handle` with the number of the first SIGINT or SIGTERM; the second ends the process immediately.
 
     It is called in a separate thread, so it runs even while the main thread compiles a program, when Python
     runs no signal handlers. After a signal, the handlers stay in place until the process ends.
@@ -188,7 +188,7 @@ def on_stop_signal(handle: Callable[[int], object]) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, name="signals", daemon=True)
     thread.start()
-    # With a handler in Python, the interpreter writes the number to the socket at once.
+    # With a handler in Python, the interpreter writes the number to the socket immediately.
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
     descriptor = signal.set_wakeup_fd(writer.fileno())
@@ -238,7 +238,7 @@ def seed(text: str) -> int:
 
 
 def output_file(text: str) -> Path:
-    """Flag type: an output file, whose folder is created; rejected at once if it can't be written."""
+    """Flag type: an output file, whose folder is created; rejected immediately if it can't be written."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

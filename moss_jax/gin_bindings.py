@@ -61,7 +61,7 @@ _FIELDS = {name: [field.name for field in dataclasses.fields(kind)] for kind, na
 def parse(files: Sequence[str] = (), parameters: Sequence[str] = ()) -> None:
     """Parses gin files, then single bindings such as `train.steps = 100`; later bindings win.
 
-    An `include` is looked up beside the file that was given, then in the working directory, then among the
+    An `include` is looked up next to the given file, then in the working directory, then among the
     shipped files.
 
     Args:

@@ -88,7 +88,7 @@ def load(
       path: folder with config.json and model.safetensors, or shards with their index; or a Hugging Face repo
         id such as `OpenMOSS-Team/moss-video-preview-realtime-sft`, which is downloaded to a cache.
       revision: branch, tag or commit of a repo id, which can also be written `repo@revision`.
-      dtype: of the parameters.
+      dtype: dtype of the parameters.
       mesh: shards the parameters over its devices by `sharding.RULES`; None for the default device.
       rows_before_first_frame, attention: see `ModelConfig`.
 
@@ -205,10 +205,10 @@ class _Tensor:
     """A tensor in a mapped safetensors file.
 
     Attributes:
-      dtype: of the file, such as "BF16".
-      shape: of the tensor.
+      dtype: dtype of the file, such as "BF16".
+      shape: shape of the tensor.
       content: its bytes.
-      scale: of a tensor in 8 bits, [] or [1] for all of it, or [rows] or [rows, 1]; None for 1.
+      scale: scale of an 8-bit tensor, [] or [1] for all of it, or [rows] or [rows, 1]; None for 1.
     """
 
     dtype: str

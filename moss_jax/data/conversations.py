@@ -50,11 +50,11 @@ class ConversationBatches:
         Args:
           config: files and sizes.
           sampling: frame sampling of offline clips.
-          tokenizer: of the model.
+          tokenizer: the model's tokenizer.
           image_size: side of the tile that frames are resized and padded to.
           batch_size: rows of a batch over all processes; each loads its share.
           seed: for the order of the rows and the choice of swapped frames.
-          process_index: of this process.
+          process_index: index of this process.
           process_count: number of processes.
 
         Raises:

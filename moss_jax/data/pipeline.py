@@ -74,7 +74,7 @@ def iterate(source: BatchSource, *, start: int, workers: int, read_ahead: int) -
     it ends. A script that uses them needs the usual `if __name__ == "__main__":`.
 
     Args:
-      source: of the batches.
+      source: the source of the batches.
       start: first step.
       workers: worker processes, of which a `RowSource` may use fewer; 0 builds each batch on demand in the
         calling thread. The batches are the same.

@@ -56,7 +56,7 @@ class Medium:
     """A video or image of a row.
 
     Attributes:
-      path: of the file.
+      path: path of the file.
       times: sampling times of its frames, in seconds.
     """
 

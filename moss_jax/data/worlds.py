@@ -24,11 +24,11 @@ class TabletopSource:
     """Base of the tabletop batch sources: the rows of this process, and the tokenizer.
 
     Args:
-      config: of the streams.
-      tokenizer: of the model.
+      config: settings of the streams.
+      tokenizer: the model's tokenizer.
       batch_size: sequences over all processes.
       seed: together with the step, determines each batch.
-      process_index: of this process, which loads its share of the rows.
+      process_index: index of this process, which loads its share of the rows.
       process_count: number of processes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Rendering of streams that are too long to be rendered beforehand: by segments, while a session plays."""
+"""On-the-fly rendering of streams that are too long to prerender: by segments, while a session plays them."""
 
 import collections
 import itertools
@@ -69,7 +69,7 @@ def feed(session: Session, renderer: Renderer, group: Sequence[int], begin: int)
 
     Args:
       session: nothing has been pushed into it yet; slots without a stream are finished.
-      renderer: of the frames.
+      renderer: renderer of the frames.
       group: index of the stream in each slot.
       begin: index of the first request that is pushed.
     """

@@ -37,12 +37,12 @@ def play(
 
     Args:
       engines: by number of slots; a single stream goes to the smallest, several go to the largest.
-      streams: with their prompts, which are given at their times.
+      streams: the streams with their timed prompts.
       image_size: side of the frames, in pixels.
       tokens_per_second: speed of speech.
       selection: which frames are shown to the model.
-      renderer: of the same streams, to render and push their frames while they play; None renders and pushes
-        all frames of a session beforehand. The events are the same.
+      renderer: a renderer of the same streams, to render and push frames while they play; None renders and
+        pushes all frames of a session in advance. The events are the same.
 
     Returns:
       The events of each stream, in the order of `streams`.

@@ -67,7 +67,7 @@ def over_frames(
     Args:
       frames: to be plotted.
       weights: of each frame's vectors: the class token, whose weight is printed below, then a square grid.
-      labels: of the frames.
+      labels: labels of the frames.
       columns: frames side by side.
     """
     figure, panels = _panels(len(frames), columns, captions=2)
@@ -99,11 +99,11 @@ def heat_maps(
     Cells below the last nonzero weight of a column in any map are left blank: frames that are still to come.
 
     Args:
-      maps: of weights.
-      titles: of the maps.
+      maps: maps of weights.
+      titles: titles of the maps.
       rows: labels of the rows.
       columns: labels of the columns.
-      row_label: of the vertical axes.
+      row_label: label of the vertical axes.
     """
     count, height, width = np.shape(maps)
     below = np.flip(np.cumsum(np.flip(np.max(maps, axis=0), 0), axis=0), 0) == 0

@@ -75,7 +75,7 @@ def offline_opening(tokenizer: Tokenizer, *, system: str | None, num_frames: int
 def content(tokenizer: Tokenizer, role: Role, parts: Sequence[str | None]) -> list[int]:
     """Returns the tokens of a turn's content, between its header and its end.
 
-    White space around it is left out, as well as that behind leading frames.
+    White space around it, and after leading frames, is stripped.
 
     Args:
       parts: texts, and None for each frame, in their order; in a system prompt, `<|silence|>` is the control

@@ -27,7 +27,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """Resets the decoder, dropping an incomplete character, and returns the remaining text: always ""."""
-        # Complete characters are emitted at once, so only an incomplete one can be left.
+        # Complete characters are emitted immediately, so only an incomplete one can be left.
         self._decoder.reset()
         return ""
 

@@ -123,7 +123,7 @@ def join_cluster(args: argparse.Namespace) -> None:
     """Joins the processes that train together, if the arguments describe such a cluster.
 
     Raises:
-      ConfigError: the arguments are incomplete, or there is no such cluster.
+      ConfigError: the arguments are incomplete, or the cluster cannot be joined.
     """
     by_hand = (args.coordinator, args.processes, args.process_id)
     if by_hand == (None, None, None):

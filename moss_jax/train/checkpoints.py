@@ -35,7 +35,7 @@ class Restored:
 
     Attributes:
       state: with the requested shardings, whatever mesh it was saved from.
-      position: of the run in its data.
+      position: position of the run in its data.
       config: settings of the run.
     """
 
@@ -51,7 +51,7 @@ class Checkpoints:
     The exit raises RunError if the last checkpoint could not be written.
 
     Args:
-      workdir: of the run.
+      workdir: the run's folder.
       keep: number of recent checkpoints to keep.
     """
 
@@ -88,7 +88,7 @@ class Checkpoints:
         Args:
           step: number of steps done.
           state: after these steps.
-          position: of the run in its data, as JSON.
+          position: position of the run in its data, as JSON.
           config: settings of the run, as JSON.
 
         Raises:

@@ -33,10 +33,10 @@ class Log:
     A context manager. Records of an earlier run are kept up to step `start`.
 
     Args:
-      workdir: of the run.
+      workdir: the run's folder.
       config: shown in TensorBoard.
       start: number of steps done before.
-      steps: of the whole run.
+      steps: number of steps of the whole run.
       every: steps between two reports.
       peak_flops: peak FLOPS of all devices together; None if unknown.
     """

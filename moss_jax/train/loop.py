@@ -77,7 +77,7 @@ class RunConfig:
       data: the kind of data, and its workers.
       source: settings of that kind of data.
       sampling: frame sampling of conversations; None for the tabletop world, which has its own.
-      segments: of long streams; None to train on whole sequences.
+      segments: settings for segments of long streams; None to train on whole sequences.
       text: the operative gin config, saved with every checkpoint.
     """
 
@@ -304,7 +304,7 @@ def _load_model_config(
 
     Args:
       initial: the model that training starts from.
-      workdir: of the run.
+      workdir: the run's folder.
       latest: the checkpoint that the run resumes from, whose model takes precedence; None for a new run.
     """
     if latest:

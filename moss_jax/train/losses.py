@@ -46,7 +46,7 @@ class Targets(NamedTuple):
 
     Attributes:
       ids: the next token; 0 where there is no target.
-      weights: of the token losses, whose weighted sum is the loss; 0 where there is no target.
+      weights: weights of the token losses, whose weighted sum is the loss; 0 where there is no target.
       text: mask of targets other than silence.
       silence: mask of silence targets.
       after_silence: mask of text targets that follow a silence: the onsets of speech.
@@ -72,8 +72,8 @@ def find_targets(
     Args:
       tokens: the input.
       labels: the tokens where they are targets; IGNORED elsewhere.
-      silence_id: of `<|silence|>`.
-      image_id: of `<|image|>`.
+      silence_id: id of `<|silence|>`.
+      image_id: id of `<|image|>`.
       silence_weight: weight of silence targets. The sum of the weighted losses is divided by the number of
         targets, not by the sum of their weights, as in the original (arXiv 2606.07639).
     """

@@ -41,7 +41,7 @@ class TrainState:
       trained: float32 master weights of the trained parameters.
       frozen: the other parameters, in the compute dtype.
       optimizer: optimizer state of the trained parameters.
-      memory: of the streams that the next batch continues; None if batches are whole sequences.
+      memory: memory of the streams that the next batch continues; None if batches are whole sequences.
     """
 
     step: Int[Array, ""]
@@ -118,7 +118,7 @@ class Trainer:
         abstract = self.abstract()
         if not abstract.trained:
             raise ConfigError(f"trainable names only parts without parameters: {', '.join(train.trainable)}")
-        memory = self._batch_sharding() if segments else None  # One for all of its arrays.
+        memory = self._batch_sharding() if segments else None  # One sharding for all of its arrays.
         without = dataclasses.replace(abstract, memory=None)
         shardings = jax.tree.map(lambda array: array.sharding, without)
         self.shardings = dataclasses.replace(shardings, memory=memory)

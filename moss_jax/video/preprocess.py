@@ -116,7 +116,7 @@ def _weights(size: int, new_size: int) -> Float[np.ndarray, "new_size size"]:
 
 @functools.lru_cache(maxsize=32)
 def _bands(size: int, new_size: int, channels: int) -> list[tuple[slice, slice, np.ndarray]]:
-    """Banded resize matrix of an axis with channels behind it, as dense blocks: (outputs, inputs, block).
+    """Banded resize matrix of an axis followed by channels, as dense blocks: (outputs, inputs, block).
 
     Each output depends on a few neighbouring inputs, so the whole matrix would be nearly all zeros.
     """

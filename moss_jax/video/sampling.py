@@ -47,7 +47,7 @@ def sample_file(
 ) -> Iterator[Frame]:
     """Checks a file immediately, and returns an iterator over its frames, sampled as by `sample_live`.
 
-    An image gives one frame.
+    An image yields one frame.
 
     Args:
       on_skip: called with the time of each frame that cannot be decoded; see `read`.
@@ -63,7 +63,7 @@ def sample_clip(path: str | os.PathLike, sampling: FrameSampling) -> list[Frame]
     """Samples a whole clip at `fps`, with the number of frames clamped to [min_frames, max_frames].
 
     Within the bounds, the frames are those of `sample_live`. Otherwise their number is the bound, spread
-    evenly over the clip; frames repeat if the clip has too few. An image gives one frame.
+    evenly over the clip; frames repeat if the clip has too few. An image yields one frame.
 
     Raises:
       VideoError: the file cannot be read; see `probe` and `read`.
@@ -106,8 +106,8 @@ def sample_at(
     """Yields the frame of a file that is shown at each of the given times; after its end, the last frame.
 
     Args:
-      path: of the file.
-      times: in seconds, nonnegative and ascending. Nothing is read beyond the last.
+      path: path of the file.
+      times: times in seconds, nonnegative and ascending. Nothing is read beyond the last.
       on_skip: called with the time of each frame that cannot be decoded; see `read`. With it, the file is
         read to its end.
       on_frame: called whenever a frame has been decoded; an exception from it stops the reading.

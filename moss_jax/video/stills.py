@@ -33,7 +33,7 @@ _UPRIGHT = {
 }
 
 _JPEG_START = re.compile(rb"\0*\xff\xd8")
-# A marker, which no entropy-coded data contain: those stuff a zero behind 0xff, or restart with 0xd0 to 0xd7.
+# A marker. Entropy-coded data contain none: they stuff a zero after 0xff, or restart with 0xd0 to 0xd7.
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _JPEG_FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 _JPEG_END = 0xD9

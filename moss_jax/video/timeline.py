@@ -37,7 +37,7 @@ class Stamp(NamedTuple):
 
     Attributes:
       time: in units of the stream, continuous over the whole file.
-      index: of the packet.
+      index: index of the packet.
       ticks: duration in units of the stream, if it is known.
     """
 

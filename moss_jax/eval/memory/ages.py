@@ -25,7 +25,7 @@ class Answer:
     """A question with evidence of one age: its probes, aggregated.
 
     Attributes:
-      kind: of question.
+      kind: kind of question.
       age: one of ALL_AGES.
       right: share of its probes that were answered right.
       values: the right answers, each with its share of the probes.
@@ -42,7 +42,7 @@ def bucket(evidence: int | None, second: int) -> str:
 
     Args:
       evidence: the last second at which it was visible; None if it is spread over the whole stream.
-      second: of the question.
+      second: second of the question.
     """
     if evidence is None:
         return WHOLE
@@ -55,8 +55,8 @@ def answers(stream: TabletopStream, probes: Iterable[Probe]) -> Iterator[Answer]
     A question about the present has many probes. It counts once for each age that its evidence had at them.
 
     Args:
-      stream: that the questions are about.
-      probes: of the stream, in order.
+      stream: the stream that the questions are about.
+      probes: probes of the stream, in order.
     """
     for number, asked in itertools.groupby(probes, key=lambda probe: probe.request):
         request = stream.requests[number]

@@ -48,7 +48,7 @@ class MemoryEvaluationConfig:
       past: share of the questions that are about the past.
       policies: names in `memory.policies`, to be compared.
       budgets: sizes of the bank, in whole frames; each policy runs with each.
-      bank_dtypes: of keys and values, None for the dtype of the model; each policy runs with each.
+      bank_dtypes: dtypes of keys and values, None for the dtype of the model; each policy runs with each.
       slots: streams side by side.
       tokens_per_second: speed of speech.
       text_capacity: tokens in the text cache, which evicts as in a live stream.
@@ -80,10 +80,10 @@ class Variant:
     """A memory configuration that the streams are played with.
 
     Attributes:
-      name: of the policy, or of the baseline.
+      name: name of the policy, or of the baseline.
       policy: a name in `memory.policies`.
       frames: size of the bank, in whole frames.
-      bank_dtype: of its keys and values.
+      bank_dtype: dtype of its keys and values.
       blind: whether the bank is left empty.
     """
 
@@ -104,7 +104,7 @@ class Variant:
 
 
 def variants(config: MemoryEvaluationConfig) -> list[Variant]:
-    """The policies at each size and dtype, with "window" at the same bytes beside them, and the baselines.
+    """Returns the policies at each size and dtype, each with "window" at the same bytes, and the baselines.
 
     "recent-4" is the policy "window" with a bank of four frames: a compaction leaves three, before the next
     frame comes in, so the four newest are visible at any time. "full" has room for the whole stream.
@@ -139,8 +139,8 @@ def evaluate(config: MemoryEvaluationConfig, log: Callable[[str], None] = lambda
 
     Raises:
       CheckpointError, TokenizerError: the checkpoint can't be used.
-      ConfigError: there is no such policy, a bank is too small for it, or the text capacity is beyond the
-        model's positions.
+      ConfigError: a policy is unknown, a bank is too small for it, or the text capacity exceeds the model's
+        positions.
     """
     opened = open_model(config.checkpoint)
     model, tokenizer = opened.model, opened.tokenizer
@@ -205,7 +205,7 @@ class Judge:
 
     Args:
       streams: with their truth, all of one length.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       tokens_per_second: speed of speech.
     """
 
@@ -233,7 +233,7 @@ class Judge:
 
     def constant_guess(self) -> dict[str, Any]:
         """The counts of the best constant guess, JSON-ready."""
-        # What is asked, and what would be right, doesn't depend on what is said.
+        # Questions and right answers don't depend on what the model says.
         nothing = StreamTranscript((), frozenset())
         return ages.constant_guess(self._answers([nothing] * len(self._streams)))
 

@@ -66,8 +66,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     """Draws how much is right over the age of the evidence, one line a run.
 
     Args:
-      result: of `evaluate`.
-      path: of the file; its suffix selects the format.
+      result: result of `evaluate`.
+      path: path of the file; its suffix selects the format.
     """
     totals = result["constant_guess"]["by_age"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -50,7 +50,7 @@ class EvaluationConfig:
       seed: selects the held-out streams.
       slots: streams side by side.
       tokens_per_second: speed of speech.
-      bank_dtype: of keys and values in the bank; None for the dtype of the model.
+      bank_dtype: dtype of keys and values in the bank; None for the dtype of the model.
       selection: which frames are shown to the model.
       event_rate: range that event rates, per second, are drawn from; the rates then vary within a stream, as
         in streams of more than a minute. None for the usual rates.
@@ -182,7 +182,7 @@ def offline_accuracy(
     The probe is the stream's first that leaves a clip of at least `SHORTEST_CLIP` seconds.
 
     Args:
-      engine: of one slot.
+      engine: an engine with one slot.
       streams: as they were played.
       found: the live score of each stream.
       image_size: side of the frames, in pixels.

@@ -3,8 +3,7 @@
 A *statement* is a sentence, or the part of it that was said; `language.understand` gives the facts that it
 asserts. Where the speaker retracts one in mid-sentence (`language.WAIT`), a new one begins. The metrics are
 independent of the model: `transcribe` reads the events of a session, `score` judges them. At 8 tokens a
-second or more the ideal assistant has a perfect score; much slower speech is too late for some of what it
-should say.
+second or more the ideal assistant has a perfect score; much slower speech misses some deadlines.
 """
 
 import collections
@@ -40,7 +39,7 @@ REACT = 3
 CALL = 2
 # Tolerance of comparisons of times, in seconds.
 EPSILON = 1e-6
-# All frames of a stream, and -1 for what comes before the first.
+# All frames of a stream, and -1 for the time before the first.
 ALWAYS = range(-1, sys.maxsize)
 # The right answer to a question about the present as long as the camera shows nothing.
 UNSEEN = "unseen"
@@ -112,7 +111,7 @@ def transcribe(events: Iterable[Event], requests: Sequence[Request]) -> StreamTr
     """Collects the statements in the events of one slot.
 
     Args:
-      events: of one stream, in order.
+      events: events of one stream, in order.
       requests: the prompts of that stream.
     """
     statements: list[Statement] = []
@@ -201,8 +200,8 @@ class Probe:
 
     Attributes:
       request: index of the question.
-      kind: of question.
-      second: of the stream; the truth of this second counts.
+      kind: kind of question.
+      second: second of the stream; the truth of this second counts.
       value: the right answer.
       right: whether it was given.
     """
@@ -216,7 +215,7 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The metrics of one stream. The function that computes each defines it.
+    """The metrics of one stream, each defined by the function that computes it.
 
     Attributes:
       probes: see `probes`.
@@ -224,7 +223,7 @@ class Score:
       alert_precision: see `alerts`.
       silence: see `silence`.
       revision: see `revisions`.
-      delays: of the revisions that were made, in seconds.
+      delays: delays of the revisions that were made, in seconds.
       corrections: see `corrections`.
       stale: see `stale`.
       understood: share of the uncut statements that are sentences of the language.
@@ -262,7 +261,7 @@ def score(
       stream: with its truth.
       said: to be scored.
       ideal: what the ideal assistant says over the stream at the same speed.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       tokens_per_second: speed of speech.
       during: the seconds that count: of probes, of moments that are awaited, of idle frames, of changes, and
         of the frames at which statements begin.
@@ -294,8 +293,8 @@ class SpeechRate:
     """The speed of speech, which sets the deadlines of answers.
 
     Attributes:
-      tokenizer: of the model.
-      tokens_per_second: of the stream.
+      tokenizer: the model's tokenizer.
+      tokens_per_second: speed of speech, per second of the stream.
     """
 
     tokenizer: Tokenizer

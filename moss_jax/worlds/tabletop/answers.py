@@ -52,8 +52,8 @@ def evidence(request: Request, world: World, second: int) -> int | None:
 
     Args:
       request: the question.
-      world: that it is about.
-      second: at which it is asked.
+      world: the world that it is about.
+      second: the second at which it is asked.
 
     Returns:
       The second itself for a question about the present. None if the answer is that there was nothing, if
@@ -100,7 +100,7 @@ def true_answer(request: Request, truth: Facts) -> Sentence:
     """The true answer to a question; "Okay." to a request that is not a question.
 
     Args:
-      request: of the user.
+      request: the user's request.
       truth: the current facts, from `truth_of`; for most kinds of request those of `World.truth` suffice.
     """
     if request.kind in LIVE and truth["view"] == "none":
@@ -189,7 +189,7 @@ def updated_item(key: str, told: str, truth: Facts) -> Sentence:
     """The update to a list in which one fact has changed.
 
     Args:
-      key: of the fact.
+      key: key of the fact.
       told: its value as last stated.
       truth: the current facts.
     """

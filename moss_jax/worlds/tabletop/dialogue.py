@@ -46,7 +46,7 @@ class Utterance:
     """A sentence of the assistant.
 
     Attributes:
-      time: of the stream, in seconds, when it begins.
+      time: time when it begins, in seconds of the stream.
       frame: the last frame seen when it begins.
       due: the frame since which it has been due; -1 before the first.
       request: index of the request that it serves.
@@ -87,8 +87,8 @@ class Assistant:
     """The ideal assistant: says what is due, token by token.
 
     Args:
-      world: that it watches.
-      tokenizer: of the model.
+      world: the world that it watches.
+      tokenizer: the model's tokenizer.
       rng: for the choice of words.
       slips: probability that an answer begins with a wrong value and is then corrected.
 
@@ -316,9 +316,9 @@ def converse(
     """Plays a live session of the ideal assistant.
 
     Args:
-      world: that it watches.
+      world: the world that it watches.
       requests: in order of time.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       tokens_per_second: speed of speech.
       rng: for the choice of words.
       system: system prompt; None for none.
@@ -401,9 +401,9 @@ def converse_offline(
     """Writes an offline dialogue: the whole clip, then one question and its answer.
 
     Args:
-      world: of the clip.
+      world: the world of the clip.
       request: the question.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       rng: for the choice of words.
       system: system prompt; None for none.
     """

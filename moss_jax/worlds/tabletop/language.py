@@ -2,7 +2,7 @@
 
 A sentence asserts facts, with the keys of `World.truth`. In the wordings, {k} is a kind of thing, {c} a
 colour, {p} a place, {w} a direction, {d} a number on a card, {n} a number of shapes, {m} a number of times
-and {l} a list of things; {j} is another kind of thing and {s} a time ago, in requests alone.
+and {l} a list of things; {j} is another kind of thing and {s} a time ago, only in requests.
 
 What a sentence in the past tense is about depends on the question: "It was red." asserts `was colour:KIND`,
 which `answers.truth_of` gives for the time that the question is about.

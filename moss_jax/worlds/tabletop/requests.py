@@ -27,7 +27,7 @@ class Request:
     """A prompt of the user.
 
     Attributes:
-      time: of the stream, in seconds.
+      time: time in seconds of the stream.
       text: the wording.
       kind: a key of `language.ASK`.
       subject: the kind of thing that it is about, if any.
@@ -79,7 +79,7 @@ def draw_requests(
 
     Args:
       rng: the source of randomness.
-      world: that they are about.
+      world: the world that they are about.
       first_turn: probability of a request at time 0, before the first frame.
       dense: only questions, in quick succession.
       past: share of questions about the past, all kinds of them; None for the usual share of those in

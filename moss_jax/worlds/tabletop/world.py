@@ -40,10 +40,10 @@ class Thing:
     Attributes:
       kind: a shape, or CARD.
       cell: column and row.
-      colour: of a shape.
-      digit: of a card, the index of its image.
-      offset: from the centre of its cell, in table units.
-      angle: of its rotation, in radians.
+      colour: colour of a shape.
+      digit: for a card, the index of its image.
+      offset: offset from the centre of its cell, in table units.
+      angle: angle of its rotation, in radians.
     """
 
     kind: str
@@ -78,7 +78,7 @@ class Table:
     Attributes:
       things: everything on the table, covered or not.
       covered: kind of the thing under the cover; None without a cover.
-      cover_angle: of the cover's rotation, in radians.
+      cover_angle: angle of the cover's rotation, in radians.
     """
 
     things: tuple[Thing, ...] = ()
@@ -112,7 +112,7 @@ class TableEvent:
     Attributes:
       frame: the first that shows it.
       change: kind of change.
-      kind: of the thing that changes.
+      kind: kind of the thing that changes.
       value: the new place, colour or number, if the change is one of those.
     """
 
@@ -131,7 +131,7 @@ class Impairment:
     Attributes:
       start: its first second; at least 1, so that what is on the table has been seen.
       stop: the first second after it.
-      kind: of impairment; "frozen" repeats the image of the first second.
+      kind: kind of impairment; "frozen" repeats the image of the first second.
     """
 
     start: int
@@ -230,10 +230,10 @@ def generate(
     Args:
       rng: the source of randomness.
       seconds: length of the world, with one state a second.
-      digit_indices: of the digit images that its cards may show.
+      digit_indices: indices of the digit images that its cards may show.
       rate: probability of a change in a second, one for all or one for each.
       gap: minimum number of seconds between two changes.
-      impairments: of the camera, in order of time; nothing changes in them.
+      impairments: impairments of the camera, in order of time; nothing changes in them.
     """
     rates = itertools.repeat(rate, seconds) if isinstance(rate, int | float) else rate
     still = {second for i in impairments for second in range(i.start, i.stop)}

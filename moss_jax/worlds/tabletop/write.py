@@ -42,7 +42,7 @@ def to_row(dialogue: Dialogue, tokenizer: Tokenizer, video: str) -> dict[str, An
 
     Args:
       dialogue: to be converted.
-      tokenizer: of the dialogue's tokens.
+      tokenizer: the tokenizer of the dialogue's tokens.
       video: path of the video in the row.
     """
     special = tokenizer.special
