@@ -3,11 +3,11 @@
     python benchmarks/attention.py --cases decode --out benchmarks/results/attention_decode_h200.json
     python benchmarks/attention.py --tune --budget 300
 
-Decode calls take microseconds, so a program has several, each with K and V of its own, which no cache holds,
-and with the output of the call before as queries. Other cases run one call a program, enqueued back to back.
-Rates are shares of a large copy and a large GEMM that are timed first; bytes are the least that a call must
-read, FLOPs those of the visible (query, key) pairs. Peers get K and V in the layout that they take. A peer
-marked "bound" ignores the key ranges, so it computes something else.
+Decode calls take microseconds, so a program has several, each with its own K and V, together larger than any
+cache, and with the output of the previous call as queries. Other cases run one call per program, enqueued
+back to back. Rates are shares of a large copy and a large GEMM that are timed first; bytes are the minimum
+that a call must read, FLOPs those of the visible (query, key) pairs. Peers get K and V in the layout that
+they expect. A peer marked "bound" ignores the key ranges, so it computes something else.
 
 `--tune` times configurations of our kernels instead, and records the fastest in
 moss_jax/ops/attention/tuning.json.
@@ -57,7 +57,7 @@ BACKWARD = [
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One implementation that is timed.
+    """An implementation to be timed.
 
     Attributes:
       ours: whether K and V come as [B, K, S, D]; [B, S, K, D] for the others.
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small cases, to test this script on a CPU")
     add_out(parser)
     args = parser.parse_args()
-    # tokamax warns of each shape that its own table lacks.
+    # tokamax warns about each shape that is missing in its own table.
     logging.getLogger("absl").setLevel(logging.ERROR)
 
     chosen = contenders()
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def compare(cases: list[Case], chosen: list[Contender], repeats: int, ceilings: dict) -> list[dict]:
-    """A row for each contender on each case."""
+    """Measures each contender on each case; returns a row for each."""
     rows = []
     for case in cases:
         q, banks, rest = make_inputs(case)
@@ -131,7 +131,7 @@ def compare(cases: list[Case], chosen: list[Contender], repeats: int, ceilings: 
 
 
 def measure(case: Case, contender: Contender, inputs, check: Checker, repeats: int, ceilings: dict) -> dict:
-    """Error, extra memory, time and rate of a contender."""
+    """Measures error, extra memory, time and rate of a contender."""
     q, banks, rest = inputs
     program = build(case, contender.attend)
     single = program.lower(q, banks[:1], rest).compile()
@@ -172,7 +172,7 @@ def build(case: Case, attend: Callable):
 
 
 def contenders() -> list[Contender]:
-    """Our implementations and the peers that this machine has."""
+    """Returns our implementations and the peers installed on this machine."""
     platform = jax.default_backend()
     on_gpu = platform == "gpu"
 
@@ -305,8 +305,8 @@ def tune(cases: list[Case], args: argparse.Namespace) -> list[dict]:
             if not working:
                 break
             least = min(row["us"] for row in working)
-            # Of configurations that are equally fast within the noise, the one with the fewest splits: with
-            # few keys in range, splits and their reduction dominate.
+            # Among configurations that are equally fast within the noise, the one with the fewest splits:
+            # with few keys in range, splits and their reduction dominate.
             alike = [row for row in working if row["us"] <= (1 + NOISE) * least]
             fastest = min(alike, key=lambda row: (row["config"].get("blocks", 0), row["us"]))
             best, fastest["best"] = fastest["config"], True
@@ -319,7 +319,7 @@ def tune(cases: list[Case], args: argparse.Namespace) -> list[dict]:
 
 
 def try_configs(case: Case, best: dict, inputs, repeats: int, deadline: float) -> list[dict]:
-    """Times configurations until the deadline; a row each."""
+    """Times configurations until the deadline; returns a row for each."""
     config_class = {"decode": DecodeConfig, "staircase": StaircaseConfig}[case.kind]
     check = Checker(case, inputs[0], inputs[1][0], inputs[2])
     rows = []
@@ -348,7 +348,7 @@ def try_configs(case: Case, best: dict, inputs, repeats: int, deadline: float) -
 
 
 def candidates(case: Case, best: dict) -> list[dict]:
-    """The grid of configurations of a case that fit in shared memory."""
+    """Returns the grid of configurations of a case that fit in shared memory."""
     if case.gradients:
         return [best | sizes for sizes in BACKWARD]
     grid = DECODE_GRID if case.kind == "decode" else STAIRCASE_GRID

@@ -79,7 +79,7 @@ class Case:
 
     @property
     def bytes_read(self) -> int:
-        """The least that the op must read: queries, and K, V and bias of the keys that some query sees."""
+        """Minimum that the op must read: queries, and K, V and bias of the keys that any query sees."""
         seen = int(self.end.max()) / self.keys
         q = 2 * self.rows * self.queries * self.heads * self.head_dim
         return int(q + seen * (self.bank_bytes + 4 * self.rows * self.keys * self.bias))
@@ -92,7 +92,7 @@ class Case:
 
     @property
     def banks(self) -> int:
-        """Number of K and V that calls rotate over: more than L2 holds; 8 for 256 frames, as in the model."""
+        """Number of (K, V) pairs that calls rotate over, to exceed L2; 8 for 256 frames, as in the model."""
         if self.kind != "decode":
             return 1
         return min(max(math.ceil(800e6 / self.bank_bytes), 2), 40)
@@ -170,7 +170,7 @@ def _make_bank(case: Case, key: jax.Array) -> Bank:
 
 
 def arguments(case: Case, q, bank: Bank, rest: Rest) -> Arguments:
-    """The call in the form that implementations take."""
+    """Returns the call as the `Arguments` of the op."""
     return Arguments(
         q=q,
         k=bank.k,

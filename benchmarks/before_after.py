@@ -1,4 +1,4 @@
-"""Compares `streaming.py` of two trees of the project on one card, one straight after the other.
+"""Compares `streaming.py` of two source trees of the project on one GPU, in immediate succession.
 
     git worktree add /tmp/before COMMIT
     python benchmarks/before_after.py --before /tmp/before --out benchmarks/results/before_after_h200.json
@@ -18,7 +18,7 @@ from report import add_out, make_parser, publish, say
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = {"bf16": [], "8-bit": ["--weights", "int8", "--encoder-weights", "fp8"]}
-FIGURES = ("mean", "rate", "seconds")  # What rows are compared by: the first of these that they have.
+FIGURES = ("mean", "rate", "seconds")  # Rows are compared by the first of these that they have.
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def run(tree: Path, flags: list[str], args) -> list[dict]:
-    """Rows that `streaming.py` of a tree measures; empty if it fails or takes too long."""
+    """Runs `streaming.py` of a tree and returns its rows; empty if it fails or times out."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [
@@ -66,7 +66,7 @@ def run(tree: Path, flags: list[str], args) -> list[dict]:
 
 
 def ratios(before: list[dict], after: list[dict]) -> dict[str, float]:
-    """After over before, for each measure."""
+    """Returns the ratio of after to before for each measure."""
     found, now = {}, {row["measure"]: row for row in after}
     for old in before:
         new = now.get(old["measure"], {})

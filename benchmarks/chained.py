@@ -26,12 +26,12 @@ class Case:
 
     Attributes:
       copies: arguments with different weights, which calls rotate over; the first are those of the call.
-      exact: its result.
+      exact: the exact result.
       added_to: part of the result that the op only adds to, left out of the relative error.
-      following: makes the arguments of a call depend on the result of the one before.
-      weights: size in bytes.
+      following: makes the arguments of a call depend on the result of the previous one.
+      weights: size of the weights, in bytes.
       contenders: name and function of each implementation; the kernel's default first.
-      result: the array of a result that is compared.
+      result: selects the array of a result that is compared.
     """
 
     name: str
@@ -50,7 +50,7 @@ def compare_chained(
     """Parses the command line, times all cases and publishes the result.
 
     Args:
-      calls: number of calls of a program, each of which depends on the one before.
+      calls: number of calls in a program, each of which depends on the previous one.
     """
     parser = make_parser(doc)
     parser.add_argument("--rows", default="1,2", help="comma-separated numbers of rows")
@@ -117,7 +117,7 @@ def _measure(apply, case: Case, calls: int, repeats: int, copy: float) -> dict:
 
 
 def _chain(apply, following, calls: int, copies):
-    """Runs calls one after the other, each on the result of the one before."""
+    """Runs calls in sequence, each on the result of the previous one."""
     step, y = jax.jit(apply), None
     for i in range(calls):
         a = copies[i % len(copies)]

@@ -2,9 +2,9 @@
 
     python benchmarks/compaction.py --out benchmarks/results/compaction_h200.json
 
-A bank of the 11B is filled by appends and compactions until its policy is in a steady state, and is full.
-What is timed is the next compaction, the whole of it: a bank in, a bank out. The floor is what a copy of the
-vectors that stay would take, read and written, at the rate of a large copy timed first.
+A bank of the 11B is filled by appends and compactions until its policy is in a steady state and the bank is
+full. Then one whole compaction is timed, a bank in, a bank out. The floor is the time to copy the vectors
+that stay, read and written, at the rate of a large copy timed first.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measure(model: ModelConfig, memory: MemoryConfig, copy: float, args: argparse.Namespace) -> dict:
-    """Times of one policy."""
+    """Times the compaction of one policy."""
     compact = jax.jit(made(memory, model, args.frames))
     bank = steady(model, memory, compact, args)
     length = int(bank.length[0])
@@ -61,14 +61,14 @@ def measure(model: ModelConfig, memory: MemoryConfig, copy: float, args: argpars
 
 
 def made(memory: MemoryConfig, model: ModelConfig, frames: int):
-    """The policy of a bank of this size."""
+    """Creates the policy of a bank of this size."""
     policy = make_policy(memory, model, frames)
     assert policy is not None
     return policy
 
 
 def steady(model: ModelConfig, memory: MemoryConfig, compact, args: argparse.Namespace) -> MemoryBank:
-    """A full bank after many compactions."""
+    """Returns a full bank after many compactions."""
     vectors = model.vectors_per_frame
     stored = None if memory.bank_dtype is None else DTYPES[memory.bank_dtype]
     bank = init_state(

@@ -1,4 +1,4 @@
-"""Measures whether a stream without end costs the same all the time: one lockstep stream with a bounded bank.
+"""Measures whether the cost of an endless stream stays constant: one lockstep stream with a bounded bank.
 
     python benchmarks/endless.py --out benchmarks/results/endless_moss_tiny.json
     python benchmarks/endless.py --preset moss_video_11b --frames 20000 --out FILE
@@ -6,14 +6,14 @@
 A frame a second, so 43,200 are twelve hours, and a prompt every minute or so. The shipped model sees a few
 hundred frames of the tabletop world, which are rendered beforehand and shown over and over, so that rendering
 is not in the figures; its prompts are those of that world. A preset has random weights and sees noise; since
-such a model would talk for ever or never, a mask of the tokens that may be sampled has it answer each prompt
-with `ANSWER` tokens, and be silent else.
+such a model would talk forever or never, a mask of the tokens that may be sampled makes it answer each prompt
+with `ANSWER` tokens, and be silent otherwise.
 
-Each row is of 1,000 frames; the first begins when the bank is full. The ratios are the last row over the
-first. How much is said differs between rows, and each token is a step, so times are given for a step too. CPU
-time is that of all threads of the process, so where a machine has other work it tells more than wall time. A
-stall is the time from one sample to the next with a compaction between them, less the median of the row's
-steps that append a silence and a frame.
+Each row covers 1,000 frames; the first begins when the bank is full. The ratios are the last row over the
+first. Rows differ in how much is said, and each token is a step, so times are also given per step. CPU time
+is that of all threads of the process, so on a busy machine it is more meaningful than wall time. A stall is
+the time from one sample to the next with a compaction between them, minus the median of the row's steps that
+append a silence and a frame.
 """
 
 import argparse
@@ -41,14 +41,14 @@ from moss_jax.worlds.tabletop import evaluation_stream
 
 MB = 1e6
 EVERY = 1000  # Frames of a row.
-AHEAD = 2  # Frames in the inbox: a lockstep stream goes on when it knows what comes next.
+AHEAD = 2  # Frames in the inbox: a lockstep stream continues once it knows what comes next.
 ANSWER = 16  # Tokens of a random model's answers.
 STREAMS, SECONDS = 10, 32  # Of the tabletop world, from which frames and prompts are taken.
 PROMPT_GAP = 30, 90  # Seconds between prompts.
 
 
 class Watched:
-    """An engine that notes what its steps cost and how far the stream has come; an `EngineLike`."""
+    """An `EngineLike` that records the cost of its steps and the state of the stream."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
@@ -77,7 +77,7 @@ class Watched:
         return state, sampled
 
     def stalls(self) -> dict[str, float]:
-        """The longest stall by each kind of compaction since the last call, in milliseconds."""
+        """Returns the longest stall since the last call by kind of compaction, in milliseconds."""
         gaps, self._gaps = self._gaps, collections.defaultdict(list)
         usual = gaps.get(str((2, 1)))  # A silence and a frame.
         if not usual:
@@ -86,7 +86,7 @@ class Watched:
         return {kind: 1e3 * (max(gaps[kind]) - float(np.median(usual))) for kind in kinds if gaps[kind]}
 
     def held(self) -> dict[str, int]:
-        """Vectors, tokens and position of the stream, after the last step."""
+        """Returns bank vectors, text tokens and position of the stream after the last step."""
         bank, text = self._stream.bank, self._stream.text
         return {
             "bank_vectors": int(bank.length[0]),
@@ -95,7 +95,7 @@ class Watched:
         }
 
     def num_programs(self) -> int:
-        """Programs compiled so far."""
+        """Returns the number of programs compiled so far."""
         return sum(program._cache_size() for program in self._engine.programs.values())
 
 
@@ -110,11 +110,11 @@ def endless(
     """Plays a stream and yields a row for every `EVERY` frames after those that fill the bank.
 
     Args:
-      engine: of one slot.
+      engine: an engine with one slot.
       pictures: shown over and over.
       prompts: asked in random order.
-      frames: of the stream.
-      settings: of the session, in lockstep.
+      frames: number of frames of the stream.
+      settings: settings of the session, in lockstep.
       hear: called with each event.
     """
     watched = Watched(engine)
@@ -154,7 +154,7 @@ def endless(
 def feed(
     session: Session, pictures: Sequence[np.ndarray], prompts: Sequence[str], frames: int
 ) -> Iterator[None]:
-    """Pushes one more frame each time that it is resumed, and a prompt now and then."""
+    """Pushes a frame each time it is resumed, and a prompt now and then."""
     rng = random.Random(0)
     due = rng.randint(*PROMPT_GAP)
     for second in range(frames):
@@ -167,19 +167,19 @@ def feed(
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Returns the resident memory of this process, in bytes."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def device_memory() -> dict[str, float]:
-    """Memory in use on the device, where it says so."""
+    """Returns the memory in use on the device, if it reports that."""
     stats = jax.devices()[0].memory_stats()
     return {"device_mb": stats["bytes_in_use"] / MB} if stats else {}
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The last row over the first, of what should not grow."""
+    """Returns the last row over the first, for figures that should not grow."""
     names = [name for name in rows[0] if name.endswith(("_a_frame", "_a_step", "_mb"))]
     return {name: rows[-1][name] / rows[0][name] for name in names}
 
@@ -199,7 +199,7 @@ def random_model(preset: str) -> tuple[MossVideo, Any]:
 
 
 def answering(engine: Engine) -> Callable[[Event], None]:
-    """Has a random model answer each prompt until it is cut: what hears the events sets what it may say."""
+    """Returns an event handler that makes a random model answer each prompt up to the turn limit."""
     special = engine.tokenizer.special
     ids = np.arange(engine.tokenizer.vocab_size)
     silence = ids == special.silence
@@ -216,7 +216,7 @@ def answering(engine: Engine) -> Callable[[Event], None]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Plays the stream; the rows and what became of it."""
+    """Plays the stream; returns the rows and its outcome."""
     if args.preset:
         model, tokenizer = random_model(args.preset)
         pictures, prompts = random_frames(8), tabletop(8)[1]
@@ -247,7 +247,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as text."""
+    """Formats a row as text."""
     shown = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items() if k != "frames"}
     shown["stalls_ms"] = {kind: f"{stall:.1f}" for kind, stall in row["stalls_ms"].items()}
     return f"{row['frames']:>6} frames  " + "  ".join(f"{name} {value}" for name, value in shown.items())

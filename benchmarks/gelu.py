@@ -1,10 +1,10 @@
-"""Times bias + GELU as a pass of its own, our kernel and XLA, on activations of the vision encoder.
+"""Times bias + GELU as a separate pass, our kernel and XLA, on activations of the vision encoder.
 
     python benchmarks/gelu.py --out benchmarks/results/gelu_h200.json
 
-A program has several calls on inputs of their own, so that launching it is negligible and no cache holds
-them; in the model, those of one frame are still in L2. Rates are shares of a large copy timed first. Errors
-are ||out - exact|| / ||exact|| over the last rows.
+A program has several calls, each on its own inputs, so that the launch is negligible and the inputs exceed
+any cache; in the model, those of one frame are still in L2. Rates are shares of a large copy timed first.
+Errors are ||out - exact|| / ||exact|| over the last rows.
 """
 
 import functools
@@ -62,7 +62,7 @@ def make_inputs(M: int) -> list[jax.Array]:
 
 
 def contenders(M: int) -> Iterator[tuple[str, Callable]]:
-    """(name, function of x and bias): ours, where it can be used, and XLA's, for M rows."""
+    """Yields (name, function of x and bias) for M rows: ours, if supported, and XLA's."""
     x, bias = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((M, HIDDEN), (HIDDEN,)))
     if GELU.implementations["bias_gelu"].unsupported(Arguments(x, bias), jax.default_backend()) is None:
         for rows in ROWS_OF_A_BLOCK:
@@ -76,7 +76,7 @@ def build(call: Callable, inputs):
 
 
 def measure(program, inputs, repeats: int, copy: float) -> dict:
-    """Error, time and rate."""
+    """Measures error, time and rate."""
     xs, bias = inputs
     out = np.asarray(program(xs, bias)[0][-CHECKED:], np.float64)
     exact = gelu(np.float32(xs[0][-CHECKED:] + bias), implementation="reference")

@@ -3,9 +3,9 @@
     python benchmarks/linear.py --out benchmarks/results/linear_h200.json
     python benchmarks/linear.py --quick --budget 80
 
-A program has several calls, each with weights of its own, which no cache holds, and with inputs made of the
-outputs of the call before. Rates are shares of a large copy timed first, and count the bytes of the weights
-alone. Errors are ||out - exact|| / ||exact|| against float64, over some of the outputs.
+A program has several calls, each with its own weights, together larger than any cache, and with inputs built
+from the outputs of the previous call. Rates are shares of a large copy timed first, and count only the bytes
+of the weights. Errors are ||out - exact|| / ||exact|| against float64, over some of the outputs.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def compare(K, N, stored, rows, configs, repeats, copy, deadline) -> list[dict]:
-    """A row for each way to compute M rows for which there is time."""
+    """Measures each contender for each number of rows until the deadline; returns a row for each."""
     x, kernel, scale, exact = make_inputs(K, N, stored)
     calls = min(max(math.ceil(BYTES / kernel.nbytes), 1), MAX_CALLS)
     kernels = [jnp.array(kernel, copy=True) for _ in range(calls)]
@@ -104,7 +104,7 @@ def compare(K, N, stored, rows, configs, repeats, copy, deadline) -> list[dict]:
 
 
 def make_inputs(K: int, N: int, stored: str):
-    """64 rows, the weights with their scales, and some of the exact outputs, of which x is the size."""
+    """Returns 64 rows, the weights with their scales, and some exact outputs, about as large as x."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((max(ROWS), K), np.float32), jnp.bfloat16)
     integers = rng.integers(-127, 128, (N, K), np.int8)
@@ -128,9 +128,9 @@ def chain(apply, x, kernels, scale):
 
 
 def contenders(M: int, K: int, N: int, stored: str, configs):
-    """(name, function of x, kernel and scale) of each way to compute; ours first."""
+    """Yields (name, function of x, kernel and scale) of each implementation; ours first."""
     if stored not in QUANTIZED:
-        # What the model does with weights that are not in 8 bits.
+        # The model's own path for weights that are not in 8 bits.
         yield "xla", lambda x, kernel, _: x @ kernel
         return
 
@@ -138,7 +138,7 @@ def contenders(M: int, K: int, N: int, stored: str, configs):
         return linear(x, Weights(QArray(kernel, scale), layout="outputs_first"), **options)
 
     def summed(x, kernel, scale):
-        """As a sum over the inputs, which XLA does without the tensor core."""
+        """Computes a sum over the inputs, for which XLA uses no tensor cores."""
         products = x.astype(jnp.float32) * kernel.astype(jnp.float32)
         return (products.sum(axis=1) * scale)[None].astype(x.dtype)
 
@@ -157,7 +157,7 @@ def contenders(M: int, K: int, N: int, stored: str, configs):
 
 
 def shared_bytes(rows: int, inputs: int, config: Config) -> int:
-    """Of one thread block, without its barriers."""
+    """Shared memory of one thread block, without its barriers."""
     ring = config.stages * config.block_k * 64
     return ring + 2 * math.ceil(rows / 8) * 8 * inputs // config.splits(inputs) + 1024
 

@@ -3,12 +3,12 @@
     python benchmarks/matmul.py --out benchmarks/results/matmul_h200.json
     python benchmarks/matmul.py --tune --rows 51456 --budget 80
 
-A program has several calls on operands of their own, so that launching it is negligible. All programs of one
-number of rows are compiled in parallel before the first is timed. In FP8 the inputs come rounded; `qkv` is
-two GEMMs, of which `qk` gives float8, as `fc1` does; `out` and `fc2` add the residual in their epilogue. The
-norm is timed beside them: in FP8 it rounds the inputs of `qk`, `v` and `fc1`, in bfloat16 it adds the results
-of `out` and `fc2`. Rates are shares of a large bfloat16 GEMM. Errors are ||y - exact|| / ||exact|| against
-float32: first of the operands as given, then of the operands before rounding.
+A program has several calls, each on its own operands, so that the launch is negligible. All programs for one
+number of rows are compiled in parallel before the first is timed. In FP8 the inputs are already rounded;
+`qkv` is two GEMMs, of which `qk` outputs float8, as `fc1` does; `out` and `fc2` add the residual in their
+epilogue. The norm is also timed: in FP8 it rounds the inputs of `qk`, `v` and `fc1`, in bfloat16 it adds the
+results of `out` and `fc2`. Rates are shares of a large bfloat16 GEMM. Errors are ||y - exact|| / ||exact||
+against float32: first for the operands as given, then for the operands before rounding.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ LAYERS = {
     "fc2": (HIDDEN, WIDTH),
 }
 TINY = {"qkv": (256, 768), "qk": (256, 512), "fc1": (256, 512), "fc2": (512, 256)}
-IN_8_BITS = {"qkv": (False,), "qk": (True,), "v": (True,)}  # The others come in both.
+IN_8_BITS = {"qkv": (False,), "qk": (True,), "v": (True,)}  # The others are timed in both.
 ROUNDED = ("qk", "fc1")  # Results in float8, in FP8.
 BIASED = ("fc1", "fc2")
 ADDED = ("out", "fc2")  # Residual in the epilogue, in FP8.
@@ -51,7 +51,7 @@ REPEATS = 10  # Runs of one call that must agree bit for bit.
 
 SMALL = {"columns": 128, "stages": 6}
 FINE = {"chunk": 32, "slots": 4}
-# Configurations that --tune tries beside the default.
+# Configurations that --tune tries besides the default.
 CONFIGS = (
     Config(),
     Config(cluster=None),
@@ -94,12 +94,12 @@ def main() -> None:
 def compare(
     M: int, layers, tune: bool, repeats: int, ceiling: float, deadline: float, watch: Watch
 ) -> Iterator[dict]:
-    """A row for each way to compute each matmul, and for the norm that comes before."""
+    """Yields a row for each implementation of each matmul, and of the norm before it."""
     cases = [(*case, name, call) for case in layers.items() for name, call in contenders(M, *case, tune)]
     compiled = side_by_side(
         (functools.partial(compile_chain, M, *shape, call) for _, shape, _, call in cases), watch
     )
-    held = None, None  # The operands of one layer at a time.
+    held = None, None  # Only the operands of one layer are in memory at a time.
     for (layer, (K, N), name, call), program in zip(cases, compiled, strict=True):
         watch.alive()
         if time.monotonic() > deadline:
@@ -123,7 +123,7 @@ def compare(
 
 
 def contenders(M: int, layer: str, shape: tuple[int, int], tune: bool):
-    """(name, function of the operands) of each way to compute."""
+    """Yields (name, function of the operands) of each implementation."""
     for in_8_bits in IN_8_BITS.get(layer, (False, True)):
         dtype = "fp8" if in_8_bits else "bfloat16"
         operands = functools.partial(arguments, layer, in_8_bits)
@@ -159,18 +159,18 @@ def run(operands, o, **options):
 
 
 def norm(o):
-    """Of a sum, as in the encoder."""
+    """Residual add and norm, as in the bfloat16 encoder."""
     return add_norm(Residual(o["x"], o["branch"]), Norm(o["weight"], o["weight"], eps=1e-5))
 
 
 def norm_in_8_bits(o):
-    """Of the stream, to which the GEMMs have added all."""
+    """Norm with float8 output of the residual stream, to which the GEMMs have already added."""
     scale = jnp.float32(1)
     return add_norm(Residual(o["x"]), Norm(o["weight"], o["weight"], eps=1e-5), out_scale=scale)[0].values
 
 
 def errors(layer: str, in_8_bits: bool, call, o) -> list[float]:
-    """Against the operands' own result and against that of those in bfloat16; repeats must agree."""
+    """Errors against the exact result of the operands, rounded and not; fails if repeats differ."""
     run = jax.jit(call)
     y = run(o)
     if not all(bool((run(o) == y).all()) for _ in range(REPEATS)):
@@ -200,7 +200,7 @@ def off(y, exact) -> float:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def make_operands(seed: int, M: int, K: int, N: int):
-    """Of one call: in bfloat16, and rounded to 8 bits."""
+    """Draws the operands of one call, in bfloat16 and rounded to 8 bits."""
     shapes = {
         "x": (M, K),
         "branch": (M, K),
@@ -227,7 +227,7 @@ def calls(M: int, K: int, N: int) -> int:
 
 
 def compile_chain(M: int, K: int, N: int, call):
-    """A call for each of several operands; all results are returned, so that each is computed as a whole."""
+    """Compiles a program of several calls; it returns all results, so that each is computed in full."""
     operands = [jax.eval_shape(lambda: make_operands(0, M, K, N))] * calls(M, K, N)
     step = jax.jit(call)
     return jax.jit(lambda operands: [step(o) for o in operands]).lower(operands).compile()

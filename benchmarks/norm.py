@@ -1,9 +1,9 @@
-"""Times a residual add with the RMSNorm or LayerNorm behind it: our kernel, and XLA.
+"""Times a residual add followed by RMSNorm or LayerNorm: our kernel, and XLA.
 
     python benchmarks/norm.py --out benchmarks/results/norm_h200.json
 
-A program has several calls, each with the results of the one before as residual stream and branch, and
-weights of its own. Rates count branch and stream, read and written, as shares of a large copy timed first.
+A program has several calls, each with its own weights, and with the results of the previous call as residual
+stream and branch. Rates count branch and stream, read and written, as shares of a large copy timed first.
 Errors are ||out - exact|| / ||exact|| against float64, of some normed rows and of their sums. All programs
 are compiled in parallel before the first is timed.
 """
@@ -33,7 +33,7 @@ SHAPES = (
     (16 * 1608, 1280, True),
 )
 TINY = ((4, 256, False), (9, 256, True))
-BYTES = 5e8  # That a program reads and writes.
+BYTES = 5e8  # Memory traffic of a program.
 MAX_CALLS = 16
 EPS = 1e-5
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def contenders(rows: int, width: int, layer: bool):
-    """(abstract call, name, function) of each way to compute; ours first, in its own choice in front."""
+    """Yields (abstract call, name, function) of each implementation; ours first, by default configuration."""
 
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -79,23 +79,23 @@ def contenders(rows: int, width: int, layer: bool):
 
 
 def compile_both(a: Arguments, apply):
-    """The chain of calls, and a program of one."""
+    """Compiles the chain of calls, and a program of one call."""
     calls = [a] * count(a)
     return jax.jit(functools.partial(chain, apply)).lower(calls).compile(), jax.jit(apply).lower(a).compile()
 
 
 def count(a: Arguments) -> int:
-    """Calls of a program."""
+    """Number of calls in a program."""
     return min(math.ceil(BYTES / traffic(a)), MAX_CALLS)
 
 
 def traffic(a: Arguments) -> int:
-    """Bytes that a call cannot do without."""
+    """Minimum memory traffic of a call, in bytes."""
     return 4 * a.x.size * a.x.dtype.itemsize
 
 
 def chain(apply, calls: list[Arguments]):
-    """All calls; of all but the first only the vectors are used."""
+    """Runs all calls in sequence; only the first one's residual and branch are used."""
     step, normed, y = jax.jit(apply), calls[0].add, calls[0].x
     for a in calls:
         normed, y = step(dataclasses.replace(a, x=y, add=normed))
@@ -103,7 +103,7 @@ def chain(apply, calls: list[Arguments]):
 
 
 def measure(a: Arguments, many, single, repeats: int, copy: float) -> dict:
-    """Errors, time and rate."""
+    """Measures errors, time and rate."""
     calls, expected = make_inputs(a)
     found = (np.float64(out[checked(len(out))]) for out in single(calls[0]))
     row = {"error": [off(*pair) for pair in zip(found, expected, strict=True)]}
@@ -114,7 +114,7 @@ def measure(a: Arguments, many, single, repeats: int, copy: float) -> dict:
 
 @functools.cache
 def make_inputs(a: Arguments):
-    """The calls of a program, and of the first of them some of the exact results: normed rows and sum."""
+    """Draws the calls of a program, and computes some exact rows of the first: normed, and their sums."""
     leaves, structure = jax.tree.flatten(a)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     drawn = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
@@ -133,7 +133,7 @@ def off(out, expected) -> float:
 
 
 def line(row: dict) -> str:
-    """A row to read."""
+    """Formats a row as text."""
     name = f"{row['case']:>12}  {row['implementation']:<26}"
     if "failed" in row:
         return f"{name}failed: {row['failed']}"

@@ -3,9 +3,9 @@
     python benchmarks/norm_linear.py --out benchmarks/results/norm_linear_h200.json
     python benchmarks/norm_linear.py --tune --rows 1 --stored int8
 
-A program has 48 calls, each on the first outputs of the one before; if there are more outputs than inputs,
-they are copied first, which counts for all alike. Calls rotate over weights, so that no cache holds them.
-Rates are shares of a large copy timed first, and count the bytes of the weights alone. Errors are
+A program has 48 calls, each on the first outputs of the previous one; if there are more outputs than inputs,
+they are copied first, which costs all contenders the same. Calls rotate over weights that exceed any cache.
+Rates are shares of a large copy timed first, and count only the bytes of the weights. Errors are
 ||y - exact|| / ||exact|| against the reference in float32.
 """
 
@@ -73,7 +73,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def make_inputs(key, stored: str, rows: int, inputs: int, outputs: int) -> NormArguments:
-    """Outputs are about as large as x."""
+    """Draws arguments whose outputs are about as large as x."""
     keys = jax.random.split(key, 3)
     return NormArguments(
         Residual(jax.random.normal(keys[0], (rows, inputs), jnp.bfloat16)),

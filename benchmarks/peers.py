@@ -11,19 +11,19 @@ Peers, all with random weights, bfloat16 unless stated otherwise, one stream, gr
 
 For each number of frames F, medians, on the host's clock:
   ttft_s           prefill of a clip of F decoded frames in host memory and a prompt of 32 tokens: first token
-  tokens_per_s     decoding with the F frames in context; ours dispatches a step before it reads the token of
-                   the last, as a session does; in transformers that token is the next input
+  tokens_per_s     decoding with the F frames in context; ours dispatches a step before it reads the previous
+                   token, as a session does; in transformers that token is the next input
   prompt_ttft_ms   prefill of a prompt of 32 tokens with the frames in the cache: first token
   frame_stall_ms   how much later the next token comes if one more frame is encoded and appended before it,
                    the host reading each token before the next step (token_ms)
-  peak_gb          device memory; our cache has capacity for the most frames from the beginning
-  generate_*       qwen: the same two figures by `generate`, which also computes positions; the plot shows the
-                   better of the two ways
+  peak_gb          device memory; our cache is allocated for the largest number of frames from the start
+  generate_*       qwen: the same two figures with `generate`, which also computes positions; the plot shows
+                   the better of the two
 
-The transformers peers run with sdpa and the dynamic cache that `generate` makes by default, called directly.
-They are spared the preprocessing: theirs are normalised pixels in pinned memory, while ours take 1920x1080
-frames as a video decoder leaves them. Each peer runs in a process of its own, one after the other, so none
-holds memory that another needs; rows are printed as they come.
+The transformers peers run with sdpa and the dynamic cache that `generate` creates by default, called
+directly. Their preprocessing is not timed: they get normalised pixels in pinned memory, while ours gets
+1920x1080 frames as a video decoder outputs them. Each peer runs in its own process, one after the other, so
+none occupies memory that another needs; rows are printed as they are measured.
 """
 
 import argparse
@@ -429,7 +429,7 @@ class Mllama(Transformers):
     def config(self, transformers, tiny: bool):
         rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        # The defaults of transformers are the 11B's.
+        # The defaults of transformers are the config of the 11B.
         text, vision = {"rope_parameters": rope}, {"image_size": 560}
         # The 11B's encoder computes four tiles even where three are empty.
         vision |= {"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]}

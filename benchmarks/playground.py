@@ -1,12 +1,12 @@
-"""Counts the changes on the page's playground that the shipped model tells right.
+"""Counts the changes on the page's playground that the shipped model reports correctly.
 
     python benchmarks/playground.py --out benchmarks/results/playground_moss_tiny.json
 
 Headless Chromium opens the page of `moss_jax/serving/web`. Worlds are drawn as for training, and each change
 of them is made on the page, in turn by mouse, by tapping and by keys; digits are drawn with the strokes of
 `HANDS`, bent a little differently each time. Once a simulated second the JPEG that the page would send is
-taken, and the stream is played to the model in lockstep, with `--prompt`. A change is told right if a
-sentence with its facts begins within 3 seconds.
+captured, and the stream is played to the model in lockstep, with `--prompt`. A change is reported correctly
+if a sentence with its facts begins within 3 seconds.
 """
 
 import argparse
@@ -44,7 +44,7 @@ FLAGS = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 PROMPT = "Describe what is happening."
-# When it is asked for, in seconds, and the least time between two changes.
+# Time of the prompt, and minimum time between two changes, in seconds.
 ASKED, GAP = 2.5, 5
 
 # How people write digits: the points x,y of each stroke in a box of 100 by 100; a / begins another stroke.
@@ -95,13 +95,13 @@ HANDS: dict[int, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Told:
-    """A change, and whether the model told it.
+    """A change, and whether the model reported it.
 
     Attributes:
-      change: in the words of the world's ideal assistant.
-      kind: of change.
-      right: whether it was told in time.
-      said: what began in that time.
+      change: the change in the words of the world's ideal assistant.
+      kind: kind of change.
+      right: whether it was reported in time.
+      said: the sentences that began in that time.
     """
 
     change: str
@@ -111,7 +111,7 @@ class Told:
 
 
 def main() -> None:
-    """Draws, asks and counts."""
+    """Runs the benchmark."""
     args = parse_arguments()
     opened = open_model(None)
     engine = Engine(opened.model, opened.tokenizer, EngineConfig(1, 4096, 256))
@@ -180,7 +180,7 @@ def draw_world(rng: np.random.Generator, changes: int) -> World:
 
 @contextlib.contextmanager
 def open_page() -> Iterator[Page]:
-    """Headless Chromium with the page in it, without a model behind."""
+    """Opens the page in headless Chromium, without a model."""
     handler = functools.partial(Files, directory=str(WEB))
     with (
         http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
@@ -196,10 +196,10 @@ def open_page() -> Iterator[Page]:
 
 
 class Files(http.server.SimpleHTTPRequestHandler):
-    """Serves files, and says nothing of it."""
+    """Serves files without logging requests."""
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Is silent."""
+        """Logs nothing."""
 
 
 def chromium() -> str | None:
@@ -208,7 +208,7 @@ def chromium() -> str | None:
 
 
 def film(page: Page, world: World, rng: np.random.Generator) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """Makes the changes of a world on the page, and takes a frame each second."""
+    """Makes the changes of a world on the page, and captures a frame each second."""
     hand = Hand(page, rng)
     hand.clear()
     for thing in world.tables[0].things:
@@ -236,7 +236,7 @@ def take(page: Page) -> UInt8[np.ndarray, "H W 3"]:
 
 
 class Hand:
-    """A user of the playground, who takes the mouse, taps, or types by turns."""
+    """A user of the playground, who alternates between mouse, tapping and keys."""
 
     def __init__(self, page: Page, rng: np.random.Generator):
         self.page, self.rng = page, rng
@@ -259,17 +259,17 @@ class Hand:
         mouse.down()
         mouse.move(*end, steps=4)
         mouse.up()
-        self.page.wait_for_timeout(20)  # The end of the drag is told a moment later.
+        self.page.wait_for_timeout(20)  # The end of the drag is announced a moment later.
 
     def choose(self, cell: tuple[int, int]) -> None:
-        """Chooses the thing in a place."""
+        """Selects the thing in a place."""
         self.page.keyboard.press("Escape")
         place = self.page.locator(self.cell(cell))
         if place.get_attribute("aria-pressed") != "true":
             place.click()
 
     def unchoose(self) -> None:
-        """Chooses nothing."""
+        """Clears the selection."""
         self.page.locator(".cell").first.focus()
         self.page.keyboard.press("Escape")
 
@@ -282,7 +282,7 @@ class Hand:
             self.page.keyboard.press("Delete")
 
     def lay(self, kind: str, cell: tuple[int, int], colour: str, digit: str) -> None:
-        """Lays a new thing on the table."""
+        """Puts a new thing on the table."""
         self.unchoose()
         if colour:
             self.page.locator(f'#swatches [data-colour="{colour}"]').click()

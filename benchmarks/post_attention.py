@@ -4,9 +4,9 @@
     python benchmarks/post_attention.py --tune --rows 1 --stored int8
 
 Output projection, residual, RMSNorm, gated MLP, residual. A program has 16 calls, each with the result of the
-one before as x and as heads; calls rotate over weights, so that no cache holds them. Rates are shares of a
-large copy timed first, and count the bytes of the weights alone. Errors are ||y - exact|| / ||exact - x||
-against the reference in float32.
+previous one as x and as heads; calls rotate over weights that exceed any cache. Rates are shares of a large
+copy timed first, and count only the bytes of the weights. Errors are ||y - exact|| / ||exact - x|| against
+the reference in float32.
 """
 
 import argparse

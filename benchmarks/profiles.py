@@ -1,4 +1,4 @@
-"""Where a program's time goes: kernels of a traced call by phase and part of the model."""
+"""Profiles of programs: kernel time of a traced call by phase and part of the model."""
 
 import collections
 import re
@@ -18,8 +18,8 @@ PARTS = {
 def device_ms(program: jax.stages.Compiled, call: Callable[[], object], calls: int = 2) -> dict[str, float]:
     """Milliseconds of device time of one call by phase and part, largest first.
 
-    Kernels are counted for the operation that XLA names them by: a fusion counts for its root. Of several
-    devices it is the mean.
+    Kernels are attributed to the operation that XLA names them by: a fusion to its root. Over several
+    devices the mean is returned.
 
     Args:
       call: runs the program once, and waits for it.

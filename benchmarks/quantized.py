@@ -1,4 +1,4 @@
-"""Measures the quality lost to 8 bits: logits of held-out sequences, and scores of the tabletop world.
+"""Measures the quality lost by 8-bit quantization: logits of held-out sequences, and tabletop scores.
 
     python benchmarks/quantized.py --out benchmarks/results/quantized_moss_tiny.json
 
@@ -48,7 +48,7 @@ MODES: dict[str, Mode] = {
     "int8, encoder fp8": {"weights": "int8", "encoder_weights": "fp8"},
 }
 SECONDS = 32
-# Sequences are padded to this, so that one program serves all.
+# Sequences are padded to this length, so that one program serves all.
 MAX_TOKENS = 512
 
 
@@ -120,7 +120,7 @@ def one_pass(graph: nnx.GraphDef, params: nnx.State, *inputs: Array) -> Float[Ar
 
 
 def score(args: argparse.Namespace, name: str) -> dict[str, float]:
-    """The main scores of a mode."""
+    """Runs the tabletop evaluation of a mode; returns the main scores."""
     config = EvaluationConfig(
         checkpoint=args.checkpoint,
         streams=args.streams,

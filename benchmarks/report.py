@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: the command line, and the JSON of a result."""
+"""Shared by all benchmarks: the command line, and results as JSON."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ class DocFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a script's docstring as it stands, and the defaults."""
+    """Creates a parser whose help shows a script's docstring verbatim, and the defaults."""
     return argparse.ArgumentParser(description=doc, formatter_class=DocFormatter)
 
 
@@ -27,7 +27,7 @@ def add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def known(parser: argparse.ArgumentParser, table: dict, name: str):
-    """Looks a name of the command line up; exits with the known names if there is none."""
+    """Looks up a name of the command line; exits with the list of known names if it is unknown."""
     return table[name] if name in table else parser.error(f"no {name}; there are {', '.join(table)}")
 
 
@@ -37,7 +37,7 @@ def publish(script: str, args: argparse.Namespace, result: dict) -> None:
 
 
 def write(script: str, args: argparse.Namespace, result: dict) -> str:
-    """Writes a result as JSON with command, device and versions to `args.out`, if given; the text of it."""
+    """Writes a result as JSON with command, device and versions to `args.out`, if given; returns the text."""
     command = " ".join([f"python benchmarks/{script}", *settings(args)])
     text = json.dumps({"command": command, "device": device(), "versions": versions()} | result, indent=2)
     if args.out:
@@ -46,7 +46,7 @@ def write(script: str, args: argparse.Namespace, result: dict) -> str:
 
 
 def settings(args: argparse.Namespace) -> list[str]:
-    """The flags that reproduce a run; None, False and infinity are flags that were left off."""
+    """The flags that reproduce a run; None, False and infinity are flags that were not given."""
     return [
         f"--{name.replace('_', '-')} {'' if value is True else value}"
         for name, value in vars(args).items()
@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def say(text: str) -> None:
-    """Prints and flushes, so that an interrupted run has shown its rows."""
+    """Prints and flushes, so that an interrupted run has printed its rows."""
     print(text, flush=True)
 
 

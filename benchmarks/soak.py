@@ -1,9 +1,9 @@
-"""Soak of the live server: streams at one frame a second over the wire, for as long as one likes.
+"""Soak test of the live server: streams at one frame a second over the network, for any duration.
 
-`python benchmarks/soak.py --streams 4 --seconds 3600 --output soak` starts `serve.py` in a process of its
-own, shows every stream a table that changes, asks now and then, and writes soak.json and soak.png: how many
-frames were dropped, the server's resident memory over time, and how long answers took. With --url it takes a
-server that runs already.
+`python benchmarks/soak.py --streams 4 --seconds 3600 --output soak` starts `serve.py` in a separate process,
+shows every stream a changing table, asks a question now and then, and writes soak.json and soak.png: dropped
+frames, the server's resident memory over time, and answer latencies. With --url it uses a server that is
+already running.
 """
 
 import argparse
@@ -71,7 +71,7 @@ async def stream(url: str, frames: list[bytes], args: argparse.Namespace, number
                         figures.ttft.append(now - asked)
                         asked = None
                 elif event["type"] == "response.created":
-                    # Text of what the model says unasked is no answer.
+                    # Unprompted text is not an answer.
                     answers = event["moss"]["asked"]
                 elif event["type"] == "error":
                     figures.errors.append(event["error"]["code"])
@@ -79,7 +79,7 @@ async def stream(url: str, frames: list[bytes], args: argparse.Namespace, number
                     return
 
         receiving = asyncio.create_task(receive())
-        # The streams do not beat at once.
+        # Streams are staggered, so that frames do not arrive at the same time.
         begin = time.monotonic() + number / args.streams / args.fps
         for index in range(int(args.seconds * args.fps)):
             await asyncio.sleep(max(0.0, begin + index / args.fps - time.monotonic()))
@@ -101,7 +101,7 @@ async def stream(url: str, frames: list[bytes], args: argparse.Namespace, number
 
 
 async def watch(url: str, samples: list[dict[str, float]], seconds: float) -> None:
-    """Reads the server's memory and its counters again and again."""
+    """Polls the server's memory and its counters."""
     begin = time.monotonic()
     async with httpx.AsyncClient() as client:
         while True:
@@ -119,7 +119,7 @@ async def watch(url: str, samples: list[dict[str, float]], seconds: float) -> No
 
 
 def tables(size: int, count: int) -> list[bytes]:
-    """Frames of a table on which something happens, as JPEG files."""
+    """Renders frames of a changing table, as JPEG files."""
     files = []
     for rgb in evaluation_stream(0, 0, count).frames(size):
         file = io.BytesIO()
@@ -129,7 +129,7 @@ def tables(size: int, count: int) -> list[bytes]:
 
 
 async def soak(url: str, args: argparse.Namespace) -> dict:
-    """Runs the streams; the result, JSON-ready."""
+    """Runs the streams; returns the result, JSON-ready."""
     samples: list[dict[str, float]] = []
     frames = tables(args.size, 60)
     watching = asyncio.create_task(watch(url, samples, args.sample_seconds))
@@ -143,7 +143,7 @@ async def soak(url: str, args: argparse.Namespace) -> dict:
     for figures in all_figures:
         for fate, count in figures.fates.items():
             fates[fate] = fates.get(fate, 0) + count
-    # The first tenth fills caches.
+    # The first tenth is warm-up, which fills caches.
     settled = [s["resident"] for s in samples if s["time"] >= samples[-1]["time"] / 10]
     return {
         "streams": args.streams,
@@ -164,7 +164,7 @@ async def soak(url: str, args: argparse.Namespace) -> dict:
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """The usual ones."""
+    """Median and tail percentiles of the values."""
     return {f"p{p}": round(float(np.percentile(values, p)), 4) for p in (50, 95, 99)} if values else {}
 
 
@@ -174,7 +174,7 @@ def mib(size: float) -> float:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Draws memory over time, and how long answers took."""
+    """Draws memory over time, and answer latencies."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")

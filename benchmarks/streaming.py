@@ -1,30 +1,30 @@
-"""Measures a live session's latencies and rates, over the number of frames in its memory bank.
+"""Measures the latencies and rates of a live session by the number of frames in its memory bank.
 
     python benchmarks/streaming.py --out benchmarks/results/streaming_11b_h200.json
     python benchmarks/streaming.py --preset moss_tiny --quick
 
 Random bfloat16 weights, one stream, in the code path of a live session: a realtime `Session` over an
-`Engine`, 1920x1080 frames and prompts pushed from a thread of their own, events timed as they come out. All
+`Engine`, 1920x1080 frames and prompts pushed from a separate thread, events timed as they are emitted. All
 programs are compiled beforehand; a row says if one was not.
 
-start      cold start: weights on the device to first token, with compilation. It says how many programs were
-           in JAX's cache on disk: set JAX_COMPILATION_CACHE_DIR and run twice for a warm one
+start      cold start: weights on the device to first token, with compilation. It reports how many programs
+           were in JAX's cache on disk: set JAX_COMPILATION_CACHE_DIR and run twice for a warm start
 ttft       a prompt of 32 tokens while the model talks and sees a frame a second: `push_prompt` to first text
 extend     a frame while nothing is said: `push_frame` to the sample of the step that appended it
 decode     tokens a second, without frames or prompts
 arrivals   tokens a second while 1, 4 and 10 frames a second arrive; and the stall, from the first of these:
-           the largest gap among the 20 tokens around a frame, less their median gap
+           the largest gap among the 20 tokens around a frame, minus their median gap
 sustained  frames a second with nothing said; the inbox is kept full, so they are encoded in batches
 offline    a clip of 256 frames in host memory: `answer_offline` to first text; at one size of bank
 
-Two things are done to the engine. Its streams begin with the bank filled, with noise (`FilledEngine.start`);
+The engine is modified in two ways. Its streams begin with the bank filled with noise (`FilledEngine.start`);
 and the mask of tokens that may be sampled, `Engine.allowed`, leaves only silence, or only tokens that are
 whole characters, so that each is an event. Both are data: the programs are those of any session.
 
-Each figure has its floor. A step reads the decoder's parameters and the keys and values in range, at the rate
+Each figure has a floor. A step reads the decoder's parameters and the keys and values in range, at the rate
 of a large copy; a frame takes the encoder's FLOPs, at the rate of a large GEMM. Transfers from the host are
-not in it. The share is floor / figure, for rates the reverse. The memory is the peak of the process; its
-floor is the parameters and one state.
+excluded. The share is floor / figure, inverted for rates. The memory is the peak of the process; its floor is
+the parameters and one state.
 """
 
 import bisect
@@ -81,13 +81,13 @@ from moss_jax.video import Frame
 GB = 1e9
 LIVE = SessionConfig(clock="realtime")
 PROMPT_TOKENS = 32
-# Capacity beyond the initial frames: more than any measure takes.
+# Capacity beyond the initial frames: more than any measure needs.
 FRAMES_ROOM, TEXT_ROOM = 192, 6144
 # Rough size of the programs' temporaries.
 SCRATCH_BYTES = 4 * GB
 WARM_TOKENS, WARM_FRAMES = 16, 16
 AROUND = 10
-# Standard deviation of numbers in 8 bits.
+# Standard deviation of 8-bit noise.
 SPREAD = 40
 
 # Samples of each kind; `arrivals` maps frames a second to seconds.
@@ -97,9 +97,9 @@ QUICK = Sizes(5, 5, 32, {1: 2, 4: 1, 10: 1}, sustained=16, clip=16, clips=1)
 
 
 class FilledEngine(Engine):
-    """An engine whose streams begin with `held` frames in the bank and `said` tokens beside them in the text.
+    """An engine whose streams begin with `held` frames in the bank and `said` further tokens in the text.
 
-    Each is a number for all slots, or one for each.
+    Each is one number for all slots, or one per slot.
     """
 
     held: int | np.ndarray = 0
@@ -147,7 +147,7 @@ class FilledEngine(Engine):
 
 
 def noisy(x: jax.Array | QArray) -> jax.Array | QArray:
-    """Normal noise in the place of keys or values, in their own memory; the same in each slot."""
+    """Overwrites keys or values, donated, with normal noise, the same in each slot."""
     if isinstance(x, QArray):
         return QArray(_noise(x.values), jax.jit(jnp.ones_like, donate_argnums=0)(x.scale) / SPREAD)
     return _noise(x)
@@ -185,7 +185,7 @@ class Floors:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Shared by the measures; `frames` is the number of frames in the bank at first."""
+    """State shared by the measures; `frames` is the initial number of frames in the bank."""
 
     engine: FilledEngine
     frames: int
@@ -224,11 +224,11 @@ class Stream:
         fed.result()
         c, self.compiled = event.counters, engine.num_programs() - programs
         added = c.frames + c.tokens + c.silences + self.prompt_length * (c.prompts - 1)
-        # The session doesn't know of what was there before, so it cannot see to this.
+        # The session doesn't know the initial contents, so it cannot check this.
         if added + self.session.opening_length > TEXT_ROOM or c.frames > FRAMES_ROOM:
             raise RuntimeError(f"{c.frames} frames and {added} tokens are more than there is room for")
         self.dropped = c.frames_dropped
-        # Of a step half way through the session.
+        # The floor of a step half way through the session.
         tokens = bench.frames + self.session.opening_length + added / 2
         self.step_floor = bench.floors.step(bench.frames + c.frames / 2, tokens)
 
@@ -253,21 +253,21 @@ class Stream:
             self.session.push_prompt(self._bench.prompt)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Polls, seldom enough not to disturb the thread that runs the session."""
+        """Polls a condition, seldom enough not to disturb the thread that runs the session."""
         while not condition():
             if self._over:
                 raise RuntimeError("the session has ended")
             time.sleep(0.002)
 
     def schedule(self, plan: list[tuple[float, type[Event]]], seconds: float) -> None:
-        """Pushes what `plan` says, at its seconds after the model has begun to talk."""
+        """Pushes the items of `plan` at their times, in seconds after the model has begun to talk."""
         self.until(lambda: len(self.times[Text]) >= WARM_TOKENS)
         self.begin = time.monotonic()
         for at, kind in sorted(plan, key=lambda entry: entry[0]):
             time.sleep(max(0.0, self.begin + at - time.monotonic()))
             self.push(kind)
         time.sleep(max(0.0, self.begin + seconds - time.monotonic()))
-        # The opening is a turn too.
+        # The opening is also a turn, so there is one more than was pushed.
         self.until(lambda: len(self.answered[Turn]) > len(self.pushed[Turn]))
 
     def in_turn(self, frames: int, ready: Callable[[int], bool]) -> None:
@@ -285,7 +285,7 @@ class Stream:
 
 
 def ttft(bench: Bench) -> Iterator[dict]:
-    # At random moments within a step, as people ask.
+    # At random phases of a step, as real prompts arrive.
     rng = random.Random(0)
     prompts = list(itertools.accumulate(rng.uniform(0.1, 0.3) for _ in range(bench.sizes.prompts)))
     plan = [(at, Turn) for at in prompts] + [(0.5 + i, FrameSeen) for i in range(int(prompts[-1]) + 1)]
@@ -317,7 +317,7 @@ def arrivals(bench: Bench) -> Iterator[dict]:
         stream = Stream(bench, "text", functools.partial(Stream.schedule, plan=plan, seconds=seconds))
         times = [at for at in stream.times[Text] if 0 <= at - stream.begin <= seconds]
         figures = {"rate": rate_of(times), "seen": len(stream.times[FrameSeen]), "dropped": stream.dropped}
-        # The step that appends a frame samples a token like any other, so a frame adds its encoding alone.
+        # The step that appends a frame samples a token like any other, so a frame adds only its encoding.
         floor = max(0, 1 - rate * encode) / stream.step_floor
         yield row(f"decode at {rate}/s", "tok/s", figures, floor, stream)
         if rate == min(bench.sizes.arrivals):
@@ -337,7 +337,7 @@ def stalls(stream: Stream) -> list[float]:
 
 
 def sustained(bench: Bench) -> Iterator[dict]:
-    # No more are pushed than the inbox takes, so none is dropped.
+    # No more are pushed than fit in the inbox, so none is dropped.
     count, most = WARM_FRAMES + bench.sizes.sustained, LIVE.inbox_frames
     stream = Stream(
         bench, "silence", lambda s: s.in_turn(count, lambda i: i - len(s.times[FrameSeen]) < most)
@@ -430,7 +430,7 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     prompt, floors, parameters = prompt_text(tokenizer), Floors(model, ceilings), tree_bytes(nnx.state(model))
     started = time.monotonic()
     apart = args.perception_device
-    # One capacity for all, since that of a session is static; beyond what any measure needs.
+    # One capacity for all, since capacities are static; larger than any measure needs.
     most = counts[-1]
     capacity = EngineConfig(1, most + TEXT_ROOM, most + FRAMES_ROOM, MemoryConfig(args.memory))
     perception = None if apart is None else jax.devices()[apart]
@@ -440,12 +440,12 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     engine.begin_with(0, "text")
     state = tree_bytes(jax.eval_shape(engine.start))
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    # A stream's state may be allocated before the one before is freed.
+    # A stream's state may be allocated before the previous one is freed.
     if (needed := (parameters + 2 * state) / devices + SCRATCH_BYTES) > limit:
         raise SystemExit(
             f"{most} frames need about {needed / GB:.1f} GB of the device, which has {limit / GB:.1f} GB"
         )
-    # "start" runs a session as serve.py makes it, with its system prompt.
+    # "start" runs a session as serve.py creates it, with its system prompt.
     usual = Session(engine, LIVE, prompt=prompt)
     cache.clear()
     started = time.monotonic()
@@ -491,7 +491,7 @@ def prompt_text(tokenizer: Tokenizer) -> str:
 
 
 def row(measure: str, unit: str, figures: dict, floor: float | None = None, stream: Stream | None = None):
-    """A row of a measure's figures, the first of which is compared with the floor."""
+    """Builds the row of a measure, whose first figure is compared with the floor."""
     found = {"measure": measure, "unit": unit} | figures
     if floor is not None:
         figure = next(iter(figures.values()))
@@ -500,7 +500,7 @@ def row(measure: str, unit: str, figures: dict, floor: float | None = None, stre
 
 
 def line(found: dict) -> str:
-    """A row as text."""
+    """Formats a row as text."""
     text = f"{found['frames']:>5} frames  {found['measure']:<15}"
     if "failed" in found:
         return f"{text} failed: {found['failed']}"

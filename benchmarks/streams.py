@@ -1,45 +1,46 @@
-r"""Measures many live streams on one device: a `Scheduler` over an engine of N slots, N from few to many.
+r"""Measures many live streams on one device: a `Scheduler` over an engine of N slots, for several N.
 
     python benchmarks/streams.py --weights int8 --encoder-weights fp8 --bank-dtype int8 \
         --out benchmarks/results/streams_11b_h200.json
     python benchmarks/streams.py --preset moss_tiny --streams 1,4 --seconds 5
     python benchmarks/streams.py --checkpoint moss-tiny --streams 4 --seconds 600
 
-Each stream is shown `--fps` frames a second, at a phase of its own, and asked something every 5 seconds, in
-32 tokens, at a time of its own. Feeder threads push them, and one more thread reads the events of all
-streams; times are those on the wall clock at which that thread has an event. Nothing counts before
-`--warm-seconds` are over. A new scheduler begins for each way to talk:
+Each stream gets `--fps` frames a second, and every 5 seconds a prompt of 32 tokens, both at its own phase.
+Feeder threads push them, and one more thread reads the events of all streams; an event's time is the wall
+clock when that thread receives it. The first `--warm-seconds` are not counted. There is a new scheduler for
+each load:
 
-all        every stream talks without end; a prompt cuts the answer, and the next begins
-quarter    a stream talks for a quarter of the time from each prompt on, so that a quarter of them talk at any
-           time; frames that come meanwhile are answered by silence
+all        every stream talks endlessly; a prompt cuts the answer, and the next begins
+quarter    a stream talks for a quarter of the time after each prompt, so that a quarter of them talk at any
+           time; frames that arrive otherwise are answered by silence
 
 With a preset, weights are random and frames noise. Streams begin at different ages, so that their compactions
-are spread over time: with noise in the bank, from `--fill` frames in that of the first up to its capacity in
-that of the last, and in the text cache, from half of it to all. A mask of the tokens that may be sampled in
-each slot leaves only silence, or only tokens that are whole characters, so that each is an event. All of it
-is data: programs and scheduler are those of any streams. With a checkpoint, streams begin empty, each gets
-the frames and prompts of a stream of the tabletop world, and the model itself decides when to talk.
+are spread over time: with noise in the bank, from `--fill` frames in the first stream up to its capacity in
+the last, and in the text cache, from half of it to all. A mask of the tokens that may be sampled in each slot
+leaves only silence, or only tokens that are whole characters, so that each is an event. All of this is data:
+programs and scheduler are those of any streams. With a checkpoint, streams begin empty, each gets the frames
+and prompts of a stream of the tabletop world, and the model itself decides when to talk.
 
-tok_s              tokens a second of a stream within its answers, mean and 5th percentile of the streams
+tok_s              tokens a second of a stream within its answers, mean and 5th percentile over the streams
 ttft_ms            `push_prompt` to the first token after it
 frame_to_token_ms  `push_frame` to the sample of the step that appended the frame
-gap_ms             time from token to token within answers, over all streams
-share              of the floor: seconds that the traffic takes at least, over the seconds that it took. The
-                   floor of a step is the larger of two: its bytes at the rate of a large copy, which are the
-                   decoder's parameters without the embedding, and the keys and values in range of each slot
-                   that takes part; and its GEMMs' FLOPs, without padding, at the rate of a large bfloat16
-                   GEMM. A frame adds the FLOPs of the encoder and of its keys and values at that rate, also
-                   where it is multiplied in 8 bits. Transfers and compactions are not in it. Where nobody
-                   talks at times, as a single stream does, the device idles and the share is low
-frames_waiting     that had been pushed when the traffic ended, and that the model had not seen
+gap_ms             inter-token latency within answers, over all streams
+share              floor over time: the least seconds that the traffic could take, over those that it took.
+                   The floor of a step is the larger of two: its bytes at the rate of a large copy, which are
+                   the decoder's parameters without the embedding, and the keys and values in range of each
+                   active slot; and its GEMMs' FLOPs, without padding, at the rate of a large bfloat16 GEMM. A
+                   frame adds the FLOPs of the encoder and of its keys and values at that rate, even if they
+                   are multiplied in 8 bits. Transfers and compactions are excluded. When no stream talks, as
+                   happens with few streams, the device idles and the share is low
+frames_waiting     frames that had been pushed when the traffic ended, but not seen by the model
 compiled           programs that XLA compiled or read from its cache on disk during the traffic, which spoil a
                    row
-peak_gb            of the process so far, so that of the most streams counts; slot_mb is the state of a slot
+peak_gb            peak memory of the process so far, so only that of the most streams is meaningful; slot_mb
+                   is the state of a slot
 
-`--micro` times single calls instead, each awaited: a decode step of all slots, the same step with a prompt
-row in one of the slots, and the encoding of batches. Set JAX_COMPILATION_CACHE_DIR, since each N has programs
-of its own.
+`--micro` times single blocking calls instead: a decode step of all slots, the same step with a prompt row in
+one of the slots, and the encoding of batches. Set JAX_COMPILATION_CACHE_DIR, since each N has its own
+programs.
 """
 
 import argparse
@@ -96,21 +97,21 @@ from moss_jax.worlds.tabletop import evaluation_stream
 
 MB = 1e6
 EVERY = 5.0  # Seconds from one prompt of a stream to the next.
-SHARES = {"quarter": 0.25, "all": 1.0}  # Of the time that a stream talks.
+SHARES = {"quarter": 0.25, "all": 1.0}  # Share of the time that a stream talks.
 FEEDERS = 4
-LEAST_SECONDS = 1.0  # Of traffic, for a row.
-CALLS = 20  # Of each kind, where single calls are timed.
-# An answer goes on until it is cut, by a prompt or by the mask.
+LEAST_SECONDS = 1.0  # Minimum traffic for a row.
+CALLS = 20  # Calls of each kind with --micro.
+# An answer continues until it is cut, by a prompt or by the mask.
 WITHOUT_END = 1 << 30
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
-# A frame or a prompt that is pushed, or whether the stream may talk from then on.
+# A frame or a prompt to push, or whether the stream may talk from then on.
 type Pushed = np.ndarray | str | bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Push:
-    """Something that happens to stream number `stream` at `at` seconds."""
+    """An input of stream number `stream` at `at` seconds."""
 
     at: float
     stream: int
@@ -123,8 +124,8 @@ class Traffic:
 
     Attributes:
       pushes: in order of time.
-      talking: which streams may talk at first; None where the model itself decides.
-      prompt, system: that each stream is opened with.
+      talking: which streams may talk at first; None if the model itself decides.
+      prompt, system: prompts that each stream is opened with.
     """
 
     pushes: list[Push]
@@ -154,7 +155,7 @@ def random_traffic(
 
 
 def tabletop_traffic(streams: int, seconds: float, size: int) -> Traffic:
-    """Frames and prompts of streams of the tabletop world, each at a phase of its own."""
+    """Frames and prompts of streams of the tabletop world, each at its own phase."""
     rng, pushes = random.Random(0), []
     for number in range(streams):
         world, phase = evaluation_stream(0, number, math.ceil(seconds)), rng.random()
@@ -164,12 +165,12 @@ def tabletop_traffic(streams: int, seconds: float, size: int) -> Traffic:
 
 
 def in_order(pushes: Sequence[Push], seconds: float) -> list[Push]:
-    """Those before the end, by time."""
+    """Returns the pushes before the end, sorted by time."""
     return sorted((push for push in pushes if push.at < seconds), key=lambda push: push.at)
 
 
 class StreamsEngine(FilledEngine):
-    """An engine that says which slots may talk, and notes when it was called for what.
+    """An engine that controls which slots may talk, and records its calls.
 
     Attributes:
       calls: for each step or batch of frames, when the host dispatched it, and the rows by slot or the
@@ -183,20 +184,20 @@ class StreamsEngine(FilledEngine):
         self._talking = np.ones(self.config.slots, bool)
 
     def fill(self, frames: int) -> None:
-        """Has streams begin at different ages, from `frames` in the bank and half a text cache on."""
+        """Makes streams begin at different ages, from `frames` in the bank and half a text cache upwards."""
         config, age = self.config, np.arange(self.config.slots) / self.config.slots
         half = config.text_capacity // 2
         self.held = (frames + age * (config.bank_capacity - frames)).astype(int)
         self.said = (half + age * half).astype(int) - self.held
 
     def talk(self, talking: Sequence[bool]) -> None:
-        """Says which slots may say text, and nothing else; the others are silent."""
+        """Sets which slots sample only text; the others sample only silence."""
         with self._lock:
             self._talking[:] = talking
             self.allowed = _choose(self.masks["text"], self.masks["silence"], self._talking.copy())
 
     def talk_in(self, slot: int, talks: bool) -> None:
-        """Says whether one slot may say text."""
+        """Sets whether one slot samples text or silence."""
         with self._lock:
             self._talking[slot] = talks
             self.allowed = _choose(self.masks["text"], self.masks["silence"], self._talking.copy())
@@ -223,7 +224,7 @@ def _choose(text: jax.Array, silence: jax.Array, talking: jax.Array) -> jax.Arra
 
 
 class Floors:
-    """Lower bound of what an engine was called for, in seconds on its devices."""
+    """Lower bounds of an engine's calls, in seconds on its devices."""
 
     def __init__(self, engine: StreamsEngine, ceilings: Mapping[str, float]):
         config, decoder = engine.model_config, engine.model_config.decoder
@@ -251,14 +252,14 @@ class Floors:
         """Lower bound of one step.
 
         Args:
-          tokens: that it appends, over all slots.
-          frames_held, tokens_held: in range of the slots that take part.
+          tokens: number of tokens appended, over all slots.
+          frames_held, tokens_held: in range of the active slots.
         """
         read = self._weights + frames_held * self._frame + tokens_held * self._token
         return max(read / self._copy, tokens * self._flops_token / self._matmul)
 
     def of(self, calls: Sequence[tuple[float, Any]], begin: float, end: float) -> float:
-        """Of all calls since the state was made that were made in a range of time."""
+        """Lower bound of the calls in a range of time; `calls` are all since the state was created."""
         frames, tokens = (list(held) for held in self._begin)
         seconds = 0.0
         for at, call in calls:
@@ -284,9 +285,9 @@ class Voice:
     """Pending latency measurements of one stream."""
 
     def __init__(self):
-        # When the prompts were pushed that no turn has begun for, the opening first.
+        # Push times of the prompts whose turns have not begun, the opening first.
         self.asked = collections.deque([0.0])
-        # Frames and turns of which the next sample is the first.
+        # Frames and turns whose first sample is the next one.
         self.frames: list[float] = []
         self.turns: list[float] = []
         self.last: float | None = None
@@ -294,13 +295,13 @@ class Voice:
 
 
 class Listener:
-    """Reads the events of all streams, in a thread of its own.
+    """Reads the events of all streams, in a separate thread.
 
     Args:
-      clock: of the streams.
+      clock: clock of the streams.
 
     Attributes:
-      inbox: into which the scheduler puts events.
+      inbox: queue that the scheduler puts events into.
       ttft, frame_to_token, gaps: seconds, each with the time of the event and the slot.
       failures: messages of streams that failed.
     """
@@ -313,12 +314,12 @@ class Listener:
         self._clock = clock
 
     def listen(self) -> None:
-        """Until None is put."""
+        """Reads events until None is put."""
         while (event := self.inbox.get()) is not None:
             self.hear(event, self._clock.now())
 
     def hear(self, event: Event, now: float) -> None:
-        """Notes an event."""
+        """Records an event."""
         voice = self.voices[event.slot]
         match event:
             case Text() | Silence():
@@ -348,7 +349,7 @@ class Feeders:
         self._over = threading.Event()
 
     def feed(self, pushes: Sequence[Push], until: float) -> None:
-        """Pushes everything in time, and returns at `until` seconds or when a stream is over."""
+        """Pushes everything on schedule; returns at `until` seconds or when a stream ends."""
         mine = [[p for p in pushes if p.stream % FEEDERS == feeder] for feeder in range(FEEDERS)]
         with futures.ThreadPoolExecutor(FEEDERS) as threads:
             fed = [threads.submit(self._feed, some, until) for some in mine]
@@ -382,10 +383,10 @@ class Feeders:
 def live(
     engine: StreamsEngine, floors: Floors, traffic: Traffic, warm: float, seconds: float, compiled: list
 ) -> dict[str, Any]:
-    """Runs the streams for some seconds after some others; the figures of a row.
+    """Runs the streams for some seconds after a warm-up; returns the figures of a row.
 
     Args:
-      compiled: grows with each compilation.
+      compiled: list that grows with each compilation.
     """
     slots = engine.config.slots
     if traffic.talking:
@@ -434,7 +435,7 @@ def live(
 
 
 def tell(stream: Stream, engine: StreamsEngine) -> None:
-    """Has the host know of what a slot begins with, so that it is compacted in time."""
+    """Registers a slot's initial contents with the host, so that it is compacted in time."""
     held, said = (
         int(np.broadcast_to(x, engine.config.slots)[stream.slot]) for x in (engine.held, engine.said)
     )
@@ -442,7 +443,7 @@ def tell(stream: Stream, engine: StreamsEngine) -> None:
 
 
 def figures_of(listener: Listener, begin: float, end: float) -> dict[str, Any]:
-    """The figures of a range of time."""
+    """Returns the figures of a range of time."""
 
     def within(noted) -> list[tuple[int, float]]:
         return [(slot, seconds) for at, slot, seconds in noted if begin <= at < end]
@@ -461,11 +462,11 @@ def figures_of(listener: Listener, begin: float, end: float) -> dict[str, Any]:
 
 
 def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray) -> dict[str, Any]:
-    """Medians of single calls, each awaited, in milliseconds."""
+    """Times single blocking calls; returns medians in milliseconds."""
     slots, tokens = engine.config.slots, chat.interjection(engine.tokenizer, prompt)
     engine.talk([True] * slots)
     state, times = engine.start(), collections.defaultdict(list)
-    # A decode step and one with a prompt in turn, so that both find the same in the caches.
+    # A decode step and one with a prompt alternate, so that both find the same caches.
     for call in range(CALLS + 2):
         for name in ("decode", "with_prompt"):
             rows = [Row([PENDING])] * slots
@@ -487,7 +488,7 @@ def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray) -> dict[str, 
             times[f"sent_{size}"].append(1e3 * (time.perf_counter() - started))
     engine.calls.clear()
     medians = {name: statistics.median(some[2:]) for name, some in times.items()}
-    # Of frames on the host, and of frames on the device.
+    # Encoding of frames on the host, and of frames on the device.
     encode, sent = (
         {name.removeprefix(kind): ms for name, ms in medians.items() if name.startswith(kind)}
         for kind in ("encode_", "sent_")
@@ -499,7 +500,7 @@ def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray) -> dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The model that is measured, and what it is shown and asked."""
+    """The model that is measured, with its frames and its prompt."""
 
     model: MossVideo
     tokenizer: Tokenizer
@@ -508,14 +509,14 @@ class Subject:
     is_random: bool
 
     def traffic(self, streams: int, talking: str, seconds: float, fps: float) -> Traffic:
-        """The input of the streams."""
+        """Builds the input of the streams."""
         if self.is_random:
             return random_traffic(streams, SHARES[talking], seconds, fps, self.pictures, self.prompt)
         return tabletop_traffic(streams, seconds, self.model.config.vision.image_size)
 
 
 def make_subject(args: argparse.Namespace) -> Subject:
-    """Loads the checkpoint, or makes a random model of the preset."""
+    """Loads the checkpoint, or creates a random model of the preset."""
     if args.checkpoint:
         named = None if args.checkpoint == "moss-tiny" else args.checkpoint
         opened = open_model(named, weights=args.weights, encoder_weights=args.encoder_weights)
@@ -528,7 +529,7 @@ def make_subject(args: argparse.Namespace) -> Subject:
             model = MossVideo(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
             model = quantize(model, decoder=args.weights, encoder=args.encoder_weights)
         tokenizer, shape = padded_tokenizer(config.decoder.vocab_size), frame_size(args.frame_size)
-    # Here, so that the engines share what is laid out anew.
+    # Here, so that the engines share the parameters in their new layout.
     model.decoder = for_decoding(model.decoder)
     jax.block_until_ready(nnx.state(model))
     return Subject(
@@ -537,7 +538,7 @@ def make_subject(args: argparse.Namespace) -> Subject:
 
 
 def rows_of(args: argparse.Namespace, ceilings: Mapping[str, float], deadline: float) -> Iterator[dict]:
-    """Yields a row for each number of streams and way to talk, few streams first."""
+    """Yields a row for each number of streams and load, few streams first."""
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if event == COMPILED else None
@@ -600,10 +601,10 @@ def measure(
 
 
 def check_room(parameters: int, model: MossVideo, config: EngineConfig) -> None:
-    """Refuses an engine for which the device has no memory.
+    """Rejects an engine that does not fit in the device's memory.
 
     Raises:
-      ConfigError: saying how many slots there is room for.
+      ConfigError: it does not fit; the message says how many slots would.
     """
     devices = len(jax.tree.leaves(nnx.state(model))[0].sharding.device_set)
     tokens = max(shape.decode + shape.chunks * shape.width for shape in shapes(config.slots))
@@ -621,7 +622,7 @@ def check_room(parameters: int, model: MossVideo, config: EngineConfig) -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as text."""
+    """Formats a row as text."""
 
     def shown(value: Any) -> str:
         if isinstance(value, dict):
@@ -634,7 +635,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def frame_size(text: str) -> tuple[int, int]:
-    """Height and width of "640x360"."""
+    """Parses "640x360" to height and width."""
     try:
         width, height = map(int, text.split("x"))
     except ValueError:
@@ -680,7 +681,7 @@ def main() -> None:
     if args.checkpoint:
         args.preset = None
     asked = args.talking.split(","), args.streams.split(",")
-    # Shown as they were given, used as they are meant.
+    # The report shows the flags as given; the benchmark uses the parsed ones.
     used = argparse.Namespace(**vars(args))
     for name in asked[0]:
         known(parser, SHARES, name)
@@ -701,7 +702,7 @@ def main() -> None:
     for found in rows_of(used, ceilings, deadline):
         rows.append(found)
         say(line(found))
-        # For whoever ends it before it is done.
+        # Written after each row, in case the run is interrupted.
         write("streams.py", args, result)
     publish("streams.py", args, result)
 

@@ -16,8 +16,8 @@ import numpy as np
 from report import add_out, device, say
 
 ENOUGH_SECONDS = 0.02  # Length of a sample, so that launching and awaiting it is negligible.
-SILENCE = 60  # Seconds without progress after which a kernel is taken to hang.
-CHECKED = 256  # Rows or outputs that are compared at most.
+SILENCE = 60  # Seconds without progress after which a kernel is assumed to hang.
+CHECKED = 256  # Maximum number of rows or outputs that are compared.
 SHARED_BYTES = 227 * 1024  # Shared memory of a thread block on Hopper.
 
 
@@ -32,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, float], float, "Watch"]:
-    """Starts a script whose kernels may hang: arguments, ceilings, deadline, and a watchdog."""
+    """Starts a script whose kernels may hang; returns arguments, ceilings, deadline, and a watchdog."""
     add_flags(parser)
     args = parser.parse_args()
     deadline, watch = time.monotonic() + args.budget, Watch()
@@ -69,7 +69,7 @@ def measure_ceilings(tiny: bool) -> dict[str, float]:
 
 
 class Watch:
-    """Watchdog: ends the process if `alive` is not called for long, since a hung kernel blocks its caller."""
+    """Watchdog that ends the process if `alive` is not called in time: a hung kernel blocks its caller."""
 
     def __init__(self):
         self.alive()
@@ -86,7 +86,7 @@ class Watch:
 
 
 def side_by_side(compilations: Iterable[Callable[[], Any]], watch: Watch | None = None) -> list[Future]:
-    """Compiles programs in parallel; returns when all are done, so that nothing is timed meanwhile."""
+    """Compiles programs in parallel; returns when all are done, so that no timing overlaps with it."""
     with ThreadPoolExecutor() as pool:
         compiled = [pool.submit(compilation) for compilation in compilations]
         while wait(compiled, timeout=5).not_done:
@@ -96,17 +96,17 @@ def side_by_side(compilations: Iterable[Callable[[], Any]], watch: Watch | None 
 
 
 def checked(count: int) -> np.ndarray:
-    """Indices of the rows or outputs that are compared, the first and the last among them."""
+    """Indices of the rows or outputs that are compared, including the first and the last."""
     return np.linspace(0, count - 1, min(count, CHECKED)).astype(int)
 
 
 def named(changes: dict) -> str:
-    """Changes of a configuration as text; empty for none."""
+    """Formats changes of a configuration as text; empty for none."""
     return ", ".join(f"{name} {value}" for name, value in changes.items())
 
 
 def line(row: dict) -> str:
-    """A row as text: microseconds (median, min, max), rate, share of the ceiling, errors, extra memory."""
+    """Formats a row: microseconds (median, min, max), rate, share of the ceiling, errors, extra memory."""
     text = f"{row['case']:<30} {row['implementation']:<26}"
     if "failed" in row:
         return f"{text} failed: {row['failed']}"

@@ -4,8 +4,8 @@
 
 All parameters are trained, by the same step as in train.py: float32 master weights and AdamW moments,
 bfloat16 forward and backward pass, sharded over all devices of the machine. `mfu` counts model FLOPs, without
-the recomputation by remat (moss_jax/train/flops.py). A slice of the layers, with the widths of all, fits one
-device and shows what each part takes:
+the recomputation by remat (moss_jax/train/flops.py). A slice of the layers, at full width, fits one device
+and shows the time of each part:
 
     python benchmarks/train.py --slice 8 --profile
 """
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def sliced(config: ModelConfig, share: int) -> ModelConfig:
-    """The model with one in `share` layers of each kind, and all widths but that of the projector's input."""
+    """The model with one in `share` layers of each kind, at full width except for the projector's input."""
     vision, decoder = config.vision, config.decoder
     layers, globals_ = max(1, vision.num_layers // share), max(1, vision.num_global_layers // share)
     depth = decoder.num_layers // share
@@ -137,7 +137,7 @@ def sliced(config: ModelConfig, share: int) -> ModelConfig:
 
 
 def random_batch(config, rows: int, tokens: int, frames: int) -> Batch:
-    """Makes sequences of random tokens with evenly spaced frames; half of the tokens are targets."""
+    """Creates sequences of random tokens with evenly spaced frames; half of the tokens are targets."""
     rng = np.random.default_rng(0)
     size, image = config.vision.image_size, config.decoder.image_token_id
     ids = rng.integers(1, config.decoder.vocab_size, (rows, tokens), dtype=np.int32)

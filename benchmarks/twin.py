@@ -5,12 +5,12 @@
 
 Vision encoder, compressor, projector, vocabulary and self-attention layers are the model's; cross-attention
 layers are left out, so the 11B's decoder becomes one of the shape of Llama 3.1 8B. The N projected vectors of
-a frame take the place of its `<|image|>` token, each with a position of its own, and go through every layer
-into the KV cache of the text. So a token attends to one sequence of text and vectors.
+a frame replace its `<|image|>` token, each at its own position, and go through every layer into the KV cache
+of the text. So a token attends to one sequence of text and vectors.
 
-`Engine` and `Session` run the twin as they are, for one stream: the rows of steps over several slots name
-their slots, which the twin does not read. They count an `<|image|>` as one token, so `room` enlarges the
-cache by the vectors that it stands for.
+`Engine` and `Session` run the twin unmodified, for one stream only: in steps over several slots, rows name
+their slots, which the twin ignores. They count an `<|image|>` as one token, so `room` enlarges the cache by
+the vectors that it stands for.
 
 B slots, T tokens and F frames of a row, N vectors a frame, E = T + F * (N - 1) places, S sequence, D width
 """
@@ -33,13 +33,13 @@ from moss_jax.nn.vision import VisionEncoder
 from moss_jax.ops.attention import KeyRange
 from moss_jax.ops.norm import Residual, add_norm
 
-# Prefill kernels copy a cache whose capacity is no multiple of their tiles.
+# Prefill kernels copy a cache whose capacity is not a multiple of their tiles.
 TILE = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class TwinDecoderConfig(DecoderConfig):
-    """A decoder without cross-attention layers, which `DecoderConfig` refuses."""
+    """A decoder without cross-attention layers, which `DecoderConfig` rejects."""
 
     def __post_init__(self):
         if self.cross_attention_layers:
@@ -47,7 +47,7 @@ class TwinDecoderConfig(DecoderConfig):
 
 
 def twin_of(config: ModelConfig) -> ModelConfig:
-    """The config of a model's twin: its self-attention layers alone."""
+    """The config of a model's twin: only its self-attention layers."""
     decoder = {f.name: getattr(config.decoder, f.name) for f in dataclasses.fields(config.decoder)}
     decoder |= {"num_layers": config.decoder.num_self_attention_layers, "cross_attention_layers": ()}
     return dataclasses.replace(config, decoder=TwinDecoderConfig(**decoder))
@@ -56,7 +56,7 @@ def twin_of(config: ModelConfig) -> ModelConfig:
 def room(config: ModelConfig, *, tokens: int, frames: int) -> EngineConfig:
     """Capacities of a twin for this many tokens and frames."""
     places = tokens + frames * config.vectors_per_frame
-    # Its rows are tokens and vectors of frames alike, of which a session knows no kinds.
+    # The rows of its cache are tokens and frame vectors alike; a session cannot tell their kinds.
     memory = MemoryConfig("full", text="full")
     return EngineConfig(1, -(-places // TILE) * TILE, frames, memory)
 
@@ -100,7 +100,7 @@ class TwinDecoder(nnx.Module):
         slots: None = None,
         before: None = None,
     ) -> Arrivals:
-        """Keeps the first `count` frames for `decode`, which places them by the `<|image|>` tokens."""
+        """Holds the first `count` frames for `decode`, which places them at the `<|image|>` tokens."""
         del positions, slots, before
         held = bank.length + count * features.shape[2]
         bank = dataclasses.replace(bank, length=jnp.minimum(held, bank.capacity))

@@ -2,11 +2,11 @@
 
     python benchmarks/vision_attention.py --out benchmarks/results/vision_attention_h200.json
 
-Every configuration is timed with one number of frames, the fastest of them with the others too; and the
-default with q and k in float8, whose errors are relative to the rounded ones. A program has several calls on
-projections of their own, so that launching it is negligible. TFLOP/s count 1608 positions and 80 columns,
-without the padding that a kernel computes. Each line starts with its configuration, so that one which hangs
-can be identified.
+Every configuration is timed with one number of frames, the fastest also with the others; and so is the
+default with q and k in float8, whose errors are relative to the rounded operands. A program has several
+calls, each on its own projections, so that the launch is negligible. TFLOP/s count 1608 positions and 80
+columns, without the padding that a kernel computes. Each line starts with its configuration, so that one that
+hangs can be identified.
 """
 
 import functools
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def quantized(qkv):
-    """With queries and keys in 8 bits."""
+    """Quantizes queries and keys to 8 bits."""
     qk = QArray(qkv[:, :, :2].astype(jnp.float8_e4m3fn), jnp.ones(()))
     return QuantizedProjection(qk, qkv[:, :, 2])
 
@@ -66,7 +66,7 @@ def cudnn(qkv):
 
 
 def compare(frames: int, attends: dict, repeats: int) -> list[dict]:
-    """A row for each implementation."""
+    """Measures each implementation; returns a row for each."""
     calls = max(FRAMES_A_PROGRAM // frames, 1)
     shape = (frames, POSITIONS, 3, HEADS, HEAD_DIM)
     drawn = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(calls)]
@@ -93,7 +93,7 @@ def compare(frames: int, attends: dict, repeats: int) -> list[dict]:
 
 @jax.jit
 def exact(*qkv):
-    """Of one frame, in float32."""
+    """Exact attention of one frame, in float32."""
     q, k, v = (x.astype(jnp.float32) for x in qkv)
     with jax.default_matmul_precision("highest"):
         weights = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", q, k) * HEAD_DIM**-0.5)

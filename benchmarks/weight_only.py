@@ -4,11 +4,11 @@
     python benchmarks/weight_only.py --quick
     python benchmarks/weight_only.py --shapes down --others 9 --budget 100
 
-A program has several calls, each with weights of its own, which no cache holds. All programs of one matrix
-are compiled in parallel before the first is timed. Before it is timed, each must be right and repeat bit for
-bit. The floor is the larger of the times of the weights' bytes and of the products, at the rates of a large
-copy and a large bfloat16 GEMM; shares are of it. Errors are ||y - exact|| / ||exact|| against float32, over
-some of the outputs.
+A program has several calls, each with its own weights, together larger than any cache. All programs for one
+matrix are compiled in parallel before the first is timed. Before it is timed, each is checked for errors and
+for repeating bit for bit. The floor is the larger of two times: reading the weights at the rate of a large
+copy, and the FLOPs at the rate of a large bfloat16 GEMM; shares are floor over time. Errors are
+||y - exact|| / ||exact|| against float32, over some of the outputs.
 """
 
 import functools
@@ -38,7 +38,7 @@ SHAPES: dict[str, tuple[int, int, Layout]] = {
     "head": (4096, 128256, "inputs_first"),
 }
 TINY: dict[str, tuple[int, int, Layout]] = {"tiny": (256, 512, "inputs_first")}
-HEAD_ROWS = 128  # Logits are of the last token of a slot alone.
+HEAD_ROWS = 128  # Logits are computed only for the last token of a slot.
 BYTES = 3e8  # Weights of a program in 8 bits, so that launching it is negligible.
 MAX_CALLS = 16
 WRONG = 1e-2  # A relative error that rounding to bfloat16 does not explain.
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def compare(name, K, N, layout, stored, counts, args, ceilings, deadline, watch: Watch) -> Iterator[dict]:
-    """A row for each way to multiply each number of rows with one matrix."""
+    """Yields a row for each implementation and number of rows, for one matrix."""
     calls = min(max(math.ceil(BYTES / (K * N)), 1), MAX_CALLS)
     cases = [(M, *case) for M in counts for case in contenders(M, K, N, layout, args.others)]
     both = (False, True)
@@ -119,7 +119,7 @@ Contender = tuple[str, bool, Callable[[jax.Array, Weights], Any]]
 
 
 def contenders(M: int, K: int, N: int, layout: Layout, others: int) -> Iterator[Contender]:
-    """(name, whether the weights are in bfloat16, function of x and weights) of each way to compute."""
+    """Yields (name, whether weights are in bfloat16, function of x and weights) of each implementation."""
     kernel = "weight_only_gemm"
     for c in tilings(M, K, N)[: 1 + others]:
         label = f"{c.outputs}x{c.rows}x{c.block_k} s{c.stages} /{c.splits} c{c.cluster}"
@@ -131,7 +131,7 @@ def contenders(M: int, K: int, N: int, layout: Layout, others: int) -> Iterator[
 
 
 def tilings(M: int, K: int, N: int) -> list[Config]:
-    """The default, and those that differ from it in one way."""
+    """The default tiling, and those that differ from it in one way."""
     default = default_config(M, K, N)
     c = {name: getattr(default, name) for name in ("outputs", "rows", "splits", "cluster")}
     rows = c["rows"]
@@ -173,7 +173,7 @@ def reference(x, kernel: QArray):
 
 
 def table(results: list[dict]) -> list[str]:
-    """A line for each case: the fastest tiling beside the default, XLA, and bfloat16."""
+    """Formats a line for each case: the fastest tiling beside the default, XLA, and bfloat16."""
     lines = [f"{'case':<32} {'floor':>7} {'best':>7} {'default':>7} {'xla':>7} {'bf16':>7} us  best tiling"]
     for case in dict.fromkeys(row["case"] for row in results):
         rows = {row["implementation"]: row for row in results if row["case"] == case and "us" in row}

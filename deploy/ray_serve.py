@@ -2,10 +2,10 @@
 
 `python deploy/ray_serve.py --slots 8 --replicas 2:6 --gpus-per-replica 1 --token-file tokens --host 0.0.0.0`
 
-Each replica has an engine and a scheduler of its own. A WebSocket stays on the replica that took it, and a
-client that resumes its session gets back there, since a session's id begins with that of its replica. Ray
-adds replicas as free streams become few. If a replica is lost, its sessions go on elsewhere as of their last
-save, if `--state-dir` is a folder that all machines share.
+Each replica has its own engine and scheduler. A WebSocket stays on the replica that accepted it, and a client
+that resumes a session is routed back to it, since session ids are prefixed by replica. Ray adds replicas when
+few streams are free. If a replica is lost, its sessions resume on others from their last save, if
+`--state-dir` is a folder that all machines share.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from moss_jax.config import EngineConfig, SecurityConfig, ServerConfig, SessionC
 from moss_jax.serving.security import check_host, read_tokens
 from moss_jax.shipped import shipped
 
-# Requests that are no streams: of metrics, of models, and of streams that are refused.
+# Room for requests other than streams: for metrics, for models, and for streams that are rejected.
 SPARE_REQUESTS = 16
 
 
@@ -37,12 +37,12 @@ def prefix_of(replica: str) -> str:
 
 
 class StickyRouter(FIFOMixin, RequestRouter):
-    """Sends who resumes a session to the replica that has it, others to where the fewest streams are."""
+    """Routes a resumed session to the replica that has it, and new ones to that with the fewest streams."""
 
     async def choose_replicas(self, candidate_replicas, pending_request=None):
-        """The replicas that a request may go to, of which Ray takes the one with the fewest requests."""
+        """Returns candidate replicas for a request; Ray takes the one with the fewest requests."""
         if pending_request is not None and pending_request.args:
-            # As Ray's proxy has sent it.
+            # The ASGI scope, as pickled by Ray's proxy.
             scope = pickle.loads(pending_request.args[0]).asgi_scope
             query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
             session = query.get("session", [""])[0].removeprefix("sess_")
@@ -53,7 +53,7 @@ class StickyRouter(FIFOMixin, RequestRouter):
 
 
 def deployment(args: argparse.Namespace) -> serve.Application:
-    """The fleet that the flags describe."""
+    """Returns the Ray Serve application that the flags describe."""
     gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
     settings = gin_bindings.settings
     engine_config = settings(EngineConfig)
@@ -63,7 +63,7 @@ def deployment(args: argparse.Namespace) -> serve.Application:
     check_host(args.host, tokens)
 
     def build():
-        """The application of one replica, in its process; what takes a while is done before it is used."""
+        """Builds the application of one replica in its process; loading and warm-up precede its traffic."""
         import dataclasses
 
         from starlette.middleware import Middleware
@@ -91,7 +91,7 @@ def deployment(args: argparse.Namespace) -> serve.Application:
         )
         if args.warm_up:
             warm_up_all(engine, hub.image_size)
-        # All clients come from Ray's proxy, which says whose requests they are.
+        # All connections come from Ray's proxy, which forwards the address of the client.
         gate = Gate(security, tokens=tokens, host=args.host, origins=args.allow_origin)
         return make_app(
             hub,
@@ -107,7 +107,7 @@ def deployment(args: argparse.Namespace) -> serve.Application:
     least, most = args.replicas
     replicas = {"num_replicas": least}
     if most > least:
-        # A stream is a request that goes on. Another replica is started while each still has some free.
+        # A stream is a long-running request. A replica is added while the others still have free slots.
         taken = max(1.0, args.slots - args.free_streams)
         autoscaling = AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=taken)
         replicas = {"autoscaling_config": autoscaling}
@@ -117,7 +117,7 @@ def deployment(args: argparse.Namespace) -> serve.Application:
         max_ongoing_requests=args.slots + SPARE_REQUESTS,
         request_router_config=RequestRouterConfig(request_router_class=StickyRouter),
         ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": args.gpus_per_replica},
-        # A replica that is no longer needed waits for its streams, then tells and saves those that are left.
+        # A replica that is scaled down drains its streams, then notifies and saves those that are left.
         graceful_shutdown_timeout_s=args.drain_seconds,
         **replicas,
     ).bind()
@@ -157,7 +157,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Serves until a signal."""
+    """Serves until SIGINT or SIGTERM."""
     args = parse_arguments()
     fleet = deployment(args)
     stopped = threading.Event()

@@ -14,12 +14,12 @@ from ray.train.v2.jax import JaxTrainer
 
 def train(config: dict[str, list[str]]) -> None:
     """Runs train.py in this worker, with the arguments in `config["words"]`."""
-    # Not in the script that starts the workers, where JAX could take their accelerators.
+    # Not imported in the script that starts the workers, where JAX could take their accelerators.
     import jax
 
     from moss_jax.train.__main__ import main
 
-    # JaxTrainer has joined workers that have accelerators, but no others.
+    # JaxTrainer initializes jax.distributed only for workers that have accelerators.
     words = config["words"]
     by_hand = not jax.distributed.is_initialized()
     if by_hand:
@@ -34,7 +34,7 @@ def train(config: dict[str, list[str]]) -> None:
 
 
 def free_port() -> int:
-    """Returns a port that nobody listens on."""
+    """Returns a free TCP port."""
     with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]
 

@@ -1,6 +1,6 @@
-"""One call for notebooks and scripts: ask about a video, or watch it as a stream.
+"""One-call API for notebooks and scripts: ask about a video, or watch it as a stream.
 
-Programs are compiled anew in each process, unless JAX is told to keep them: JAX_COMPILATION_CACHE_DIR.
+Each process compiles its programs, unless JAX_COMPILATION_CACHE_DIR enables JAX's persistent cache.
 """
 
 import dataclasses
@@ -76,10 +76,10 @@ def ask(
       FloatingPointError: the model's logits are not finite.
     """
     capacity = engine.config if engine else EngineConfig()
-    # Before a model is loaded, to refuse a bad file at once.
+    # Before a model is loaded, to reject a bad file immediately.
     times = clip_times(video, frames_that_fit(frames or FrameSampling(max_frames=None), capacity))
     engine = engine or open_engine(checkpoint)
-    # Fitted while they are read: at full size, a chunk of 4K may take more memory than there is.
+    # Resized while they are read: at full size, a chunk of 4K frames may exceed the memory.
     clip = fit_frames(sample_at(video, times), engine.model_config.vision.image_size)
     *events, end = answer_offline(
         engine, clip, prompt, num_frames=len(times), system=system, max_tokens=max_tokens
@@ -99,20 +99,20 @@ def watch(
     session: SessionConfig | None = None,
     system: str | None = chat.SYSTEM_PROMPT,
 ) -> Generator[Event]:
-    """Watches a video or image as a live stream; the events as they happen.
+    """Watches a video or image as a live stream; yields the events as they happen.
 
         for event in moss_jax.watch("clip.mp4", [(4.0, "What do you see?")]):
             print(event)
 
     Args:
       prompts: texts asked at the beginning, or (seconds, text) pairs; without any, the model watches unasked.
-        A prompt that is due after the end of the stream gives an event `NotAsked`.
+        A prompt that is due after the end of the stream yields an event `NotAsked`.
       checkpoint: see `open_engine`; it is loaded and compiled at each call.
       engine: takes the place of the checkpoint.
-      frames: their rate, while nothing changes if the session has a `selection.max_fps`; the bounds on their
-        number apply to `ask` alone.
-      session: clock and bounds; by default lockstep, where the events depend on the input alone, with 10 s
-        for the last answer.
+      frames: their rate; with the session's `selection.max_fps`, the rate while nothing changes. The bounds
+        on their number apply to `ask` alone.
+      session: clock and limits; by default lockstep, in which events depend only on the input, with 10 s for
+        the last answer.
       system: system prompt; None for none.
 
     Raises:
@@ -131,7 +131,7 @@ def watch(
 
 
 def frames_that_fit(frames: FrameSampling, capacity: EngineConfig) -> FrameSampling:
-    """Limits the frames of a clip to those that the bank has room for, if it may forget none."""
+    """Limits the frames of a clip to the capacity of the bank, if its policy evicts none."""
     if capacity.memory.policy != FULL:
         return frames
     most = (

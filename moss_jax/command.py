@@ -1,4 +1,4 @@
-"""Shared by the commands: exit codes, signals, output, flags, and compiled programs on disk."""
+"""Shared parts of the commands: exit codes, signals, output, flags, and the compilation cache."""
 
 import argparse
 import contextlib
@@ -31,26 +31,26 @@ from rich.text import Text
 from moss_jax.config import SEEDS
 
 BAD_OUTPUT, BAD_INPUT = 1, 2
-# Exit code of a process that a signal has ended, by the signal's number.
+# Base exit code of a process terminated by a signal, to which the signal's number is added.
 SIGNALLED = 128
-# Errors of writing to a file that is open, which have no name of it.
+# Errors of writing to an open file, which do not name it.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _logger = logging.getLogger(__name__)
 
 
 def run(name: str, body: Callable[[], int | None], bad_input: tuple[type[Exception], ...]) -> int:
-    """Runs the body of a command and returns its exit code, with a sentence on stderr where it failed.
+    """Runs the body of a command and returns its exit code, with a sentence on stderr if it failed.
 
-    The code is the body's, else 0; 1 if the output cannot be written, 2 for bad input, 130 after Ctrl-C. A
-    reader that closes the pipe behind stdout, as `head` does, is no failure.
+    The code is the body's result, or 0 if None; 1 if the output cannot be written, 2 for bad input, 130 after
+    Ctrl-C. A reader that closes the pipe behind stdout, as `head` does, is not an error.
 
     Args:
-      name: of the command, which begins the sentence.
+      name: name of the command; the sentence starts with it.
       body: the command; it may raise.
-      bad_input: what it raises for bad input.
+      bad_input: exceptions that it raises for bad input.
     """
-    # Characters that the terminal can't show, and bytes of a path that are no text, are written as escapes.
+    # Characters that the terminal can't show, and undecodable bytes of a path, are written as escapes.
     sys.stdout = _escaping(sys.stdout)
     sys.stderr = _escaping(sys.stderr)
     try:
@@ -73,7 +73,7 @@ def run(name: str, body: Callable[[], int | None], bad_input: tuple[type[Excepti
             try:
                 stream.flush()
             except OSError:
-                # What is left goes nowhere, so that the interpreter can flush it at exit.
+                # Redirected to the null device, so that the interpreter can flush the rest at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 
@@ -87,7 +87,7 @@ def _escaping(stream):
 
 
 def tell(text: str, end: str = "\n") -> None:
-    """Prints on stderr, if anyone reads it; a command goes on without."""
+    """Prints on stderr; ignores write errors, such as a closed pipe."""
     with contextlib.suppress(OSError):
         print(text, end=end, file=sys.stderr, flush=True)
 
@@ -96,13 +96,13 @@ class PipeConsole(Console):
     """A console on stdout that leaves a closed pipe to `run`."""
 
     def on_broken_pipe(self) -> None:
-        """Raises what the base class would exit for."""
+        """Raises BrokenPipeError, for which the base class would exit."""
         raise BrokenPipeError
 
 
 @contextlib.contextmanager
 def progress(task: str) -> Iterator[None]:
-    """Shows on stderr what takes a while: with a running clock on a terminal, else a line at either end."""
+    """Reports a long task on stderr: a running clock on a terminal, otherwise a line at start and end."""
     started = time.monotonic()
     done = threading.Event()
 
@@ -129,14 +129,14 @@ def progress(task: str) -> Iterator[None]:
 
 
 class _Rate(ProgressColumn):
-    """Items a second."""
+    """Column with the rate, in items a second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
 def counted[T](task: str, items: Iterable[T], total: int) -> Iterator[T]:
-    """Passes items on; where stderr is a terminal, a bar shows how many, their rate and the time left.
+    """Yields the items; if stderr is a terminal, a progress bar shows count, rate and time left.
 
     Args:
       task: what is counted.
@@ -169,10 +169,10 @@ def leave(number: int) -> None:
 
 @contextlib.contextmanager
 def on_stop_signal(handle: Callable[[int], object]) -> Iterator[None]:
-    """Calls `handle` with the number of the first SIGINT or SIGTERM; at the second, the process ends at once.
+    """Calls `handle` with the number of the first SIGINT or SIGTERM; the second ends the process immediately.
 
-    It is called in a thread of its own, so that it is even while the main thread compiles a program, where
-    Python runs no handlers of signals. After a signal this stays so until the process ends.
+    It is called in a separate thread, so it runs even while the main thread compiles a program, when Python
+    runs no signal handlers. After a signal, the handlers stay in place until the process ends.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -188,7 +188,7 @@ def on_stop_signal(handle: Callable[[int], object]) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, name="signals", daemon=True)
     thread.start()
-    # With a handler in Python, the interpreter writes the number to the socket at once.
+    # With a handler in Python, the interpreter writes the number to the socket immediately.
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
     descriptor = signal.set_wakeup_fd(writer.fileno())
@@ -215,7 +215,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A type of flags: a whole number with a lower bound."""
+    """Flag type: a whole number with a lower bound."""
 
     def convert(text: str) -> int:
         try:
@@ -230,7 +230,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def seed(text: str) -> int:
-    """A type of flags: the seed of a random number generator."""
+    """Flag type: the seed of a random number generator."""
     value = at_least(0)(text)
     if value not in SEEDS:
         raise argparse.ArgumentTypeError(f"must be less than 2**63, not {value}")
@@ -238,7 +238,7 @@ def seed(text: str) -> int:
 
 
 def output_file(text: str) -> Path:
-    """A type of flags: a file to write, whose folder is made; refused at once if it can't be written."""
+    """Flag type: an output file, whose folder is created; rejected immediately if it can't be written."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -277,13 +277,13 @@ def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_compilations(folder: str | None) -> None:
-    """Has JAX keep the programs that this process compiles in a folder, and take from there what it has.
+    """Enables JAX's persistent compilation cache in a folder.
 
-    It changes a setting of the whole process, so it is for commands. If the folder can't be written, it warns
-    and changes nothing.
+    The setting affects the whole process, so this is for commands. If the folder can't be written, it logs a
+    warning and changes nothing.
 
     Args:
-      folder: "" for none; None for the one that JAX is set to already, or else a folder of the user's cache.
+      folder: "" for none; None for the one already set in JAX, or `default_cache` if there is none.
     """
     if folder is None and jax.config.jax_compilation_cache_dir is not None:
         return
@@ -299,7 +299,7 @@ def cache_compilations(folder: str | None) -> None:
 
 
 def _prepared(folder: Path) -> Path:
-    """Makes a folder, if it is missing, and writes to it; raises OSError if it can't."""
+    """Creates a folder if it is missing, and checks that it is writable; raises OSError if not."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"0")
@@ -307,10 +307,10 @@ def _prepared(folder: Path) -> Path:
 
 
 def default_cache() -> Path:
-    """The folder for compiled programs in the user's cache, as the XDG base directory specification has it.
+    """The folder for compiled programs in the user's cache, by the XDG base directory specification.
 
     Raises:
-      RuntimeError: there is no home folder.
+      RuntimeError: there is no home directory.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "moss_jax" / "compiled"

@@ -61,7 +61,7 @@ _FIELDS = {name: [field.name for field in dataclasses.fields(kind)] for kind, na
 def parse(files: Sequence[str] = (), parameters: Sequence[str] = ()) -> None:
     """Parses gin files, then single bindings such as `train.steps = 100`; later bindings win.
 
-    An `include` is looked up beside the file that was given, then in the working directory, then among the
+    An `include` is looked up next to the given file, then in the working directory, then among the
     shipped files.
 
     Args:
@@ -86,12 +86,12 @@ def settings[Setting](kind: type[Setting]) -> Setting:
     """Instantiates a config dataclass with the values from the parsed gin files.
 
     Raises:
-      ConfigError: a value that the dataclass refuses; the message begins with its name in gin files.
+      ConfigError: a value that the dataclass rejects; the message begins with its name in gin files.
     """
     try:
         made: Any = _BOUND[kind]()
     except ConfigError as error:
-        # gin appends lines on where it called the dataclass.
+        # gin appends lines about where it called the dataclass.
         raise ConfigError(f"{_NAMES[kind]}.{str(error).splitlines()[0]}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(_explain(error)) from error
@@ -114,7 +114,7 @@ def _locate(file: str) -> Path:
 
 
 def _refuse_unused_bindings() -> None:
-    """Refuses what gin accepts silently: a bare `steps = 100`, and scopes, which nothing here enters."""
+    """Rejects what gin silently accepts: a bare `steps = 100`, and scopes, which nothing here enters."""
     bindings = gin_config._CONFIG
     used = {reference.scoped_selector for reference in gin_config.iterate_references(bindings)}
     for scope, selector in bindings:
@@ -130,7 +130,7 @@ def _refuse_unused_bindings() -> None:
 
 def _explain(error: Exception) -> str:
     """Returns gin's message on one line, with the name that was probably meant."""
-    text = str(error).partition(" in config string:")[0]  # Behind that, gin lists all bindings.
+    text = str(error).partition(" in config string:")[0]  # After that, gin lists all bindings.
     message = "; ".join(line.strip() for line in text.splitlines() if line.strip())
     nearest = []
     if unknown := re.search(r"No configurable matching '(?:moss_jax\.)?([^']*)'", message):

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent
 def shipped(name: str) -> Path:
     """Finds a shipped file or folder, such as "configs/serve.gin", "assets/demo.mp4" or "moss-tiny".
 
-    In a source tree they are beside the package, in an installed wheel inside it.
+    In a source tree they are next to the package, in an installed wheel inside it.
 
     Raises:
       ConfigError: it is in neither.

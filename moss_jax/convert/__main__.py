@@ -15,7 +15,7 @@ def main() -> int:
 
 
 def convert() -> None:
-    """Converts as the command line says."""
+    """Exports the model that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m moss_jax.convert", description="Convert checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     text = "write the model of a training run in Hugging Face layout"

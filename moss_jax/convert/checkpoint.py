@@ -32,7 +32,7 @@ SHARD_BYTES = 5 * 10**9
 # Maximum number of problems listed in an error.
 MAX_LISTED = 20
 
-# Types of tensors that are read, by their names in safetensors files.
+# Supported dtypes, by their names in safetensors files.
 _FLOATS = {
     "F64": np.float64,
     "F32": np.float32,
@@ -41,9 +41,9 @@ _FLOATS = {
     "F8_E4M3": jnp.float8_e4m3fn,
     "F8_E5M2": jnp.float8_e5m2,
 }
-# Buffers that follow from the config, and scales of activations in 8 bits, which are not computed in here.
+# Buffers derived from the config, and scales of 8-bit activations, which stay unquantized here.
 _IGNORED = re.compile(r"(.*\.)?(rotary_emb\.\w+|position_ids|input_scale|[kv]_scale)")
-# Scales of the weight of the same name: it is the stored tensor times its scale.
+# Scale of the weight of the same name, which is the stored tensor times its scale.
 _SCALE = re.compile(r"(.*\.weight)_scale(_inv)?")
 
 
@@ -88,8 +88,8 @@ def load(
       path: folder with config.json and model.safetensors, or shards with their index; or a Hugging Face repo
         id such as `OpenMOSS-Team/moss-video-preview-realtime-sft`, which is downloaded to a cache.
       revision: branch, tag or commit of a repo id, which can also be written `repo@revision`.
-      dtype: of the parameters.
-      mesh: lays the parameters on its devices by `sharding.RULES`; None puts them on the default one.
+      dtype: dtype of the parameters.
+      mesh: shards the parameters over its devices by `sharding.RULES`; None for the default device.
       rows_before_first_frame, attention: see `ModelConfig`.
 
     Raises:
@@ -131,7 +131,7 @@ def save(
 ) -> Path:
     """Writes a checkpoint folder in Hugging Face layout, which transformers opens as well.
 
-    The files appear in the folder when all of them are written; an error leaves nothing behind.
+    The files appear in the folder once all of them are written; an error leaves nothing behind.
 
     Args:
       path: the folder, which must not exist yet or be empty.
@@ -167,7 +167,7 @@ def save(
         try:
             _write(draft, folder, model, opened, shard_bytes)
             if exists:
-                # The config comes last: without it, the folder is no checkpoint.
+                # The config comes last: without it, the folder is not a checkpoint.
                 for file in sorted(draft.iterdir(), key=lambda file: file.name == "config.json"):
                     file.rename(folder / file.name)
                 draft.rmdir()
@@ -185,7 +185,7 @@ def save(
 def _write(
     draft: Path, folder: Path, model: MossVideo, tokenizer: Tokenizer | None, shard_bytes: int
 ) -> None:
-    """Writes the files of a checkpoint into `draft`; errors speak of `folder`."""
+    """Writes the files of a checkpoint into `draft`; error messages name `folder`."""
     config, preprocessor = configs.to_hugging_face(model.config, tokenizer)
     config["torch_dtype"] = str(model.dtype)
     _write_json(draft / "config.json", config)
@@ -205,10 +205,10 @@ class _Tensor:
     """A tensor in a mapped safetensors file.
 
     Attributes:
-      dtype: of the file, such as "BF16".
-      shape: of the tensor.
+      dtype: dtype of the file, such as "BF16".
+      shape: shape of the tensor.
       content: its bytes.
-      scale: of a tensor in 8 bits, [] or [1] for all of it, or [rows] or [rows, 1]; None for 1.
+      scale: scale of an 8-bit tensor, [] or [1] for all of it, or [rows] or [rows, 1]; None for 1.
     """
 
     dtype: str
@@ -225,7 +225,7 @@ class _Tensor:
         return (values.astype(np.float32) * scale).astype(dtype)
 
     def problem(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """Says why the tensor can't be read as one of this shape; None if it can."""
+        """Returns why the tensor can't be read as one of this shape; None if it can."""
         if self.dtype not in _FLOATS:
             return f"{name} has type {self.dtype}; supported are {', '.join(_FLOATS)}"
         if self.shape != shape:
@@ -275,7 +275,7 @@ def _open_file(file: Path) -> dict[str, _Tensor]:
     Raises:
       OSError, SafetensorError: it cannot be read, or its header is damaged or does not match its length.
     """
-    # The library checks the header, but calls any file that it cannot open missing, and reads no 8 bits.
+    # The library checks the header, but reports any file it cannot open as missing, and reads no 8 bits.
     with file.open("rb"), safe_open(file, framework="numpy"):
         pass
     content = np.asarray(np.memmap(file, np.uint8, "r"))
@@ -308,15 +308,15 @@ def _check_tensors(folder: Path, entries: list[names.Entry], tensors: dict[str, 
 
 
 def is_finite(x: np.ndarray) -> bool:
-    """Whether a floating-point array has neither NaN nor infinite values, at the speed of memory."""
-    # Such values, and they alone, have all bits of the exponent set. Blocks of this size stay in the cache.
+    """Whether a floating-point array has neither NaN nor infinite values, at memory bandwidth."""
+    # Only such values have all bits of the exponent set. Blocks of this size stay in the CPU's cache.
     bits, block = x.reshape(-1).view(f"u{x.itemsize}"), 1 << 16
     exponent = np.array(np.inf, x.dtype).view(bits.dtype)
     return all((bits[i : i + block] & exponent).max() < exponent for i in range(0, bits.size, block))
 
 
 def require_finite(source: str | os.PathLike, not_finite: list[str], dtype: DTypeLike) -> None:
-    """Raises CheckpointError if there are names of tensors that are not finite in `dtype`."""
+    """Raises CheckpointError if any tensors, given by name, are not finite in `dtype`."""
     if not_finite:
         raise CheckpointError(
             f"{source}: {len(not_finite)} of its tensors, the first of them {not_finite[0]}, have NaN or "

@@ -16,7 +16,7 @@ from moss_jax.text import Tokenizer
 
 MODEL_TYPES = ("mllama", "video_mllama")
 BOS, EOS, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
-# PIL's number of the filter that `video.preprocess` resizes with.
+# PIL's constant for the filter that `video.preprocess` resizes with.
 _BILINEAR = 2
 
 
@@ -181,7 +181,7 @@ def _normalisation(preprocessor: dict[str, Any], image_size: int) -> dict[str, A
     An image processor computes (pixel * factor - mean) / std; a factor that is not 1/255 goes into both.
 
     Raises:
-      ConfigError: it resizes in another way than `video.preprocess`.
+      ConfigError: it resizes differently from `video.preprocess`.
     """
     where = "the image processor"
     if not isinstance(preprocessor, dict):
@@ -208,7 +208,7 @@ def _normalisation(preprocessor: dict[str, Any], image_size: int) -> dict[str, A
 
 
 def _per_channel(value: Any) -> tuple[float, ...]:
-    """Returns a number for each channel, of which VisionConfig checks that they are three."""
+    """Returns a number for each channel; VisionConfig checks that there are three."""
     values = tuple(map(float, (value,) * 3 if isinstance(value, int | float) else value))
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{value} is not finite")
@@ -263,7 +263,7 @@ def _number(section: dict[str, Any], key: str) -> float:
 
 
 def _expect(section: Mapping[str, Any], name: str, **values: Any) -> None:
-    """Raises ConfigError if the section has another value than the only one that the model supports."""
+    """Raises ConfigError if the section has a value other than the only one that the model supports."""
     for key, value in values.items():
         if section.get(key, value) != value:
             raise ConfigError(f"{name}.{key} is {section[key]!r}; only {value!r} is supported")

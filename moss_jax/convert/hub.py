@@ -23,7 +23,7 @@ def resolve(checkpoint: str | os.PathLike, revision: str | None = None) -> Path:
       revision: branch, tag or commit of the repository; its default branch if None.
 
     Raises:
-      CheckpointError: it is neither, a folder is given a revision, or the repository cannot be downloaded.
+      CheckpointError: it is neither, a revision is given for a folder, or the download fails.
     """
     name = os.fspath(checkpoint)
     if revision is None and not os.path.exists(name):
@@ -42,7 +42,7 @@ def resolve(checkpoint: str | os.PathLike, revision: str | None = None) -> Path:
 
 
 def _is_repo_id(name: str) -> bool:
-    # Imported where it is needed: it takes long, and in a notebook it prints a warning.
+    # Imported lazily: importing it is slow, and in a notebook it prints a warning.
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -84,7 +84,7 @@ def _download(repo: str, revision: str | None) -> Path:
             f"there is no folder {repo}, and {name} cannot be downloaded from {hub}; check the network "
             f"connection and HF_ENDPOINT ({_one_line(error.__cause__ or error)})"
         ) from error
-    # Its HTTP and transfer clients, which differ between versions, raise errors of their own.
+    # Its HTTP and transfer clients, which differ between versions, raise their own exception types.
     except Exception as error:
         raise CheckpointError(f"{name} cannot be downloaded from {hub}: {_one_line(error)}") from error
     return Path(folder)

@@ -38,11 +38,11 @@ def open_model(
 
     Args:
       checkpoint: a folder or a Hugging Face repo id, see `hub.resolve`; the shipped model if None.
-      revision: of a repo id.
+      revision: revision of a repo id.
       dtype: bfloat16 on accelerators and float32 on CPU if None.
       weights, encoder_weights: 8-bit formats to quantize the decoder and the vision encoder to; see
         `nn.quantize`.
-      mesh: to split the parameters over; None for one device.
+      mesh: to shard the parameters over; None for one device.
 
     Raises:
       CheckpointError, TokenizerError: the checkpoint cannot be used.

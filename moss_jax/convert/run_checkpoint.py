@@ -44,10 +44,10 @@ def export(
     """Writes the model of a training run in Hugging Face layout, as `checkpoint.save` does.
 
     Args:
-      workdir: of the run.
+      workdir: the run's folder.
       out: the folder, which must not exist yet or be empty.
-      step: of the checkpoint; the latest if None.
-      dtype: of the parameters that are written.
+      step: step of the checkpoint; the latest if None.
+      dtype: dtype of the parameters that are written.
 
     Returns:
       The step of the exported checkpoint.

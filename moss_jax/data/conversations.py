@@ -45,16 +45,16 @@ class ConversationBatches:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Reads all rows and the packets of their media once, which tell their frames; see `read_rows`.
+        """Reads all rows, and demuxes their media once for the frame times; see `read_rows`.
 
         Args:
           config: files and sizes.
           sampling: frame sampling of offline clips.
-          tokenizer: of the model.
+          tokenizer: the model's tokenizer.
           image_size: side of the tile that frames are resized and padded to.
           batch_size: rows of a batch over all processes; each loads its share.
-          seed: of the order of rows and of the swapped frames.
-          process_index: of this process.
+          seed: for the order of the rows and the choice of swapped frames.
+          process_index: index of this process.
           process_count: number of processes.
 
         Raises:
@@ -98,7 +98,7 @@ class ConversationBatches:
         return digest.hexdigest()
 
     def __len__(self) -> int:
-        """Practically unlimited: epochs repeat."""
+        """Number of batches: practically unlimited, since epochs repeat."""
         return sys.maxsize if self._rows else 0
 
     def __getitem__(self, step: int) -> LoadedBatch:
@@ -130,7 +130,7 @@ class ConversationBatches:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _fill(self, members: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """Fills a batch up with the first rows of the epoch that fit its shape."""
+        """Fills a batch with the first rows of the epoch that fit its shape."""
         fitting = (self._buckets[order] <= self._buckets[members].max(axis=0)).all(axis=1)
         others = order[fitting & ~np.isin(order, members)]
         again = np.resize(np.concatenate([others, members]), self._batch_size - len(members))
@@ -145,7 +145,7 @@ class ConversationBatches:
         dropped = []
         for b, member in enumerate(members.tolist()):
             row = self._rows[member]
-            # The third number is 0 in the epoch's plan.
+            # The plan of the epoch uses 0 as the third number of its seed.
             rng = np.random.default_rng([self._seed, epoch, 1 + member])
             try:
                 sequence = self._load_row(row, rng)

@@ -34,7 +34,7 @@ class LoadedBatch(NamedTuple):
     """A batch in host memory, and the rows that could not be loaded.
 
     Attributes:
-      batch: with all padding in place of dropped rows.
+      batch: dropped rows are replaced by padding.
       dropped: one sentence for each dropped row.
     """
 
@@ -43,7 +43,7 @@ class LoadedBatch(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """Deterministic random access to batches by step. It can be pickled, and is small then."""
+    """Deterministic random access to batches by step; picklable, and small when pickled."""
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -56,15 +56,15 @@ class BatchSource(Protocol):
 
 @runtime_checkable
 class RowSource(BatchSource, Protocol):
-    """A batch source whose rows go on from batch to batch: a worker makes some rows of every batch."""
+    """A batch source whose rows continue from batch to batch: a worker builds some rows of every batch."""
 
     def split(self, most: int) -> Sequence[BatchSource]:
-        """Sources of equal shares of the rows, in order, as many as can be up to `most`."""
+        """Splits the rows evenly, in order, among as many sources as possible, at most `most`."""
         ...
 
 
 class BatchError(RuntimeError):
-    """A batch source failed, in whichever process; the message names the step and the error."""
+    """A batch source failed, here or in a worker; the message names the step and the error."""
 
 
 def iterate(source: BatchSource, *, start: int, workers: int, read_ahead: int) -> Generator[LoadedBatch]:
@@ -74,9 +74,9 @@ def iterate(source: BatchSource, *, start: int, workers: int, read_ahead: int) -
     it ends. A script that uses them needs the usual `if __name__ == "__main__":`.
 
     Args:
-      source: of the batches.
+      source: the source of the batches.
       start: first step.
-      workers: worker processes, of which a `RowSource` may use fewer; 0 makes each batch on demand in the
+      workers: worker processes, of which a `RowSource` may use fewer; 0 builds each batch on demand in the
         calling thread. The batches are the same.
       read_ahead: batches that each worker prefetches, rounded down to an even number and at least 4.
 
@@ -143,7 +143,7 @@ def _make_in_workers(
             futures.wait(pending)
             try:
                 list(threads.map(lambda shard: shard.close(), shards))
-            except RuntimeError:  # at interpreter shutdown, when threads take no more work
+            except RuntimeError:  # at interpreter shutdown, when executors accept no more work
                 for shard in shards:
                     shard.close()
             _await_release()
@@ -169,7 +169,7 @@ def _checked(loaded: "LoadedBatch | BatchError | None") -> LoadedBatch:
 
 
 def _joined(parts: list[LoadedBatch]) -> LoadedBatch:
-    """One batch of the rows of several."""
+    """Concatenates the rows of partial batches."""
     if len(parts) == 1:
         return parts[0]
     batch = jax.tree.map(lambda *rows: np.concatenate(rows), *(part.batch for part in parts))
@@ -177,7 +177,7 @@ def _joined(parts: list[LoadedBatch]) -> LoadedBatch:
 
 
 class _Guarded:
-    """The batches that one worker makes; errors are returned, because not every exception can be pickled."""
+    """The batches of one worker; errors are returned, because not every exception can be pickled."""
 
     def __init__(self, source: BatchSource, steps: range):
         self._source, self._steps = source, steps

@@ -47,7 +47,7 @@ _TIME = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 _READING_THREADS = 16
 # Seconds after the end of a video at which its last picture may still be sampled.
 _MAX_OVERRUN = 1.0
-# A report names every dropped row up to _MAX_NAMED in total, else the first few of each reason.
+# A report names every dropped row if there are at most _MAX_NAMED, otherwise the first few of each reason.
 _MAX_NAMED, _NAMED_PER_REASON = 20, 3
 
 
@@ -56,8 +56,8 @@ class Medium:
     """A video or image of a row.
 
     Attributes:
-      path: of the file.
-      times: at which frames are sampled, in seconds.
+      path: path of the file.
+      times: sampling times of its frames, in seconds.
     """
 
     path: str
@@ -75,7 +75,7 @@ class TrainingRow:
       swappable: indices of the frames inside running text.
       media: in the order of their markers; a real-time row has one video.
       realtime: whether it is a real-time row.
-      num_tokens: of them when every medium is expanded to its frames.
+      num_tokens: number of tokens once every medium is expanded to its frames.
     """
 
     name: str
@@ -153,7 +153,8 @@ def read_rows(
 ) -> tuple[list[TrainingRow], DropReport]:
     """Reads the rows of all files and the packets of their media, and drops unusable rows.
 
-    Packets, because the length in a file's header may be missing or wrong; no frame is decoded but the first.
+    Times come from packets, because the duration in a file's header may be missing or wrong; only the first
+    frame is decoded.
 
     Raises:
       ConfigError: a file cannot be read or holds no rows.
@@ -199,7 +200,7 @@ def _read_files(files: Iterable[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_rows(content: bytes) -> Any:
-    """Parses a JSON array, or JSON lines with a row on each, in UTF-8, UTF-16 or UTF-32, with or without BOM.
+    """Parses a JSON array or JSON lines, one row a line, in UTF-8, UTF-16 or UTF-32, with or without BOM.
 
     Raises:
       ValueError: it is neither.
@@ -348,7 +349,7 @@ def _seconds(stamp: str) -> float:
 
 
 def _for_each[Result](read: Callable[[str], Result], paths: Iterable[str]) -> dict[str, Result | _Dropped]:
-    """Reads each file once; what came of it by path."""
+    """Reads each file once; returns the result, or why it is unusable, by path."""
 
     def attempt(path: str) -> Result | _Dropped:
         try:

@@ -1,4 +1,4 @@
-"""Batches of segments of long tabletop streams, each of which goes on where the one before ended.
+"""Batches of segments of long tabletop streams, each of which starts where the previous one ended.
 
 B sequences, K segments, S tokens, F frames
 """
@@ -23,7 +23,7 @@ from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offli
 from moss_jax.worlds.tabletop.requests import draw_question
 from moss_jax.worlds.tabletop.stream import TRAINING, TabletopStream, draw_stream
 
-# Seconds up to which a stream is a short one.
+# Maximum length of a short stream, in seconds.
 SHORT = 40
 # Longest times without a frame in streams whose frames are selected, in seconds.
 MAX_GAPS = (2, 3, 5, 10, 30)
@@ -31,13 +31,13 @@ MAX_GAPS = (2, 3, 5, 10, 30)
 
 @dataclasses.dataclass(frozen=True)
 class CutStream:
-    """A stream cut into segments, each with what happens to the memory before it.
+    """A stream cut into segments, with the changes to the memory before each.
 
     Attributes:
       shown: for each second, whether the model is shown its frame.
-      bounds: index of the token at which each segment begins, and of the end of the last.
+      bounds: index of the first token of each segment, and the end of the last one.
       skipped: positions that are left out before each segment.
-      kept: of each segment, the tokens that stay in the text cache before it.
+      kept: for each segment, the tokens that stay in the text cache before it.
     """
 
     stream: TabletopStream
@@ -49,10 +49,10 @@ class CutStream:
 
 
 class TabletopSegments(TabletopSource):
-    """Random access to batches of segments, by step: each row continues that of the batch before.
+    """Random access to batches of segments, by step: each row continues the same row of the previous batch.
 
     Args:
-      config: of the streams; neither its lengths nor its warm-up apply.
+      config: settings of the streams; their lengths and the warm-up are ignored.
       segments: lengths of streams and segments, and what is drawn for each.
       tokenizer, source: as for `TabletopSource`.
     """
@@ -60,14 +60,14 @@ class TabletopSegments(TabletopSource):
     def __init__(self, config: TabletopConfig, segments: SegmentsConfig, tokenizer: Tokenizer, **source: int):
         super().__init__(config, tokenizer, **source)
         self.segments = segments
-        # The stream that each row is in, with its number: drawn once for all its segments.
+        # The current stream of each row, with its number: drawn once for all its segments.
         self._streams: dict[int, tuple[int, CutStream]] = {}
 
     def __getstate__(self):
         return super().__getstate__() | {"_streams": {}}
 
     def split(self, most: int) -> list[Self]:
-        """Sources of equal shares of the rows, as many as can be up to `most`."""
+        """Splits the rows evenly among as many sources as possible, at most `most`."""
         count = max(count for count in range(1, most + 1) if self._rows % count == 0)
         parts = [copy.copy(self) for _ in range(count)]
         for index, part in enumerate(parts):
@@ -164,10 +164,10 @@ class TabletopSegments(TabletopSource):
 
 
 def segment_bounds(dialogue: Dialogue, tokens: int, frames: int, count: int) -> Iterator[int]:
-    """Where each of `count` segments begins, and the end of the last.
+    """Yields the start of each of `count` segments, then the end of the last one.
 
-    A segment is as long as it can be and ends before a frame, whose token is never a target. What is left
-    behind the last is dropped; if nothing is left before, segments are empty.
+    Each segment is as long as possible and ends before a frame, whose token is never a target. Tokens after
+    the last segment are dropped; if the tokens run out earlier, the remaining segments are empty.
     """
     ends = [*dialogue.frame_positions, len(dialogue.tokens)]
     at = 0
@@ -175,7 +175,7 @@ def segment_bounds(dialogue: Dialogue, tokens: int, frames: int, count: int) -> 
     for _ in range(count):
         most = min(bisect.bisect_left(dialogue.frame_positions, at) + frames, len(ends) - 1)
         fitting = [end for end in ends[max(most - frames, 0) : most + 1] if at < end <= at + tokens]
-        # More tokens between two frames than fit are cut where they are.
+        # A run of tokens between two frames that is too long for one segment is split.
         at = fitting[-1] if fitting else min(at + tokens, len(dialogue.tokens))
         yield at
 
@@ -183,7 +183,7 @@ def segment_bounds(dialogue: Dialogue, tokens: int, frames: int, count: int) -> 
 def shown_seconds(stream: TabletopStream, max_gap: int) -> list[bool]:
     """For each second, whether its frame is shown: where something changed, or after `max_gap` seconds.
 
-    As a live session selects frames, but by the truth instead of the pictures.
+    Frames are selected as in a live session, but by the ground truth instead of the pixels.
     """
     world = stream.world
     shown = [0]
@@ -196,7 +196,7 @@ def shown_seconds(stream: TabletopStream, max_gap: int) -> list[bool]:
 
 
 def kept_tokens(dialogue: Dialogue, bounds: list[int], capacity: int, silence: int) -> Iterator[list[int]]:
-    """Tokens that stay in a text cache before each segment, by the rules of a live stream."""
+    """Yields the tokens that stay in a text cache before each segment, by the rules of a live stream."""
     kinds: list[Kind] = []
     memory, all_kinds = MemoryConfig(), kinds_of(dialogue, silence)
     for begin, end in itertools.pairwise(bounds):

@@ -21,14 +21,14 @@ NO_SYSTEM = 0.1
 
 
 class TabletopSource:
-    """Base of the tabletop batch sources: which rows this process makes, and with which tokenizer.
+    """Base of the tabletop batch sources: the rows of this process, and the tokenizer.
 
     Args:
-      config: of the streams.
-      tokenizer: of the model.
+      config: settings of the streams.
+      tokenizer: the model's tokenizer.
       batch_size: sequences over all processes.
-      seed: determines the batches, each together with its step.
-      process_index: of this process, which loads its share of the rows.
+      seed: together with the step, determines each batch.
+      process_index: index of this process, which loads its share of the rows.
       process_count: number of processes.
 
     Raises:
@@ -57,7 +57,7 @@ class TabletopSource:
         return 2**31 - 1
 
     def __getstate__(self):
-        # Each process reads its own tokenizer.
+        # Each process parses the tokenizer itself.
         return self.__dict__ | {"_read": None}
 
     @property

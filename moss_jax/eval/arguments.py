@@ -12,7 +12,7 @@ BAD_INPUT = (CheckpointError, ConfigError, TokenizerError)
 
 
 class Defaults(Protocol):
-    """The settings of an evaluation that the shared arguments are for."""
+    """Defaults of the shared arguments: settings that every evaluation has."""
 
     @property
     def streams(self) -> int: ...
@@ -25,7 +25,7 @@ class Defaults(Protocol):
 
 
 def make_parser(module: str, description: str, default: Defaults) -> argparse.ArgumentParser:
-    """A parser with the checkpoint, the streams, the speed of speech, and the file of the result."""
+    """Creates a parser with flags for the checkpoint, the streams, the speed of speech, and the result."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=command.HelpFormatter
     )

@@ -41,7 +41,7 @@ def frame_attention(
     sees. Before the first frame they are all 0, or with `rows_before_first_frame="attend"` cover all frames.
 
     Args:
-      model: whose weights are wanted.
+      model: whose attention weights are computed.
       tokens: as in the model's one-pass call.
       pixels: as in the model's one-pass call.
       frame_positions: as in the model's one-pass call.
@@ -108,13 +108,13 @@ def _softmax_over_range(
 
 
 class Recorder:
-    """A wrapper of an engine of one slot that keeps the sequence which the model reads.
+    """A wrapper of an engine of one slot that records the sequence the model reads.
 
     Args:
-      engine: to be wrapped; a session takes the recorder in its place.
+      engine: to be wrapped; sessions use the recorder instead.
 
     Attributes:
-      tokens: read by the model, in order. It reads a token that it has sampled with the next row.
+      tokens: read by the model, in order. A sampled token is read with the next row.
       said: index of each token of its own text; it sampled token `i` after reading those before it.
       frames: seen by the model, in order.
 
@@ -146,7 +146,7 @@ class Recorder:
         return self._engine.encode(frames)
 
     def distance(self, *frames: Any) -> float:
-        """As the engine's."""
+        """Forwards to the engine."""
         return self._engine.distance(*frames)
 
     def step(

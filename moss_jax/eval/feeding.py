@@ -1,4 +1,4 @@
-"""Frames for streams that are too long to be rendered beforehand: in segments, while a session plays them."""
+"""On-the-fly rendering of streams that are too long to prerender: by segments, while a session plays them."""
 
 import collections
 import itertools
@@ -15,8 +15,8 @@ from jaxtyping import UInt8
 from moss_jax.stream import End, Event, FrameSeen, FrameUnseen, Session
 from moss_jax.worlds.base import LongStream
 
-# Seconds that are rendered at once, segments that are rendered ahead of what is pushed, and seconds that are
-# pushed before the slowest stream has seen them.
+# Seconds in a rendered segment, segments rendered ahead of those pushed, and seconds pushed ahead of the
+# slowest stream.
 SEGMENT, AHEAD, LEAD = 16, 2, 64
 
 
@@ -27,7 +27,7 @@ class Renderer:
       streams: to be rendered.
       seconds: their length.
       image_size: side of the frames, in pixels.
-      processes: that render; 0 for a thread of this process.
+      processes: number of render processes; 0 for a thread of this process.
     """
 
     def __init__(self, streams: Sequence[LongStream], *, seconds: int, image_size: int, processes: int = 0):
@@ -48,12 +48,12 @@ class Renderer:
         self._executor.shutdown(cancel_futures=True)
 
     def submit(self, index: int, start: int) -> "futures.Future[UInt8[np.ndarray, 'F H W 3']]":
-        """Has the segment of stream `index` rendered that begins at a second."""
+        """Submits the segment of stream `index` that begins at second `start` for rendering."""
         return self._executor.submit(_render, index, start, min(start + SEGMENT, self.seconds))
 
 
 def _take(streams: Sequence[LongStream], size: int) -> None:
-    """Begins a worker."""
+    """Initializes a worker."""
     _worker.streams, _worker.size = streams, size
 
 
@@ -68,8 +68,8 @@ def feed(session: Session, renderer: Renderer, group: Sequence[int], begin: int)
     """Plays a lockstep session while a thread pushes frames and prompts, and yields its events.
 
     Args:
-      session: into which nothing has been pushed; slots without a stream are finished.
-      renderer: of the frames.
+      session: nothing has been pushed into it yet; slots without a stream are finished.
+      renderer: renderer of the frames.
       group: index of the stream in each slot.
       begin: index of the first request that is pushed.
     """
@@ -93,7 +93,7 @@ class _Feeder(threading.Thread):
         super().__init__(name="feeder", daemon=True)
         self._session, self._renderer, self._group = session, renderer, group
         self._prompts = [collections.deque(renderer.streams[index].requests[begin:]) for index in group]
-        # Frames that each slot has seen, of those whose stream is not over, and that all have been given.
+        # Frames seen by each slot whose stream is not over, and frames pushed to all of them.
         self._seen = dict.fromkeys(range(len(group)), 0)
         self._pushed = 0
         self._progress = threading.Condition()
@@ -101,7 +101,7 @@ class _Feeder(threading.Thread):
         self.failure: BaseException | None = None
 
     def note(self, event: Event) -> None:
-        """Takes an event of the session, which goes on as `wait` returns."""
+        """Records an event of the session; returns when the session may continue (see `wait`)."""
         if isinstance(event, FrameSeen | FrameUnseen | End):
             with self._progress:
                 if isinstance(event, End):
@@ -112,15 +112,15 @@ class _Feeder(threading.Thread):
             self.wait()
 
     def wait(self) -> None:
-        """Waits while there is a stream that has seen all of its frames and may get more.
+        """Blocks while a stream has seen all of its frames and more are about to be pushed.
 
-        Otherwise the others would go on without it, in steps that serve ever fewer of them.
+        Otherwise the other streams would run ahead of it, in steps with ever fewer active slots.
         """
         with self._progress:
             self._progress.wait_for(lambda: self._done or not (self._is_starving() and self._may_push()))
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread and joins it."""
         with self._progress:
             self._closed = True
             self._progress.notify()
@@ -131,7 +131,7 @@ class _Feeder(threading.Thread):
             self._push_all()
         except BaseException as error:
             self.failure = error
-            # It would wait for frames for ever.
+            # It would wait for frames forever.
             self._session.stop()
         finally:
             with self._progress:
@@ -163,11 +163,11 @@ class _Feeder(threading.Thread):
         self._session.finish()
 
     def _may_push(self) -> bool:
-        """Whether the slowest stream has come so far that another segment may be pushed."""
+        """Whether the slowest stream has seen enough frames for another segment to be pushed."""
         return min(self._seen.values(), default=self._pushed) >= self._pushed - LEAD
 
     def _is_starving(self) -> bool:
-        """Whether a stream has seen all that it can: the last frame waits until it is known what follows."""
+        """Whether a stream has seen all it can; the last pushed frame waits until the next input is known."""
         return max(self._seen.values(), default=0) >= self._pushed - 1
 
     def _push_prompts(self, slot: int, *, until: float) -> None:

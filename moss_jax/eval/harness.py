@@ -1,6 +1,6 @@
-"""The harness of every evaluation: streams of a world played to an engine, several side by side in its slots.
+"""Shared harness of the evaluations: plays streams of a world to an engine, one in each of its slots.
 
-Sessions run in lockstep, so what a model says depends on the streams and the weights alone.
+Sessions run in lockstep, so the output of a model depends only on the streams and the weights.
 """
 
 import collections
@@ -36,13 +36,13 @@ def play(
     """Plays streams in live sessions, as many at a time as there are slots.
 
     Args:
-      engines: by number of slots; a stream that is alone goes to the smallest, others to the largest.
-      streams: with their prompts, which are given at their times.
+      engines: by number of slots; a single stream goes to the smallest, several go to the largest.
+      streams: the streams with their timed prompts.
       image_size: side of the frames, in pixels.
       tokens_per_second: speed of speech.
       selection: which frames are shown to the model.
-      renderer: of the same streams, to render and push their frames while they play; None renders and pushes
-        all frames of a session beforehand. The events are the same.
+      renderer: a renderer of the same streams, to render and push frames while they play; None renders and
+        pushes all frames of a session in advance. The events are the same.
 
     Returns:
       The events of each stream, in the order of `streams`.
@@ -55,7 +55,7 @@ def play(
         )
         for slot in range(len(group), engine.config.slots):
             session.finish(slot)
-        # The first turn is in the session already.
+        # The session was opened with the first turn.
         begin = int(bool(first_turn))
         if renderer is None:
             for slot, index in enumerate(group):
@@ -130,15 +130,15 @@ class Blindfold:
         self.start = engine.start
 
     def encode(self, frames: Sequence[np.ndarray]) -> Float[np.ndarray, "F 0"]:
-        """Encodes nothing: features of no width, one for each frame."""
+        """Returns zero-width features, one for each frame."""
         return np.empty((len(frames), 0), np.float32)
 
     def distance(self, *_: Any) -> float:
-        """Frames have no features, so none is like another."""
+        """Returns infinity: frames without features are never alike."""
         return math.inf
 
     def step(self, state: Any, rows: Sequence[Row | None], features: Any = None) -> tuple[Any, Sampled]:
-        """Steps the engine, with the frames taken out of the rows."""
+        """Steps the engine with the frames removed from the rows."""
         blind = [row and dataclasses.replace(row, frames=(), compact=None) for row in rows]
         return self._engine.step(state, blind)
 

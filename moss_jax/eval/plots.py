@@ -67,14 +67,14 @@ def over_frames(
     Args:
       frames: to be plotted.
       weights: of each frame's vectors: the class token, whose weight is printed below, then a square grid.
-      labels: of the frames.
+      labels: labels of the frames.
       columns: frames side by side.
     """
     figure, panels = _panels(len(frames), columns, captions=2)
     for panel, frame, (whole, *grid) in zip(panels, frames, weights, strict=True):
         side = math.isqrt(len(grid))
         light = np.reshape(grid, (side, side))
-        # Never so dark that nothing can be seen.
+        # A lower bound on the brightness, so that dark parts can still be seen.
         light = 0.25 + 0.75 * light / max(light.max(), 1e-9)
         tile = fit_frame(frame, max(frame.shape[:2]))
         size = len(tile)
@@ -99,11 +99,11 @@ def heat_maps(
     Cells below the last nonzero weight of a column in any map are left blank: frames that are still to come.
 
     Args:
-      maps: of weights.
-      titles: of the maps.
+      maps: maps of weights.
+      titles: titles of the maps.
       rows: labels of the rows.
       columns: labels of the columns.
-      row_label: of the vertical axes.
+      row_label: label of the vertical axes.
     """
     count, height, width = np.shape(maps)
     below = np.flip(np.cumsum(np.flip(np.max(maps, axis=0), 0), axis=0), 0) == 0
@@ -123,7 +123,7 @@ def heat_maps(
 
 
 def curve(values: Sequence[float], *, xlabel: str, ylabel: str) -> Picture:
-    """Plots a sequence of values against their number, from 1."""
+    """Plots a sequence of values against their index, from 1."""
     figure = Figure(figsize=(WIDTH * 0.6, WIDTH * 0.3), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3)
@@ -134,7 +134,7 @@ def curve(values: Sequence[float], *, xlabel: str, ylabel: str) -> Picture:
 
 
 def _panels(count: int, columns: int, captions: int = 1):
-    """Makes a figure of `count` square panels without ticks."""
+    """Creates a figure of `count` square panels without ticks."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     side = min(WIDTH / columns, 2.0)

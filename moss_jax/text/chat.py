@@ -20,8 +20,8 @@ You watch all the time, also when nobody asks anything.
 - When you cannot answer yet or have nothing more to say, output `<|silence|>`."""
 
 
-# The texts that are control tokens in the content of a turn. All else is text, so that no content can end its
-# turn or begin another. Media markers are for training rows: the prompts of a session are text throughout.
+# Texts that become control tokens in the content of a turn. All else is plain text, so no content can end its
+# turn or begin another. Media markers are for training rows: the prompts of a session are plain text.
 MARKERS: dict[Role, tuple[str, ...]] = {
     "system": ("<|silence|>",),
     "user": ("<|image|>", "<|video|>"),
@@ -75,7 +75,7 @@ def offline_opening(tokenizer: Tokenizer, *, system: str | None, num_frames: int
 def content(tokenizer: Tokenizer, role: Role, parts: Sequence[str | None]) -> list[int]:
     """Returns the tokens of a turn's content, between its header and its end.
 
-    White space around it is left out, as well as that behind leading frames.
+    White space around it, and after leading frames, is stripped.
 
     Args:
       parts: texts, and None for each frame, in their order; in a system prompt, `<|silence|>` is the control

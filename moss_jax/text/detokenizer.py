@@ -26,14 +26,14 @@ class Detokenizer:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """Resets the decoder, dropping an incomplete character, and returns the remaining text: none."""
-        # Complete characters are emitted at once, so only an incomplete one can be left.
+        """Resets the decoder, dropping an incomplete character, and returns the remaining text: always ""."""
+        # Complete characters are emitted immediately, so only an incomplete one can be left.
         self._decoder.reset()
         return ""
 
     @property
     def incomplete(self) -> bytes:
-        """The bytes so far of a character that the tokens have not completed; setting it drops those."""
+        """Bytes of a character that is not complete yet; setting it replaces them."""
         return self._decoder.getstate()[0]
 
     @incomplete.setter

@@ -75,8 +75,8 @@ class Tokenizer:
         """Parses the content of a tokenizer.json.
 
         Args:
-          content: of the file.
-          name: of the file, for error messages.
+          content: content of the file.
+          name: name of the file, for error messages.
 
         Raises:
           TokenizerError: it is not a byte-level BPE tokenizer, or lacks a special token.

@@ -33,7 +33,7 @@ PRE_TOKENIZATION = (
 )
 
 NUM_TURNS = 12_000
-# Among thousands of turns about a table, a single copy of the prose would have no weight.
+# Repetitions of the prose: a single copy would carry no weight among thousands of turns about a table.
 PROSE_COPIES = 150
 
 # Context-free grammar: a name in braces expands to a random one of its alternatives.

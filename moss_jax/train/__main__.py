@@ -32,10 +32,10 @@ BAD_INPUT = (BatchError, CheckpointError, ConfigError, DataError, TokenizerError
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code, as `command.run` says; 1 also for a run that cannot go on.
+    """Runs the command and returns its exit code, like `command.run`; 1 also if the run cannot continue.
 
     Args:
-      words: arguments of the command; those of this process if None.
+      words: command-line arguments; `sys.argv[1:]` if None.
     """
     parser = make_parser()
     args = parser.parse_args(words)
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace, name: str) -> int:
-    """Trains as the command line says; returns the exit code."""
+    """Trains with the settings of the command line; returns the exit code."""
     join_cluster(args)
     set_up_logging()
     quiet_failed_writes()
@@ -65,9 +65,9 @@ def train(args: argparse.Namespace, name: str) -> int:
 
 
 def set_up_logging() -> None:
-    """Logs what `moss_jax` says in process 0, and warnings of others, as `NAME: MESSAGE`."""
+    """Logs infos of `moss_jax` in process 0, and warnings of libraries, as `NAME: MESSAGE`."""
     logging.basicConfig()
-    # basicConfig does nothing where there is a handler, and orbax makes one when it is imported.
+    # basicConfig does nothing if there is a handler, and orbax adds one when it is imported.
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
             handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
@@ -75,11 +75,11 @@ def set_up_logging() -> None:
 
 
 def quiet_failed_writes() -> None:
-    """Drops what libraries print when a checkpoint cannot be written, which the run raises as one RunError.
+    """Drops library output about a checkpoint that cannot be written, which the run raises as one RunError.
 
     orbax and asyncio log tracebacks, and tensorstore reports an exception for each array to an event loop
-    that orbax has closed, which nothing but `sys.unraisablehook` can keep from stderr: 3000 lines for the
-    small model. Threads go on with that after the run has raised, so this stays until the process ends.
+    that orbax has closed, which only `sys.unraisablehook` can keep off stderr: 3000 lines for the small
+    model. Threads keep reporting after the run has raised, so this stays in place until the process ends.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_no_failed_write)
@@ -100,7 +100,7 @@ def read_config(files: list[str], parameters: list[str]) -> RunConfig:
     gin_bindings.parse(files, parameters)
     settings = gin_bindings.settings
     if settings(InitialModelConfig).checkpoint:
-        # It is used instead of the preset, which the recorded config must not name.
+        # The checkpoint replaces the preset, which the recorded config must not name.
         gin_bindings.parse(files, [*parameters, "model.preset = None"])
     data = settings(DataConfig)
     # Only settings that apply are read, so that the operative config has no others.
@@ -120,10 +120,10 @@ def read_config(files: list[str], parameters: list[str]) -> RunConfig:
 
 
 def join_cluster(args: argparse.Namespace) -> None:
-    """Makes this process one of several that train together, if the arguments say so.
+    """Joins the processes that train together, if the arguments describe such a cluster.
 
     Raises:
-      ConfigError: the arguments are incomplete, or there is no such cluster.
+      ConfigError: the arguments are incomplete, or the cluster cannot be joined.
     """
     by_hand = (args.coordinator, args.processes, args.process_id)
     if by_hand == (None, None, None):
@@ -149,7 +149,7 @@ def join_cluster(args: argparse.Namespace) -> None:
             "process_id": args.process_id,
             "cluster_detection_method": "deactivate",
         }
-        # A process that waits in vain is aborted by JAX, which names no address.
+        # When the wait times out, JAX aborts the process without naming the address.
         command.tell(f"joining {args.processes} processes at {args.coordinator}, which may take 5 minutes")
     try:
         jax.distributed.initialize(**found)

@@ -19,14 +19,14 @@ from jax.experimental import multihost_utils
 from moss_jax.convert import CheckpointError, run_checkpoint
 from moss_jax.train.step import TrainState, part_norms
 
-# A checkpoint takes at least this share of what the one before took: how well it compresses may differ.
+# A checkpoint takes at least this share of the previous one's size: how well it compresses may differ.
 MIN_SHARE = 0.9
 
 _logger = logging.getLogger(__name__)
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on; the message says why, and what there is to resume from."""
+    """A run that cannot continue; the message says why, and which checkpoint it can resume from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Restored:
 
     Attributes:
       state: with the requested shardings, whatever mesh it was saved from.
-      position: of the run in its data.
+      position: position of the run in its data.
       config: settings of the run.
     """
 
@@ -51,7 +51,7 @@ class Checkpoints:
     The exit raises RunError if the last checkpoint could not be written.
 
     Args:
-      workdir: of the run.
+      workdir: the run's folder.
       keep: number of recent checkpoints to keep.
     """
 
@@ -67,7 +67,7 @@ class Checkpoints:
             self._workdir.absolute() / run_checkpoint.CHECKPOINTS,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
-        # Step of the latest checkpoint that was begun.
+        # Step of the latest checkpoint whose write was started.
         self._begun = 0
 
     def __enter__(self) -> "Checkpoints":
@@ -81,14 +81,14 @@ class Checkpoints:
                 raise self._failure(error) from error
 
     def save(self, step: int, state: TrainState, *, position: dict[str, Any], config: dict[str, Any]) -> None:
-        """Starts to write a checkpoint; `state` may be donated as soon as this returns.
+        """Starts writing a checkpoint; `state` may be donated as soon as this returns.
 
         Waits for the previous write.
 
         Args:
           step: number of steps done.
           state: after these steps.
-          position: of the run in its data, as JSON.
+          position: position of the run in its data, as JSON.
           config: settings of the run, as JSON.
 
         Raises:
@@ -130,7 +130,7 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except (OSError, ValueError) as error:
-                # All processes must restore the same checkpoint, and only this one knows of the damage.
+                # All processes must restore the same checkpoint, and only this one has seen the damage.
                 if jax.process_count() > 1:
                     raise CheckpointError(f"{folder} cannot be read: {error}") from error
                 _rename_damaged(folder, _first_clause(error))
@@ -158,7 +158,7 @@ class Checkpoints:
         """Returns the error for a checkpoint that could not be written."""
         whole, _ = run_checkpoint.list_checkpoints(self._workdir)
         last = f"make room and go on from {whole[-1]} with --resume" if whole else "there is no earlier one"
-        # tensorstore names every file and has the error of the operating system as a number.
+        # tensorstore's message names every file and has the operating system's error as a number.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         reason = os.strerror(int(code[1])) if code else _first_clause(error)
         return RunError(f"the checkpoint of step {self._begun} could not be written: {reason}; {last}")
@@ -209,7 +209,7 @@ def _check_finite(folder: Path, state: TrainState) -> None:
 
 
 def _first_clause(error: Exception) -> str:
-    """Returns an error without the specification that tensorstore appends."""
+    """Returns an error's message without the spec that tensorstore appends."""
     return str(error).partition(" [tensorstore_spec")[0]
 
 

@@ -37,7 +37,7 @@ class Work(NamedTuple):
     """Forward FLOPs of a part of the model.
 
     Attributes:
-      part: of the model.
+      part: part of the model.
       matmul: FLOPs of matmuls with weights.
       attention: FLOPs of the products of attention.
     """
@@ -56,7 +56,7 @@ def train_flops(
     so does that of its weights, if they are trained. Both inputs of attention's products have gradients.
 
     Args:
-      config: of the model.
+      config: the model's config.
       batch: number of sequences.
       tokens: tokens per sequence, including padding.
       frames: frames per sequence, including padding.

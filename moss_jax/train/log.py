@@ -33,10 +33,10 @@ class Log:
     A context manager. Records of an earlier run are kept up to step `start`.
 
     Args:
-      workdir: of the run.
+      workdir: the run's folder.
       config: shown in TensorBoard.
       start: number of steps done before.
-      steps: of the whole run.
+      steps: number of steps of the whole run.
       every: steps between two reports.
       peak_flops: peak FLOPS of all devices together; None if unknown.
     """
@@ -46,10 +46,10 @@ class Log:
     ):
         self._steps, self._every, self._peak = steps, every, peak_flops
         self._metrics = _open_metrics(workdir / METRICS, start)
-        # Not a SummaryWriter: when the disk is full its thread dies, and whoever calls it waits forever.
+        # Not a SummaryWriter: when the disk is full its thread dies, and its callers block forever.
         self._board = EventsWriter(str(workdir / "events"))
         if start:
-            # TensorBoard drops what an earlier run wrote of later steps.
+            # TensorBoard drops the events of later steps that an earlier run wrote.
             restart = SessionLog(status=SessionLog.START)
             self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=restart))
         self._write_summary(start, summary.text("config", "```\n" + config + "\n```"))
@@ -75,7 +75,7 @@ class Log:
     def __exit__(self, *_) -> None:
         self._progress.stop()
         for file in (self._board, self._metrics):
-            with contextlib.suppress(OSError):  # of a full disk, which has been raised before
+            with contextlib.suppress(OSError):  # from a full disk, which has been raised before
                 file.close()
 
     def record(
@@ -90,14 +90,14 @@ class Log:
     ) -> None:
         """Records the metrics of a step; steps must be in order.
 
-        The mean losses of a step without such targets are left out, and a report's are means over the targets
-        of all its steps. `loss` itself is recorded of every step: without any target it is 0.
+        A mean loss is left out for a step without targets of its kind; a report averages it over the targets
+        of all its steps. `loss` itself is recorded for every step: without any target it is 0.
 
         Args:
           step: counted from 1.
-          metrics: scalars by name, as of `Trainer.step`.
-          finished: when the device had finished the step, by `time.perf_counter`.
-          compiled: whether a program was compiled for the step, which rates leave out.
+          metrics: scalars by name, as returned by `Trainer.step`.
+          finished: time at which the device finished the step, by `time.perf_counter`.
+          compiled: whether a program was compiled for the step; rates exclude such steps.
           flops: model FLOPs of the step.
           dropped: number of rows dropped so far.
         """
@@ -161,7 +161,7 @@ class _Record(NamedTuple):
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """Reads the records of a run, without a last line that was truncated by a kill."""
+    """Reads the records of a run, except a last line that was truncated by a kill."""
     rows = []
     file = workdir / METRICS
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
@@ -189,7 +189,7 @@ def draw_curve(workdir: Path) -> Path | None:
     axes.plot(steps, smooth, color="C0", label=f"mean of {width} steps")
     if min(losses) > 0:
         axes.set_yscale("log")
-        # Plain numbers, also where the losses span less than a decade.
+        # Plain numbers, even if the losses span less than a decade.
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -201,7 +201,7 @@ def draw_curve(workdir: Path) -> Path | None:
 
 
 def _open_metrics(file: Path, start: int):
-    """Opens the file for appending after the records of the first `start` steps; others are removed."""
+    """Opens the file for appending after the records of the first `start` steps; removes later ones."""
     kept = [json.dumps(row) + "\n" for row in read_metrics(file.parent) if row["step"] <= start]
     draft = file.with_suffix(".draft")
     draft.write_text("".join(kept), encoding="utf-8")

@@ -51,7 +51,7 @@ from moss_jax.train.step import Trainer, TrainState
 
 # The metrics of a step are read this many steps later, so that the device never waits for the host.
 STEPS_IN_FLIGHT = 2
-# Locked in the folder of a run while it runs.
+# File in the folder of a run that is locked while it runs.
 LOCK = ".lock"
 # Rows that must have been loaded before the share of dropped ones can abort a run.
 MIN_ROWS = 20
@@ -77,7 +77,7 @@ class RunConfig:
       data: the kind of data, and its workers.
       source: settings of that kind of data.
       sampling: frame sampling of conversations; None for the tabletop world, which has its own.
-      segments: of long streams; None to train on whole sequences.
+      segments: settings for segments of long streams; None to train on whole sequences.
       text: the operative gin config, saved with every checkpoint.
     """
 
@@ -105,8 +105,8 @@ def run(config: RunConfig, workdir: Path, *, resume: bool = False) -> None:
       CheckpointError: a checkpoint cannot be used.
       TokenizerError: the tokenizer cannot be used.
       DataError: too many rows are unusable.
-      BatchError: a batch could not be made.
-      RunError: a step gave numbers that are not finite, or a checkpoint could not be written.
+      BatchError: a batch could not be built.
+      RunError: the metrics of a step are not finite, or a checkpoint could not be written.
     """
     with _locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         _run(config, workdir, resume=resume)
@@ -185,7 +185,7 @@ def _run(config: RunConfig, workdir: Path, *, resume: bool) -> None:
                         flops=step.flops,
                         dropped=drops.dropped,
                     )
-                # Before a checkpoint of this step or a later one is saved.
+                # Checked before a checkpoint of this step or a later one is saved.
                 last = (step.number - 1) // train.checkpoint_every * train.checkpoint_every
                 _check_finite(step.number, metrics, max(start, last))
 
@@ -236,7 +236,7 @@ class DispatchedStep:
     Attributes:
       number: counted from 1.
       metrics: on the device.
-      finished: when the device has finished it, by `time.perf_counter`.
+      finished: time at which the device finishes it, by `time.perf_counter`.
       compiled: whether its program was compiled for it, as for the first batch of each shape.
       flops: model FLOPs of the step.
       rows: number of rows that this process loaded.
@@ -304,8 +304,8 @@ def _load_model_config(
 
     Args:
       initial: the model that training starts from.
-      workdir: of the run.
-      latest: the checkpoint that the run resumes from, whose model stands then; None for a new run.
+      workdir: the run's folder.
+      latest: the checkpoint that the run resumes from, whose model takes precedence; None for a new run.
     """
     if latest:
         config = run_checkpoint.model_from_json(run_checkpoint.read_json(latest, "config")["model"])
@@ -368,7 +368,7 @@ def _open_source(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig, me
 
 
 def _make_mesh(config: MeshConfig) -> Mesh:
-    """Makes the mesh, in which an axis of 0 takes the devices that the others leave.
+    """Creates the mesh; an axis of size 0 takes the devices that the other axes leave.
 
     Raises:
       ConfigError: the number of devices does not fit the axes.
@@ -431,7 +431,7 @@ def _warn_of_changes(before: str, after: str) -> None:
 
 
 def _rows_of(source: BatchSource) -> dict[str, int | str] | None:
-    """Returns what a checkpoint keeps of the rows in files, by which other rows are noticed."""
+    """Returns count and fingerprint of rows from files, by which a resumed run detects changed data."""
     if isinstance(source, ConversationBatches):
         return {"count": source.report.kept, "fingerprint": source.fingerprint}
     return None
@@ -455,7 +455,7 @@ def _check_finite(step: int, metrics: Mapping[str, float], last: int) -> None:
 
     Args:
       step: counted from 1.
-      metrics: as of `Trainer.step`.
+      metrics: as returned by `Trainer.step`.
       last: step of the last checkpoint; 0 if there is none.
 
     Raises:
@@ -516,11 +516,11 @@ def _locked(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Sets the event at SIGTERM or Ctrl-C, so that a step can finish; a second Ctrl-C interrupts."""
+    """Sets the event on SIGTERM or Ctrl-C, so that a step can finish; a second Ctrl-C interrupts."""
     event = threading.Event()
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         # JAX handles SIGTERM itself, since all processes must stop after the same step. Only the main thread
-        # can handle signals, and Ray calls a training function in another.
+        # can handle signals, and Ray calls a training function in another thread.
         yield event
         return
 

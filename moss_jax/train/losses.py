@@ -32,12 +32,12 @@ def z_loss(logits: Float[Array, "B T V"], ids: Int[Array, "B T"]) -> Float[Array
 # Terms that `train.loss_terms` can add to the cross-entropy, by their names there and in the metrics.
 LOSS_TERMS: dict[str, LossTerm] = {"z_loss": z_loss}
 
-# The metric that counts the targets which a loss is a mean over; for other losses it is `targets`.
+# The metric that counts the targets a loss is averaged over; for other losses it is `targets`.
 _COUNTS = {f"loss_{kind}": f"targets_{kind}" for kind in ("text", "silence", "after_silence")}
 
 
 def count_of(metric: str) -> str | None:
-    """Returns the metric that counts what a metric is a mean over; None if it is no mean over targets."""
+    """Returns the metric that counts the targets a metric is averaged over; None if it is not such a mean."""
     return _COUNTS.get(metric, "targets" if metric == "loss" or metric in LOSS_TERMS else None)
 
 
@@ -46,7 +46,7 @@ class Targets(NamedTuple):
 
     Attributes:
       ids: the next token; 0 where there is no target.
-      weights: of the token losses, whose weighted sum is the loss; 0 where there is no target.
+      weights: weights of the token losses, whose weighted sum is the loss; 0 where there is no target.
       text: mask of targets other than silence.
       silence: mask of silence targets.
       after_silence: mask of text targets that follow a silence: the onsets of speech.
@@ -72,8 +72,8 @@ def find_targets(
     Args:
       tokens: the input.
       labels: the tokens where they are targets; IGNORED elsewhere.
-      silence_id: of `<|silence|>`.
-      image_id: of `<|image|>`.
+      silence_id: id of `<|silence|>`.
+      image_id: id of `<|image|>`.
       silence_weight: weight of silence targets. The sum of the weighted losses is divided by the number of
         targets, not by the sum of their weights, as in the original (arXiv 2606.07639).
     """

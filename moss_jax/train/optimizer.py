@@ -8,8 +8,8 @@ from moss_jax.config import OptimizerConfig
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the learning-rate schedule of `steps` steps, counted from 0.
 
-    It rises linearly to its peak, with a positive rate at the first step already, and decays with a cosine to
-    its final share.
+    Linear warm-up to the peak, with a positive rate at the first step already, then cosine decay to the final
+    share.
     """
     warmup = min(round(config.warmup_share * steps), steps - 1)
     peak = config.learning_rate
@@ -38,5 +38,5 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def decays(params: dict) -> dict[str, bool]:
-    """Returns the weight-decay mask: matrices by name, since fused biases have several axes too."""
+    """Returns the weight-decay mask: matrices, found by name, since fused biases have several axes too."""
     return {name: name.endswith("kernel") for name in params}

@@ -20,12 +20,12 @@ from moss_jax.ops.qarray import DTYPES, dequantize, quantize
 
 @dataclasses.dataclass(frozen=True)
 class RowMemory:
-    """The memory of some rows.
+    """The memory configuration of some rows.
 
     Attributes:
-      compact: the policy, run before a segment for which there is no room.
-      room: vectors in use up to which a segment fits.
-      dtype: that keys and values are rounded to; None for none.
+      compact: the policy, run before a segment that does not fit.
+      room: largest number of vectors in use with which another segment fits.
+      dtype: storage dtype that keys and values are rounded to; None for no rounding.
     """
 
     compact: Policy
@@ -34,14 +34,14 @@ class RowMemory:
 
 
 def make_memories(segments: SegmentsConfig, model: ModelConfig) -> tuple[RowMemory, ...]:
-    """The memories that the rows of a batch have, in turn.
+    """Creates the memories that the rows of a batch cycle through.
 
     Raises:
       ConfigError: a policy is unknown or never makes room, or its bank is too small.
     """
 
     def make(policy: str, frames: int, dtype: str) -> RowMemory:
-        # As much room is made as a segment needs. The text is cut by the data, not by these settings.
+        # A compaction frees room for a whole segment. The data evicts text, not these settings.
         low = (frames - segments.frames) / frames
         memory = MemoryConfig(policy, low_water=low, text_recent=low / 2)
         try:
@@ -57,7 +57,7 @@ def make_memories(segments: SegmentsConfig, model: ModelConfig) -> tuple[RowMemo
 
 
 def empty_memory(segments: SegmentsConfig, model: ModelConfig, rows: int, dtype: DTypeLike) -> StreamState:
-    """The memory of rows that have seen nothing."""
+    """Creates the empty memory that rows start with."""
     return init_state(
         model,
         rows,
@@ -77,12 +77,12 @@ def run_segments(
     segments: Segments,
     memories: Sequence[RowMemory],
 ) -> tuple[Float[Array, "B KT D"], StreamState]:
-    """Hidden states of segments that continue the streams of a memory, and the memory after them.
+    """Returns the hidden states of segments that continue the streams of a memory, and the updated memory.
 
     Args:
-      memory: carried from the segments before; has no gradients.
+      memory: carried over from the previous segments; gradients are stopped.
       frame_positions: index of each frame's token in its row, KT for absent frames.
-      memories: of the rows, in turn.
+      memories: memory configurations that the rows cycle through.
     """
     B, KT = tokens.shape
     K = segments.lengths.shape[1]
@@ -112,7 +112,7 @@ def run_segments(
 
 
 def _begin(memory: StreamState, begins: Bool[Array, " B"]) -> tuple[TextCache, MemoryBank]:
-    """Empties the rows that begin a new stream."""
+    """Resets the memory of the rows that begin a new stream."""
     text, bank = memory.text, memory.bank
 
     def empty(x, value=0):
@@ -133,7 +133,7 @@ def _by_rows(
     memories: Sequence[RowMemory],
     change: Callable[[MemoryBank, RowMemory], MemoryBank],
 ) -> MemoryBank:
-    """Changes the banks by the memories of their rows."""
+    """Applies a change to the bank of each row with the row's memory configuration."""
     # Row `b` has memory `b` modulo their number, so that each device of a mesh has rows of all.
     count = len(memories)
 

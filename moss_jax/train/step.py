@@ -27,7 +27,7 @@ from moss_jax.train.optimizer import learning_rate, make_optimizer
 from moss_jax.train.segments import empty_memory, make_memories, run_segments
 from moss_jax.video import preprocess
 
-# Logits that a device holds at once: 1 GiB of float32. More are computed in chunks.
+# Maximum logits in memory per device: 1 GiB of float32. More are computed in chunks.
 MAX_LOGITS = 2**28
 
 
@@ -41,7 +41,7 @@ class TrainState:
       trained: float32 master weights of the trained parameters.
       frozen: the other parameters, in the compute dtype.
       optimizer: optimizer state of the trained parameters.
-      memory: of the streams that the next batch goes on with; None where batches are whole sequences.
+      memory: memory of the streams that the next batch continues; None if batches are whole sequences.
     """
 
     step: Int[Array, ""]
@@ -54,7 +54,7 @@ class TrainState:
 class Trainer:
     """Trains a model on a mesh.
 
-    Holds no parameters: `init` or `adopt` makes a state, `step` maps one to the next.
+    Holds no parameters: `init` or `adopt` creates a state, `step` maps one to the next.
 
     Args:
       model_config: its `remat` bounds the memory of the step.
@@ -62,10 +62,10 @@ class Trainer:
       optimizer: settings of the optimizer.
       mesh: from `sharding.make_mesh`.
       silence_id: id of the tokenizer's `<|silence|>`.
-      segments: of long streams, which batches then consist of; None for batches of whole sequences.
+      segments: settings for batches of segments of long streams; None for batches of whole sequences.
 
     Attributes:
-      step: `step(state, batch) -> (state, metrics)`, one optimizer step, jitted, which donates its state.
+      step: `step(state, batch) -> (state, metrics)`, one jitted optimizer step, which donates its state.
         Metrics are float32 scalars on the device: `loss`, the weighted loss that is minimised; the mean
         cross-entropies `loss_text`, `loss_silence` and `loss_after_silence`, and the numbers of their
         targets, `targets_text`, `targets_silence` and `targets_after_silence`; the mean of each additional
@@ -118,7 +118,7 @@ class Trainer:
         abstract = self.abstract()
         if not abstract.trained:
             raise ConfigError(f"trainable names only parts without parameters: {', '.join(train.trainable)}")
-        memory = self._batch_sharding() if segments else None  # One for all of its arrays.
+        memory = self._batch_sharding() if segments else None  # One sharding for all of its arrays.
         without = dataclasses.replace(abstract, memory=None)
         shardings = jax.tree.map(lambda array: array.sharding, without)
         self.shardings = dataclasses.replace(shardings, memory=memory)
@@ -337,7 +337,7 @@ class Trainer:
 
 
 def part_norms(params: dict[str, Float[Array, "..."]]) -> dict[str, Float[Array, ""]]:
-    """Returns the L2 norm of each part of the model (vision, compressor, ...), which any NaN makes NaN."""
+    """Returns the L2 norm of each part of the model (vision, compressor, ...); NaN if the part has a NaN."""
     parts: dict[str, list] = {}
     for name, param in params.items():
         parts.setdefault(name.partition("/")[0], []).append(param.astype(jnp.float32))

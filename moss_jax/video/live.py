@@ -1,4 +1,4 @@
-"""Live sources: cameras and network streams, of which the newest frame counts."""
+"""Live sources: cameras and network streams, of which only the newest frame is kept."""
 
 import os
 import re
@@ -15,28 +15,28 @@ from moss_jax.config import FrameSampling
 from moss_jax.video.files import VideoError
 from moss_jax.video.reader import DecodedFrame, Frame
 
-# Seconds after which a source that sends nothing is given up.
+# Timeout of a source that sends nothing, in seconds.
 TIMEOUT = 10.0
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-# How libav calls the cameras of a system, and the first part of their names.
+# libav's input format for the cameras of each platform, and the prefix of their names.
 _CAMERAS = {"linux": ("v4l2", "/dev/video"), "darwin": ("avfoundation", ""), "win32": ("dshow", "video=")}
 
 
 def is_live(source: str | os.PathLike) -> bool:
-    """Whether a source is a camera's number, a device or an address, and no file."""
+    """Whether a source is a camera's number, a device or a URL rather than a file."""
     name = os.fspath(source)
     return name.isdecimal() or name.startswith("/dev/") or bool(_URL.match(name))
 
 
 def read_live(source: str, sampling: FrameSampling) -> Iterator[Frame]:
-    """Opens a live source at once, and returns an iterator over what it shows at `fps` times a second.
+    """Opens a live source immediately, and returns an iterator over its frames at up to `fps` a second.
 
-    The source is read in a thread of its own, so that a frame is the newest when it is taken, however long
-    the one before it took. The times are seconds of the wall clock since the iteration began.
+    A separate thread reads the source, so each frame is the newest at that time, however long the consumer
+    took with the previous one. The times are seconds of the wall clock since the iteration began.
 
     Args:
-      source: the number of a camera, a device such as /dev/video0, or an address such as rtsp://host/path,
-        of any protocol that libav knows.
+      source: the number of a camera, a device such as /dev/video0, or a URL such as rtsp://host/path, of any
+        protocol that libav supports.
 
     Raises:
       VideoError: the source cannot be opened; while iterating, it fails.
@@ -65,7 +65,7 @@ def _open(source: str) -> InputContainer:
 
 
 class _Newest(threading.Thread):
-    """Reads a source, and keeps its newest frame alone."""
+    """Reads a source and keeps only its newest frame."""
 
     def __init__(self, container: InputContainer, source: str):
         super().__init__(name="source", daemon=True)
@@ -93,7 +93,7 @@ class _Newest(threading.Thread):
                 self._changed.notify_all()
 
     def frames(self, fps: float) -> Iterator[Frame]:
-        """The newest frame, at this rate at most."""
+        """Yields the newest frame, at most at this rate."""
         started, last = time.monotonic(), None
         try:
             for number in range(sys.maxsize):

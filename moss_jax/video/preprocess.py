@@ -53,7 +53,7 @@ def preprocess(
     x = jnp.asarray(rgb)
     if (new_height, new_width) != (height, width):
         x = _resize(x.reshape(*batch, height, width * channels), new_height)
-        # Fused with the second pass, the first would be recomputed for every tap of the second.
+        # If XLA fused the two passes, it would recompute the first for every tap of the second.
         x = jax.lax.optimization_barrier(x)
         x = _resize(x.reshape(*batch, new_height, width, channels), new_width)
         x = jnp.round(x)  # the model was trained on resized 8-bit images
@@ -116,7 +116,7 @@ def _weights(size: int, new_size: int) -> Float[np.ndarray, "new_size size"]:
 
 @functools.lru_cache(maxsize=32)
 def _bands(size: int, new_size: int, channels: int) -> list[tuple[slice, slice, np.ndarray]]:
-    """Banded resize matrix of an axis with channels behind it, as dense blocks: (outputs, inputs, block).
+    """Banded resize matrix of an axis followed by channels, as dense blocks: (outputs, inputs, block).
 
     Each output depends on a few neighbouring inputs, so the whole matrix would be nearly all zeros.
     """

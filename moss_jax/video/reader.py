@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # libav decodes text files as video of a terminal that prints them.
 _TEXT_CODECS = ("ansi", "bintext", "idf", "xbin")
-# Ratios of width to height that pixels have on discs and tapes are well inside; others are mistakes.
+# Valid pixel aspect ratios: those of discs and tapes are well inside; others are errors in the file.
 _PIXEL_ASPECTS = (0.1, 10.0)
 
 
@@ -59,7 +59,7 @@ class DecodedFrame:
 
     @functools.cached_property
     def rgb(self) -> np.ndarray:
-        """uint8 [H, W, 3], as it is shown: with square pixels, turned and mirrored."""
+        """uint8 [H, W, 3], as displayed: with square pixels, rotated and mirrored."""
         width, height = self.picture.width, self.picture.height
         if self.pixel_aspect > 1:
             width = round(width * self.pixel_aspect)
@@ -87,7 +87,7 @@ class VideoInfo:
 
 
 def probe(path: str | os.PathLike) -> VideoInfo:
-    """Checks a file as `check` does, and reads its packets to tell how long it is.
+    """Checks a file as `check` does, and reads its packets to measure its duration.
 
     Raises:
       VideoError: as `check` does.
@@ -105,10 +105,10 @@ def frame_spans(path: str | os.PathLike) -> list[Span]:
 
 
 def scan(path: str | os.PathLike, *, max_pixels: int | None = None) -> tuple[VideoInfo, list[Span]]:
-    """Returns what `probe` and `frame_spans` do.
+    """Returns the results of both `probe` and `frame_spans`.
 
     Args:
-      max_pixels: of a frame; the decoder refuses larger ones before it takes memory for them.
+      max_pixels: maximum size of a frame; the decoder rejects larger ones before it allocates memory.
 
     Raises:
       VideoError: as `check` does.
@@ -134,7 +134,7 @@ def check(path: str | os.PathLike) -> None:
 
 
 def _first_frame(path: str | os.PathLike, max_pixels: int | None = None) -> tuple[DecodedFrame, bool]:
-    """Checks a file; returns its first frame, and whether that is all of it: a still image."""
+    """Checks a file; returns its first frame, and whether it is a still image."""
     check_file(path)
     if missing := missing_part(path):
         raise VideoError(f"{path} {missing}; copy or download it again")
@@ -156,12 +156,12 @@ def read(
     """Decodes a file frame by frame, in presentation order, starting at time 0.
 
     The file is open from the first `next` until the iterator is exhausted, closed or dropped. The times are
-    those of `frame_spans`. A frame that cannot be decoded is skipped, and a warning is logged at the end: the
-    frame before it stays, or the first one comes earlier.
+    those of `frame_spans`. A frame that cannot be decoded is skipped: the previous one is shown longer, or,
+    at the start, the next one earlier. A warning is logged at the end.
 
     Args:
       on_skip: called with the time of each frame that is skipped, before the next frame is yielded.
-      max_pixels: of a frame, as for `scan`.
+      max_pixels: maximum size of a frame, as for `scan`.
 
     Raises:
       VideoError: as `check` does; of a truncated file, or one of which most cannot be decoded, after its
@@ -182,7 +182,7 @@ def read(
         try:
             for span, (picture, failed) in spans(decoded, stream):
                 if picture is None:
-                    # What a decoder drops without an error (a second field, a hidden frame) isn't missed.
+                    # What a decoder drops without an error (a second field, a hidden frame) isn't counted.
                     lost = (lost[0] if lost else span.time, span.time + (span.duration or 0.0))
                     skipped += failed
                     if failed and on_skip:
@@ -218,7 +218,7 @@ def _open(
     """Opens a file and finds its video stream; libav errors inside the context become VideoErrors."""
     # "file:" and "none" keep names like "a:b.mp4" and "%d.jpg" from being read as protocols and patterns.
     try:
-        # libav takes raw Motion JPEG for a still, unless its pictures are small.
+        # libav mistakes raw Motion JPEG for a still, unless its pictures are small.
         name, demuxer = f"file:{os.fspath(path)}", "mjpeg" if is_jpeg_stream(path) else None
         container = av.open(name, format=demuxer, options={"pattern_type": "none"})
     except (FFmpegError, OSError) as error:
@@ -228,7 +228,7 @@ def _open(
     with container:
         stream = _video_stream(path, container)
         if max_pixels is not None:
-            # Also of a frame that is larger than the file says.
+            # The decoder also rejects a frame that is larger than the container declares.
             options = stream.codec_context.options or {}
             stream.codec_context.options = {**options, "max_pixels": str(max_pixels)}
         try:
@@ -245,7 +245,7 @@ def _video_stream(path: str | os.PathLike, container: InputContainer) -> av.Vide
         kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
         holds = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
         raise VideoError(f"{path} has no video stream, {holds}; give the path of a video or an image")
-    # The first default stream, as in players, but rather not the single picture beside an AVIF sequence.
+    # The first default stream, as in players, but preferably not the single picture beside an AVIF sequence.
     stream = max(streams, key=lambda s: (s.frames != 1, Disposition.default in s.disposition))
     if stream.codec_context is None:
         raise VideoError(f"{path} has an unknown video codec; convert it to H.264")
@@ -260,9 +260,9 @@ def _video_stream(path: str | os.PathLike, container: InputContainer) -> av.Vide
 def _decoded(
     container: InputContainer, stream: av.VideoStream
 ) -> Iterator[tuple[Stamp, tuple[av.VideoFrame | None, bool]]]:
-    """Decodes a stream; yields the stamps of its packets in presentation order, with what became of each.
+    """Decodes a stream; yields the stamps of its packets in presentation order, each with its result.
 
-    That is the packet's picture, or None, and whether decoding it failed.
+    The result is the packet's picture, or None, and whether decoding it failed.
 
     Slice threading (the default) is used, not frame threading: the latter delays one frame per thread, and
     PyAV drops errors when a call returns several frames.
@@ -272,7 +272,7 @@ def _decoded(
 
     def pop(picture: av.VideoFrame | None = None) -> tuple[Stamp, tuple[av.VideoFrame | None, bool]]:
         stamp = heapq.heappop(waiting)
-        # A picture that was completed from others after an error is as good as none.
+        # A picture with concealed errors counts as missing.
         if picture is not None and not picture.is_corrupt:
             return stamp, (picture, False)
         return stamp, (None, picture is not None or stamp.index in failed)
@@ -322,7 +322,7 @@ def _pixel_aspect(stream: av.VideoStream) -> float:
 
 
 def _turned(rgb: np.ndarray, picture: av.VideoFrame) -> np.ndarray:
-    """Turns and mirrors a picture as the display matrix of its file says, in quarter turns."""
+    """Rotates and mirrors a picture by the display matrix of its file, in quarter turns."""
     matrix = picture.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return rgb

@@ -26,16 +26,16 @@ def sample_live(frames: Iterable[Frame | DecodedFrame], sampling: FrameSampling)
 
     Args:
       frames: in time order, at any rate, which may vary. A frame is shown until the next; the last one for
-        its `duration` if that is known, else only at its own time. Each is copied as it comes, so the source
-        may reuse its memory for the next.
-      sampling: `fps` applies. `min_frames` and `max_frames` do not: they bound a clip that is seen whole, and
-        a live stream goes on as long as its source.
+        its `duration` if that is known, otherwise only at its own time. Each is copied on arrival, so the
+        source may reuse its memory for the next.
+      sampling: only `fps` applies. `min_frames` and `max_frames` bound a clip that is seen whole; a live
+        stream lasts as long as its source.
 
     Yields:
       Frames with `time` = k/fps and the duration 1/fps. A frame that is sampled several times is one array.
 
     Raises:
-      ValueError: times go back or are not finite, or a frame is not uint8 [H, W, 3].
+      ValueError: times decrease or are not finite, or a frame is not uint8 [H, W, 3].
     """
     times = (k / sampling.fps for k in itertools.count())
     for time, frame in _pick(map(_owned, frames), times):
@@ -45,9 +45,9 @@ def sample_live(frames: Iterable[Frame | DecodedFrame], sampling: FrameSampling)
 def sample_file(
     path: str | os.PathLike, sampling: FrameSampling, on_skip: Callable[[float], None] | None = None
 ) -> Iterator[Frame]:
-    """Checks a file at once, and returns an iterator over its frames sampled as by `sample_live`.
+    """Checks a file immediately, and returns an iterator over its frames, sampled as by `sample_live`.
 
-    An image gives one frame.
+    An image yields one frame.
 
     Args:
       on_skip: called with the time of each frame that cannot be decoded; see `read`.
@@ -63,7 +63,7 @@ def sample_clip(path: str | os.PathLike, sampling: FrameSampling) -> list[Frame]
     """Samples a whole clip at `fps`, with the number of frames clamped to [min_frames, max_frames].
 
     Within the bounds, the frames are those of `sample_live`. Otherwise their number is the bound, spread
-    evenly over the clip; frames repeat if the clip has too few. An image gives one frame.
+    evenly over the clip; frames repeat if the clip has too few. An image yields one frame.
 
     Raises:
       VideoError: the file cannot be read; see `probe` and `read`.
@@ -77,7 +77,7 @@ def clip_times(
     """Returns the times of the frames of `sample_clip`, from the packets; decodes only the first frame.
 
     Args:
-      max_pixels: of a frame; the decoder refuses larger ones before it takes memory for them.
+      max_pixels: maximum size of a frame; the decoder rejects larger ones before it allocates memory.
 
     Raises:
       VideoError: the file cannot be read; see `probe`.
@@ -106,12 +106,12 @@ def sample_at(
     """Yields the frame of a file that is shown at each of the given times; after its end, the last frame.
 
     Args:
-      path: of the file.
-      times: in seconds, nonnegative and ascending. Nothing is read beyond the last.
+      path: path of the file.
+      times: times in seconds, nonnegative and ascending. Nothing is read beyond the last.
       on_skip: called with the time of each frame that cannot be decoded; see `read`. With it, the file is
         read to its end.
-      on_frame: called whenever a frame has been decoded; what it raises ends the reading.
-      max_pixels: of a frame, as for `clip_times`.
+      on_frame: called whenever a frame has been decoded; an exception from it stops the reading.
+      max_pixels: maximum size of a frame, as for `clip_times`.
 
     Raises:
       VideoError: the file cannot be read; see `read`.
@@ -137,9 +137,9 @@ def sample_at(
 
 
 def fit_frames(frames: Iterable[Frame], image_size: int) -> Iterator[Frame]:
-    """Resizes and pads frames by `fit_frame` as they come, so that no other is held at its full size.
+    """Resizes and pads frames by `fit_frame` as they arrive, so that only one is in memory at full size.
 
-    A frame that comes several times in a row is resized once.
+    A frame that is repeated in a row is resized once.
     """
     full, fitted = None, None
     for frame in frames:
@@ -176,7 +176,7 @@ def _pick[T: Frame | DecodedFrame | Span](
 
 
 def _owned(frame: Frame | DecodedFrame) -> Frame | DecodedFrame:
-    """A frame whose memory nobody else writes to; a decoded one has its own."""
+    """Returns a frame that owns its memory: a copy, unless it is a decoded frame, which does already."""
     return dataclasses.replace(frame, rgb=_checked(frame.rgb).copy()) if isinstance(frame, Frame) else frame
 
 

@@ -14,14 +14,14 @@ from PIL import Image, UnidentifiedImageError
 from moss_jax.video.files import damaged
 from moss_jax.video.truncation import iso_boxes, iso_brands
 
-# Formats that are recognised by their first bytes. What Pillow does not know is left to libav.
+# Formats recognised by their first bytes and decoded by Pillow. Others are left to libav.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "JPEG2000", "PPM", "ICO")
-# Those of which several pictures are an animation, not pages or previews.
+# Formats in which several pictures are an animation, not pages or previews.
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"mif1"}
 
 _EXIF_ORIENTATION = 0x0112
-# From the way a picture is stored to the way it is shown.
+# The transpose that makes a picture upright, by its EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,16 +33,16 @@ _UPRIGHT = {
 }
 
 _JPEG_START = re.compile(rb"\0*\xff\xd8")
-# A marker, which no entropy-coded data contain: those stuff a zero behind 0xff, or restart with 0xd0 to 0xd7.
+# A marker. Entropy-coded data contain none: they stuff a zero after 0xff, or restart with 0xd0 to 0xd7.
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _JPEG_FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 _JPEG_END = 0xD9
 
 
 def read_still(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"] | None:
-    """Decodes a still picture, upright as EXIF says; None if the file is none, or in a format for libav.
+    """Decodes a still picture, upright by EXIF; None if the file is not a still, or in a format for libav.
 
-    Of several pages, or pictures with a thumbnail, the primary one.
+    If there are several pages, or a thumbnail, returns the primary picture.
 
     Raises:
       VideoError: the picture is damaged.
@@ -64,20 +64,20 @@ def read_still(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"] | None:
         return None
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # Pillow raises what it happens to come upon in a damaged file
+    except Exception as error:  # Pillow raises all sorts of errors for a damaged file
         raise damaged(path) from error
 
 
 def _read_heif(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
-    # Imported here, since few files need it.
+    # Imported lazily, since few files need it.
     import pillow_heif
 
     return np.asarray(pillow_heif.open_heif(path).to_pillow().convert("RGB"))
 
 
 def is_jpeg_stream(path: str | os.PathLike) -> bool:
-    """Whether a file is raw Motion JPEG: JPEG pictures of one size, one behind the other."""
-    # A portrait may carry a second picture of its size behind the first, for the depth.
+    """Whether a file is raw Motion JPEG: concatenated JPEG pictures of one size."""
+    # A portrait photo may carry a second picture of the same size after the first: its depth map.
     least = 2 if Path(path).suffix.lower() in (".mjpeg", ".mjpg") else 3
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         sizes = list(itertools.islice(_jpeg_sizes(data), least))
@@ -104,16 +104,16 @@ def _jpeg_sizes(data: mmap.mmap) -> Iterator[bytes]:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A loaded picture, turned and mirrored as EXIF says."""
+    """A loaded picture, rotated and mirrored by its EXIF orientation."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # whatever is wrong with the metadata, the picture is good
+    except Exception:  # damaged metadata doesn't matter to the picture
         return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of a loaded picture of any mode, in 8 bits; what is transparent is shown as it is stored."""
+    """The pixels of a loaded picture of any mode, in 8 bits; the alpha channel is ignored."""
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
         grey = (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
         return np.stack([grey] * 3, axis=-1)

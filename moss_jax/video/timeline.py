@@ -1,6 +1,6 @@
 """The timeline of a video stream: when each of its packets is shown, in seconds since the first.
 
-It is made of the packets alone, so that decoding a file and looking through its packets give the same times.
+It is derived from the packets alone, so that decoding a file and demuxing it give the same times.
 """
 
 import collections
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import av
 from av.container import InputContainer
 
-# Seconds. A jump of the timestamps by more starts a new piece, which is put behind the one before: backwards
-# in any file, forwards in formats that are made to be cut and joined. Elsewhere a gap is a gap, unless it is
-# absurd. The limits are those of ffmpeg.
+# Seconds. A larger jump of the timestamps starts a new piece, which is appended to the previous one: a jump
+# backwards in any file, forwards in formats that are made to be cut and joined. In other formats a gap is
+# kept, unless it is absurdly long. The limits are those of ffmpeg.
 _BACKWARDS, _FORWARDS, _ABSURD = 0.1, 10.0, 30 * 3600.0
 _AVFMT_TS_DISCONT = 0x0200
 # Packets by which presentation order may differ from decoding order.
@@ -37,7 +37,7 @@ class Stamp(NamedTuple):
 
     Attributes:
       time: in units of the stream, continuous over the whole file.
-      index: of the packet.
+      index: index of the packet.
       ticks: duration in units of the stream, if it is known.
     """
 
@@ -132,7 +132,7 @@ def _from_keyframe(packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
 
 
 def _typical_ticks(stream: av.VideoStream) -> int:
-    """Duration of a frame where the packets do not tell, in units of the stream."""
+    """Duration of a frame whose packet has none, in units of the stream."""
     rate = float(stream.average_rate) if stream.average_rate else 25.0
     return max(1, round(1 / (rate * float(stream.time_base))))
 

@@ -1,4 +1,4 @@
-"""Truncation and structure of a file by what its container declares, without decoding.
+"""Truncation and structure of a file as declared by its container, without decoding.
 
 MP4 and QuickTime, AVI and WebP, Matroska and WebM declare their sizes. Other formats (MPEG-TS, FLV, GIF, raw
 streams) do not, nor do Matroska recordings of live streams; those are read to wherever they end.

@@ -1,4 +1,4 @@
-"""Evaluation of memory: what a model still answers by the age of the evidence, under each memory policy."""
+"""Evaluation of memory: accuracy by the age of the evidence, under each memory policy."""
 
 from moss_jax.eval.memory.evaluation import MemoryEvaluationConfig, evaluate
 

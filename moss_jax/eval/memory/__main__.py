@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def score(args: argparse.Namespace) -> None:
-    """Evaluates as the command line says, writes the result and prints it."""
+    """Runs the evaluation for parsed flags, writes the result and prints it."""
     command.cache_compilations(args.compilation_cache)
     config = MemoryEvaluationConfig(
         checkpoint=args.checkpoint,
@@ -116,12 +116,12 @@ DTYPE_NAMES = ("none", *get_args(BankDtype))
 
 
 def _several[T](convert: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    """A type of flags: values between commas."""
+    """Flag type: comma-separated values."""
     return lambda text: tuple(map(convert, text.split(",")))
 
 
 def _one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """A type of flags: one of several names."""
+    """Flag type: one of several names."""
 
     def convert(text: str) -> str:
         if text not in names:

@@ -1,6 +1,6 @@
-"""Answers by the age of the evidence: how long ago what a question needs was last to be seen.
+"""Answers by the age of the evidence: how long ago what a question needs was last visible.
 
-The probes and what is right at them are those of `eval.tabletop.scores`.
+The probes and their right answers are those of `eval.tabletop.scores`.
 """
 
 import collections
@@ -22,10 +22,10 @@ ALL_AGES = (*AGES, OLDER, WHOLE)
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A question at evidence of one age: the probes of it, taken together.
+    """A question with evidence of one age: its probes, aggregated.
 
     Attributes:
-      kind: of question.
+      kind: kind of question.
       age: one of ALL_AGES.
       right: share of its probes that were answered right.
       values: the right answers, each with its share of the probes.
@@ -42,7 +42,7 @@ def bucket(evidence: int | None, second: int) -> str:
 
     Args:
       evidence: the last second at which it was visible; None if it is spread over the whole stream.
-      second: of the question.
+      second: second of the question.
     """
     if evidence is None:
         return WHOLE
@@ -55,8 +55,8 @@ def answers(stream: TabletopStream, probes: Iterable[Probe]) -> Iterator[Answer]
     A question about the present has many probes. It counts once for each age that its evidence had at them.
 
     Args:
-      stream: that the questions are about.
-      probes: of the stream, in order.
+      stream: the stream that the questions are about.
+      probes: probes of the stream, in order.
     """
     for number, asked in itertools.groupby(probes, key=lambda probe: probe.request):
         request = stream.requests[number]

@@ -1,8 +1,8 @@
-"""The evaluation of memory: the same long streams under one memory policy after the other.
+"""The evaluation of memory: the same long streams under each memory policy in turn.
 
-A model answers about the past from three sources: what the bank holds, what the text cache still holds of
-the dialogue, and what is likely anyway. Baselines tell them apart: the last four frames alone, an empty bank,
-a bank that forgets nothing, and the best constant guess.
+A model answers questions about the past from three sources: the bank, the part of the dialogue that is still
+in the text cache, and prior likelihood. Baselines separate them: only the last four frames, an empty bank, a
+bank without eviction, and the best constant guess.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ from moss_jax.text import Tokenizer
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 from moss_jax.worlds.tabletop.language import LIVE
 
-# The bank of the policy that sees the newest frames alone.
+# Size of the bank of the baseline that sees only the newest frames.
 RECENT = 4
-# Seconds at the end of a stream, and at its beginning, whose figures are given apart.
+# Seconds at the end of a stream, and at its beginning, whose figures are reported separately.
 MINUTE = 60
 
 
@@ -48,11 +48,11 @@ class MemoryEvaluationConfig:
       past: share of the questions that are about the past.
       policies: names in `memory.policies`, to be compared.
       budgets: sizes of the bank, in whole frames; each policy runs with each.
-      bank_dtypes: of keys and values, None for the dtype of the model; each policy runs with each.
+      bank_dtypes: dtypes of keys and values, None for the dtype of the model; each policy runs with each.
       slots: streams side by side.
       tokens_per_second: speed of speech.
-      text_capacity: tokens in the text cache, which forgets as that of a live stream does.
-      render_processes: that render the frames; 0 for a thread of this process.
+      text_capacity: tokens in the text cache, which evicts as in a live stream.
+      render_processes: number of processes that render frames; 0 for a thread of this process.
     """
 
     checkpoint: Path | None = None
@@ -66,7 +66,7 @@ class MemoryEvaluationConfig:
     slots: int = 8
     tokens_per_second: int = 8
     text_capacity: int = 1024
-    # A few suffice for a GPU; on a small CPU, the model needs it all.
+    # A few suffice for a GPU; on a small CPU, the model needs all cores.
     render_processes: int = min((os.cpu_count() or 1) // 4, 4)
 
     @property
@@ -77,14 +77,14 @@ class MemoryEvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A memory that the streams are played with.
+    """A memory configuration that the streams are played with.
 
     Attributes:
-      name: of the policy, or of the baseline.
+      name: name of the policy, or of the baseline.
       policy: a name in `memory.policies`.
       frames: size of the bank, in whole frames.
-      bank_dtype: of its keys and values.
-      blind: leaves the bank empty.
+      bank_dtype: dtype of its keys and values.
+      blind: whether the bank is left empty.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Variant:
 
 
 def variants(config: MemoryEvaluationConfig) -> list[Variant]:
-    """The policies at each size and dtype, with "window" at the same bytes beside them, and the baselines.
+    """Returns the policies at each size and dtype, each with "window" at the same bytes, and the baselines.
 
     "recent-4" is the policy "window" with a bank of four frames: a compaction leaves three, before the next
     frame comes in, so the four newest are visible at any time. "full" has room for the whole stream.
@@ -139,14 +139,14 @@ def evaluate(config: MemoryEvaluationConfig, log: Callable[[str], None] = lambda
 
     Raises:
       CheckpointError, TokenizerError: the checkpoint can't be used.
-      ConfigError: there is no such policy, a bank is too small for it, or the text capacity is beyond the
-        model's positions.
+      ConfigError: a policy is unknown, a bank is too small for it, or the text capacity exceeds the model's
+        positions.
     """
     opened = open_model(config.checkpoint)
     model, tokenizer = opened.model, opened.tokenizer
     compared = variants(config)
     for variant in compared:
-        # Settings that don't fit are refused before anything has run.
+        # Invalid settings are rejected before anything has run.
         engine_config = variant.engine_config(config)
         make_policy(engine_config.memory, model.config, engine_config.bank_capacity)
     log(f"{config.streams} streams of {config.minutes:g} min, {config.slots} side by side")
@@ -201,11 +201,11 @@ def evaluate(config: MemoryEvaluationConfig, log: Callable[[str], None] = lambda
 
 
 class Judge:
-    """Scores what is said over the same streams, run after run.
+    """Scores runs over the same streams.
 
     Args:
       streams: with their truth, all of one length.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       tokens_per_second: speed of speech.
     """
 
@@ -233,7 +233,7 @@ class Judge:
 
     def constant_guess(self) -> dict[str, Any]:
         """The counts of the best constant guess, JSON-ready."""
-        # What is asked, and what would be right, doesn't depend on what is said.
+        # Questions and right answers don't depend on what the model says.
         nothing = StreamTranscript((), frozenset())
         return ages.constant_guess(self._answers([nothing] * len(self._streams)))
 
@@ -273,7 +273,7 @@ def programs_compiled(engine: Engine) -> int:
 
 
 def present(found: Sequence[Score]) -> dict[str, Any]:
-    """Five figures of the tabletop evaluation that take no long memory, answers about the present first."""
+    """Five figures of the tabletop evaluation that need no long memory, answers about the present first."""
     figures = scores.summary(found)
     live = [[probe for probe in score.probes if probe.kind in LIVE] for score in found]
     return {

@@ -66,15 +66,15 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     """Draws how much is right over the age of the evidence, one line a run.
 
     Args:
-      result: of `evaluate`.
-      path: of the file; its ending says of which kind.
+      result: result of `evaluate`.
+      path: path of the file; its suffix selects the format.
     """
     totals = result["constant_guess"]["by_age"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, found in _rows(result):
         shares = [found["by_age"][age]["right"] / found["by_age"][age]["total"] for age in totals]
-        # What is spread over the whole stream has no age, so no line leads there.
+        # Evidence that is spread over the whole stream has no age, so no line leads to it.
         aged = len(shares) - (WHOLE in totals)
         style = STYLES.get(name, {"marker": "o"})
         (line,) = axes.plot(range(aged), shares[:aged], markersize=4, label=name, **style)
@@ -93,12 +93,12 @@ def label(run: Mapping[str, Any]) -> str:
 
 
 def share(count: Mapping[str, float]) -> str:
-    """A count of right answers as a share."""
+    """Formats a count of right answers as a share."""
     return number(count["right"] / count["total"] if count["total"] else None)
 
 
 def number(value: float | None) -> str:
-    """A number in a table."""
+    """Formats a number for a table."""
     return "-" if value is None else f"{value:.3f}"
 
 

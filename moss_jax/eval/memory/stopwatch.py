@@ -1,4 +1,4 @@
-"""How long the steps of an engine take."""
+"""Timing of the steps of an engine."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from moss_jax.stream import EngineLike, Row, Sampled
 
 
 class Stopwatch:
-    """An engine whose steps are timed, one at a time; those that compile a program are left out.
+    """An engine whose steps are timed synchronously; those that compile a program are left out.
 
     Args:
       engine: to be timed.
@@ -24,12 +24,12 @@ class Stopwatch:
         self.perception_device = engine.perception_device
         self.start, self.distance = engine.start, engine.distance
         self._began: float | None = None
-        # Seconds of the steps that bring no frame, and of those that do.
+        # Seconds of the steps without frames, and of those with frames.
         self._tokens: list[float] = []
         self._frames: list[float] = []
 
     def encode(self, frames: Sequence[np.ndarray]) -> Any:
-        """Encodes frames, whose time counts as that of the step behind it."""
+        """Encodes frames; the time counts towards the next step."""
         self._began = time.monotonic()
         return self._engine.encode(frames)
 
@@ -47,9 +47,9 @@ class Stopwatch:
         return state, sampled
 
     def times(self) -> dict[str, float | None]:
-        """Means over the steps, in ms: of those that append tokens alone, and of those that bring frames.
+        """Mean times of the steps, in ms: of those that append only tokens, and of those with frames.
 
-        The latter begin with the encoding of the frames and with compactions, if there are any.
+        The latter include the encoding of the frames and compactions, if there are any.
         """
 
         def mean(seconds: Sequence[float]) -> float | None:

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def score(args: argparse.Namespace) -> None:
-    """Evaluates as the command line says, writes the result and prints it."""
+    """Runs the evaluation for parsed flags, writes the result and prints it."""
     command.cache_compilations(args.compilation_cache)
     config = EvaluationConfig(
         checkpoint=args.checkpoint,

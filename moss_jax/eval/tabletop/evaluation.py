@@ -50,10 +50,10 @@ class EvaluationConfig:
       seed: selects the held-out streams.
       slots: streams side by side.
       tokens_per_second: speed of speech.
-      bank_dtype: of keys and values in the bank; None for the dtype of the model.
+      bank_dtype: dtype of keys and values in the bank; None for the dtype of the model.
       selection: which frames are shown to the model.
-      event_rate: range of the rates of events, per second, that the streams are drawn with, which then vary
-        as those of more than a minute do; None for the usual ones.
+      event_rate: range that event rates, per second, are drawn from; the rates then vary within a stream, as
+        in streams of more than a minute. None for the usual rates.
       offline: ask the questions offline as well.
       blind_streams: how many of the streams to repeat without their frames; None for all, 0 for none.
     """
@@ -163,7 +163,7 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
 
 
 def encoded(played: Iterable[Iterable[Event]]) -> Ratio:
-    """Of the frames that came in, those that were encoded; what is left out as alike was encoded before."""
+    """Share of the incoming frames that were encoded, including those encoded and then skipped as alike."""
     frames = [event for events in played for event in events if isinstance(event, FrameSeen | FrameUnseen)]
     return Ratio.count(isinstance(frame, FrameSeen) or frame.reason == "alike" for frame in frames)
 
@@ -182,7 +182,7 @@ def offline_accuracy(
     The probe is the stream's first that leaves a clip of at least `SHORTEST_CLIP` seconds.
 
     Args:
-      engine: of one slot.
+      engine: an engine with one slot.
       streams: as they were played.
       found: the live score of each stream.
       image_size: side of the frames, in pixels.

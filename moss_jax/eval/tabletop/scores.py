@@ -1,10 +1,9 @@
 """Metrics of the tabletop evaluation: what was said over a stream, judged by the world's truth.
 
 A *statement* is a sentence, or the part of it that was said; `language.understand` gives the facts that it
-asserts. Where the speaker takes one back in mid-sentence (`language.WAIT`), a new one begins. The metrics are
+asserts. Where the speaker retracts one in mid-sentence (`language.WAIT`), a new one begins. The metrics are
 independent of the model: `transcribe` reads the events of a session, `score` judges them. At 8 tokens a
-second or more the ideal assistant has a perfect score; much slower speech is too late for some of what it
-should say.
+second or more the ideal assistant has a perfect score; much slower speech misses some deadlines.
 """
 
 import collections
@@ -40,7 +39,7 @@ REACT = 3
 CALL = 2
 # Tolerance of comparisons of times, in seconds.
 EPSILON = 1e-6
-# All frames of a stream, and -1 for what comes before the first.
+# All frames of a stream, and -1 for the time before the first.
 ALWAYS = range(-1, sys.maxsize)
 # The right answer to a question about the present as long as the camera shows nothing.
 UNSEEN = "unseen"
@@ -54,15 +53,15 @@ class Statement:
     """A sentence, or the part of it that was said.
 
     Attributes:
-      text: its words, without those that take back the statement before.
-      time: of the stream, in seconds, when it began.
+      text: its words, without those that retract the previous statement.
+      time: at which it began, in seconds of the stream.
       frame: the last frame seen when it began; -1 before the first.
-      end: of the stream, in seconds, when its last piece was said.
+      end: time of its last piece, in seconds of the stream.
       end_frame: the last frame seen when its last piece was said.
       request: index of the request in force; -1 before the first.
-      correction: replaces a statement in progress.
-      cut: a correction or a request cut it short.
-      sentence: the parsed text; None if it is no sentence of the language.
+      correction: whether it replaces a statement in progress.
+      cut: whether a correction or a request cut it short.
+      sentence: the parsed text; None if it is not a sentence of the language.
     """
 
     text: str
@@ -93,7 +92,7 @@ class StreamTranscript:
     Attributes:
       statements: in order of time.
       speaking: the frames after which something was said before the next frame.
-      whole: the stream did not end early for lack of capacity.
+      whole: whether the stream was played to its end, not cut short for lack of capacity.
     """
 
     statements: tuple[Statement, ...]
@@ -112,7 +111,7 @@ def transcribe(events: Iterable[Event], requests: Sequence[Request]) -> StreamTr
     """Collects the statements in the events of one slot.
 
     Args:
-      events: of one stream, in order.
+      events: events of one stream, in order.
       requests: the prompts of that stream.
     """
     statements: list[Statement] = []
@@ -153,7 +152,7 @@ def _split(pieces: Sequence[_Piece], request: int, subject: str, cut: bool) -> I
     parts = text.split(WAIT)
     for number, part in enumerate(parts):
         begin, position = position, position + len(part)
-        # A correction begins at the words that take back the statement before.
+        # A correction begins at the words that retract the previous statement.
         first = owner[begin - len(WAIT)] if number else pieces[0]
         last = owner[max(position - 1, 0)]
         yield Statement(
@@ -201,8 +200,8 @@ class Probe:
 
     Attributes:
       request: index of the question.
-      kind: of question.
-      second: of the stream; the truth of this second counts.
+      kind: kind of question.
+      second: second of the stream; the truth of this second counts.
       value: the right answer.
       right: whether it was given.
     """
@@ -216,7 +215,7 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The metrics of one stream. The function that computes each defines it.
+    """The metrics of one stream, each defined by the function that computes it.
 
     Attributes:
       probes: see `probes`.
@@ -224,10 +223,10 @@ class Score:
       alert_precision: see `alerts`.
       silence: see `silence`.
       revision: see `revisions`.
-      delays: of the revisions that were made, in seconds.
+      delays: delays of the revisions that were made, in seconds.
       corrections: see `corrections`.
       stale: see `stale`.
-      understood: share of the statements that were not cut which are sentences of the language.
+      understood: share of the uncut statements that are sentences of the language.
       narration_recall: see `narration`.
       narration_precision: see `narration`.
       cut_short: whether the stream ended early for lack of capacity.
@@ -262,7 +261,7 @@ def score(
       stream: with its truth.
       said: to be scored.
       ideal: what the ideal assistant says over the stream at the same speed.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       tokens_per_second: speed of speech.
       during: the seconds that count: of probes, of moments that are awaited, of idle frames, of changes, and
         of the frames at which statements begin.
@@ -294,8 +293,8 @@ class SpeechRate:
     """The speed of speech, which sets the deadlines of answers.
 
     Attributes:
-      tokenizer: of the model.
-      tokens_per_second: of the stream.
+      tokenizer: the model's tokenizer.
+      tokens_per_second: speed of speech, per second of the stream.
     """
 
     tokenizer: Tokenizer
@@ -334,7 +333,7 @@ def probes(stream: TabletopStream, said: StreamTranscript, rate: SpeechRate) -> 
         statements = [s for s in said.statements if s.request == number and s.facts]
         if request.kind in LIVE:
             for second in range(asked + 1, math.ceil(min(until, stream.world.seconds))):
-                # What was answered before the view went has taken the time of that answer.
+                # Before the first clear frame, the deadline is that of an answer with a clear view.
                 seen = truth[second] if second < first_clear else {**truth[second], "view": "clear"}
                 deadline = rate.seconds_to_answer(request, seen)
                 settled = range(max(asked, math.ceil(second - deadline), 0), second)
@@ -552,7 +551,7 @@ def is_true(facts: Facts, truth: Facts) -> bool:
 def _true_when_said(statement: Statement, facts: Facts, stream: TabletopStream) -> bool:
     """Whether facts of a statement were true on any frame from its beginning to its end.
 
-    A statement that a change overtakes may go on with what has become true.
+    A statement overtaken by a change may continue with what has become true.
     """
     frames = range(max(statement.frame, 0), statement.end_frame + 1)
     if statement.request < 0:

@@ -20,7 +20,7 @@ def main() -> int:
 
 
 def write() -> None:
-    """Writes streams as the command line says."""
+    """Parses the command line and writes the streams."""
     parser = argparse.ArgumentParser(
         prog="python -m moss_jax.worlds.tabletop",
         description="Write held-out streams of the tabletop world as mp4 with their truth as JSON.",

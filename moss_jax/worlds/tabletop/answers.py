@@ -52,12 +52,12 @@ def evidence(request: Request, world: World, second: int) -> int | None:
 
     Args:
       request: the question.
-      world: that it is about.
-      second: at which it is asked.
+      world: the world that it is about.
+      second: the second at which it is asked.
 
     Returns:
       The second itself for a question about the present. None if the answer is that there was nothing, if
-      the evidence is spread over the whole stream, or if the request is no question.
+      the evidence is spread over the whole stream, or if the request is not a question.
     """
     truth, k = world.truth[second], request.subject
     match request.kind:
@@ -97,11 +97,11 @@ def _numbers(world: World, second: int) -> list[tuple[int, str]]:
 
 
 def true_answer(request: Request, truth: Facts) -> Sentence:
-    """The true answer to a question; "Okay." to a request that is no question.
+    """The true answer to a question; "Okay." to a request that is not a question.
 
     Args:
-      request: of the user.
-      truth: the facts of now, from `truth_of`; for most kinds of request those of `World.truth` do.
+      request: the user's request.
+      truth: the current facts, from `truth_of`; for most kinds of request those of `World.truth` suffice.
     """
     if request.kind in LIVE and truth["view"] == "none":
         return sentence("blind")
@@ -168,7 +168,7 @@ def answer(request: Request, truth: Facts) -> Sentence:
 
 
 def _was(topic: str, k: str, gap: str, truth: Facts, *, ever: bool) -> Sentence:
-    """What a thing was like: when it was last visible if it `ever` was, or a time ago."""
+    """What a thing was like: when last visible, with `ever`, or at the earlier time asked about."""
     value = truth[f"was {topic}:{k}"]
     if value == "none":
         return sentence("unseen" if ever else "was none", k=k)
@@ -186,12 +186,12 @@ def updated_answer(request: Request, truth: Facts) -> Sentence:
 
 
 def updated_item(key: str, told: str, truth: Facts) -> Sentence:
-    """The update to a list of which one fact has changed.
+    """The update to a list in which one fact has changed.
 
     Args:
-      key: of the fact.
-      told: its value in what was said before.
-      truth: the facts of now.
+      key: key of the fact.
+      told: its value as last stated.
+      truth: the current facts.
     """
     value = truth[key]
     k = CARD if key == "digit" else key.removeprefix("colour:")

@@ -46,13 +46,13 @@ class Utterance:
     """A sentence of the assistant.
 
     Attributes:
-      time: of the stream, in seconds, when it begins.
+      time: time when it begins, in seconds of the stream.
       frame: the last frame seen when it begins.
       due: the frame since which it has been due; -1 before the first.
       request: index of the request that it serves.
       sentence: to be said.
-      cut: replaces a statement in progress.
-      slip: wrong, to be taken back.
+      cut: whether it replaces a statement in progress.
+      slip: whether it is wrong on purpose, to be retracted.
     """
 
     time: float
@@ -87,15 +87,15 @@ class Assistant:
     """The ideal assistant: says what is due, token by token.
 
     Args:
-      world: that it watches.
-      tokenizer: of the model.
+      world: the world that it watches.
+      tokenizer: the model's tokenizer.
       rng: for the choice of words.
       slips: probability that an answer begins with a wrong value and is then corrected.
 
     Attributes:
       frame: the last frame seen; -1 before the first.
       utterances: what it has said so far.
-      learnt: whether the last token is an example to learn from; not the wrong part of a slip.
+      learnt: whether the last token is a training target, which the wrong part of a slip is not.
     """
 
     def __init__(self, world: World, tokenizer: Tokenizer, rng: np.random.Generator, slips: float = 0.0):
@@ -107,7 +107,7 @@ class Assistant:
         self._number = -1
         self._request: Request | None = None
         self._asked_at = -1
-        # The facts told since the request, and the narrations that wait: (frame, sentence).
+        # Facts stated since the request, and the queue of narrations: (frame, sentence).
         self._told: dict[str, str] = {}
         self._untold: list[tuple[int, Sentence]] = []
         self._acknowledged = self._called = self._updating = False
@@ -116,11 +116,11 @@ class Assistant:
         self._rest: list[int] = []
         self._variant = 0
         self._seen_since = False
-        # During a slip: the number of its tokens that are right.
+        # During a slip: the number of its leading tokens that are right.
         self._right: int | None = None
 
     def on_request(self, request: Request) -> None:
-        """Takes a request, which cuts the utterance in progress."""
+        """Handles a request, which cuts the utterance in progress."""
         self._number += 1
         self._request, self._asked_at = request, self.frame
         self._told, self._untold = {}, []
@@ -128,7 +128,7 @@ class Assistant:
         self._said, self._rest, self._right = [], [], None
 
     def on_frame(self, frame: int) -> None:
-        """Takes a frame."""
+        """Handles a frame."""
         self.frame = frame
         self._seen_since = True
         if self._request and self._request.kind == "narrate" and (event := self._events.get(frame)):
@@ -154,7 +154,7 @@ class Assistant:
 
     @property
     def _active(self) -> Request:
-        """The request in force; only after the first."""
+        """The request in force; there must have been one."""
         assert self._request
         return self._request
 
@@ -168,7 +168,7 @@ class Assistant:
         return bool(self._active.keys) and not holds(facts, self._truth)
 
     def _correct(self, time: float) -> None:
-        """Goes on with what is true now if the words so far fit it; otherwise takes them back."""
+        """Continues with what is true now if the words so far fit it; otherwise retracts them."""
         last = self.utterances[-1]
         now = updated_answer(self._active, self._truth) if last.cut else self._answer_or_update()
         text = now.text(self._variant)
@@ -199,7 +199,7 @@ class Assistant:
         self.utterances.append(Utterance(time, self.frame, due, self._number, said))
 
     def _slip(self, time: float, due: int, right: Sentence, wrong: Sentence) -> None:
-        """Begins an answer with a wrong value, which ends soon after that or as a whole sentence."""
+        """Begins an answer with a wrong value, cut soon after that value or said as a whole sentence."""
         tokens = self._tokenizer.encode(wrong.text(self._variant))
         as_right = self._tokenizer.encode(right.text(self._variant))
         self._right = next(n for n, token in enumerate(tokens) if as_right[n : n + 1] != [token])
@@ -208,7 +208,7 @@ class Assistant:
         self.utterances.append(Utterance(time, self.frame, due, self._number, wrong, slip=True))
 
     def _take_back(self, time: float) -> None:
-        """Goes on from a slip with what is true now."""
+        """Retracts a slip and says what is true now."""
         self._right = None
         said = answer(self._active, truth_of(self._active, self._world, self.frame))
         self._rest, self._said = self._tokenizer.encode(_interjected(said.text(self._variant))), []
@@ -242,7 +242,7 @@ class Assistant:
         return None
 
     def _first_answer(self, request: Request) -> tuple[int, Sentence] | None:
-        """The answer to a question; as long as nothing is visible, that, once, and the answer later."""
+        """The answer to a question; while nothing is visible, says so once and answers later."""
         said = true_answer(request, truth_of(request, self._world, self.frame))
         if said.name != "blind":
             self._acknowledged = True
@@ -259,14 +259,14 @@ class Assistant:
         return updated_answer(self._active, self._truth)
 
     def _changed(self) -> str | None:
-        """The first fact of a live question that was told and isn't true any more."""
+        """The first fact of a live question whose stated value is no longer true."""
         return next(
             (key for key in self._active.keys if not agrees(key, self._told.get(key, ""), self._truth)), None
         )
 
 
 def mistaken(rng: np.random.Generator, said: Sentence, request: Request) -> Sentence | None:
-    """The answer to a question with one value wrong; None if it has none that could be."""
+    """The answer to a question with one value wrong; None if it has no value to change."""
     values = said.values
     options = {
         "c": COLOURS,
@@ -295,7 +295,7 @@ def mistaken(rng: np.random.Generator, said: Sentence, request: Request) -> Sent
 
 
 def _interjected(text: str) -> str:
-    """A sentence as it replaces one in progress."""
+    """Words a sentence so that it replaces one in progress."""
     return WAIT + (text if text.startswith("I ") else text[0].lower() + text[1:])
 
 
@@ -316,9 +316,9 @@ def converse(
     """Plays a live session of the ideal assistant.
 
     Args:
-      world: that it watches.
+      world: the world that it watches.
       requests: in order of time.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       tokens_per_second: speed of speech.
       rng: for the choice of words.
       system: system prompt; None for none.
@@ -326,7 +326,7 @@ def converse(
       slips: probability that an answer begins with a wrong value, without loss on it, and is then corrected.
 
     Raises:
-      ValueError: `slips` is no probability.
+      ValueError: `slips` is not a probability.
     """
     if not 0 <= slips <= 1:
         raise ValueError(f"slips must be between 0 and 1; got {slips}")
@@ -401,9 +401,9 @@ def converse_offline(
     """Writes an offline dialogue: the whole clip, then one question and its answer.
 
     Args:
-      world: of the clip.
+      world: the world of the clip.
       request: the question.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       rng: for the choice of words.
       system: system prompt; None for none.
     """

@@ -2,7 +2,7 @@
 
 A sentence asserts facts, with the keys of `World.truth`. In the wordings, {k} is a kind of thing, {c} a
 colour, {p} a place, {w} a direction, {d} a number on a card, {n} a number of shapes, {m} a number of times
-and {l} a list of things; {j} is another kind of thing and {s} a time ago, in requests alone.
+and {l} a list of things; {j} is another kind of thing and {s} a time ago, only in requests.
 
 What a sentence in the past tense is about depends on the question: "It was red." asserts `was colour:KIND`,
 which `answers.truth_of` gives for the time that the question is about.
@@ -26,13 +26,13 @@ TIMES = {
     "3": "three", "4": "four", "5": "five", "6": "six", "7": "seven", "8": "eight", "9": "nine",
     "many": "many",
 }  # fmt: skip
-# Times that questions go back to, in seconds.
+# How far back questions about an earlier time go, in seconds.
 SPANS = {10: "ten seconds ago", 60: "a minute ago", 300: "five minutes ago"}
 PLACE_WORDS = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 WAY_WORDS = {"left": "to the left", "middle": "to the middle", "right": "to the right"}
 # Introduces a statement that replaces the one in progress.
 WAIT = " - wait, "
-# The value that a list asserts of what it doesn't mention: not visible, for whatever reason.
+# The value that a list asserts for things it doesn't mention: not visible, for whatever reason.
 HIDDEN = "hidden"
 
 # name -> wordings. An update begins with "Now", an alert with "Now!".
@@ -250,7 +250,7 @@ def understand(text: str, subject: str = "") -> Sentence | None:
       subject: the kind of thing that "it" refers to.
 
     Returns:
-      The sentence; None if the text is none of the language.
+      The sentence; None if the text is not in the language.
     """
     text = text.strip()
     # A correction in mid-sentence begins in lower case.

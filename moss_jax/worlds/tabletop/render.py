@@ -61,11 +61,11 @@ class Item:
 
     Attributes:
       kind: one of SHAPES, or "card".
-      x: of the centre, in table units.
-      y: of the centre, in table units.
+      x: x coordinate of the centre, in table units.
+      y: y coordinate of the centre, in table units.
       colour: one of COLOURS, for a shape.
       digit: index of the card's image in `digits`.
-      angle: of rotation, in radians, clockwise.
+      angle: angle of rotation, in radians, clockwise.
       scale: relative to the usual size.
       opacity: from 0 (absent) to 1, for fading in and out.
     """
@@ -85,9 +85,9 @@ class Cover:
     """A striped cloth over everything, large enough to hide any item at its centre.
 
     Attributes:
-      x: of the centre, in table units.
-      y: of the centre, in table units.
-      angle: of rotation, in radians, clockwise.
+      x: x coordinate of the centre, in table units.
+      y: y coordinate of the centre, in table units.
+      angle: angle of rotation, in radians, clockwise.
       opacity: from 0 (absent) to 1.
     """
 
@@ -115,7 +115,7 @@ class Look:
     """Table, light and camera of one stream.
 
     Attributes:
-      seed: of the table's texture.
+      seed: seed of the table's texture.
       wood: base colour of the table, in 8-bit levels.
       light: overall gain.
       tint: gain of each channel.
@@ -389,7 +389,7 @@ def paint(scene: Scene, look: Look, size: int) -> Float[np.ndarray, "P P 3"]:
 
     Args:
       scene: to be rendered.
-      look: of the stream.
+      look: look of the stream.
       size: side of the photographs.
 
     Returns:
@@ -419,7 +419,7 @@ def impair(
 
     Args:
       picture: from `paint`.
-      kind: of impairment.
+      kind: kind of impairment.
 
     Returns:
       A picture for `photograph`, on which nothing can be recognised.
@@ -450,7 +450,7 @@ def photograph(
 
     Args:
       picture: from `paint`.
-      look: of the stream.
+      look: look of the stream.
       rng: for shake, flicker and noise.
       size: side of the photograph, S.
     """

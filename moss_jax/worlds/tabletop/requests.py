@@ -27,13 +27,13 @@ class Request:
     """A prompt of the user.
 
     Attributes:
-      time: of the stream, in seconds.
+      time: time in seconds of the stream.
       text: the wording.
       kind: a key of `language.ASK`.
       subject: the kind of thing that it is about, if any.
-      awaited: of an alert, the sentence that is due as soon as it is true.
+      awaited: for an alert, the sentence that is due as soon as it is true.
       other: the other kind of thing in a question about the order of two.
-      span: of a question about a time ago, how long, in seconds.
+      span: for a question about an earlier time, how long ago that was, in seconds.
     """
 
     time: float
@@ -79,7 +79,7 @@ def draw_requests(
 
     Args:
       rng: the source of randomness.
-      world: that they are about.
+      world: the world that they are about.
       first_turn: probability of a request at time 0, before the first frame.
       dense: only questions, in quick succession.
       past: share of questions about the past, all kinds of them; None for the usual share of those in
@@ -234,9 +234,9 @@ def _long_past(
 
 
 def _ago(rng: np.random.Generator, world: World, time: float, frame: int, span: int) -> Request | None:
-    """Samples a question about a time ago, around which the answer was the same; None if there is none.
+    """Samples a question about an earlier time with a stable answer; None if there is none.
 
-    More often about a thing that was there, and about an answer that is another now.
+    Prefers things that were there, and answers that have changed since.
     """
     slack, then = _slack(span), frame - span
     around = _distinct(world, then - slack, then + slack + 1)
@@ -261,12 +261,12 @@ def _ago(rng: np.random.Generator, world: World, time: float, frame: int, span: 
 
 
 def _slack(span: int) -> int:
-    """How far around a time ago the answer must have been the same, in seconds."""
+    """How long before and after the earlier time the answer must have been the same, in seconds."""
     return max(2, span // 6)
 
 
 def _distinct(world: World, start: int, stop: int) -> list[Facts]:
-    """The facts of a range of seconds, once where nothing changed from one to the next."""
+    """The facts of a range of seconds, without repeating those that did not change."""
     found = world.truth[start:stop]
     return [truth for n, truth in enumerate(found) if n == 0 or truth is not found[n - 1]]
 
@@ -294,7 +294,7 @@ def _alert(rng: np.random.Generator, world: World, time: float, frame: int) -> R
 
 @functools.cache
 def _awaitable() -> tuple[Sentence, ...]:
-    """All alerts."""
+    """The sentences that an alert can await."""
     kinds = [*SHAPES, CARD]
     return (
         *(sentence("alert there", k=k) for k in kinds),

@@ -48,12 +48,12 @@ class TabletopStream:
         return self.world.impairments
 
     def frames(self, size: int, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "F H W 3"]:
-        """Renders the frames of whole seconds, in a time that is proportional to their number.
+        """Renders the frames of whole seconds, in time proportional to their number.
 
         Args:
           size: width and height of the frames, in pixels.
           start: the first second.
-          stop: the second after the last; None for the whole rest.
+          stop: the second after the last; None for the end of the stream.
 
         Returns:
           The frames; those of a range are the same as in the whole stream.
@@ -87,11 +87,11 @@ def take_photographs(
             number = impairment.start * fps
         kind = impairment.kind if impairment and impairment.kind != "frozen" else None
         picture = _picture(stream.world.scene(number / fps), stream.look, size, kind)
-        # Each photograph has its own seed, so that a range is the same as in the whole.
+        # Each photograph has its own seed, so that a range is the same as in the whole stream.
         yield photograph(picture, stream.look, np.random.default_rng([stream.noise, number]), size)
 
 
-# A scene that does not change is painted once, also where a range goes on after another of the same stream.
+# A scene that does not change is painted once, also when a range continues another of the same stream.
 @functools.lru_cache(maxsize=4)
 def _picture(
     scene: Scene, look: Look, size: int, kind: Literal["black", "blurred", "overexposed"] | None
@@ -125,13 +125,13 @@ def draw_stream(
       varied: draw the rate of events, which may also change, and the user's pace from wide ranges; None if
         the stream is longer than a minute.
       rates: the range that rates of varied streams are drawn from, in events per second.
-      paces: the range that the user's is drawn from, in seconds between two requests.
+      paces: the range that the user's pace is drawn from, in seconds between two requests.
       impaired: probability of an impaired camera; None for the usual one in a training stream of more than
         12 seconds and 0 in others.
 
     Raises:
-      ValueError: a share that is no share, rates that are no range within (0, 1], or an impaired camera in a
-        stream of less than 4 seconds.
+      ValueError: a share is not in [0, 1], rates are not a range within (0, 1], or a stream of less than 4
+        seconds has an impaired camera.
     """
     for name, share in (("past", past), ("impaired", impaired)):
         if share is not None and not 0 <= share <= 1:
@@ -181,7 +181,7 @@ def _impairments(rng: np.random.Generator, seconds: int) -> tuple[Impairment, ..
         length = round(_log_uniform(rng, 2.0, longest))
         start = int(rng.integers(1, seconds - length))
         drawn = Impairment(start, start + length, pick(rng, IMPAIRMENTS))
-        # With a second of sight between two.
+        # At least one clear second between two.
         if all(drawn.stop < other.start or other.stop < drawn.start for other in found):
             found.append(drawn)
     return tuple(sorted(found, key=lambda i: i.start))

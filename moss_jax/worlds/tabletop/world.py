@@ -25,7 +25,7 @@ CELLS = tuple(itertools.product(range(len(PLACES)), range(ROWS)))
 MAX_SHAPES = 4
 # Seconds before the first frame that shows a change at which its motion begins and ends.
 BEGINS, ENDS = 0.85, 0.15
-# Appearances that are counted; more are "many".
+# Maximum number of appearances that is counted; more are "many".
 MOST_TIMES = 9
 
 EventKind = Literal["appear", "leave", "move", "colour", "digit", "cover", "uncover"]
@@ -40,10 +40,10 @@ class Thing:
     Attributes:
       kind: a shape, or CARD.
       cell: column and row.
-      colour: of a shape.
-      digit: of a card, the index of its image.
-      offset: from the centre of its cell, in table units.
-      angle: of its rotation, in radians.
+      colour: colour of a shape.
+      digit: for a card, the index of its image.
+      offset: offset from the centre of its cell, in table units.
+      angle: angle of its rotation, in radians.
     """
 
     kind: str
@@ -55,12 +55,12 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """Its column, in a word."""
+        """Its column, as a word."""
         return PLACES[self.cell[0]]
 
     @property
     def label(self) -> str:
-        """The number on a card, in a digit."""
+        """The number on a card, as a digit."""
         return str(digits.label(self.digit))
 
     @property
@@ -78,7 +78,7 @@ class Table:
     Attributes:
       things: everything on the table, covered or not.
       covered: kind of the thing under the cover; None without a cover.
-      cover_angle: of the cover's rotation, in radians.
+      cover_angle: angle of the cover's rotation, in radians.
     """
 
     things: tuple[Thing, ...] = ()
@@ -112,7 +112,7 @@ class TableEvent:
     Attributes:
       frame: the first that shows it.
       change: kind of change.
-      kind: of the thing that changes.
+      kind: kind of the thing that changes.
       value: the new place, colour or number, if the change is one of those.
     """
 
@@ -124,14 +124,14 @@ class TableEvent:
 
 @dataclasses.dataclass(frozen=True)
 class Impairment:
-    """An interval in which the camera shows nothing, or one and the same image.
+    """An interval in which the camera shows nothing, or a frozen image.
 
     Nothing changes on the table meanwhile.
 
     Attributes:
       start: its first second; at least 1, so that what is on the table has been seen.
       stop: the first second after it.
-      kind: of impairment; "frozen" repeats the image of the first second.
+      kind: kind of impairment; "frozen" repeats the image of the first second.
     """
 
     start: int
@@ -230,10 +230,10 @@ def generate(
     Args:
       rng: the source of randomness.
       seconds: length of the world, with one state a second.
-      digit_indices: of the digit images that its cards may show.
+      digit_indices: indices of the digit images that its cards may show.
       rate: probability of a change in a second, one for all or one for each.
-      gap: least number of seconds between two changes.
-      impairments: of the camera, in order of time; nothing changes in them.
+      gap: minimum number of seconds between two changes.
+      impairments: impairments of the camera, in order of time; nothing changes in them.
     """
     rates = itertools.repeat(rate, seconds) if isinstance(rate, int | float) else rate
     still = {second for i in impairments for second in range(i.start, i.stop)}
@@ -267,7 +267,7 @@ def _first_table(rng: np.random.Generator, digit_indices: np.ndarray) -> Table:
 
 
 def _with(table: Table, thing: Thing) -> Table:
-    """Puts a thing on the table, in place of the one of its kind."""
+    """Puts a thing on the table, replacing the one of its kind."""
     others = tuple(t for t in table.things if t.kind != thing.kind)
     return dataclasses.replace(table, things=(*others, thing))
 

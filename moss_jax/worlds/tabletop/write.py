@@ -21,14 +21,14 @@ def write_video(stream: TabletopStream, path: Path, *, size: int) -> None:
     """Writes a stream as H.264, `size` pixels wide and high, at 15 frames a second with changes in motion."""
     look = dataclasses.replace(stream.look, noise=min(stream.look.noise, MAX_NOISE))
     stream = dataclasses.replace(stream, look=look)
-    # The same stream gives the same file: the encoder's output depends on the number of threads, and with its
-    # macroblock tree, on processors with AVX-512, on the contents of memory.
+    # For reproducible files: the encoder's output depends on the number of threads, and, with its macroblock
+    # tree on processors with AVX-512, on the contents of memory.
     options = {"crf": "28", "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         video = container.add_stream("libx264", rate=FPS, options=options)
         video.width = video.height = size
         video.pix_fmt = "yuv420p"
-        # The last frame is shown for a second, as the others are.
+        # The last frame is shown for a second, like the others.
         photographs = take_photographs(stream, size=size, start=0, stop=stream.world.seconds, fps=FPS)
         for i, rgb in enumerate(photographs):
             frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
@@ -42,7 +42,7 @@ def to_row(dialogue: Dialogue, tokenizer: Tokenizer, video: str) -> dict[str, An
 
     Args:
       dialogue: to be converted.
-      tokenizer: of the dialogue's tokens.
+      tokenizer: the tokenizer of the dialogue's tokens.
       video: path of the video in the row.
     """
     special = tokenizer.special
