@@ -8,7 +8,7 @@ warpgroups take turns at issuing products (ping-pong scheduling).
 
 Whole tiles leave a remainder of the keys, which comes first: a tile as small as wgmma allows, moved back to
 end with the positions. The keys that it shares with its neighbour are masked, so that only the first tile has
-a mask. The last block of queries is moved back too: queries that two blocks share are written twice, alike.
+a mask. The last block of queries is moved back too: queries that two blocks share are written twice.
 
 The softmax is not online: a weight is 2^(score - maximum of its row in the first tile), and the maximum is
 not updated. float32 and bfloat16 represent weights far above 1, so nothing has to be rescaled, and the
