@@ -58,12 +58,12 @@ def parse_mesh(axes: str) -> Mesh:
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:
-    """Returns the index of the share of a batch's rows that this process loads, and the number of shares.
+    """Returns the index of this process's share of a batch's rows, and the number of shares.
 
-    Processes whose devices differ only in their place along `tensor` load the same share.
+    Processes whose devices differ only in their position along `tensor` load the same share.
 
     Raises:
-      ConfigError: the rows of two processes overlap, but are not the same.
+      ConfigError: the rows of two processes overlap only partly.
     """
     rows = NamedSharding(mesh, PartitionSpec(RULES["batch"])).devices_indices_map((mesh.size,))
     starts: dict[int, set[int]] = {}

@@ -1,4 +1,4 @@
-"""All settings as frozen dataclasses that validate themselves, and the model presets."""
+"""All settings as self-validating frozen dataclasses, and the model presets."""
 
 from moss_jax.config.fields import (
     SEEDS,

@@ -1,4 +1,4 @@
-"""What the fields of settings may be: errors, checks and conversions that all settings share."""
+"""Errors, checks and type conversions shared by all settings."""
 
 import functools
 import itertools
@@ -7,7 +7,7 @@ import os
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-# Seeds that JAX and numpy both take.
+# Seeds that both JAX and numpy accept.
 SEEDS = range(2**63)
 
 
@@ -16,38 +16,38 @@ class ConfigError(ValueError):
 
 
 def require(condition: bool, message: str) -> None:
-    """Refuses a setting unless a condition holds."""
+    """Raises `ConfigError` unless a condition holds."""
     if not condition:
         raise ConfigError(message)
 
 
 def require_at_least(least: int, settings: Any, *names: str) -> None:
-    """Refuses settings of these names that are less than a number."""
+    """Raises `ConfigError` if any of the named settings is less than a number."""
     for name in names:
         value = getattr(settings, name)
         require(value >= least, f"{name} must be at least {least}, not {value}")
 
 
 def require_share(settings: Any, *names: str) -> None:
-    """Refuses settings of these names that are no share of a whole."""
+    """Raises `ConfigError` if any of the named settings is not a valid share of a whole."""
     for name in names:
         value = getattr(settings, name)
         require(0 <= value <= 1, f"{name} must be in [0, 1], not {value}")
 
 
 def require_seed(seed: int) -> None:
-    """Refuses a seed that JAX or numpy does not take."""
+    """Raises `ConfigError` for a seed that JAX or numpy does not accept."""
     require(seed in SEEDS, f"seed must be at least 0 and less than 2**63, not {seed}")
 
 
 def convert_fields(settings: Any) -> None:
-    """Converts the values of a frozen dataclass to the types of its fields, where nothing is lost by it.
+    """Converts the values of a frozen dataclass to the types of its fields, where that is lossless.
 
-    A whole number may be written as 1e4, a list stands for a tuple, a dict for a tuple of pairs, and a string
-    for a tuple with this one string.
+    An integer may be written as 1e4, a list becomes a tuple, a dict a tuple of pairs, and a string a tuple of
+    that one string.
 
     Raises:
-      ConfigError: a value is of another type.
+      ConfigError: a value cannot be converted.
     """
     for name, kind in _field_types(type(settings)).items():
         value = getattr(settings, name)
@@ -63,7 +63,7 @@ def _field_types(settings: type) -> dict[str, Any]:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """Converts a value to a type, as `convert_fields` says; raises TypeError or ValueError if it can't."""
+    """Converts a value to a type for `convert_fields`; raises TypeError or ValueError if it can't."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return None if value is None else _convert(value, arguments[0])
@@ -93,7 +93,7 @@ def _convert(value: Any, kind: Any) -> Any:
 
 
 def _describe(kind: Any) -> str:
-    """A type in words."""
+    """Describes a type in words, for error messages."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return f"{_describe(arguments[0])} or None"

@@ -14,19 +14,19 @@ class ServerConfig:
     """The live server.
 
     Attributes:
-      grace_seconds: how long the stream of a lost connection waits to be resumed.
-      replay_events: events that a session keeps, to send them again after a lost connection.
-      queue_events: events that may wait for a client that reads slowly, before its connection is closed.
-      max_message_bytes: of a message of a client.
-      max_image_pixels: of a frame as it comes; all are scaled to fit the model.
-      history_items: items of the conversation that can be asked for.
+      grace_seconds: how long a stream outlives a lost connection, waiting to be resumed.
+      replay_events: size of a session's replay buffer, from which events are resent after a reconnect.
+      queue_events: queue depth of outgoing events at which the connection of a slow client is closed.
+      max_message_bytes: maximum size of a client message.
+      max_image_pixels: maximum size of a frame as received; frames are then scaled to fit the model.
+      history_items: number of conversation items that can be retrieved.
       decode_threads: threads that decode images.
-      counters_seconds: between two `moss.counters` events.
-      save_seconds: between two saves of a running stream, where there is a folder for them.
-      keep_seconds: how long a saved stream that nobody resumes is kept.
-      restart_seconds: after which streams can be opened again when a step has failed.
-      drain_seconds: how long running streams may take to be told and saved at the end of the server.
-      correction: the words by which the model begins to take back what it was saying; empty for none.
+      counters_seconds: interval between two `moss.counters` events.
+      save_seconds: interval between two saves of a running stream, if a folder for them is set.
+      keep_seconds: retention of a saved stream that is not resumed.
+      restart_seconds: delay before streams can be opened again after a failed step.
+      drain_seconds: how long a graceful shutdown may take to notify and save running streams.
+      correction: words with which the model starts to retract what it was saying; empty for none.
     """
 
     grace_seconds: float = 60.0
@@ -66,21 +66,21 @@ class ChatConfig:
     """Chat completions of the live server.
 
     Attributes:
-      max_tokens: of an answer whose request says nothing.
-      max_streams: completions at once, so that live streams find free slots; 0 for as many as there are.
-      queue: requests that may wait in line.
-      queue_seconds: how long each may wait there, and then for a free stream.
-      max_body_bytes: of a request, with its data URLs.
-      max_image_bytes, max_video_bytes: of an image and of a video.
-      max_video_seconds: of a video.
-      max_frames: of all images and videos of a request; longer videos are sampled more sparsely.
-      decode_seconds: that the decoding of a video may take.
+      max_tokens: limit on an answer if the request sets none.
+      max_streams: concurrent completions, so that slots stay free for live streams; 0 for all slots.
+      queue: queue depth: requests that may wait.
+      queue_seconds: timeout of a request in the queue, and then for a free stream.
+      max_body_bytes: maximum size of a request, including its data URLs.
+      max_image_bytes, max_video_bytes: maximum size of an image and of a video.
+      max_video_seconds: maximum duration of a video.
+      max_frames: over all images and videos of a request; longer videos are sampled more sparsely.
+      decode_seconds: timeout for decoding a video.
       decode_threads: threads that decode videos.
-      file_bytes, files: that uploads may have together, and their number.
-      keep_seconds: how long an upload is kept.
-      file_roots: folders below which `file://` URLs are allowed.
-      fetch_hosts: from which media are fetched, each with `:port` if that is not the scheme's own.
-      fetch_seconds: that it may take to fetch one.
+      file_bytes, files: maximum total size of uploads, and their maximum number.
+      keep_seconds: retention of an upload.
+      file_roots: allow-list of folders below which `file://` URLs may point.
+      fetch_hosts: allow-list of hosts to fetch media from, each with `:port` if not the scheme's default.
+      fetch_seconds: timeout for fetching one.
     """
 
     max_tokens: int = 512
@@ -125,13 +125,13 @@ class SecurityConfig:
     """Access control and rate limits of the live server; `ServerConfig` limits the size of a message.
 
     Attributes:
-      max_connections: connections and requests at once, of all.
-      max_connections_per_address: of one address.
-      connections_per_second: new connections and requests of one address, on average.
-      connection_burst: those that may come at once.
-      messages_per_second: of a WebSocket; what comes faster is read later.
-      message_burst: those that are read at once.
-      max_body_bytes: of a request that is no WebSocket.
+      max_connections: concurrent connections and requests, in total.
+      max_connections_per_address: concurrent connections and requests per address.
+      connections_per_second: rate limit on new connections and requests per address.
+      connection_burst: burst allowed above that rate.
+      messages_per_second: rate limit per WebSocket; messages beyond it are read later (backpressure).
+      message_burst: burst allowed above that rate.
+      max_body_bytes: maximum body size of an HTTP request, as opposed to a WebSocket.
     """
 
     max_connections: int = 1024

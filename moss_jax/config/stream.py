@@ -16,7 +16,7 @@ TextMemory = Literal["full", "window"]
 BankDtype = Literal["int8", "fp8"]
 UnseenReason = Literal["still", "alike", "rate"]
 
-# Policies of the memory bank that leave each vector as it is, or forget it.
+# Memory policies that keep or drop vectors, but never merge them.
 NEVER_MERGE = ("full", "window")
 
 
@@ -26,9 +26,9 @@ class FrameSampling:
 
     Attributes:
       fps: frames per second of video, by timestamp.
-      min_frames: lower bound, met by an offline clip by sampling it more densely.
-      max_frames: upper bound, met by an offline clip by sampling it more sparsely; None for no bound. A live
-        stream has none.
+      min_frames: lower bound; shorter offline clips are sampled more densely.
+      max_frames: upper bound; longer offline clips are sampled more sparsely; None for no bound. Does not
+        apply to a live stream.
     """
 
     fps: float = 1.0
@@ -53,11 +53,11 @@ class TokenSampling:
 
     Attributes:
       temperature: 0 for greedy decoding.
-      top_k: sample among the k likeliest tokens, and those as likely as the last of them; 0 for all.
+      top_k: samples among the k likeliest tokens, ties included; 0 for all.
       top_p: nucleus sampling, among the likeliest tokens that hold this share of the probability.
-      repetition_penalty: above 1, lowers the scores of tokens that the current turn already contains.
+      repetition_penalty: above 1, lowers the logits of tokens that the current turn already contains.
         Silence, control and punctuation tokens are exempt, since a stream repeats them all the time.
-      seed: a sample depends on the seed and the position in the stream alone, not on other slots.
+      seed: a draw depends only on the seed and the position in the stream, not on other slots.
     """
 
     temperature: float = 0.0
@@ -71,7 +71,7 @@ class TokenSampling:
         require(self.temperature >= 0, f"temperature {self.temperature} must not be negative")
         require_seed(self.seed)
         require(self.top_k >= 0, f"top_k {self.top_k} must not be negative; 0 disables it")
-        # It is a number of 32 bits on the device.
+        # It is int32 on the device.
         require(self.top_k < 2**31, f"top_k {self.top_k} must be below 2**31; 0 disables it")
         require(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
         require(self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty} must be positive")
@@ -79,21 +79,21 @@ class TokenSampling:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """Compaction of the memory bank and eviction from the KV cache, which a stream out of room goes on by.
+    """Compaction of the memory bank and eviction from the KV cache, which keep a full stream running.
 
     Attributes:
       policy: for the frames, a name in `memory.policies`. "full" forgets nothing, so the stream ends when the
         bank is full. "window" keeps the newest frames. "pyramid" keeps the newest whole, older ones coarser,
-        and merges the oldest. "merge" merges vectors at the same place of neighbouring frames that are alike.
-      low_water: share of the bank and of the text cache that a compaction leaves in use.
-      pyramid_shares: of what is left, the share of each level: whole frames, 1/4, 1/16 of the grid, one
-        vector. If they are fewer, the last is divided evenly among the levels that are left.
-      bank_dtype: stores keys and values of the bank in 8 bits; None for the dtype of the model.
-      text: for the tokens. "full" forgets none, so the stream ends when the text cache is full. "window"
-        keeps the opening and the newest; of older ones silences and frames go first, then what was asked,
-        and what the model said last.
-      text_recent: share of the text cache whose newest tokens are all kept.
-      text_assistant: share of the text cache for what the model has said before.
+        and merges the oldest. "merge" merges similar vectors at the same place of neighbouring frames.
+      low_water: share of the bank and of the text cache that is in use after a compaction.
+      pyramid_shares: of that, the share of each level: whole frames, 1/4, 1/16 of the grid, one vector. If
+        there are fewer, the last is divided evenly among the remaining levels.
+      bank_dtype: 8-bit dtype for keys and values of the bank; None for the dtype of the model.
+      text: for the tokens. "full" evicts none, so the stream ends when the text cache is full. "window" keeps
+        the opening and the newest tokens; of older ones, silences and frames are evicted first, then user
+        turns, and answers last.
+      text_recent: share of the text cache for the newest tokens, which are all kept.
+      text_assistant: share of the text cache for older answers of the model.
     """
 
     policy: str = "pyramid"
@@ -121,8 +121,8 @@ class MemoryConfig:
         )
 
     def low_mark(self, capacity: int) -> int:
-        """Low-water mark of a capacity, in whole frames or tokens: what a compaction leaves in use."""
-        # Never all of it, or nothing could be appended.
+        """Low-water mark of a capacity, in whole frames or tokens: what is in use after a compaction."""
+        # Always below the capacity, or nothing could be appended.
         return min(int(self.low_water * capacity), capacity - 1)
 
     @property
@@ -139,9 +139,9 @@ class EngineConfig:
       slots: concurrent streams.
       text_capacity: tokens in the text cache of a slot, including the `<|image|>` token of each frame.
       bank_capacity: whole frames in the memory bank of a slot.
-      memory: what a slot keeps beyond that.
-      policies: names of memory policies that a stream may have in the place of `memory.policy`, each of which
-        is compiled; "full" is always allowed. See `stream.stream_config`.
+      memory: what a full slot keeps.
+      policies: names of memory policies that a stream may use instead of `memory.policy`, each of which is
+        compiled; "full" is always allowed. See `stream.stream_config`.
     """
 
     slots: int = 1
@@ -156,7 +156,7 @@ class EngineConfig:
 
     @property
     def allowed_policies(self) -> tuple[str, ...]:
-        """Names of the policies that streams may have, `memory.policy` first, each once."""
+        """Names of the policies that streams may use, without duplicates, `memory.policy` first."""
         return tuple(dict.fromkeys((self.memory.policy, *self.policies)))
 
     @property
@@ -173,12 +173,12 @@ class SelectionConfig:
       enabled: whether frames are selected; if not, every frame is shown.
       min_change: change since the frame that was encoded last, as `memory.selection.change` measures it,
         below which a frame is not encoded.
-      max_gap: seconds after which a frame is encoded whatever its change.
+      max_gap: seconds after which a frame is encoded regardless of its change.
       min_distance: distance to the features of the frame that was remembered last, as
-        `memory.selection.feature_distance` measures it, below which a frame is not remembered; None does not
-        measure it, which would have the host wait for the features of each frame.
-      fps: frames per second that enter while nothing changes. Applies where there is a `max_fps`.
-      max_fps: frames per second that enter while something changes; None leaves the rate to the source.
+        `memory.selection.feature_distance` measures it, below which a frame is not remembered. None disables
+        the check, which makes the host wait for the features of each frame.
+      fps: frames per second that enter while nothing changes; applies only with `max_fps`.
+      max_fps: frames per second that enter while something changes; None for the rate of the source.
     """
 
     enabled: bool = False
@@ -214,12 +214,12 @@ class SessionConfig:
       tail_seconds: how long an answer may continue after the end of the stream.
       inbox_frames: frames that may be queued in a realtime session before the oldest is dropped. Prompts are
         never dropped, and a lockstep session drops nothing.
-      max_tokens_per_turn: tokens after which an answer is cut and the stream goes on silent.
+      max_tokens_per_turn: tokens after which an answer is cut, and silence follows.
       selection: which frames are shown to the model.
-      max_tokens_per_second: speed that a realtime answer is held to; None for none.
-      max_fps: frames a second beyond which a realtime stream is not shown more; None for no limit.
-      idle_seconds: a realtime stream ends when nothing has been pushed for so long; None for never.
-      lifetime_seconds: a realtime stream ends at this age; None for never.
+      max_tokens_per_second: rate limit of a realtime answer; None for no limit.
+      max_fps: rate limit of frames shown in a realtime stream; None for no limit.
+      idle_seconds: idle timeout of a realtime stream, since the last push; None for never.
+      lifetime_seconds: maximum age of a realtime stream; None for no limit.
     """
 
     clock: Clock = "lockstep"
@@ -244,12 +244,12 @@ class SessionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """How the streams of one engine are run.
+    """Scheduling of the streams of one engine.
 
     Attributes:
       clock: of all streams; see `SessionConfig`.
-      max_stall_ms: while a stream talks, frames are encoded in batches that hold its text up for no longer,
-        or one by one.
+      max_stall_ms: while a stream talks, the longest that a batch of frames may stall its text; frames that
+        take longer are encoded one by one.
     """
 
     clock: Clock = "realtime"

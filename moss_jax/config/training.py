@@ -168,23 +168,23 @@ class TrainConfig:
 class SegmentsConfig:
     """Training on long tabletop streams segment by segment, with the memory carried from one to the next.
 
-    Each row of a batch goes through one stream after another. A step continues every row by some segments,
-    with gradients through all of them, compactions included; what was carried in has none (truncated
-    backpropagation through time). Memories differ from row to row, so that one model serves all.
+    Each row of a batch goes through one stream after another. A step advances every row by some segments,
+    with gradients through all of them, compactions included, but not into the memory carried in (truncated
+    backpropagation through time). Memory settings differ from row to row, so that one model serves all.
 
     Attributes:
-      per_step: segments of a step and row; 0 trains on whole sequences in one pass.
-      frames: of a segment, at most; the bank is compacted where a segment would not fit.
-      tokens: of a segment, at most. A segment ends before a frame.
-      streams: lengths of streams in segments, of which each row has one.
-      memories: policy, whole frames in the bank and storage ("model", "int8" or "fp8"), of which each row has
-        one, in turn; with as many rows as memories times lengths, there is one row of each pair.
+      per_step: segments per step and row; 0 trains on whole sequences in one pass.
+      frames: maximum frames per segment; the bank is compacted if a segment would not fit.
+      tokens: maximum tokens per segment. A segment ends before a frame.
+      streams: stream lengths in segments, one for each row.
+      memories: policy, whole frames in the bank and storage ("model", "int8" or "fp8"), assigned to the rows
+        in turn; with as many rows as memories times lengths, there is one row of each pair.
       text_capacities: tokens that a text cache holds; each stream draws one.
-      max_skip: the largest gap in a stream's positions, which makes the model used to distances far beyond
-        the segments that it is trained on; drawn log-uniformly for `skips` of the segments.
+      max_skip: the largest gap in a stream's positions, which exposes the model to distances far beyond the
+        segments that it is trained on; drawn log-uniformly for `skips` of the segments.
       skips: share of the segments that begin with a gap, in half of the streams.
-      selected: share of the streams in which `<|image|>` tokens come without a frame where nothing changes,
-        as in a session whose frames are selected (`SelectionConfig`), but by the truth of the stream.
+      selected: share of the streams in which `<|image|>` tokens come without a frame while nothing changes,
+        as in a session with frame selection (`SelectionConfig`), but by the ground truth of the stream.
       past: share of questions about the past among the requests of streams of more than 40 seconds.
       paces: of those streams, the shortest and the longest mean time between two requests, in seconds; each
         stream draws one, log-uniformly.
@@ -232,8 +232,8 @@ class DataConfig:
 
     Attributes:
       kind: "tabletop", streams of the generated world, or "conversations", rows in JSON files.
-      workers: processes that make batches; 0 makes them in the training process. The batches are the same. Of
-        long streams each makes some rows, so a number that divides those of a batch serves best.
+      workers: processes that build batches; 0 builds them in the training process. The batches are the same.
+        With long streams each builds some of the rows, so a divisor of the batch size works best.
       read_ahead: batches that each worker prefetches.
       max_dropped_share: share of the rows that may be dropped before the run is aborted.
     """

@@ -1,4 +1,4 @@
-"""The state of a stream: frozen pytrees, made by `init_state`, passed in, returned, never mutated."""
+"""Stream state as immutable pytrees, created by `init_state` and updated functionally."""
 
 from moss_jax.memory.bank import NO_POSITION, MemoryBank, remember_frames, vectors_visible
 from moss_jax.memory.room import CapacityError, check_room

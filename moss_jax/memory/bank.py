@@ -1,4 +1,4 @@
-"""The memory bank: keys and values of what was seen, for every cross-attention layer.
+"""The memory bank: keys and values of past frames, for every cross-attention layer.
 
 B slots, R rows, K kv heads, T tokens, F frames, S vectors, D head
 """
@@ -12,26 +12,26 @@ from jaxtyping import Array, Float, Int
 from moss_jax.ops.qarray import QArray, quantize
 from moss_jax.ops.writes import write_rows
 
-# Position of an empty place in the bank: no token comes after it.
+# Position of an empty place in the bank, greater than that of any token.
 NO_POSITION = jnp.iinfo(jnp.int32).max
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MemoryBank:
-    """Keys and values of the vectors so far, for every cross-attention layer, in order of position.
+    """Keys and values of the vectors in memory, for every cross-attention layer, in order of position.
 
     A frame has any number of vectors, which share its position. What a token sees is a prefix of the bank.
 
     Attributes:
-      keys, values: one [B, K, S, D] array a layer, QArrays if the bank is stored in 8 bits; keys are rotated
-        and normalised.
-      positions: of each vector, that of its frame's `<|image|>` token; ascending, NO_POSITION where there is
-        no vector.
-      places: index of each vector in its frame, as the compressor ordered them.
-      counts: vectors that each vector stands for, whose logarithm is added to its scores; None where nothing
-        is ever merged.
-      length: vectors held.
+      keys, values: one [B, K, S, D] array per layer, QArrays if the bank is stored in 8 bits; keys are
+        rotated and normalised.
+      positions: of each vector, that of its frame's `<|image|>` token; ascending, NO_POSITION in empty
+        places.
+      places: index of each vector in its frame, in the compressor's order.
+      counts: number of vectors that each vector stands for, whose logarithm is added to its attention scores;
+        None if nothing is ever merged.
+      length: number of vectors.
     """
 
     keys: tuple[Float[Array, "B K S D"] | QArray, ...]
@@ -43,13 +43,13 @@ class MemoryBank:
 
     @property
     def capacity(self) -> int:
-        """Vectors that a slot has room for."""
+        """Capacity of a slot in vectors."""
         return self.positions.shape[1]
 
     @property
     def bias(self) -> Float[Array, "B S"] | None:
         """Attention bias of each vector: the logarithm of its count; None without counts."""
-        # Empty places are out of every range, but their logarithm should be a number all the same.
+        # Empty places are masked by range, but their logarithm must still be finite.
         return None if self.counts is None else jnp.log(jnp.maximum(self.counts, 1))
 
 
@@ -62,13 +62,13 @@ def remember_frames(
     slots: Int[Array, " R"] | None = None,
     before: Int[Array, " R"] | None = None,
 ) -> MemoryBank:
-    """Appends the first `count[r]` of F frames of each row to a slot, as far as there is room.
+    """Appends the first `count[r]` of F frames of each row to a slot; frames beyond the capacity are dropped.
 
     Args:
       keys, values: of each layer, frame after frame, all with the same number of vectors.
-      positions: of the frames; not before those that the bank holds.
-      slots: of the rows; None if row `b` is of slot `b`.
-      before: frames that rows before append to the same slot; None if there are none.
+      positions: of the frames; not before those in the bank.
+      slots: slot of each row; None if row `b` belongs to slot `b`.
+      before: number of frames that earlier rows append to the same slot; None if there are none.
     """
     rows, frames = positions.shape
     vectors = keys[0].shape[2] // frames
@@ -88,7 +88,7 @@ def remember_frames(
         )
 
     def write(old: Array, new: Array) -> Array:
-        """Writes one number a vector, [R, FN], to [B, S]."""
+        """Writes one number per vector, [R, FN], to [B, S]."""
         return write_rows(old[:, None], new[:, None], start, count, slots)[:, 0]
 
     added = count if slots is None else jnp.zeros_like(bank.length).at[slots].add(count)
@@ -106,6 +106,6 @@ def vectors_visible(positions: Int[Array, "B S"], token_positions: Int[Array, "B
     """Number of vectors that each token sees: those whose position is not after its own.
 
     Args:
-      positions: of vectors, or of frames, to count those.
+      positions: of vectors, or of frames to count frames.
     """
     return (positions[:, None, :] <= token_positions[:, :, None]).sum(axis=-1, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""Compaction: the one way in which a memory bank gets smaller.
+"""Compaction: the primitive by which all policies shrink a memory bank.
 
 B slots, K kv heads, S vectors, M vectors that become one, D head
 """
@@ -13,18 +13,18 @@ from jaxtyping import Array, Bool, Float, Int
 from moss_jax.memory.bank import NO_POSITION, MemoryBank
 from moss_jax.ops.qarray import QArray
 
-# Target of a vector that is forgotten.
+# Target of a vector that is dropped.
 FORGET = -1
 
 
 class Frames(NamedTuple):
-    """The frames of a bank, seen from its vectors, [B, S] each; empty places belong to no frame.
+    """Per-vector description of the frames in a bank, [B, S] each; empty places belong to no frame.
 
     Attributes:
       index: of each vector's frame, 0 for the oldest.
-      size: vectors of that frame.
+      size: number of vectors in that frame.
       is_first: whether it is the first vector of its frame.
-      held: whether there is a vector.
+      held: whether the place holds a vector.
     """
 
     index: Int[Array, "B S"]
@@ -46,11 +46,11 @@ def frames_of(bank: MemoryBank) -> Frames:
 
 
 class Groups(NamedTuple):
-    """Which vectors become which new vector.
+    """Mapping between old vectors and the new ones that they are merged into.
 
     Attributes:
-      target: index of the new vector that each vector becomes part of; S for one that is forgotten.
-      source: index of the vectors that each new vector is made of.
+      target: index of the new vector that each vector becomes part of; S for one that is dropped.
+      source: indices of the vectors that each new vector is made of.
       exists: whether there is a new vector.
     """
 
@@ -72,7 +72,7 @@ def weighted_sum(
         )
         for m, weight in enumerate(weights)
     )
-    # What lies in empty places may be anything, NaN too.
+    # Empty places may contain anything, including NaN.
     return jnp.where(jnp.expand_dims(groups.exists[:, None], axes), sum(parts), 0)
 
 
@@ -81,12 +81,12 @@ def _weighted_sum_forward(x, weights, groups):
 
 
 def _weighted_sum_backward(saved, d_sums):
-    # A vector is in one group at most, so its gradient is gathered, where that of a gather would be a scatter
-    # of each group's members.
+    # A vector is in at most one group, so its gradient is a gather; the automatic gradient of a gather would
+    # be a scatter.
     like, weights, (target, source, _) = saved
     S = target.shape[1]
     member = jnp.take_along_axis(source, jnp.minimum(target, S - 1)[:, :, None], axis=1)
-    number = jnp.argmax(member == jnp.arange(S)[:, None], axis=2)  # Of each vector in its group.
+    number = jnp.argmax(member == jnp.arange(S)[:, None], axis=2)  # Index of each vector in its group.
     at = jnp.minimum(target, S - 1)[:, None]
     axes = tuple(range(3, d_sums.ndim))
     # [M, B, K, S] to the weight of each vector, [B, K, S].
@@ -105,16 +105,16 @@ weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
 def regroup(
     bank: MemoryBank, target: Int[Array, "B S"], places: Int[Array, "B S"], *, most: int
 ) -> MemoryBank:
-    """Makes each new vector the mean of the vectors that have it as their target.
+    """Replaces each group of vectors that share a target by their mean.
 
-    Each counts as often as it stands for vectors already, so a vector is always the mean of what was
-    appended, however often it has been merged. It gets the position of the newest of them.
+    The mean is weighted by the number of vectors that each already stands for, so a vector is always the mean
+    of what was appended, however often it has been merged. It gets the position of the newest of them.
 
     Args:
       target: index of the new vector that each vector becomes part of, or FORGET. The targets in use are
         0, 1, … without a gap, in the order of the newest vectors that they are made of.
       places: of the new vectors in their frames, at the index of each vector that becomes part of them.
-      most: the largest number of vectors that become one.
+      most: maximum number of vectors merged into one.
     """
     S = bank.capacity
     held = jnp.arange(S) < bank.length[:, None]
@@ -126,7 +126,7 @@ def regroup(
     first = jax.vmap(lambda ordered: jnp.searchsorted(ordered, jnp.arange(S + 1)))(ordered)
     member = first[:, :-1, None] + jnp.arange(most)  # [B, S, M]
     is_member = member < first[:, 1:, None]
-    # Where a group has fewer members, its first stands in with a share of 0: others may be NaN.
+    # Groups with fewer members are padded by their first with weight 0: other vectors may be NaN.
     member = jnp.minimum(jnp.where(is_member, member, first[:, :-1, None]), S - 1)
     source = jnp.take_along_axis(order[:, :, None], member, axis=1)
 
@@ -135,8 +135,8 @@ def regroup(
 
     counts = jnp.where(is_member, 1 if bank.counts is None else pick(bank.counts), 0)
     total = jnp.sum(counts, axis=2)
-    # XLA multiplies by the reciprocal of a divisor that is broadcast, and c * (1 / c) is not always 1: what
-    # stands alone would drift, compaction after compaction.
+    # XLA multiplies by the reciprocal of a broadcast divisor, and c * (1 / c) is not always 1: single vectors
+    # would drift, compaction after compaction.
     is_alone = counts == total[..., None]
     share = jnp.where(is_alone, 1, counts / jnp.maximum(total, 1)[..., None])
     exists = jnp.arange(S) < length[:, None]
@@ -148,13 +148,13 @@ def regroup(
     def merged(x: Float[Array, "B K S D"] | QArray) -> Float[Array, "B K S D"] | QArray:
         if not isinstance(x, QArray):
             return weighted_sum(x, shares, groups).astype(x.dtype)
-        # The mean of the scales is a scale that the mean of the vectors fits, and a vector alone stays as it
-        # is. To look for the largest number instead would take a second pass.
+        # The mean of the scales is large enough for the mean of the vectors, and a single vector stays exact.
+        # The scale of the actual maximum would take a second pass.
         scale = weighted_sum(x.scale, shares, groups)
         weights = shares * jnp.moveaxis(
             jnp.take_along_axis(x.scale[..., None], source[:, None], axis=2), 3, 0
         )
-        # Else XLA computes them anew for each number of a vector.
+        # Without the barrier, XLA recomputes them for each element of a vector.
         weights = jax.lax.optimization_barrier(weights / jnp.where(scale > 0, scale, 1))
         values = weighted_sum(x.values, weights, groups)
         rounded = values if jnp.issubdtype(x.dtype, jnp.floating) else jnp.round(values)

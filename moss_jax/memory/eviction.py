@@ -1,4 +1,4 @@
-"""KV-cache eviction of the text: the opening is pinned, a recent window kept, answers are evicted last."""
+"""KV-cache eviction: the opening is pinned, a recent window is kept, and answers are evicted last."""
 
 import enum
 import itertools
@@ -8,10 +8,10 @@ from moss_jax.config import MemoryConfig
 
 
 class Kind(enum.Enum):
-    """Kind of a token in the text cache, by which eviction chooses.
+    """Kind of a token in the text cache, which decides its eviction order.
 
-    `PINNED` is of the opening, `USER` of a user turn with its headers, `ASSISTANT` of an answer; `UNKNOWN` is
-    a token that has been appended before the host has it.
+    `PINNED` tokens belong to the opening, `USER` to a user turn with its headers, `ASSISTANT` to an answer;
+    `UNKNOWN` is a token that was appended before the host received it.
     """
 
     PINNED = enum.auto()
@@ -23,14 +23,14 @@ class Kind(enum.Enum):
 
 
 def tokens_to_keep(kinds: Sequence[Kind], room: int, memory: MemoryConfig, capacity: int) -> list[int]:
-    """Indices of the tokens that stay, ascending; at most `room`, unless the opening alone is more.
+    """Indices of the tokens to keep, ascending; at most `room`, unless the opening alone is longer.
 
     Evicts the oldest first: silences and frames, then answers beyond their budget, then user turns, then the
-    other answers, turns and answers as a whole. The recent window goes only if all that is not enough.
+    other answers. Turns and answers are evicted whole. The recent window goes only if that is not enough.
 
     Args:
       kinds: of the tokens in the cache.
-      room: tokens that may stay.
+      room: number of tokens that may stay.
       capacity: of the cache.
     """
     recent = len(kinds) - min(int(memory.text_recent * capacity), room)
@@ -60,7 +60,7 @@ def tokens_to_keep(kinds: Sequence[Kind], room: int, memory: MemoryConfig, capac
 
 
 def _runs(kinds: Sequence[Kind]) -> Iterator[tuple[Kind, range]]:
-    """Runs of tokens of one kind."""
+    """Yields runs of tokens of one kind."""
     start = 0
     for kind, run in itertools.groupby(kinds):
         length = len(list(run))

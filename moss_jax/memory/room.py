@@ -1,4 +1,4 @@
-"""The check that an append fits."""
+"""Capacity check for appends."""
 
 import numpy as np
 from jax.core import Tracer
@@ -10,13 +10,13 @@ class CapacityError(ValueError):
 
 
 def check_room(what: str, length: Int[Array, " B"], count: Int[Array, " B"], capacity: int) -> None:
-    """Refuses an append that would not fit.
+    """Raises if an append would not fit.
 
-    Only where the numbers are known: inside `jax.jit` what has no room is dropped, and the caller who
-    traces keeps count.
+    Checks concrete values only: inside `jax.jit`, what does not fit is dropped, and the caller must keep
+    count.
 
     Raises:
-      CapacityError: naming the slots and what they hold.
+      CapacityError: names the slots and their lengths.
     """
     if isinstance(length, Tracer) or isinstance(count, Tracer):
         return

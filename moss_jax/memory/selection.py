@@ -1,9 +1,9 @@
-"""Selection of the frames of a live stream: which are encoded, and which of those are remembered.
+"""Frame selection for live streams: which frames are encoded, and which of those are remembered.
 
-Whether a frame is encoded is decided on the host, by how much a thumbnail of it differs from that of the
-frame that was encoded last. Noise, lamps and a shaking camera change pictures as well, so the exposure is
-matched, the two are aligned, and edges may move by less than a cell. What is left counts where it is largest,
-so that a small thing in a corner weighs as much as a large one in the middle.
+The host decides whether to encode a frame by how much its thumbnail differs from that of the frame that was
+encoded last. Noise, lighting and camera shake change pictures as well, so the exposure is matched, the two
+are aligned, and edges may move by less than a cell. The maximum of the remaining difference counts, so that
+a small object in a corner weighs as much as a large one in the middle.
 
 H, W height and width of a frame; R, C rows and columns of a thumbnail; N vectors a frame; D width
 """
@@ -17,15 +17,15 @@ from jaxtyping import Array, Float, UInt8
 
 from moss_jax.config import SelectionConfig, UnseenReason
 
-# Cells of a thumbnail along each side, and the pixels of a frame that are read for one, likewise.
+# Cells per side of a thumbnail, and pixels sampled per side of a cell.
 CELLS, SAMPLES = 64, 4
 # Cells by which the camera may have moved between two frames.
 REACH = 3
-# Share of a cell by which an edge may move beside that: blur, and what alignment to whole cells leaves.
+# Share of a cell by which an edge may move in addition: blur, and the residue of whole-cell alignment.
 PLAY = 0.7
-# Side, in cells, of the blocks whose mean difference counts: noise averages out in them.
+# Side, in cells, of the blocks over which the difference is averaged, to suppress noise.
 BLOCK = 3
-# Factor by which the exposure of a channel may change.
+# Maximum factor of exposure change per channel that is compensated.
 EXPOSURE = 1.25
 # Seconds by which a heartbeat may be early.
 INSTANT = 1e-6
@@ -36,7 +36,7 @@ type Thumbnail = Float[np.ndarray, "R C 3"]
 def thumbnail(rgb: UInt8[np.ndarray, "H W 3"]) -> Thumbnail:
     """Averages a frame over the cells of a grid, at most 64 x 64, in 8-bit levels."""
     height, width = rgb.shape[:2]
-    # Of a large frame, some pixels of a cell are as good as all.
+    # Subsamples large frames: some pixels of a cell are as good as all.
     rgb = rgb[:: max(height // (CELLS * SAMPLES), 1), :: max(width // (CELLS * SAMPLES), 1)]
     mean = rgb.astype(np.float32)
     for axis in (0, 1):
@@ -50,11 +50,12 @@ def thumbnail(rgb: UInt8[np.ndarray, "H W 3"]) -> Thumbnail:
 def change(before: Thumbnail, after: Thumbnail) -> float:
     """Measures the largest local change between two frames, as a share of the full scale: 0 to 1.
 
-    Colours count, since a red and a purple may be the same grey. Thumbnails of different shapes differ by 1.
+    Colours are compared, since a red and a purple may have the same grey level. Thumbnails of different
+    shapes differ by 1.
     """
     if before.shape != after.shape:
         return 1.0
-    # The median ignores what has changed in less than half of the picture.
+    # The median ignores changes in less than half of the picture.
     gain = np.median((after + 1) / (before + 1), axis=(0, 1)).clip(1 / EXPOSURE, EXPOSURE)
     before, after = _aligned(before * gain, after)
     difference = np.maximum(_beyond(before, after), _beyond(after, before))
@@ -64,9 +65,9 @@ def change(before: Thumbnail, after: Thumbnail) -> float:
 
 
 def _aligned(before: Thumbnail, after: Thumbnail) -> tuple[Thumbnail, Thumbnail]:
-    """The parts of two thumbnails that show the same, if the camera has moved a little."""
+    """Crops two thumbnails to the part that both show, compensating for a small camera motion."""
     rows, columns = before.shape[:2]
-    # The mean difference of the part that stays in view is least where most of the picture falls in place.
+    # The mean difference of the part in common is least at the offset that aligns most of the picture.
     y, x = (min(REACH, (size - 1) // 4) for size in (rows, columns))
     middle = after[y : rows - y, x : columns - x]
 
@@ -74,7 +75,7 @@ def _aligned(before: Thumbnail, after: Thumbnail) -> tuple[Thumbnail, Thumbnail]
         dy, dx = offset
         return float(np.abs(before[y + dy : rows - y + dy, x + dx : columns - x + dx] - middle).mean())
 
-    # Of equally good ones, the smallest offset.
+    # Ties go to the smallest offset.
     offsets = sorted(
         itertools.product(range(-y, y + 1), range(-x, x + 1)), key=lambda offset: np.hypot(*offset)
     )
@@ -89,7 +90,7 @@ def _overlap(picture: Thumbnail, dy: int, dx: int) -> Thumbnail:
 
 
 def _beyond(before: Thumbnail, after: Thumbnail) -> Thumbnail:
-    """How far each cell is outside of what the cells around its place held before."""
+    """Distance of each cell from the range of the cells around its place in the previous thumbnail."""
     padded = np.pad(before, ((1, 1), (1, 1), (0, 0)), mode="edge")
     bounds = []
     for extreme in (np.minimum, np.maximum):
@@ -101,9 +102,9 @@ def _beyond(before: Thumbnail, after: Thumbnail) -> Thumbnail:
 
 
 def feature_distance(before: Float[Array, "N D"], after: Float[Array, "N D"]) -> Float[Array, ""]:
-    """Relative L2 distance of the vectors of two frames, of the one that differs most.
+    """Largest relative L2 distance between corresponding vectors of two frames.
 
-    A thing that is small in the picture changes few vectors, so a mean would hide it.
+    A small object in the picture changes few vectors, so a mean would hide it.
     """
     before, after = before.astype(jnp.float32), after.astype(jnp.float32)
     norms = jnp.linalg.norm(before, axis=-1)
@@ -118,7 +119,7 @@ class Selection:
       thumbnail: of the frame that was encoded last; None before the first.
       time: of that frame, in seconds.
       due: time of the next frame at the base rate, in seconds.
-      earliest: time of the next frame at the highest rate.
+      earliest: time of the next frame at the maximum rate, in seconds.
     """
 
     thumbnail: Thumbnail | None = None
@@ -143,7 +144,7 @@ def select(
     """
     is_due = True
     if config.max_fps is not None:
-        # Half a period early is in time, since frames do not come on the dot.
+        # Frames may be half a period early, to allow for jitter.
         slack = 0.5 / config.max_fps
         if time + slack < state.earliest:
             return "rate", state

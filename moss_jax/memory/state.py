@@ -1,4 +1,4 @@
-"""The whole state of a batch of streams: the text cache and the memory bank of every slot."""
+"""State of a batch of streams: the text cache and the memory bank of every slot."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -38,14 +38,15 @@ def init_state(
     bank_dtype: DTypeLike | None = None,
     merges: bool = False,
 ) -> StreamState:
-    """An empty state.
+    """Creates an empty state.
 
     Args:
-      slots: streams side by side.
-      text_capacity: tokens that a slot can hold.
-      bank_capacity: whole frames that a slot has room for.
+      slots: number of concurrent streams.
+      text_capacity: maximum number of tokens per slot.
+      bank_capacity: maximum number of whole frames per slot.
       dtype: of keys and values.
-      bank_dtype: of those in the bank: int8 or float8_e4m3fn with a scale for each vector; None for `dtype`.
+      bank_dtype: of keys and values in the bank: int8 or float8_e4m3fn with one scale per vector; None for
+        `dtype`.
       merges: whether the bank counts how many vectors each of its vectors stands for.
 
     Raises:
@@ -60,7 +61,7 @@ def init_state(
             f"text_capacity {text_capacity} exceeds the {decoder.max_positions} positions of the model"
         )
 
-    # One buffer each: donated arrays must not share memory.
+    # A separate buffer each: donated arrays must not share memory.
     def buffer(capacity: int) -> jax.Array:
         return jnp.zeros((slots, decoder.num_kv_heads, capacity, decoder.head_dim), dtype)
 
@@ -101,17 +102,17 @@ def save_slot(state: StreamState, slot: int) -> dict[str, np.ndarray]:
 
 
 def load_slot(state: StreamState, saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Pads the arrays that `save_slot` has returned to a slot's capacity: [1, ...] each, by name.
+    """Pads the arrays that `save_slot` returned to a slot's capacity: [1, ...] each, by name.
 
     Args:
-      state: with the capacities that the slot is to have; only its shapes and dtypes are read.
+      state: has the target capacities; only its shapes and dtypes are read.
 
     Raises:
       ValueError: naming an array that is missing, unknown, or of another shape or dtype.
     """
     named = dict(_named(state))
     if "bank.counts" in named and "bank.counts" not in saved and "bank.positions" in saved:
-        # Of a bank in which nothing could be merged: each vector stands for itself.
+        # Saved from a bank without merging: each vector stands for itself.
         saved = {**saved, "bank.counts": np.ones(saved["bank.positions"].shape, np.float32)}
     if wrong := named.keys() ^ saved.keys():
         raise ValueError(f"there should {'' if min(wrong) in named else 'not '}be an array {min(wrong)}")
@@ -122,7 +123,7 @@ def load_slot(state: StreamState, saved: Mapping[str, np.ndarray]) -> dict[str, 
         room = state.text.capacity if part == "text" else state.bank.capacity
         if length.shape or not 0 <= length <= room:
             raise ValueError(f"{part}.length is not a number of rows from 0 to {room}")
-        # Behind the rows in use, a slot is as an empty one.
+        # Rows past those in use are the same as in an empty slot.
         new = np.full((1, *like.shape[1:]), NO_POSITION if name == "bank.positions" else 0, like.dtype)
         rows = (0, *_rows(like.ndim - 1, int(length)))
         if (x.shape, x.dtype) != (new[rows].shape, like.dtype):
@@ -139,5 +140,5 @@ def _named(state: StreamState) -> Iterator[tuple[str, jax.Array]]:
 
 
 def _rows(ndim: int, length: int) -> tuple[slice, ...]:
-    """Index of the first rows of an array of one slot: [K, rows, D], [K, rows] or [rows], or a number."""
+    """Index of the first rows of one slot's array: [K, rows, D], [K, rows], [rows] or a scalar."""
     return (*[slice(None)] * (ndim > 1), *[slice(length)] * (ndim > 0))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Kernels read a text cache in place if its rows are a multiple of this.
+# Kernels read a text cache in place if its number of rows is a multiple of this.
 ROWS_MULTIPLE = 128
 
 
@@ -19,12 +19,12 @@ class TextCache:
     """Keys and values of the tokens so far, for every self-attention layer.
 
     Attributes:
-      keys, values: one [B, K, R, D] array a layer, in layer order; keys are rotated. R is at least C + 1: a
-        slot that stands still or is full writes to row C, which is never read.
-      length: tokens held.
-      position: of the next token; not less than `length`, and more once tokens have been dropped, since the
-        others keep theirs.
-      capacity: C, tokens that there is room for.
+      keys, values: one [B, K, R, D] array per layer, in layer order; keys are rotated. R is at least C + 1: a
+        slot that is idle or full writes to row C, which is never read.
+      length: number of tokens in the cache.
+      position: of the next token; at least `length`, and greater once tokens have been evicted, since the
+        others keep their positions.
+      capacity: C, the maximum number of tokens.
     """
 
     keys: tuple[Float[Array, "B K R D"], ...]
@@ -35,11 +35,11 @@ class TextCache:
 
 
 def keep_tokens(text: TextCache, kept: Int[Array, "B C"], length: Int[Array, " B"]) -> TextCache:
-    """Drops tokens from the cache; those that stay keep their order and their positions.
+    """Evicts tokens from the cache; those that stay keep their order and their positions.
 
     Args:
       kept: indices of the tokens that stay, ascending; only the first `length[b]` of slot `b` count.
-      length: tokens of each slot that stay.
+      length: number of tokens of each slot that stay.
     """
     capacity = kept.shape[1]
 

@@ -33,8 +33,8 @@ class Compressor(nnx.Module):
         """Compresses the encoder's states, [B, 1 + grid², D] each, and stacks their channels."""
         if self.merger is not None:
             return self._pool(stack(states))
-        # Modes that treat channels alike take the states one by one, so that small ones are stacked. Without
-        # the barrier, XLA would pool one channel of the stack after the other.
+        # Modes that treat channels alike pool each state before stacking, so that the stacked arrays are
+        # small. Without the barrier, XLA would pool the stack one channel after the other.
         return stack(jax.lax.optimization_barrier([self._pool(state) for state in states]))
 
     def _pool(self, x):

@@ -35,12 +35,13 @@ class KeysValues(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of tokens that continue slots.
+    """Rows of tokens to append to slots.
 
     Attributes:
-      count: of each row, how many of its tokens are appended.
-      slots: which slot each row continues; None if row `b` continues slot `b`.
-      before: tokens that rows before append to the same slot in the same call; None if there are none.
+      count: number of tokens of each row that are appended.
+      slots: slot of each row; None if row `b` continues slot `b`.
+      before: number of tokens that earlier rows append to the same slot in the same call; None if there are
+        none.
     """
 
     tokens: Int[Array, "R T"]
@@ -49,19 +50,19 @@ class Rows(NamedTuple):
     before: Int[Array, " R"] | None = None
 
     def of_slots(self, x: Array) -> Array:
-        """What an array with one entry a slot has for the slot of each row."""
+        """Gathers per-slot entries into per-row entries."""
         return x if self.slots is None else x[self.slots]
 
 
 class RowsInCall(NamedTuple):
-    """Rows of queries of a call, with what their layers need beside hidden states.
+    """Rows of queries in one call, with the inputs that layers need in addition to hidden states.
 
     Attributes:
-      rope: of their positions.
-      frame_range: vectors of their slot's bank that they see.
+      rope: rotation of their positions.
+      frame_range: range of vectors in their slot's bank that they attend to.
       slots: as in `Rows`.
-      start: tokens in the cache before each row; None without a cache.
-      count: tokens of each row that are appended to it.
+      start: number of tokens in the cache before each row; None without a cache.
+      count: number of tokens of each row that are appended to it.
     """
 
     rope: Rotation
@@ -78,7 +79,7 @@ class RowsInCall(NamedTuple):
 
 
 def join(parts: Sequence[Array]) -> Array:
-    """Concatenates arrays of rows, [R, T, ...], to [1, N, ...]; one alone is left as it is."""
+    """Concatenates arrays of rows, [R, T, ...], to [1, N, ...]; a single array is returned unchanged."""
     if len(parts) == 1:
         return parts[0]
     return jnp.concatenate([x.reshape(1, -1, *x.shape[2:]) for x in parts], axis=1)
@@ -116,10 +117,10 @@ class SelfAttention(nnx.Module):
         past: KeysValues | None,
         capacity: int,
     ) -> tuple[Float[Array, "B T H head"], Float[Array, "B T D"], KeysValues]:
-        """Attends among the tokens, or, given a KV cache, appends them to it and attends to that.
+        """Attends among the tokens or, given a KV cache, appends them to it and attends to the cache.
 
         Returns:
-          Results of all heads, the residual sum, and the keys and values.
+          Outputs of all heads, the residual sum, and the keys and values.
         """
         qkv, x = norm_linear(residual, norm, self.qkv.weights)  # [B, T, K, G + 2, head]
         assert isinstance(qkv, Array)
@@ -171,9 +172,9 @@ class CrossAttention(nnx.Module):
 
     @jax.named_scope("keys_and_values")
     def project(self, features: Float[Array, "B F N D"], rope: Rotation) -> KeysValues:
-        """Keys and values of frames, [B, K, F*N, D]; all vectors of a frame share its position."""
+        """Projects frames to keys and values, [B, K, F*N, D]; all vectors of a frame share its position."""
         kv = self.kv(features)  # [B, F, N, K, 2, D]
-        # Keys are rotated before their norm, queries after theirs: so the original was trained.
+        # Keys are rotated before their norm, queries after theirs, as in the original's training.
         keys = self.k_norm(rotate(kv[..., 0, :], rope))
 
         def flat(x):
@@ -185,7 +186,7 @@ class CrossAttention(nnx.Module):
     def queries(
         self, residual: Residual, norm: Norm, rows: Sequence[RowsInCall]
     ) -> tuple[list[Float[Array, "..."]], Float[Array, "... D"]]:
-        """Queries of each of the rows, and the residual sum."""
+        """Projects the queries of each of the rows; also returns the residual sum."""
         q, x = norm_linear(residual, norm, self.q.weights)
         assert isinstance(q, Array)
         parts = zip(rows, split(self.q_norm(q), rows), strict=True)
@@ -200,7 +201,7 @@ class CrossAttention(nnx.Module):
         frames: KeysValues,
         bias: Float[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "R T H head"], Float[Array, "R T D"]]:
-        """Attends to the frames in range; results of all heads, and the residual sum."""
+        """Attends to the frames in range; returns the outputs of all heads and the residual sum."""
         queries, x = self.queries(residual, norm, rows)
         heads = [
             attention(
@@ -217,7 +218,7 @@ class CrossAttention(nnx.Module):
 
 
 class SelfLayer(nnx.Module):
-    """A pre-norm layer over the text."""
+    """A pre-norm layer with self-attention over the text."""
 
     def __init__(
         self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike
@@ -244,7 +245,7 @@ class SelfLayer(nnx.Module):
 
 
 class CrossLayer(nnx.Module):
-    """A pre-norm layer over the frames, whose branches tanh gates scale."""
+    """A pre-norm layer with cross-attention to the frames and tanh-gated branches."""
 
     def __init__(
         self, config: DecoderConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike
@@ -265,7 +266,7 @@ class CrossLayer(nnx.Module):
         sees: Bool[Array, "R T"],
         bias: Float[Array, "B S"] | None = None,
     ) -> Residual:
-        """Tokens that see no frame get no MLP branch, and from an empty range no attention either."""
+        """Applies the layer; tokens that see no frame skip the MLP; attention to an empty range is 0."""
         heads, x = self.attention(residual, self.attention_norm.params, rows, frames, bias)
         return post_attention(
             x,
@@ -294,7 +295,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.rows_before_first_frame = rows_before_first_frame
         rows = config.vocab_size + config.extra_embeddings
-        # Not split over "vocab": such a lookup would gather from every device.
+        # Not sharded over "vocab": a lookup would then gather from every device.
         self.embedding = normal(rngs, (rows, config.hidden_size), (None, "embed"), dtype)
         self.layers = nnx.List(
             (CrossLayer if i in config.cross_attention_layers else SelfLayer)(
@@ -314,7 +315,7 @@ class Decoder(nnx.Module):
         frame_positions: Int[Array, "B F"],
         keep: Remat = "none",
     ) -> Float[Array, "B T D"]:
-        """The whole sequence in one pass; frames in order of position, `keep` as in `ModelConfig.remat`."""
+        """Runs a whole sequence in one pass; frames ordered by position, `keep` as in `ModelConfig.remat`."""
         B, T = tokens.shape
         vectors = features.shape[2]
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -343,7 +344,7 @@ class Decoder(nnx.Module):
         """Projects frames for every cross-attention layer and appends the first `count` of each row.
 
         Args:
-          slots, before: of rows of frames, as in `memory.remember_frames`.
+          slots, before: as in `memory.remember_frames`.
         """
         rope = self._rotation(positions)
         projected = [layer.attention.project(features, rope) for layer in self._cross_layers()]
@@ -353,19 +354,19 @@ class Decoder(nnx.Module):
     def decode(
         self, state: StreamState, tokens: Int[Array, "B T"], count: Int[Array, " B"]
     ) -> tuple[Float[Array, "B T D"], StreamState]:
-        """Appends the first `count` tokens of each slot and attends to text and bank as they then stand."""
+        """Appends the first `count` tokens of each slot, then attends to the updated text and the bank."""
         return self.decode_rows(state, [Rows(tokens, count)])
 
     def decode_rows(
         self, state: StreamState, rows: Sequence[Rows]
     ) -> tuple[Float[Array, "R T D"], StreamState]:
-        """Appends rows of tokens, and attends to text and bank as they then stand.
+        """Appends rows of tokens, then attends to the updated text cache and the bank.
 
-        GEMMs are over all tokens together, attention is over rows of one length. All rows of a slot are in
-        one of `rows`, in order.
+        GEMMs run over all tokens together, attention over rows of one length at a time. All rows of a slot
+        are in the same element of `rows`, in order.
 
         Returns:
-          Hidden states: [R, T, D], or [1, N, D] of all tokens, row after row, where there are several `rows`.
+          Hidden states: [R, T, D], or [1, N, D] of all tokens, row after row, if there are several `rows`.
         """
         text, bank = state.text, state.bank
         added = jnp.zeros_like(text.length)
@@ -392,7 +393,7 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("lm_head")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores of the next token, float32."""
+        """Logits of the next token, float32."""
         return self.lm_head(hidden, out_dtype=jnp.float32)
 
     def _run(
@@ -410,7 +411,7 @@ class Decoder(nnx.Module):
         past = iter(past or [None] * self.config.num_self_attention_layers)
         frames = iter(frames)
         now = []
-        # Without this the compiler may keep splitting the width, as the embedding's is, instead of the batch.
+        # Without this, the compiler may shard the width, as in the embedding, instead of the batch.
         residual = Residual(constrain(self.embedding[tokens], ("batch", None, None)))
         for layer in self.layers:
             if isinstance(layer, CrossLayer):

@@ -1,7 +1,7 @@
-"""The layers that both pathways are built of: parameters, linear maps, norms.
+"""Building blocks of both pathways: parameters, linear maps, norms.
 
 A parameter carries the logical names of its axes (`axes`), which `sharding.py` maps to a mesh. Everything
-is computed in the dtype of the parameters, norms and softmax in float32.
+is computed in the dtype of the parameters, except norms and softmax, which are float32.
 """
 
 import math
@@ -24,7 +24,7 @@ INIT_STDDEV = 0.02
 
 def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], dtype: DTypeLike) -> nnx.Param:
     """A parameter drawn from a normal distribution."""
-    # Drawn in powers of two: a generator takes long to compile, and so a few serve all shapes.
+    # Drawn in sizes of powers of two: the generator takes long to compile, and a few sizes serve all shapes.
     size = math.prod(shape)
     drawn = jax.random.normal(rngs.params(), (1 << max(16, (size - 1).bit_length()),), dtype)
     return parameter((drawn[:size] * INIT_STDDEV).reshape(shape), axes)
@@ -36,19 +36,19 @@ def full(fill: float, shape: Sequence[int], axes: Sequence[str | None], dtype: D
 
 
 def parameter(value: Any, axes: Sequence[str | None]) -> nnx.Param:
-    """A parameter with these values, an array or a QArray, placed on the mesh by the names of its axes."""
-    # One parameter at a time, so that a large model is never whole on one device.
+    """A parameter with these values, an array or a QArray, sharded over the mesh by its axis names."""
+    # One parameter at a time, so that no device ever holds a large model whole.
     placed = jax.tree.map(lambda x: constrain(x, tuple(axes)[: x.ndim]), value)
     return nnx.Param(placed, axes=tuple(axes))
 
 
 def gate(fill: float, dtype: DTypeLike) -> nnx.Param:
-    """A number whose tanh scales a branch."""
+    """A scalar gate whose tanh scales a branch."""
     return full(fill, (1,), (None,), dtype)
 
 
 def remat(layer: Callable, keep: Remat) -> Callable:
-    """The layer, rematerialised: its backward pass recomputes what `ModelConfig.remat` doesn't keep."""
+    """Wraps a layer in rematerialisation, which recomputes what `ModelConfig.remat` doesn't keep."""
     match keep:
         case "none":
             return layer
@@ -57,15 +57,15 @@ def remat(layer: Callable, keep: Remat) -> Callable:
         case "full":
             policy = jax.checkpoint_policies.nothing_saveable
     again = jax.checkpoint(layer, policy=policy)
-    # A layer's inputs are kept, so a residual stream is passed as one array instead of two.
+    # A layer's inputs are saved, so the residual stream is passed as one array instead of two.
     return lambda *args: again(*(Residual(x.sum()) if isinstance(x, Residual) else x for x in args))
 
 
 class Linear(nnx.Module):
     """A linear map between groups of axes: the last axes of the input, `inputs`, become `outputs`.
 
-    Fused projections keep their parts on an axis of their own, `[embed, kv_heads, parts, head_dim]`, so that
-    one matmul serves them all and tensor parallelism still splits by head.
+    Fused projections keep their parts on a separate axis, `[embed, kv_heads, parts, head_dim]`, so that one
+    matmul computes them all and tensor parallelism still splits by head.
 
     Attributes:
       kernel: [inputs..., outputs...], or as `layout` says; an array or, in a quantised model, a QArray.
@@ -149,5 +149,5 @@ class GeluMLP(nnx.Module):
         self.fc2 = Linear({"mlp": hidden}, {"embed": size}, bias=True, rngs=rngs, dtype=dtype)
 
 
-# tanh of it is about 0.66: branches of a new model take part.
+# Its tanh is about 0.66, so the branches of a new model contribute.
 INITIAL_GATE = math.pi / 4

@@ -21,10 +21,10 @@ from moss_jax.nn.vision import VisionEncoder
 
 
 class MossVideo(nnx.Module):
-    """MOSS-Video-Preview. Holds parameters only: state goes in and comes out.
+    """MOSS-Video-Preview; holds only parameters, state is passed in and returned.
 
     Args:
-      config: the model's shape.
+      config: the model's architecture.
       rngs: for the initial parameters.
       dtype: of the parameters, and so of everything computed with them.
     """
@@ -64,7 +64,7 @@ class MossVideo(nnx.Module):
           tokens: with one `<|image|>` for each frame.
           pixels: normalised frames.
           frame_positions: index of each frame's `<|image|>` among the tokens, ascending; an index past the
-            sequence marks a frame that is not there.
+            sequence marks a padding frame.
 
         Returns:
           float32 [B, S, V].
@@ -77,7 +77,7 @@ class MossVideo(nnx.Module):
         pixels: Float[Array, "B F H W 3"],
         frame_positions: Int[Array, "B F"],
     ) -> Float[Array, "B S D"]:
-        """The hidden states that `decoder.logits` makes the logits of the one-pass call from."""
+        """Hidden states of the one-pass call, from which `decoder.logits` computes its logits."""
         self._check_tokens(tokens)
         if pixels.ndim != 5 or pixels.shape[:2] != frame_positions.shape or len(pixels) != len(tokens):
             raise ValueError(
@@ -91,13 +91,13 @@ class MossVideo(nnx.Module):
         return self.decoder(tokens, features, frame_positions, keep)
 
     def encode(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
-        """Features of frames, each on its own; the frames of a batch may come from any streams.
+        """Encodes frames independently; the frames of a batch may come from any streams.
 
         Args:
-          pixels: normalised frames, as `video.preprocess` makes them from 8-bit ones.
+          pixels: normalised frames, from `video.preprocess`.
 
         Raises:
-          ValueError: they are integers, or of another size than the config's.
+          ValueError: they are integers, or their size is not the config's.
         """
         return self._encode(pixels, "none")
 
@@ -115,7 +115,7 @@ class MossVideo(nnx.Module):
             return self.projector(states)
 
     def init_state(self, slots: int, *, text_capacity: int, bank_capacity: int) -> StreamState:
-        """An empty state of `slots` streams, with room for that many tokens and frames in each."""
+        """An empty state of `slots` streams, with these capacities in tokens and frames for each."""
         return init_state(
             self.config, slots, text_capacity=text_capacity, bank_capacity=bank_capacity, dtype=self.dtype
         )
@@ -132,9 +132,9 @@ class MossVideo(nnx.Module):
 
         Args:
           features: from `encode`.
-          position: that of the frame's `<|image|>` token. It sees the frame, and so does all that follows.
-            Never before the frames that the bank holds already.
-          mask: which slots remember; with F frames, which of them, the real ones first.
+          position: that of the frame's `<|image|>` token. That token and all later ones see the frame.
+            Never before the frames already in the bank.
+          mask: which slots remember; with F frames, which of the frames are real, real ones first.
 
         Raises:
           CapacityError: the bank is full (inside `jax.jit`, the frame is dropped instead).
@@ -169,12 +169,12 @@ class MossVideo(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
         mask: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T V"], StreamState]:
-        """Appends tokens to each slot and predicts what follows each of them.
+        """Appends tokens to each slot and returns the logits of the token after each of them.
 
         Args:
-          lengths: how many of the T tokens of each slot are real, from the first on; all if None. The logits
-            of the others mean nothing.
-          mask: which slots decode at all; the others stay as they are.
+          lengths: how many of the T tokens of each slot are real, the rest being padding; all if None. The
+            logits of padding are meaningless.
+          mask: which slots decode; the others are unchanged.
 
         Returns:
           float32 logits [B, T, V], and the state.

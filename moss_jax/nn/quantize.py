@@ -1,8 +1,8 @@
-"""Models with weights in 8 bits, and the layout of weights that decodes fastest.
+"""Quantisation of weights to 8 bits, and the weight layout that decodes fastest.
 
-A decoded token is bound by reading the weights, and half the bytes take half the time: the decoder is
-quantised weight-only (W8A16). The vision encoder works on whole frames and is bound by arithmetic, so there
-inputs are rounded to 8 bits too (W8A8).
+Decoding is bound by reading the weights, and half the bytes take half the time, so the decoder is quantised
+weight-only (W8A16). The vision encoder works on whole frames and is compute-bound, so its inputs are rounded
+to 8 bits too (W8A8).
 """
 
 import functools
@@ -24,29 +24,29 @@ from moss_jax.ops.attention import QuantizedQKV
 from moss_jax.ops.linear import Layout, decode_layout
 from moss_jax.ops.qarray import QArray
 
-# Largest number that a bound may have in float8_e4m3fn, of 448: the rest is for what rounding may add.
+# Largest scaled bound in float8_e4m3fn, whose maximum is 448: the headroom is for rounding errors.
 LIMIT = 384
 
-# Projections that decode faster with another layout. The MLP's kernels are so large that their matmuls read
-# as fast as they are, and prefill would pay for another layout.
+# Projections that decode faster with another layout. The MLP's kernels are so large that their matmuls
+# already read at full bandwidth, and another layout would slow down prefill.
 PROJECTIONS = {SelfAttention: ("qkv", "out"), CrossAttention: ("q", "out")}
 
 
 def quantize(
     model: MossVideo, *, decoder: DecoderWeights | None = None, encoder: EncoderWeights | None = None
 ) -> MossVideo:
-    """Rounds the weights of parts of a model to 8 bits, in place; returns that model.
+    """Quantises the weights of parts of a model to 8 bits, in place; returns the model.
 
-    A kernel is freed before the next one is rounded, so that memory never holds two models.
+    Each kernel is freed before the next one is quantised, so that memory never holds two models.
 
     Args:
-      decoder: weights of the decoder's layers and of its head; the embedding, norms and gates stay as they
-        are. None leaves it alone.
-      encoder: weights of the vision encoder's layers, whose GEMMs multiply in 8 bits, and attention's queries
-        and keys; patch embedding, compressor and projector stay as they are. None leaves it alone.
+      decoder: dtype for the decoder's layers and head; the embedding, norms and gates are unchanged. None
+        skips the decoder.
+      encoder: dtype for the vision encoder's layers, whose GEMMs run in 8 bits, and for attention's queries
+        and keys; patch embedding, compressor and projector are unchanged. None skips the encoder.
 
     Raises:
-      ConfigError: there are no such weights, or the model is quantised already.
+      ConfigError: there is no such dtype of weights, or the model is quantised already.
     """
     for part, name, known in (("decoder", decoder, DecoderWeights), ("encoder", encoder, EncoderWeights)):
         names = typing.get_args(known)
@@ -71,12 +71,12 @@ def is_quantized(model: nnx.Module) -> bool:
 
 
 def for_decoding(decoder: Decoder, layout: Layout | None = None) -> Decoder:
-    """A decoder with the same parameters, whose attention projections have the layout that decodes fastest.
+    """Returns the decoder with its attention projections in the layout that decodes fastest.
 
-    Kernels whose layout changes are copied, all others shared; the decoder that is given stays as it is.
+    Kernels whose layout changes are copied, all others are shared; the given decoder is not modified.
 
     Args:
-      layout: the one that this platform prefers if None.
+      layout: None for the one that this platform prefers.
     """
     layout = layout or decode_layout()
     if layout == "inputs_first":
@@ -97,7 +97,7 @@ def _outputs_first(kernel: Array, num_inputs: int) -> Array:
     return kernel.transpose(*range(num_inputs, kernel.ndim), *range(num_inputs))
 
 
-# One program for each shape of kernel, of which even a large model has a dozen.
+# One program per kernel shape, of which even a large model has only a dozen.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _round(kernel: Array, num_inputs: int, dtype: jnp.dtype) -> QArray:
     kernel = _outputs_first(kernel, num_inputs)
@@ -105,20 +105,20 @@ def _round(kernel: Array, num_inputs: int, dtype: jnp.dtype) -> QArray:
 
 
 def _replace(linear: Linear, kernel: QArray | QuantizedQKV) -> None:
-    """Puts a quantised kernel in the place of a linear map's own."""
+    """Replaces the kernel of a linear map by a quantised one."""
     axes, n = linear.kernel.get_metadata()["axes"], linear.num_inputs
     linear.kernel = parameter(kernel, (*axes[n:], *axes[:n]))
     linear.layout = "outputs_first"
 
 
 def _round_layer(layer: VisionLayer, dtype: jnp.dtype) -> None:
-    """Rounds the kernels of a layer of the vision encoder, with static scales for its activations.
+    """Quantises the kernels of a vision encoder layer, with static scales for its activations.
 
-    The relative error of a floating-point number doesn't depend on its size, so scales are neither computed
-    at run time nor calibrated: it is enough that nothing overflows. The largest number that a norm can give
-    is known from its weights, an upper bound of its projections from theirs, and neither an average of values
-    nor the GELU is larger than its arguments. With D columns the bound is about sqrt(D) times a typical
-    number, which for 1,280 leaves range for columns some hundred times smaller than the largest.
+    The relative error of a floating-point number doesn't depend on its magnitude, so scales are neither
+    computed at run time nor calibrated: it is enough that nothing overflows. A norm's weights bound its
+    output, the kernels of its projections bound theirs, and neither an average of values nor the GELU exceeds
+    its arguments. With D columns the bound is about sqrt(D) times a typical number, which for 1,280 leaves
+    range for columns some hundred times smaller than the largest.
     """
     attention, mlp = layer.attention, layer.mlp
 
@@ -142,15 +142,15 @@ def _with_scales(linear: Linear, dtype, input_scale, output_scale=None) -> QArra
 
 
 def _norm_scale(norm: LayerNorm) -> Float[Array, ""]:
-    """Scale by which the normed rows fit float8_e4m3fn."""
+    """Scale with which the norm's outputs fit float8_e4m3fn."""
     weight, bias = norm.weight[...], norm.bias[...]
     return _scale(math.sqrt(weight.size) * jnp.abs(weight) + jnp.abs(bias))
 
 
 def _bounds(norm: LayerNorm, linear: Linear) -> Float[Array, "..."]:
-    """Upper bounds of |linear(norm(x))| over all x, one an output.
+    """Upper bounds of |linear(norm(x))| over all x, one per output.
 
-    A normed row of D numbers is no longer than sqrt(D) before the norm's weight and bias.
+    Before weight and bias, a normalised row of D numbers has an L2 norm of at most sqrt(D).
     Source: the Cauchy-Schwarz inequality.
     """
     bias = 0 if linear.bias is None else linear.bias[...].astype(jnp.float32)
@@ -165,8 +165,8 @@ def _product_bounds(weight, bias, kernel):
 
 
 def _scale(bounds: Float[Array, "..."]) -> Float[Array, ""]:
-    """The least power of two by which numbers up to these bounds are divided to fit float8_e4m3fn.
+    """The smallest power of two that scales numbers up to these bounds into float8_e4m3fn.
 
-    A power of two, so that dividing by it changes no digit.
+    Dividing by a power of two is exact.
     """
     return jnp.ldexp(jnp.float32(1), jnp.frexp(bounds.astype(jnp.float32).max() / LIMIT)[1])

@@ -1,4 +1,4 @@
-"""Rotary position embedding with the llama3 frequency scaling, for positions without end.
+"""Rotary position embedding with llama3 frequency scaling, for unbounded positions.
 
 B batch/slot, T tokens, R pairs of channels
 """
@@ -12,14 +12,14 @@ from jaxtyping import Array, Float, Int
 from moss_jax.config import RopeConfig
 from moss_jax.ops.rotary import Rotation
 
-# log2 of the positions in a block, whose angles are float32 products; as many as the original has in all.
+# log2 of the positions in a block, in which angles are float32 products; the original's context length.
 BLOCK_BITS = 17
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> Float[np.ndarray, " R"]:
-    """Radians a position for each pair of channels, float32, the same on every platform.
+    """Radians per position for each pair of channels, float32, identical on every platform.
 
-    Waves longer than the original context are slowed by `factor`, those much shorter are left alone, and a
+    Wavelengths beyond the original context are stretched by `factor`, much shorter ones are unchanged, and a
     linear ramp joins the two (Llama 3.1; `rope_type: llama3` in transformers).
     """
     one = np.float32(1)
@@ -34,17 +34,18 @@ def frequencies(config: RopeConfig, head_dim: int) -> Float[np.ndarray, " R"]:
 
 
 def rotation(positions: Int[Array, "B T"], config: RopeConfig, head_dim: int) -> Rotation:
-    """The rotation of each position.
+    """Computes the rotation of each position.
 
     A float32 product of position and frequency is off by up to 2^-8 at the last position of the original,
-    and by more beyond. So a position is the start of its block and the rest, and its rotation those two one
-    after the other: in the first block that of the product alone, bit for bit, and in all others as exact.
+    and by more beyond. So a position is split into the start of its block and an offset, whose rotations are
+    composed: in the first block the result equals the plain product bit for bit, and later blocks are as
+    accurate.
     """
     positions = jnp.asarray(positions, jnp.int32)[..., None]
     radians = frequencies(config, head_dim)
     block, rest = positions >> BLOCK_BITS, positions & ((1 << BLOCK_BITS) - 1)
     near = rest.astype(jnp.float32) * radians
-    # A turn is 2^32 units, so the int32 product drops whole turns by overflowing. The units of one block are
+    # A turn is 2^32 units, so overflow of the int32 product drops whole turns. The units of one block are
     # rounded by up to a half, which puts the last of 2^14 blocks off by 2^-19 turns.
     turns = radians.astype(np.float64) * 2**BLOCK_BITS / (2 * math.pi)
     units = np.round(turns % 1 * 2**32).astype(np.int64).astype(np.int32)

@@ -15,9 +15,9 @@ from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.post_attention import post_attention
 from moss_jax.ops.qarray import QArray
 
-# The original pads the positions to a multiple of this and lets the padding take part in attention.
+# The original pads the positions to a multiple of this and does not mask the padding in attention.
 POSITION_MULTIPLE = 8
-# A frame is always one tile, whose row in the aspect-ratio tables is this.
+# Row of the aspect-ratio tables for a single tile, which every frame is.
 ONE_TILE = 1
 
 
@@ -34,14 +34,14 @@ class VisionAttention(nnx.Module):
     def __call__(
         self, residual: Residual, norm: Norm
     ) -> tuple[Float[Array, "B P H head"] | QArray, Float[Array, "B P D"]]:
-        """Results of all heads, before `out`, and the residual sum."""
+        """Outputs of all heads, before `out`, and the residual sum."""
         return norm_self_attention(
             residual, norm, self.qkv.kernel.get_value(), implementation=self.implementation
         )
 
 
 class VisionLayer(nnx.Module):
-    """A pre-norm transformer layer; in a global layer tanh gates scale both branches."""
+    """A pre-norm transformer layer; global layers have tanh gates on both branches."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class VisionLayer(nnx.Module):
         self.mlp_gate = gate(INITIAL_GATE, dtype) if gated else None
 
     def __call__(self, residual: Residual) -> tuple[Residual, Float[Array, "B P D"]]:
-        """The stream behind the layer, and the layer's input, the residual sum."""
+        """Returns the residual stream after the layer, and the layer's input as a residual sum."""
         heads, inputs = self.attention(residual, self.attention_norm.params)
         residual = post_attention(
             inputs,
@@ -80,7 +80,7 @@ def _tanh(branch_gate):
 
 
 def _run(layers, residual, keep):
-    """Runs the layers; the stream behind the last, and the input of each."""
+    """Runs the layers; returns the residual stream after the last, and the input of each."""
     inputs = []
     for layer in layers:
         residual, x = remat(layer, keep)(residual)
@@ -89,7 +89,7 @@ def _run(layers, residual, keep):
 
 
 class VisionEncoder(nnx.Module):
-    """The encoder, from a frame's pixels to hidden states: the final one, and the inputs of some layers."""
+    """The encoder, from pixels to hidden states: the final one and the inputs of some layers."""
 
     def __init__(self, config: VisionConfig, implementation: str | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
@@ -136,19 +136,19 @@ class VisionEncoder(nnx.Module):
         return [x[:, : self.config.num_positions] for x in (residual.sum(), *kept)]
 
     def _embed(self, pixels):
-        """Patches with their embeddings, normalised, then padded with zeros."""
+        """Embeds patches and positions, normalises them, and pads with zeros."""
         grid, patch = self.config.grid, self.config.patch_size
         frames = pixels.shape[0]
         x = pixels.reshape(frames, grid, patch, grid, patch, 3).swapaxes(2, 3)
         kernel = self.patch_embedding.kernel[...]
-        # Rows are padded to a multiple of 16 bytes; without, XLA's matmul takes a GPU three times as long.
+        # Rows are padded to a multiple of 16 bytes; without it, XLA's matmul takes a GPU 3 times as long.
         missing = -len(kernel) % 8
         x = jnp.pad(x.reshape(frames, grid * grid, len(kernel)), ((0, 0), (0, 0), (0, missing)))
         kernel = jnp.pad(kernel, ((0, missing), (0, 0)))
         x = jnp.matmul(x, kernel, preferred_element_type=kernel.dtype)
         x += jnp.tanh(self.pre_tile_gate[...]) * self.pre_tile_embedding[ONE_TILE, 0]
-        # One pad makes room for the class token and the padding: XLA fuses the sums with it, but not with a
-        # concatenation.
+        # A single pad adds both the class token's row and the padding: XLA fuses the sums with a pad, but not
+        # with a concatenation.
         positions = self.config.num_positions
         padding = -positions % POSITION_MULTIPLE
         x = jnp.pad(x, ((0, 0), (1, padding), (0, 0)))

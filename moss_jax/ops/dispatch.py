@@ -1,4 +1,4 @@
-"""The choice among the implementations of an op: the first in a platform's order that supports a call."""
+"""Dispatch of an op to the first implementation in a platform's order that supports the call."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ class Unsupported(ValueError):
 
 
 def supports_everything(arguments: Any, platform: str) -> None:
-    """The `unsupported` of an implementation that has no limits."""
+    """The `unsupported` of an implementation without restrictions."""
     del arguments, platform
 
 
@@ -28,8 +28,8 @@ class Implementation[Arguments, Result]:
     """One way to compute an op.
 
     Attributes:
-      apply: computes it; implementations that can be tuned take a `config` as well.
-      unsupported: why it cannot take the arguments on a platform; None if it can.
+      apply: computes the op; tunable implementations also take a `config`.
+      unsupported: returns why it cannot take the arguments on a platform; None if it can.
     """
 
     apply: Callable[..., Result]
@@ -53,11 +53,11 @@ class Op[Arguments, Result]:
     def __call__(
         self, arguments: Arguments, *, implementation: str | None = None, config: Any = None
     ) -> Result:
-        """Computes the op with the implementation that `choose` returns.
+        """Runs the implementation that `choose` returns.
 
         Args:
           implementation: forces one by name.
-          config: forces how a kernel is cut; only with a named implementation, and of its own config class.
+          config: forces a kernel's tiling; only with a named implementation, whose config class it must be.
 
         Raises:
           Unsupported: see `choose`.
@@ -70,11 +70,11 @@ class Op[Arguments, Result]:
     def choose(
         self, arguments: Arguments, implementation: str | None = None, platform: str | None = None
     ) -> str:
-        """Name of the implementation that a call gets; the choice and its reasons are logged once each.
+        """Returns the name of the implementation for a call; logs each choice and its reasons once.
 
         Args:
-          implementation: the one that must take it; None for the first in the platform's order that can.
-          platform: the default backend if None.
+          implementation: forces one by name; None for the first in the platform's order that can take it.
+          platform: None for the default backend.
 
         Raises:
           Unsupported: the named implementation does not exist or does not support the arguments, or none of
@@ -100,19 +100,19 @@ class Op[Arguments, Result]:
 
 @functools.cache
 def log_once(*lines: str) -> None:
-    """Logs the lines the first time only."""
+    """Logs the lines once, ignoring repeats."""
     logger.info("%s", "; ".join(lines))
 
 
 def in_float32[Arguments, Result](
     define: Callable[[Arguments], Result], out_dtypes: Callable[[Arguments], Any]
 ) -> Callable[[Arguments], Result]:
-    """The reference implementation of an op: its definition on float32 arrays at the highest precision.
+    """Builds the reference implementation of an op: its definition in float32 at the highest precision.
 
     Args:
-      define: the definition, in the dtypes that it is given. Arguments have a static `out_dtype` if the
-        results' is not that of an input.
-      out_dtypes: dtypes of the results of the original call, in their structure.
+      define: the definition, in the dtypes of its arguments. Arguments have a static `out_dtype` if the
+        results' dtype is not that of an input.
+      out_dtypes: returns the result dtypes of the original call, in the structure of the results.
     """
 
     def wide(x):

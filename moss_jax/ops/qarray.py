@@ -1,4 +1,4 @@
-"""Arrays in 8 bits with scales: one type for weights, for keys and values, and for rounded activations."""
+"""Quantised 8-bit arrays with scales: one type for weights, keys and values, and activations."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-# Storage dtypes by the names that settings have for them.
+# Storage dtypes by their names in settings.
 DTYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
 QUANTIZED = tuple(dtype.name for dtype in DTYPES.values())
 
@@ -17,14 +17,14 @@ class QArray:
     """An array in int8 or float8_e4m3fn that stands for `values * scale`.
 
     Attributes:
-      values: the stored numbers. Weights lie `[outputs..., inputs...]`, so that what makes one output is
+      values: the stored numbers. Weights are `[outputs..., inputs...]`, so that the weights of one output are
         contiguous.
       scale: float32, with the leading axes of `values`: one number for each vector along the others.
         [outputs...] for weights, [B, K, S] for keys and values [B, K, S, D], [] for activations.
-      input_scale: of weights whose GEMM multiplies in 8 bits (W8A8): float32 [], inputs are divided by it
-        and rounded. None leaves the inputs in 16 bits or more (W8A16).
-      output_scale: of weights whose outputs are rounded to 8 bits as well: float32 [], outputs are divided by
-        it before. None leaves them in 16 bits or more.
+      input_scale: for weights of an 8-bit GEMM (W8A8): float32 [], by which inputs are divided before they
+        are rounded. None leaves the inputs in 16 bits or more (W8A16).
+      output_scale: for weights whose outputs are rounded to 8 bits as well: float32 [], by which outputs are
+        divided first. None leaves them in 16 bits or more.
     """
 
     values: Array
@@ -52,30 +52,30 @@ class QArray:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype that is stored."""
+        """The storage dtype."""
         return self.values.dtype
 
 
 def quantize(x: Float[Array, "..."], dtype: DTypeLike, *, axes: int) -> QArray:
-    """Rounds an array to 8 bits, with the absolute maximum of each vector as the largest number.
+    """Quantises an array to 8 bits, scaled by the absolute maximum of each vector.
 
     Args:
       dtype: int8 or float8_e4m3fn.
-      axes: leading axes that have scales of their own.
+      axes: number of leading axes that have separate scales.
     """
     dtype = jnp.dtype(dtype)
     floating = jnp.issubdtype(dtype, jnp.floating)
     limit = float(jnp.finfo(dtype).max if floating else jnp.iinfo(dtype).max)
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(axis=range(axes, x.ndim))
-    # Never 0, which nothing can be divided by: zeros stay zeros under any scale.
+    # Never 0, to avoid division by zero: zeros stay zeros under any scale.
     scale = jnp.maximum(largest / limit, jnp.finfo(jnp.float32).tiny)
     x /= scale.reshape(*scale.shape, *(1,) * (x.ndim - axes))
     return QArray((x if floating else jnp.round(x)).astype(dtype), scale)
 
 
 def dequantize(x: Array | QArray, dtype: DTypeLike = jnp.float32) -> Array:
-    """The array that a QArray stands for; other arrays are only cast."""
+    """Dequantises a QArray to `dtype`; other arrays are only cast."""
     if not isinstance(x, QArray):
         return x.astype(dtype)
     scale = x.scale.reshape(*x.scale.shape, *(1,) * (x.ndim - x.scale.ndim))

@@ -15,16 +15,16 @@ def write_rows(
     count: Int[Array, " R"],
     slots: Int[Array, " R"] | None = None,
 ) -> Num[Array, "B K C ..."]:
-    """Writes the first `count[r]` of run `r` to a slot from `start[r]` on, as far as there is room.
+    """Writes the first `count[r]` rows of run `r` to a slot from `start[r]` on, as far as they fit.
 
-    The slot is `slots[r]`; if None, it is `r` (R == B). Runs may share a slot, but no place in it.
+    The slot is `slots[r]`, or `r` if None (R == B). Runs may share a slot but must not overlap in it.
     """
     (R, _, T), capacity = rows.shape[:3], buffer.shape[2]
     at = targets(start, count, T, capacity)
     if slots is None:
         slots = jnp.arange(R)
     else:
-        # Targets past the end are distinct over the runs of a slot too.
+        # Targets past the end must be distinct over the runs of a slot too.
         at += jnp.where(at >= capacity, T * jnp.arange(R)[:, None], 0)
     return buffer.at[slots[:, None], :, at].set(
         rows.swapaxes(1, 2).astype(buffer.dtype), mode="drop", unique_indices=True
@@ -36,7 +36,7 @@ def write_row(
 ) -> Float[Array, "B K C D"]:
     """Writes a row to each `buffer[b]` at `at[b]`, which must be in bounds.
 
-    It doesn't read the row that it replaces: that would be one more kernel for each of many small writes.
+    The row that is replaced is not read, which would take one more kernel for each of many small writes.
     """
     if len(buffer) == 1:
         return jax.lax.dynamic_update_slice(buffer, row.astype(buffer.dtype), (0, 0, at[0], 0))

@@ -1,4 +1,4 @@
-"""Live streams: the engine, the scheduler and the session that run its steps, and the events of a stream."""
+"""Live streams: the engine, the scheduler and session that drive it, and the events they emit."""
 
 from moss_jax.stream.completion import DialogueTurn
 from moss_jax.stream.engine import Engine, EngineLike

@@ -1,4 +1,4 @@
-"""How many streams a device has memory for, known before anything is allocated."""
+"""Capacity planning: how many slots fit in device memory, computed before anything is allocated."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ from moss_jax.stream.step import start
 
 
 def slot_bytes(model: ModelConfig, engine: EngineConfig, dtype: DTypeLike) -> int:
-    """Bytes of one slot of an engine's state, exactly.
+    """Returns the exact size in bytes of one slot of an engine's state.
 
     Args:
-      engine: its capacities and how it stores the bank; the number of its slots does not matter.
+      engine: capacities and bank dtype; the number of slots does not matter.
       dtype: of the model.
     """
 
@@ -33,24 +33,24 @@ def slot_bytes(model: ModelConfig, engine: EngineConfig, dtype: DTypeLike) -> in
 def workspace_bytes(
     model: ModelConfig, engine: EngineConfig, dtype: DTypeLike, *, tokens: int, waiting: int = 0
 ) -> int:
-    """Bytes to reserve beside parameters and state: for the largest program, and for frames that wait.
+    """Bytes to reserve beside parameters and state: for the largest program and for queued frames.
 
-    Programs run one after the other, so the largest of three counts, each by the shapes of the arrays that
-    are there at the same time:
+    Programs run one after the other, so the workspace is the largest of three estimates, each from the shapes
+    of the arrays that are live at the same time:
 
     - a step: for each token the residual stream and its branch, the normed input, queries with keys and
       values, the heads' results, the gate and up projections with their product, and float32 logits;
     - encoding: for each position of the largest batch of frames the pixels, the residual stream and its
       branch, the normed input, queries, keys and values, the heads' results, the MLP's hidden layer and the
-      states that are kept for the compressor, twice, since it stacks them;
-    - a compaction: the slot that it is run on, before and after.
+      intermediate states kept for the compressor, twice, since it stacks them;
+    - a compaction: the slot that is compacted, before and after.
 
-    Frames that wait have features. What the compiler adds is not known from shapes, nor are the scores of
-    attention where no kernel runs that keeps them on the chip.
+    Queued frames hold their features. Not included are the compiler's own temporaries, and attention scores
+    where no kernel keeps them on the chip.
 
     Args:
-      tokens: of the largest step, over all slots, padding included.
-      waiting: frames that are encoded and wait for their step.
+      tokens: number of tokens in the largest step, over all slots, padding included.
+      waiting: number of encoded frames that wait for their step.
     """
     decoder, vision, itemsize = model.decoder, model.vision, jnp.dtype(dtype).itemsize
     heads = decoder.num_heads + 2 * decoder.num_kv_heads
@@ -64,7 +64,7 @@ def workspace_bytes(
 
 
 def memory_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]
-    """Bytes of memory that a device may use; of a CPU, all that the machine has."""
+    """Bytes of memory that a device may use; for a CPU, all memory of the machine."""
     if limit := (device.memory_stats() or {}).get("bytes_limit"):
         return limit
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -79,13 +79,13 @@ def capacity(
     device_bytes: int,
     reserve: int,
 ) -> int:
-    """How many slots fit on a device: what parameters and the reserve leave, by the bytes of one slot.
+    """Number of slots that fit on a device beside the parameters and the reserve.
 
     Args:
-      parameters: their bytes, those laid out anew for decoding included.
+      parameters: their bytes, including copies in the layout for decoding.
       engine, dtype: as for `slot_bytes`.
-      device_bytes: memory of the device, as `memory_bytes` knows it.
-      reserve: bytes that are kept free, as `workspace_bytes` estimates them.
+      device_bytes: memory of the device, from `memory_bytes`.
+      reserve: bytes to keep free, from `workspace_bytes`.
 
     Raises:
       ConfigError: there is no room for a single slot.

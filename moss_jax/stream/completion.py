@@ -1,4 +1,4 @@
-"""A whole dialogue, with frames at their places, and its one answer: a stream that is not live."""
+"""Chat completions: a stream that is given a whole dialogue with its frames and answers it once."""
 
 import collections
 import dataclasses
@@ -15,17 +15,17 @@ from moss_jax.stream.step import NOT_FINITE
 from moss_jax.text import Tokenizer, chat
 from moss_jax.video import Frame
 
-# Frames that are encoded and appended at once, so that others get their turn in between.
+# Frames encoded and appended per chunk: chunked prefill, so that other streams get their turn in between.
 FRAMES_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class DialogueTurn:
-    """A turn of a dialogue.
+    """One turn of a dialogue.
 
     Attributes:
       role: who speaks.
-      content: texts and frames in their order; frames are for the user's turns.
+      content: texts and frames in order; only user turns may have frames.
     """
 
     role: chat.Role
@@ -33,7 +33,7 @@ class DialogueTurn:
 
     @property
     def text(self) -> str:
-        """Its texts, without the frames."""
+        """The text of the turn, without the frames."""
         return "".join(part for part in self.content if isinstance(part, str)).strip()
 
 
@@ -42,7 +42,7 @@ class Part:
     """Tokens that are appended together, or a frame with its token.
 
     Attributes:
-      prompts: of the user's turns that end in it.
+      prompts: of the user turns that end in it.
     """
 
     tokens: list[int]
@@ -52,10 +52,10 @@ class Part:
 
 
 class NoRoom(Exception):
-    """A capacity is used up for good.
+    """A capacity is exhausted, and compaction cannot free any of it.
 
     Attributes:
-      capacity: a field of `EngineConfig`.
+      capacity: name of the field of `EngineConfig`.
     """
 
     def __init__(self, capacity: EndReason):
@@ -64,22 +64,22 @@ class NoRoom(Exception):
 
 
 def dialogue_parts(tokenizer: Tokenizer, turns: Sequence[DialogueTurn], order: int = 0) -> list[Part]:
-    """The tokens of a dialogue up to the header of the answer, as training rows have them.
+    """Tokenizes a dialogue up to the header of the answer, in the format of training rows.
 
-    What comes before the content of the first turn that is no system prompt is never forgotten.
+    Everything before the content of the first turn that is not a system prompt is pinned: never evicted.
 
     Args:
-      order: of all its frames among what is pushed to a scheduler.
+      order: sequence number of all its frames among the items pushed to a scheduler.
 
     Raises:
-      ValueError: no turn of the user is the last, or a frame is in another's turn.
+      ValueError: the last turn is not the user's, or a turn that is not the user's has a frame.
       TokenizerError: a text is not valid Unicode.
     """
     if not turns or turns[-1].role != "user":
         raise ValueError("the last turn of a dialogue must be the user's")
     special = tokenizer.special
     frames = iter([part for turn in turns for part in turn.content if isinstance(part, Frame)])
-    # Each token with its kind, and the prompt that ends with it.
+    # Each token with its kind and the prompt that ends with it.
     tokens: list[tuple[int, Kind, str | None]] = [(special.begin_of_text, Kind.PINNED, None)]
     header_kind = Kind.PINNED
     for turn in turns:
@@ -110,19 +110,19 @@ def dialogue_parts(tokenizer: Tokenizer, turns: Sequence[DialogueTurn], order: i
 
 
 def sizes(capacity: EngineConfig, parts: Sequence[Part]) -> tuple[int, int]:
-    """Frames of a dialogue, and the tokens beside theirs that must be in the text cache at once."""
+    """Number of frames, and of other tokens that must be in the text cache at the same time."""
     texts = [len(part.tokens) for part in parts if not part.frame]
-    # The first is the opening, which stays; of the others, all but the newest may be forgotten.
+    # The first text is the pinned opening; of the others, all but the newest may be evicted.
     tokens = sum(texts) if capacity.memory.text == "full" else texts[0] + max(texts[1:])
     return len(parts) - len(texts), tokens
 
 
 def misfit(capacity: EngineConfig, num_frames: int | None, tokens: int) -> str | None:
-    """What of a clip and a prompt is known not to fit, as a sentence; None if nothing is.
+    """Error message if a clip and a prompt are known not to fit the capacity; otherwise None.
 
     Args:
       num_frames: None if unknown.
-      tokens: beside those of the frames.
+      tokens: number of tokens other than those of the frames.
     """
     if num_frames is not None and capacity.memory.policy == "full" and num_frames > capacity.bank_capacity:
         return f"the clip has {num_frames} frames; the bank has room for {capacity.bank_capacity}"
@@ -137,10 +137,10 @@ def misfit(capacity: EngineConfig, num_frames: int | None, tokens: int) -> str |
 
 
 def plan_rows(contents: SlotContents, parts: Iterable[Part]) -> Iterator[tuple[Plan, list[Part]]]:
-    """The rows of parts: one, or as many as memory has to be compacted for; each with the parts in it.
+    """Plans parts as one row, or several if memory must be compacted in between; yields each with its parts.
 
     Raises:
-      NoRoom: there is none, and nothing may be forgotten.
+      NoRoom: a capacity is exhausted, and nothing may be forgotten.
     """
     plan, kinds, inside = Plan(), [], []
     for part in parts:
@@ -165,7 +165,7 @@ def plan_rows(contents: SlotContents, parts: Iterable[Part]) -> Iterator[tuple[P
 
 
 def in_chunks(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Cuts parts where they have the frames of the largest row; memory is compacted for each chunk anew."""
+    """Cuts parts into chunks of at most the frames of the largest row; each may need its own compaction."""
     chunk, frames = [], 0
     for part in parts:
         if part.frame and frames == FRAME_BUCKETS[-1]:
@@ -177,17 +177,17 @@ def in_chunks(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 class Completion(Conversation):
-    """The state of a dialogue that is given as a whole, and of its answer.
+    """State of a chat completion: a dialogue that is given as a whole, and its answer.
 
-    Its events are those of `answer_offline`: frames and turns as they enter the context, text, the end.
+    It emits the events of `answer_offline`: frames and turns as they enter the context, text, and the end.
 
     Args:
       capacity: of the stream; see `stream_config`.
-      parts: of `dialogue_parts`.
+      parts: from `dialogue_parts`.
       max_tokens: limit on the answer.
 
     Attributes:
-      prompt_tokens: of the dialogue, with one for each frame.
+      prompt_tokens: tokens of the dialogue, including one per frame.
     """
 
     def __init__(
@@ -205,18 +205,18 @@ class Completion(Conversation):
         self.prompt_tokens = sum(len(part.tokens) for part in parts)
         self._frames = collections.deque(part.frame for part in parts if part.frame)
         self._rows = (row for chunk in in_chunks(parts) for row in plan_rows(self._contents, chunk))
-        # The row that is being appended, and what is left of it; nothing once the answer has begun.
+        # The row being appended, and its parts still to append; both are empty once the answer has begun.
         self._row, self._left = Plan(), collections.deque[Part]()
         self._most = max_tokens
         self._most_reason: EndReason = "token_limit"
         self._next_row()
 
     def save(self, wall: float):
-        """Refuses: whoever asked can ask again."""
+        """Always raises: a completion is not saved, since the client can send the request again."""
         raise ValueError("a completion cannot be saved")
 
     def unclaimed_frames(self) -> list[Inbound]:
-        """The next frames to encode: few at a time, and not far ahead of those that are appended."""
+        """The next frames to encode: a few at a time, not far ahead of those being appended."""
         ahead = itertools.islice(self._frames, 2 * FRAMES_AT_ONCE)
         return [frame for frame in ahead if not frame.claimed][:FRAMES_AT_ONCE]
 
@@ -239,7 +239,7 @@ class Completion(Conversation):
         return plan
 
     def _append_parts(self, perception_async: bool) -> Plan | None:
-        """The next tokens of the dialogue, up to a frame that is being encoded; None if it is the first."""
+        """Plans the next tokens, up to a frame that is still being encoded; None if that comes first."""
         row, plan = self._row, Plan(new_turn=self._row.new_turn)
         while self._left:
             part = self._left[0]
@@ -256,12 +256,12 @@ class Completion(Conversation):
             self._left.popleft()
         if not plan.tokens:
             return None
-        # Memory is compacted before the whole row.
+        # Memory is compacted once, before the first chunk of the row.
         plan.compact, plan.kept, row.compact, row.kept = row.compact, row.kept, None, None
         if not self._left:
             self._next_row()
         if not self._left:
-            # The clock begins with the stream.
+            # The request came when the stream began.
             plan.asked_at = 0.0
             room = self.capacity.text_capacity - len(self._contents.kinds)
             if self.capacity.memory.text == "full" and room < self._most:
@@ -269,7 +269,7 @@ class Completion(Conversation):
         return plan
 
     def _next_row(self) -> None:
-        """Goes on to the next row, if there is one; without room for it, the stream is about to end."""
+        """Moves to the next row, if any; if there is no room for it, marks the stream as ending."""
         try:
             self._row, parts = next(self._rows, (Plan(), []))
         except NoRoom as error:
@@ -278,8 +278,8 @@ class Completion(Conversation):
             self._left.extend(parts)
 
     def on_token(self, plan: Plan, token: int, wall: float) -> Iterator[Event]:
-        """Takes the token that was sampled after a plan's row; the events of it."""
-        # Rows before the last sample nothing, and the one behind the end of the answer is too many.
+        """Processes the token sampled after a plan's row; yields its events."""
+        # Only the last row of the prompt samples, and a row dispatched past the end of the answer is dropped.
         if self._end_reason or self.ended or (plan.asked_at is None and plan.tokens != [PENDING]):
             return
         self._wall = wall

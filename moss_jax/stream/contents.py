@@ -1,4 +1,4 @@
-"""Host-side bookkeeping of a slot: when its bank and its text cache must be compacted, and what stays."""
+"""Host-side accounting of a slot: when to compact its bank and text cache, and what to keep."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -10,13 +10,13 @@ from moss_jax.stream.rows import Compaction
 if TYPE_CHECKING:
     from moss_jax.stream.conversation import Plan
 
-# Whether something can be appended in a row: "next_row" if only in the one after it, else the capacity that
-# is used up for good.
+# Whether tokens can join a row: "next_row" if they must wait for the one after it; otherwise the name of the
+# capacity that is exhausted and cannot be compacted.
 Fit = Literal["fits", "next_row", "bank_capacity", "text_capacity"]
 
 
 class SlotContents:
-    """Tokens in the text cache of a slot, and room in its bank.
+    """Tracks the tokens in the text cache of a slot and the free room in its bank.
 
     Args:
       capacity: of the stream, with its memory policy; see `stream_config`.
@@ -34,18 +34,18 @@ class SlotContents:
         self._capacity = capacity
 
     def append(self, kinds: Sequence[Kind], *, frames: int = 0) -> None:
-        """Counts tokens and frames that a row appends."""
+        """Records the tokens and frames that a row appends."""
         self.kinds += kinds
         self.position += len(kinds)
         self.frame_room -= frames
 
     def make_room(self, plan: "Plan", tokens: int, *, is_frame: bool = False) -> Fit:
-        """Checks that a row fits, and schedules in its plan the compactions that must come before it.
+        """Checks that tokens fit in a row, and adds the compactions that must run first to its plan.
 
         Args:
-          plan: of the row so far; its tokens have not been counted yet, its frames have.
-          tokens: of the row.
-          is_frame: whether they bring one more frame that the model is shown.
+          plan: of the row so far; its frames have been counted, its tokens not yet.
+          tokens: number of tokens of the row.
+          is_frame: whether they add one more frame that is shown to the model.
         """
         capacity, memory = self._capacity, self._capacity.memory
         if is_frame and not self.frame_room:

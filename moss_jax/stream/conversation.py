@@ -1,4 +1,4 @@
-"""The dialogue of one slot: its inbox, its clock, the rows to append, the events to report."""
+"""The dialogue of one slot: its inbox, its clock, the rows to append and the events to emit."""
 
 import dataclasses
 import heapq
@@ -35,26 +35,26 @@ from moss_jax.stream.rows import PENDING, Compaction, Encoded
 from moss_jax.stream.step import NOT_FINITE
 from moss_jax.text import Detokenizer, Tokenizer
 
-# Share of a capacity in use from which on a stream that will end of it says so.
+# Share of a capacity in use at which a stream that will end when it is full emits a warning.
 NEARLY = 0.9
-# Stream times that are closer than this are one instant.
+# Stream times closer than this count as the same instant.
 INSTANT = 1e-6
 
 
 @dataclasses.dataclass(order=True)
 class Inbound:
-    """A frame or a prompt in the inbox; sorts by time, prompts before frames of the same instant.
+    """A frame or a prompt in the inbox; ordered by time, prompts before frames of the same instant.
 
     Attributes:
       kind: 0 for a prompt, 1 for a frame.
-      order: of pushing, among those of one time and kind.
-      rgb: None for a prompt, and for a frame that the model is not shown.
-      thumbnail: of a frame; None where frames are not selected.
-      unseen: why the model is not shown a frame; None if it is.
+      order: sequence number of the push, which breaks ties of time and kind.
+      rgb: None for a prompt, and for a frame that is not shown to the model.
+      thumbnail: of a frame; None if frames are not selected.
+      unseen: why a frame is not shown to the model; None if it is.
       tokens: that a prompt appends.
       arrived: when it was pushed, by `time.monotonic`.
-      claimed: whether the scheduler has the frame encoded.
-      encoded: a frame's features, once there are some.
+      claimed: whether the scheduler has taken the frame for encoding.
+      encoded: a frame's features, once they are available.
       position: of a frame in the context, once it is planned.
     """
 
@@ -73,19 +73,19 @@ class Inbound:
 
     @property
     def is_frame(self) -> bool:
-        """Whether it is a frame and no prompt."""
+        """Whether this is a frame, as opposed to a prompt."""
         return self.kind == 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a frame."""
+        """Shape of the frame."""
         return () if self.rgb is None else self.rgb.shape
 
     def can_be_shown(self, *, encodes_apart: bool) -> bool:
-        """Whether a step can append it: a frame may wait for its features.
+        """Whether a step can append it now; a frame may have to wait for its features.
 
         Args:
-          encodes_apart: whether no step encodes frames itself.
+          encodes_apart: whether frames are encoded separately, never as part of a step.
         """
         waits = encodes_apart or self.claimed
         return self.rgb is None or self.encoded is not None or not waits
@@ -93,14 +93,14 @@ class Inbound:
 
 @dataclasses.dataclass
 class Plan:
-    """The next move of a slot: the row to append (empty if the stream just ended) and the events of it.
+    """The next action of a slot: the row to append (empty if the stream just ended) and its events.
 
     Attributes:
-      frames: of the row's `<|image|>` tokens, those that the model is not shown included.
-      speculative: the row is only the token of the step in flight, which may turn out to be a silence.
+      frames: of the row's `<|image|>` tokens, including those not shown to the model.
+      speculative: the row holds only the token of the step in flight, which may turn out to be silence.
       compact, kept: as in `Row`.
-      asked_at: time of the last prompt in it; None without any.
-      end: why the stream ends here.
+      asked_at: time of the last prompt in it; None without a prompt.
+      end: why the stream ends here; None if it does not.
     """
 
     events: list[Event] = dataclasses.field(default_factory=list)
@@ -115,15 +115,15 @@ class Plan:
 
     @property
     def seen(self) -> list[Inbound]:
-        """The frames that the model is shown."""
+        """The frames that are shown to the model."""
         return [frame for frame in self.frames if not frame.unseen]
 
 
 class Speed:
-    """What a realtime stream is measured by, in running sums.
+    """Running latency and throughput statistics of a realtime stream.
 
     Attributes:
-      bytes: that its slot holds; None if unknown.
+      bytes: device memory of its slot; None if unknown.
     """
 
     def __init__(self):
@@ -134,14 +134,14 @@ class Speed:
         self._gaps = 0
 
     def on_sample(self, wall: float, frames: Sequence[float], asked_at: float | None) -> None:
-        """Counts a sample after frames and perhaps a prompt, given when they came."""
+        """Records a sample taken after frames and perhaps a prompt, given their arrival times."""
         for time in frames:
             self._frames.add(wall - time)
         if asked_at is not None:
             self._asked_at = asked_at
 
     def on_token(self, wall: float, *, is_first: bool) -> None:
-        """Counts a token of text."""
+        """Records a token of text."""
         if self._asked_at is not None:
             self._answers.add(wall - self._asked_at)
             self._asked_at = None
@@ -151,7 +151,7 @@ class Speed:
         self._token_at = wall
 
     def figures(self) -> Figures:
-        """The figures so far."""
+        """The statistics so far."""
         return Figures(
             ttft=self._answers.mean,
             ttft_worst=self._answers.worst,
@@ -163,25 +163,25 @@ class Speed:
 
 
 class Mean:
-    """A running mean, and the largest number; None of none."""
+    """Running mean and maximum; None while nothing has been added."""
 
     def __init__(self):
         self._sum, self._count = 0.0, 0
         self.worst: float | None = None
 
     def add(self, x: float) -> None:
-        """Counts a number."""
+        """Adds a number."""
         self._sum, self._count = self._sum + x, self._count + 1
         self.worst = x if self.worst is None else max(x, self.worst)
 
     @property
     def mean(self) -> float | None:
-        """Of all so far."""
+        """Mean of the numbers so far."""
         return self._sum / self._count if self._count else None
 
 
 class Conversation:
-    """The state of the dialogue in one slot; knows no engine.
+    """State of the dialogue in one slot, independent of the engine.
 
     `receive` and `plan` run under the session's lock; `plan`, `events` and `on_token` in the thread that
     iterates the session.
@@ -194,14 +194,14 @@ class Conversation:
     Attributes:
       capacity, config: as given.
       has_failed: whether an error has ended the stream.
-      speed: what a realtime stream is measured by.
+      speed: statistics of a realtime stream.
       finished: nothing more will be pushed.
       stopped: the stream ends at the next token.
       ended: the stream is over.
-      start_time: from which the stream goes on, where it was saved before; else 0.
+      start_time: stream time at which a resumed stream continues; 0 for a new one.
       latest: the latest time of anything pushed.
-      latest_frame: of any frame.
-      moments: times of the frames that the model has been shown.
+      latest_frame: the latest time of any frame.
+      moments: times of the frames that were shown to the model.
       speaking: whether the model is in the middle of an answer.
       interrupted: whether an answer in progress is to be cut.
     """
@@ -228,36 +228,36 @@ class Conversation:
         self._prompt = prompt
         self._inbox: list[Inbound] = []
         self._selection = selection.Selection()
-        # Events of frames that no row is made for, until they are told.
+        # Events of frames that get no row, until they are emitted.
         self._passed: list[Event] = []
         self._counts = dict.fromkeys((f.name for f in dataclasses.fields(Counters)), 0)
-        # The begin of the next row, and what it is: the pending token, unless it has been appended already.
+        # Tokens that start the next row, with their kinds: the pending token, unless it is appended already.
         self._pending, self._pending_kinds = [PENDING], [Kind.UNKNOWN]
-        # Whether an answer has been cut, so that a silence follows its last token.
+        # Whether an answer was cut, so that silence follows its last token.
         self._is_cut = False
         self._said, self._said_tokens = "", 0
         self._contents = SlotContents(capacity)
         self.moments = Moments()
-        # Where in the text cache is a token that the host does not have yet.
+        # Index in the text cache of a token that the host does not have yet.
         self._unknown: int | None = None
         self._warned: set[str] = set()
-        # The lockstep clock: the instant of the last thing that happened, and the tokens since.
+        # The lockstep clock: the instant of the last event, and the tokens since.
         self._instant, self._ticks = 0.0, 0
         self._finished_at = 0.0
-        # Why the stream ends at the next move: a capacity, once what fitted has been appended, or the logits.
+        # Why the stream ends at the next plan: a full capacity (what fitted was appended), or the logits.
         self._end_reason: EndReason | None = None
         self._wall = 0.0
-        # When the next token and the next frame of a realtime stream may come.
+        # Earliest times of the next token and the next frame of a realtime stream (rate limits).
         self._next_token = self._next_frame = 0.0
         self.speed = Speed()
 
     def save(
         self, wall: float
     ) -> tuple[dict[str, Any], list[UInt8[np.ndarray, "H W 3"]], selection.Thumbnail | None]:
-        """The dialogue between two steps, as JSON-ready values.
+        """Returns the dialogue between two steps, as JSON-ready values.
 
-        With it the frames in the inbox that the model is yet to be shown, and the thumbnail that the next
-        frame is compared with.
+        Also returns the frames in the inbox that are still to be shown to the model, and the thumbnail that
+        the next frame is compared with.
 
         Args:
           wall: seconds since the session began.
@@ -287,7 +287,7 @@ class Conversation:
             "counts": self._counts,
             "warned": sorted(self._warned),
             "selection": [self._selection.time, self._selection.due, self._selection.earliest],
-            # Of each prompt its time and text; of each frame its time, None, and why it is not shown, if so.
+            # For a prompt its time and text; for a frame its time, None, and why it is not shown, if so.
             "inbox": [[i.time, None if i.is_frame else i.prompt, i.unseen] for i in inbox],
         }
         return saved, [i.rgb for i in inbox if i.rgb is not None], self._selection.thumbnail
@@ -300,14 +300,14 @@ class Conversation:
         make_prompt: Callable[[float, str], Inbound],
         make_frame: Callable[[float, UInt8[np.ndarray, "H W 3"] | None, UnseenReason | None], Inbound],
     ) -> None:
-        """Goes on with a dialogue that `save` has returned, in the place of a new one.
+        """Resumes a dialogue that `save` returned, instead of starting a new one.
 
         Args:
-          saved, frames, thumbnail: as `save` has returned them.
-          make_prompt, make_frame: make those in the inbox.
+          saved, frames, thumbnail: as `save` returned them.
+          make_prompt, make_frame: create the items of the inbox.
 
         Raises:
-          ValueError: they are not what `save` returns.
+          ValueError: they are not valid output of `save`.
         """
         types = {name: type(value) for name, value in self.save(0.0)[0].items()}
         if wrong := {n for n in types.keys() | saved.keys() if type(saved.get(n)) is not types.get(n)}:
@@ -338,7 +338,7 @@ class Conversation:
         self._detokenizer.incomplete = bytes.fromhex(saved["incomplete"])
         self._counts, self._warned = dict(saved["counts"]), set(saved["warned"])
         self.latest_frame = saved["latest_frame"]
-        # Without selection, the thumbnail would soon be of an older frame than the last.
+        # Without selection, the thumbnail is not updated and would go stale.
         if self.config.selection.enabled:
             self._selection = selection.Selection(thumbnail, *saved["selection"])
         left = iter(frames)
@@ -351,12 +351,12 @@ class Conversation:
 
     @property
     def opening_length(self) -> int:
-        """Tokens of the opening, which are never evicted."""
+        """Number of tokens of the opening, which are never evicted."""
         return len(self._opening or ()) or self._contents.kinds.count(Kind.PINNED)
 
     @property
     def position(self) -> int:
-        """Of the next token in the context."""
+        """Position of the next token in the context."""
         return self._contents.position
 
     @position.setter
@@ -365,7 +365,7 @@ class Conversation:
 
     @property
     def text_length(self) -> int:
-        """Tokens in the text cache."""
+        """Number of tokens in the text cache."""
         return len(self._contents.kinds)
 
     def is_finite(self) -> bool:
@@ -373,14 +373,14 @@ class Conversation:
         return self._end_reason != "not_finite"
 
     def finish(self, wall: float) -> None:
-        """Notes that nothing more will be pushed."""
+        """Marks the input as complete: nothing more will be pushed."""
         self.finished, self._finished_at = True, wall
 
     def receive(self, inbound: Inbound) -> None:
         """Puts a frame or a prompt into the inbox; a full realtime inbox drops its oldest frame.
 
-        Frames are selected here, in the order in which they come. One that has been selected is dropped for
-        a later one of its kind alone, so the frame that others are compared with is never lost.
+        Frames are selected here, in order of arrival. A selected frame is dropped only for a later selected
+        one, so the frame that others are compared with is never lost.
         """
         self.latest = max(self.latest, inbound.time)
         if inbound.is_frame:
@@ -400,18 +400,18 @@ class Conversation:
                 self._passed.append(FrameDropped(**self._stamp(), time=dropped.time))
 
     def _limit_rate(self, frame: Inbound) -> None:
-        """Leaves out a frame that comes too soon after the one before."""
+        """Skips a frame that comes too soon after the previous one."""
         if self.config.max_fps is None or self.config.clock == "lockstep":
             return
         if frame.time < self._next_frame - INSTANT:
             frame.unseen, frame.rgb = "rate", None
         else:
-            # In steps from the frame before, so that a little jitter doesn't halve the rate.
+            # In steps from the previous frame, so that a little jitter doesn't halve the rate.
             gap = 1 / self.config.max_fps
             self._next_frame = max(self._next_frame, frame.time - gap / 2) + gap
 
     def _select(self, frame: Inbound) -> None:
-        """Decides whether a frame is to be encoded."""
+        """Decides whether a frame is encoded."""
         if frame.thumbnail is None:
             return
         frame.unseen, self._selection = selection.select(
@@ -422,7 +422,7 @@ class Conversation:
 
     @property
     def is_asked(self) -> bool:
-        """Whether a prompt waits in the inbox."""
+        """Whether a prompt is queued in the inbox."""
         return any(not i.is_frame for i in self._inbox)
 
     def unclaimed_frames(self) -> list[Inbound]:
@@ -432,13 +432,13 @@ class Conversation:
     def plan(
         self, wall: float, in_flight: Plan | None, *, may_continue: bool, perception_async: bool
     ) -> Plan | None:
-        """The next move; None if there is none yet.
+        """Plans the next action; None if there is nothing to do yet.
 
         Args:
           wall: seconds since the session began.
-          in_flight: this slot's plan of the step in flight, whose token isn't known yet.
-          may_continue: whether it is time for the next token of an answer.
-          perception_async: whether frames wait in the inbox until the perception thread has encoded them.
+          in_flight: this slot's plan in the step in flight, whose token isn't known yet.
+          may_continue: whether an answer may get its next token now.
+          perception_async: whether frames stay in the inbox until the perception thread has encoded them.
         """
         self._wall = wall
         if self.stopped:
@@ -466,14 +466,14 @@ class Conversation:
         return None
 
     def deadline(self, wall: float) -> float | None:
-        """Seconds until the stream has something to do though nothing happens; None if it never has."""
+        """Seconds until a timer of the stream fires (rate limit or timeout); None without a timer."""
         times = [at for _, at in self._expiries()]
         if self.speaking and wall < self._next_token:
             times.append(self._next_token)
         return min(times) - wall if times else None
 
     def _expiries(self) -> Iterator[tuple[EndReason, float]]:
-        """When the limits of a realtime stream will end it, if nothing happens."""
+        """The timeouts of a realtime stream, each with the wall time at which it expires."""
         if self.config.clock == "lockstep":
             return
         if self.config.idle_seconds is not None:
@@ -485,14 +485,14 @@ class Conversation:
         return next((reason for reason, at in self._expiries() if wall >= at), None)
 
     def _is_held(self, wall: float, in_flight: Plan | None) -> bool:
-        """Whether an answer waits for its next token, so as not to be faster than it may be."""
+        """Whether the rate limit delays the next token of an answer."""
         limit = self.config.max_tokens_per_second
         if limit is None or self.config.clock == "lockstep":
             return False
         return in_flight is not None or wall < self._next_token
 
     def fail(self, message: str, wall: float) -> Iterator[Event]:
-        """Ends the stream by an error; the last events of it."""
+        """Ends the stream with an error; yields its last events."""
         self._wall, self.ended, self.has_failed = wall, True, True
         yield Failed(**self._stamp(), message=message)
         yield from self._last_events("failed")
@@ -504,7 +504,7 @@ class Conversation:
         yield End(**self._stamp(), reason=reason, counters=Counters(**self._counts), figures=figures)
 
     def events(self, plan: Plan) -> Iterator[Event]:
-        """The events of a plan, to be read after those of the tokens before it."""
+        """Yields the events of a plan, which must be read after those of the tokens before it."""
         while self._passed:
             yield self._passed.pop(0)
         for event in plan.events:
@@ -515,12 +515,12 @@ class Conversation:
             yield from self._last_events(plan.end)
 
     def on_token(self, plan: Plan, token: int, wall: float) -> Iterator[Event]:
-        """Takes the token that was sampled after a plan's row; the events of it."""
+        """Processes the token sampled after a plan's row; yields its events."""
         if token == NOT_FINITE or self._end_reason == "not_finite":
             self._end_reason = "not_finite"
             return
         if plan.speculative and not self.speaking:
-            # The row was the last token of the answer: it has been appended, and the one after it is dropped.
+            # The row was the last token of the answer: it is appended, and the sample after it is dropped.
             self._pending, self._pending_kinds = self._after_dropped()
             return
         self._wall, self._is_cut = wall, False
@@ -555,28 +555,28 @@ class Conversation:
             yield Silence(slot=self.slot, stream_time=at, wall_time=wall)
 
     def _cut(self) -> Iterator[Event]:
-        """Ends the answer in progress at the token that is pending."""
+        """Ends the answer in progress at the pending token."""
         yield from self._interrupt()
         self._cut_off()
 
     def _cut_off(self) -> None:
-        """Has a silence follow the pending token, as if the model had stopped there."""
+        """Makes silence follow the pending token, as if the model had stopped there."""
         self._hush()
         self._is_cut = True
         self._pending = [*self._pending, self._special.silence]
         self._pending_kinds = [*self._pending_kinds, Kind.SILENCE]
 
     def _after_dropped(self) -> tuple[list[int], list[Kind]]:
-        """The begin of a row after a sample that is dropped: nothing, or the silence after a cut."""
+        """The first tokens of a row after a dropped sample: none, or the silence after a cut."""
         return [self._special.silence] * self._is_cut, [Kind.SILENCE] * self._is_cut
 
     def _hush(self) -> None:
-        """Notes that no answer is in progress."""
+        """Resets the state of the answer: none is in progress any more."""
         self.speaking, self._said, self._said_tokens = False, "", 0
         self._detokenizer.flush()
 
     def _pop_due(self, perception_async: bool) -> list[Inbound]:
-        """Removes from the inbox what has happened by now."""
+        """Removes from the inbox and returns the items that are due."""
         if not self._inbox:
             return []
         limit = np.inf
@@ -584,9 +584,9 @@ class Conversation:
             first, now = self._inbox[0].time, self._now()
             if self.speaking and first > now + INSTANT:
                 return []
-            # A silent stream has nothing to do before the next event, so its clock jumps there.
+            # A silent stream has nothing to do before the next item, so its clock jumps there.
             limit = max(first, now) + INSTANT
-            # Until something later is known, more may yet be pushed for this instant.
+            # Until something later has been pushed, more may come for this instant.
             if not self.finished and self.latest <= limit:
                 return []
         due = []
@@ -600,17 +600,17 @@ class Conversation:
             elif not due:
                 self._pass_over(heapq.heappop(self._inbox))
             else:
-                break  # Events come in the order of the frames.
+                break  # Events are emitted in the order of the frames.
         return due
 
     def _pass_over(self, frame: Inbound) -> None:
-        """Notes a frame that came too early."""
+        """Records the event of a frame that came too early and enters no row."""
         if frame.time > self._now():
             self._instant, self._ticks = frame.time, 0
         self._passed.append(self._frame_event(frame))
 
     def _frame_event(self, frame: Inbound) -> FrameSeen | FrameUnseen:
-        """Counts a frame; the event of it."""
+        """Counts a frame and returns its event."""
         number = sum(self._counts[f"frames{suffix}"] for suffix in ("", "_still", "_alike", "_rate"))
         if frame.unseen:
             self._counts[f"frames_{frame.unseen}"] += 1
@@ -619,7 +619,7 @@ class Conversation:
         return FrameSeen(**self._stamp(), index=number, time=frame.time)
 
     def withdraw(self, plan: Plan, frame: Inbound) -> None:
-        """Takes a frame out of a plan whose events have not been read: its features are like those before."""
+        """Removes a frame that is too similar to the previous one from a plan whose events are unread."""
         frame.unseen = "alike"
         events = [i for i, event in enumerate(plan.events) if isinstance(event, FrameSeen | FrameUnseen)]
         place = events[plan.frames.index(frame)]
@@ -632,16 +632,16 @@ class Conversation:
         self.moments.forget(frame.position)
 
     def _append(self, due: list[Inbound], in_flight: Plan | None) -> Plan | None:
-        """Plans the row and the events of what is due, as far as there is room; the end if there is none."""
+        """Plans a row and events for the due items, as far as they fit; plans the end if none does."""
         begin, kinds = self._pending, self._pending_kinds
         if in_flight:
-            # Its token will be pending, unless it is to be dropped; see `on_token`.
+            # Its token will be pending, unless it is dropped; see `on_token`.
             is_dropped = in_flight.speculative and not self.speaking
             begin, kinds = self._after_dropped() if is_dropped else ([PENDING], [Kind.UNKNOWN])
         plan, kinds = Plan(tokens=[*begin], speculative=bool(in_flight) and not due), [*kinds]
         if not self._make_room(plan, len(kinds)):
             if plan.speculative:
-                self._end_reason = None  # If it is a silence, nothing needs the room.
+                self._end_reason = None  # If it is silence, nothing needs the room.
                 return None
             self._inbox += due
             return self._end("text_capacity")
@@ -650,7 +650,7 @@ class Conversation:
             tokens = [self._special.image] if is_frame else inbound.tokens
             is_seen = is_frame and not inbound.unseen
             if not self._make_room(plan, len(kinds) + len(tokens), is_frame=is_seen):
-                # Back into the inbox, for the next row, or so that prompts are named at the end.
+                # Back into the inbox, for the next row, or so that unasked prompts are reported at the end.
                 for left in due[index:]:
                     heapq.heappush(self._inbox, left)
                 break
@@ -678,14 +678,14 @@ class Conversation:
         return plan
 
     def _make_room(self, plan: Plan, tokens: int, *, is_frame: bool = False) -> bool:
-        """As `SlotContents.make_room`: whether a row fits; if it never will, the end reason is set."""
+        """`SlotContents.make_room`: whether a row fits; if it never will, sets the end reason."""
         fit = self._contents.make_room(plan, tokens, is_frame=is_frame)
         if fit in ("bank_capacity", "text_capacity"):
             self._end_reason = fit
         return fit == "fits"
 
     def _warnings(self) -> Iterator[Event]:
-        """An event for each capacity that will end the stream and is nearly used up, once."""
+        """Yields one event, once, for each capacity that will end the stream and is nearly full."""
         capacity, memory = self.capacity, self.capacity.memory
         used = {}
         if memory.policy == "full":
@@ -699,7 +699,7 @@ class Conversation:
                 yield NearCapacity(**self._stamp(), setting=setting, left=size - count, capacity=size)
 
     def _interrupt(self) -> Iterator[Event]:
-        """Cuts the answer in progress, if there is one."""
+        """Cuts the answer in progress, if any."""
         if self.speaking:
             self._counts["interruptions"] += 1
             yield Interrupted(**self._stamp(), said=self._said)
@@ -712,7 +712,7 @@ class Conversation:
             return self._now() + INSTANT < end_of_input + self.config.tail_seconds
         if self.config.clock == "realtime":
             return True
-        # A lockstep stream must know that nothing happens before this token.
+        # A lockstep stream must know that nothing is due before this token.
         return bool(self._inbox) and self._inbox[0].time > self._now() + INSTANT
 
     def _turn(self, prompt: str) -> Turn:

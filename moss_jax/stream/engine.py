@@ -1,4 +1,4 @@
-"""A model ready to stream: compiled programs that encode frames and step all slots.
+"""The inference engine: compiled programs that encode frames and step all slots.
 
 B slots, P encoded frames, N vectors a frame, D width, V vocabulary
 """
@@ -55,15 +55,14 @@ from moss_jax.stream.step import (
 )
 from moss_jax.text import Tokenizer
 
-# Arguments of decode steps that are kept on the device, one for each set of slots that take part.
+# Size of the LRU cache of decode-step arguments on the device, one for each set of active slots.
 DECODE_ARGUMENTS = 64
 
 
 class EngineLike(Protocol):
-    """The part of an engine that `Session` and `answer_offline` use.
+    """The interface of an engine that `Session` and `answer_offline` use.
 
-    A session passes the state and the features on without a look into them. Wrappers and stand-ins of an
-    `Engine` need no more than this.
+    State and features are opaque to a session. A wrapper or test double of an `Engine` needs only this.
     """
 
     @property
@@ -74,21 +73,21 @@ class EngineLike(Protocol):
     def perception_device(self) -> jax.Device | None: ...  # pyright: ignore[reportInvalidTypeForm]
 
     def start(self) -> Any:
-        """A state of empty slots."""
+        """Returns a state of empty slots."""
         ...
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]], /) -> Any:
-        """Features of frames, with that of frame `i` at index `i`."""
+        """Encodes frames; the features of frame `i` are at index `i`."""
         ...
 
     def distance(self, before: Any, index_before: int, after: Any, index_after: int, /) -> float:
-        """Distance of the features of two encoded frames; asked for where `selection.min_distance` is set."""
+        """Distance of the features of two encoded frames; used only if `selection.min_distance` is set."""
         ...
 
     def step(self, state: Any, rows: Sequence[Row | None], features: Any = None, /) -> tuple[Any, Sampled]:
-        """Appends a row to each slot and samples its next token; uses up the state.
+        """Appends a row to each slot and samples its next token; donates the state.
 
-        Frames of several calls of `encode` come as the list of their features.
+        Frames from several calls of `encode` are passed as a list of their features.
         """
         ...
 
@@ -96,29 +95,29 @@ class EngineLike(Protocol):
 class Engine:
     """A model with the compiled programs of a stream, for a bounded set of shapes.
 
-    Holds no stream: `start` makes a state, `step` takes one and returns the next.
+    Stateless: `start` creates a state, `step` takes one and returns the next.
 
     Args:
-      model: may be dropped by the caller; its parameters are shared, not copied, but for those that go to
-        another device or are laid out anew for decoding. If they are on a mesh, so are the programs: its
+      model: may be dropped by the caller; its parameters are shared, not copied, except those that move to
+        another device or get another layout for decoding. If they are on a mesh, so are the programs: its
         axes split slots and heads.
-      tokenizer: of the same checkpoint.
+      tokenizer: from the same checkpoint.
       config: slots and capacities.
-      sampling: how tokens are sampled in the slots of a new state; `set_sampling` gives one slot another.
-      perception_device: encodes the frames, so that they take no time from the device that decodes; None for
-        the device of the model.
+      sampling: how tokens are sampled in the slots of a new state; `set_sampling` changes it for one slot.
+      perception_device: encodes the frames, so that encoding takes no time from the device that decodes; None
+        for the device of the model.
 
     Attributes:
-      placement: the device of the decoder and of every state; on a mesh, of what is not split over it.
+      placement: the device of the decoder and of every state; on a mesh, that of replicated arrays.
       parameters: the decoder's, as the step takes them.
-      frame_encoder: perception.
+      frame_encoder: vision encoder, compressor and projector.
       programs: the jitted functions by name: "step", "set_sampling", "reset_slot", "compact_text", "pixels",
-        "encode", for each `SamplingKind` one such as "sample.greedy", and for each policy that forgets or
-        merges one such as "compact_bank.pyramid".
+        "encode", one such as "sample.greedy" for each `SamplingKind`, and one such as "compact_bank.pyramid"
+        for each policy that forgets or merges.
 
     Raises:
-      ValueError: the tokenizer is of another vocabulary than the model.
-      ConfigError: the text capacity is beyond the model's positions, there is no such memory policy, or the
+      ValueError: the tokenizer and the model have different vocabularies.
+      ConfigError: the text capacity exceeds the model's positions, a memory policy does not exist, or the
         bank is too small for one: for `memory.policy` with its settings, for others with the defaults.
     """
 
@@ -148,32 +147,32 @@ class Engine:
         self.tokenizer = tokenizer
         self.dtype = model.dtype
         self.perception_device = perception_device
-        # Some parameters that training changes and quantization does not, to tell models of one config apart.
+        # A fingerprint that tells apart models of one config: parameters that training changes, but
+        # quantization does not.
         bias = model.projector.bias
         assert bias is not None
         parts = model.decoder.norm.weight, bias
         self._weights = hashlib.sha256(b"".join(np.asarray(x[...]).tobytes() for x in parts)).hexdigest()
         special = tokenizer.special
         parameters, pure_step = functionalize(for_decoding(model.decoder), packed_step)
-        # Every argument is committed to its device, so features that come from another device find the same
-        # programs.
+        # Every argument is committed to its device, so features from another device need no new program.
         self.placement = placement_of(parameters)
         self.parameters = place(parameters, self.placement)
         perception = SingleDeviceSharding(perception_device) if perception_device else self.placement
         buckets = ENCODE_BUCKETS if self.config.slots == 1 else SHARED_BUCKETS
         self.frame_encoder = FrameEncoder(model, perception, self.placement, buckets)
         pure_start = functools.partial(start, model.config, model.dtype, self.sampling)
-        # Programs return a state as the list of its arrays, so that each can be told where it goes.
+        # Programs return a state as a list of arrays, so that each can have its own output sharding.
         self._abstract_state = jax.eval_shape(functools.partial(pure_start, self.config))
         arrays, self._structure = jax.tree.flatten(self._abstract_state)
         shardings = [state_sharding(x, self.placement) for x in arrays]
         self._start = jax.jit(_flat(pure_start), static_argnums=0, out_shardings=shardings)
 
-        # The state alone is returned, in the memory that it came in: where no buffer changes its address, the
-        # device replays the step as a recorded graph. `keep_unused` keeps the logits, which a step does not
-        # read, among the donated arguments.
+        # Only the state is returned, in its donated buffers: where no buffer changes its address, the device
+        # replays the step as a captured graph. `keep_unused` keeps the logits, which a step does not read,
+        # among the donated arguments.
         def program(change: Callable[..., EngineState], state: int, static: tuple[int, ...] = ()):
-            """Compiles a change of the state, which is argument number `state`."""
+            """Jits a function that updates the state, its argument number `state`."""
             return jax.jit(
                 _flat(traced_on(self.placement, change)),
                 static_argnums=static,
@@ -211,7 +210,7 @@ class Engine:
             **{f"compact_bank.{name}": compact for name, compact in self._compact_bank.items()},
             **self.frame_encoder.programs,
         }
-        # Those last used alone, since of many slots there is no end of sets that take part.
+        # An LRU cache, since many slots have too many subsets to keep them all.
         decode_arguments = functools.partial(_decode_arguments, self.config.slots, self.placement)
         self._decode_arguments = functools.lru_cache(maxsize=DECODE_ARGUMENTS)(decode_arguments)
         # The session writes the frame of the dialogue; the model samples text, silence and the end of a turn.
@@ -225,12 +224,12 @@ class Engine:
 
     @property
     def _memories(self) -> list[MemoryConfig]:
-        """Settings for each policy that streams may have: the engine's, and the defaults of the others."""
+        """Settings for each policy that streams may use: the engine's, and the defaults for the others."""
         return [self.config.memory, *map(MemoryConfig, self.config.allowed_policies[1:])]
 
     @property
     def allowed(self) -> Bool[Array, " V"]:
-        """Mask of the tokens that may be sampled. Setting it compiles nothing."""
+        """Mask of the tokens that may be sampled; setting it does not recompile."""
         return self.rules.allowed
 
     @allowed.setter
@@ -239,27 +238,27 @@ class Engine:
 
     @functools.cached_property
     def slot_bytes(self) -> int:
-        """Bytes that one slot of a state takes."""
+        """Size in bytes of one slot of the state."""
         return slot_bytes(self.model_config, self.config, self.dtype)
 
     def start(self) -> EngineState:
-        """A state of empty slots. Each slot's first row must begin with a real token."""
+        """Returns a state of empty slots. The first row of each slot must begin with a real token."""
         kinds = (kind_of(self.sampling),) * self.config.slots
         return self._with_kinds(self._start(self.config), kinds)
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
-        """Features of frames of any sizes, from any streams; those of one size are encoded in batches.
+        """Encodes frames of any sizes, from any streams; frames of one size are batched.
 
         The result may be padded; index `i` belongs to frame `i`.
         """
         return self.frame_encoder.encode(frames)
 
     def send(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Strips:
-        """Starts the transfer of frames of one size, at most a batch, for `encode_sent`."""
+        """Starts the transfer of frames of one size, at most one batch, for `encode_sent`."""
         return self.frame_encoder.send(frames, ahead=True)
 
     def encode_sent(self, sent: Strips) -> Float[Array, "P N D"]:
-        """Features of frames that were sent before; the result may be padded."""
+        """Encodes frames that `send` has sent; the result may be padded."""
         return self.frame_encoder.encode_sent(sent)
 
     def distance(
@@ -269,7 +268,7 @@ class Engine:
         after: Float[Array, "Q N D"],
         index_after: int,
     ) -> float:
-        """Waits for the features of two encoded frames; their distance by `feature_distance`."""
+        """Distance of two encoded frames by `feature_distance`; blocks until their features are ready."""
         return float(
             _distance(pick_frame(before, np.int32(index_before)), pick_frame(after, np.int32(index_after)))
         )
@@ -280,12 +279,12 @@ class Engine:
         rows: Sequence[Row[int] | None],
         features: Float[Array, "P N D"] | list[Float[Array, "P N D"]] | None = None,
     ) -> tuple[EngineState, Sampled]:
-        """Appends a row to each slot and samples its next token; slots whose row is None stand still.
+        """Appends a row to each slot and samples its next token; slots whose row is None are unchanged.
 
         Args:
           state: is donated.
           rows: one for each slot, at least one of them not None; the caller checks that they fit.
-          features: of encoded frames, which the rows' frames index; of several batches, the frames index
+          features: of encoded frames, which the rows' frames index; given several batches, the frames index
             their concatenation.
         """
         given = self._no_frame if features is None else features
@@ -303,20 +302,20 @@ class Engine:
     def _append(
         self, state: EngineState, rows: Mapping[int, Row[int]], batches: Sequence[Float[Array, "P N D"]]
     ) -> tuple[EngineState, Int[Array, " B"]]:
-        """Runs one step, for which there is a program, and samples."""
+        """Runs one step whose shape has a compiled program, and samples."""
         slots = self.config.slots
         features = None
         if all(row.is_decode for row in rows.values()):
-            # The most frequent step, whose arguments stay on the device.
+            # The most frequent step: its arguments are cached on the device.
             taking_part = tuple(sorted((slot, row.new_turn) for slot, row in rows.items()))
             shape, packed = self._decode_arguments(taking_part)
         else:
             arguments, index = step_arguments(rows, slots, self.tokenizer.special.image)
             shape, packed = arguments.shape, pack(arguments, slots)
-            # Gathered beforehand, so that one program serves any number of encoded frames. A few tokens go
-            # to a program with room for frames, whether there are any or not.
+            # Gathered before the step, so that one program serves any number of encoded frames. Short rows of
+            # tokens use a program with room for frames, with or without frames.
             features = None if index is None else gather_all(batches, index)
-        # How much sampling computes is up to the slot that asks for most.
+        # The slot with the most expensive sampling decides the program.
         return self._run(state, shape, packed, features, max(state.kinds[slot] for slot in rows))
 
     def _run(
@@ -343,7 +342,7 @@ class Engine:
         return dataclasses.replace(state, pending=pending), tokens
 
     def _compact(self, state: EngineState, slot: int, row: Row) -> EngineState:
-        """Makes the room that a row asks for."""
+        """Runs the compactions that a row requires."""
         if row.compact is not None:
             policy = make_policy(row.compact.memory, self.model_config, row.compact.frames)
             assert policy is not None, "with the policy full there is no compaction to ask for"
@@ -356,19 +355,19 @@ class Engine:
         return state
 
     def _change(self, program: Callable[..., list[jax.Array]], state: EngineState, *arguments) -> EngineState:
-        """Calls a program that changes a state."""
+        """Calls a program that updates a state."""
         arrays = program(dataclasses.replace(state, kinds=()), *arguments)
         return self._with_kinds(arrays, state.kinds)
 
     def _with_kinds(self, arrays: Sequence[jax.Array], kinds: tuple[SamplingKind, ...]) -> EngineState:
-        """The state that a program returned as its arrays; of `kinds`, programs know nothing."""
+        """Rebuilds the state from the arrays that a program returned and `kinds`, which stay on the host."""
         return dataclasses.replace(jax.tree.unflatten(self._structure, arrays), kinds=kinds)
 
     def stream_settings(self, stream: EngineConfig) -> dict[str, Any]:
-        """Settings that a saved stream depends on, JSON-ready, by name.
+        """Settings that a saved stream depends on, by name, JSON-ready.
 
         Args:
-          stream: of `stream_config`.
+          stream: from `stream_config`.
         """
         model = dataclasses.asdict(self.model_config)
         for implementation in ("attention", "remat"):
@@ -385,7 +384,7 @@ class Engine:
         return dict(_flat_items(settings))
 
     def set_sampling(self, state: EngineState, slot: int, sampling: TokenSampling) -> EngineState:
-        """Has one slot sample in another way from the next step on.
+        """Changes how one slot is sampled, from the next step on.
 
         Args:
           state: is donated.
@@ -399,7 +398,7 @@ class Engine:
         return state.with_kind(slot, kind_of(sampling))
 
     def reset_slot(self, state: EngineState, slot: int) -> EngineState:
-        """Empties one slot, for another stream.
+        """Resets one slot to empty, for another stream.
 
         Args:
           state: is donated.
@@ -413,12 +412,12 @@ class Engine:
     def bank_vectors(
         self, state: EngineState, slot: int
     ) -> tuple[Int[Array, " S"], Float[Array, " S"] | None]:
-        """Positions and counts of the vectors in the bank of one slot, on the device; see `MemoryBank`."""
+        """Positions and counts of the vectors in one slot's bank, on the device; see `MemoryBank`."""
         bank = state.stream.bank
         return pick_slot(bank.positions, slot), None if bank.counts is None else pick_slot(bank.counts, slot)
 
     def check_slot(self, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Pads the arrays of `save_slot`, of an engine with the same `stream_settings`, for `load_slot`.
+        """Checks and pads the arrays of `save_slot`, from an engine of the same settings, for `load_slot`.
 
         Raises:
           ValueError: naming an array that does not fit.
@@ -430,7 +429,7 @@ class Engine:
 
         Args:
           state: is donated.
-          arrays: of `check_slot`.
+          arrays: from `check_slot`.
         """
         state = self._change(self._put_slot, state, np.int32(slot), list(arrays))
         saved = jax.tree.unflatten(self._structure, arrays).sampling
@@ -438,8 +437,8 @@ class Engine:
         return state.with_kind(slot, kind_of(sampling))
 
     def warm_up(self, frame_shape: tuple[int, int, int]) -> None:
-        """Compiles all programs that streams with frames of this shape run."""
-        # Compiled in threads beforehand; the calls below find the programs.
+        """Compiles all programs that streams with frames of this shape use."""
+        # Compiled in parallel threads first; the calls below hit the cache.
         with futures.ThreadPoolExecutor() as threads:
             programs = itertools.chain(self.frame_encoder.lower(frame_shape), self._lower())
             compiled = [threads.submit(program.compile) for program in programs]
@@ -459,12 +458,12 @@ class Engine:
                 features = None
                 if batch is not None and index is not None:
                     features = gather_all([batch, batch], index + len(batch))
-                # The state is passed on, so that there is never room needed for two.
+                # The state is donated along, so that memory never holds two.
                 state, tokens = self._run(state, shape, packed, features, SamplingKind.GREEDY)
                 jax.block_until_ready(tokens)
         shape = shapes(self.config.slots)[0]
         on_device, _ = self._empty_arguments(shape)
-        # After arguments on the device and after those of the host.
+        # Once with arguments on the device and once with arguments on the host.
         for kind, packed in itertools.product(SamplingKind, (on_device, np.asarray(on_device))):
             state, tokens = self._run(state, shape, packed, None, kind)
         state = self.reset_slot(state, 0)
@@ -477,7 +476,7 @@ class Engine:
             jax.block_until_ready(sampled)
 
     def _lower(self) -> Iterator[jax.stages.Lowered]:
-        """The step in each of its shapes, yet to be compiled."""
+        """Lowers the step for each of its shapes, without compiling."""
         state = jax.tree.map(lambda x: abstract(x, state_sharding(x, self.placement)), self._abstract_state)
         vectors = self.model_config.vectors_per_frame, self.model_config.decoder.hidden_size
         for shape in shapes(self.config.slots):
@@ -490,7 +489,7 @@ class Engine:
     def _empty_arguments(
         self, shape: Shape
     ) -> tuple[Int[Array, " n"] | Int[np.ndarray, " n"], Int[np.ndarray, "R F"] | None]:
-        """Packed arguments of a step in which no slot takes part, on the device or the host as in traffic."""
+        """Packed arguments of a step without active slots, on the device or host as they are when serving."""
         arguments, index = empty_arguments(shape, self.config.slots)
         packed = pack(arguments, self.config.slots)
         return packed if shape.chunks else jax.device_put(packed, self.placement), index
@@ -499,10 +498,10 @@ class Engine:
 def _decode_arguments(
     slots: int, placement: Sharding, taking_part: tuple[tuple[int, bool], ...]
 ) -> tuple[Shape, Int[Array, " n"]]:
-    """Packed arguments, on the device, of a step that appends the pending token alone to some slots.
+    """Packed arguments, on the device, of a step that appends only the pending token to some slots.
 
     Args:
-      taking_part: those slots, each with whether a turn begins.
+      taking_part: the active slots, each with whether a turn begins.
     """
     rows = {slot: Row([PENDING], new_turn=new_turn) for slot, new_turn in taking_part}
     arguments, _ = step_arguments(rows, slots, -1)
@@ -510,7 +509,7 @@ def _decode_arguments(
 
 
 def _flat_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested dicts by their dotted names, tuples as lists."""
+    """Flattens nested dicts to dotted names; tuples become lists."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flat_items(value, f"{prefix}{name}.")
@@ -524,7 +523,7 @@ def _flat[**Arguments](function: Callable[Arguments, EngineState]) -> Callable[A
 
 @jax.jit
 def gather(features: Float[Array, "P N D"], index: Int[Array, "B F"]) -> Float[Array, "B F N D"]:
-    """The features of each slot's frames."""
+    """Gathers the features of each slot's frames."""
     return features[index]
 
 
@@ -532,14 +531,14 @@ def gather(features: Float[Array, "P N D"], index: Int[Array, "B F"]) -> Float[A
 def gather_into(
     gathered: Float[Array, "B F N D"], features: Float[Array, "P N D"], index: Int[Array, "B F"]
 ) -> Float[Array, "B F N D"]:
-    """The gathered features, with those of another batch in the places whose index is not negative."""
+    """Overwrites gathered features with those of another batch wherever the index is not negative."""
     return jnp.where((index >= 0)[..., None, None], features[index], gathered)
 
 
 def gather_all(
     batches: Sequence[Float[Array, "P N D"]], index: Int[np.ndarray, "B F"]
 ) -> Float[Array, "B F N D"]:
-    """The features of each slot's frames from all batches, of whose concatenation `index` is."""
+    """Gathers the features of each slot's frames; `index` refers to the concatenation of all batches."""
     first, *others = batches
     gathered, begin = gather(first, np.where(index < len(first), index, 0)), len(first)
     for features in others:
@@ -551,13 +550,13 @@ def gather_all(
 
 @jax.jit
 def pick_frame(features: Float[Array, "P N D"], index: Int[Array, ""]) -> Float[Array, "N D"]:
-    """The features of one frame, so that their comparison is one program for any number of encoded ones."""
+    """The features of one frame, so that the comparison compiles once for any number of encoded frames."""
     return features[index]
 
 
 @jax.jit
 def pick_slot(x: Array, slot: Int[Array, ""]) -> Array:
-    """What belongs to one slot, as an array of its own."""
+    """Slices one slot out of an array."""
     return x[slot]
 
 

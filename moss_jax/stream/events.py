@@ -1,4 +1,4 @@
-"""Events of a session, each with its time on the stream's clock and on the wall's."""
+"""Events of a session, each with its stream time and its wall time."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal
@@ -23,7 +23,7 @@ class Counters:
     """Totals of a stream.
 
     Attributes:
-      frames, frames_dropped: seen by the model, and pushed out of a full inbox.
+      frames, frames_dropped: shown to the model, and dropped from a full inbox.
       frames_still, frames_alike, frames_rate: not shown to the model, by the reason of their `FrameUnseen`.
       prompts: user turns that were not empty.
       tokens: tokens of text.
@@ -44,13 +44,13 @@ class Counters:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """How fast a realtime stream was, in seconds of the wall clock; None where nothing was measured.
+    """Latency and throughput of a realtime stream, in wall-clock seconds; None where nothing was measured.
 
     Attributes:
       ttft, ttft_worst: from a prompt to the first text after it (time to first token), mean and largest.
-      frame_to_token, frame_to_token_worst: from a frame to the token that was sampled with it in sight.
+      frame_to_token, frame_to_token_worst: from a frame to the first token sampled with it in context.
       tokens_per_second: within answers.
-      bytes: that the slot of the stream holds on the device.
+      bytes: device memory of the stream's slot.
     """
 
     ttft: float | None = None
@@ -83,7 +83,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameSeen(Event):
-    """The model has seen frame number `index` of the stream, which was taken at `time`."""
+    """Frame number `index` of the stream, taken at `time`, was shown to the model."""
 
     type: ClassVar[str] = "frame"
     index: int
@@ -95,9 +95,9 @@ class FrameUnseen(Event):
     """Frame number `index` of the stream, taken at `time`, was not shown to the model (`SelectionConfig`).
 
     Attributes:
-      reason: "still" where it looks like the frame that was encoded last, "alike" where its features are like
-        those of the frame that was remembered last; its `<|image|>` token alone enters the context. "rate"
-        where it came too early; nothing enters.
+      reason: "still" if it looks like the frame that was encoded last, "alike" if its features are like those
+        of the frame that was remembered last; only its `<|image|>` token enters the context. "rate" if it
+        came too early; nothing enters the context.
     """
 
     type: ClassVar[str] = "unseen"
@@ -108,7 +108,7 @@ class FrameUnseen(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameDropped(Event):
-    """A frame that was taken at `time` was pushed out of a full inbox by a newer one; it has no number."""
+    """A frame taken at `time` was dropped from a full inbox for a newer one; it has no number."""
 
     type: ClassVar[str] = "dropped"
     time: float
@@ -116,7 +116,7 @@ class FrameDropped(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FramesSkipped(Event):
-    """The file has `count` frames from `time` on that cannot be decoded, and the frame before them stayed."""
+    """The file has `count` undecodable frames from `time` on; the frame before them stayed in view."""
 
     type: ClassVar[str] = "skipped"
     time: float
@@ -125,7 +125,7 @@ class FramesSkipped(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Turn(Event):
-    """A user turn has entered the context, and the assistant's has begun."""
+    """A user turn has entered the context, and the assistant's turn has begun."""
 
     type: ClassVar[str] = "turn"
     prompt: str
@@ -164,10 +164,10 @@ class TurnLimit(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NearCapacity(Event):
-    """The stream ends soon: of a capacity that will end it, `left` of `capacity` are left.
+    """The stream will end soon: `left` of `capacity` remain of a capacity that ends it when full.
 
     Attributes:
-      setting: the field of `EngineConfig`, in frames or in tokens.
+      setting: the field of `EngineConfig`, in frames or tokens.
     """
 
     type: ClassVar[str] = "near_capacity"
@@ -178,7 +178,7 @@ class NearCapacity(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NotAsked(Event):
-    """A prompt that was due at `time` is not asked, because the stream ends before; comes before `End`."""
+    """A prompt that was due at `time` is not asked, because the stream ends first; precedes `End`."""
 
     type: ClassVar[str] = "not_asked"
     prompt: str
@@ -187,7 +187,7 @@ class NotAsked(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Failed(Event):
-    """An error, named by `message`, ends the stream; comes before `End`."""
+    """An error, described by `message`, ends the stream; precedes `End`."""
 
     type: ClassVar[str] = "failed"
     message: str
@@ -195,13 +195,13 @@ class Failed(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class End(Event):
-    """The slot's stream is over; no more events of it follow.
+    """The slot's stream is over; its last event.
 
     Attributes:
-      reason: "finished" where the input is over, "stopped" by the caller, "text_capacity" and "bank_capacity"
-        where the slot has no room for more (`EngineConfig`), "not_finite" where the logits hold NaN or an
-        infinity, "token_limit" where an offline answer has reached its `max_tokens`, "idle" and "lifetime" by
-        the limits of `SessionConfig`, "failed" by an error.
+      reason: "finished" at the end of the input, "stopped" by the caller, "text_capacity" or "bank_capacity"
+        when the slot is full (`EngineConfig`), "not_finite" when the logits hold NaN or an infinity,
+        "token_limit" when an offline answer has reached its `max_tokens`, "idle" or "lifetime" by the
+        timeouts of `SessionConfig`, "failed" by an error.
       figures: of a realtime stream.
     """
 

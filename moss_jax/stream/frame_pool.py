@@ -1,4 +1,4 @@
-"""Memory for the frames that wait in inboxes, used again."""
+"""Buffer pool for the frames that are queued in inboxes."""
 
 import sys
 import threading
@@ -6,16 +6,16 @@ import threading
 import numpy as np
 from jaxtyping import UInt8
 
-# Frames that are kept for use again; those of more streams that wait at once are allocated as usual.
+# Maximum number of pooled buffers; frames beyond that are allocated as usual.
 MOST = 16
 
 
 class FramePool:
-    """Copies frames into memory that earlier copies have left.
+    """Copies frames into buffers of earlier copies that are no longer in use.
 
-    Of a fresh allocation of some megabytes, each page faults at its first write, which can take ten times as
-    long as the copy. A copy is in use for as long as anything refers to it: an inbox, or JAX until it has
-    transferred it.
+    In a fresh allocation of some megabytes, each page faults at its first write, which can take ten times as
+    long as the copy. A buffer is in use as long as anything refers to it: an inbox, or JAX until it has
+    transferred the frame.
     """
 
     def __init__(self):
@@ -23,7 +23,7 @@ class FramePool:
         self._lock = threading.Lock()
 
     def copy(self, frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-        """A contiguous copy of a frame; any thread may call this."""
+        """Returns a contiguous copy of a frame; thread-safe."""
         copied = self._unused(frame.shape)
         np.copyto(copied, frame)
         return copied
@@ -39,9 +39,9 @@ class FramePool:
 
 
 def _references(frames: list[np.ndarray]) -> list[int]:
-    """References to each frame, those of the list and of this function included."""
+    """Reference count of each frame, including the references of the list and of this function."""
     return [sys.getrefcount(frame) for frame in frames]
 
 
-# Of a frame that nobody else refers to; how many that are depends on the version of Python.
+# Reference count of a frame in no other use; the number depends on the version of Python.
 UNUSED = _references([np.empty(0)])[0]

@@ -1,4 +1,4 @@
-"""The limits of one stream: its memory policy, and its share of a slot's buffers."""
+"""Per-stream limits: the memory policy, and the share of a slot's buffers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ def stream_config(
     *,
     model: ModelConfig | None = None,
 ) -> EngineConfig:
-    """The config of an engine with the limits that one of its streams is to keep.
+    """The config of an engine, narrowed to the limits of one of its streams.
 
-    A `Conversation` or `SlotContents` that is given it plans with the stream's own numbers; the engine's
-    buffers and programs stay what they are.
+    A `Conversation` or `SlotContents` plans with these limits; the engine's buffers and programs do not
+    change.
 
     Args:
       memory: of the stream; None for the engine's.
-      bank_capacity: whole frames that the stream may have in the bank; None for all that there is room for.
-      text_capacity: tokens that it may have in the text cache; None likewise.
-      model: if given, it is checked that the bank is not too small for the policy.
+      bank_capacity: whole frames that the stream may have in the bank; None for the engine's.
+      text_capacity: tokens that it may have in the text cache; None for the engine's.
+      model: if given, checks that the bank is not too small for the policy.
 
     Raises:
-      ConfigError: a capacity is beyond the engine's, the engine has no program for the policy or stores the
+      ConfigError: a capacity exceeds the engine's, the engine has no program for the policy or stores the
         bank in another dtype, or the bank is too small for the policy.
     """
     memory = memory or engine.memory
@@ -60,10 +60,11 @@ def stream_config(
 def saved_config(engine: EngineConfig, settings: Mapping[str, Any]) -> EngineConfig:
     """The `stream_config` of a saved stream.
 
-    If the engine has no room or no policy for it, its own config, so that the settings differ.
+    Falls back to the engine's own config if it has no room or no policy for the stream; the check of the
+    settings then reports the difference.
 
     Args:
-      settings: of `Engine.stream_settings`, as they have been saved.
+      settings: from `Engine.stream_settings`, as saved.
     """
     fields = {field.name for field in dataclasses.fields(MemoryConfig)}
     memory: dict[str, Any] = {name: settings.get(f"memory.{name}") for name in fields}

@@ -1,4 +1,4 @@
-"""What the memory bank of a stream holds of which moment.
+"""Which moments of a stream its memory bank holds, and how many vectors of each.
 
 S vectors
 """
@@ -17,12 +17,12 @@ from moss_jax.memory.bank import NO_POSITION
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """Vectors that the bank holds of one frame, or of some that were merged.
+    """The vectors in the bank of one frame, or of several that were merged.
 
     Attributes:
       time: seconds of the stream at which the frame was taken.
-      vectors: that the bank holds.
-      frames: that they stand for.
+      vectors: number of vectors in the bank.
+      frames: number of frames that they stand for.
     """
 
     time: float
@@ -31,17 +31,17 @@ class Moment:
 
 
 class FrameTimes(NamedTuple):
-    """When frames were taken, in seconds of the stream, by their positions in its context, which ascend."""
+    """Stream times of frames in seconds, and their positions in the context, ascending."""
 
     positions: Int[np.ndarray, " F"]
     times: Float[np.ndarray, " F"]
 
 
 class Moments:
-    """Times of the frames that a stream has been shown: 16 bytes each, since there is no end of them.
+    """Times of the frames shown in a stream: 16 bytes each and bounded, since a stream never ends.
 
     Args:
-      most: of the latest that are kept; a quarter more before the oldest go.
+      most: number of latest frames to keep; the oldest are dropped once there are a quarter more.
     """
 
     def __init__(self, most: int = 1 << 16):
@@ -49,24 +49,24 @@ class Moments:
         self._most = most
 
     def add(self, position: int, time: float) -> None:
-        """Notes a frame; positions ascend."""
+        """Records a frame; positions ascend."""
         self._positions.append(position)
         self._times.append(time)
         if len(self._positions) > self._most + self._most // 4:
             del self._positions[: -self._most], self._times[: -self._most]
 
     def forget(self, position: int) -> None:
-        """Takes a frame back that the model was not shown after all."""
+        """Removes a frame that was not shown to the model after all."""
         index = bisect.bisect_left(self._positions, position)
         if self._positions[index : index + 1] == array("q", [position]):
             del self._positions[index], self._times[index]
 
     def times(self) -> FrameTimes:
-        """A copy of what is known."""
+        """Returns a copy of the known times."""
         return FrameTimes(np.array(self._positions), np.array(self._times))
 
     def save(self, positions: Int[np.ndarray, " S"]) -> dict[str, np.ndarray]:
-        """The frames of which a bank holds something, as arrays for a file.
+        """The frames that a bank still holds vectors of, as arrays for a file.
 
         Args:
           positions: of the vectors in the bank.
@@ -79,7 +79,7 @@ class Moments:
         }
 
     def resume(self, saved: Mapping[str, np.ndarray]) -> None:
-        """Goes on with what `save` has returned; files of earlier versions have none of it."""
+        """Restores what `save` returned; files of earlier versions do not have it."""
         if "moments.positions" in saved:
             self._positions = array("q", saved["moments.positions"].tolist())
             self._times = array("d", saved["moments.times"].tolist())
@@ -87,12 +87,12 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class BankView:
-    """The vectors of a bank at one moment, yet to be copied from the device, and what their positions mean.
+    """A snapshot of a bank's vectors, not yet copied from the device, with the times of their frames.
 
     Attributes:
-      positions: of the vectors; NO_POSITION where there is none.
-      counts: vectors that each stands for; None where nothing is merged.
-      frames: that the stream has been shown.
+      positions: of the vectors; NO_POSITION in empty places.
+      counts: number of vectors that each stands for; None if nothing is ever merged.
+      frames: times of the frames shown in the stream.
       vectors_per_frame: of a whole frame.
     """
 
@@ -102,9 +102,9 @@ class BankView:
     vectors_per_frame: int
 
     def moments(self) -> list[Moment]:
-        """The moments in the bank, the oldest first; waits for the device.
+        """The moments in the bank, oldest first; blocks on the device.
 
-        A vector whose frame is not known counts as of the last one before that is.
+        A vector whose frame is not known counts towards the last known frame before it.
         """
         positions = np.asarray(self.positions)
         in_use = positions != NO_POSITION

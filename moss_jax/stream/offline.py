@@ -1,4 +1,4 @@
-"""Offline use of an engine: the whole clip first, then the answer."""
+"""Offline inference: prefill a whole clip, then decode the answer."""
 
 import itertools
 import time
@@ -29,18 +29,18 @@ def answer_offline(
 ) -> Iterator[Event]:
     """Prefills slot 0 with a clip and a prompt about it, then decodes the answer.
 
-    A clip that is longer than the capacities goes through the memory of a live stream: the bank is compacted,
-    tokens are evicted, as the engine's `MemoryConfig` says.
+    A clip beyond the capacities is handled as in a live stream: the bank is compacted and tokens are evicted
+    according to the engine's `MemoryConfig`.
 
     Args:
       frames: of the clip, in order of time. They are read as the clip is encoded, so that a long one from an
         iterator is never in memory as a whole.
-      num_frames: how many an iterator has, if that is known, to refuse at once what will not fit.
+      num_frames: length of an iterator, if known, so that a clip that cannot fit is refused at once.
       system: system prompt; None for none, as offline dialogues are trained.
       max_tokens: limit on the answer.
 
     Raises:
-      SessionError: the clip and the prompt don't fit capacities that may forget nothing, the prompt alone
+      SessionError: the clip and the prompt exceed capacities and nothing may be forgotten, the prompt alone
         doesn't fit, or there is no frame.
     """
     special = engine.tokenizer.special
@@ -63,7 +63,7 @@ def _answer(
     after: list[int],
     max_tokens: int,
 ) -> Iterator[Event]:
-    """The events of an answer.
+    """Yields the events of an answer.
 
     Args:
       before, after: tokens around the frames.
@@ -78,8 +78,8 @@ def _answer(
     contents = SlotContents(capacity)
     state, sampled, end_time, num_frames = engine.start(), None, 0.0, 0
     for part, is_last in _in_chunks(frames, FRAME_BUCKETS[-1]):
-        # Of the chunk before, whose end is waited for while this one is under way: frames are read while the
-        # device encodes, but never far ahead of it.
+        # The previous chunk, which is awaited while this one is in flight: frames are read while the device
+        # encodes, but never far ahead of it.
         waited = sampled
         features = engine.encode([frame.rgb for frame in part])
         parts = [] if num_frames else [Part(before, Kind.PINNED)]
@@ -124,7 +124,7 @@ def _answer(
 
 
 def _in_chunks(frames: Iterable[Frame], size: int) -> Iterator[tuple[list[Frame], bool]]:
-    """Chunks of frames, each with whether it is the last."""
+    """Yields chunks of frames, each with whether it is the last."""
     frames = iter(frames)
     following = next(frames, None)
     while following is not None:
@@ -134,7 +134,7 @@ def _in_chunks(frames: Iterable[Frame], size: int) -> Iterator[tuple[list[Frame]
 
 
 def _plans(contents: SlotContents, parts: list[Part]) -> Iterator[Plan]:
-    """The rows of frames that are encoded together, and the tokens around them.
+    """Plans the rows of frames that are encoded together, and of the tokens around them.
 
     Raises:
       SessionError: there is no room, and nothing may be forgotten.

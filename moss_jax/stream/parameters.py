@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-# Numbers of a parameter that is always a constant, whatever its axes.
+# A parameter of at most this many elements is always embedded as a constant, whatever its axes.
 SMALL = 2**13
 
 
@@ -17,11 +17,11 @@ def functionalize(
 
     JAX flattens a list in C++ at every call, an `nnx.State` in Python; and each array in it costs the host a
     microsecond or two. Norms, biases, gates and scales are many and small, so they are constants of the
-    program and not arguments. They are numpy's, so that Python's operators on them are evaluated while the
-    program is traced: XLA would not fold the product of a constant and a broadcast scale.
+    program and not arguments. They are numpy arrays, so that Python's operators on them are evaluated at
+    trace time: XLA would not fold the product of a constant and a broadcast scale.
 
     Args:
-      uses: the parameters that the call uses; of the others only the shapes are kept.
+      uses: filter of the parameters that the call uses; only the shapes of the others are kept.
 
     Returns:
       The parameters, and `pure(parameters, *arguments)`.

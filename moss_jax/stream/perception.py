@@ -1,4 +1,4 @@
-"""Encoding of frames: batches of a few sizes, each sent to the device while the one before is encoded.
+"""Frame encoding in bucketed batches, each transferred while the previous one is encoded.
 
 P encoded frames, N vectors a frame, D width
 """
@@ -23,12 +23,12 @@ from moss_jax.stream.placement import abstract, place, traced_on
 from moss_jax.stream.rows import bucket
 from moss_jax.video import preprocess
 
-# Batch sizes that programs are compiled for: for a single stream, and for several.
+# Batch sizes that programs are compiled for: a single frame, and larger batches.
 ENCODE_BUCKETS = (1, 8, 32)
 SHARED_BUCKETS = (1, 2, 4, 8, 16, 32)
-# Frames of a small batch, by which many frames begin.
+# Size of the small batch that comes first when there are many frames.
 FEW = 8
-# Strips that a frame is cut into when it is sent alone.
+# Number of strips that a frame is cut into when it is sent alone.
 STRIPS = 4
 
 # A batch of frames, each as a list of strips.
@@ -38,13 +38,13 @@ type Strips = list[list[np.ndarray]] | list[list[jax.Array]]
 class FrameEncoder:
     """Vision encoder, compressor and projector with their compiled programs.
 
-    Two programs, so that the device preprocesses while the host spends its millisecond on launching the
-    encoder.
+    Preprocessing and encoder are two programs, so that the device preprocesses during the millisecond that
+    the host takes to launch the encoder.
 
     Args:
       model: its decoder is not kept.
       placement: of the parameters; frames are encoded there, each on every device of a mesh.
-      output: where the features go.
+      output: placement of the features.
       buckets: batch sizes, ascending; 1 and `FEW` among them.
 
     Attributes:
@@ -80,12 +80,12 @@ class FrameEncoder:
             sent = collections.deque(itertools.islice(batches, 1))
             while sent:
                 parts.append(self.encode_sent(sent.popleft()))
-                # A transfer waits for the programs called before it, so from the second batch on, the frames
-                # of the next are sent before one is encoded.
+                # A transfer waits for the programs launched before it, so each further batch is sent before
+                # the previous one is encoded.
                 sent.extend(itertools.islice(batches, 2 - len(sent)))
         if len(parts) == 1:
             return parts[0]
-        # Padded to a power of two, so that programs see few sizes.
+        # Padded to a power of two, so that few sizes are compiled.
         features = jnp.concatenate(parts)
         padding = (1 << (len(features) - 1).bit_length()) - len(features)
         return jnp.pad(features, ((0, padding), (0, 0), (0, 0)))
@@ -94,23 +94,23 @@ class FrameEncoder:
         """Sends a batch of frames of one size, padded to a bucket with copies of the first.
 
         Args:
-          ahead: whether programs are called between this and `encode_sent`.
+          ahead: whether other programs are launched between this and `encode_sent`.
         """
         size = bucket(len(frames), self.buckets)
         strips = in_strips(frames)
         # A single frame stays on the host until the program is called, since `device_put` costs half a
-        # millisecond of Python; of several, the first is sent once, however often it pads.
+        # millisecond of Python; in a batch, the first frame is sent once, however often it pads.
         if size > 1 or ahead:
             strips = jax.device_put(strips, self._placement)
         return strips + [strips[0]] * (size - len(frames))
 
     def encode_sent(self, strips: Strips) -> Float[Array, "P N D"]:
-        """Features of a batch that `send` returned."""
+        """Encodes a batch that `send` returned."""
         features = self._encode(self._parameters, self._pixels(strips))
         return features if self._placement == self._output else jax.device_put(features, self._output)
 
     def measure(self, frame_shape: tuple[int, int, int]) -> None:
-        """Times each of the compiled batch sizes once its frames are on the device, for `largest_batch`."""
+        """Times each compiled batch size with its frames already on the device, for `largest_batch`."""
         frame = np.zeros(frame_shape, np.uint8)
         for size in self.buckets:
             for _ in range(2):  # The first call is slower.
@@ -120,22 +120,22 @@ class FrameEncoder:
                 self._seconds[size] = time.perf_counter() - started
 
     def largest_batch(self, seconds: float) -> int:
-        """The largest batch size that takes at most this time; 1 where none does, or none was measured."""
+        """The largest batch size that takes at most this time; 1 if none does, or none was measured."""
         if seconds == math.inf:
             return self.buckets[-1]
         return max((size for size, taken in self._seconds.items() if taken <= seconds), default=1)
 
     @property
     def warm_counts(self) -> list[int]:
-        """Numbers of frames that between them need all programs: the buckets, and several batches."""
-        # Up to a large batch behind a small one, with any rest: the features of batches are concatenated.
+        """Numbers of frames that together exercise all programs: the buckets, and several batches."""
+        # Up to a small batch and a large one, with any remainder: the features of batches are concatenated.
         several = range(FEW, FEW + self.buckets[-1] + 1, FEW)
         rests = (0, *(size for size in self.buckets if size < FEW))
         most_small = FEW + self.buckets[-1] - 1
         return sorted({*self.buckets, most_small, *(count + rest for count in several for rest in rests)})
 
     def lower(self, frame_shape: tuple[int, int, int]) -> Iterator[jax.stages.Lowered]:
-        """The programs for frames of one shape, yet to be compiled."""
+        """Lowers the programs for frames of one shape, without compiling."""
         frame = np.zeros(frame_shape, np.uint8)
         batches = [abstract(in_strips([frame] * size), self._placement) for size in self.buckets]
         for batch in batches:
@@ -146,10 +146,10 @@ class FrameEncoder:
 
 
 def split_batches(frames: Sequence[np.ndarray], most: int) -> Iterator[Sequence[np.ndarray]]:
-    """Cuts frames into batches of `most` and of `FEW`, and a rest.
+    """Splits frames into batches of `most` and of `FEW`, and a remainder.
 
-    Small batches come first, so that the device begins soon and is busy while many frames are on their way:
-    a large batch always follows a small one.
+    Small batches come first, at least one if there is a large one, so that the device starts early and is
+    busy during the transfer of the large ones.
     """
     large = max(len(frames) - FEW, 0) // most
     small, rest = divmod(len(frames) - large * most, FEW)
@@ -159,9 +159,9 @@ def split_batches(frames: Sequence[np.ndarray], most: int) -> Iterator[Sequence[
 
 
 def in_strips(frames: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """Frames as they are sent to the device, each on its own: the host does not copy them into one array.
+    """Splits frames for the transfer: one array per frame, which saves the host a copy into a batch.
 
-    A frame alone is cut into strips, so that one is prepared while the one before is on its way.
+    A frame alone is cut into strips, so that one is prepared while the previous one is in transit.
     """
     if len(frames) > 1:
         return [[frame] for frame in frames]
@@ -170,17 +170,17 @@ def in_strips(frames: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 
 def to_pixels(config: VisionConfig, dtype: DTypeLike, frames: Strips) -> Float[Array, "P S S 3"]:
-    """Resized, padded and normalised pixels of frames in strips."""
+    """Resizes, pads and normalises frames given as strips."""
 
     def fitted(strips):
         frame = strips[0]
         if len(strips) > 1:
-            # Concatenated once, and not again wherever a pixel is read.
+            # The barrier keeps XLA from fusing the concatenation into every read of a pixel.
             frame = jax.lax.optimization_barrier(jnp.concatenate(strips))
         pixels = preprocess(frame, image_size=config.image_size, mean=config.image_mean, std=config.image_std)
         return pixels.astype(dtype)
 
-    # Each frame is written to its place: stacking them takes another pass, and a slow one.
+    # Each frame is written to its place in the batch: stacking them takes another, slow pass.
     size = config.image_size
     pixels = jnp.zeros((len(frames), size, size, 3), dtype)
     for index, strips in enumerate(frames):

@@ -12,7 +12,7 @@ from moss_jax.sharding import named_sharding
 
 
 def placement_of(parameters: Sequence[jax.Array]) -> SingleDeviceSharding | NamedSharding:
-    """The device of these parameters or, if they are on a mesh, whole copies on all of its devices."""
+    """The device of these parameters or, if they are on a mesh, a replicated sharding over it."""
     sharding = parameters[0].sharding
     if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
         return NamedSharding(sharding.mesh, PartitionSpec())
@@ -28,14 +28,14 @@ def mesh_of(placement: Sharding) -> Mesh | None:
 
 
 def place(parameters: Sequence[jax.Array], placement: Sharding) -> Sequence[jax.Array]:
-    """Moves parameters to a device; on a mesh they stay split as they are."""
+    """Moves parameters to a device; on a mesh they keep their sharding."""
     return parameters if mesh_of(placement) else jax.device_put(parameters, placement)
 
 
 def traced_on[**Arguments, Result](
     placement: Sharding, function: Callable[Arguments, Result]
 ) -> Callable[Arguments, Result]:
-    """A function to jit, in which the placement's mesh is in use; calls need not set it."""
+    """Wraps a function for jit so that it is traced under the placement's mesh; callers need not set it."""
     mesh = mesh_of(placement)
     if not mesh:
         return function
@@ -48,12 +48,12 @@ def traced_on[**Arguments, Result](
 
 
 def abstract(tree, placement: Sharding):
-    """Shapes and dtypes of arrays with one placement, to lower programs with."""
+    """Abstract arrays of the same shapes and dtypes with one placement, for lowering programs."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)
 
 
 def state_sharding(x: jax.Array, placement: Sharding) -> Sharding:
-    """Of keys and values [B, K, rows, D], or of another array of a state, [B, ...]: by slot, and by head."""
+    """Sharding of keys and values [B, K, rows, D] by slot and head, or of another state array, [B, ...]."""
     axes = ("batch", "kv_heads", None, None) if x.ndim == 4 else ("batch", *[None] * (x.ndim - 1))
     mesh = mesh_of(placement)
     return named_sharding(axes, x.shape, mesh) if mesh else placement

@@ -1,4 +1,4 @@
-"""The rows that a step appends, cut and packed to the shapes that programs are compiled for.
+"""The rows that a step appends, split and packed to the bucketed shapes that programs are compiled for.
 
 B slots, C chunks of W tokens, R rows of F frames, P encoded frames, N vectors a frame, D width
 """
@@ -16,17 +16,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moss_jax.config import MemoryConfig
 
-# Placeholder in a row for the token that the step before has sampled.
+# Placeholder in a row for the token that the previous step sampled.
 PENDING = -1
 
-# Sizes that the rows of a single slot are padded to, one compiled program for each. Longer rows are cut. The
-# largest token bucket holds the largest frame bucket with 64 other tokens.
+# Sizes that the rows of a single slot are padded to, one compiled program for each. Longer rows are split.
+# The largest token bucket holds the largest frame bucket with 64 other tokens.
 TOKEN_BUCKETS = (2, 4, 16, 64, 320)
 FRAME_BUCKETS = (1, 8, 32, 256)
-# Tokens of a chunk where there are several slots.
+# Tokens per chunk if there are several slots.
 WIDTH = 16
-# Slots from which on there are programs in which a quarter of them decode: with fewer, reading the weights
-# takes most of a step, however many rows there are.
+# Number of slots from which on there are also programs that decode a quarter of them: with fewer, reading
+# the weights takes most of a step, however many rows there are.
 MANY_SLOTS = 32
 
 
@@ -36,7 +36,7 @@ class Compaction:
 
     Attributes:
       memory: the policy and its settings.
-      frames: whole frames that the stream may have in the bank; at most those that the slot has room for.
+      frames: whole frames that the stream may have in the bank; at most the capacity of the slot.
     """
 
     memory: MemoryConfig
@@ -45,7 +45,7 @@ class Compaction:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A frame's features: an index into those of its batch."""
+    """Features of one frame: a batch of features and an index into it."""
 
     features: Float[Array, "P N D"]
     index: int
@@ -59,8 +59,8 @@ class Row[Frame]:
       tokens: may begin with PENDING.
       frames: for each `<|image|>` among the tokens, in order, its frame, or None for a token without one;
         empty if none has one. A step takes the index of each among the encoded features.
-      new_turn: whether the repetition penalty starts afresh.
-      compact: of the slot's bank, before the row; None for none.
+      new_turn: whether the repetition penalty is reset.
+      compact: compaction of the slot's bank before the row; None for none.
       kept: indices of the tokens that stay in the slot's text cache, ascending; None for all.
     """
 
@@ -71,7 +71,7 @@ class Row[Frame]:
     kept: Sequence[int] | None = None
 
     def placed(self, image: int) -> dict[int, Frame]:
-        """The frames by the offsets of their tokens in the row."""
+        """The frames, keyed by the offsets of their tokens in the row."""
         if not self.frames:
             return {}
         offsets = [i for i, token in enumerate(self.tokens) if token == image]
@@ -80,11 +80,11 @@ class Row[Frame]:
 
     @property
     def is_decode(self) -> bool:
-        """Whether it appends the pending token alone."""
+        """Whether it appends only the pending token."""
         return not self.frames and list(self.tokens) == [PENDING]
 
     def cut(self, length: int, image: int) -> "tuple[Row[Frame], Row[Frame]]":
-        """The first `length` tokens with what comes before a row, and the others."""
+        """Splits the row after `length` tokens; the first part keeps the compactions."""
         if length >= len(self.tokens):
             return self, Row([])
         first, rest = self.tokens[:length], self.tokens[length:]
@@ -100,15 +100,15 @@ def _any_frame[Frame](frames: Sequence[Frame | None]) -> Sequence[Frame | None]:
 
 
 class Shape(NamedTuple):
-    """What the program of a step has room for.
+    """The shape that the program of a step is compiled for.
 
-    With one slot a row is a chunk, and the pending token alone is a decode row. With more, every step has
-    decode rows, and chunks are of whichever slots have more to append; a slot may have several.
+    With one slot, a row is a chunk, and a pending token alone is a decode row. With more, every step has
+    decode rows, and chunks belong to whichever slots have more to append; a slot may have several.
 
     Attributes:
-      decode: rows of a pending token alone: one for each slot, or fewer.
-      chunks, width: rows of prompt and frame tokens, and the tokens of each.
-      frames: over all chunks.
+      decode: number of decode rows, each of one pending token: one per slot, or fewer.
+      chunks, width: number of rows of prompt and frame tokens, and tokens per row.
+      frames: number of frames over all chunks.
     """
 
     decode: int = 0
@@ -118,18 +118,18 @@ class Shape(NamedTuple):
 
 
 def decode_counts(slots: int) -> tuple[int, ...]:
-    """Decode rows that programs have room for; where there are many slots, few of them may talk."""
+    """Bucket sizes for decode rows; of many slots, only a few may be talking."""
     return (slots // 4, slots) if slots >= MANY_SLOTS else (slots,)
 
 
 def shapes(slots: int) -> tuple[Shape, ...]:
-    """Shapes that steps over this number of slots have, one compiled program each; smaller ones first."""
+    """Shapes of the steps over this number of slots, one compiled program each; smaller ones first."""
     if slots == 1:
         text = [Shape(0, 1, width) for width in TOKEN_BUCKETS]
         framed = [Shape(0, 1, _token_room(frames), frames) for frames in FRAME_BUCKETS]
         return (Shape(1), *text, *framed)
     counts = (1, 2, 4, 8, 16, 32)
-    # The frame of a slot and the token before it; then chunks of prompts.
+    # One frame per slot with the token before it; then chunks of prompts.
     short = [(count, 2, count) for count in counts if count < 2 * slots]
     long = [(count, WIDTH, frames) for count in (1, 4, 16) for frames in (0, count)]
     return tuple(
@@ -140,7 +140,7 @@ def shapes(slots: int) -> tuple[Shape, ...]:
 def first_step[Frame](
     rows: Mapping[int, Row[Frame]], slots: int, image: int
 ) -> tuple[dict[int, Row[Frame]], dict[int, Row[Frame]]]:
-    """What the next step appends of the rows of some slots, those named first before others; and the rest.
+    """Splits rows into what the next step appends, with priority in the order given, and the remainder.
 
     Args:
       rows: by slot.
@@ -160,7 +160,7 @@ def first_step[Frame](
             now[slot] = row
             continue
         placed = list(row.placed(image))
-        # Up to the first frame for which there is no room.
+        # Up to the first frame that does not fit.
         fitting = placed[frames] if len(placed) > frames else len(row.tokens)
         length = min(fitting, chunks * width)
         piece, rest = row.cut(length, image)
@@ -176,12 +176,12 @@ def first_step[Frame](
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepFrames:
-    """The frames of one step, in rows like those of its tokens.
+    """The frames of one step, in rows that match those of its tokens.
 
     Attributes:
       features: None until they are gathered from the encoded frames.
       offset: of each frame's `<|image|>` token among the tokens that the step appends to its slot.
-      count: frames of each row.
+      count: number of frames in each row.
       slots, before: as in `memory.remember_frames`.
     """
 
@@ -195,7 +195,7 @@ class StepFrames:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """Rows of tokens of one step, of one length; see `nn.decoder.Rows`."""
+    """Rows of tokens of one step, all of the same length; see `nn.decoder.Rows`."""
 
     tokens: Int[Array, "C W"] | Int[np.ndarray, "C W"]
     count: Int[Array, " C"] | Int[np.ndarray, " C"]
@@ -209,12 +209,12 @@ class StepArguments:
     """Arguments of a step.
 
     Attributes:
-      takes: slots that take part.
-      decode: rows of a pending token alone; None if there are none.
+      takes: mask of the slots that take part.
+      decode: rows of one pending token; None if there are none.
       chunks: rows of prompt and frame tokens; None if there are none.
-      frames: None if the step has no room for any.
-      speaks: slots whose pending token is appended.
-      new_turn: slots whose repetition penalty starts afresh.
+      frames: None if the shape has no room for any.
+      speaks: mask of the slots whose pending token is appended.
+      new_turn: mask of the slots whose repetition penalty is reset.
       last: index of each slot's last token among all tokens of the step, decode rows first.
     """
 
@@ -228,7 +228,7 @@ class StepArguments:
 
     @property
     def shape(self) -> Shape:
-        """What it has room for."""
+        """The shape of the step."""
         chunks, width = self.chunks.tokens.shape if self.chunks else (0, 0)
         frames = self.frames.offset.size if self.frames else 0
         return Shape(len(self.decode.tokens) if self.decode else 0, chunks, width, frames)
@@ -269,14 +269,14 @@ def empty_arguments(shape: Shape, slots: int) -> tuple[StepArguments, Int[np.nda
 def step_arguments(
     rows: Mapping[int, Row[int]], slots: int, image: int
 ) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
-    """Packs rows into the arguments of one step, of the smallest shape that has room.
+    """Packs rows into the arguments of one step of the smallest shape that fits.
 
     Args:
-      rows: by slot, of `first_step`.
+      rows: by slot, from `first_step`.
       image: id of the `<|image|>` token.
 
     Returns:
-      The arguments, and the index of each of the frames among the encoded ones; None if there is none.
+      The arguments, and the index of each frame among the encoded ones; None if there are no frames.
     """
     shape = _smallest(rows, slots, image)
     a, index = empty_arguments(shape, slots)
@@ -314,10 +314,10 @@ def step_arguments(
 
 
 def pack(arguments: StepArguments, slots: int) -> Int[np.ndarray, " n"]:
-    """The numbers of a step's arguments in one array, the slots that take part first.
+    """Packs a step's arguments into one integer array, the slots that take part first.
 
-    It has one length for all shapes. Arrays of their own would cost the host more time than the step takes on
-    the device.
+    The array has the same length for all shapes. Passing separate arrays would cost the host more time than
+    the step takes on the device.
     """
     packed, end = np.zeros(_room(slots), np.int32), 0
     for x in jax.tree.leaves(arguments):
@@ -329,7 +329,7 @@ def pack(arguments: StepArguments, slots: int) -> Int[np.ndarray, " n"]:
 def unpack(
     packed: Int[Array, " n"], features: Float[Array, "R F N D"] | None, shape: Shape, slots: int
 ) -> StepArguments:
-    """Reverses `pack`, in a program; with the features of the step's frames."""
+    """Reverses `pack` inside a program, and adds the features of the step's frames."""
     leaves, structure = jax.tree.flatten(empty_arguments(shape, slots)[0])
     end, found = 0, []
     for x in leaves:
@@ -343,20 +343,20 @@ def unpack(
 
 @functools.cache
 def _room(slots: int) -> int:
-    """Numbers of the arguments of the largest shape."""
+    """Length of the packed arguments of the largest shape."""
     return max(
         sum(x.size for x in jax.tree.leaves(empty_arguments(shape, slots)[0])) for shape in shapes(slots)
     )
 
 
 def _width(rows: Mapping[int, Row]) -> int:
-    """Tokens of a chunk, among several slots."""
-    # A chunk reads the keys and values of its slot, so long rows are cut into few.
+    """Tokens per chunk if there are several slots."""
+    # Each chunk reads the keys and values of its slot, so long rows are split into few chunks.
     return 2 if all(len(row.tokens) <= 2 for row in rows.values()) else WIDTH
 
 
 def _smallest(rows: Mapping[int, Row], slots: int, image: int) -> Shape:
-    """The smallest shape that has room for these rows."""
+    """The smallest shape that fits these rows."""
     frames = sum(len(row.placed(image)) for row in rows.values())
     for shape in shapes(slots):
         if slots > 1 and shape.width not in (0, _width(rows)):
@@ -370,11 +370,11 @@ def _smallest(rows: Mapping[int, Row], slots: int, image: int) -> Shape:
 
 
 def split_row[Frame](row: Row[Frame], image: int) -> Iterator[Row[Frame]]:
-    """Cuts a row into pieces that fit the buckets.
+    """Splits a row into pieces that fit the buckets.
 
-    A session runs on one program for each token bucket and one for each frame bucket, not for their product.
-    So a run of frames and the tokens around it share a piece as far as the program of the frames has room. A
-    token without a frame is a token like others.
+    There is one program for each token bucket and one for each frame bucket, not for their product. So a run
+    of frames shares a piece with as many of the tokens around it as the program of the frames has room for.
+    An `<|image|>` token without a frame counts as an ordinary token.
     """
     start = end = frames = 0
     placed = row.placed(image)
@@ -388,7 +388,7 @@ def split_row[Frame](row: Row[Frame], image: int) -> Iterator[Row[Frame]]:
         while left:
             count = min(left, (FRAME_BUCKETS if is_frame else TOKEN_BUCKETS)[-1])
             if left == count + 1 and not is_frame:
-                count -= 1  # A rest of one token would need another program than a single pending token.
+                count -= 1  # A remainder of one token would need another program than a single pending token.
             if end > start and end - start + count > _token_room(frames + count * is_frame):
                 yield piece()
                 start, frames = end, 0
@@ -397,7 +397,7 @@ def split_row[Frame](row: Row[Frame], image: int) -> Iterator[Row[Frame]]:
 
 
 def features_of(rows: Mapping[int, Row[Encoded]]) -> tuple[list[Float[Array, "P N D"]], dict[int, Row[int]]]:
-    """The batches that the frames of some rows were encoded in, and rows that index their concatenation."""
+    """Collects the feature batches of some rows' frames; the returned rows index their concatenation."""
     begin: dict[int, int] = {}
     batches, length = [], 0
     for frame in (frame for row in rows.values() for frame in row.frames if frame is not None):
@@ -422,9 +422,9 @@ def bucket(size: int, buckets: Sequence[int]) -> int:
 
 
 def _token_room(frames: int) -> int:
-    """Row length, `<|image|>` tokens included, of the program for this number of frames; 0 if there is none.
+    """Row length, including `<|image|>` tokens, of the program for this many frames; 0 if there is none.
 
-    At least one more than the frame bucket, since a pending token may come before the frames.
+    At least one more than the frame bucket, since a pending token may precede the frames.
     """
     if frames > FRAME_BUCKETS[-1]:
         return 0

@@ -1,4 +1,4 @@
-"""Sampling of the next token: temperature, top-k, top-p and repetition penalty, each slot with its own.
+"""Sampling of the next token: temperature, top-k, top-p and repetition penalty, set per slot.
 
 B slots, V vocabulary
 """
@@ -16,7 +16,7 @@ from moss_jax.config import TokenSampling
 
 
 class SamplingKind(enum.IntEnum):
-    """What sampling computes, each more than the one before: the likeliest token, a draw, one among a few."""
+    """Sampling variants in order of cost: argmax, a draw from all tokens, a draw under top-k or top-p."""
 
     GREEDY = 0
     DRAWN = 1
@@ -26,14 +26,14 @@ class SamplingKind(enum.IntEnum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlotSampling:
-    """How the next token of each slot is sampled: a `TokenSampling` for each, as arrays.
+    """Sampling parameters of all slots: one `TokenSampling` per slot, as arrays.
 
     Attributes:
       temperature: 0 for greedy decoding.
       top_k: 0 for all tokens.
       top_p: 1 for all tokens.
       repetition_penalty: 1 for none.
-      key: random key of the slot's seed.
+      key: random key from the slot's seed.
     """
 
     temperature: Float32[Array, " B"]
@@ -44,20 +44,20 @@ class SlotSampling:
 
     @classmethod
     def of(cls, sampling: TokenSampling | Sequence[TokenSampling], slots: int) -> "SlotSampling":
-        """The settings of all slots.
+        """Builds the parameters of all slots.
 
         Args:
-          sampling: of all of them, or of each.
+          sampling: one for all slots, or one for each.
 
         Raises:
-          ValueError: there is not one for each slot.
+          ValueError: the number of settings is not that of the slots.
         """
         each = [sampling] * slots if isinstance(sampling, TokenSampling) else list(sampling)
         if len(each) != slots:
             raise ValueError(f"there are {len(each)} samplings for {slots} slots; give one for each slot")
         return cls(
             temperature=jnp.asarray(np.array([x.temperature for x in each], np.float32)),
-            # A number beyond int32 is beyond any vocabulary, too.
+            # A number beyond int32 exceeds any vocabulary.
             top_k=jnp.asarray(np.array([min(x.top_k, 2**31 - 1) for x in each], np.int32)),
             top_p=jnp.asarray(np.array([x.top_p for x in each], np.float32)),
             repetition_penalty=jnp.asarray(np.array([x.repetition_penalty for x in each], np.float32)),
@@ -66,7 +66,7 @@ class SlotSampling:
 
 
 def kind_of(sampling: TokenSampling) -> SamplingKind:
-    """The least that a step computes to sample in this way."""
+    """The cheapest variant that implements these settings."""
     if not sampling.temperature:
         return SamplingKind.GREEDY
     has_filter = sampling.top_k > 0 or sampling.top_p < 1
@@ -84,25 +84,24 @@ def sample(
 ) -> Int[Array, " B"]:
     """Samples one token for each slot, independently.
 
-    A token depends on its slot's logits and settings and on `positions` alone; a slot that asks for less than
-    `kind` gets the same token as by its own. Tokens as likely as the last one that top-k or top-p keeps are
-    kept with it.
+    A token depends only on its slot's logits, settings and position; a slot whose own kind is cheaper than
+    `kind` gets the same token either way. Ties with the last token that top-k or top-p keeps are kept too.
 
     Args:
-      kind: static, at least that of every slot. A branch on the device would have the host wait for it.
-      positions: of the tokens to sample in their streams; with the slot's key, they determine the draws.
+      kind: static, at least that of every slot. A branch on the device would make the host wait for it.
+      positions: stream positions of the tokens to sample; with the slot's key, they determine the draws.
       allowed: tokens that may be sampled.
       said: tokens that the repetition penalty applies to.
     """
     scores = jnp.where(allowed, logits, -jnp.inf)
-    # A positive score is divided and a negative one multiplied, so both fall (CTRL, arXiv 1909.05858).
+    # A positive score is divided and a negative one multiplied, so both decrease (CTRL, arXiv 1909.05858).
     penalty = sampling.repetition_penalty[:, None]
     scores = jnp.where(said, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
     greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     if kind == SamplingKind.GREEDY:
         return greedy
     draws = sampling.temperature > 0
-    # Without their maximum, no temperature can make them overflow.
+    # With the maximum subtracted, no temperature can make them overflow.
     temperature = jnp.where(draws, sampling.temperature, 1)[:, None]
     scaled = (scores - scores.max(axis=-1, keepdims=True)) / temperature
     if kind == SamplingKind.FILTERED:
@@ -115,20 +114,20 @@ def sample(
 def _kept(
     scores: Float[Array, "B V"], scaled: Float[Array, "B V"], sampling: SlotSampling
 ) -> Bool[Array, "B V"]:
-    """The tokens that top-k, and then top-p among those, leave to draw from; all, without either."""
+    """Mask of the tokens left by top-k and then top-p; all tokens without either."""
     ordered = _ordered(scores)
     count = jnp.minimum(sampling.top_k, scores.shape[-1]).astype(jnp.float32)
     least = jnp.where(sampling.top_k > 0, _threshold(ordered, jnp.ones_like(scaled), count), 0)
     mass = jnp.where(ordered >= least[:, None], jnp.exp(scaled), 0)
-    # A token stays if those likelier do not yet add up to top_p; so the likeliest always does.
+    # A token stays if the likelier ones add up to less than top_p, so the likeliest always stays.
     share = jnp.maximum(sampling.top_p * mass.sum(axis=-1), jnp.finfo(jnp.float32).tiny)
     least = jnp.where(sampling.top_p < 1, _threshold(ordered, mass, share), least)
     return ordered >= least[:, None]
 
 
 def _ordered(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
-    """Integers in the order of these numbers."""
-    # The zeros of both signs are equal.
+    """Maps floats to integers that sort in the same order."""
+    # Both signed zeros map to the same integer.
     x = jnp.where(x == 0, 0, x.astype(jnp.float32))
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(1 << 31)
@@ -138,9 +137,9 @@ def _ordered(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
 def _threshold(
     ordered: UInt32[Array, "B V"], weights: Float[Array, "B V"], least: Float[Array, " B"]
 ) -> UInt32[Array, " B"]:
-    """The largest number for which the weights of all that are not below it add up to `least`.
+    """The largest threshold for which the weights of all entries at or above it add up to at least `least`.
 
-    Found bit by bit, from the highest down, in one pass over the vocabulary for each; nothing is sorted.
+    A binary search bit by bit, from the highest down, with one pass over the vocabulary per bit; no sort.
     """
 
     def set_bit(i: Int[Array, ""], threshold: UInt32[Array, " B"]) -> UInt32[Array, " B"]:

@@ -1,8 +1,8 @@
-"""Streams in files: one safetensors file holds all that a slot goes on with.
+"""Saved streams: one safetensors file holds everything that is needed to resume a stream.
 
-Its tensors are the arrays of the slot, the frames that wait in its inbox, and what the next frame is compared
-with; its metadata are the format, the settings of the engine and the dialogue, as JSON, and a checksum of all
-of them.
+Its tensors are the arrays of the slot, the frames queued in its inbox, and what the next frame is compared
+with; its metadata are the format, the settings of the engine and the dialogue, as JSON, and a checksum of it
+all.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 FORMAT = "moss_jax stream 2"
-# Prefixes of the names of frames, and of what the next one is compared with.
+# Name prefixes of queued frames, and of the tensors that the next frame is compared with.
 INBOX, COMPARED = "inbox.", "compared."
 # Dtypes by their names in safetensors files.
 _DTYPES = {
@@ -39,21 +39,21 @@ _MAX_LISTED = 8
 
 
 class SavedStreamError(ValueError):
-    """A file is no stream that the engine can go on with; the message says why."""
+    """A file is not a stream that the engine can resume; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedStream:
-    """What the file of a stream holds.
+    """Contents of the file of a stream.
 
     Attributes:
       settings: of the engine, by name.
       dialogue: as JSON-ready values.
       arrays: of the slot, by name.
-      frames: in the inbox, in its order.
+      frames: in the inbox, in order.
       compared: what the next frame is compared with, by name: "thumbnail" of the frame that was encoded last,
-        "features" of the one that was remembered last; empty where frames are not selected. Also the times of
-        the frames in the bank, see `Moments.save`.
+        "features" of the one that was remembered last; empty if frames are not selected. Also the times of
+        the frames in the bank; see `Moments.save`.
     """
 
     settings: dict[str, Any]
@@ -64,16 +64,16 @@ class SavedStream:
 
 
 def write_stream(path: str | os.PathLike, saved: SavedStream) -> None:
-    """Writes a stream to a file, in the place of one that exists. If that fails, the old file is as it was.
+    """Writes a stream to a file, replacing an existing one atomically: on failure the old file is intact.
 
     Raises:
       OSError: the file cannot be written.
     """
-    # The file itself, where the path is a link to it.
+    # Replaces the target of a symbolic link, not the link.
     path = Path(path).resolve()
     tensors = dict(saved.arrays) | {f"{INBOX}{i}": frame for i, frame in enumerate(saved.frames)}
     tensors |= {f"{COMPARED}{name}": x for name, x in saved.compared.items()}
-    # Those of the widest numbers first, so that all are aligned.
+    # Widest dtypes first, so that all tensors are aligned.
     tensors = {
         name: np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape)
         for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
@@ -103,7 +103,7 @@ def write_stream(path: str | os.PathLike, saved: SavedStream) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink()
-        # Named by the file that was asked for; a full disk has none.
+        # Names the requested file, which an error such as a full disk does not.
         raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         with contextlib.suppress(OSError):
@@ -112,15 +112,15 @@ def write_stream(path: str | os.PathLike, saved: SavedStream) -> None:
 
 
 def read_stream(path: str | os.PathLike) -> SavedStream:
-    """Reads the file of a stream whole.
+    """Reads the file of a stream into memory.
 
     Raises:
-      SavedStreamError: it cannot be read, is no stream, is of another format, or is damaged.
+      SavedStreamError: it cannot be read, is not a stream, has another format, or is damaged.
     """
     path = Path(path)
     damaged = f"{path} is truncated or damaged; it cannot be continued"
     try:
-        # The library checks that header and length belong together, but reads no 8 bits.
+        # The library checks the header against the length, but does not read 8-bit floats.
         with path.open("rb"), safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
         content = np.fromfile(path, np.uint8)
@@ -160,7 +160,7 @@ def read_stream(path: str | os.PathLike) -> SavedStream:
 
 
 def check_settings(path: str | os.PathLike, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Checks that a stream was saved with the settings of the engine that is to go on with it.
+    """Checks that a stream was saved with the settings of the engine that is to resume it.
 
     Raises:
       SavedStreamError: naming what differs.
@@ -186,7 +186,7 @@ def check_settings(path: str | os.PathLike, saved: Mapping[str, Any], settings: 
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> str:
-    """CRC-32 of the metadata, and of the tensors with their names, in whatever order they are."""
+    """CRC-32 of the metadata and the named tensors, independent of their order."""
     checksum = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name]

@@ -1,13 +1,13 @@
-"""Continuous batching: many live streams over the slots of one engine.
+"""Continuous-batching scheduler: many live streams over the slots of one engine.
 
 Streams are opened and closed while others run, each with its own dialogue, sampling, memory and limits. One
-loop packs what they have to append into steps: prompts and frames that have arrived, long ones in chunks
-between the tokens of others, and the next token of each answer in progress. `<|silence|>` parks a stream
+loop packs their pending work into steps: prompts and frames that have arrived (chunked prefill, interleaved
+with the tokens of other streams) and the next token of each answer in progress. `<|silence|>` parks a stream
 until something arrives.
 
 The device must never wait for the host, so a realtime loop dispatches the next step of talking streams
-speculatively, shortly before the step in flight ends and without knowing its tokens. Where such a token is a
-silence, the speculative step has appended it, which is right, and its own sample is dropped.
+speculatively, shortly before the step in flight ends and without knowing its tokens. If such a token turns
+out to be silence, the speculative step has correctly appended it, and only its own sample is dropped.
 """
 
 import collections
@@ -61,26 +61,26 @@ from moss_jax.text import chat
 
 _logger = logging.getLogger(__name__)
 
-# How long a frame waits for others of its batch at most, in units of `SchedulerConfig.max_stall_ms`.
+# Longest time that a frame waits for its batch to fill, in units of `SchedulerConfig.max_stall_ms`.
 PATIENCE = 2.0
-# Of a new interval in the running mean of those between frames.
+# Weight of a new measurement in the running mean of the interval between frames.
 INTERVAL_WEIGHT = 1 / 16
 
 
 class Refused(RuntimeError):
-    """A stream that is not admitted; the others go on."""
+    """A stream is not admitted; other streams are unaffected."""
 
 
 @dataclasses.dataclass
 class Moves:
-    """What the loop does next.
+    """The next actions of the loop.
 
     Attributes:
-      opened: streams that begin.
-      calls: what is to be done with the state while a stream is between two steps.
+      opened: streams to start.
+      calls: functions to call with the engine's state, each while its stream is between two steps.
       encode: frames to encode.
-      plans: of streams that have something to append or to tell.
-      begun: when the host began to plan, by `time.monotonic`.
+      plans: of streams that have rows to append or events to emit.
+      begun: when the host started to plan, by `time.monotonic`.
     """
 
     opened: list[Stream] = dataclasses.field(default_factory=list)
@@ -92,12 +92,12 @@ class Moves:
 
 @dataclasses.dataclass
 class SchedulerCounters:
-    """What a scheduler has done since it was made; only its threads change it.
+    """Counters of a scheduler since its creation; only its threads change them.
 
     Attributes:
-      step_rows, step_frames: steps, by how many streams took part and how many frames they appended.
-      encoded_frames: batches that were encoded, by their number of frames.
-      failures: of a step, each of which ends all streams.
+      step_rows, step_frames: histograms of steps, by number of streams and by number of frames appended.
+      encoded_frames: histogram of encoded batches, by number of frames.
+      failures: failed steps, each of which ends all streams.
     """
 
     step_rows: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
@@ -107,22 +107,22 @@ class SchedulerCounters:
 
 
 class Scheduler:
-    """Runs the streams of one engine: in a thread between `start` and `close`, or where `run` is iterated.
+    """Runs the streams of one engine: in a thread between `start` and `close`, or in the caller of `run`.
 
-    A stream that fails ends alone, with `Failed` and `End`. If a step fails, all end so, and `start` begins
-    anew. As a context manager, it starts and closes.
+    A failing stream ends alone, with `Failed` and `End`. A failing step ends all streams that way, and
+    `start` may be called again. As a context manager, it starts and closes.
 
     Args:
-      engine: its slots are the streams that there may be at once.
+      engine: its number of slots is the maximum number of concurrent streams.
       config: of all streams.
 
     Attributes:
       engine: as given.
-      frame_pool: memory of the frames that wait.
-      changed: guards everything that the threads share, and tells the loop of changes.
+      frame_pool: buffers of the queued frames.
+      changed: condition that guards all state shared by the threads and wakes the loop.
       is_running: whether the loop runs.
       counters: of steps and batches.
-      state: of the engine, once the loop is over and not by an error; else None.
+      state: of the engine, once the loop has ended without an error; otherwise None.
     """
 
     def __init__(self, engine: EngineLike, config: SchedulerConfig | None = None):
@@ -134,22 +134,22 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self._orders = itertools.count()
         self._slots: list[Stream | None] = [None] * engine.config.slots
-        # Streams that the loop has not begun with, and slots that hold what a former stream has left.
+        # Streams that the loop has not started yet, and slots that still hold data of a former stream.
         self._opened: list[Stream] = []
         self._used: set[int] = set()
-        # Of the rows under way, what is left; plans by stream.
+        # Remainders of the rows being appended, and plans, by stream.
         self._rows: dict[Stream, Row[Encoded]] = {}
         self._plans: dict[Stream, Plan] = {}
-        # What waits until a stream is between two steps, or only until the loop comes by: that is under None.
+        # Calls that wait until a stream is between two steps; under None, until the loop's next pass.
         self._calls: dict[Stream | None, list[tuple[Callable[[Any], Any], Future]]] = {}
         self._thread: threading.Thread | None = None
         self._closing = self._paused = self._is_persistent = False
-        # Whether a batch of frames was begun since the last step, and the one on its way to the device.
+        # Whether a batch of frames was started since the last step, and the one in transit to the device.
         self._has_batch = False
         self._sent: tuple[list[Inbound], Strips] | None = None
-        # Seconds between two frames of any streams, a running mean.
+        # Running mean of the seconds between two frames of any streams.
         self._frame_interval, self._last_frame = 1.0, monotonic()
-        # State of the engine, once the loop is over.
+        # State of the engine, once the loop has ended.
         self.state: Any = None
         self._failure: BaseException | None = None
 
@@ -171,13 +171,12 @@ class Scheduler:
         """Opens a stream in a free slot.
 
         Args:
-          config: its bounds; its clock is the scheduler's.
+          config: limits of the stream; its clock is the scheduler's.
           system: system prompt; None for none.
-          prompt: content of the first user turn. If it is empty, the model watches unasked.
-          sampling: how its tokens are sampled; None for the engine's own.
+          prompt: content of the first user turn. If it is empty, the model watches unprompted.
+          sampling: how its tokens are sampled; None for the engine's default.
           memory, bank_capacity, text_capacity: as for `stream_config`; None for the engine's.
-          resume: a file that `Session.save` has written, which it goes on with: its dialogue, sampling and
-            limits.
+          resume: file written by `Session.save` to resume from, with its dialogue, sampling and limits.
           clock: None for a clock of its own.
 
         Raises:
@@ -201,7 +200,7 @@ class Scheduler:
         if resume:
             engine = saving_engine(self.engine)
             saved = read_stream(resume)
-            # It keeps the limits that it was saved with.
+            # A resumed stream keeps the limits that it was saved with.
             limits = saved_config(engine.config, saved.settings)
             check_settings(resume, saved.settings, engine.stream_settings(limits))
         else:
@@ -230,22 +229,21 @@ class Scheduler:
         bank_capacity: int | None = None,
         text_capacity: int | None = None,
     ) -> Stream:
-        """Answers a whole dialogue in a free slot, beside the live streams.
+        """Answers a whole dialogue in a free slot, alongside the live streams.
 
-        All its frames are seen, in chunks; if they are more than the bank has room for, memory is compacted
-        as in a live stream. Nothing can be pushed, and its events are those of `answer_offline`. `stop` ends
-        the answer.
+        All its frames are shown, in chunks; if they exceed the bank, memory is compacted as in a live stream.
+        Nothing can be pushed, and its events are those of `answer_offline`. `stop` ends the answer.
 
         Args:
           turns: the last is the user's.
           max_tokens: limit on the answer.
-          sampling: how its tokens are sampled; None for the engine's own.
+          sampling: how its tokens are sampled; None for the engine's default.
           memory, bank_capacity, text_capacity: as for `stream_config`; None for the engine's.
 
         Raises:
           Refused: no slot is free, or the scheduler is closed.
           ConfigError: the engine has no room or no program for these limits.
-          SessionError: the dialogue does not fit, or is none that can be answered.
+          SessionError: the dialogue does not fit, or cannot be answered.
         """
         model = self.engine.model_config if isinstance(self.engine, Engine) else None
         limits = stream_config(self.engine.config, memory, bank_capacity, text_capacity, model=model)
@@ -268,10 +266,10 @@ class Scheduler:
         return stream
 
     def _free_slot(self) -> int:
-        """A slot for a new stream; under the lock.
+        """Finds a slot for a new stream; the caller holds the lock.
 
         Raises:
-          Refused: there is none, or the scheduler is closed.
+          Refused: no slot is free, or the scheduler is closed.
         """
         if self._closing:
             raise Refused("the scheduler is closed")
@@ -281,48 +279,48 @@ class Scheduler:
         return free[0]
 
     def _take_slot(self, stream: Stream) -> None:
-        """Gives a stream its slot; under the lock."""
+        """Assigns a stream its slot; the caller holds the lock."""
         self._slots[stream.slot] = stream
         self._opened.append(stream)
         self.changed.notify_all()
 
     @property
     def free_slots(self) -> int:
-        """How many more streams could be opened now."""
+        """Number of slots free for new streams."""
         with self.changed:
             return 0 if self._closing else sum(stream is None for stream in self._slots)
 
     @property
     def is_started(self) -> bool:
-        """Whether there is a thread that runs the loop; after a step has failed, there is none."""
+        """Whether a thread runs the loop; False after a step has failed."""
         return self._thread is not None
 
     @property
     def streams(self) -> list[Stream]:
-        """Those that are open, by slot."""
+        """The open streams, in order of slot."""
         with self.changed:
             return [stream for stream in self._slots if stream]
 
     def frame_arrived(self, at: float) -> None:
-        """Counts a frame of any stream into the mean interval between them."""
+        """Updates the mean interval between frames with the arrival of one."""
         self._frame_interval += INTERVAL_WEIGHT * (at - self._last_frame - self._frame_interval)
         self._last_frame = at
 
     def next_order(self) -> int:
-        """Numbers what is pushed."""
+        """Returns the next sequence number for a pushed item."""
         return next(self._orders)
 
     def call[T](self, stream: Stream | None, function: Callable[[Any], T]) -> "Future[T]":
-        """Has the loop call a function with the engine's state.
+        """Schedules a function to be called by the loop with the engine's state.
 
         The function must be quick and must not keep the state.
 
         Args:
-          stream: has no step under way then, and gets none before; None for whenever the loop comes by.
+          stream: gets no new step before the call, which waits for its step in flight; None to call in the
+            loop's next pass.
 
         Returns:
-          A future of what the function returns; it raises `SessionError` if the stream, or the loop, is over
-          before.
+          A future of the function's result; it raises `SessionError` if the stream or the loop ends first.
         """
         future: Future[T] = Future()
         with self.changed:
@@ -334,7 +332,7 @@ class Scheduler:
         return future
 
     def _resume(self, stream: Stream, path: str | os.PathLike, saved: SavedStream) -> list[np.ndarray]:
-        """Has a stream go on with the dialogue of a file; the arrays that its slot begins with."""
+        """Restores a stream's dialogue from a file; returns the initial arrays of its slot."""
         conversation, engine = stream.conversation, saving_engine(self.engine)
 
         def make_prompt(time: float, text: str) -> Inbound:
@@ -351,7 +349,7 @@ class Scheduler:
             small = saved.compared.get("thumbnail")
             conversation.resume(saved.dialogue, saved.frames, small, make_prompt, make_frame)
             features = saved.compared.get("features")
-            # Those of a stream that goes on without comparing would soon be of an older frame.
+            # Kept only if the resumed stream compares frames; otherwise they would go stale.
             if features is not None and min_distance(stream) is not None:
                 stream.remembered = Encoded(jnp.asarray(features)[None], 0)
             length = int(saved.arrays["text.length"])
@@ -369,7 +367,7 @@ class Scheduler:
         """Starts the loop in a thread of its own, with an empty state.
 
         Raises:
-          RuntimeError: it runs already.
+          RuntimeError: the loop is already running.
         """
         with self.changed:
             if self._thread is not None:
@@ -380,7 +378,7 @@ class Scheduler:
         return self
 
     def close(self) -> None:
-        """Ends all streams at their next token, and the loop."""
+        """Stops all streams at their next token, and then the loop."""
         with self.changed:
             self._closing = True
             for stream in self._slots:
@@ -398,7 +396,7 @@ class Scheduler:
         self.close()
 
     def _serve(self) -> None:
-        """The body of the thread."""
+        """Body of the loop's thread."""
         try:
             for stream, event in self._guarded(persistent=True):
                 stream.inbox.put(event)
@@ -406,8 +404,8 @@ class Scheduler:
             _logger.exception("a step failed; all streams end")
             self.counters.failures += 1
             with self.changed:
-                # Whoever is told of the failure may start anew at once, and a stream that is opened then is
-                # none of these.
+                # A client notified of the failure may restart at once, and a stream opened after that is not
+                # one of these.
                 streams, self._thread = self.streams, None
             for stream in streams:
                 self._fail(stream, error)
@@ -416,7 +414,7 @@ class Scheduler:
                 self._thread = None
 
     def _fail(self, stream: Stream, error: BaseException) -> None:
-        """Ends a stream by an error."""
+        """Ends a stream with an error."""
         for event in stream.conversation.fail(f"{type(error).__name__}: {error}", stream.clock.now()):
             stream.inbox.put(event)
         self._release(stream)
@@ -424,21 +422,21 @@ class Scheduler:
     # ----------------------------------------------------------------------------- the loop
 
     def run(self) -> Iterator[Event]:
-        """Runs the loop where it is iterated, until all streams are over; their events.
+        """Runs the loop in the iterating thread until all streams have ended; yields their events.
 
-        Errors are raised to whoever iterates.
+        Errors propagate to the caller.
         """
         for _, event in self._guarded(persistent=False):
             yield event
 
     def pause(self) -> None:
-        """Ends the loop after the step in flight, without `End`."""
+        """Stops the loop after the step in flight, without `End` events."""
         with self.changed:
             self._paused = True
             self.changed.notify_all()
 
     def _guarded(self, *, persistent: bool) -> Iterator[tuple[Stream, Event]]:
-        """The loop, with the perception thread beside it."""
+        """Runs the loop together with the perception thread."""
         perception = None
         self.is_running, self._is_persistent, self._failure, self.state = True, persistent, None, None
         with self.changed:
@@ -486,7 +484,7 @@ class Scheduler:
                     in_flight.begun = max(in_flight.begun, monotonic())
                 yield from self._on_tokens(before, tokens)
                 with self.changed:
-                    # Whether the model is talking decides which thread encodes the waiting frames.
+                    # Whether the model is talking decides which thread encodes the queued frames.
                     self.changed.notify_all()
             for stream, plan in plans.items():
                 yield from self._told(stream, stream.conversation.events(plan))
@@ -502,7 +500,7 @@ class Scheduler:
             yield from self._told(stream, events)
 
     def _told(self, stream: Stream, events: Iterator[Event]) -> Iterator[tuple[Stream, Event]]:
-        """The events of a stream; in the scheduler's thread, an error in them ends it alone."""
+        """Yields a stream's events; in the scheduler's thread, an error in them ends only that stream."""
         if stream.conversation.has_failed:
             return
         try:
@@ -517,7 +515,7 @@ class Scheduler:
             self._fail(stream, error)
 
     def _release(self, stream: Stream) -> None:
-        """Frees the slot of a stream that is over."""
+        """Frees the slot of a stream that has ended."""
         with self.changed:
             stream.conversation.ended = True
             self._rows.pop(stream, None)
@@ -530,13 +528,13 @@ class Scheduler:
             self.changed.notify_all()
 
     def _give_up(self, stream: Stream | None) -> None:
-        """Fails the calls that wait for a stream that is over."""
+        """Fails the pending calls of a stream that has ended."""
         for _, future in self._calls.pop(stream, ()):
             if future.set_running_or_notify_cancel():
                 future.set_exception(SessionError("the stream is over"))
 
     def _begin(self, state: Any, stream: Stream) -> Any:
-        """Prepares the slot of a stream."""
+        """Initialises the slot of a stream."""
         if stream.slot in self._used:
             state = saving_engine(self.engine).reset_slot(state, stream.slot)
         if stream.arrays is not None:
@@ -550,13 +548,13 @@ class Scheduler:
         return state
 
     def _next_moves(self, step: StepInFlight | None, *, persistent: bool) -> Moves | None:
-        """Waits until a stream has something to do; None when all is over.
+        """Waits until a stream has something to do; returns None when the loop is to end.
 
-        With a step in flight, waits until the time to dispatch the next one at most; if there is nothing to
+        With a step in flight, waits at most until it is time to dispatch the next one; if there is nothing to
         do then, its streams get empty plans.
         """
         with self.changed:
-            # One pass under the lock decides for every stream, so a push is either in it or wakes the wait.
+            # One pass under the lock plans every stream, so a push is either included or wakes the wait.
             while True:
                 begun = monotonic()
                 if self._failure:
@@ -578,7 +576,7 @@ class Scheduler:
                 frames, frames_wait = self._due_frames(live)
                 if frames:
                     return Moves(encode=frames)
-                # With several streams, a step takes all that has arrived until it is due.
+                # With several streams, a step includes everything that arrives until it is due.
                 if may_continue or len(live) == 1:
                     plans = self._make_plans(live, step, may_continue=may_continue)
                     if plans or self._rows or (step and may_continue):
@@ -591,7 +589,7 @@ class Scheduler:
     def _make_plans(
         self, live: list[Stream], step: StepInFlight | None, *, may_continue: bool
     ) -> dict[Stream, Plan]:
-        """What each stream does next, but for those whose row is under way."""
+        """Plans the next action of each stream, except those whose row is still being appended."""
         in_flight = step.plans if step else {}
         waits_for_features = self._shares_encoder or self._perceives_apart()
         plans = {}
@@ -616,7 +614,7 @@ class Scheduler:
         return plans
 
     def _plan_rows(self, plans: Mapping[Stream, Plan]) -> None:
-        """Turns plans into rows, which steps append."""
+        """Turns plans into rows for the next steps."""
         fresh = [frame for plan in plans.values() for frame in plan.seen if frame.encoded is None]
         if fresh:
             self._encode(fresh)
@@ -627,10 +625,10 @@ class Scheduler:
             self._plans[stream] = plan
 
     def _next_rows(self) -> dict[Stream, Row[Encoded]]:
-        """Rows of the next step, those first that have waited longest; what is left of them stays."""
+        """Takes the rows of the next step, longest wait first; remainders stay queued."""
         if not self._rows:
             return {}
-        # An engine cuts rows itself where they are given whole, but then nobody else gets a token meanwhile.
+        # An engine given whole rows splits them itself, but then no other stream gets a token meanwhile.
         if self.config.clock == "lockstep" or len(self._slots) == 1 or not isinstance(self.engine, Engine):
             now, later = self._rows, {}
         else:
@@ -651,7 +649,7 @@ class Scheduler:
         by_slot = [indexed.get(slot) for slot in range(len(self._slots))]
         state, sampled = self.engine.step(state, by_slot, features)
         self._has_batch = False
-        # A row that goes on has no sample yet.
+        # A row with a remainder has no sample yet.
         plans = {stream: self._plans.pop(stream) for stream in rows if stream not in self._rows}
         kind = max(len(row.tokens) for row in rows.values()), sum(len(row.frames) for row in rows.values())
         self.counters.step_rows[len(rows)] += 1
@@ -662,20 +660,20 @@ class Scheduler:
 
     @property
     def _shares_encoder(self) -> bool:
-        """Whether the loop encodes waiting frames of all streams in batches between steps."""
+        """Whether the loop encodes queued frames of all streams in batches between steps."""
         return (
             self.config.clock == "realtime" and len(self._slots) > 1 and self.engine.perception_device is None
         )
 
     def _due_frames(self, live: list[Stream]) -> tuple[list[Inbound], float | None]:
-        """Waiting frames to encode now, in one batch; none if text would be held up for too long.
+        """Selects queued frames to encode now as one batch; none if that would stall text for too long.
 
-        Frames that a prompt waits behind come first; then the streams take turns, the oldest frame first.
-        While a stream talks, frames wait a little until the batch is full, if they come so fast that others
-        can be expected: batches take less time.
+        Frames that a prompt is queued behind come first; then streams take turns, oldest frame first. While a
+        stream talks, frames wait briefly for the batch to fill if more are expected soon, since larger
+        batches take less time per frame.
 
         Returns:
-          The batch, and seconds until a smaller one is due; None if none waits for that.
+          The batch, and seconds until a smaller one is due; None if no frames wait for that.
         """
         if not self._shares_encoder:
             return [], None
@@ -700,16 +698,16 @@ class Scheduler:
         return batch, None
 
     def _batch_limit(self, seconds: float) -> int:
-        """Frames of the largest batch that is encoded in this time; at least 1."""
+        """Size of the largest batch that is encoded within this time; at least 1."""
         if not isinstance(self.engine, Engine):
             return FEW if seconds == math.inf else 1
         return self.engine.frame_encoder.largest_batch(seconds)
 
     def _begin_batch(self, frames: list[Inbound], *, is_busy: bool) -> None:
-        """Encodes a batch at once; while a step is in flight, sends it, to be encoded after the next step.
+        """Encodes a batch now or, with a step in flight, sends it to be encoded after the next step.
 
-        A transfer waits for the programs that were called before it. Sent one step ahead, frames travel while
-        that step runs, and the encoder does not wait for them.
+        A transfer waits for the programs launched before it. Sent one step ahead, the transfer overlaps with
+        that step, and the encoder does not wait for it.
         """
         self._has_batch = True
         if is_busy and isinstance(self.engine, Engine):
@@ -718,17 +716,17 @@ class Scheduler:
             self._encode(frames)
 
     def _encode_sent(self) -> None:
-        """Encodes the batch that was sent before the last step, if there is one."""
+        """Encodes the batch that was sent before the last step, if any."""
         if self._sent:
             (frames, sent), self._sent = self._sent, None
             self._set_encoded(frames, saving_engine(self.engine).encode_sent(sent))
 
     def _encode(self, frames: list[Inbound]) -> None:
-        """Has the device encode frames after the step in flight."""
+        """Queues frames for encoding on the device, after the step in flight."""
         self._set_encoded(frames, self.engine.encode(_pixels(frames)))
 
     def _set_encoded(self, frames: list[Inbound], features: Float[Array, "P N D"]) -> None:
-        """Gives frames their features."""
+        """Assigns frames their features."""
         self.counters.encoded_frames[len(frames)] += 1
         with self.changed:
             for index, frame in enumerate(frames):
@@ -736,9 +734,9 @@ class Scheduler:
             self.changed.notify_all()
 
     def _withdraw_alike(self, stream: Stream, plan: Plan, frames: list[Encoded | None]) -> None:
-        """Sets to None the frames of a row whose features are like those of the frame remembered before.
+        """Sets to None the frames of a row whose features are similar to those of the last remembered frame.
 
-        The host waits for the features, and for the step in flight before them.
+        Blocks until the features are ready, and so for the step in flight before them.
         """
         threshold = min_distance(stream)
         if threshold is None:
@@ -756,10 +754,10 @@ class Scheduler:
                 stream.remembered = now
 
     def _perceives_apart(self) -> bool:
-        """Whether frames wait in the inbox while the perception thread has them encoded on another device.
+        """Whether frames stay in the inbox while the perception thread encodes them on another device.
 
-        A step that waits for features would stall the text. While no stream is talking, the step is better
-        dispatched at once.
+        A step that waits for features would stall the text. While no stream is talking, it is better to
+        dispatch the step at once.
         """
         return (
             self.config.clock == "realtime"
@@ -768,7 +766,7 @@ class Scheduler:
         )
 
     def _perceive(self) -> None:
-        """Encodes frames as they arrive while a model talks; the body of the perception thread."""
+        """Encodes frames as they arrive while the model talks; body of the perception thread."""
         try:
             while frames := self._claim_frames():
                 self._set_encoded(frames, jax.block_until_ready(self.engine.encode(_pixels(frames))))
@@ -778,7 +776,7 @@ class Scheduler:
                 self.changed.notify_all()
 
     def _claim_frames(self) -> list[Inbound]:
-        """Waits for frames to encode; the oldest and others of its size, none when the loop is over."""
+        """Waits for frames to encode: the oldest and others of its size; none when the loop has ended."""
         with self.changed:
             while self.is_running:
                 conversations = [s.conversation for s in self._slots if s and not s.conversation.ended]
@@ -793,7 +791,7 @@ class Scheduler:
 
 
 def _call(function: Callable[[Any], Any], state: Any, future: Future) -> None:
-    """Calls a function for a future, which gets what it returns or raises, unless nobody waits any more."""
+    """Calls a function and sets its result or exception on the future, unless that is cancelled."""
     if not future.set_running_or_notify_cancel():
         return
     try:

@@ -1,4 +1,4 @@
-"""A live session: frames and prompts are pushed from any thread, typed events come out of an iterator."""
+"""A live session: any thread pushes frames and prompts, and an iterator yields typed events."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -17,23 +17,22 @@ __all__ = ["Session", "SessionError"]
 
 
 class Session:
-    """A stream in each slot of an engine, from its start to its end: a `Scheduler` that is iterated.
+    """One stream in each slot of an engine, from start to end: a `Scheduler` driven by iteration.
 
-    Iterating runs the loop, in the thread that iterates; a session is iterated once. The pushes are
-    thread-safe. A realtime session takes what has been pushed so far, by the wall clock. A lockstep session
-    waits until it knows what comes next, so push in order of time, beforehand or from another thread, and
-    call `finish`.
+    Iterating runs the loop in the calling thread; a session can be iterated once. Pushes are thread-safe. A
+    realtime session consumes what has been pushed so far, by the wall clock. A lockstep session waits until
+    it knows what comes next, so push in order of time, beforehand or from another thread, and call `finish`.
 
     Args:
       engine: of one or more slots.
-      config: clock and bounds.
+      config: clock and limits.
       system: system prompt; None for none.
-      prompt: content of the first user turn. If it is empty, the model watches unasked.
-      resume: files that `save` has written, by the slot that goes on with each; system and prompt are for the
-        other slots. The clock goes on as well: from `start_time`.
+      prompt: content of the first user turn. If it is empty, the model watches unprompted.
+      resume: files written by `save`, by the slot that resumes each; system and prompt are for the other
+        slots. The clock continues as well, from `start_time`.
 
     Attributes:
-      opening_length: tokens of system prompt, first turn and header, of the slot with the most.
+      opening_length: tokens of system prompt, first turn and header; the maximum over the slots.
 
     Raises:
       SessionError: the prompt does not fit, or there is no such slot.
@@ -81,10 +80,10 @@ class Session:
         return stream.push_prompt(text, time)
 
     def check_prompt(self, text: str) -> list[int]:
-        """The tokens that a prompt would append.
+        """Tokenizes a prompt and checks its length.
 
         Raises:
-          SessionError: they are more than the text capacity, of the stream with the smallest.
+          SessionError: it exceeds the smallest text capacity of any stream.
         """
         by_room = sorted(self._streams, key=lambda s: s.conversation.capacity.text_capacity)
         checked = [stream.check_prompt(text) for stream in by_room]
@@ -92,50 +91,50 @@ class Session:
 
     @property
     def start_time(self) -> float:
-        """Seconds of the stream at which the session begins: where a saved stream ended, the latest, or 0."""
+        """Stream time at which the session begins: the latest end of the resumed streams, or 0."""
         return self._clock.start_time
 
     def now(self) -> float:
-        """Seconds since the session began; before it is iterated, those at which it begins.
+        """Seconds since the session began; before it is iterated, its start time.
 
-        In realtime, the clock of a saved stream goes on.
+        In realtime, the clock of a resumed stream continues.
         """
         return self._clock.now()
 
     def finish(self, slot: int | None = None, *, time: float | None = None) -> None:
-        """Declares the input complete: what waits is still seen, the answer is finished, then comes `End`.
+        """Declares the input complete: queued items are still processed, the answer finishes, then `End`.
 
         Args:
           slot: None for all.
-          time: seconds of the stream that the input lasts, for where it goes on if it is saved; None for the
-            time of the last frame or prompt.
+          time: stream time at which the input ends, from which a saved stream resumes; None for the time of
+            the last frame or prompt.
         """
         with self._scheduler.changed:
             for stream in self._select(slot):
                 stream.finish(time=time)
 
     def pause(self) -> None:
-        """Ends the iteration after the step in flight, without `End`, so that streams can be saved.
+        """Stops the iteration after the step in flight, without `End`, so that streams can be saved.
 
-        What waits in an inbox is saved as well.
+        Items queued in an inbox are saved as well.
         """
         self._scheduler.pause()
 
     @property
     def can_save(self) -> bool:
-        """Whether `save` may be called: the iteration is over, and not by an error."""
+        """Whether `save` may be called: the iteration has ended without an error."""
         return self._scheduler.state is not None
 
     def save(self, path: str | os.PathLike, slot: int = 0) -> float:
-        """Writes the stream of a slot to a file, which another session resumes, also of another process.
+        """Writes the stream of a slot to a file that another session, also in another process, can resume.
 
-        If it cannot be written, a file that was there is as it was.
+        If that fails, an existing file is left intact.
 
         Returns:
-          Seconds of the stream at which it goes on.
+          Stream time at which it resumes.
 
         Raises:
-          SessionError: the iteration is not over, or the stream ended because its logits were not finite.
+          SessionError: the iteration has not ended, or the stream ended because its logits were not finite.
           OSError: the file cannot be written.
         """
         stream = self._stream(slot)
@@ -144,7 +143,7 @@ class Session:
         return stream.save(path, self._scheduler.state, self._ended_at)
 
     def interrupt(self, slot: int | None = None) -> None:
-        """Cuts the answer in progress at its next token, if there is one; the stream goes on silent.
+        """Cuts the answer in progress, if any, at its next token; the stream stays open, in silence.
 
         Args:
           slot: None for all.

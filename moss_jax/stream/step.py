@@ -1,4 +1,4 @@
-"""The pure step: append rows to slots, then sample the next token of each.
+"""The pure step function: appends rows to slots, then samples the next token of each.
 
 A sampled token is *pending* until the next step appends it, so a silent second costs one step, and the host
 has each token as soon as it is sampled.
@@ -24,11 +24,11 @@ from moss_jax.stream.rows import PENDING, Shape, StepArguments, unpack
 from moss_jax.stream.sampling import SamplingKind, SlotSampling, sample
 from moss_jax.text import SpecialTokens
 
-# In the place of a token that was to be sampled from logits that hold NaN or an infinity.
+# Returned instead of a token if the logits hold NaN or an infinity.
 NOT_FINITE = -2
-# The numbers among the settings of a slot, as in `TokenSampling`.
+# The numeric sampling settings of a slot, as in `TokenSampling`.
 SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")
-# Arrays of `EngineState` beside `stream`, in order.
+# Arrays of `EngineState` other than those of `stream`, in order.
 OWN = ("pending", "logits", "said", *(f"sampling.{name}" for name in SETTINGS), "sampling.key")
 
 
@@ -40,10 +40,10 @@ class EngineState:
     Attributes:
       stream: text cache and memory bank.
       pending: the token that was sampled last, not part of the stream yet.
-      logits: the scores that it was sampled from.
-      said: tokens of the current turn, but for those that the repetition penalty spares.
+      logits: that it was sampled from.
+      said: mask of the tokens in the current turn, except those exempt from the repetition penalty.
       sampling: how the next token of each slot is sampled.
-      kinds: what that takes for each slot, for the host to choose a program by; programs get a state without.
+      kinds: sampling kind of each slot, by which the host chooses a program; programs get a state without it.
     """
 
     stream: StreamState
@@ -66,7 +66,7 @@ class Sampled:
     Attributes:
       tokens: the next token of each slot; silence where the model would end its turn, since in a stream the
         turn stays open, and NOT_FINITE where the logits are not finite.
-      logits: the scores that they were sampled from; a view of the state, so donated with the next step.
+      logits: that they were sampled from; they alias the state, so they are donated with the next step.
     """
 
     tokens: Int[Array, " B"]
@@ -76,11 +76,11 @@ class Sampled:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingRules:
-    """Arrays that sampling needs beside the settings of each slot.
+    """Sampling masks over the vocabulary, shared by all slots.
 
     Attributes:
       allowed: tokens that may be sampled.
-      exempt: tokens that the repetition penalty spares.
+      exempt: tokens exempt from the repetition penalty.
     """
 
     allowed: Bool[Array, " V"]
@@ -88,7 +88,7 @@ class SamplingRules:
 
 
 def start(model: ModelConfig, dtype: DTypeLike, sampling: TokenSampling, config: EngineConfig) -> EngineState:
-    """The state of empty slots that all sample alike."""
+    """Returns a state of empty slots with the same sampling settings."""
     slots, vocab = config.slots, model.decoder.vocab_size
     return EngineState(
         stream=init_state(
@@ -108,11 +108,11 @@ def start(model: ModelConfig, dtype: DTypeLike, sampling: TokenSampling, config:
 
 
 def step(decoder: Decoder, rules: SamplingRules, state: EngineState, arguments: StepArguments) -> EngineState:
-    """Appends rows to the slots that take part, with the logits of each slot's next token."""
+    """Appends rows to the slots that take part, and computes the logits of each slot's next token."""
     a: Any = jax.tree.map(jnp.asarray, arguments)  # They may come from the host.
     pending = state.pending
-    # A pending token joins what was said in its turn. A comparison with all tokens, since it is one pass over
-    # the mask with that which empties it at a new turn, and a scatter would be another.
+    # A pending token joins what was said in its turn. A comparison with the whole vocabulary fuses with the
+    # reset at a new turn into one pass over the mask; a scatter would take another.
     joins = (a.speaks & ~rules.exempt[pending])[:, None]
     joins &= jnp.arange(state.said.shape[1]) == pending[:, None]
     said = (state.said | joins) & ~a.new_turn[:, None]
@@ -150,7 +150,7 @@ def packed_step(
     features: Float[Array, "R F N D"] | None,
     shape: Shape,
 ) -> EngineState:
-    """A `step` whose arguments come as one array; see `rows.pack`."""
+    """Runs a `step` whose arguments are packed in one array; see `rows.pack`."""
     return step(decoder, rules, state, unpack(packed, features, shape, len(state.pending)))
 
 
@@ -170,15 +170,15 @@ def sample_pending(
     Args:
       kind: at least that of every slot that takes part.
       positions: of the tokens to sample.
-      packed: arguments of the step.
+      packed: packed arguments of the step.
 
     Returns:
-      The pending tokens of all slots, twice: for the next step, and for the host.
+      The pending tokens of all slots, twice: for the next step and for the host.
     """
     sampled = sample(logits, sampling, kind, positions=positions, allowed=rules.allowed, said=said)
     # A turn that the model ends stays open, so the token to append is the silence that it was trained with.
     sampled = jnp.where(sampled == special.eot, special.silence, sampled)
-    # Said by the token itself, so that the host reads no other array.
+    # Encoded in the token itself, so that the host reads no other array.
     sampled = jnp.where(jnp.isfinite(logits).all(axis=-1), sampled, NOT_FINITE)
     pending = jnp.where(packed[: len(pending)] > 0, sampled, pending)
     return pending, jnp.copy(pending)
@@ -187,7 +187,7 @@ def sample_pending(
 def compact_bank(
     compact: Compact, state: EngineState, slot: Int[Array, ""], budget: Int[Array, " n"]
 ) -> EngineState:
-    """Compacts the bank of one slot to a budget of the policy."""
+    """Compacts the bank of one slot to a budget of its policy."""
     bank = _replace_slot(state.stream.bank, slot, lambda bank: compact(bank, budget))
     return dataclasses.replace(state, stream=dataclasses.replace(state.stream, bank=bank))
 
@@ -195,19 +195,19 @@ def compact_bank(
 def compact_text(
     state: EngineState, slot: Int[Array, ""], kept: Int[Array, " C"], length: Int[Array, ""]
 ) -> EngineState:
-    """Drops tokens from the text cache of one slot, all but the first `length` of `kept`."""
+    """Evicts all tokens from the text cache of one slot except the first `length` of `kept`."""
     text = _replace_slot(state.stream.text, slot, lambda text: keep_tokens(text, kept[None], length[None]))
     return dataclasses.replace(state, stream=dataclasses.replace(state.stream, text=text))
 
 
 def set_sampling(state: EngineState, slot: Int[Array, ""], sampling: SlotSampling) -> EngineState:
-    """Gives one slot the settings of `sampling`, which are those of one slot."""
+    """Sets the sampling of one slot to `sampling`, which holds the settings of a single slot."""
     new = _replace_slot(state.sampling, slot, lambda _: sampling)
     return dataclasses.replace(state, sampling=new)
 
 
 def reset_slot(state: EngineState, slot: Int[Array, ""]) -> EngineState:
-    """Empties one slot; what its buffers hold is out of every range, and its sampling stays."""
+    """Empties one slot; stale data in its buffers is out of range and never read; its sampling stays."""
     text, bank = state.stream.text, state.stream.bank
     text = dataclasses.replace(
         text, length=text.length.at[slot].set(0), position=text.position.at[slot].set(0)
@@ -233,10 +233,10 @@ def slot_to_host(state: EngineState, slot: int) -> dict[str, np.ndarray]:
 
 
 def slot_from_host(state: EngineState, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Pads the arrays that `slot_to_host` has returned to a slot's capacity: [1, ...] each, in state order.
+    """Pads the arrays of `slot_to_host` to a slot's capacity: [1, ...] each, in state order.
 
     Args:
-      state: with the capacities that the slot is to have; only its shapes and dtypes are read.
+      state: has the target capacities; only its shapes and dtypes are read.
 
     Raises:
       ValueError: naming an array that does not fit.
@@ -244,7 +244,7 @@ def slot_from_host(state: EngineState, saved: Mapping[str, np.ndarray]) -> list[
     for name, x in zip(OWN, jax.eval_shape(_own, state), strict=True):
         if name not in saved or (saved[name].shape, saved[name].dtype) != (x.shape[1:], x.dtype):
             raise ValueError(f"there should be an array {name}, {x.dtype} {list(x.shape[1:])}")
-    # Refuses numbers that are no settings.
+    # Raises on invalid settings.
     TokenSampling(**{name: saved[f"sampling.{name}"].item() for name in SETTINGS})
     stream = load_slot(state.stream, {name: x for name, x in saved.items() if name not in OWN})
     return [*stream.values(), *(saved[name][None] for name in OWN)]
@@ -268,6 +268,6 @@ def _own(state: EngineState) -> list[Array]:
 
 
 def _replace_slot[Tree](tree: Tree, slot: Int[Array, ""], change: Callable[[Tree], Tree]) -> Tree:
-    """Changes one slot of a tree of arrays [B, ...], given to `change` as the only one."""
+    """Updates one slot of a tree of arrays [B, ...] by `change`, which gets it as [1, ...]."""
     changed = change(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), tree))
     return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, slot, 0), tree, changed)

@@ -1,4 +1,4 @@
-"""One of the streams of a scheduler: what pushes frames and prompts into it, and its events."""
+"""One stream of a scheduler: its input queue, its events, and saving it."""
 
 import copy
 import os
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 class SessionError(ValueError):
-    """A push that a stream refuses; the stream goes on."""
+    """A stream rejects a push or another request; the stream itself continues."""
 
 
 class Clock:
-    """Wall-clock seconds of a stream, from its start on.
+    """Wall clock of a stream, in seconds since its start.
 
     Attributes:
-      start_time: seconds from which the stream goes on, where it was saved before; else 0.
-      is_realtime: whether the clock of a saved stream goes on.
+      start_time: stream time at which a resumed stream continues; 0 for a new one.
+      is_realtime: whether the clock of a resumed stream continues from there.
     """
 
     def __init__(self, *, is_realtime: bool):
@@ -42,29 +42,29 @@ class Clock:
         self._started: float | None = None
 
     def start(self) -> None:
-        """Starts the clock, unless it runs."""
+        """Starts the clock, unless it is running."""
         if self._started is None:
             self._started = monotonic()
 
     def now(self) -> float:
-        """Seconds since the start; before it, those at which the stream begins."""
+        """Seconds since the start; before it, the time at which the stream begins."""
         before = self.start_time if self.is_realtime else 0.0
         return before if self._started is None else before + monotonic() - self._started
 
 
 class Stream:
-    """One stream of a scheduler: frames and prompts are pushed from any thread, typed events come out.
+    """One stream of a scheduler: any thread pushes frames and prompts, and iteration yields typed events.
 
-    `Scheduler.open` makes it. Iterating gives its events up to `End`, while the scheduler runs in a thread of
-    its own.
+    Created by `Scheduler.open`. Iterating yields its events up to `End`, while the scheduler runs in a thread
+    of its own.
 
     Attributes:
       slot: of the engine.
       conversation: the state of its dialogue.
       clock: its wall clock.
-      arrays: that its slot begins with; None for an empty one.
-      sampling: None for the engine's own.
-      remembered: the features of the frame that was remembered last, where they are compared.
+      arrays: initial arrays of its slot; None for an empty slot.
+      sampling: None for the engine's default.
+      remembered: features of the frame that was remembered last, if frames are compared.
     """
 
     def __init__(self, scheduler: "Scheduler", conversation: Conversation, clock: Clock):
@@ -78,20 +78,20 @@ class Stream:
 
     @property
     def config(self) -> SessionConfig:
-        """Its clock and bounds."""
+        """Its clock and limits."""
         return self.conversation.config
 
     def push_frame(self, rgb: UInt8[np.ndarray, "H W 3"], time: float | None = None) -> bool:
         """Shows the model a frame, taken at `time` seconds of the stream (now, if None).
 
-        The frame is copied, so the caller may reuse its memory at once. Where frames are selected
-        (`SessionConfig.selection`), it may be that the model is not shown it; an event says so.
+        The frame is copied, so the caller may reuse its buffer at once. If frames are selected
+        (`SessionConfig.selection`), it may not be shown to the model; an event reports that.
 
         Returns:
-          False if the stream is over, so that a feeder knows when to stop.
+          False if the stream has ended, so that a producer knows when to stop.
 
         Raises:
-          SessionError: the frame is no uint8 [H, W, 3], or its time is missing or out of order in lockstep.
+          SessionError: the frame is not uint8 [H, W, 3], or its time is missing or out of order in lockstep.
         """
         rgb = np.asarray(rgb)
         if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3 or not rgb.size:
@@ -105,32 +105,32 @@ class Stream:
         """Asks the model something at `time` seconds of the stream (now, if None); cuts its answer, if any.
 
         Returns:
-          False if the stream is over.
+          False if the stream has ended.
 
         Raises:
-          SessionError: the prompt is longer than the text capacity, or its time is missing or out of order
-            in lockstep.
+          SessionError: the prompt exceeds the text capacity, or its time is missing or out of order in
+            lockstep.
         """
         tokens = self.check_prompt(text)
         at = self._time(time)
         return self._push(Inbound(at, 0, self._scheduler.next_order(), prompt=text, tokens=tokens))
 
     def check_prompt(self, text: str) -> list[int]:
-        """The tokens that a prompt would append.
+        """Tokenizes a prompt and checks its length.
 
         Raises:
-          SessionError: they are more than the text capacity.
+          SessionError: it exceeds the text capacity.
         """
         tokens = chat.interjection(self._scheduler.engine.tokenizer, text)
         check_length(tokens, self.conversation.capacity, self.conversation.opening_length)
         return tokens
 
     def finish(self, *, time: float | None = None) -> None:
-        """Declares the input complete: what waits is still seen, the answer is finished, then comes `End`.
+        """Declares the input complete: queued items are still processed, the answer finishes, then `End`.
 
         Args:
-          time: seconds of the stream that the input lasts, for where it goes on if it is saved; None for the
-            time of the last frame or prompt.
+          time: stream time at which the input ends, from which a saved stream resumes; None for the time of
+            the last frame or prompt.
         """
         with self._scheduler.changed:
             self.conversation.finish(self.clock.now())
@@ -138,7 +138,7 @@ class Stream:
             self._scheduler.changed.notify_all()
 
     def interrupt(self) -> None:
-        """Cuts the answer in progress at its next token, if there is one; the stream goes on silent."""
+        """Cuts the answer in progress, if any, at its next token; the stream stays open, in silence."""
         with self._scheduler.changed:
             self.conversation.interrupted = self.conversation.speaking
             self._scheduler.changed.notify_all()
@@ -154,7 +154,7 @@ class Stream:
             event = self.inbox.get()
             yield event
             if isinstance(event, End):
-                # For whoever iterates once more.
+                # Put back, so that iterating again ends at once.
                 self.inbox.put(event)
                 return
 
@@ -166,7 +166,7 @@ class Stream:
           wall: seconds on the stream's clock.
 
         Returns:
-          Seconds of the stream at which it goes on.
+          Stream time at which it resumes.
 
         Raises:
           SessionError: the logits of the stream were not finite.
@@ -177,7 +177,7 @@ class Stream:
         return saved.dialogue["start_time"]
 
     def copy(self, state: Any, wall: float) -> SavedStream:
-        """Copies the stream to the host, between two steps; arguments and errors as for `save`."""
+        """Copies the stream to the host, between two steps; arguments and errors are those of `save`."""
         if not self.conversation.is_finite():
             raise SessionError("a stream whose logits are not finite cannot go on, so it is not saved")
         engine = saving_engine(self._scheduler.engine)
@@ -191,21 +191,21 @@ class Stream:
         return SavedStream(settings, copy.deepcopy(dialogue), arrays, frames, compared)
 
     def copy_while_running(self) -> "Future[SavedStream]":
-        """Has the scheduler copy the stream between two of its steps, so that `write_stream` can save it.
+        """Asks the scheduler for a copy of the stream between two of its steps, for `write_stream`.
 
-        The others go on meanwhile. When the future is done, the events so far are in the inbox, and none of
-        later ones.
+        Other streams continue meanwhile. When the future is done, the inbox holds the events up to the copy
+        and no later ones.
 
         Returns:
-          A future that raises `SessionError` if the stream is over, or cannot be saved.
+          A future that raises `SessionError` if the stream has ended or cannot be saved.
         """
         return self._scheduler.call(self, lambda state: self.copy(state, self.clock.now()))
 
     def look_at_bank(self) -> "Future[BankView]":
-        """Has the scheduler look at what the memory bank holds, without holding anything up.
+        """Asks the scheduler for a snapshot of the memory bank, without stalling any stream.
 
         Returns:
-          A future that raises `SessionError` if the scheduler is over, or the engine is a stand-in.
+          A future that raises `SessionError` if the scheduler has ended, or the engine is not an `Engine`.
         """
 
         def look(state: Any) -> BankView:
@@ -241,10 +241,10 @@ class Stream:
 
 
 def saving_engine(engine: EngineLike) -> Engine:
-    """The engine itself, whose slots can be saved, loaded and emptied.
+    """Narrows to an `Engine`, whose slots can be saved, loaded and reset.
 
     Raises:
-      SessionError: it is a stand-in.
+      SessionError: the engine is a stand-in.
     """
     if not isinstance(engine, Engine):
         raise SessionError(f"the streams of a {type(engine).__name__} cannot be saved or resumed")
@@ -252,19 +252,19 @@ def saving_engine(engine: EngineLike) -> Engine:
 
 
 def check_length(tokens: list[int], config: EngineConfig, opening_length: int = 0) -> None:
-    """Refuses a prompt for which a text cache has no room.
+    """Rejects a prompt that does not fit in the text cache.
 
     Raises:
-      SessionError: saying how long it may be.
+      SessionError: with the longest length that fits.
     """
     capacity, memory = config.text_capacity, config.memory
-    # One more for the token that answers.
+    # One more for the first token of the answer.
     if len(tokens) + 1 > capacity:
         raise SessionError(
             f"the prompt takes {len(tokens)} tokens and its answer at least 1, but the text capacity "
             f"is {capacity}"
         )
-    # What is pending comes before a prompt, at most an answer's last token and the silence after a cut.
+    # Pending tokens precede a prompt: at most an answer's last token and the silence after a cut.
     if memory.text == "window" and opening_length + 2 + len(tokens) > capacity:
         raise SessionError(
             f"the prompt takes {len(tokens)} tokens, but the text capacity of {capacity} has room for "
@@ -273,18 +273,18 @@ def check_length(tokens: list[int], config: EngineConfig, opening_length: int = 
 
 
 def min_distance(stream: Stream) -> float | None:
-    """Distance from the frame remembered before, below which a frame is left out; None for no limit."""
+    """Feature distance to the last remembered frame below which a frame is skipped; None for no limit."""
     selection = stream.config.selection
     return selection.min_distance if selection.enabled else None
 
 
 def _check_order(conversation: Conversation, inbound: Inbound, *, is_running: bool) -> None:
-    """Refuses what a lockstep session gets too late.
+    """Rejects items that a lockstep session gets too late.
 
     Args:
       is_running: whether the session runs.
     """
-    # A saved stream has been running until it was saved.
+    # A resumed stream was running until it was saved.
     latest = conversation.latest if is_running else conversation.start_time
     if inbound.time < latest:
         raise SessionError(

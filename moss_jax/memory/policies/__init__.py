@@ -1,7 +1,7 @@
-"""Memory policies: what a bank keeps when it runs out of room.
+"""Memory policies: what a bank keeps when it is full.
 
 A policy is a pure function from a bank and a budget to a smaller bank, which the engine runs between two
-steps. To add one, write it in a file of its own and name it in `POLICIES`.
+steps. To add one, write it in a file of its own and register it in `POLICIES`.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from moss_jax.memory.policies.pyramid import pyramid
 from moss_jax.memory.policies.window import window
 
 FULL = "full"
-# The others by name: from the settings, the model, and the whole frames that the bank has room for.
+# Factories of all policies except "full" by name, called with the settings, the model, and the capacity of
+# the bank in whole frames.
 POLICIES: dict[str, Callable[[MemoryConfig, ModelConfig, int], Policy]] = {
     "window": window,
     "pyramid": pyramid,
@@ -24,13 +25,13 @@ __all__ = ["FULL", "POLICIES", "Compact", "Policy", "make_budget", "make_policy"
 
 
 def make_policy(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy | None:
-    """The policy that the settings name, for a bank; None for "full", which never forgets and so ends.
+    """Creates the policy that the settings name; None for "full", which never compacts.
 
-    For one model and name, `Policy.compact` is the same function whatever the settings and the bank: only the
-    budget differs.
+    For one model and name, `Policy.compact` is the same function for all settings and banks: only the budget
+    differs.
 
     Args:
-      frames: whole frames that the bank has room for.
+      frames: capacity of the bank in whole frames.
 
     Raises:
       ConfigError: there is no such policy, or the bank is too small for it.

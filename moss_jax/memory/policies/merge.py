@@ -1,4 +1,4 @@
-"""The policy "merge": vectors at the same place of neighbouring frames become one where they are alike.
+"""The "merge" policy: merges similar vectors at the same place of neighbouring frames.
 
 B slots, K kv heads, S vectors, D head
 """
@@ -15,20 +15,20 @@ from moss_jax.ops.qarray import dequantize
 
 
 def merge(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy:
-    """Merges the likest pairs until the low-water mark is reached."""
+    """Merges the most similar pairs until the low-water mark is reached."""
     return Policy(merge_alike, make_budget([memory.low_mark(frames) * model.vectors_per_frame]))
 
 
 def merge_alike(bank: MemoryBank, budget: Int[Array, " 1"]) -> MemoryBank:
-    """Merges pairs of vectors, those first whose values are most alike, until the budget is kept.
+    """Merges pairs of vectors, most similar values first, until the bank is within the budget.
 
-    Of the vectors of one place, the first and the second are a pair, the third and the fourth, and so on.
-    The older one of a pair becomes part of the newer one, or both stay.
+    Among the vectors of one place, the first and second are a pair, the third and fourth, and so on. The
+    older one of a pair is merged into the newer one, or both stay.
     """
     (low,) = budget
     vector = jnp.arange(bank.capacity)
     held = vector < bank.length[:, None]
-    # Vectors of one place side by side, in order of time; what is empty at the end.
+    # Sorts vectors by place, in order of time; empty places go last.
     place = jnp.where(held, bank.places, jnp.iinfo(jnp.int32).max)
     order = jnp.argsort(place, axis=1, stable=True)
     ordered = jnp.take_along_axis(place, order, axis=1)
@@ -36,7 +36,7 @@ def merge_alike(bank: MemoryBank, budget: Int[Array, " 1"]) -> MemoryBank:
     follows = jnp.pad(ordered[:, 1:] == ordered[:, :-1], ((0, 0), (0, 1)))
     newer = jnp.pad(order[:, 1:], ((0, 0), (0, 1)))
     is_pair = jnp.take_along_axis(held, order, axis=1) & follows & (rank % 2 == 0)
-    # Back in the bank's order.
+    # Back to the bank's order.
     back = jnp.argsort(order, axis=1)
     is_pair, newer = (jnp.take_along_axis(x, back, axis=1) for x in (is_pair, newer))
     alike = jnp.where(is_pair, likeness(dequantize(bank.values[len(bank.values) // 2]), newer), -jnp.inf)
@@ -48,7 +48,7 @@ def merge_alike(bank: MemoryBank, budget: Int[Array, " 1"]) -> MemoryBank:
 
 
 def likeness(values: Float[Array, "B K S D"], other: Array) -> Float[Array, "B S"]:
-    """Cosine of each vector, all heads together, and another of the same slot."""
+    """Cosine similarity, over all heads together, of each vector and another of the same slot."""
     paired = jnp.take_along_axis(values, other[:, None, :, None], axis=2)
 
     def sums(x):

@@ -9,18 +9,18 @@ from jaxtyping import Array, Int
 
 from moss_jax.memory.bank import MemoryBank
 
-# A pure function of a bank and a budget. What is static in it depends on the model alone, so that jitted once
-# it serves every budget.
+# A pure function of a bank and a budget. Its static parts depend only on the model, so one compiled program
+# serves every budget.
 type Compact = Callable[[MemoryBank, Int[Array, " n"]], MemoryBank]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Policy:
-    """A policy for banks of one size; called with a bank, it returns the smaller one.
+    """A policy for banks of one size; called with a bank, it returns the compacted one.
 
     Attributes:
-      compact: the compaction, the same program for all budgets of one model and policy.
-      budget: what may be left, in the policy's own units; of one length for one model and policy.
+      compact: the compaction, one program for all budgets of one model and policy.
+      budget: what may remain, in the policy's own units; its length is fixed for one model and policy.
     """
 
     compact: Compact
@@ -31,5 +31,5 @@ class Policy:
 
 
 def make_budget(numbers: Sequence[int]) -> Int[np.ndarray, " n"]:
-    """A budget of these numbers."""
+    """Converts numbers to a budget array."""
     return np.array(numbers, np.int32)

@@ -1,4 +1,4 @@
-"""The policy "pyramid": the older a frame, the coarser; the oldest are merged, and none is forgotten.
+"""The "pyramid" policy: older frames get coarser, the oldest are merged, and none is forgotten.
 
 B slots, S vectors
 """
@@ -13,12 +13,12 @@ from moss_jax.memory.bank import MemoryBank
 from moss_jax.memory.compaction import frames_of, regroup
 from moss_jax.memory.policies.policy import Compact, Policy, make_budget
 
-# Levels at most: whole frames, 1/4 and 1/16 of the grid, one vector.
+# Maximum number of levels: whole frames, 1/4 and 1/16 of the grid, one vector.
 LEVELS = 4
 
 
 def pyramid(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy:
-    """Newest frames whole, older ones at 1/4 of the grid, at 1/16, and at one vector each.
+    """Keeps the newest frames whole, older ones at 1/4 of the grid, at 1/16, and as one vector each.
 
     Raises:
       ConfigError: a level would have to pass on more frames than it holds.
@@ -27,7 +27,7 @@ def pyramid(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy:
     grids = make_grids(model)
     budget = divide(grids, memory.pyramid_shares, low * model.vectors_per_frame)
     arriving = frames - low
-    # A frame moves by one level a compaction, so each must hold what arrives; at the last, pairs are merged.
+    # A frame moves one level per compaction, so each level must hold all that arrives; the last merges pairs.
     needs = [1] + [arriving] * (len(grids) - 2) + [2 * arriving]
     for grid, room, need in zip(grids, budget, needs, strict=True):
         if room < need:
@@ -40,10 +40,9 @@ def pyramid(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy:
 
 
 def make_grids(model: ModelConfig) -> tuple[int, ...]:
-    """Of each level, whole frames first: the side of the grid that a frame's patches are pooled to.
+    """Side of the pooled patch grid at each level, whole frames first.
 
-    The last is 0, where one vector stands for the whole frame. Levels that would be like the one before are
-    left out.
+    The last is 0: one vector stands for the whole frame. Levels equal to the previous one are omitted.
     """
     grids = [model.compressor.output_grid(model.vision.grid)]
     while grids[-1] > 1 and len(grids) < LEVELS - 1:
@@ -52,17 +51,17 @@ def make_grids(model: ModelConfig) -> tuple[int, ...]:
 
 
 def vectors_of(grid: int) -> int:
-    """Vectors of a frame at a level: the class token's and the grid's, or one."""
+    """Number of vectors of a frame at a level: the class token and the grid, or one."""
     return 1 + grid**2
 
 
 def divide(grids: tuple[int, ...], shares: tuple[float, ...], room: int) -> list[int]:
-    """Frames that may stay at each level.
+    """Divides the room into the number of frames that may stay at each level.
 
     Args:
-      shares: of the room, for each level. If they are more than the levels, the last level has those that are
-        left; if they are fewer, the last share is divided evenly among the levels that are left.
-      room: vectors that all levels have together.
+      shares: of the room, for each level. Surplus shares go to the last level; if there are fewer shares than
+        levels, the last share is divided evenly among the remaining levels.
+      room: total number of vectors over all levels.
     """
     own = min(len(shares), len(grids)) - 1  # Levels with a share of their own.
     left = len(grids) - own
@@ -72,17 +71,17 @@ def divide(grids: tuple[int, ...], shares: tuple[float, ...], room: int) -> list
 
 @functools.cache
 def _compaction(grids: tuple[int, ...]) -> Compact:
-    """The one compaction of all pyramids with these levels."""
+    """The compaction function, shared by all pyramids with these levels."""
     return functools.partial(coarsen, grids=grids)
 
 
 def coarsen(bank: MemoryBank, budget: Int[Array, " levels"], *, grids: tuple[int, ...]) -> MemoryBank:
-    """Moves the oldest frames of each level that is over its budget one level down.
+    """Moves the oldest frames of each level over its budget one level down.
 
-    Of the last level, neighbouring frames are merged, first those that stand for the fewest.
+    In the last level, neighbouring frames are merged, starting with those that stand for the fewest.
 
     Args:
-      budget: frames that may stay at each level.
+      budget: number of frames that may stay at each level.
       grids: of the levels.
     """
     frames = frames_of(bank)
@@ -93,7 +92,7 @@ def coarsen(bank: MemoryBank, budget: Int[Array, " levels"], *, grids: tuple[int
     held = [jnp.sum(frames.is_first & here, axis=1, keepdims=True) for here in at]  # Frames, [B, 1].
     place, size, moved = bank.places, frames.size, jnp.zeros_like(held[0])
     for i in range(last):
-        # Frames of coarser levels are older, and so come first.
+        # Frames of coarser levels are older, so they come first.
         rank = frames.index - sum(held[i + 1 :])
         moved = jnp.clip(held[i] + moved - budget[i], 0, held[i])
         moves = at[i] & (rank < moved)
@@ -101,7 +100,7 @@ def coarsen(bank: MemoryBank, budget: Int[Array, " levels"], *, grids: tuple[int
         size = jnp.where(moves, sizes[i + 1], size)
     excess = jnp.maximum(held[last] + moved - budget[last], 0)
     is_absorbed = _absorbed(frames.index, at[last], bank.counts, excess)
-    # A frame that is absorbed by the one before takes no room of its own.
+    # A frame absorbed by the previous one takes no room.
     room = jnp.where(frames.is_first & ~is_absorbed, size, 0)
     start = jnp.cumsum(room, axis=1) - jnp.where(is_absorbed, 1, size)
     most = max(4, sizes[-2])
@@ -109,7 +108,7 @@ def coarsen(bank: MemoryBank, budget: Int[Array, " levels"], *, grids: tuple[int
 
 
 def coarser_place(place: Int[Array, "B S"], grid: int, coarser: int) -> Int[Array, "B S"]:
-    """Place of a vector in its frame after the grid has been pooled; the class token stays the first."""
+    """Place of a vector in its frame after the grid is pooled; the class token stays first."""
     if coarser == 0:
         return jnp.zeros_like(place)
     row, column = jnp.divmod(place - 1, grid)
@@ -122,7 +121,7 @@ def _absorbed(
     counts: Float[Array, "B S"] | None,
     excess: Int[Array, "B 1"],
 ) -> Array:
-    """Whether a frame of one vector becomes part of the one before: of pairs, the `excess` lightest."""
+    """Whether a one-vector frame merges into the previous one: the `excess` pairs of lowest count do."""
     assert counts is not None
     after = jnp.pad(here[:, 1:], ((0, 0), (0, 1)))
     is_pair = here & after & (rank % 2 == 0)

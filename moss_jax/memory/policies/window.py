@@ -1,4 +1,4 @@
-"""The policy "window": the newest frames whole, nothing of the others.
+"""The "window" policy: keeps the newest frames whole and drops the others.
 
 B slots, S vectors
 """
@@ -18,10 +18,10 @@ def window(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy:
 
 
 def keep_newest(bank: MemoryBank, budget: Int[Array, " 1"]) -> MemoryBank:
-    """Forgets the oldest frames until no more vectors are left than the budget says."""
+    """Drops the oldest frames until the number of vectors is within the budget."""
     (low,) = budget
     frames = frames_of(bank)
     vector = jnp.arange(bank.capacity, dtype=jnp.int32)
     first = jnp.where(frames.is_first & (bank.length[:, None] - vector <= low), vector, bank.capacity)
-    first = first.min(axis=1, keepdims=True)  # Of the vectors that stay.
+    first = first.min(axis=1, keepdims=True)  # The first vector that stays.
     return regroup(bank, jnp.where(vector >= first, vector - first, FORGET), bank.places, most=1)

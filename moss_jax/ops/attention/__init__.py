@@ -1,4 +1,4 @@
-"""Attention in which each query sees one range of the keys: over a KV cache, a memory bank, or itself."""
+"""Attention with one key range per query: over a KV cache, a memory bank, or the sequence itself."""
 
 from moss_jax.ops.attention.api import (
     APPEND,

@@ -1,4 +1,4 @@
-"""The attention ops: their contracts, and their implementations.
+"""Public API of the attention ops: their contracts and implementations.
 
 R rows of queries, B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G,
 D head, P positions
@@ -42,7 +42,7 @@ Specs = tuple[Mapping[str, Any], PartitionSpec]
 def sharded[Arguments](
     apply: Callable[..., Array], specs: Callable[[Arguments, AbstractMesh], Specs]
 ) -> Callable[..., Array]:
-    """An implementation that the compiler cannot partition, under `shard_map` if a mesh is in use.
+    """Wraps an implementation that the compiler cannot partition in `shard_map` if a mesh is in use.
 
     Args:
       apply: computes the op on one device.
@@ -62,7 +62,7 @@ def sharded[Arguments](
             mesh=mesh,
             in_specs=({name: in_specs[name] for name in arrays},),
             out_specs=out_specs,
-            # The kernels don't say over which axes their outputs vary.
+            # The kernels don't declare over which mesh axes their outputs vary.
             check_vma=False,
         )(arrays)
 
@@ -72,7 +72,7 @@ def sharded[Arguments](
 def attention_specs(a: Arguments, mesh: AbstractMesh) -> Specs:
     """Each device computes its rows of the batch and its kv heads.
 
-    A row with a slot may read any, so with slots every device has all of them, and all rows.
+    With explicit slots, any row may read any slot, so every device has all slots and all rows.
     """
     batch, kv_heads = partition_spec(("batch", "kv_heads"), a.k.shape[:2], mesh)
     if a.slots is not None:
@@ -127,19 +127,19 @@ def attention(
 
     Head `h` of the queries reads kv head `h // G` (GQA). Row `r` reads keys, values and bias of slot `r`, or
     of `slots[r]`. Keys outside a query's range have no influence, and those that no query of a row sees may
-    hold anything, NaN too. A query whose range is empty gives exact zeros. Accumulates in float32.
+    contain anything, even NaN. A query with an empty range gives exact zeros. Accumulates in float32.
 
     Args:
       q: queries.
       k, v: keys and values; if they are QArrays, [B, K, S, D] with scales [B, K, S], there are no gradients.
       kv_range: the keys that each query sees; None for all of them.
-      slots: `0 <= slots[r] < B`, of rows that see nothing too; any number of rows may name a slot. The Pallas
-        kernels have no gradients with slots. None if row `r` reads slot `r` (R == B).
+      slots: `0 <= slots[r] < B`, also for rows that see nothing; any number of rows may read one slot. The
+        Pallas kernels have no gradients with slots. None if row `r` reads slot `r` (R == B).
       causal: instead of a range, and without slots: query `t` sees the keys up to `t`.
       bias: float32, added to the scores of each key.
       scale: of the scores before the bias; 1 / sqrt(D) if None.
       implementation: a name in `ATTENTION`; None takes the first in the platform's order that can.
-      config: how the named implementation is cut; of several kernels, its class names the one.
+      config: tiling of the named implementation; its class selects one of several kernels.
 
     Returns:
       [R, T, H, D] in q's dtype.
@@ -164,7 +164,7 @@ def attention(
 
 
 def _attend_to_slices(a: SelfAttentionArguments) -> Float[Array, "B P H D"]:
-    """Self-attention as slices of the projection and `attention`."""
+    """Self-attention as `attention` on slices of the projection."""
     q, k, v = slices(a.projection)
     out = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), implementation=a.attention)
     return out.astype(a.out_dtype)
@@ -172,7 +172,7 @@ def _attend_to_slices(a: SelfAttentionArguments) -> Float[Array, "B P H D"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dense(config, a: SelfAttentionArguments) -> Float[Array, "B P H D"]:
-    """The dense kernel; gradients are those of `_attend_to_slices`, as is the output where they are taken."""
+    """The dense kernel; under differentiation, output and gradients are those of `_attend_to_slices`."""
     return sharded(mosaic_gpu.self_attention, self_attention_specs)(a, config)
 
 
@@ -208,19 +208,19 @@ def self_attention(
     implementation: str | None = None,
     config: DenseConfig | None = None,
 ) -> Float[Array, "B P H D"] | QArray:
-    """Attention of every position to every position, straight from a fused projection to q, k and v.
+    """Dense self-attention on a fused projection to q, k and v.
 
-    Where a kernel takes the projection as it is, it is used; elsewhere this is `attention` on slices of it.
+    Uses a kernel that takes the fused projection if one can; otherwise this is `attention` on slices of it.
     Gradients are always those of the latter.
 
     Args:
       projection: an array [B, P, 3, H, D], or one whose queries and keys are in 8 bits.
-      out_scale: asks for a result in float8_e4m3fn and becomes its scale: averages of values are rounded as
-        they are, so the caller has divided the values by it, and keeps them within 448. None leaves the
-        result in the values' dtype.
-      implementation: of `attention`, a name in it; a kernel for fused projections is used only if it is
-        "mosaic_gpu" or None.
-      config: forces the kernel for fused projections, and how it is cut.
+      out_scale: requests a result in float8_e4m3fn and becomes its scale: averages of values are rounded
+        without scaling, so the caller divides the values by it beforehand and keeps them within 448. None
+        leaves the result in the values' dtype.
+      implementation: a name in `ATTENTION`; a kernel for fused projections is used only if it is "mosaic_gpu"
+        or None.
+      config: forces the kernel for fused projections, with this tiling.
 
     Raises:
       ValueError: the projection has another shape.
@@ -233,13 +233,13 @@ def self_attention(
 
 
 def _append(a: AppendArguments) -> Appended:
-    """RoPE, the writes to the cache and `attention`, one op after the other."""
+    """Unfused append: RoPE, the writes to the cache and `attention` as separate ops."""
     R, T, *_, D = a.qkv.shape
     q = rotate(a.qkv[..., :-2, :].reshape(R, T, -1, D), a.rotation)
     k = rotate(a.qkv[..., -2, :], a.rotation).swapaxes(1, 2)  # [R, K, T, D]
     v = a.qkv[..., -1, :].swapaxes(1, 2)
     new = ((a.keys, k), (a.values, v))
-    # Rows of one slot that all write nothing would share the row past the capacity.
+    # Rows of one slot that write nothing would all target the row past the capacity.
     if T > 1 or a.slots is not None:
         keys, values = (write_rows(old, x, a.start, a.count, a.slots) for old, x in new)
     else:
@@ -275,7 +275,7 @@ def append(
     implementation: str | None = None,
     config: DecodeConfig | None = None,
 ) -> Appended:
-    """Appends new tokens to a KV cache, for each to attend to its slot of the cache up to itself.
+    """Appends new tokens to a KV cache; each then attends to its slot of the cache up to itself.
 
     Token `t` of row `r` has the position `start[r] + t` in its slot. Tokens from `count[r]` on, and those
     beyond the capacity, are not appended; the former attend to nothing and give zeros. All rows are appended
@@ -286,18 +286,18 @@ def append(
       qkv: projections of the new tokens: for each kv head its queries, key and value.
       rotation: RoPE of queries and keys.
       keys, values: the cache; its keys are rotated.
-      start: where in its slot each row's tokens begin.
-      count: new tokens of each row to append.
-      slots: `0 <= slots[r] < B`, of rows without tokens too. Rows of one slot have no position in common.
-        None if row `r` is of slot `r` (R == B).
-      capacity: tokens that the cache can hold; S is larger, and the rows behind may be written to but are
-        never read.
-      implementation: of `attention`, a name in it; a fused kernel is used only if it is "mosaic_gpu" or None.
-      config: forces the fused kernel, and how it is cut.
+      start: offset of each row's tokens in its slot.
+      count: number of new tokens of each row to append.
+      slots: `0 <= slots[r] < B`, also for rows without tokens. Rows of one slot must not overlap. None if row
+        `r` belongs to slot `r` (R == B).
+      capacity: maximum number of tokens in the cache; S is larger, and rows past the capacity may be written
+        but are never read.
+      implementation: a name in `ATTENTION`; a fused kernel is used only if it is "mosaic_gpu" or None.
+      config: forces the fused kernel, with this tiling.
 
     Returns:
-      The cache with the tokens appended, and their attention to it. Where several calls append to one cache,
-      all do before any attends: between two writes, XLA may copy the cache for the read.
+      The cache with the tokens appended, and a function for their attention to it. If several calls append
+      to it, all must do so before any attends: between two writes, XLA may copy the cache for a read.
 
     Raises:
       ValueError: shapes that don't fit together, or a cache without a row beyond the capacity.

@@ -26,32 +26,32 @@ class KeyRange(NamedTuple):
 
 
 def no_gradients(stored: jnp.dtype) -> Unsupported:
-    """Error of a backward pass over quantised K and V."""
+    """Error raised by a backward pass over quantised K and V."""
     return Unsupported(f"attention over K and V in {stored} has no gradients; give them in q's dtype")
 
 
 def no_gradients_by_slot() -> Unsupported:
-    """Error of a kernel's backward pass over rows that name their slots."""
+    """Error raised by a kernel's backward pass over rows with explicit slots."""
     return Unsupported(
         "this kernel has no gradients of rows with slots; the implementations xla and reference have"
     )
 
 
 def read_slots[X: Array | QArray](x: X, slots: Int[Array, " R"] | None) -> X:
-    """What each row reads of an array whose first axis are slots: a copy, unless row `r` reads slot `r`."""
+    """Gathers each row's slot from an array [slots, ...]; no copy if row `r` reads slot `r`."""
     return x if slots is None else jax.tree.map(lambda x: jnp.take(x, slots, axis=0, mode="clip"), x)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """One checked call of `attention`, as implementations take it.
+    """Validated arguments of one call of `attention`, as implementations take them.
 
     Attributes:
       q: queries.
       k, v: keys and values; QArrays have one scale per vector, [B, K, S].
       kv_range: None lets every query see every key.
-      bias: added to the scores of a key for all heads and queries, before the softmax.
+      bias: added to a key's scores for all heads and queries, before the softmax.
       scale: of the scores.
       causal: query `t` sees the keys `s <= t` (T == S).
       slots: row `r` reads k, v and bias of slot `slots[r]`; None if it is slot `r` (R == B).
@@ -108,12 +108,12 @@ class Arguments:
 
     @property
     def group_rows(self) -> int:
-        """Queries that share a kv head, T * G."""
+        """Number of queries that share a kv head, T * G."""
         return self.q.shape[1] * self.q.shape[2] // self.k.shape[1]
 
     @property
     def bounds(self) -> KeyRange:
-        """The range of every query, spelt out."""
+        """The explicit range of every query."""
         if self.kv_range is not None:
             return self.kv_range
         r, t = self.q.shape[:2]
@@ -122,7 +122,7 @@ class Arguments:
 
 
 def check_slots(slots: Int[Array, " R"] | None, rows: int) -> None:
-    """Raises ValueError unless there is one slot a row, or none are named."""
+    """Raises ValueError unless there is one slot per row, or None."""
     if slots is not None and (slots.shape != (rows,) or not jnp.issubdtype(slots.dtype, jnp.integer)):
         raise ValueError(
             f"slots holds an integer a row, [R] = {(rows,)}; got {slots.dtype} {tuple(slots.shape)}"
@@ -130,21 +130,21 @@ def check_slots(slots: Int[Array, " R"] | None, rows: int) -> None:
 
 
 def define(a: Arguments) -> Float[Array, "R T H D"]:
-    """Softmax attention with every score in memory, accumulated in float32."""
+    """Softmax attention that materialises all scores, accumulated in float32."""
     R, T, H, D = a.q.shape
     K, S = a.k.shape[1:3]
     start, end = a.bounds
     keys = jnp.arange(S)
     visible = (start[..., None] <= keys) & (keys < end[..., None])  # [R, T, S]
     used = visible.any(axis=1)[:, None, :, None]  # [R, 1, S, 1]
-    # Keys that no query sees may be NaN, and 0 * NaN would spoil the sums.
+    # Keys that no query sees may be NaN, and 0 * NaN would corrupt the sums.
     k, v = (jnp.where(used, dequantize(read_slots(x, a.slots), a.q.dtype), 0) for x in (a.k, a.v))
     q = a.q.reshape(R, T, K, H // K, D)
     scores = jnp.einsum("RTKGD,RKSD->RKGTS", q, k, preferred_element_type=jnp.float32) * a.scale
     if a.bias is not None:
         bias = jnp.where(used[:, 0, :, 0], read_slots(a.bias, a.slots), 0)
         scores += bias[:, None, None, None, :]
-    # This is not -inf because a row without keys would then be -inf - -inf = NaN.
+    # Not -inf, because a row without keys would then give -inf - -inf = NaN.
     scores = jnp.where(visible[:, None, None], scores, -1e30)
     weights = jnp.where(visible[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
     out = jnp.einsum("RKGTS,RKSD->RTKGD", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -157,11 +157,11 @@ reference = in_float32(define, lambda a: a.q.dtype)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedProjection:
-    """A fused projection to queries, keys and values whose queries and keys are in float8_e4m3fn.
+    """A fused QKV projection whose queries and keys are in float8_e4m3fn.
 
     Attributes:
       qk: queries and keys, values [B, P, 2, H, D]. The scale, [], is a power of two and that of the scores:
-        the product of those by which queries and keys were divided. It multiplies the queries alone.
+        the product of the scales of queries and keys. It is applied to the queries only.
       v: values.
     """
 
@@ -185,12 +185,12 @@ Projection = Float[Array, "B P 3 H D"] | QuantizedProjection
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SelfAttentionArguments:
-    """One checked call of `self_attention`.
+    """Validated arguments of one call of `self_attention`.
 
     Attributes:
       projection: fused queries, keys and values.
       out_dtype: of the results: the values' dtype or float8_e4m3fn.
-      attention: name of the implementation of `attention` that is to be used; None for any.
+      attention: name of the implementation of `attention` to use; None for any.
     """
 
     projection: Projection
@@ -216,7 +216,7 @@ def projection_shape(projection: Projection) -> tuple[int, int, int, int]:
 
 
 def values_dtype(projection: Float[Array, "..."] | QuantizedProjection) -> jnp.dtype:
-    """Dtype of the values, in which attention is computed."""
+    """Dtype of the values, which is also that of the computation."""
     return (projection.v if isinstance(projection, QuantizedProjection) else projection).dtype
 
 
@@ -229,10 +229,10 @@ def slices(projection: Projection) -> tuple[Float[Array, "B P H D"], ...]:
 
 
 class Appended(NamedTuple):
-    """A KV cache with new tokens in it, and their attention.
+    """A KV cache with new tokens appended, and a function for their attention.
 
     Attributes:
-      attend: the attention outputs of the new tokens, [R, T, H, D], of the keys and values as they stand when
+      attend: computes the attention outputs of the new tokens, [R, T, H, D], from keys and values to which
         all calls have appended.
     """
 
@@ -244,17 +244,17 @@ class Appended(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AppendArguments:
-    """One checked call of `append`.
+    """Validated arguments of one call of `append`.
 
     Attributes:
       qkv: projections of the new tokens: for each kv head its queries, key and value.
       rotation: RoPE of the new tokens' positions.
       keys, values: the KV cache; its keys are rotated.
-      start: where in its slot each row's tokens begin.
-      count: new tokens of each row to append.
-      slots: of the rows; None if row `r` is of slot `r` (R == B).
-      capacity: tokens that the cache can hold.
-      attention: name of the implementation of `attention` that is to be used; None for any.
+      start: offset of each row's tokens in its slot.
+      count: number of new tokens of each row to append.
+      slots: slot of each row; None if row `r` belongs to slot `r` (R == B).
+      capacity: maximum number of tokens in the cache.
+      attention: name of the implementation of `attention` to use; None for any.
     """
 
     qkv: Float[Array, "R T K group_and_kv D"]
@@ -286,7 +286,7 @@ class AppendArguments:
 
     @property
     def following(self) -> Arguments:
-        """The attention that follows the append; of queries and their ranges only the shapes."""
+        """Arguments of the attention after the append; queries and ranges are given only as shapes."""
         R, T, kv_heads, group_and_kv, D = self.qkv.shape
         q: Any = jax.ShapeDtypeStruct((R, T, kv_heads * (group_and_kv - 2), D), self.qkv.dtype)
         bound: Any = jax.ShapeDtypeStruct((R, T), jnp.int32)
@@ -295,7 +295,7 @@ class AppendArguments:
 
     @property
     def key_range(self) -> KeyRange:
-        """The range of each new token: its slot up to itself; nothing for those that are not appended."""
+        """Key range of each new token: its slot up to itself; empty for tokens that are not appended."""
         token = jnp.arange(self.qkv.shape[1], dtype=jnp.int32)
         position = self.start[:, None] + token
         end = jnp.where(token < self.count[:, None], jnp.minimum(position + 1, self.capacity), 0)

@@ -1,4 +1,4 @@
-"""cuDNN's fused FlashAttention, for the dense cases: every key, or causal.
+"""cuDNN's fused FlashAttention, for full or causal attention.
 
 B batch/slot, T query tokens, S keys, K kv heads, H query heads, D head
 """

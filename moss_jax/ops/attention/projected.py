@@ -1,4 +1,4 @@
-"""Self-attention with its norm and projection: what the vision encoder calls.
+"""Self-attention fused with its norm and QKV projection, for the vision encoder.
 
 B frames, P positions, H heads, D head, E width of the stream
 """
@@ -18,12 +18,12 @@ from moss_jax.ops.qarray import QArray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedQKV:
-    """Weights (W8A8) of a projection to queries, keys and values, the first two of which come in 8 bits.
+    """Weights (W8A8) of a QKV projection whose queries and keys are output in 8 bits.
 
     Attributes:
-      qk: [2, H, D, E]; its scale has been divided by those of queries and keys.
-      v: [1, H, D, E]; its scale has been divided by `v_scale`.
-      qk_scale: what scores are multiplied with: the product of the scales of queries and keys.
+      qk: [2, H, D, E]; its scale is already divided by those of queries and keys.
+      v: [1, H, D, E]; its scale is already divided by `v_scale`.
+      qk_scale: factor of the scores: the product of the scales of queries and keys.
       v_scale: scale of values, and so of their averages.
     """
 
@@ -45,7 +45,7 @@ def norm_self_attention(
     *,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B P H D"] | QArray, Float[Array, "B P E"]]:
-    """Attention of every position of the normed residual sum to every other, before its output projection.
+    """Dense self-attention on the normalised residual sum, before the output projection.
 
     Args:
       residual: the stream, [B, P, E].

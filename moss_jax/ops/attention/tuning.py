@@ -22,11 +22,11 @@ FILE = Path(__file__).with_name("tuning.json")
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One line of the table.
+    """One entry of the table.
 
     Attributes:
-      device: as JAX names it (`device_kind`).
-      shape: as `shape_of` gives it.
+      device: JAX's `device_kind`.
+      shape: from `shape_of`.
       config: the fields of the kernel's config class.
       microseconds: of one call, by pass: "forward", "gradients" (forward and backward).
     """
@@ -92,7 +92,7 @@ def _distance(a: Mapping[str, int | str], b: Mapping[str, int | str]) -> float:
 
 @functools.cache
 def entries(file: Path) -> tuple[Entry, ...]:
-    """The whole table, cached."""
+    """Loads the whole table, cached."""
     try:
         return tuple(Entry(**entry) for entry in json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, json.JSONDecodeError) as error:
@@ -100,7 +100,7 @@ def entries(file: Path) -> tuple[Entry, ...]:
 
 
 def record(new: Entry, *, file: Path = FILE) -> None:
-    """Writes an entry to the table; it replaces that of the same device, kernel and shape."""
+    """Writes an entry to the table, replacing that of the same device, kernel and shape."""
 
     def key(entry: Entry) -> tuple:
         return entry.device, entry.kernel, sorted((name, str(size)) for name, size in entry.shape.items())

@@ -1,7 +1,7 @@
-"""FlashAttention in plain JAX, for any platform: blockwise online softmax, or one block if scores are few.
+"""FlashAttention in plain JAX for any platform: blockwise online softmax, or one block for few scores.
 
 The blockwise form keeps a running maximum and sum for each row (Rabe & Staats, arXiv 2112.05682; Dao et al.,
-arXiv 2205.14135), skips the blocks before the first and behind the last key that any query sees, and
+arXiv 2205.14135), skips the blocks before the first and after the last key that any query sees, and
 recomputes the scores in its backward pass, so memory grows with T + S instead of T * S.
 
 R rows of queries, B batch/slot, T query tokens, S keys, X a block of keys, K kv heads, G query heads per kv
@@ -21,18 +21,18 @@ from moss_jax.ops.qarray import QArray, dequantize
 
 @dataclasses.dataclass(frozen=True)
 class XlaConfig:
-    """Size of the blocks.
+    """Block size.
 
     Attributes:
-      max_scores: scores of a block, in numbers; by default 128 MiB of float32.
-      min_block: keys of a block at least.
+      max_scores: maximum number of scores per block; by default 128 MiB of float32.
+      min_block: minimum number of keys per block.
     """
 
     max_scores: int = 2**25
     min_block: int = 128
 
     def block_size(self, rows: int, keys: int) -> int:
-        """Keys of a block such that `rows` rows of scores stay within `max_scores`; all keys if they do."""
+        """Keys per block such that `rows` rows of scores stay within `max_scores`; all keys if they fit."""
         if rows * keys <= self.max_scores:
             return keys
         return min(keys, max(self.min_block, self.max_scores // rows // self.min_block * self.min_block))
@@ -53,7 +53,7 @@ def _attend(block, scale, q, k, v, bias, start, end, slots):
 
 
 def _forward(block, scale, q, k, v, bias, start, end, slots):
-    """The output, and the residuals of the backward pass."""
+    """Returns the output, and the residuals for the backward pass."""
     R, T, K, G, D = q.shape
 
     def attend_block(first, carry):

@@ -1,7 +1,7 @@
-"""Linear maps with their prologues and epilogues: contracts and implementations.
+"""Public API of linear maps with prologues and epilogues: contracts and implementations.
 
-Weights are floats or QArrays, and the op decides by them what a GEMM multiplies: both operands as they are,
-8-bit weights with 16-bit inputs (W8A16), or 8-bit weights and inputs (W8A8).
+Weights are floats or QArrays, which decide the precision of the GEMM: both operands unchanged, 8-bit weights
+with 16-bit inputs (W8A16), or 8-bit weights and inputs (W8A8).
 """
 
 import jax
@@ -41,17 +41,17 @@ def linear(
 ) -> Float[Array, "..."] | QArray:
     """`x @ kernel + bias` over the trailing axes of x, or the exact GELU of it; accumulates in float32.
 
-    It has gradients in all that is in 16 bits or more, but not with `weight_only` and
-    `weight_only_gemm`. Where they are taken, `matmul_epilogue` computes as `xla` does.
+    It has gradients in all operands of 16 bits or more, but not with `weight_only` and `weight_only_gemm`.
+    Under differentiation, `matmul_epilogue` computes as `xla` does.
 
     Args:
       x: [..., inputs...]; for W8A8 a QArray with the kernel's input scale, or an array, which is rounded.
       weights: the kernel and the bias.
-      gelu: whether the GELU is taken behind the bias.
-      out_dtype: of the results; None for the dtype of a float kernel, else for that of x. Results in
-        float8_e4m3fn must stay within 448: beyond, `matmul_epilogue` gives 448, and the others NaN.
+      gelu: whether the GELU is applied after the bias.
+      out_dtype: of the results; None for the dtype of a float kernel, otherwise that of x. Results in
+        float8_e4m3fn must stay within 448: beyond, `matmul_epilogue` saturates at 448, the others give NaN.
       implementation: a name in `LINEAR`; None takes the first in the platform's order that can.
-      config: how the named implementation is cut.
+      config: tiling of the named implementation.
 
     Returns:
       [..., outputs...]; a QArray if the kernel has an output scale.
@@ -81,7 +81,7 @@ def residual_add(
     Args:
       stream: [..., outputs...]; the result has its dtype.
       x, weights, implementation, config: as in `linear`.
-      gate: broadcasts to [..., 1]; in an epilogue it is one number, [1]. 1 if None.
+      gate: broadcasts to [..., 1]; in an epilogue it is a single number, [1]. 1 if None.
     """
     if weights.scheme != "W8A8":
         y = linear(x, weights, out_dtype=stream.dtype, implementation=implementation, config=config)
@@ -95,7 +95,7 @@ def residual_add(
 
 
 def _inputs(x, weights, out_dtype):
-    """Inputs as the GEMM takes them, dtype of the results, and what they are divided by."""
+    """Returns the inputs as the GEMM takes them, the dtype of the results, and their divisor."""
     kernel = weights.kernel
     if not isinstance(kernel, QArray):
         return x, jnp.dtype(out_dtype or kernel.dtype), None
@@ -111,7 +111,7 @@ def _inputs(x, weights, out_dtype):
 
 
 def _norm_then_linear(a: NormArguments) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """The definition of `norm_linear`: one op after the other."""
+    """The unfused definition of `norm_linear`."""
     kernel = a.weights.kernel
     normed, x = add_norm(
         a.residual, a.norm, out_scale=kernel.input_scale if isinstance(kernel, QArray) else None
@@ -141,7 +141,7 @@ def norm_linear(
     implementation: str | None = None,
     config: norm_matmul.Config | None = None,
 ) -> tuple[Float[Array, "..."] | QArray, Float[Array, "..."]]:
-    """A linear map of the normed residual sum, `linear(norm(y))`, and that sum.
+    """A linear map of the normalised residual sum, `linear(norm(y))`, and that sum.
 
     It has gradients where `add_norm` and `linear` have them, but not with `norm_matmul`.
 
@@ -151,7 +151,7 @@ def norm_linear(
       weights: of a map from that one axis.
       gelu: as in `linear`.
       implementation: a name in `NORM_LINEAR`; None takes the first in the platform's order that can.
-      config: how the named implementation is cut.
+      config: tiling of the named implementation.
 
     Returns:
       [..., outputs...], a QArray if the kernel has an output scale; and the residual sum y.
@@ -171,9 +171,9 @@ def norm_linear(
 
 
 def decode_layout(platform: str | None = None) -> Layout:
-    """The layout of attention projections by which one row goes fastest.
+    """The layout of attention projections that is fastest for a single row.
 
     Args:
-      platform: the default backend if None.
+      platform: None for the default backend.
     """
     return "outputs_first" if (platform or jax.default_backend()) == "gpu" else "inputs_first"

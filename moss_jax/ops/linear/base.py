@@ -65,15 +65,15 @@ class Weights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """One checked call; `arguments` builds it, implementations read it.
+    """Validated arguments of one call, built by `arguments` and read by implementations.
 
     Attributes:
       x: the inputs; a QArray for W8A8.
-      scale: factors of the products of numbers in 8 bits.
-      out_factor: of results in 8 bits, what they are multiplied with before they are rounded.
-      residual: is added at last.
-      gate: what the results are multiplied with before the residual is added.
-      gelu: whether the exact GELU is taken behind the bias.
+      scale: dequantisation factors of 8-bit products.
+      out_factor: factor of 8-bit results before they are rounded.
+      residual: added last.
+      gate: factor of the results before the residual is added.
+      gelu: whether the exact GELU is applied after the bias.
       out_dtype: of the results.
     """
 
@@ -98,13 +98,13 @@ class Arguments:
 
     @property
     def matrix(self) -> Array:
-        """The kernel's numbers as [N, K] or, inputs first, [K, N]."""
+        """The kernel's values as [N, K] or, with inputs first, [K, N]."""
         kernel, (_, K, N) = self.weights.kernel, self.shape
         values = kernel.values if isinstance(kernel, QArray) else kernel
         return values.reshape((N, K) if self.weights.outputs_first else (K, N))
 
     def unflatten(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Results on the axes of the inputs' rows and of the outputs."""
+        """Reshapes results to the axes of the inputs' rows and of the outputs."""
         return y.reshape(*self.rows, *self.weights.outputs)
 
 
@@ -118,12 +118,12 @@ def arguments(
     gelu: bool = False,
     out_dtype: jnp.dtype,
 ) -> Arguments:
-    """Combines the scales of a call.
+    """Builds the arguments of a call and combines its scales.
 
-    Here and not in the implementations, where transformations hide that they are constants.
+    Scales are combined here because inside implementations, transformations hide that they are constants.
 
     Args:
-      out_scale: of results in 8 bits, what they are divided by before they are rounded.
+      out_scale: divisor of 8-bit results before they are rounded.
     """
     scale = None
     if isinstance(weights.kernel, QArray):
@@ -183,7 +183,7 @@ def _product(a: Arguments) -> Float[Array, "..."]:
     if not a.weights.outputs_first:
         assert isinstance(x, Array)
         assert not isinstance(kernel, QArray)
-        # On the axes that they come on, by which a mesh may split them.
+        # Contracted on the original axes, over which a mesh may shard them.
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         return lax.dot_general(x, kernel, (contract, ((), ())), preferred_element_type=a.out_dtype)
     wide = a.out_dtype
@@ -191,7 +191,7 @@ def _product(a: Arguments) -> Float[Array, "..."]:
         x = x.values
     matrix = a.matrix
     if a.weights.scheme == "W8A16":
-        matrix = matrix.astype(x.dtype)  # Which holds all numbers of 8 bits exactly.
+        matrix = matrix.astype(x.dtype)  # Represents all 8-bit numbers exactly.
     x = lax.collapse(x, x.ndim - n)
     quantised = a.weights.scheme != "float"
     contract = (((x.ndim - 1,), (1,)), ((), ()))
@@ -208,7 +208,7 @@ reference = dispatch.in_float32(define, lambda a: a.out_dtype)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NormArguments:
-    """One checked call of the linear map behind a norm; `norm_linear` builds it, implementations read it."""
+    """Validated arguments of one call of `norm_linear`, which builds them for implementations."""
 
     residual: Residual
     norm: Norm
@@ -218,7 +218,7 @@ class NormArguments:
     out_dtype: jnp.dtype = dataclasses.field(kw_only=True, metadata={"static": True})
 
     def linear(self, x: Float[Array, "..."] | QArray) -> Arguments:
-        """The linear map on normed rows."""
+        """Arguments of the linear map on normalised rows."""
         return arguments(x, self.weights, self.out_scale, gelu=self.gelu, out_dtype=self.out_dtype)
 
     @property

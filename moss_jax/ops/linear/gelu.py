@@ -1,4 +1,4 @@
-"""The exact GELU behind a bias: its contract, and its implementations."""
+"""Public API of the exact GELU after a bias: its contract and implementations."""
 
 from jaxtyping import Array, Float
 
@@ -31,9 +31,9 @@ def gelu(
 
     Args:
       x: the inputs.
-      bias: has the trailing axes of x; is added, and the sum rounded to the dtype of x. None for none.
+      bias: has the trailing axes of x; the sum is rounded to the dtype of x. None for none.
       implementation: a name in `GELU`; None takes the first in the platform's order that can.
-      config: how the named implementation is cut.
+      config: tiling of the named implementation.
 
     Raises:
       ValueError: the bias doesn't fit.

@@ -1,4 +1,4 @@
-"""Arguments and definition of the exact GELU behind a bias.
+"""Arguments and definition of the exact GELU after a bias.
 
 N columns
 """
@@ -30,7 +30,7 @@ LOG_TAIL = (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """One checked call; `gelu` builds it, implementations read it."""
+    """Validated arguments of one call, built by `gelu` and read by implementations."""
 
     x: Float[Array, "..."]
     bias: Float[Array, "..."] | None = None
@@ -43,7 +43,7 @@ class Arguments:
 
 def define(a: Arguments) -> Float[Array, "..."]:
     """x Phi(x); differentiable."""
-    # On a GPU the erfc of JAX's takes three times as long as reading and writing bfloat16.
+    # On a GPU, JAX's erfc takes three times as long as reading and writing bfloat16.
     return _gelu(a.biased) if a.x.dtype == jnp.bfloat16 else jax.nn.gelu(a.biased, approximate=False)
 
 
@@ -75,7 +75,7 @@ def _phi(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def polynomial(coefficients: Sequence[float], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Evaluates a polynomial by Horner's rule; coefficients in the order of `LOG_TAIL`."""
     total: Array | float
-    total, *others = coefficients  # Beginning with 0 would make NaN of infinity.
+    total, *others = coefficients  # Starting from 0 would turn infinity into NaN.
     for coefficient in others:
         total = total * x + coefficient
     assert isinstance(total, Array)

@@ -1,7 +1,7 @@
 """Matrix-vector product in plain JAX for NVIDIA GPUs.
 
-Of "multiply and sum along the last axis", XLA makes a kernel that reads small matrices faster than its matmul
-of one row does.
+XLA compiles "multiply and sum along the last axis" to a kernel that reads small matrices faster than its
+one-row matmul does.
 """
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from moss_jax.ops.linear.base import Arguments
 
 
 def unsupported(arguments: Arguments, platform: str) -> str | None:
-    """Why this product does not pay for the arguments; None if it does."""
+    """Why this product is not worthwhile for the arguments; None if it is."""
     del platform  # Only GPUs have it in their order.
     a = arguments
     if a.weights.scheme != "float" or not a.weights.outputs_first:

@@ -1,1 +1,1 @@
-"""Tools that the Mosaic GPU kernels (Hopper) of all ops share."""
+"""Utilities shared by the Mosaic GPU (Hopper) kernels of all ops."""

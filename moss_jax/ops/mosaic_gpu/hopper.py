@@ -1,13 +1,13 @@
-"""Where Pallas kernels for NVIDIA's Hopper GPUs (Mosaic GPU) run."""
+"""Availability of Pallas kernels for NVIDIA's Hopper GPUs (Mosaic GPU)."""
 
 import jax
 
 
 def unsupported(platform: str, *, whole: bool = True) -> str | None:
-    """Why such a kernel does not run here; None if it does.
+    """Why such a kernel cannot run here; None if it can.
 
     Args:
-      whole: whether it needs its arrays whole: the compiler cannot partition it over the mesh that is in use.
+      whole: whether it needs unsharded arrays: the compiler cannot partition it over the current mesh.
     """
     if platform != "gpu":
         return f"it needs an NVIDIA GPU, and this is {platform}"
@@ -20,8 +20,8 @@ def unsupported(platform: str, *, whole: bool = True) -> str | None:
 
 
 def compute_capability() -> str | None:
-    """Of the GPU that the kernels are to run on, such as "9.0".
+    """Compute capability of the GPU that kernels run on, such as "9.0".
 
-    None on a machine without one, which may compile for one all the same.
+    None on a machine without a GPU, which may still compile for one.
     """
     return getattr(jax.devices()[0], "compute_capability", None)

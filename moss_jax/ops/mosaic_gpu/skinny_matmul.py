@@ -1,9 +1,9 @@
-"""Skinny W8A16 matmul on Hopper GPUs (Mosaic GPU): tools of kernels that read 8-bit weights for up to 8 rows.
+"""Skinny W8A16 matmul for Hopper GPUs (Mosaic GPU): building blocks of kernels for up to 8 rows.
 
 The product is `mma.sync`, which takes both operands from registers: for each warp, 16 rows of weights and 8
-columns, the rows of x, all in bfloat16. So x is stored in shared memory as it is, where `wgmma` would need a
-tile of 8 columns. The order in which inputs are added up is whatever suits both operands: a thread loads 16
-neighbouring weights, 16 bytes, and the same inputs of x.
+columns, the rows of x, all in bfloat16. So x is stored in shared memory unchanged, where `wgmma` would need a
+tile of 8 columns. Inputs are summed in the order that suits both operands: a thread loads 16 neighbouring
+weights, 16 bytes, and the same inputs of x.
 
 M rows, X inputs of a tile
 """
@@ -28,17 +28,17 @@ from jaxlib.mlir.dialects import arith, llvm
 from moss_jax.ops.mosaic_gpu import hopper, tiles, upcast
 from moss_jax.ops.mosaic_gpu.tiles import MATRIX
 
-C = 8  # Columns of a product: rows of x at most.
-TILE = 64  # Rows of a tile of weights, 16 a warp.
-THREADS = 128  # Threads of a thread block.
-PAD = 8  # Numbers between rows of x in shared memory, which puts them into different banks.
+C = 8  # Columns of a product: the maximum number of rows of x.
+TILE = 64  # Rows per tile of weights, 16 per warp.
+THREADS = 128  # Threads per block.
+PAD = 8  # Padding elements between rows of x in shared memory, which avoids bank conflicts.
 REDUCTION = 128  # Bytes of scratch memory for sums over a block's threads.
 
-# One number a thread; longer vectors in runs of that size.
+# One number per thread; longer vectors in runs of that size.
 STRIDED = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 
-# Pallas would put two barriers around every store and one before every copy; the kernels say why their own
-# are enough.
+# Pallas would put two barriers around every store and one before every copy; the kernels document why their
+# own suffice.
 COMPILER_PARAMS = dataclasses.replace(
     tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True, reduction_scratch_bytes=REDUCTION
 )
@@ -46,14 +46,14 @@ COMPILER_PARAMS = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True)
 class TileLayout:
-    """How a block's registers hold a tile of weights, [64, X] in 8 bits.
+    """Register layout of a tile of weights, [64, X] in 8 bits, over a thread block.
 
-    Lane 4 g + p of a warp has rows g and g + 8 of the warp's, and there the columns from `run` p on of each
-    4 `run`. Its loads are of 16 bytes, and those of 8 lanes read all banks.
+    Lane 4 g + p of a warp holds the warp's rows g and g + 8 and, in each group of 4 `run` columns, the `run`
+    columns from `run` p on. Its loads are 16 bytes wide, and 8 lanes together read all banks.
 
     Attributes:
       layout: Pallas's layout.
-      run: neighbouring columns of a thread.
+      run: number of neighbouring columns per thread.
     """
 
     layout: plgpu.Layout
@@ -80,7 +80,7 @@ INTERLEAVED = TileLayout(
 
 
 def multiprocessors() -> int:
-    """Multiprocessors of the GPU that the kernel will run on; without a GPU, those of an H100 or H200 SXM."""
+    """Multiprocessors of the GPU that the kernel will run on; without a GPU, as on an H100 or H200 SXM."""
     return 132 if hopper.compute_capability() is None else jax.devices()[0].core_count
 
 
@@ -90,18 +90,18 @@ def pitch(rows: int, size: int) -> int:
 
 
 def shared_bytes(*arrays: int, barriers: int) -> int:
-    """Shared memory of a block, given the bytes of its arrays and the number of its barriers."""
+    """Shared memory of a block in bytes, given the sizes of its arrays and the number of barriers."""
     # Arrays are aligned to 1024 bytes.
     return sum(pl.cdiv(size, 1024) * 1024 for size in (*arrays, REDUCTION)) + 8 * barriers
 
 
 def shared_room(blocks: int) -> int:
-    """Shared memory for each of a multiprocessor's blocks, as `shared_bytes` counts it."""
+    """Shared memory per block if `blocks` share a multiprocessor, as `shared_bytes` counts it."""
     return 228 * 1024 // blocks - 1024 - 128
 
 
 def piece(number, size: int):
-    """Slice of piece `number` of an axis that is cut in pieces of one size."""
+    """Slice of piece `number` of an axis split into pieces of one size."""
     return pl.ds(pl.multiple_of(number * size, size), size)
 
 
@@ -130,7 +130,7 @@ def multiply(sums, weights, x_ref, start, layout: TileLayout, apart: int = 0):
       weights: [64, X] in `layout`.
       x_ref: x in shared memory, [M, inputs and perhaps more].
       start: first column of the first warp.
-      apart: from there to the first column of the next warp.
+      apart: offset between the first columns of consecutive warps.
     """
     (rows, pitch), X = x_ref.shape, weights.shape[1]
     selections, widen = upcast.TO_BFLOAT16[weights.dtype.name]

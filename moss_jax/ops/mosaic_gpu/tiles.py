@@ -16,7 +16,7 @@ LOG2E = math.log2(math.e)
 # Score of a masked key.
 NEG_INF = -jnp.inf
 
-# Register layouts of a warpgroup: wgmma's accumulator, and vectors of one number a row or a column of it.
+# Register layouts of a warpgroup: wgmma's accumulator, and vectors of one number per row or column of it.
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW = MATRIX.reduce(1)
 PER_COLUMN = MATRIX.reduce(0)
@@ -80,10 +80,10 @@ def index(shape: tuple[int, int], axis: int):
 
 
 def along_rows(vector, shape):
-    """Broadcasts one number a row along the rows."""
+    """Broadcasts one number per row along the rows."""
     return lax.broadcast_in_dim(vector, shape, [0])
 
 
 def along_columns(vector, shape):
-    """Broadcasts one number a column along the columns."""
+    """Broadcasts one number per column along the columns."""
     return lax.broadcast_in_dim(vector, shape, [1])

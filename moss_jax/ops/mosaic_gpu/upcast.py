@@ -1,9 +1,9 @@
 """Upcasts of int8 and float8_e4m3fn to 16 bits in registers, for tensor-core products with 8-bit operands.
 
 A warpgroup loads an 8-bit tile in `UPCAST_LAYOUT`, where a thread has 4 neighbouring columns, 32 bits in all.
-Upcast, its registers are taken as a tile in the layout of wgmma's left operand, where a thread has 2 columns
-of each half of a block of 16. No data moves between threads; the columns come out permuted instead, and the
-other operand of the product has its own permuted alike (`permute_columns`).
+After the upcast, its registers are reinterpreted as a tile in the layout of wgmma's left operand, where a
+thread has 2 columns of each half of a block of 16. No data moves between threads; instead the columns come
+out permuted, and the other operand of the product is permuted in the same way (`permute_columns`).
 """
 
 # Pallas types layouts, inline instructions and the references of kernels too narrowly.
@@ -45,7 +45,7 @@ FLIP_SIGNS = 0x80808080 - 2**32
 
 
 def permute_columns(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Permutes columns to the order in which `to_float16` and `to_bfloat16` give those of a tile.
+    """Permutes columns to the order in which `to_float16` and `to_bfloat16` return those of a tile.
 
     In each block of 16, bits 1 and 3 of the index are swapped; the permutation is its own inverse.
     """
@@ -112,7 +112,7 @@ def as_bfloat16(x):
 
 
 def _as_matrix(x, dtype, pairs):
-    """Registers of x in `UPCAST_LAYOUT`, each cut by `pairs` in two, as those of a tile in `MATRIX`."""
+    """Reinterprets registers of x in `UPCAST_LAYOUT`, each split in two by `pairs`, as a tile in `MATRIX`."""
 
     @plgpu.inline_mgpu(
         arg_types=(UPCAST_LAYOUT,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=MATRIX)
@@ -131,7 +131,7 @@ def _as_matrix(x, dtype, pairs):
 def _int8_to_float16(register):
     """Four int8 as two pairs of float16.
 
-    With its sign bit flipped, an int8 x is the byte x + 128; below the byte 0x64 it makes the float16 of
+    With its sign bit flipped, an int8 x is the byte x + 128; with 0x64 as the upper byte it is the float16
     1024 + x + 128.
     """
     i32 = ir.IntegerType.get_signless(32)

@@ -1,4 +1,4 @@
-"""The fused residual add and norm: its contract, and its implementations.
+"""Public API of the fused residual add and norm: its contract and implementations.
 
 D width
 """
@@ -54,7 +54,7 @@ def add_norm(
     implementation: str | None = None,
     config: mosaic_gpu.Config | None = None,
 ) -> tuple[Float[Array, "... D"] | QArray, Float[Array, "... D"]]:
-    """Adds the pending branch to a residual stream and norms the sum `y` over its last axis.
+    """Adds the pending branch to a residual stream and normalises the sum `y` over its last axis.
 
     An RMS norm is `y / sqrt(mean(y²) + eps) * weight`, a layer norm
     `(y - mean(y)) / sqrt(var(y) + eps) * weight + bias`. Statistics are in float32. It has gradients in all
@@ -63,14 +63,14 @@ def add_norm(
     Args:
       residual: the stream; the results have its dtype.
       norm: the parameters.
-      out_scale: a power of two by which the normed rows are divided before they are rounded to float8_e4m3fn.
-        They must fit: a norm of D columns gives none beyond sqrt(D) |weight| + |bias|. None leaves them in
-        the dtype of the stream.
+      out_scale: a power of two by which the normalised rows are divided before they are rounded to
+        float8_e4m3fn. They must fit: a norm of D columns is bounded by sqrt(D) |weight| + |bias|. None leaves
+        them in the dtype of the stream.
       implementation: a name in `ADD_NORM`; None takes the first in the platform's order that can.
-      config: how the named implementation is cut.
+      config: tiling of the named implementation.
 
     Returns:
-      The normed rows, and y.
+      The normalised rows, and y.
 
     Raises:
       ValueError: shapes or dtypes that don't fit together.

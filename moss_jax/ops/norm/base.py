@@ -16,9 +16,9 @@ from moss_jax.ops import dispatch
 
 
 class Residual(NamedTuple):
-    """A residual stream whose last branch is still to be added: it stands for `x + scale * branch`.
+    """A residual stream whose last branch is still pending: it stands for `x + scale * branch`.
 
-    The norm that follows adds the branch on its way, which takes a GPU one pass over memory instead of two.
+    The norm that follows adds the branch as well, in one pass over GPU memory instead of two.
 
     Attributes:
       x: the stream.
@@ -31,7 +31,7 @@ class Residual(NamedTuple):
     scale: Float[Array, "..."] | None = None
 
     def sum(self) -> Float[Array, "... D"]:
-        """The stream with the branch added, for where no norm follows."""
+        """The stream with the branch added, for use when no norm follows."""
         if self.branch is None:
             return self.x
         return self.x + (self.branch if self.scale is None else self.scale * self.branch)
@@ -43,9 +43,9 @@ class Norm:
     """Parameters of an RMS norm, or, with a bias, of a layer norm.
 
     Attributes:
-      weight: factor of each normed column.
-      bias: is added then; only layer norms, which subtract the mean first, have one.
-      eps: is added to the mean square.
+      weight: factor of each normalised column.
+      bias: added after the weight; only for layer norms, which also subtract the mean first.
+      eps: added to the mean square.
     """
 
     weight: Float[Array, " D"]
@@ -56,12 +56,12 @@ class Norm:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """One checked call; `add_norm` builds it, implementations read it.
+    """Validated arguments of one call, built by `add_norm` and read by implementations.
 
     Attributes:
       x, add, scale: the residual stream and its branch, as in `Residual`; scale in the dtype of x.
       weight, bias: as in `Norm`, divided by the scale of results in 8 bits.
-      out_dtype: of the normed rows.
+      out_dtype: of the normalised rows.
     """
 
     x: Float[Array, "... D"]
@@ -111,9 +111,9 @@ def _broadcasts(shape, to) -> bool:
 
 
 def define(a: Arguments) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
-    """The normed rows and the residual sum, with statistics in float32; differentiable.
+    """Returns the normalised rows and the residual sum, with statistics in float32; differentiable.
 
-    It is the rounded sum that is normed, as it is what the next layer sees.
+    The rounded sum is what is normalised, since the next layer sees it too.
     """
     y = Residual(a.x, a.add, a.scale).sum()
     wide = y.astype(jnp.float32)

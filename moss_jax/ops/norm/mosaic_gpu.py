@@ -2,9 +2,9 @@
 
 A row stays in registers from its loads to its stores. Few rows are bound by memory latency: each is spread
 over the four warps of a thread block, and all loads are issued before the first is awaited. Many rows are
-bound by bandwidth: each has a warp, which waits for no other, so that enough bytes are in flight. Without a
-branch to load there are fewer bytes in flight for each row, so a warp takes many rows one after another and
-prefetches the next while it computes one.
+bound by bandwidth: each has one warp, which waits for no other, so that enough bytes are in flight. Without a
+branch to load, each row has fewer bytes in flight, so a warp takes many rows one after another and prefetches
+the next while it computes one.
 
 M rows, R rows of a thread block, D width
 """
@@ -27,23 +27,23 @@ from moss_jax.ops.mosaic_gpu import hopper, tiles
 from moss_jax.ops.norm import base
 from moss_jax.ops.norm.base import Arguments
 
-WARPS = 4  # Of a thread block, a warpgroup.
+WARPS = 4  # Per thread block, which is one warpgroup.
 LANES = 32
-UNIT = 256  # Columns that a warp loads at once, 16 bytes a lane.
+UNIT = 256  # Columns that a warp loads at once, 16 bytes per lane.
 MAX_WIDTH = 8192  # Widest row for which a warpgroup has registers.
-MAX_WIDTH_OF_WARP = 2048  # Widest row of a warp if several thread blocks are to share a multiprocessor.
-# Rows wider than that: 64 rows of 4,096 took this kernel and XLA about the same time, 8,192 rows took XLA
-# 51 us and this kernel 70. Between these nothing was measured.
+MAX_WIDTH_OF_WARP = 2048  # Widest row per warp if several thread blocks are to share a multiprocessor.
+# For wider rows: 64 rows of 4,096 took this kernel and XLA about the same time, 8,192 rows took XLA 51 us and
+# this kernel 70. Nothing in between was measured.
 MAX_WIDE_ROWS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How rows are dealt to warps.
+    """Distribution of rows over warps.
 
     Attributes:
       warps: warps that share a row, 1 or 4; 1 needs 4 rows or more.
-      resident: thread blocks at most whose warps take many rows each: those that there are registers for.
+      resident: maximum number of thread blocks whose warps take many rows each, limited by registers.
     """
 
     warps: int
@@ -97,7 +97,7 @@ _differentiable.defvjp(_forward, _backward)
 
 
 def default_config(a: Arguments) -> Config:
-    """One warp a row if there are rows for all warps, and registers for a row; else all four."""
+    """One warp per row if there are rows for all warps and registers for a row; otherwise all four."""
     rows, width = a.x.size // a.x.shape[-1], a.x.shape[-1]
     return Config(1 if rows >= WARPS and width <= MAX_WIDTH_OF_WARP else WARPS)
 
@@ -106,7 +106,7 @@ def default_config(a: Arguments) -> Config:
 def one_pass(a: Arguments, config: Config) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
     """Computes the op for a call whose rows are on one axis; forward only.
 
-    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    Jitted, so that a model's layers, which call it with the same shapes, trace and lower it once.
     """
     warps = config.warps
     if len(a.x) < WARPS // warps:
@@ -127,14 +127,14 @@ def one_pass(a: Arguments, config: Config) -> tuple[Float[Array, "M D"], Float[A
         out_type=out_type,
         grid=(blocks,),
         grid_names=("block",),
-        # Nobody reads what is written, and sums across warps have barriers of their own.
+        # Nothing reads what is written, and sums across warps have their own barriers.
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
     )(*arrays)
     return normed, y[0] if y else a.x
 
 
 def _kernel(a, normed_gmem, y_gmem=None, *, warps, blocks):
-    """Computes R rows, once or many times; the last R end with the last row, some computed twice, alike."""
+    """Computes R rows, once or many times; the last R end with the last row, so some are computed twice."""
     (rows, width), R = a.x.shape, WARPS // warps
     layout = _layout(width, warps)
     parts, block = pl.cdiv(rows, R), lax.axis_index("block")
@@ -149,7 +149,7 @@ def _kernel(a, normed_gmem, y_gmem=None, *, warps, blocks):
         return pl.ds(jnp.minimum(part * R, rows - R), R)
 
     def spread(vector, axis):
-        """Broadcasts one number a row (axis 0) or a column (axis 1) to all of it, in float32."""
+        """Broadcasts one number per row (axis 0) or per column (axis 1), in float32."""
         vector = lax.broadcast_in_dim(vector.astype(jnp.float32), (R, width), [axis])
         return plgpu.layout_cast(vector, layout)
 
@@ -172,7 +172,7 @@ def _kernel(a, normed_gmem, y_gmem=None, *, warps, blocks):
         def step(i, x):
             part = block + i * blocks
             after = load(a.x.at[place(part + blocks)], layout)
-            # Loaded every time: kept, they would take the registers of other thread blocks.
+            # Reloaded every time: keeping them would take the registers of other thread blocks.
             store_norm(x, load_vectors(), place(part))
             return after
 
@@ -190,11 +190,11 @@ def _kernel(a, normed_gmem, y_gmem=None, *, warps, blocks):
         branch = branch.astype(jnp.float32)
         if a.scale is not None:
             branch *= spread(scale, 0) if scale.ndim else scale.astype(jnp.float32)
-        # It is the rounded sum that is normed, as it is what comes next that sees it.
+        # The rounded sum is what is normalised, since the next layer sees it too.
         x = (x.astype(jnp.float32) + branch).astype(x.dtype)
         y_gmem[at] = x
     if warps == 1:
-        # Only now that the branch's registers are free; for other rows they are in the cache by now.
+        # Loaded only now that the branch's registers are free; after the first rows they are cached.
         vectors = load_vectors()
     store_norm(x, vectors, at)
 
@@ -202,7 +202,7 @@ def _kernel(a, normed_gmem, y_gmem=None, *, warps, blocks):
 def _layout(width: int, warps: int):
     """Register layout of [R, D] over a block's threads, in vectors of up to 8 numbers, 16 bytes."""
     vector = next(n for n in (8, 4, 2) if width % (warps * LANES * n) == 0)
-    run = LANES * vector  # Of a warp.
+    run = LANES * vector  # Per warp.
     tile = ((WARPS, run),) if warps == 1 else ((1, WARPS * run), (run,))
     return plgpu.Layout.TILED(
         plgpu.Tiling((*tile, (vector,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1

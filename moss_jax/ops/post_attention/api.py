@@ -1,4 +1,4 @@
-"""The rest of a layer after attention: its contract, and its implementations.
+"""Public API of the part of a layer after attention: its contract and implementations.
 
 B batch/slot, T tokens, H heads, D width of the stream, F hidden width
 """
@@ -43,20 +43,19 @@ def post_attention(
                                                  hidden = gelu(up(norm(x)))       if `up` has outputs [F]
         x += mlp_gate * down(hidden)
 
-    Between two of these steps, values are rounded to the dtype of x, to 8 bits where weights say so, or kept
-    in float32. It has gradients where `linear` has them, but not with `mosaic_gpu`.
+    Between two of these steps, values are rounded to the dtype of x, to 8 bits if the weights specify it, or
+    kept in float32. It has gradients where `linear` has them, but not with `mosaic_gpu`.
 
     Args:
       x: the residual stream.
       heads: results of attention before its output projection: [B, T, *inputs of out].
       out: output projection.
-      norm: in front of the MLP.
-      up: first map of the MLP; gated ones have the gate in front.
+      norm: before the MLP.
+      up: first map of the MLP; if gated, the gate comes first.
       down: last map of the MLP.
-      attention_gate, mlp_gate: what the branches are multiplied with, in shapes that broadcast to
-        [B, T, 1]; 1 if None.
+      attention_gate, mlp_gate: factors of the branches, in shapes that broadcast to [B, T, 1]; 1 if None.
       implementation: a name in `POST_ATTENTION`; None takes the first in the platform's order that can.
-      config: how the named implementation is cut.
+      config: tiling of the named implementation.
 
     Returns:
       The stream, whose last branch may be pending.

@@ -1,4 +1,4 @@
-"""Arguments and definition of the rest of a layer after attention.
+"""Arguments and definition of the part of a layer after attention.
 
 B batch/slot, T tokens, H heads, D width of the stream, F hidden width
 """
@@ -19,7 +19,7 @@ from moss_jax.ops.qarray import QArray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """One checked call; `post_attention` builds it and documents its fields, implementations read it."""
+    """Validated arguments of one call, built by `post_attention`, which documents the fields."""
 
     x: Float[Array, "B T D"]
     heads: Float[Array, "..."] | QArray
@@ -32,7 +32,7 @@ class Arguments:
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP is gated by SiLU; else it has a GELU."""
+        """Whether the MLP is gated by SiLU; otherwise it has a GELU."""
         return len(self.up.outputs) == 2
 
 
@@ -57,7 +57,7 @@ def check(a: Arguments) -> None:
 
 
 def define(a: Arguments) -> Residual:
-    """One op after the other; differentiable where `linear` is."""
+    """The unfused definition; differentiable where `linear` is."""
     residual = residual_add(a.x, a.heads, a.out, a.attention_gate)
     hidden, x = norm_linear(residual, a.norm, a.up, gelu=not a.gated)
     if a.gated:

@@ -1,25 +1,25 @@
-"""The rest of a decoder layer after attention, W8A16: one persistent cooperative kernel for Hopper GPUs.
+"""The part of a decoder layer after attention, W8A16: one persistent cooperative kernel for Hopper GPUs.
 
 It takes up to 8 rows, in Pallas (Mosaic GPU). It is bound by reading the weights, once; what can be saved are
-the gaps between one GEMM's reading and the next. So as many thread blocks as the GPU holds at once stay from
-the first weight to the last, each with TMA copies of the next tiles in flight, which run on from one matrix
-into the next.
+the gaps between the reads of consecutive GEMMs. So as many thread blocks as the GPU holds at once stay
+resident from the first weight to the last, each with TMA copies of the next tiles in flight, which continue
+from one matrix into the next.
 
-Three phases, `out`, `up` and `down`, are split-K GEMMs: each is dealt in units of 64 outputs by a split of
-the inputs, whose sums go to global memory. Between two phases is a barrier of the whole grid; then each block
-makes its own part of the next GEMM's inputs from the sums. There is none at the end: the block that is the
-last to arrive at 128 numbers of the result adds up their splits.
+Three phases, `out`, `up` and `down`, are split-K GEMMs: each is divided into units of 64 outputs by a split
+of the inputs, whose partial sums go to global memory. Phases are separated by a grid barrier, after which
+each block computes its own part of the next GEMM's inputs from the sums. There is none at the end: the last
+block to arrive at 128 numbers of the result adds up their splits.
 
 Products are those of `skinny_matmul`, in bfloat16. Plain JAX also rounds the results of GEMMs and SiLU; here
-they stay in float32. The norm's factor, one number a row, is applied behind `up`, so that no block needs more
-of x than its part.
+they stay in float32. The norm's factor, one number per row, is applied after `up`, so that no block needs
+more of x than its part.
 
-Limits. Blocks that are not resident at once would wait for each other for ever; after some seconds they trap,
-and the process has lost its GPU. There are as many as the GPU holds when nothing else runs there. Another
-stream's kernel delays them until its blocks have ended, but two of these kernels at once may each hold the
-room that the other waits for. XLA runs a device's programs one after the other, and in a program the kernels
-that depend on each other, as layers do. Not safe: programs of several processes under MPS, and independent
-calls in one program, if XLA is told to run such concurrently.
+Limits. Blocks that are not all resident at once would deadlock; after some seconds they trap, and the process
+loses its GPU. The grid is as large as the GPU holds when nothing else runs there. Another stream's kernel
+delays the blocks until its own have ended, but two of these kernels at once may each occupy the room that the
+other waits for. XLA runs a device's programs one after the other, and likewise the kernels in a program that
+depend on each other, as layers do. Not safe: programs of several processes under MPS, and independent calls
+in one program, if XLA is configured to run them concurrently.
 
 M rows, C = 8 columns of the tensor core, D width of the stream, K inputs of `out`, F hidden width, X inputs
 of a tile
@@ -60,24 +60,24 @@ from moss_jax.ops.norm import Residual
 from moss_jax.ops.post_attention.base import Arguments
 from moss_jax.ops.qarray import QArray
 
-CHUNK = 128  # Numbers of the result that one block adds up: one a thread.
-LINE = 128  # Bytes that L2 fetches.
-LOOKS = 1 << 23  # At the barrier's counter, some seconds, before a block gives up.
+CHUNK = 128  # Numbers of the result that one block adds up: one per thread.
+LINE = 128  # Bytes per L2 cache line.
+LOOKS = 1 << 23  # Polls of the barrier's counter, some seconds, before a block traps.
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the weights are dealt to thread blocks.
+    """Distribution of the weights over thread blocks.
 
     Attributes:
-      blocks: thread blocks, all of which must be resident at once.
-      block_k: inputs of a tile.
-      stages: tiles in flight at once in a block.
-      part: inputs of a unit of `out` and `up`.
-      part_down: inputs of a unit of `down`.
-      prefetch: whether the inputs of a phase are prefetched to L2 before the barrier in front of it.
-      passes: 1. Pallas's interpreter runs one block after the other, so none can wait for another: with 3,
-        each phase is a pass of its own over all blocks.
+      blocks: number of thread blocks, all of which must be resident at once.
+      block_k: inputs per tile.
+      stages: tiles in flight per block.
+      part: inputs per unit of `out` and `up`.
+      part_down: inputs per unit of `down`.
+      prefetch: whether the inputs of a phase are prefetched to L2 before the barrier that precedes it.
+      passes: 1. Pallas's interpreter runs blocks sequentially, so none can wait for another: with 3, each
+        phase is a separate pass over all blocks.
     """
 
     blocks: int
@@ -91,13 +91,13 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A split-K GEMM in units, all those of a split in front of those of the next.
+    """A split-K GEMM divided into units, ordered by split.
 
     Attributes:
-      stripes: of 64 outputs.
-      parts: of the inputs.
-      tiles: of a unit.
-      blocks: which take consecutive units, as evenly as units are dealt.
+      stripes: number of stripes of 64 outputs.
+      parts: number of parts of the inputs.
+      tiles: number of tiles per unit.
+      blocks: number of blocks, which take consecutive units, distributed evenly.
     """
 
     stripes: int
@@ -107,17 +107,17 @@ class Phase:
 
     @property
     def spans(self) -> int:
-        """Parts that a block's units belong to, at most."""
+        """Maximum number of parts that a block's units span."""
         if self.blocks % self.parts == 0:
             return 1
         most = pl.cdiv(self.stripes * self.parts, self.blocks)
         return min(self.parts, pl.cdiv(most - 1, self.stripes) + 1)
 
     def units(self, block):
-        """First unit of a block, and the number of its units."""
+        """Returns the first unit of a block and the number of its units."""
         units, place = self.stripes * self.parts, block
         if self.blocks % self.parts == 0:
-            # Neighbours take the parts of the same rows, so that together they read whole rows.
+            # Neighbouring blocks take parts of the same rows, so that together they read whole rows.
             place = lax.rem(block, self.parts) * (self.blocks // self.parts) + lax.div(block, self.parts)
         first = lax.div(place * units, self.blocks)
         return first, lax.div((place + 1) * units, self.blocks) - first
@@ -125,7 +125,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The sizes that follow from the arguments' shapes and the configuration; refuses what does not fit."""
+    """Sizes derived from the arguments' shapes and the configuration; raises if they do not fit."""
 
     rows: int
     K: int
@@ -143,7 +143,7 @@ class Plan:
                 )
         each = pl.cdiv(c.blocks, self.multiprocessors)
         if each > 2:
-            # A thread has up to 255.
+            # A thread has up to 255 registers.
             raise ValueError(f"a multiprocessor has registers for 2 blocks, not for {each}")
         room = skinny_matmul.shared_room(each)
         if self.shared > room:
@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def phases(self) -> tuple[Phase, Phase, Phase]:
-        """Those of `out`, `up` and `down`."""
+        """The phases of `out`, `up` and `down`."""
         c = self.config
         shapes = ((self.D, self.K, c.part), (2 * self.F, self.D, c.part), (self.D, self.F, c.part_down))
         out, up, down = (Phase(N // TILE, K // part, part // c.block_k, c.blocks) for N, K, part in shapes)
@@ -166,7 +166,7 @@ class Plan:
 
     @property
     def units_down(self) -> int:
-        """Units of `down` that a block has, at most."""
+        """Maximum number of units of `down` per block."""
         return pl.cdiv(self.phases[2].stripes * self.phases[2].parts, self.config.blocks)
 
     @property
@@ -175,17 +175,17 @@ class Plan:
 
     @property
     def pitch(self) -> int:
-        """Numbers from one row to the next in shared memory."""
+        """Row stride in shared memory, in numbers."""
         return skinny_matmul.pitch(self.rows, self.operand_tiles * self.config.block_k)
 
     @property
     def stored(self) -> int:
-        """Rows of the sums: all columns of the tensor core, but for a single row."""
+        """Rows of the sums that are stored: all columns of the tensor core, unless there is a single row."""
         return 1 if self.rows == 1 else C
 
     @property
     def shared(self) -> int:
-        """Bytes of a block's shared memory."""
+        """Shared memory of a block in bytes."""
         c = self.config
         arrays = (self.rows * self.pitch * 2, c.stages * TILE * c.block_k, THREADS * 4)
         return skinny_matmul.shared_bytes(*arrays, barriers=c.stages)
@@ -194,7 +194,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """One call of the kernel, all of it in matrices; `up` has F2 = 2 F outputs, the gate's in front."""
+    """Arguments of the kernel as matrices; `up` has F2 = 2 F outputs, the gate's first."""
 
     x: Float[Array, "M D"]
     heads: Float[Array, "M K"]
@@ -216,7 +216,7 @@ class Operands:
 
 
 def operands(a: Arguments) -> Operands:
-    """The call in matrices."""
+    """Converts the arguments of a call to matrices."""
     *rows, D = a.x.shape
     weights = {}
     for name, w in (("out", a.out), ("up", a.up), ("down", a.down)):
@@ -267,7 +267,7 @@ def apply(a: Arguments, config: Config | None = None) -> Residual:
 
 
 def default_config(K: int, D: int, F: int) -> Config:
-    """Dealing by which two thread blocks share a multiprocessor."""
+    """Configuration with two thread blocks per multiprocessor."""
     blocks = 2 * multiprocessors()
     part, part_down = math.gcd(K, D, 1024), _part_down(D, F, blocks)
     block_k = math.gcd(part, part_down, 256)
@@ -275,9 +275,10 @@ def default_config(K: int, D: int, F: int) -> Config:
 
 
 def _part_down(D: int, F: int, blocks: int) -> int:
-    """Of the fewest parts, since each makes sums to write, to add and to wait for.
+    """Inputs per unit of `down`, for the fewest parts, since each adds sums to write, add and wait for.
 
-    But every block has a unit, none has units of two parts, and 8 rows of a part leave room for the weights.
+    Subject to: every block has a unit, none has units of two parts, and 8 rows of a part leave room for the
+    weights.
     """
     for parts in range(pl.cdiv(F, 2048), F // CHUNK + 1):
         if blocks % parts == 0 and F % (parts * CHUNK) == 0 and D // TILE * parts >= blocks:
@@ -289,7 +290,7 @@ def _part_down(D: int, F: int, blocks: int) -> int:
 def few_rows(o: Operands, config: Config) -> Float[Array, "M D"]:
     """Computes the op for M <= 8; forward only.
 
-    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    Jitted, so that a model's layers, which call it with the same shapes, trace and lower it once.
     """
     p, passes = Plan(*o.sizes, config, multiprocessors()), config.passes
     # The barrier's counter, and one for each chunk of the result.
@@ -358,15 +359,15 @@ def _kernel(
     plan,
     eps,
 ):
-    """One block.
+    """Body of one thread block.
 
     `attended_gmem`, `hidden_gmem` and `sums_gmem` are the sums of the three phases, `middle_gmem` x after
     attention.
 
     No automatic barriers: `commit_smem` is a barrier of the warpgroup. A visit to a tile has one: before it,
-    everyone has read the tile into registers; after it, the tile's slot is filled again. A phase has one,
+    all threads have read the tile into registers; after it, the tile's slot is refilled. A phase has one,
     between the writes to `row_smem` and the products. The next phase writes to it after all threads have
-    passed the grid's barrier, in front of which they have read what they need.
+    passed the grid barrier, before which they have read what they need.
     """
     config, rows, phases = plan.config, plan.rows, plan.phases
     X, stages = config.block_k, config.stages
@@ -402,13 +403,13 @@ def _kernel(
         return skinny_matmul.multiply(sums, weights, row_smem, operand * X, BLOCKED)
 
     def parts(number):
-        """Those that the block's units of a phase belong to, or more: all blocks do the same."""
+        """Parts of a phase that the block's units span, or more: all blocks process the same number."""
         phase, (first, _) = phases[number], dealt[number]
         first_part = lax.div(first, phase.stripes)
         return [jnp.minimum(first_part + span, phase.parts - 1) for span in range(phase.spans)]
 
     def run(number, inputs, sums_gmem):
-        """A phase; `inputs(m, part)` is what row m of the product's inputs has in a part, in float32."""
+        """Runs a phase; `inputs(m, part)` returns a part of row m of the product's inputs, in float32."""
         phase, (first, count), own = phases[number], dealt[number], parts(number)
         for m in range(rows):
             # All are loaded before any is stored.
@@ -428,14 +429,14 @@ def _kernel(
                 sums = jnp.where(tiles.index((TILE, C), 1) == 0, sums, 0)
                 sums_gmem[part, 0, piece(stripe, TILE)] = sums.sum(axis=1)
             else:
-                # A thread then has neighbours along the outputs.
+                # A thread then holds neighbouring outputs.
                 sums = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
                 sums_gmem.at[part, :, piece(stripe, TILE)].transpose((1, 0))[...] = sums
 
         lax.fori_loop(0, count, unit, None)
 
     def needed(number, part):
-        """Operands of the inputs of a part, except those that this phase has just written."""
+        """Operands for the inputs of a part, except those that this phase has just written."""
         if number == 1:
             at = piece(part, config.part)
             return [ref.at[at] for ref in (out_scale_gmem, norm_gmem)]
@@ -444,17 +445,17 @@ def _kernel(
         return [ref.at[at] for at in halves for ref in (up_scale_gmem, *sums)]
 
     def expect(number):
-        """Fetches it to L2 again, from where the weights that pass through it have driven it."""
+        """Prefetches these operands to L2 again, from which the streamed weights have evicted them."""
         for part in parts(number):
             for ref in needed(number, part):
                 prefetch(ref)
 
     def half(part, start):
-        """Where gate, from 0 on, or up, from F on, has the numbers of a part."""
+        """Slice of a part in the gate, which starts at 0, or in up, which starts at F."""
         return pl.ds(pl.multiple_of(start + part * config.part_down, CHUNK), config.part_down)
 
     def added(sums_gmem, m, at):
-        """The sums of all parts."""
+        """Adds up the sums of all parts."""
         parts = [strided(sums_gmem.at[part, m, at]) for part in range(sums_gmem.shape[0])]
         return sum(parts[1:], parts[0])
 
@@ -465,7 +466,7 @@ def _kernel(
         return strided(heads_gmem.at[m, piece(part, config.part)])
 
     def normed(m, part):
-        """But for the norm's factor; the block with the first unit of the part keeps what is needed later."""
+        """Norm without its factor; the block with the first unit of the part stores what is needed later."""
         at = piece(part, config.part)
         branch = added(attended_gmem, m, at) * strided(out_scale_gmem.at[at])
         x = (strided(x_gmem.at[m, at]) + gated(branch, 0, m)).astype(x_gmem.dtype)
@@ -489,13 +490,13 @@ def _kernel(
         return gate / (1 + jnp.exp(-gate)) * up
 
     def finish():
-        """The result, where this block is the last to arrive."""
+        """Computes the result wherever this block is the last to arrive."""
         phase, (first, count) = phases[2], dealt[2]
 
         def chunk(unit):
             return lax.div(lax.rem(unit, phase.stripes), CHUNK // TILE)
 
-        # All of a block's units arrive at once, each by a thread of its own.
+        # All of a block's units arrive at once, each through a thread of its own.
         thread = skinny_matmul.threads()
         counter = jnp.where(thread < count, 1 + chunk(first + thread), -1)
         last_smem[...] = arrive(counters_gmem, counter, phase.parts * (CHUNK // TILE))
@@ -530,7 +531,7 @@ def _divmod(x, y):
 
 
 # As in CUDA's cooperative groups: the arrivals of all blocks add up to 2^31, so that the last one flips the
-# top bit, for which all wait. So nobody has to set the counter back.
+# top bit, for which all wait, and the counter needs no reset.
 BARRIER = """{{
 .reg .pred done, tired; .reg .b32 old, new, looks;
 fence.acq_rel.gpu;
@@ -556,7 +557,7 @@ mad.wide.u32 at, $1, {line}, $0;
 @there prefetch.global.L2 [at];
 }}"""
 
-# The last arrival sets the counter back.
+# The last arrival resets the counter.
 ARRIVE = """{{
 .reg .pred there, last; .reg .b32 old; .reg .b64 at;
 fence.acq_rel.gpu;
@@ -571,7 +572,7 @@ selp.b32 $0, 1, 0, last;
 
 
 def prefetch(ref):
-    """Has a vector of global memory, of up to 128 lines, fetched to L2."""
+    """Prefetches a vector in global memory, of up to 128 lines, to L2."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def fetch(_, ref):
@@ -588,7 +589,7 @@ def prefetch(ref):
 
 
 def grid_barrier(counters, blocks):
-    """Waits for all threads of all blocks; what they have written to global memory is then seen by all."""
+    """Grid-wide barrier; earlier writes to global memory are visible to all blocks afterwards."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def synchronize(_, counters):
@@ -614,10 +615,10 @@ def grid_barrier(counters, blocks):
 
 
 def arrive(counters, counter, expected):
-    """Counts that the block is done; [128], 1 for each thread that was the last of those expected.
+    """Signals that the block is done; returns [128], 1 for each thread that arrived last of those expected.
 
-    Each thread has its own counter, or none if negative. What was written to global memory by those that came
-    before is seen by the last one's block, as soon as its threads know.
+    Each thread has its own counter, or none if negative. Writes to global memory before earlier arrivals are
+    visible to the last one's block once its threads have the result.
     """
 
     @plgpu.inline_mgpu(

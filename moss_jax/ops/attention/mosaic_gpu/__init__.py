@@ -36,8 +36,8 @@ from moss_jax.ops.dispatch import Unsupported
 from moss_jax.ops.mosaic_gpu import hopper
 from moss_jax.ops.qarray import QArray
 
-# Queries that share a kv head, up to which split-K decode attention is the faster: the staircase kernel does
-# not split the keys.
+# Number of queries per kv head up to which split-K decode attention is faster: the staircase kernel does not
+# split the keys.
 MAX_DECODE_ROWS = 4 * WGMMA_ROWS
 
 
@@ -66,7 +66,7 @@ def apply(a: Arguments, config: DecodeConfig | StaircaseConfig | None = None) ->
     """Computes the op; differentiable in q, k, v and bias without slots, if K and V are not quantised.
 
     Args:
-      config: the kernel, by its class, and how it is cut; None for the faster one as tuned.
+      config: selects the kernel, by its class, and its tiling; None for the faster kernel as tuned.
 
     Raises:
       Unsupported: the config's kernel cannot take the arguments.
@@ -96,7 +96,7 @@ def self_attention(a: SelfAttentionArguments, config: DenseConfig | None = None)
 
 
 def unsupported_append(a: AppendArguments, platform: str) -> str | None:
-    """Why no kernel here can append tokens before they attend; None if one can."""
+    """Why the fused append kernel cannot take the arguments; None if it can."""
     if reason := hopper.unsupported(platform):
         return reason
     if a.attention not in (None, "mosaic_gpu"):
@@ -113,7 +113,7 @@ def unsupported_append(a: AppendArguments, platform: str) -> str | None:
 
 
 def append(a: AppendArguments, config: DecodeConfig | None = None) -> Appended:
-    """Appends keys and values to the cache, to attend to; forward only."""
+    """Fused RoPE, append to the cache, and attention; forward only."""
     following = a.following
     (R, T, H, _), K = following.q.shape, a.keys.shape[1]
     blocks = QueryBlocks(R, T, K, H // K)
@@ -139,7 +139,7 @@ def _decode_forward(config, scale, *arrays):
 
 
 def _decode_backward(config, scale, arrays, d_out):
-    """Through the staircase kernel, which has a backward pass."""
+    """Backward pass of decode attention, computed by the staircase kernel."""
     del config
     q, k, v, bias, start, end, slots = arrays
     if isinstance(k, QArray):

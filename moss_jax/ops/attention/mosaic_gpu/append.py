@@ -38,9 +38,9 @@ def rotate_and_append(
     capacity: int,
     blocks: QueryBlocks,
 ) -> tuple[Float[Array, "Q K R D"], Float[Array, "B K S D"], Float[Array, "B K S D"]]:
-    """Packed queries, and the cache with the first `count` tokens of each row appended to its slot.
+    """Returns packed queries, and the cache with each row's first `count` tokens appended to its slot.
 
-    Tokens beyond `capacity` are dropped. Rows of a block behind its tokens' are undefined.
+    Tokens beyond `capacity` are dropped. Rows of a block past those of its tokens are undefined.
     """
     batch, T, K, _, D = qkv.shape
     keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
@@ -68,7 +68,7 @@ def _kernel(
     blocks,
     capacity,
 ):
-    """One kv head of one token, computed redundantly by all four warps: it is too little to be shared."""
+    """One kv head of one token, computed redundantly by all four warps: it is too little work to split."""
     head, token, row = (lax.axis_index(name) for name in ("head", "token", "row"))
     half = qkv_gmem.shape[-1] // 2
     halves = (pl.ds(0, half), pl.ds(half, half))

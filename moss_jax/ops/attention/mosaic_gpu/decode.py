@@ -54,9 +54,9 @@ def decode_blocks(
     blocks: QueryBlocks,
     config: DecodeConfig,
 ) -> Float[Array, "batch T H D"]:
-    """The op, for queries packed in blocks.
+    """Computes the op for queries packed in blocks.
 
-    Under jit so that a model's layers, which call it with the same shapes, trace and lower it once.
+    Jitted, so that a model's layers, which call it with the same shapes, trace and lower it once.
     """
     (Q, K, rows, D), S = q.shape, k.shape[2]
     X, stages = config.block_kv, config.stages
@@ -128,7 +128,7 @@ def _kernel(
     q_barrier, k_barrier, v_barrier = barriers
     stages, X, D = k_smem.shape
 
-    # Rows behind the queries are undefined; no row influences another.
+    # Rows past the queries are undefined; no row influences another.
     plgpu.copy_gmem_to_smem(q_gmem.at[queries, head], q_smem.at[pl.ds(0, q_gmem.shape[2])], q_barrier)
     split_tiles = SplitTiles(start_gmem, end_gmem, slots_gmem, block_kv=X, **sizes)
 
@@ -147,7 +147,7 @@ def _kernel(
         pl.when(step < split_tiles.steps)(functools.partial(fetch_v, step))
     plgpu.barrier_wait(q_barrier)
 
-    # One number a row, computed once and not for every element of every tile.
+    # One number per row, computed once and not for every element of every tile.
     bounds = split_tiles.bounds(tiles.index((WGMMA_ROWS, 8), 0), group)
     if jnp.ndim(bounds[0]):
         bounds = [x.astype(jnp.float32).max(axis=1).astype(jnp.int32) for x in bounds]
@@ -186,7 +186,7 @@ def _kernel(
         return out, new_max, row_sum
 
     def zero_unused(v_tile, at):
-        """Zeros the values that no query sees, because 0 * NaN would spoil the sums."""
+        """Zeros the values that no query sees, because 0 * NaN would corrupt the sums."""
         used = split_tiles.used(at + tiles.index((X, D), 0))
         values = plgpu.load(v_tile, layout=MATRIX)
         v_tile[...] = jnp.where(used, values, jnp.zeros_like(values))

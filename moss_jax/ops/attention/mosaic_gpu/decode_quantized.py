@@ -1,4 +1,4 @@
-"""Split-K decode attention over K and V in 8 bits, with the operands of both products swapped.
+"""Split-K decode attention over 8-bit K and V, with the operands of both products swapped.
 
 Keys are the rows of the scores and queries their columns, because wgmma takes 64 rows but as few as 8
 columns. K goes from shared memory through registers, where it is upcast, straight into the tensor core; only
@@ -32,7 +32,7 @@ from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEG_INF, PER_COLUMN, PE
 from moss_jax.ops.mosaic_gpu.upcast import permute_columns
 from moss_jax.ops.qarray import QArray
 
-MIN_SCALE = 1e-30  # In place of the scale 0 of a vector of zeros.
+MIN_SCALE = 1e-30  # Replaces the scale 0 of a vector of zeros.
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -194,7 +194,7 @@ def _kernel(
     def upcast_v(stage, at):
         """Upcasts V while K is being multiplied, and zeros the values that no query sees.
 
-        They could be NaN, and 0 * NaN would spoil the sums.
+        They could be NaN, and 0 * NaN would corrupt the sums.
         """
         plgpu.barrier_wait(v_barrier.at[stage])
         v = upcast.to_float16(v_smem.at[stage])

@@ -1,4 +1,4 @@
-"""FlashAttention-3-style dense self-attention straight from the fused projection: the vision encoder's.
+"""FlashAttention-3-style dense self-attention on a fused QKV projection, for the vision encoder.
 
 A persistent, warp-specialised kernel (Shah et al., arXiv 2407.08608). Each thread block takes blocks of
 queries of one head one after another. A producer warpgroup issues the TMA copies and runs ahead into the next
@@ -8,20 +8,20 @@ warpgroups take turns at issuing products (ping-pong scheduling).
 
 Whole tiles leave a remainder of the keys, which comes first: a tile as small as wgmma allows, moved back to
 end with the positions. The keys that it shares with its neighbour are masked, so that only the first tile has
-a mask. The last block of queries is moved back too: queries that two blocks share are written twice, alike.
+a mask. The last block of queries is moved back too: queries that two blocks share are written twice.
 
 The softmax is not online: a weight is 2^(score - maximum of its row in the first tile), and the maximum is
 not updated. float32 and bfloat16 represent weights far above 1, so nothing has to be rescaled, and the
 softmax of a tile is short. Where the sum of the weights of a row becomes too large after all, its block is
-computed once more, with an online softmax, after all other blocks of the thread block. (If it is one of two
-blocks that share queries, either result may stay; they are rounded differently.)
+recomputed with an online softmax after all other blocks of the thread block. (If it is one of two blocks
+that share queries, either result may stay; they are rounded differently.)
 
-Lines of 80 numbers don't fill the 128 bytes by which TMA and wgmma are fastest. A head of 80 columns can be
+Lines of 80 numbers don't fill the 128 bytes at which TMA and wgmma are fastest. A head of 80 columns can be
 stored in shared memory as 64 columns with a 128-byte swizzle and 16 with a 32-byte swizzle, instead of 80
-with a 32-byte swizzle: the TMA then moves 2 pieces a vector, not 5.
+with a 32-byte swizzle: the TMA then moves 2 pieces per vector, not 5.
 
 Queries and keys may be in float8_e4m3fn, of which wgmma takes twice as many columns at once: 32. Heads of 80
-then have 16 columns of zeros in shared memory, which the TMA writes, as to it they are out of bounds.
+are then padded with 16 columns of zeros in shared memory, which the TMA fills in as out of bounds.
 
 B batch, P positions, H heads, D head, W consumer warpgroups, X keys of a tile, F keys of the first tile
 """
@@ -61,24 +61,24 @@ ANY_THREAD = (
     "selp.b32 $0, 1, 0, any; }"
 )
 
-# Registers of a consumer's and of the producer's thread, by the number of consumers. Their total is that with
-# which the thread block is launched; for more, it would wait for ever.
+# Registers per consumer thread and per producer thread, by the number of consumers. Their total is what the
+# thread block is launched with; requesting more would deadlock.
 REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
-    """How a call is cut into blocks and tiles.
+    """Tiling of a call.
 
     Attributes:
-      warpgroups: consumer warpgroups of a thread block, 2 or 3.
-      block_kv: keys of a tile; a multiple of 64, or of 16 if values of 80 columns are not wide.
-      stages: depth of the TMA pipeline: tiles of K and of V in flight, as far as shared memory allows. Of
-        tiles of 128 keys it allows 4 with heads of up to 80 columns, 2 with 128.
+      warpgroups: consumer warpgroups per thread block, 2 or 3.
+      block_kv: keys per tile; a multiple of 64, or of 16 if values of 80 columns are not wide.
+      stages: depth of the TMA pipeline: tiles of K and of V in flight, as far as shared memory allows. With
+        tiles of 128 keys it allows 4 for heads of up to 80 columns, 2 for 128.
       wide_values: values, like keys, have a 128-byte swizzle for as many columns as fill lines of 128 bytes.
-      blocks: thread blocks at most; each takes several blocks of queries one after another.
-      largest_weight: a row whose weights sum to more than this is computed again with an online softmax; None
-        for the default of the values' dtype.
+      blocks: maximum number of thread blocks; each takes several blocks of queries one after another.
+      largest_weight: a row whose weights sum to more than this is recomputed with an online softmax; None for
+        the default of the values' dtype.
     """
 
     warpgroups: int = 2
@@ -98,7 +98,7 @@ class DenseConfig:
             raise ValueError(f"there are 2 stages and 1 block at least, not {self.stages} and {self.blocks}")
 
     def fitted(self, positions: int, head_dim: int) -> "DenseConfig":
-        """This, with no more queries and keys at once than there are, and as many stages as fit."""
+        """Clamps tile sizes to the numbers of queries and keys, and stages to what fits in shared memory."""
         unit = 64 if self.wide_values else 16
         warpgroups = min(self.warpgroups, positions // ROWS)
         block_kv = min(self.block_kv, positions // unit * unit)
@@ -109,12 +109,12 @@ class DenseConfig:
         )
 
 
-# Takes heads of 80 columns a tenth less time a query, where there is work for all consumers to the end.
+# For heads of 80 columns, a tenth faster per query if all consumers have work until the end.
 THREE_CONSUMERS = DenseConfig(warpgroups=3, block_kv=96, wide_values=False)
 
 
 def default_config(projection: Projection) -> DenseConfig:
-    """The configuration that is done first, by a count of blocks."""
+    """The configuration estimated to finish first, by counting blocks."""
     batch, positions, heads, head_dim = projection_shape(projection)
 
     def time(config: DenseConfig) -> int:
@@ -126,7 +126,7 @@ def default_config(projection: Projection) -> DenseConfig:
 
 
 def unsupported(projection: Projection, out_dtype: jnp.dtype) -> str | None:
-    """Why this kernel cannot take the projection, on a GPU that has what it needs; None if it can."""
+    """Why this kernel cannot take the projection, on a capable GPU; None if it can."""
     (_, positions, _, head_dim), dtype = projection_shape(projection), values_dtype(projection)
     least = min(REGISTERS) * ROWS
     if dtype not in (jnp.bfloat16, jnp.float16):
@@ -149,8 +149,8 @@ def dense_attention(
     """Computes the op; forward only.
 
     Args:
-      out_dtype: of the results; the values' dtype if None. Results in float8_e4m3fn are rounded, not divided
-        by a scale: the values have to be divided by it beforehand.
+      out_dtype: of the results; None for the values' dtype. Results in float8_e4m3fn are rounded, but not
+        scaled: the caller divides the values by the scale beforehand.
     """
     (B, P, H, D), dtype = projection_shape(projection), values_dtype(projection)
     out_dtype = jnp.dtype(dtype if out_dtype is None else out_dtype)
@@ -165,7 +165,7 @@ def dense_attention(
     blocks = min(B * H * pl.cdiv(P, W * ROWS), config.blocks)
     k_parts, v_parts = _parts(D, qk_dtype), _parts(D, dtype, config.wide_values)
     layouts = _buffer, _buffer if _first(P, X) % 64 == 0 else _swizzle32_buffer
-    # Lines of 80 bytes cannot be swizzled, nor do stores to them have bank conflicts.
+    # Lines of 80 bytes cannot be swizzled, but stores to them have no bank conflicts.
     out_buffer = tiles.tile if D * out_dtype.itemsize % 32 == 0 else plgpu.SMEM
 
     def barrier(arrivals, count):
@@ -181,7 +181,7 @@ def dense_attention(
         scratch_types={
             "q_smem": [_buffer((W, ROWS), part, D, qk_dtype) for part in k_parts],
             "k_smem": [_buffer((stages, X), part, D, qk_dtype) for part in k_parts],
-            # The same memory in the layouts of all other tiles and of the first one.
+            # The same memory in two layouts: that of the first tile, and that of all others.
             "v_smem": plgpu.RefUnion(
                 *([buffer((stages, X), part, D, dtype) for part in v_parts] for buffer in layouts)
             ),
@@ -194,7 +194,7 @@ def dense_attention(
             "k_free": barrier(W, stages),
             "v_free": barrier(W, stages),
             "turn": barrier(1, W),
-            # For each block and warpgroup whether it must be computed again, and when all flags are set.
+            # Whether each block must be recomputed, per warpgroup, and a barrier for when all flags are set.
             "flags": plgpu.SMEM((pl.cdiv(B * H * pl.cdiv(P, W * ROWS), blocks), W), jnp.int32),
             "written": barrier(W, 1),
         },
@@ -217,7 +217,7 @@ def _parts(head_dim: int, dtype: jnp.dtype, wide: bool = True) -> list[tuple[int
 
 
 def _first(positions: int, block_kv: int) -> int:
-    """Keys of the first tile: the remainder of whole tiles, rounded up to a multiple of `WGMMA_K`; not 0."""
+    """Keys in the first tile: the remainder, rounded up to a multiple of `WGMMA_K`; never 0."""
     missing = -positions % block_kv
     return block_kv - missing // WGMMA_K * WGMMA_K
 
@@ -337,7 +337,7 @@ def _kernel(
             column += width
 
     def for_each_flagged(process):
-        """Processes the blocks that a consumer has flagged once more, with an online softmax."""
+        """Recomputes the blocks that a consumer has flagged, with an online softmax."""
         plgpu.barrier_wait(written)
 
         def recompute_if_flagged(number, before):
@@ -427,7 +427,7 @@ def _kernel(
             scores = product(q, keys(stage, F), pass_turn)
             plgpu.barrier_arrive(k_free.at[stage])
             if shared_keys := F + (steps - 1) * X - P:
-                # One number a key: to find the column of every score would take divisions by F.
+                # One number per key: finding the column of every score would take divisions by F.
                 column = plgpu.broadcasted_iota(jnp.int32, (F,), 0, layout=tiles.PER_COLUMN)
                 scores = jnp.where(tiles.along_columns(column, scores.shape) >= shared_keys, scores, NEG_INF)
             weights, row_sum, row_max, _ = online_softmax(scores, tiles.full((ROWS,), NEG_INF, PER_ROW))
@@ -450,7 +450,7 @@ def _kernel(
                     plgpu.barrier_arrive(k_free.at[stage])
                     result = online_softmax(scores, row_max) if online else weights_of(scores, row_max)
                     result = lax.optimization_barrier(result)
-                    # As a branch; else the compiler puts the wait for the second product before the softmax.
+                    # In a branch: otherwise the compiler waits for the second product before the softmax.
                     wait_for_keys(step + 1)
                     return result
 
@@ -496,7 +496,7 @@ def _kernel(
                 flags[number, warpgroup] = any_thread(jnp.where(row_sum < largest_weight, 0, 1))
 
         lax.fori_loop(0, rounds, lambda number, _: block(number, number), None)
-        # Results that are computed again overwrite the first ones.
+        # Recomputed results overwrite the first ones.
         plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(written)
         for_each_flagged(functools.partial(block, online=True))
@@ -556,7 +556,7 @@ def products(first, second, between, overlapped, consume, vectors):
 
 
 def any_thread(flags):
-    """Whether any of a warpgroup's flags, one a row, is 1; as 1 or 0."""
+    """Whether any of a warpgroup's flags, one per row, is 1; as 1 or 0."""
 
     @plgpu.inline_mgpu(
         arg_types=(PER_ROW,),

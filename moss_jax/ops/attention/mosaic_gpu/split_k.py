@@ -1,7 +1,7 @@
-"""Parts shared by the split-K decode kernels: how keys are split, the tiles of a split, and the combine pass.
+"""Building blocks of the split-K decode kernels: split sizes, the tiles of a split, and the combine pass.
 
 For TMA the vectors of all slots and heads are one array, [vectors, D], and a tile may start at any multiple
-of 8 of them: the rows of a swizzle atom, by which the tensor core reads tiles.
+of 8 vectors: the rows of a swizzle atom, the unit in which the tensor core reads tiles.
 
 B batch/slot, T query tokens, R rows of queries, S keys, P splits, K kv heads, C head_dim padded to whole
 lines of 128, Q blocks of queries over the whole batch
@@ -28,12 +28,12 @@ PREFETCHED_SPLITS = 40  # Splits that the combine pass loads before it waits.
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How the keys are split.
+    """Tiling and split of the keys.
 
     Attributes:
-      block_kv: keys of a tile.
+      block_kv: keys per tile.
       stages: depth of the TMA pipeline: tiles of K and of V in flight.
-      blocks: thread blocks in flight on the whole card, one a split, over all slots and heads.
+      blocks: target number of thread blocks on the whole GPU, one per split, over all slots and heads.
     """
 
     block_kv: int = 64
@@ -47,19 +47,19 @@ class DecodeConfig:
             raise ValueError(f"stages and blocks are at least 1, not {self.stages} and {self.blocks}")
 
     def splits(self, pairs: int, keys: int) -> int:
-        """Splits of the keys of each (block of queries, kv head) pair."""
+        """Number of key splits for each (block of queries, kv head) pair."""
         return max(1, min(self.blocks // pairs, pl.cdiv(keys, self.block_kv)))
 
 
 @dataclasses.dataclass(frozen=True)
 class QueryBlocks:
-    """Blocks of equally many tokens, with at most `WGMMA_ROWS` rows for each kv head (GQA packing).
+    """Queries in equal blocks of tokens, with at most `WGMMA_ROWS` rows per kv head (GQA packing).
 
     The last block is padded with queries that see nothing. Row `t * group + g` of a block is its token `t`.
 
     Attributes:
-      batch, queries: rows of the batch, and tokens of each.
-      kv_heads, group: kv heads, and query heads that share one.
+      batch, queries: rows of the batch, and tokens per row.
+      kv_heads, group: kv heads, and query heads per kv head.
     """
 
     batch: int
@@ -69,38 +69,38 @@ class QueryBlocks:
 
     @property
     def per_batch_row(self) -> int:
-        """Blocks of a row of the batch."""
+        """Number of blocks per row of the batch."""
         return pl.cdiv(self.queries, WGMMA_ROWS // self.group)
 
     @property
     def tokens(self) -> int:
-        """Tokens of a block."""
+        """Number of tokens per block."""
         return pl.cdiv(self.queries, self.per_batch_row)
 
     @property
     def count(self) -> int:
-        """Blocks of the whole batch."""
+        """Number of blocks in the whole batch."""
         return self.batch * self.per_batch_row
 
     @property
     def rows(self) -> int:
-        """Rows of a block in memory; a multiple of 8, so those behind its tokens' are undefined."""
+        """Rows per block in memory, rounded up to a multiple of 8; those past its tokens are undefined."""
         return pl.cdiv(self.tokens * self.group, 8) * 8
 
     def pack(self, x: Shaped[Array, "batch T ..."]) -> Shaped[Array, "Q tokens ..."]:
-        """Cuts the tokens of each row of the batch into blocks."""
+        """Splits the tokens of each row of the batch into blocks."""
         missing = self.per_batch_row * self.tokens - self.queries
         x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(self.count, self.tokens, *x.shape[2:])
 
     def pack_rows(self, q: Float[Array, "batch T H D"]) -> Float[Array, "Q K R D"]:
-        """Cuts queries into blocks of rows, as the kernel reads them."""
+        """Splits queries into blocks of rows, as the kernel reads them."""
         q = self.pack(q).reshape(self.count, self.tokens, self.kv_heads, self.group, -1).swapaxes(1, 2)
         q = q.reshape(self.count, self.kv_heads, self.tokens * self.group, -1)
         return jnp.pad(q, ((0, 0), (0, 0), (0, self.rows - q.shape[2]), (0, 0)))
 
     def unpack(self, out: Float[Array, "Q tokens K G D"]) -> Float[Array, "batch T H D"]:
-        """Undoes the cut for outputs."""
+        """Reverses the split for outputs."""
         heads = self.kv_heads * self.group
         return out.reshape(self.batch, -1, heads, out.shape[-1])[:, : self.queries]
 
@@ -143,8 +143,8 @@ class SplitTiles:
     def offset(self, step):
         """Offset of a tile among all vectors, and the first key that it owns.
 
-        The very last tile is moved back to end with the range, so that nothing behind it is read; the keys
-        that it then shares with its neighbour belong to the neighbour.
+        The very last tile is moved back to end with the range, so that nothing beyond it is read; keys that
+        it then shares with the previous tile belong to that tile.
         """
         own = self._first + step * self._block_kv
         end = pl.cdiv(self.base + self._high, 8) * 8
@@ -152,7 +152,7 @@ class SplitTiles:
         return pl.multiple_of(at, 8), own
 
     def all_used(self, at):
-        """Whether some query sees the whole tile that starts at this key."""
+        """Whether a single query sees the whole tile that starts at this key."""
         return _any([(first <= at) & (at + self._block_kv <= last) for first, last in self.ranges])
 
     def used(self, key):
@@ -228,7 +228,7 @@ def _combine_kernel(out_gmem, max_gmem, sum_gmem, combined_gmem):
         out, row_sum, row_max = out * rescale, row_sum * rescale, new_max
         for part, part_max, part_sum in zip(outs, maxima, sums, strict=True):
             weight = jnp.exp2(part_max - shift)
-            # A split without keys has written zeros.
+            # A split without keys wrote zeros.
             out, row_sum = out + part * weight, row_sum + part_sum * weight
     out /= jnp.where(row_sum > 0, row_sum, 1.0)
     combined_gmem[queries, lax.div(row, group), head, lax.rem(row, group)] = out.astype(combined_gmem.dtype)

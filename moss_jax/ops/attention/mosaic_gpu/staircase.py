@@ -30,18 +30,18 @@ from moss_jax.ops.mosaic_gpu import tiles
 from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEG_INF, PER_COLUMN, PER_ROW
 
 INFINITE = 2**30  # More than any number of keys or queries.
-CONSUMERS = 2  # Warpgroups that compute, beside the producer.
+CONSUMERS = 2  # Number of consumer warpgroups, in addition to the producer.
 
 
 @dataclasses.dataclass(frozen=True)
 class StaircaseConfig:
-    """Sizes of the blocks.
+    """Tiling of the forward and backward passes.
 
     Attributes:
-      block_q, block_kv, stages: forward pass: queries of a warpgroup, keys of a tile, pipeline stages.
-      block_q_dq, block_kv_dq, stages_dq: the same of the backward pass for q.
-      block_q_dkv, block_kv_dkv, stages_dkv: backward pass for k and v: queries of a tile, keys of a
-        warpgroup, pipeline stages.
+      block_q, block_kv, stages: forward pass: queries per warpgroup, keys per tile, pipeline stages.
+      block_q_dq, block_kv_dq, stages_dq: the same for the backward pass of q.
+      block_q_dkv, block_kv_dkv, stages_dkv: backward pass of k and v: queries per tile, keys per warpgroup,
+        pipeline stages.
     """
 
     block_q: int = 64
@@ -79,7 +79,7 @@ def _attend(config, scale, q, k, v, bias, start, end, slots):
 
 
 def _forward(config, scale, q, k, v, bias, start, end, slots):
-    """The output, and the residuals of the backward pass."""
+    """Returns the output, and the residuals for the backward pass."""
     R, T, H, D = q.shape
     Y, X, stages = config.block_q, config.block_kv, config.stages
     out, log_sum = plgpu.kernel(
@@ -147,7 +147,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _launch(heads: int, blocks: int, batch: int) -> dict:
-    """Launch parameters: the heads of a block are neighbours in the grid, and share its keys in L2."""
+    """Launch parameters; heads of a block are adjacent in the grid, so that they share its keys in L2."""
     return {
         "grid": (heads, blocks, batch),
         "grid_names": ("head", "block", "batch"),
@@ -158,9 +158,9 @@ def _launch(heads: int, blocks: int, batch: int) -> dict:
 
 
 def _pipeline(shape, dtype, stages, bias=None, both=False):
-    """Buffers and barriers of the TMA pipeline for two kinds of tiles, and vectors that come with them.
+    """Buffers and barriers of the TMA pipeline for two kinds of tiles and their vectors.
 
-    A bias comes with the first kind; with `both`, a vector with each.
+    A bias is loaded with the first kind; with `both`, a vector is loaded with each.
     """
     vector = plgpu.SMEM((stages, shape[0]), jnp.float32)
     with_first, with_second = both or bias is not None, both
@@ -178,7 +178,7 @@ def _pipeline(shape, dtype, stages, bias=None, both=False):
 
 
 def _blocks_of(start, end, size):
-    """Ranges of the keys that some, and that all, of the queries of each block of `size` see.
+    """Key ranges seen by any query, and by all queries, of each block of `size`.
 
     Returns:
       int32 [B, blocks, 4]: start and end of both ranges. Queries that see nothing are ignored.
@@ -207,7 +207,7 @@ def _query_blocks_of(blocks, size, keys):
 
 
 def _used(start, end, keys):
-    """Which keys some query of the row sees, int32 [B, S], and a range in which each key is seen, [B, 2]."""
+    """Mask of the keys that any query of the row sees, int32 [B, S], and a range of seen keys, [B, 2]."""
     rows = jnp.arange(start.shape[0])[:, None]
     some = (start < end).astype(jnp.int32)
     steps = (
@@ -261,7 +261,7 @@ def _produce_keys(tma, k_gmem, v_gmem, bias_gmem, slot, kv_head, first, steps):
 
 
 def _tile_range(blocks_gmem, batch, block, X):
-    """First tile, and number of tiles, that the queries of a thread block see."""
+    """First tile and number of tiles that the queries of a thread block see."""
     parts = [[blocks_gmem[batch, block * CONSUMERS + i, j] for j in (0, 1)] for i in range(CONSUMERS)]
     first = functools.reduce(jnp.minimum, [part[0] for part in parts]) // X
     last = pl.cdiv(functools.reduce(jnp.maximum, [part[1] for part in parts]), X)
@@ -269,7 +269,7 @@ def _tile_range(blocks_gmem, batch, block, X):
 
 
 def _zero_unused(tile, used_gmem, batch, at, dense_span):
-    """Zeros the vectors that no query of the row sees, because 0 * NaN would spoil the sums."""
+    """Zeros the vectors that no query of the row sees, because 0 * NaN would corrupt the sums."""
     X, D = tile.shape
 
     @pl.when((at < dense_span[0]) | (dense_span[1] < at + X))

@@ -6,11 +6,11 @@ of X keys between the first and the last key that any of its rows sees (`tiles.p
 (`forward.py`; Dao et al., arXiv 2205.14135). The backward pass recomputes the scores from the log-sum-exp,
 once by row for q and once by key for k, v and the bias, so memory grows with T + S (`backward.py`).
 
-`DecodeConfig` and `StaircaseConfig` are two shapes of this. Few queries are one tile of rows that streams
-over long tiles of keys; many are cut in square tiles, of which only those under the staircase are visited.
+`DecodeConfig` and `StaircaseConfig` are two tilings of this. Few queries are one tile of rows that streams
+over long tiles of keys; many are split into square tiles; only those under the staircase are visited.
 
-No TPU has run these kernels. Tests run them in JAX's interpreter, lower them for a TPU and, where libtpu is
-installed, compile them for one; the sizes of tiles are estimated, not measured.
+These kernels have not been run on a TPU. Tests run them in JAX's interpreter, lower them for a TPU and, if
+libtpu is installed, compile them for one; tile sizes are estimated, not measured.
 
 B batch/slot, T query tokens, S keys, K kv heads, G query heads per kv head, H = K * G, D head, N = T * G rows
 """
@@ -31,7 +31,7 @@ from moss_jax.ops.qarray import QArray
 # Largest T * G for which one tile takes all rows.
 MAX_DECODE_ROWS = 64
 
-# The largest for which tiles of the default sizes are known to fit vector memory, by the compiler.
+# Largest head_dim for which the compiler is known to fit tiles of the default sizes in vector memory.
 MAX_HEAD_DIM = 256
 
 
@@ -109,7 +109,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _with_scale(x: Array | QArray):
-    """Keys or values as they are stored, and their scales along the lanes, [B, K, 1, S]."""
+    """Keys or values as stored, and their scales along the lanes, [B, K, 1, S]."""
     return (x.values, x.scale[:, :, None, :]) if isinstance(x, QArray) else (x, None)
 
 

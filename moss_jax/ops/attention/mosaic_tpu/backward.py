@@ -1,7 +1,7 @@
 """FlashAttention's backward kernels for TPUs: one by row for q, one by key for k, v and the bias.
 
-Both recompute the scores of a tile, transposed: [X, R]. The rows are along the lanes, because here they bring
-the vectors (range, log-sum-exp, mean), and by key they change with every step.
+Both recompute the scores of a tile, transposed: [X, R]. Rows are along the lanes, because here the vectors
+(range, log-sum-exp, mean) are per row, and by key they change with every step.
 
 B batch, K kv heads, N rows (a query of one head each), S keys, R rows of a tile, X keys of a tile, D head
 """
@@ -53,7 +53,7 @@ def backward(config: StaircaseConfig, scale, rows: Rows, keys: Keys, out, log_su
 
 
 def _by_row(scale, R, X, tile_ranges: TileRanges, saved: Saved, keys: Keys):
-    """Gradient of q, over the tiles of the forward pass."""
+    """Gradient of q, over the same tiles as the forward pass."""
     B, K, N, D = saved.q.shape
     row, key = tiles.specs_by_row(R, X)
     return pl.pallas_call(
@@ -132,7 +132,7 @@ def _d_kv_kernel(tile_ranges, first, last, saved, keys, d_k, d_v, d_bias, k_acc,
     def add_tile(masked):
         q, d_out = saved.q[...], saved.d_out[...]
         weights, d_scores, _ = _tile_gradients(saved, keys, tile, scale, masked)
-        # The rows of a tile are those of all G heads, so that these sums are over them too.
+        # A tile contains the rows of all G heads, so these sums are over the heads too.
         k_acc[...] += scale * tiles.matmul(d_scores.astype(q.dtype), q, (1, 0))
         v_acc[...] += tiles.matmul(weights.astype(d_out.dtype), d_out, (1, 0))
         if d_bias is not None:

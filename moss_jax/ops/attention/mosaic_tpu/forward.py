@@ -15,7 +15,7 @@ from moss_jax.ops.attention.mosaic_tpu.tiles import Keys, Rows, TileRanges
 
 
 def forward(config, scale, rows: Rows, keys: Keys, save: bool):
-    """The output [B, K, N, D] and, if `save`, the log-sum-exp [B, K, 1, N], padded to whole tiles."""
+    """Returns the output [B, K, N, D] and, if `save`, the log-sum-exp [B, K, 1, N] padded to whole tiles."""
     B, K, N, D = rows.q.shape
     R, X = config.sizes(rows, keys)
     q = tiles.pad(rows.q, R, 2)

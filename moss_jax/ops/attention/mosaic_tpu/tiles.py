@@ -25,7 +25,7 @@ class DecodeConfig:
     """Tiles for few queries: all rows are one tile.
 
     Attributes:
-      block_kv: keys of a tile; many, since decode is bound by reading them, and each step has an overhead.
+      block_kv: keys per tile; large, since decode is bound by reading them, and each step has overhead.
     """
 
     block_kv: int = 1024
@@ -44,8 +44,8 @@ class StaircaseConfig:
     """Tiles for many queries.
 
     Attributes:
-      block_q: rows of a tile, of T * G. K and V are read once for each tile of rows.
-      block_kv: keys of a tile.
+      block_q: rows per tile, out of T * G. K and V are read once for each tile of rows.
+      block_kv: keys per tile.
     """
 
     block_q: int = 512
@@ -70,7 +70,7 @@ def _round_up(size: int, of: int = LANES) -> int:
 
 
 class Rows(NamedTuple):
-    """The queries, and the keys `start <= s < end` that each sees, (0, 0) for none; and of which slots."""
+    """Queries with the range `start <= s < end` of keys that each sees, (0, 0) for none, and their slots."""
 
     q: Float[Array, "B K N D"]
     start: Int[Array, "B N"]
@@ -79,7 +79,7 @@ class Rows(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """K, V and numbers by key. Vectors are along the lanes: a column would fill one lane of 128."""
+    """K, V and per-key vectors, which lie along the lanes: a column would fill one lane of 128."""
 
     k: Float[Array, "B K S D"]
     v: Float[Array, "B K S D"]
@@ -100,8 +100,8 @@ class TileRanges(NamedTuple):
 
     Attributes:
       first, last: a tile of rows visits the tiles of keys `first <= tile < last`.
-      every_start, every_end: the keys that all of its rows see; a tile of keys among them needs no mask.
-      slots: whose keys they are; None if those of slot `b`.
+      every_start, every_end: range of keys that all of its rows see; a tile of keys inside it needs no mask.
+      slots: slot whose keys are read; None for slot `b`.
     """
 
     first: Int[Array, "B row_tiles"]
@@ -119,7 +119,7 @@ class TileRanges(NamedTuple):
         X: int,
         slots: Int[Array, " B"] | None = None,
     ) -> "TileRanges":
-        """The tiles for these ranges of keys."""
+        """Computes the tile ranges for these ranges of keys."""
         start, end = (bound.reshape(len(bound), -1, R) for bound in (start, end))
         low = jnp.min(jnp.where(start < end, start, jnp.iinfo(jnp.int32).max), axis=-1)
         high = jnp.max(end, axis=-1)  # 0 if no row of the tile sees a key
@@ -132,7 +132,7 @@ class TileRanges(NamedTuple):
         )
 
     def row_tiles_by_key(self, key_tiles: int) -> tuple[Int[Array, "B key_tiles"], Int[Array, "B key_tiles"]]:
-        """The same by key: a tile of keys is visited by tiles of rows in [first, last)."""
+        """The transpose: the range [first, last) of row tiles that visit each tile of keys."""
         tile = jnp.arange(key_tiles)
         in_range = (self.first[..., None] <= tile) & (tile < self.last[..., None])  # [B, N / R, S / X]
         number = jnp.arange(in_range.shape[1])[:, None]
@@ -149,17 +149,17 @@ class TileRanges(NamedTuple):
 
 
 def max_steps(first, last):
-    """Length of the longest range: a traced size of the grid."""
+    """Length of the longest range, which is a traced grid size."""
     return jnp.maximum(jnp.max(last - first), 1)
 
 
 def tile_of_step(first, last, step):
-    """Tile of a step; behind the end of a range it stays, as the same tile is not fetched again."""
+    """Tile of a step; clamped to the last one of its range, as an unchanged tile is not fetched again."""
     return jnp.minimum(first + step, jnp.maximum(last - 1, 0))
 
 
 def spec(size, tile, x, axis, slot=lambda b, *scalars: b):
-    """Block of `x` [B, K or 1, _, _]: one b or its slot, one head, of `axis` the tile that `tile` names."""
+    """Block spec of `x` [B, K or 1, _, _]: one b or its slot, one head, and the tile `tile` of `axis`."""
     if x is None:
         return None
     shape = [None, None, *x.shape[2:]]
@@ -174,7 +174,7 @@ def spec(size, tile, x, axis, slot=lambda b, *scalars: b):
 
 
 def specs_by_row(R, X):
-    """`spec` for rows and for keys where the grid is (b, head, tile of rows, step of its range)."""
+    """`spec` for rows and for keys on a grid of (b, head, tile of rows, step of its range)."""
 
     def key_tile(b, i, step, tile_ranges):
         return tile_of_step(tile_ranges.first[b, i], tile_ranges.last[b, i], step)
@@ -196,7 +196,7 @@ def pad(x, R, axis, **how):
 
 
 def matmul(x, y, contract):
-    """x and y contracted over the axes `contract`, in float32."""
+    """Contracts x and y over the axes `contract`, in float32."""
     # Explicit for 16-bit numbers too: the compiler rejects them at a raised default precision.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     axes = (((contract[0],), (contract[1],)), ((), ()))
@@ -204,17 +204,17 @@ def matmul(x, y, contract):
 
 
 def column(row: Float[Array, "1 X"]) -> Float[Array, "X 1"]:
-    """From lanes to sublanes: the hardware transposes whole registers."""
+    """Moves a vector from lanes to sublanes: the hardware transposes whole registers."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
 
 
 def row(column: Float[Array, "X 1"]) -> Float[Array, "1 X"]:
-    """From sublanes to lanes."""
+    """Moves a vector from sublanes to lanes."""
     return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
 
 
 def only(used: Float[Array, "X 1"], x: Float[Array, "X D"]) -> Float[Array, "X D"]:
-    """Zeros the unused keys: they may be NaN, as may those of the last tile beyond S, and 0 * NaN is NaN."""
+    """Zeros unused keys: they may be NaN, as may those of the last tile beyond S, and 0 * NaN is NaN."""
     # In float32, because a mask for 16-bit numbers would have to be packed.
     used = jnp.broadcast_to(used, x.shape) > 0
     return jnp.where(used, x.astype(jnp.float32), 0).astype(x.dtype)

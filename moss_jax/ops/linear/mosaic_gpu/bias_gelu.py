@@ -1,8 +1,8 @@
 """Bias and exact GELU in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU), bound by memory bandwidth.
 
-To be so, a number may cost few instructions, and costs 15: x Phi(x) = max(x, 0) - |x| Phi(-|x|) needs no
-select between the sides, ends in one fused multiply-add, and keeps the small relative error of Phi's tail.
-The bias, the maximum and |x| are computed in bfloat16, which holds the results, two numbers an instruction.
+That requires few instructions per number, here 15: x Phi(x) = max(x, 0) - |x| Phi(-|x|) needs no select
+between the sides, ends in one fused multiply-add, and keeps the small relative error of Phi's tail. The bias,
+the maximum and |x| are computed in bfloat16, which holds the results, two numbers per instruction.
 
 M rows, N columns
 """
@@ -30,7 +30,7 @@ from moss_jax.ops.linear import gelu_base
 from moss_jax.ops.linear.gelu_base import Arguments
 from moss_jax.ops.mosaic_gpu import hopper, tiles
 
-COLUMNS = 256  # Of a block: 16 bytes of bfloat16 for each thread of a warp.
+COLUMNS = 256  # Per block: 16 bytes of bfloat16 for each thread of a warp.
 
 # Each warp of a warpgroup has one row of every 4, each thread vectors of 16 bytes.
 ROW_A_WARP = plgpu.Layout.TILED(
@@ -39,7 +39,7 @@ ROW_A_WARP = plgpu.Layout.TILED(
 
 # Coefficients of log2 Phi(-a).
 LOG2_TAIL = tuple(coefficient * tiles.LOG2E for coefficient in gelu_base.LOG_TAIL)
-# From here on Phi(-a) underflows float32; the clamp keeps 0 times infinity from coming up.
+# From here on Phi(-a) underflows float32; the clamp avoids 0 times infinity.
 LARGEST = 14.0
 
 
@@ -48,7 +48,7 @@ class Config:
     """Tiling of a call.
 
     Attributes:
-      rows: of a thread block, one warpgroup; each thread has `rows / 4` loads of 16 bytes in flight.
+      rows: per thread block, which is one warpgroup; each thread has `rows / 4` loads of 16 bytes in flight.
     """
 
     rows: int = 16
@@ -85,7 +85,7 @@ def _differentiable(config, a):
 
 @_differentiable.defjvp
 def _jvp(config, primals, tangents):
-    """By the definition, which computes value and slope together."""
+    """JVP by the definition, which computes value and slope together."""
     del config
     return jax.jvp(gelu_base.define, primals, tangents)
 
@@ -94,7 +94,7 @@ def _jvp(config, primals, tangents):
 def biased_gelu(a: Arguments, config: Config) -> Float[Array, "... N"]:
     """Computes the op; forward only.
 
-    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    Jitted, so that a model's layers, which call it with the same shapes, trace and lower it once.
     """
     x = a.x.reshape(-1, a.x.shape[-1])
     rows, columns = x.shape
@@ -112,7 +112,7 @@ def biased_gelu(a: Arguments, config: Config) -> Float[Array, "... N"]:
 
 
 def _kernel(x_gmem, *others, block):
-    """One block; the last is moved back to end with the rows, so some rows are written twice, alike."""
+    """Body of one block; the last is moved back to end with the rows, so some rows are written twice."""
     *bias_gmem, out_gmem = others
     first = jnp.minimum(lax.axis_index("rows") * block, x_gmem.shape[0] - block)
     columns = pl.ds(pl.multiple_of(lax.axis_index("columns") * COLUMNS, COLUMNS), COLUMNS)
@@ -126,7 +126,7 @@ def _kernel(x_gmem, *others, block):
 
 
 def upcast(x):
-    """Casts bfloat16 to float32 in one instruction a number; the compiler takes three for every two."""
+    """Casts bfloat16 to float32 in one instruction per number; the compiler takes three for every two."""
 
     @plgpu.inline_mgpu(
         arg_types=(ROW_A_WARP,),

@@ -1,19 +1,19 @@
 """GEMM of many rows with an epilogue: a warp-specialised persistent kernel for Hopper GPUs (Mosaic GPU).
 
-FP8 (W8A8) or bfloat16; the epilogue takes scale, bias, GELU, rounding to FP8 and a residual. There is one
-thread block a multiprocessor, which takes tiles of the result one after another. Two warpgroups compute, each
-its own rows of a tile; a third issues TMA copies, and runs ahead into the next tiles.
+FP8 (W8A8) or bfloat16; the epilogue covers scale, bias, GELU, rounding to FP8 and a residual. There is one
+thread block per multiprocessor, which takes tiles of the result one after another. Two warpgroups compute,
+each its own rows of a tile; a third issues TMA copies and runs ahead into the next tiles.
 
-An epilogue takes time of its warpgroup, but none of the tensor core, which the other warpgroup should have
-meanwhile. So the second begins each tile some steps after the first (`lag`) and ends it as many later: in
-these steps it has the tensor core for itself, while the first is in its epilogue; and while the second is in
-its own, the first is in the next tile.
+An epilogue occupies its warpgroup but not the tensor core, which the other warpgroup should use meanwhile. So
+the second starts each tile some steps after the first (`lag`) and ends it as many later: in these steps it
+has the tensor core for itself, while the first is in its epilogue; and while the second is in its own, the
+first is in the next tile.
 
 Two thread blocks can form a cluster of neighbouring tiles, whose common operand is read once by TMA
 multicast: each fetches half of it for both.
 
-The last rows of tiles are moved back to end with the rows; rows that two tiles share are written twice,
-alike. So the residual must not alias the results.
+The last rows of tiles are moved back to end with the rows; rows that two tiles share are written twice, with
+the same values. So the residual must not alias the results.
 
 M rows, K inputs, N outputs, R x C tile of a thread block, X inputs of a step
 """
@@ -42,12 +42,12 @@ from moss_jax.ops.mosaic_gpu import hopper, tiles
 from moss_jax.ops.mosaic_gpu.tiles import PER_COLUMN
 from moss_jax.ops.qarray import QArray
 
-LINE = 128  # Bytes of the inputs of a step: what the copy engine and the tensor core like best.
-WARPGROUPS = 2  # That compute.
-REGISTERS = 232, 40  # Of a thread that computes, and of one that fetches.
-SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.
-UNIT = 8  # Rows come in multiples of this, the rows of a piece that the copy engine moves.
-MANY_ROWS = 10_000  # For which every cut has tiles enough.
+LINE = 128  # Bytes of input per step: the width at which TMA and tensor core are fastest.
+WARPGROUPS = 2  # Number of consumer warpgroups.
+REGISTERS = 232, 40  # Per consumer and per producer thread.
+SHARED_BYTES = 226 * 1024  # Per thread block, without its barriers.
+UNIT = 8  # Rows come in multiples of this, the rows of a piece that the TMA moves.
+MANY_ROWS = 10_000  # Enough tiles for every tiling.
 
 # Coefficients of log2 Phi(-a), good enough for a GELU in 8 bits: a minimax fit of degree 3 to a Phi(-a) for
 # a <= 14, weighted by its half step in float8_e4m3fn after a multiplication with 448. It is wrong by 0.13 of
@@ -61,15 +61,15 @@ class Config:
     """Tiling of a call.
 
     Attributes:
-      columns: of a tile, up to 256; its rows are 64 a warpgroup.
-      stages: steps in flight at once.
-      lag: steps by which the second warpgroup is behind the first, less than `stages`; what is left of them
-        is all that hides memory latency.
-      cluster: what the two tiles of a cluster have side by side, "rows" (they share the weights) or "columns"
-        (the inputs); None for no clusters.
-      chunk: columns of the result that the epilogue takes at once, 64 or 32.
-      slots: chunks in flight to memory at once, or whose residual is in flight from there.
-      blocks: thread blocks at most.
+      columns: per tile, up to 256; it has 64 rows per warpgroup.
+      stages: steps in flight.
+      lag: steps by which the second warpgroup is behind the first, less than `stages`; only the remaining
+        stages hide memory latency.
+      cluster: axis along which the two tiles of a cluster are adjacent, "rows" (they share the weights) or
+        "columns" (they share the inputs); None for no clusters.
+      chunk: columns of the result that the epilogue processes at once, 64 or 32.
+      slots: chunks in flight to memory, or whose residual is in flight from memory.
+      blocks: maximum number of thread blocks.
     """
 
     columns: int = 256
@@ -94,7 +94,7 @@ class Config:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a thread block with results in 16 bits, without its barriers."""
+        """Shared memory of a thread block in bytes, with 16-bit results and without its barriers."""
         rows = 64 * WARPGROUPS
         return self.stages * (rows + self.columns) * LINE + self.slots * rows * self.chunk * 2
 
@@ -105,7 +105,7 @@ class Config:
         return 64 * WARPGROUPS * above, self.columns * beside
 
     def cuts(self, M: int, N: int) -> tuple[int, int]:
-        """Cluster tiles along the rows and along the columns."""
+        """Number of cluster tiles along the rows and along the columns."""
         rows, columns = self.cluster_tile
         return pl.cdiv(M, rows), N // columns
 
@@ -113,12 +113,12 @@ class Config:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """One call of the kernel, all of it in matrices.
+    """Arguments of the kernel as matrices.
 
     Attributes:
-      kernel: [N, K] in float8_e4m3fn, else [K, N].
-      scale: of the products in 8 bits.
-      factor: what results are multiplied with before they are rounded, or before the residual is added.
+      kernel: [N, K] in float8_e4m3fn, otherwise [K, N].
+      scale: of 8-bit products.
+      factor: of the results before they are rounded, or before the residual is added.
     """
 
     x: Float[Array, "M K"]
@@ -142,7 +142,7 @@ class Operands:
 
 
 def operands(a: Arguments) -> Operands:
-    """The call in matrices."""
+    """Converts the arguments of a call to matrices."""
     (M, K, N), bias = a.shape, a.weights.bias
     x = a.x.values if isinstance(a.x, QArray) else a.x
     factor = a.gate
@@ -195,17 +195,17 @@ def misfit(a: Arguments | Operands, config: Config) -> str | None:
 
 
 def step_inputs(a: Arguments | Operands) -> int:
-    """X: a line of x."""
+    """X: the number of inputs in a line of x."""
     return LINE // a.x.dtype.itemsize
 
 
 def default_config(a: Arguments) -> Config:
-    """Clusters for many rows; for fewer, the columns that keep the multiprocessors busy to the end."""
+    """Clusters for many rows; for fewer, the tile width that keeps the multiprocessors busy to the end."""
     M, _, N = a.shape
     if M >= MANY_ROWS and N % 256 == 0:
         if a.weights.scheme == "float":
             return Config()
-        # By the times of the encoder's maps, which differ by 1 to 8 %.
+        # Chosen by measured times of the encoder's maps, which differ by 1 to 8 %.
         return Config(cluster="columns") if a.gelu and N % 512 == 0 else Config(lag=1)
 
     def time(config: Config) -> int:
@@ -226,7 +226,7 @@ def _differentiable(config, a):
 
 
 def _forward(config, a):
-    """By the definition, so that training computes the same wherever it runs."""
+    """Forward pass by the definition, so that training computes the same on every platform."""
     del config
     return jax.vjp(base.define, a)
 
@@ -243,7 +243,7 @@ _differentiable.defvjp(_forward, _backward)
 def many_rows(a: Operands, config: Config) -> Float[Array, "M N"]:
     """Computes the op; forward only.
 
-    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    Jitted, so that a model's layers, which call it with the same shapes, trace and lower it once.
     """
     if reason := misfit(a, config):
         raise ValueError(reason)
@@ -256,7 +256,7 @@ def many_rows(a: Operands, config: Config) -> Float[Array, "M N"]:
         cluster, free = {}, plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
     else:
         cluster = {"cluster": (size,), "cluster_names": ("cluster",)}
-        # A slot is filled again when the warpgroups of both blocks have done with it.
+        # A slot is refilled once the warpgroups of both blocks are done with it.
         free = plgpu.ClusterBarrier(
             collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=stages
         )
@@ -272,7 +272,7 @@ def many_rows(a: Operands, config: Config) -> Float[Array, "M N"]:
             "x_smem": tiles.tile((stages, R, X), a.x.dtype),
             "kernel_smem": tiles.tile((stages, C, X) if a.in_8_bits else (stages, X, C), a.kernel.dtype),
             "y_smem": tiles.tile((WARPGROUPS, config.slots, 64, config.chunk), a.out_dtype),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # One arrival a copy.
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # One arrival per copy.
             "free": free,
             "ahead": plgpu.Barrier(),
             "fetched": plgpu.Barrier(num_barriers=WARPGROUPS * config.slots),
@@ -281,14 +281,14 @@ def many_rows(a: Operands, config: Config) -> Float[Array, "M N"]:
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        # `_kernel` says why its own barriers are enough.
+        # `_kernel` documents why its own barriers suffice.
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
         **cluster,
     )(*arrays)
 
 
 def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, fetched, config, cuts, stride):
-    """Tiles `block`, `block + stride`, and so on, of this cluster.
+    """Computes the tiles `block`, `block + stride`, and so on, of this cluster.
 
     No automatic barriers: the ring is written by copies alone, after the warpgroups have arrived at the
     barrier that says that a slot is free, and read by products alone. A slot of `y_smem` is filled, by
@@ -375,7 +375,7 @@ def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, fetche
     def _():
         plgpu.set_max_registers(REGISTERS[1], action="decrease")
         lax.fori_loop(0, rounds, fetch, None)
-        # In a cluster, the other block still arrives here, and this one must be there.
+        # In a cluster, the other block still arrives at this block's barriers, so it must not exit yet.
         for i in range(stages):
             plgpu.barrier_wait(free.at[lax.rem(rounds * steps + i, stages)])
 
@@ -387,11 +387,11 @@ def _kernel(a, y_gmem, *, x_smem, kernel_smem, y_smem, full, free, ahead, fetche
 
 
 class _Epilogue:
-    """The epilogue of a warpgroup's tile, chunk by chunk; made before the product.
+    """The epilogue of a warpgroup's tile, chunk by chunk; created before the product.
 
-    So scales and bias of the first chunk are in flight during the product, and those of each other one
-    during the chunk before. A chunk's residual comes into the slot that its results leave from: of the first
-    chunks during the product, of each other one when the slot is free.
+    That way, scales and bias of the first chunk are in flight during the product, and those of each later one
+    during the previous chunk. A chunk's residual is loaded into the slot that its results leave from: for the
+    first chunks during the product, for later ones when the slot is free.
     """
 
     def __init__(self, a, y_gmem, slots, fetched, rows, column):
@@ -405,14 +405,14 @@ class _Epilogue:
         return pl.ds(pl.multiple_of(self.column + chunk * size, size), size)
 
     def load(self, chunk: int):
-        """The scale and bias of a chunk's columns."""
+        """Loads the scale and bias of a chunk's columns."""
         vectors = (self.a.scale, self.a.bias)
         return [None if x is None else _load(x.at[self.columns(chunk)], PER_COLUMN) for x in vectors]
 
     def fetch_first(self):
-        """Fetches the residual of the first chunks, one for each slot, once the last tile has left the slots.
+        """Fetches the residual of the first chunks, one per slot, once the previous tile has left the slots.
 
-        Some steps into the product, when that has happened.
+        Called some steps into the product, by when that has happened.
         """
         if self.a.residual is not None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -425,7 +425,7 @@ class _Epilogue:
         plgpu.copy_gmem_to_smem(source, self.slots.at[slot], self.fetched[slot])
 
     def __call__(self, products):
-        """Finishes the tile and sends it to memory."""
+        """Finishes the tile and writes it to memory."""
         slots, _, size = self.slots.shape
         chunks = products.shape[1] // size
         for chunk in range(chunks):
@@ -450,7 +450,7 @@ class _Epilogue:
             slot[...] = y.astype(slot.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(slot, self.y_gmem.at[self.rows, self.columns(chunk)])
-            # A slot is filled again a chunk later, so that nothing waits for the copy that has just begun.
+            # A slot is refilled a chunk later, so that nothing waits for the copy that has just started.
             left = chunk - min(1, slots - 1)
             if self.a.residual is not None and 0 <= left < chunks - slots:
                 plgpu.wait_smem_to_gmem(chunk - left, wait_read_only=True)

@@ -1,13 +1,12 @@
 """RMSNorm-prologue W8A16 GEMM of up to 8 rows, one kernel in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
 
-It is bound by reading the weights, once; what can be saved is all that comes before and after: other
-launches, and split-K sums on their way through memory. So no thread block waits for another one, nor leaves
-it anything. Each takes units of 16 outputs over all inputs, and norms x for itself while the first of their
-weights are in flight.
+It is bound by reading the weights, once; what can be saved is the overhead before and after: other launches,
+and the round trip of split-K sums through memory. So thread blocks are independent of each other. Each takes
+units of 16 outputs over all inputs, and normalises x for itself while the first of its weights are in flight.
 
-A unit's inputs are cut in quarters, one for each warp, whose sums meet in shared memory. So weights are seen
-as [4 N, K / 4], of which 64 rows are 16 outputs, in one copy. The norm's factor, one number a row, is applied
-in the epilogue, with the scale.
+A unit's inputs are split into quarters, one for each warp, whose sums are reduced in shared memory. So the
+weights are viewed as [4 N, K / 4], of which 64 rows are 16 outputs, in one copy. The norm's factor, one
+number per row, is applied in the epilogue, with the scale.
 
 M rows, K inputs, N outputs, X inputs of a tile in each quarter
 """
@@ -44,18 +43,18 @@ from moss_jax.ops.mosaic_gpu.skinny_matmul import (
 from moss_jax.ops.mosaic_gpu.tiles import MATRIX
 
 QUARTERS = 4
-OUTPUTS = TILE // QUARTERS  # Of a unit.
+OUTPUTS = TILE // QUARTERS  # Per unit.
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the weights are dealt to thread blocks.
+    """Distribution of the weights over thread blocks.
 
     Attributes:
       multiprocessors: of the GPU.
-      each: thread blocks of a multiprocessor.
-      block_k: inputs of a tile, in each quarter.
-      stages: tiles in flight at once in a block.
+      each: thread blocks per multiprocessor.
+      block_k: inputs per tile, in each quarter.
+      stages: tiles in flight per block.
     """
 
     multiprocessors: int
@@ -65,7 +64,7 @@ class Config:
 
     @property
     def blocks(self) -> int:
-        """Thread blocks at most: there is none without a unit."""
+        """Maximum number of thread blocks; every block has a unit."""
         return self.multiprocessors * self.each
 
 
@@ -110,7 +109,7 @@ def apply(a: NormArguments, config: Config | None = None) -> tuple[Float[Array, 
 
 
 def default_config(rows: int, K: int) -> Config:
-    """The most blocks on a multiprocessor whose shared memory holds x and two tiles each, and more tiles.
+    """As many blocks per multiprocessor as fit with x and two tiles each; the rest goes to more tiles.
 
     Raises:
       ValueError: shared memory is too small.
@@ -119,20 +118,20 @@ def default_config(rows: int, K: int) -> Config:
         if K // QUARTERS % block_k:
             block_k = 128
         room = skinny_matmul.shared_room(each) - shared(rows, K, block_k, stages=0)
-        stages = room // (TILE * block_k + 8)  # With a barrier each.
+        stages = room // (TILE * block_k + 8)  # Each with a barrier.
         if stages >= 2:
             return Config(multiprocessors(), each, block_k, stages)
     raise ValueError(f"{rows} rows of {K} don't fit in shared memory")
 
 
 def shared(rows: int, K: int, block_k: int, stages: int) -> int:
-    """Bytes of a block's shared memory."""
+    """Shared memory of a block in bytes."""
     x, ring, sums = rows * skinny_matmul.pitch(rows, K) * 2, stages * TILE * block_k, TILE * columns(rows) * 4
     return skinny_matmul.shared_bytes(x, ring, sums, barriers=stages)
 
 
 def columns(rows: int) -> int:
-    """Columns of the sums that are kept: all that a thread has of a row, or all."""
+    """Number of columns of the sums that are kept: those that a thread has of a row, or all."""
     return 2 if rows <= 2 else C
 
 
@@ -147,7 +146,7 @@ def few_rows(
 ) -> Float[Array, "M N"]:
     """Computes `rmsnorm(x) * norm @ weights.T * scale` for M <= 8; forward only.
 
-    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    Jitted, so that a model's layers, which call it with the same shapes, trace and lower it once.
     """
     (rows, K), N = x.shape, len(weights)
     if K % (QUARTERS * config.block_k):
@@ -175,20 +174,20 @@ def few_rows(
 def _kernel(
     x_gmem, norm_gmem, weights_gmem, scale_gmem, y_gmem, *, x_smem, ring_smem, sums_smem, barrier, eps, config
 ):
-    """One block.
+    """Body of one thread block.
 
     No automatic barriers: `commit_smem` is a barrier of the warpgroup. One lies between the writes to
-    `x_smem` and the products. A visit to a tile has one, if a slot is ever filled again: before it, everyone
-    has read the tile into registers; after it, its slot is filled. `finish` has one, between the writes to
-    `sums_smem` and the reads; before the next unit's writes lie the barriers of its visits.
+    `x_smem` and the products. A visit to a tile has one, if a slot is ever refilled: before it, all threads
+    have read the tile into registers; after it, its slot is filled. `finish` has one, between the writes to
+    `sums_smem` and the reads; the barriers of the next unit's visits precede its writes.
     """
     (rows, K), units = x_gmem.shape, y_gmem.shape[1] // OUTPUTS
     X, stages, cols = config.block_k, config.stages, columns(rows)
     count, blocks = K // QUARTERS // X, min(units, config.blocks)  # Tiles of a unit, thread blocks.
     place = lax.axis_index("block")
     if units > blocks:
-        # Neighbours in the order of units share a multiprocessor, so that if some have one more than others,
-        # each multiprocessor has as many of those.
+        # Blocks adjacent in the order of units share a multiprocessor, so that blocks with one unit more than
+        # others are spread evenly over multiprocessors.
         place = lax.rem(place, config.multiprocessors) * config.each + lax.div(place, config.multiprocessors)
     first = lax.div(place * units, blocks)
     mine = lax.div((place + 1) * units, blocks) - first
@@ -202,13 +201,13 @@ def _kernel(
     for i in range(stages):
         pl.when(i < end)(functools.partial(fetch, jnp.int32(i)))
 
-    # All are loaded before any is used, in runs of 16 bytes.
+    # All loads are issued before any is used, in runs of 16 bytes.
     xs, norm = [strided(x_gmem.at[m], 8) for m in range(rows)], strided(norm_gmem, 8)
     row, factor = lax.rem(skinny_matmul.threads(), cols), tiles.full((THREADS,), 0, STRIDED)
     for m, x in enumerate(xs):
         x_smem[m, pl.ds(0, K)] = (x * norm).astype(x_smem.dtype)
         factor = jnp.where(row == m, lax.rsqrt((x * x).sum() / K + eps), factor)
-        # Between the uses of the scratch memory of two sums, too.
+        # Also separates the uses of scratch memory by two sums.
         plgpu.commit_smem()
 
     def visit(step, tile, sums):
@@ -239,7 +238,7 @@ def _kernel(
 
 
 def scaled_factor(factor, scale_ref, cols: int):
-    """[128]: the factor of thread t, times the scale of output t // cols of a unit."""
+    """Returns [128]: the factor of thread t times the scale of output t // cols of a unit."""
 
     @plgpu.inline_mgpu(
         arg_types=(STRIDED, plgpu.RefType()),
@@ -256,7 +255,7 @@ def scaled_factor(factor, scale_ref, cols: int):
 
 
 def finish(sums, sums_ref, factor, y_ref):
-    """The sums of all warps, times a factor in each thread: thread t has output t // cols of row t % cols."""
+    """Reduces the sums of all warps and scales them; thread t has output t // cols of row t % cols."""
 
     @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType(), STRIDED, plgpu.RefType()))
     def store(_, sums, sums_ref, factor, y_ref):

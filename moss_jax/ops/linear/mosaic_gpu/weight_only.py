@@ -7,8 +7,8 @@ The operands are swapped, as in decode attention over 8 bits: weights are the 64
 takes, and x the columns, of which it takes as few as 8. Weights go from shared memory through registers,
 where they are upcast, straight into the tensor core.
 
-Everything is multiplied in bfloat16, which holds every number of int8 and float8_e4m3fn. So x needs no scale,
-and no pass over x precedes the kernel.
+Everything is multiplied in bfloat16, which represents every int8 and float8_e4m3fn exactly. So x needs no
+scale, and no pass over x precedes the kernel.
 
 M rows, C = M rounded up to a multiple of 8, K inputs, X inputs of a tile, N outputs, R outputs of a tile
 """
@@ -31,8 +31,8 @@ from moss_jax.ops.linear.base import Arguments
 from moss_jax.ops.mosaic_gpu import hopper, tiles, upcast
 from moss_jax.ops.mosaic_gpu.tiles import MATRIX
 
-ROWS = 64  # Of x, at most.
-OUTPUTS = 64  # Of a tile: the rows that the tensor core takes.
+ROWS = 64  # Maximum rows of x.
+OUTPUTS = 64  # Per tile: the rows that the tensor core takes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Config:
     """Tiling of a call.
 
     Attributes:
-      block_k: inputs of a tile.
-      stages: tiles in flight at once in a thread block.
-      part: inputs of a split at most; those of x are kept in shared memory.
-      blocks: thread blocks at most, unless K has more splits.
+      block_k: inputs per tile.
+      stages: tiles in flight per thread block.
+      part: maximum inputs per split; those of x are kept in shared memory.
+      blocks: maximum number of thread blocks, unless K has more splits.
     """
 
     block_k: int = 128
@@ -60,12 +60,12 @@ class Config:
             raise ValueError(f"stages and blocks are at least 1, not {self.stages} and {self.blocks}")
 
     def splits(self, inputs: int) -> int:
-        """Number of splits of K: the fewest equal ones that are whole tiles."""
+        """Number of splits of K: the fewest equal ones made of whole tiles."""
         count = inputs // self.block_k
         return next(n for n in range(1, count + 1) if count % n == 0 and inputs // n <= self.part)
 
     def tiles_a_block(self, inputs: int, outputs: int) -> int:
-        """Tiles of outputs that a thread block computes."""
+        """Number of tiles of outputs per thread block."""
         return pl.cdiv(outputs // OUTPUTS, max(1, self.blocks // self.splits(inputs)))
 
 
@@ -84,7 +84,7 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
 
 
 def unsupported_scheme(a: Arguments) -> str | None:
-    """Why kernels for 8-bit weights cannot take the arguments, whatever their shapes; None if they can."""
+    """Why kernels for 8-bit weights cannot take the arguments, regardless of shapes; None if they can."""
     x = a.x
     if a.weights.scheme != "W8A16":
         return f"it takes weights in 8 bits for inputs in 16 (W8A16), not {a.weights.scheme}"
@@ -104,7 +104,7 @@ def apply(a: Arguments, config: Config | None = None) -> Float[Array, "..."]:
 
 
 def default_config(rows: int) -> Config:
-    """Tiling by which two thread blocks share a multiprocessor."""
+    """Tiling with two thread blocks per multiprocessor."""
     return Config() if rows <= 16 else Config(stages=5, part=512)
 
 
@@ -118,7 +118,7 @@ def few_rows(
 ) -> Float[Array, "M N"]:
     """Computes `x @ weights.T * scale` for M <= 64; forward only.
 
-    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    Jitted, so that a model's layers, which call it with the same shapes, trace and lower it once.
     """
     (rows, inputs), outputs = x.shape, len(weights)
     C, X = pl.cdiv(rows, 8) * 8, config.block_k
@@ -133,26 +133,26 @@ def few_rows(
             "x_smem": tiles.tile((inputs // splits // X, C, X), x.dtype),
             "kernel_smem": tiles.tile((config.stages, OUTPUTS, X), weights.dtype),
             "barriers": (
-                # One arrival a copy.
+                # One arrival per copy.
                 plgpu.Barrier(num_arrivals=inputs // splits // X),
                 plgpu.Barrier(num_barriers=config.stages),
             ),
         },
         grid=(splits, pl.cdiv(outputs // OUTPUTS, each)),
         grid_names=("split", "block"),
-        # Pallas would put two barriers around every store and one before every copy; `_kernel` says why its
-        # own are enough.
+        # Pallas would put two barriers around every store and one before every copy; `_kernel` documents why
+        # its own suffice.
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
     )(x, weights)
     return (sums[:, :rows].sum(axis=0) * scale).astype(out_dtype)
 
 
 def _kernel(x_gmem, kernel_gmem, sums_gmem, *, x_smem, kernel_smem, barriers, each):
-    """Some tiles of outputs over one split of the inputs.
+    """Computes some tiles of outputs over one split of the inputs.
 
     No automatic barriers: `commit_smem` is a barrier of the warpgroup, and a visit to a tile has one. Before
-    it, everyone has read the tile into registers; after it, the tile's slot is filled again. Only copies
-    write to shared memory, and x's is never filled again.
+    it, all threads have read the tile into registers; after it, the tile's slot is refilled. Only copies
+    write to shared memory, and x's is never refilled.
     """
     split, block = lax.axis_index("split"), lax.axis_index("block")
     x_barrier, kernel_barrier = barriers
@@ -197,7 +197,7 @@ def _kernel(x_gmem, kernel_gmem, sums_gmem, *, x_smem, kernel_smem, barriers, ea
             # The other columns are zeros.
             sums_gmem[split, 0, place(tile)] = sums.sum(axis=1)
         else:
-            # A thread then has neighbours along N.
+            # A thread then holds neighbours along N.
             sums = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
             sums_gmem.at[split, :, place(tile)].transpose((1, 0))[...] = sums
 

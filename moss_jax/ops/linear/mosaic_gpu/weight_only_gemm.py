@@ -2,21 +2,21 @@
 
 For batches so large that a GEMM is bound by arithmetic as much as by reading weights. The operands are
 swapped, as in `weight_only`: weights are the rows that the tensor core takes, from registers, where they are
-upcast, and x the columns, up to 256 of them. Here x passes through shared memory beside the weights, so that
-a thread block keeps all sums of its tile of the result, whatever K.
+upcast, and x the columns, up to 256 of them. Here x passes through shared memory along with the weights, so
+that a thread block keeps all sums of its tile of the result, whatever K.
 
-There is one thread block a multiprocessor, which takes tiles one after another. One warpgroup issues TMA
-copies, and runs ahead into the next tiles; two compute, each its own outputs of a tile. While the tensor core
-multiplies one block of 64 outputs x 64 inputs, a warpgroup upcasts the next one, into other registers. Where
-the compiler cannot tell the two sets apart, it waits for every single product and says so (C7513); hence the
-form of the loop.
+There is one thread block per multiprocessor, which takes tiles one after another. One warpgroup issues TMA
+copies and runs ahead into the next tiles; two compute, each its own outputs of a tile. While the tensor core
+multiplies one block of 64 outputs x 64 inputs, a warpgroup upcasts the next one into other registers. If the
+compiler cannot tell the two sets apart, it serialises all products and warns (C7513); hence the form of the
+loop.
 
 Two thread blocks can form a cluster of neighbouring outputs: each fetches half of their x for both (TMA
-multicast), which spares L2. Where there are fewer tiles than multiprocessors, K is split and XLA adds up the
-splits.
+multicast), which reduces L2 traffic. If there are fewer tiles than multiprocessors, K is split and XLA adds
+up the splits.
 
 The last tiles of outputs and of rows are moved back to end with them; what two tiles share is written twice,
-alike.
+with the same values.
 
 M rows, K inputs, N outputs, R x C tile of a thread block (outputs x rows), X inputs of a step
 """
@@ -41,15 +41,15 @@ from moss_jax.ops.linear.mosaic_gpu import weight_only
 from moss_jax.ops.mosaic_gpu import hopper, tiles, upcast
 from moss_jax.ops.mosaic_gpu.tiles import PER_ROW
 
-ROWS = 512  # Of x, at most: more have not been tuned.
+ROWS = 512  # Maximum rows of x: more have not been tuned.
 UNIT = 64  # Outputs and inputs of a block of weights that is upcast at once.
-COLUMNS = 256  # Of the tensor core, at most.
-WARPGROUPS = 2  # That compute.
-CHUNK = 32  # Rows of the result, of 64 outputs, that leave a warpgroup at once.
-SLOTS = 2  # Chunks of a warpgroup in flight to memory at once.
-REGISTERS = 232, 40  # Of a thread that computes, and of one that fetches: 2 * 232 + 40 of 512 a warp of each.
-SHARED_BYTES = 226 * 1024  # Of a thread block, but for its barriers.
-STAGED_BYTES = 2 * WARPGROUPS * SLOTS * CHUNK * UNIT  # Of these, for results in 16 bits.
+COLUMNS = 256  # Maximum columns of the tensor core.
+WARPGROUPS = 2  # Number of consumer warpgroups.
+CHUNK = 32  # Rows of the result, of 64 outputs each, that a warpgroup writes out at once.
+SLOTS = 2  # Chunks per warpgroup in flight to memory.
+REGISTERS = 232, 40  # Per consumer and per producer thread: 2 * 232 + 40 of 512 for a warp of each.
+SHARED_BYTES = 226 * 1024  # Per thread block, without its barriers.
+STAGED_BYTES = 2 * WARPGROUPS * SLOTS * CHUNK * UNIT  # The part of it for 16-bit results.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Config:
     """Tiling of a call.
 
     Attributes:
-      outputs: of a tile, 128 or 256: 64 or 128 a warpgroup.
-      rows: of x in a tile, a multiple of 8 up to 256; of 16 in a cluster.
-      block_k: inputs of a step, 64 or, with 128 outputs, 128.
-      stages: steps in flight at once.
-      splits: equal parts of K.
+      outputs: per tile, 128 or 256: 64 or 128 per warpgroup.
+      rows: rows of x per tile, a multiple of 8 up to 256; of 16 in a cluster.
+      block_k: inputs per step, 64 or, with 128 outputs, 128.
+      stages: steps in flight.
+      splits: number of equal splits of K.
       cluster: thread blocks that share x, 1 or 2.
-      blocks: thread blocks at most.
+      blocks: maximum number of thread blocks.
     """
 
     outputs: int = 128
@@ -95,26 +95,26 @@ class Config:
 
     @property
     def blocks_of_outputs(self) -> int:
-        """Blocks of 64 outputs that a warpgroup computes."""
+        """Number of blocks of 64 outputs per warpgroup."""
         return self.outputs // (UNIT * WARPGROUPS)
 
     @property
     def sums(self) -> int:
-        """Sums a thread keeps in registers.
+        """Number of sums that a thread keeps in registers.
 
-        Beside them it has two blocks of weights in bfloat16, of 16 registers each, and up to `block_k / 4`
-        for what it upcasts next: 128 + 32 + 32 of 232.
+        It also has two blocks of weights in bfloat16, of 16 registers each, and up to `block_k / 4` for the
+        next upcast: 128 + 32 + 32 of 232.
         """
         return self.outputs * self.rows // (128 * WARPGROUPS)
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a thread block, without its barriers."""
+        """Shared memory of a thread block in bytes, without its barriers."""
         ring = self.stages * self.block_k * (self.outputs + 2 * self.rows)
         return ring + STAGED_BYTES
 
     def cuts(self, M: int, N: int) -> tuple[int, int, int]:
-        """Tiles of clusters along the outputs, splits, and tiles along the rows."""
+        """Number of cluster tiles along the outputs, of splits, and of tiles along the rows."""
         return pl.cdiv(N, self.outputs * self.cluster), self.splits, pl.cdiv(M, self.rows)
 
 
@@ -147,7 +147,7 @@ def apply(a: Arguments, config: Config | None = None) -> Float[Array, "..."]:
 
 
 def default_config(M: int, K: int, N: int) -> Config:
-    """The tiling that takes the least time by `estimate`."""
+    """The tiling with the least time by `estimate`."""
     count, cluster = pl.cdiv(M, COLUMNS), 2 if N >= 256 else 1
     unit = 8 * cluster
     candidates = [
@@ -162,7 +162,7 @@ def default_config(M: int, K: int, N: int) -> Config:
 
 
 def fill(K: int, outputs: int, rows: int, splits: int, cluster: int, block_k: int | None = None) -> Config:
-    """The tiling with these sizes whose ring fills shared memory; in steps of 128 inputs if 4 of them fit."""
+    """The tiling of these sizes whose ring buffer fills shared memory; 128 inputs per step if 4 steps fit."""
     line, room = outputs + 2 * rows, SHARED_BYTES - STAGED_BYTES
     if block_k is None:
         wide = outputs == 128 and K % (128 * splits) == 0 and 4 * 128 * line <= room
@@ -173,10 +173,10 @@ def fill(K: int, outputs: int, rows: int, splits: int, cluster: int, block_k: in
 def estimate(M: int, K: int, N: int, config: Config) -> float:
     """Approximate time of a call in cycles of a multiprocessor.
 
-    A tile takes what its longest stream takes: the tensor core multiplies 2,048 numbers a cycle, of which 3/4
-    are reached; shared memory moves 128 bytes, of which 85 % are (x is read for every 64 outputs, weights
-    pass at half the width); L2 delivers some 28 and memory 17. Then come its results, and those of splits are
-    read and written once more.
+    A tile takes as long as its slowest resource: the tensor core multiplies 2,048 numbers per cycle, of which
+    3/4 are reached; shared memory moves 128 bytes per cycle, of which 85 % are reached (x is read for every
+    64 outputs, weights at half the width); L2 delivers some 28 and memory 17. Writing the results comes on
+    top, and with splits they are read and written once more.
     """
     stripes, splits, tiles_of_rows = config.cuts(M, N)
     each = K // splits
@@ -200,26 +200,26 @@ def many_rows(
 ) -> Float[Array, "M N"]:
     """Computes `x @ weights.T * scale`; forward only.
 
-    Under jit so that a model's layers, which call it with the same shapes, have it traced and lowered once.
+    Jitted, so that a model's layers, which call it with the same shapes, trace and lower it once.
     """
     (M, K), N = x.shape, len(weights)
     if reason := misfit(K, N, config):
         raise ValueError(reason)
     R, C, X, stages = config.outputs, config.rows, config.block_k, config.stages
-    # The copy engine moves pieces of 8 rows.
+    # The TMA moves pieces of 8 rows.
     x = jnp.pad(x, ((0, max(C, pl.cdiv(M, 8) * 8) - M), (0, 0)))
     rows, splits = len(x), config.splits
     cuts = config.cuts(rows, N)
     clusters = min(math.prod(cuts), config.blocks // config.cluster)
     cluster, x_free = {}, plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
     if config.cluster > 1:
-        # A slot of x is filled again when the warpgroups of both blocks have done with it.
+        # A slot of x is refilled once the warpgroups of both blocks are done with it.
         cluster = {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
         x_free = plgpu.ClusterBarrier(
             collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=stages
         )
     shape, dtype = ((rows, N), out_dtype) if splits == 1 else ((splits, rows, N), jnp.float32)
-    # Numbers of 32 bits fill the sectors of memory without it.
+    # 32-bit results fill memory sectors without staging.
     staged = jnp.dtype(dtype).itemsize == 2
     y_smem = {"y_smem": tiles.tile((WARPGROUPS, SLOTS, CHUNK, UNIT), dtype)} if staged else {}
     y = plgpu.kernel(
@@ -229,7 +229,7 @@ def many_rows(
         | {
             "x_smem": tiles.tile((stages, C, X), x.dtype),
             "weights_smem": tiles.tile((stages, R, X), weights.dtype),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # One arrival a copy.
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # One arrival per copy.
             "x_free": x_free,
             "weights_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         },
@@ -237,7 +237,7 @@ def many_rows(
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        # `_kernel` says why its own barriers are enough.
+        # `_kernel` documents why its own barriers suffice.
         compiler_params=dataclasses.replace(tiles.COMPILER_PARAMS, unsafe_no_auto_barriers=True),
         **cluster,
     )(x, weights, scale)
@@ -262,7 +262,7 @@ def _kernel(
     cuts,
     stride,
 ):
-    """Tiles `block`, `block + stride`, and so on, of this cluster.
+    """Computes the tiles `block`, `block + stride`, and so on, of this cluster.
 
     No automatic barriers: only copies write to the ring. All threads arrive at `weights_free` after they have
     read a slot into registers. A slot of x is read by products alone, and `x_free` is arrived at when they
@@ -278,7 +278,7 @@ def _kernel(
     mine = R // WARPGROUPS
 
     def place(number):
-        """First output and row of a tile, and its split; neighbours share weights."""
+        """First output and row of a tile, and its split; neighbouring tiles share weights."""
         rest, row = _divmod(first + number * stride, cuts[2])
         stripe, split = _divmod(rest, cuts[1])
         output = jnp.minimum(stripe * (R * config.cluster), N - R * config.cluster)
@@ -313,7 +313,7 @@ def _kernel(
 
         def multiply(*sums):
             def use(i):
-                """Issues the products of a step; frees the slot of x of the step before."""
+                """Issues the products of a step; frees the slot of x of the previous step."""
                 every = begin + i
                 slot = lax.rem(every, stages)
                 plgpu.barrier_wait(full.at[slot])
@@ -335,7 +335,7 @@ def _kernel(
                         free_weights if last else lambda: None,
                     )
 
-            # With a single block a step, two steps alternate between the registers of two blocks.
+            # With a single block per step, two steps alternate between the registers of two blocks.
             unrolled = 2 if len(sums) * X == UNIT else 1
 
             def some(i, _):
@@ -344,7 +344,7 @@ def _kernel(
 
             lax.fori_loop(0, steps // unrolled, some, None)
             if steps % unrolled:
-                # Else the compiler would wait for every single product above.
+                # Otherwise the compiler would wait for every single product above.
                 plgpu.wgmma_wait(0)
                 use(steps - 1)
             plgpu.wgmma_wait(0)
@@ -359,7 +359,7 @@ def _kernel(
                 sums = sums * tiles.along_rows(scale, sums.shape)
             if y_smem is None:
                 y = y_gmem if config.splits == 1 else y_gmem.at[split]
-                # A thread then has neighbours along N.
+                # A thread then holds neighbours along N.
                 sums = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
                 y.at[pl.ds(row, C), outputs].transpose((1, 0))[...] = sums
                 continue
@@ -375,7 +375,7 @@ def _kernel(
     def _():
         plgpu.set_max_registers(REGISTERS[1], action="decrease")
         lax.fori_loop(0, rounds, fetch, None)
-        # The other block of a cluster still arrives here, and this one must be there.
+        # The other block of a cluster still arrives at this block's barriers, so it must not exit yet.
         for i in range(stages if config.cluster > 1 else 0):
             every = rounds * steps - 1 - i
 
@@ -391,11 +391,11 @@ def _kernel(
 
 
 def add_products(acc, weights_smem, x_smem, previous_done, weights_read):
-    """Issues acc += weights @ x.T, and leaves the last of its products in flight.
+    """Issues acc += weights @ x.T and leaves the last product in flight.
 
     Args:
       weights_smem: [64, X] in 8 bits.
-      previous_done: called as soon as all products that were in flight before are done.
+      previous_done: called as soon as all earlier products are done.
       weights_read: called as soon as the weights are in registers.
     """
     weights = upcast.load_in_order(weights_smem)
@@ -404,7 +404,7 @@ def add_products(acc, weights_smem, x_smem, previous_done, weights_read):
         inputs = slice(start, start + UNIT)
         wide = upcast.as_bfloat16(weights[:, inputs])
         plgpu.wgmma(acc, wide, x_smem.at[:, inputs].transpose((1, 0)))
-        # What was in flight before is done with, and its registers take the next weights.
+        # Earlier products are done, so their registers can take the next weights.
         plgpu.wgmma_wait(1)
         if start == 0:
             previous_done()
