@@ -160,7 +160,12 @@ class Session:
         self.sequence = 0
         self._hub = hub
         self._connection: Connection | None = None
-        self._sent: collections.deque[tuple[int, str]] = collections.deque(maxlen=hub.config.replay_events)
+        # Replay buffer of consecutive events, with None for counters that newer ones have superseded: they
+        # describe the whole bank every second.
+        self._sent: collections.deque[tuple[int, str | None]] = collections.deque(
+            maxlen=hub.config.replay_events
+        )
+        self._last_counters = 0
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task | None = None
         self._keeps_file = self.is_forgotten = False
@@ -188,6 +193,11 @@ class Session:
         if isinstance(event, protocol.Error):
             self._hub.counters.errors_by_code[event.error.code] += 1
         self._sent.append((self.sequence, text))
+        if isinstance(event, protocol.CountersEvent):
+            superseded = self._last_counters - self._sent[0][0]
+            if superseded >= 0:
+                self._sent[superseded] = self._last_counters, None
+            self._last_counters = self.sequence
         if self._connection is not None and not self._connection.put(text):
             self._hub.counters.slow_clients += 1
             self._connection.close(CLOSE_SLOW, "too many events wait: the client reads too slowly")
@@ -204,8 +214,9 @@ class Session:
 
     def missed(self, after: int) -> tuple[list[str], int]:
         """Returns the events after number `after`, encoded, and how many have left the replay buffer."""
-        kept = [text for number, text in self._sent if number > after]
-        return kept, max(0, self.sequence - after - len(kept))
+        kept = [text for number, text in self._sent if number > after and text is not None]
+        oldest = self._sent[0][0] if self._sent else self.sequence + 1
+        return kept, max(0, oldest - 1 - after)
 
     def detach(self, connection: Connection, *, is_final: bool = False) -> None:
         """Handles a lost connection: the stream waits for a reconnect, or ends.

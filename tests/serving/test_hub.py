@@ -11,7 +11,7 @@ from servers import Client, Running, running, wait_for
 from websockets.exceptions import ConnectionClosed
 
 from moss_jax.config import SchedulerConfig, ServerConfig, SessionConfig
-from moss_jax.serving.hub import Hub, read_session
+from moss_jax.serving.hub import Hub, event_number, read_session
 from moss_jax.stream import Scheduler
 
 CONFIG = ServerConfig(grace_seconds=30.0, counters_seconds=0.05, save_seconds=0.2)
@@ -150,6 +150,25 @@ def test_a_lost_stream_ends_after_the_grace_period(serve, frames):
                 client.lose()
             wait_for(lambda: server.hub.free_slots == 2 and not server.hub.sessions)
         assert server.hub.counters.streams_by_end["stopped"] == 2
+
+
+def test_only_the_latest_counters_are_replayed(serve, frames):
+    with serve() as server:
+        with Client(server.realtime) as client:
+            session = client.negotiate()
+            client.show(frames[0])
+            first = client.until("conversation.item.done")["event_id"]
+            for _ in range(5):
+                client.until("moss.counters")
+            client.lose()
+        (held,) = server.hub.sessions.values()
+        wait_for(lambda: not held.is_connected)
+        texts, missed = server.call(held.missed, event_number(first))
+        assert missed == 0
+        assert [json.loads(text)["type"] for text in texts].count("moss.counters") == 1
+        with Client(address(server, session, first)) as client:
+            assert client.receive()["session"]["moss"]["resumed"]["missed"] == 0
+            assert client.receive() == json.loads(texts[0])
 
 
 def test_a_client_that_does_not_read_is_closed_and_its_stream_waits(serve, frames):
