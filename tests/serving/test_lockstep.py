@@ -110,9 +110,9 @@ def test_each_of_many_streams_gets_what_it_gets_alone(serve, frames):
                     try:
                         together[number] = play(server, number, frames)
                     except ConnectionClosed as closed:
+                        if not closed.rcvd or closed.rcvd.code != CLOSE_LATER:
+                            raise
                         # The slot of the client that vanished is not free yet.
-                        assert closed.rcvd is not None
-                        assert closed.rcvd.code == CLOSE_LATER
                         time.sleep(0.02)
 
         def vanish() -> None:
