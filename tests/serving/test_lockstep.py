@@ -129,8 +129,7 @@ def test_each_of_many_streams_gets_what_it_gets_alone(serve, frames):
             thread.start()
         for thread in threads:
             thread.join(120)
-        wait_for(lambda: server.hub.free_slots == 3)
-        assert not server.hub.sessions
+        wait_for(lambda: server.hub.free_slots == 3 and not server.hub.sessions)
     for number, events in enumerate(alone):
         assert together[number] == events, number
 
