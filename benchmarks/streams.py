@@ -517,14 +517,14 @@ class Subject:
 
 def make_subject(args: argparse.Namespace) -> Subject:
     """Loads the checkpoint, or creates a random model of the preset."""
+    mesh = parse_mesh(args.mesh) if args.mesh else None
     if args.checkpoint:
         named = None if args.checkpoint == "moss-tiny" else args.checkpoint
-        opened = open_model(named, weights=args.weights, encoder_weights=args.encoder_weights)
+        opened = open_model(named, weights=args.weights, encoder_weights=args.encoder_weights, mesh=mesh)
         model, tokenizer = opened.model, opened.tokenizer
         shape = (model.config.vision.image_size,) * 2
     else:
         config = PRESETS[args.preset]()
-        mesh = parse_mesh(args.mesh) if args.mesh else None
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
             model = MossVideo(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
             model = quantize(model, decoder=args.weights, encoder=args.encoder_weights)
@@ -669,7 +669,7 @@ def main() -> None:
     parser.add_argument(
         "--encoder-weights", choices=get_args(EncoderWeights), help="8-bit format of the vision encoder"
     )
-    parser.add_argument("--mesh", help="splits the model of a preset over devices, as tensor=2")
+    parser.add_argument("--mesh", help="splits the model over devices, as tensor=2")
     parser.add_argument("--perception-device", type=int, help="index of the device that encodes frames")
     parser.add_argument("--micro", action="store_true", help="time single calls, without traffic")
     parser.add_argument(

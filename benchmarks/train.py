@@ -43,7 +43,9 @@ def main() -> None:
         "--tensor", type=int, default=1, help="size of the tensor-parallel mesh axis; the rest is fsdp"
     )
     parser.add_argument("--remat", default="full", choices=get_args(Remat), help="rematerialisation")
-    parser.add_argument("--slice", type=int, default=1, help="one in so many layers of encoder and decoder")
+    parser.add_argument(
+        "--slice", type=int, default=1, help="divides the number of layers of encoder and decoder"
+    )
     parser.add_argument("--profile", action="store_true", help="device time by phase and part of the model")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after the first")
     add_out(parser)

@@ -168,7 +168,7 @@ def answer(request: Request, truth: Facts) -> Sentence:
 
 
 def _was(topic: str, k: str, gap: str, truth: Facts, *, ever: bool) -> Sentence:
-    """What a thing was like: when last visible, with `ever`, or at the earlier time asked about."""
+    """Answers about a thing at an earlier time: that asked about or, with `ever`, when it was last seen."""
     value = truth[f"was {topic}:{k}"]
     if value == "none":
         return sentence("unseen" if ever else "was none", k=k)
