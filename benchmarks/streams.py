@@ -68,7 +68,7 @@ from report import add_out, device, first_line, known, make_parser, publish, say
 from streaming import GB, FilledEngine, prompt_text, spread, tree_bytes
 from timing import measure_ceilings
 
-from moss_jax.command import at_least
+from moss_jax.command import at_least, freeze_heap
 from moss_jax.config import (
     PRESETS,
     BankDtype,
@@ -77,6 +77,7 @@ from moss_jax.config import (
     EncoderWeights,
     EngineConfig,
     MemoryConfig,
+    SchedulerConfig,
     SessionConfig,
 )
 from moss_jax.convert import open_model
@@ -381,7 +382,13 @@ class Feeders:
 
 
 def live(
-    engine: StreamsEngine, floors: Floors, traffic: Traffic, warm: float, seconds: float, compiled: list
+    engine: StreamsEngine,
+    floors: Floors,
+    traffic: Traffic,
+    warm: float,
+    seconds: float,
+    compiled: list,
+    config: SchedulerConfig,
 ) -> dict[str, Any]:
     """Runs the streams for some seconds after a warm-up; returns the figures of a row.
 
@@ -394,7 +401,7 @@ def live(
     engine.calls.clear()
     clock = Clock(is_realtime=True)
     listener = Listener(clock, slots)
-    scheduler = Scheduler(engine)
+    scheduler = Scheduler(engine, config)
     settings = SessionConfig(max_tokens_per_turn=WITHOUT_END) if traffic.talking else SessionConfig()
     streams = [
         scheduler.open(settings, system=traffic.system, prompt=traffic.prompt, clock=clock)
@@ -554,6 +561,7 @@ def rows_of(args: argparse.Namespace, ceilings: Mapping[str, float], deadline: f
         except Exception as error:
             yield {"streams": streams, "failed": first_line(error)}
         # The next engine needs the memory of this one.
+        gc.unfreeze()
         gc.collect()
 
 
@@ -578,6 +586,7 @@ def measure(
         engine.talk([True] * streams)
     started, before = time.monotonic(), len(compiled)
     engine.warm_up(subject.pictures[0].shape)
+    freeze_heap()
     yield {
         "measure": "warm_up",
         "seconds": time.monotonic() - started,
@@ -588,16 +597,19 @@ def measure(
         yield {"measure": "micro"} | micro(engine, subject.prompt, subject.pictures[0])
         return
     floors = Floors(engine, ceilings)
-    for talking in args.talking if subject.is_random else ("as trained",):
+    loads = args.talking if subject.is_random else ("as trained",)
+    for stall, talking in itertools.product(args.max_stall_ms, loads):
         seconds = min(args.seconds, deadline - time.monotonic() - args.warm_seconds)
         if seconds < LEAST_SECONDS:
             say("out of time: the remaining traffic was left out")
             return
         traffic = subject.traffic(streams, talking, args.warm_seconds + seconds, args.fps)
-        figures = live(engine, floors, traffic, args.warm_seconds, seconds, compiled)
+        scheduling = SchedulerConfig(max_stall_ms=stall)
+        figures = live(engine, floors, traffic, args.warm_seconds, seconds, compiled, scheduling)
         stats = jax.devices()[0].memory_stats()
         peak = {"peak_gb": stats["peak_bytes_in_use"] / GB} if stats else {}
-        yield {"measure": "live", "talking": talking, "seconds": seconds} | figures | peak
+        load = {"talking": talking, "max_stall_ms": stall, "seconds": seconds}
+        yield {"measure": "live"} | load | figures | peak
 
 
 def check_room(parameters: int, model: MossVideo, config: EngineConfig) -> None:
@@ -649,6 +661,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="moss-tiny, a folder or a Hugging Face repo, not random weights")
     parser.add_argument("--streams", default="1,4,16,32,64,128", help="comma-separated numbers of streams")
     parser.add_argument("--talking", default="quarter,all", help=f"comma-separated, of {', '.join(SHARES)}")
+    parser.add_argument(
+        "--max-stall-ms",
+        default=f"{SchedulerConfig.max_stall_ms:g}",
+        help="comma-separated, the longest that a batch of frames may stall the text",
+    )
     parser.add_argument("--seconds", type=float, default=20.0, help="of traffic that counts, for a row")
     parser.add_argument("--warm-seconds", type=float, default=3.0, help="of traffic before that")
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second of each stream")
@@ -686,6 +703,7 @@ def main() -> None:
     for name in asked[0]:
         known(parser, SHARES, name)
     used.talking, used.streams = asked[0], sorted(map(at_least(1), asked[1]))
+    used.max_stall_ms = [float(value) for value in args.max_stall_ms.split(",")]
     if args.fill > args.bank_capacity or 2 * args.fill > args.text_capacity:
         parser.error(
             f"--fill {args.fill} must be at most --bank-capacity {args.bank_capacity} and half of "

@@ -230,6 +230,7 @@ def open_stream(args: argparse.Namespace) -> Stream:
             # Compiled beforehand, since the clip does not wait.
             with command.progress("compiling"):
                 engine.warm_up((info.height, info.width, 3) if info else (side, side, 3))
+            command.freeze_heap()
         if source is None:
             frames = sample_file(args.video, sampling, lambda time: skipped.append(start + time))
         else:

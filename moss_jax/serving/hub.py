@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from moss_jax import command
 from moss_jax.config import ServerConfig, SessionConfig
 from moss_jax.serving import protocol
 from moss_jax.serving.protocol import ProtocolError
@@ -376,6 +377,7 @@ def warm_up_all(engine: Engine, image_size: int) -> None:
     state = engine.start()
     engine.save_slot(state, 0)
     engine.bank_vectors(state, 0)
+    command.freeze_heap()
 
 
 async def in_thread(function: Callable[[], object]) -> None:

@@ -217,7 +217,8 @@ class Engine:
         never = tokenizer.control_ids - {special.silence, special.eot}
         allowed = np.ones(tokenizer.vocab_size, bool)
         allowed[[i for i in never if i < tokenizer.vocab_size]] = False
-        no_frame = np.zeros((1, model.config.vectors_per_frame, model.config.decoder.hidden_size), self.dtype)
+        vectors = model.config.vectors_per_frame, model.config.decoder.hidden_size
+        no_frame = np.zeros((buckets[-1], *vectors), self.dtype)  # As many as `encode` returns.
         self._no_frame = jax.device_put(no_frame, self.placement)
         rules = allowed, tokenizer.penalty_exempt()
         self.rules = SamplingRules(*jax.device_put(rules, self.placement))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
-from jaxtyping import Array, DTypeLike, Float, UInt8
+from jaxtyping import Array, DTypeLike, Float, Int, UInt8
 
 from moss_jax.config import VisionConfig
 from moss_jax.nn import MossVideo
@@ -66,29 +66,39 @@ class FrameEncoder:
         self._parameters = place(parameters, placement)
         self._placement, self._output = placement, output
         pixels = functools.partial(to_pixels, model.config.vision, model.dtype)
+        self._is_apart = placement != output
+
+        def encode_batch(parameters, pixels):
+            features = encode(parameters, pixels)
+            # Those that go to another device are padded there.
+            return features if self._is_apart else self._padded(features)
+
         self._pixels = jax.jit(pixels, in_shardings=placement, out_shardings=placement)
-        self._encode = jax.jit(traced_on(placement, encode), out_shardings=placement)
+        self._encode = jax.jit(traced_on(placement, encode_batch), out_shardings=placement)
+        self._pad = jax.jit(self._padded)
         self.programs = {"pixels": self._pixels, "encode": self._encode}
         self._seconds: dict[int, float] = {}
 
     def encode(self, frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[Array, "P N D"]:
         """Encodes frames; see `Engine.encode`."""
         if len({frame.shape for frame in frames}) > 1:
-            parts = [self.encode([frame]) for frame in frames]
+            batches = [[frame] for frame in frames]
         else:
-            batches, parts = map(self.send, split_batches(frames, self.buckets[-1])), []
-            sent = collections.deque(itertools.islice(batches, 1))
-            while sent:
-                parts.append(self.encode_sent(sent.popleft()))
-                # A transfer waits for the programs launched before it, so each further batch is sent before
-                # the previous one is encoded.
-                sent.extend(itertools.islice(batches, 2 - len(sent)))
+            batches = list(split_batches(frames, self.buckets[-1]))
+        sends, parts = map(self.send, batches), []
+        sent = collections.deque(itertools.islice(sends, 1))
+        while sent:
+            parts.append(self.encode_sent(sent.popleft()))
+            # A transfer waits for the programs launched before it, so each further batch is sent before the
+            # previous one is encoded.
+            sent.extend(itertools.islice(sends, 2 - len(sent)))
         if len(parts) == 1:
             return parts[0]
-        # Padded to a power of two, so that few sizes are compiled.
-        features = jnp.concatenate(parts)
-        padding = (1 << (len(features) - 1).bit_length()) - len(features)
-        return jnp.pad(features, ((0, padding), (0, 0), (0, 0)))
+        # Padded at the end alone, and again to one of few lengths.
+        most = self.buckets[-1]
+        places = [part * most + np.arange(len(batch)) for part, batch in enumerate(batches)]
+        index = np.concatenate(places, dtype=np.int32)
+        return _join(parts, np.pad(index, (0, -len(index) % most)))
 
     def send(self, frames: Sequence[np.ndarray], *, ahead: bool = False) -> Strips:
         """Sends a batch of frames of one size, padded to a bucket with copies of the first.
@@ -107,7 +117,11 @@ class FrameEncoder:
     def encode_sent(self, strips: Strips) -> Float[Array, "P N D"]:
         """Encodes a batch that `send` returned."""
         features = self._encode(self._parameters, self._pixels(strips))
-        return features if self._placement == self._output else jax.device_put(features, self._output)
+        return self._pad(jax.device_put(features, self._output)) if self._is_apart else features
+
+    def _padded(self, features: Float[Array, "P N D"]) -> Float[Array, "P N D"]:
+        """Pads features to the largest batch, so that what takes them is compiled for few lengths."""
+        return jnp.pad(features, ((0, self.buckets[-1] - len(features)), (0, 0), (0, 0)))
 
     def measure(self, frame_shape: tuple[int, int, int]) -> None:
         """Times each compiled batch size with its frames already on the device, for `largest_batch`."""
@@ -128,11 +142,9 @@ class FrameEncoder:
     @property
     def warm_counts(self) -> list[int]:
         """Numbers of frames that together exercise all programs: the buckets, and several batches."""
-        # Up to a small batch and a large one, with any remainder: the features of batches are concatenated.
-        several = range(FEW, FEW + self.buckets[-1] + 1, FEW)
-        rests = (0, *(size for size in self.buckets if size < FEW))
-        most_small = FEW + self.buckets[-1] - 1
-        return sorted({*self.buckets, most_small, *(count + rest for count in several for rest in rests)})
+        # Small batches with a remainder, and a large one among them.
+        most = self.buckets[-1]
+        return [*self.buckets, *range(FEW + 1, most + FEW, FEW), most + FEW, most + FEW + 1]
 
     def lower(self, frame_shape: tuple[int, int, int]) -> Iterator[jax.stages.Lowered]:
         """Lowers the programs for frames of one shape, without compiling."""
@@ -143,6 +155,12 @@ class FrameEncoder:
             yield self._encode.lower(self._parameters, pixels)
         for batch in batches:
             yield self._pixels.lower(batch)
+
+
+@jax.jit
+def _join(parts: Sequence[Float[Array, "P N D"]], index: Int[Array, " n"]) -> Float[Array, "n N D"]:
+    """Gathers features from several batches; `index` refers to their concatenation."""
+    return jnp.concatenate(parts)[index]
 
 
 def split_batches(frames: Sequence[np.ndarray], most: int) -> Iterator[Sequence[np.ndarray]]:

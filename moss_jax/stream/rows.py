@@ -7,7 +7,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +23,9 @@ PENDING = -1
 # The largest token bucket holds the largest frame bucket with 64 other tokens.
 TOKEN_BUCKETS = (2, 4, 16, 64, 320)
 FRAME_BUCKETS = (1, 8, 32, 256)
-# Tokens per chunk if there are several slots.
+# Tokens per chunk of a prompt, and numbers of frames of a step without prompts, if there are several slots.
 WIDTH = 16
+FRAME_COUNTS = (1, 8, 32)
 # Number of slots from which on there are also programs that decode a quarter of them: with fewer, reading
 # the weights takes most of a step, however many rows there are.
 MANY_SLOTS = 32
@@ -128,10 +129,11 @@ def shapes(slots: int) -> tuple[Shape, ...]:
         text = [Shape(0, 1, width) for width in TOKEN_BUCKETS]
         framed = [Shape(0, 1, _token_room(frames), frames) for frames in FRAME_BUCKETS]
         return (Shape(1), *text, *framed)
-    counts = (1, 2, 4, 8, 16, 32)
-    # One frame per slot with the token before it; then chunks of prompts.
-    short = [(count, 2, count) for count in counts if count < 2 * slots]
-    long = [(count, WIDTH, frames) for count in (1, 4, 16) for frames in (0, count)]
+    # One frame per slot with the token before it; then chunks of prompts. Few programs, since each takes
+    # seconds to compile and little more time than a smaller one: room is cheap if it stays empty.
+    most = 1 << (slots - 1).bit_length()
+    short = [(count, 2, count) for count in sorted({min(count, most) for count in FRAME_COUNTS})]
+    long = [(4, WIDTH, 0), (4, WIDTH, 4), (8, WIDTH, 8), (16, WIDTH, 16)]
     return tuple(
         Shape(decode, *chunks) for chunks in ((0, 0, 0), *short, *long) for decode in decode_counts(slots)
     )
@@ -141,6 +143,9 @@ def first_step[Frame](
     rows: Mapping[int, Row[Frame]], slots: int, image: int
 ) -> tuple[dict[int, Row[Frame]], dict[int, Row[Frame]]]:
     """Splits rows into what the next step appends, with priority in the order given, and the remainder.
+
+    With several slots, a step has chunks of one width, that of the first row of more than a pending token:
+    among the chunks of a prompt, each frame would take one of these, mostly padding.
 
     Args:
       rows: by slot.
@@ -152,12 +157,15 @@ def first_step[Frame](
         first = next(split_row(row, image))
         now[slot], rest = row.cut(len(first.tokens), image)
         return now, {slot: rest} if rest.tokens else {}
-    width = _width(rows)
+    width = next((_width([row]) for row in rows.values() if not row.is_decode), 0)
     most = [shape for shape in shapes(slots) if shape.width == width][-1]
     chunks, frames = most.chunks, most.frames
     for slot, row in rows.items():
         if row.is_decode:
             now[slot] = row
+            continue
+        if _width([row]) != width:
+            later[slot] = row
             continue
         placed = list(row.placed(image))
         # Up to the first frame that does not fit.
@@ -349,17 +357,17 @@ def _room(slots: int) -> int:
     )
 
 
-def _width(rows: Mapping[int, Row]) -> int:
+def _width(rows: Iterable[Row]) -> int:
     """Tokens per chunk if there are several slots."""
     # Each chunk reads the keys and values of its slot, so long rows are split into few chunks.
-    return 2 if all(len(row.tokens) <= 2 for row in rows.values()) else WIDTH
+    return 2 if all(len(row.tokens) <= 2 for row in rows) else WIDTH
 
 
 def _smallest(rows: Mapping[int, Row], slots: int, image: int) -> Shape:
     """The smallest shape that fits these rows."""
     frames = sum(len(row.placed(image)) for row in rows.values())
     for shape in shapes(slots):
-        if slots > 1 and shape.width not in (0, _width(rows)):
+        if slots > 1 and shape.width not in (0, _width(rows.values())):
             continue
         lengths = [len(row.tokens) for row in rows.values() if not (shape.decode and row.is_decode)]
         chunks = sum(-(-length // shape.width) if shape.width else length for length in lengths)

@@ -669,8 +669,8 @@ class Scheduler:
         """Selects queued frames to encode now as one batch; none if that would stall text for too long.
 
         Frames that a prompt is queued behind come first; then streams take turns, oldest frame first. While a
-        stream talks, frames wait briefly for the batch to fill if more are expected soon, since larger
-        batches take less time per frame.
+        stream talks, a batch has no padding, and unless a prompt waits for it, it waits briefly to fill if
+        more frames are expected soon, since larger batches take less time per frame.
 
         Returns:
           The batch, and seconds until a smaller one is due; None if no frames wait for that.
@@ -689,10 +689,12 @@ class Scheduler:
         stall = self.config.max_stall_ms / 1e3
         most = self._batch_limit(stall if talking else math.inf)
         batch = [frame for frame in waiting if frame.shape == waiting[0].shape][:most]
-        if talking and batch and len(batch) < most and self._frame_interval < stall:
+        if talking and 0 < len(batch) < most:
+            is_awaited = any(not others for others, *_ in turns)
             wait = min(frame.arrived for frame in batch) + PATIENCE * stall - monotonic()
-            if wait > 0:
+            if not is_awaited and self._frame_interval < stall and wait > 0:
                 return [], wait
+            batch = batch[: self._full_batch(len(batch))]
         for frame in batch:
             frame.claimed = True
         return batch, None
@@ -702,6 +704,12 @@ class Scheduler:
         if not isinstance(self.engine, Engine):
             return FEW if seconds == math.inf else 1
         return self.engine.frame_encoder.largest_batch(seconds)
+
+    def _full_batch(self, frames: int) -> int:
+        """Size of the largest batch without padding."""
+        if not isinstance(self.engine, Engine):
+            return frames
+        return max(size for size in self.engine.frame_encoder.buckets if size <= frames)
 
     def _begin_batch(self, frames: list[Inbound], *, is_busy: bool) -> None:
         """Encodes a batch now or, with a step in flight, sends it to be encoded after the next step.

@@ -197,9 +197,8 @@ def test_what_a_slot_gets_is_up_to_those_named_before_it(slots_and_rows):
         if row.is_decode:
             assert now[slot] == row
             assert slot not in later
-    # As if those behind were not there, but for the width of chunks, which is one for all.
-    long = [i for i, row in enumerate(rows.values()) if len(row.tokens) > 2]
-    for count in range(long[0] + 1 if long else 1, len(rows) + 1):
+    # As if those behind were not there.
+    for count in range(1, len(rows) + 1):
         first, _ = first_step({slot: rows[slot] for slot in list(rows)[:count]}, slots, IMAGE)
         assert first == {slot: now[slot] for slot in list(rows)[:count] if slot in now}
 
@@ -213,9 +212,10 @@ def test_a_step_is_of_the_smallest_shape_that_has_room():
     assert shape({0: decode, 3: decode}, 4) == Shape(4)
     assert shape({0: decode, 3: frame}, 4) == Shape(4, 1, 2, 1)
     assert shape({0: frame, 1: frame, 3: frame}, 4) == Shape(4, 4, 2, 4)
-    assert shape({1: Row([1] * 16), 2: decode}, 4) == Shape(4, 1, 16)
-    assert shape({1: Row([1] * 17), 2: decode}, 4) == Shape(4, 4, 16)
-    assert shape({1: Row([1] * 100), 2: frame}, 4) == Shape(4, 16, 16, 16)
+    assert shape({1: Row([1] * 16), 2: decode}, 4) == Shape(4, 4, 16)
+    assert shape({1: Row([1, IMAGE, 1], [0]), 2: decode}, 4) == Shape(4, 4, 16, 4)
+    assert shape({1: Row([1] * 64), 2: Row([1] * 17)}, 4) == Shape(4, 8, 16, 8)
+    assert shape({1: Row([1] * 100), 2: Row([1] * 100)}, 4) == Shape(4, 16, 16, 16)
     assert shape({0: decode}, 1) == Shape(1)
     few, many = dict.fromkeys(range(10), decode), dict.fromkeys(range(11), decode)
     assert shape(few, 40) == Shape(10)
@@ -223,6 +223,13 @@ def test_a_step_is_of_the_smallest_shape_that_has_room():
     assert shape(many, 40) == Shape(40)
     assert shape(many | {20: frame}, 40) == Shape(40, 1, 2, 1)
     assert shape({0: Row([5])}, 1) == Shape(0, 1, 2)
+
+
+def test_frames_and_prompts_take_turns():
+    """Of rows of different widths, those of the first row's; the others come first in the next step."""
+    decode, frame, prompt = Row([PENDING]), Row([PENDING, IMAGE], [0]), Row([PENDING, 1, 2])
+    steps = planned(8, {0: frame, 1: decode, 2: prompt, 3: frame, 4: prompt})
+    assert [(list(now), arguments.shape.width) for now, arguments, _ in steps] == [([0, 1, 3], 2), ([2, 4], 16)]
 
 
 @pytest.mark.parametrize("slots", [2, 8, 40])

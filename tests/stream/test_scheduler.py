@@ -277,6 +277,11 @@ def test_what_is_encoded_while_a_stream_talks(make_engine, frames, monkeypatch):
     assert 0 < wait <= 0.05
     assert due(interval=1.0) == ([second], None)
     assert due(interval=1.0) == ([], None)
+    # A prompt doesn't wait for a batch to fill; it is cut to a size without padding.
+    for stream in (first, second, third):
+        stream.push_frame(frames[0])
+        shown[max(frame.order for frame in stream.conversation.unclaimed_frames())] = stream
+    assert due(interval=0.001) == ([third, first], None)
 
 
 def test_frames_travel_to_the_device_while_a_step_runs(make_engine, frames, monkeypatch):
