@@ -49,6 +49,7 @@ from inputs import FRAME, padded_tokenizer, random_frames
 from report import add_out, device, first_line, known, make_parser, publish, say
 from timing import measure_ceilings
 
+from moss_jax.command import freeze_heap
 from moss_jax.config import (
     PRESETS,
     DecoderWeights,
@@ -79,7 +80,7 @@ from moss_jax.train.flops import forward_work
 from moss_jax.video import Frame
 
 GB = 1e9
-LIVE = SessionConfig(clock="realtime")
+LIVE = SessionConfig(clock="realtime", max_tokens_per_turn=1 << 30)
 PROMPT_TOKENS = 32
 # Capacity beyond the initial frames: more than any measure needs.
 FRAMES_ROOM, TEXT_ROOM = 192, 6144
@@ -92,7 +93,7 @@ SPREAD = 40
 
 # Samples of each kind; `arrivals` maps frames a second to seconds.
 Sizes = collections.namedtuple("Sizes", "prompts extends tokens arrivals sustained clip clips")
-FULL = Sizes(40, 40, 192, {1: 8, 4: 4, 10: 4}, sustained=128, clip=256, clips=3)
+FULL = Sizes(40, 40, 192, {1: 20, 4: 4, 10: 4}, sustained=128, clip=256, clips=3)
 QUICK = Sizes(5, 5, 32, {1: 2, 4: 1, 10: 1}, sustained=16, clip=16, clips=1)
 
 
@@ -450,6 +451,7 @@ def run(args, counts, names, sizes, ceilings, deadline) -> Iterator[dict]:
     cache.clear()
     started = time.monotonic()
     engine.warm_up(FRAME)
+    freeze_heap()
     seconds = time.monotonic() - started
     cached = {"from_disk": cache["cache_hits"], "to_disk": cache["cache_misses"]}
     yield {"frames": most} | row(

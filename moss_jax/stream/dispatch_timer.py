@@ -84,6 +84,11 @@ class StepInFlight[Key: Hashable]:
             # Other steps are dispatched as soon as they are needed; only decode steps are timed.
             timer.record_dispatch(self.begun - dispatch_started)
 
+    @property
+    def has_frames(self) -> bool:
+        """Whether the step appends frames."""
+        return self._kind[1] > 0
+
     def wait(self) -> np.ndarray:
         """Blocks until the step is done; returns the token of each slot."""
         is_late = self._tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]

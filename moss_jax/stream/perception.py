@@ -66,16 +66,18 @@ class FrameEncoder:
         self._parameters = place(parameters, placement)
         self._placement, self._output = placement, output
         pixels = functools.partial(to_pixels, model.config.vision, model.dtype)
-        self._is_apart = placement != output
 
         def encode_batch(parameters, pixels):
             features = encode(parameters, pixels)
-            # Those that go to another device are padded there.
-            return features if self._is_apart else self._padded(features)
+            if placement != output:
+                return features
+            # Always to the same length, so that what takes features is compiled for few lengths. Not if they
+            # are to be transferred: padding would take longer on the way, and on arrival it would wait for
+            # the step in flight.
+            return jnp.pad(features, ((0, self.buckets[-1] - len(features)), (0, 0), (0, 0)))
 
         self._pixels = jax.jit(pixels, in_shardings=placement, out_shardings=placement)
         self._encode = jax.jit(traced_on(placement, encode_batch), out_shardings=placement)
-        self._pad = jax.jit(self._padded)
         self.programs = {"pixels": self._pixels, "encode": self._encode}
         self._seconds: dict[int, float] = {}
 
@@ -95,10 +97,10 @@ class FrameEncoder:
         if len(parts) == 1:
             return parts[0]
         # Padded at the end alone, and again to one of few lengths.
-        most = self.buckets[-1]
-        places = [part * most + np.arange(len(batch)) for part, batch in enumerate(batches)]
+        begins = itertools.accumulate(map(len, parts), initial=0)
+        places = [begin + np.arange(len(batch)) for begin, batch in zip(begins, batches, strict=False)]
         index = np.concatenate(places, dtype=np.int32)
-        return _join(parts, np.pad(index, (0, -len(index) % most)))
+        return _join(parts, np.pad(index, (0, -len(index) % self.buckets[-1])))
 
     def send(self, frames: Sequence[np.ndarray], *, ahead: bool = False) -> Strips:
         """Sends a batch of frames of one size, padded to a bucket with copies of the first.
@@ -117,11 +119,7 @@ class FrameEncoder:
     def encode_sent(self, strips: Strips) -> Float[Array, "P N D"]:
         """Encodes a batch that `send` returned."""
         features = self._encode(self._parameters, self._pixels(strips))
-        return self._pad(jax.device_put(features, self._output)) if self._is_apart else features
-
-    def _padded(self, features: Float[Array, "P N D"]) -> Float[Array, "P N D"]:
-        """Pads features to the largest batch, so that what takes them is compiled for few lengths."""
-        return jnp.pad(features, ((0, self.buckets[-1] - len(features)), (0, 0), (0, 0)))
+        return features if self._placement == self._output else jax.device_put(features, self._output)
 
     def measure(self, frame_shape: tuple[int, int, int]) -> None:
         """Times each compiled batch size with its frames already on the device, for `largest_batch`."""

@@ -576,8 +576,9 @@ class Scheduler:
                 frames, frames_wait = self._due_frames(live)
                 if frames:
                     return Moves(encode=frames)
-                # With several streams, a step includes everything that arrives until it is due.
-                if may_continue or len(live) == 1:
+                # A step includes everything that arrives until it is due. Only a single stream's next step is
+                # dispatched early, unless frames are in flight: those behind them are best encoded together.
+                if may_continue or (len(live) == 1 and not (step and step.has_frames)):
                     plans = self._make_plans(live, step, may_continue=may_continue)
                     if plans or self._rows or (step and may_continue):
                         plans = plans or dict.fromkeys(step.plans if step else (), Plan())
