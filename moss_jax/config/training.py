@@ -186,7 +186,7 @@ class SegmentsConfig:
       selected: share of the streams in which `<|image|>` tokens come without a frame while nothing changes,
         as in a session with frame selection (`SelectionConfig`), but by the ground truth of the stream.
       past: share of questions about the past among the requests of streams of more than 40 seconds.
-      old: share of those questions that need more than the last minute, as far as there are such.
+      old: share of those questions that are drawn again for old evidence; see `draw_stream`.
       late: share of the streams of more than 40 seconds in which the user says nothing before a time drawn
         uniformly, so that only the bank remembers what was seen until then.
       paces: of those streams, the shortest and the longest mean time between two requests, in seconds; each

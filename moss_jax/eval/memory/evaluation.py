@@ -46,7 +46,7 @@ class MemoryEvaluationConfig:
       streams: number of held-out streams.
       seed: selects them.
       past: share of the questions that are about the past.
-      old: share of those that need more than the last minute, as far as there are such questions.
+      old: share of those that are drawn again for old evidence; see `draw_stream`.
       quiet: share of each stream, at its beginning, in which the user says nothing: no earlier answer helps.
       policies: names in `memory.policies`, to be compared.
       budgets: sizes of the bank, in whole frames; each policy runs with each.

@@ -26,8 +26,8 @@ RATES, PACES = (0.01, 0.6), (3.0, 30.0)
 STRETCHES = (20.0, 240.0)
 # Share of the training streams with an impaired camera, and the length of a stream that may have one.
 IMPAIRED, SHORTEST_IMPAIRED = 0.12, 12
-# Evidence is old after this many seconds, and a question is drawn at most so often until it needs such.
-OLD, DRAWS = 60, 8
+# Range of the ages, in seconds, beyond which old evidence must be, and how often a question is drawn for it.
+OLD, DRAWS = (15.0, 300.0), 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +134,8 @@ def draw_stream(
       paces: the range that the user's pace is drawn from, in seconds between two requests.
       impaired: probability of an impaired camera; None for the usual one in a training stream of more than
         12 seconds and 0 in others.
-      old: share of the questions about the past that are drawn again until they need more than a glance at
-        the last minute, as far as there are such questions.
+      old: share of the questions about the past that are drawn again until their evidence is older than a
+        time drawn log-uniformly between 15 seconds and 5 minutes, as far as there are such questions.
       quiet: share of the stream, at its beginning, in which the user says nothing, so that no earlier answer
         helps to remember it.
 
@@ -179,18 +179,19 @@ def _older(rng: np.random.Generator, world: World, request: Request) -> Request:
     """A question asked at the same time that needs old evidence, or the last one drawn if none is found."""
     if request.kind == "times":  # Needs the whole stream.
         return request
+    age = _log_uniform(rng, *OLD)
     for _ in range(DRAWS):
-        if _is_old(request, world):
+        if _needs_older(request, world, age):
             break
         request = draw_request(rng, world, request.time, past=1.0)
     return request
 
 
-def _is_old(request: Request, world: World) -> bool:
-    """Whether a question needs old evidence; "seen" does not, as everything has been after a while."""
+def _needs_older(request: Request, world: World, age: float) -> bool:
+    """Whether a question needs evidence older than `age`; never "seen", since in the end all has been."""
     second = int(request.time)
     shown = evidence(request, world, second)
-    return request.kind != "seen" and shown is not None and second - shown > OLD
+    return request.kind != "seen" and shown is not None and second - shown > age
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
