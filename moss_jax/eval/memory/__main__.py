@@ -75,7 +75,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=_share,
         default=default.old,
         metavar="SHARE",
-        help="share of those that are drawn again until they need evidence older than 15 seconds to 5 minutes",
+        help="share of those that are drawn again for evidence older than 15 seconds to 5 minutes",
     )
     add(
         "--quiet",
