@@ -186,6 +186,9 @@ class SegmentsConfig:
       selected: share of the streams in which `<|image|>` tokens come without a frame while nothing changes,
         as in a session with frame selection (`SelectionConfig`), but by the ground truth of the stream.
       past: share of questions about the past among the requests of streams of more than 40 seconds.
+      old: share of those questions that are drawn again for old evidence; see `draw_stream`.
+      late: share of the streams of more than 40 seconds in which the user says nothing before a time drawn
+        uniformly, so that only the bank remembers what was seen until then.
       paces: of those streams, the shortest and the longest mean time between two requests, in seconds; each
         stream draws one, log-uniformly.
     """
@@ -200,13 +203,15 @@ class SegmentsConfig:
     skips: float = 0.125
     selected: float = 0.3
     past: float = 0.5
+    old: float = 0.0
+    late: float = 0.0
     paces: tuple[float, float] = (3.0, 30.0)
 
     def __post_init__(self):
         convert_fields(self)
         require_at_least(0, self, "per_step")
         require_at_least(1, self, "frames", "tokens", "max_skip")
-        require_share(self, "skips", "selected", "past")
+        require_share(self, "skips", "selected", "past", "old", "late")
         require(
             len(self.paces) == 2 and 1 <= self.paces[0] <= self.paces[1],
             f"paces are the shortest and the longest, of at least 1 second; got {self.paces}",

@@ -139,7 +139,15 @@ class TabletopSegments(TabletopSource):
         config = self.segments
         seconds = length * config.frames
         is_short = seconds <= SHORT
-        stream = draw_stream(rng, seconds, past=None if is_short else config.past, paces=config.paces)
+        is_late = not is_short and config.late and rng.random() < config.late
+        stream = draw_stream(
+            rng,
+            seconds,
+            past=None if is_short else config.past,
+            paces=config.paces,
+            old=0.0 if is_short else config.old,
+            quiet=rng.uniform() if is_late else 0.0,
+        )
         if is_short and rng.random() < self.config.offline_share:
             question = draw_question(rng, stream.world)
             dialogue = converse_offline(stream.world, question, self._tokenizer, rng=rng)

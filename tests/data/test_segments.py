@@ -1,5 +1,6 @@
 """Batches of segments: whole streams behind one another, and that step and seed alone determine them."""
 
+import dataclasses
 import pickle
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from moss_jax.config import SegmentsConfig, TabletopConfig
 from moss_jax.data.segments import TabletopSegments, shown_seconds
+from moss_jax.text.labels import IGNORED
 from moss_jax.worlds.tabletop.stream import draw_stream
 
 SEGMENTS = SegmentsConfig(
@@ -120,3 +122,22 @@ def test_streams_of_all_lengths_begin_and_some_skip_positions(make_segments):
     skipped = [piece["skipped"] for piece in found if piece["skipped"]]
     assert 5 < len(skipped) < 40
     assert max(skipped) <= SEGMENTS.max_skip
+
+
+def test_users_may_be_late(tokenizer):
+    """Less is said in the first third of the streams, and nothing in some."""
+
+    def spoken(late):
+        # A step is a whole stream of each row.
+        settings = dataclasses.replace(
+            SEGMENTS, per_step=30, streams=(30,), past=0.8, old=0.5, late=late, paces=(3.0, 6.0)
+        )
+        config = TabletopConfig(image_size=32)
+        batch = TabletopSegments(config, settings, tokenizer, batch_size=8, seed=0)[0].batch
+        labels = batch.labels[:, : 10 * SEGMENTS.tokens]
+        return ((labels != IGNORED) & (labels != tokenizer.special.silence)).sum(axis=1)
+
+    usual, late = spoken(0.0), spoken(1.0)
+    assert usual.min() > 0
+    assert late.min() == 0
+    assert late.mean() < 0.7 * usual.mean()

@@ -33,6 +33,8 @@ def score(args: argparse.Namespace) -> None:
         streams=args.streams,
         seed=args.seed,
         past=args.past,
+        old=args.old,
+        quiet=args.quiet,
         policies=args.policy,
         budgets=args.budget,
         bank_dtypes=args.bank_dtype,
@@ -67,6 +69,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=default.past,
         metavar="SHARE",
         help="share of the questions that are about the past",
+    )
+    add(
+        "--old",
+        type=_share,
+        default=default.old,
+        metavar="SHARE",
+        help="share of those that are drawn again for evidence older than 15 seconds to 5 minutes",
+    )
+    add(
+        "--quiet",
+        type=_share,
+        default=default.quiet,
+        metavar="SHARE",
+        help="share of a stream, at its beginning, in which the user says nothing: no earlier answer helps",
     )
     add(
         "--policy",

@@ -46,6 +46,8 @@ class MemoryEvaluationConfig:
       streams: number of held-out streams.
       seed: selects them.
       past: share of the questions that are about the past.
+      old: share of those that are drawn again for old evidence; see `draw_stream`.
+      quiet: share of each stream, at its beginning, in which the user says nothing: no earlier answer helps.
       policies: names in `memory.policies`, to be compared.
       budgets: sizes of the bank, in whole frames; each policy runs with each.
       bank_dtypes: dtypes of keys and values, None for the dtype of the model; each policy runs with each.
@@ -60,6 +62,8 @@ class MemoryEvaluationConfig:
     streams: int = 32
     seed: int = 0
     past: float = 0.5
+    old: float = 0.0
+    quiet: float = 0.0
     policies: tuple[str, ...] = ("pyramid",)
     budgets: tuple[int, ...] = (64,)
     bank_dtypes: tuple[BankDtype | None, ...] = (None,)
@@ -151,7 +155,9 @@ def evaluate(config: MemoryEvaluationConfig, log: Callable[[str], None] = lambda
         make_policy(engine_config.memory, model.config, engine_config.bank_capacity)
     log(f"{config.streams} streams of {config.minutes:g} min, {config.slots} side by side")
     streams = [
-        evaluation_stream(config.seed, index, config.seconds, past=config.past)
+        evaluation_stream(
+            config.seed, index, config.seconds, past=config.past, old=config.old, quiet=config.quiet
+        )
         for index in range(config.streams)
     ]
     judge = Judge(streams, tokenizer, config.tokens_per_second)

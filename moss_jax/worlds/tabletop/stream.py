@@ -10,8 +10,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from moss_jax.worlds.tabletop import digits
+from moss_jax.worlds.tabletop.answers import evidence
+from moss_jax.worlds.tabletop.language import PAST
 from moss_jax.worlds.tabletop.render import Look, Scene, impair, paint, photograph
-from moss_jax.worlds.tabletop.requests import PACE, Request, draw_requests
+from moss_jax.worlds.tabletop.requests import PACE, Request, draw_request, draw_requests
 from moss_jax.worlds.tabletop.world import IMPAIRMENTS, Impairment, World, generate, pick
 
 # First entry of a stream's seed: no stream of evaluation is one of training, whatever the other entries.
@@ -24,6 +26,8 @@ RATES, PACES = (0.01, 0.6), (3.0, 30.0)
 STRETCHES = (20.0, 240.0)
 # Share of the training streams with an impaired camera, and the length of a stream that may have one.
 IMPAIRED, SHORTEST_IMPAIRED = 0.12, 12
+# Range of the ages, in seconds, beyond which old evidence must be, and how often a question is drawn for it.
+OLD, DRAWS = (15.0, 300.0), 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +116,8 @@ def draw_stream(
     rates: tuple[float, float] = RATES,
     paces: tuple[float, float] = PACES,
     impaired: float | None = None,
+    old: float = 0.0,
+    quiet: float = 0.0,
 ) -> TabletopStream:
     """Samples a stream.
 
@@ -128,12 +134,16 @@ def draw_stream(
       paces: the range that the user's pace is drawn from, in seconds between two requests.
       impaired: probability of an impaired camera; None for the usual one in a training stream of more than
         12 seconds and 0 in others.
+      old: share of the questions about the past that are drawn again until their evidence is older than a
+        time drawn log-uniformly between 15 seconds and 5 minutes, as far as there are such questions.
+      quiet: share of the stream, at its beginning, in which the user says nothing, so that no earlier answer
+        helps to remember it.
 
     Raises:
       ValueError: a share is not in [0, 1], rates are not a range within (0, 1], or a stream of less than 4
         seconds has an impaired camera.
     """
-    for name, share in (("past", past), ("impaired", impaired)):
+    for name, share in (("past", past), ("impaired", impaired), ("old", old), ("quiet", quiet)):
         if share is not None and not 0 <= share <= 1:
             raise ValueError(f"{name} must be between 0 and 1; got {share}")
     if not 0 < rates[0] <= rates[1] <= 1:
@@ -156,7 +166,32 @@ def draw_stream(
     world = generate(rng, seconds, digit_indices=indices, rate=rate, gap=gap, impairments=impairments)
     first_turn = 0.3 if split == TRAINING and not dense else 0.0
     requests = draw_requests(rng, world, first_turn=first_turn, dense=dense, past=past, pace=pace)
+    requests = tuple(request for request in requests if request.time >= quiet * seconds)
+    if old:
+        requests = tuple(
+            _older(rng, world, request) if request.kind in PAST and rng.random() < old else request
+            for request in requests
+        )
     return TabletopStream(world, Look.draw(rng), requests, int(rng.integers(2**31)))
+
+
+def _older(rng: np.random.Generator, world: World, request: Request) -> Request:
+    """A question asked at the same time that needs old evidence, or the last one drawn if none is found."""
+    if request.kind == "times":  # Needs the whole stream.
+        return request
+    age = _log_uniform(rng, *OLD)
+    for _ in range(DRAWS):
+        if _needs_older(request, world, age):
+            break
+        request = draw_request(rng, world, request.time, past=1.0)
+    return request
+
+
+def _needs_older(request: Request, world: World, age: float) -> bool:
+    """Whether a question needs evidence older than `age`; never "seen", since in the end all has been."""
+    second = int(request.time)
+    shown = evidence(request, world, second)
+    return request.kind != "seen" and shown is not None and second - shown > age
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
@@ -196,8 +231,10 @@ def evaluation_stream(
     varied: bool | None = None,
     rates: tuple[float, float] = RATES,
     impaired: float = 0.0,
+    old: float = 0.0,
+    quiet: float = 0.0,
 ) -> TabletopStream:
     """Returns held-out stream `index` of a seed; see `draw_stream`."""
     rng = np.random.default_rng([EVALUATION, seed, index])
     chosen = {"past": past, "varied": varied, "rates": rates, "impaired": impaired}
-    return draw_stream(rng, seconds, split=EVALUATION, **chosen)
+    return draw_stream(rng, seconds, split=EVALUATION, old=old, quiet=quiet, **chosen)

@@ -20,8 +20,10 @@ def test_the_command_with_a_random_model(model, tmp_path, capsys):
     files = {"json": out / "memory.json", "figure": out / "memory.png"}
     # A bank of four frames is that of the baselines, whose programs are then compiled already.
     settings = {"minutes": 0.1, "streams": 1, "seed": 1, "past": 0.2, "policy": "window", "budget": 4}
+    settings |= {"old": 0.5, "quiet": 0.01}
     assert run(checkpoint=tmp_path / "random", **files, **settings) == 0
     result = json.loads(files["json"].read_text())
+    assert (result["old"], result["quiet"]) == (0.5, 0.01)
     assert (result["checkpoint"], result["seed"], result["minutes"]) == ("random", 1, 0.1)
     assert [run["memory"] for run in result["runs"]] == ["window", "full", "recent-4", "empty bank"]
     for found in result["runs"]:
@@ -60,6 +62,7 @@ def test_what_the_shipped_model_remembers(tmp_path):
         ("--budget=8,0", "must be at least 1, not 0"),
         ("--minutes=nan", "must be at least a second"),
         ("--past=1.5", "must be between 0 and 1"),
+        ("--quiet=-1", "must be between 0 and 1"),
     ],
 )
 def test_flags_that_make_no_sense(flag, message, capsys):

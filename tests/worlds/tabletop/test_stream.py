@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moss_jax.worlds.tabletop import digits, evaluation_stream
+from moss_jax.worlds.tabletop.answers import evidence
 from moss_jax.worlds.tabletop.language import LONG_PAST, PAST
 from moss_jax.worlds.tabletop.render import paint
 from moss_jax.worlds.tabletop.stream import (
@@ -221,6 +222,29 @@ def test_the_share_of_questions_about_the_past_can_be_chosen():
 # ----------------------------------------------------------------------------- an impaired camera
 
 
+def test_questions_can_ask_for_what_is_old():
+    def age(request, world):
+        shown = evidence(request, world, int(request.time))
+        return -1 if shown is None else int(request.time) - shown
+
+    shares = []
+    for old in (0.0, 1.0):
+        streams = [draw_stream(np.random.default_rng(s), 300, past=1.0, old=old) for s in range(12)]
+        asked = [(request, s.world) for s in streams for request in s.requests if request.time > 100]
+        shares.append(np.mean([age(*question) > 30 for question in asked if question[0].kind != "times"]))
+        # How often something happened, for which the whole stream counts, is asked as usual.
+        assert 0.05 < np.mean([request.kind == "times" for request, _ in asked]) < 0.25
+    assert shares[0] < 0.7
+    assert shares[1] > 0.8
+
+
+def test_a_share_of_a_stream_can_be_quiet():
+    for seed in range(5):
+        usual, quiet = (draw_stream(np.random.default_rng(seed), 100, quiet=q) for q in (0.0, 0.6))
+        assert quiet.requests == tuple(request for request in usual.requests if request.time >= 60)
+        assert quiet.world == usual.world
+
+
 def test_a_part_of_the_longer_training_streams_has_an_impaired_camera():
     drawn = [draw_stream(np.random.default_rng(seed), 13) for seed in range(400)]
     assert 0.08 < np.mean([bool(stream.impairments) for stream in drawn]) < 0.17
@@ -278,6 +302,8 @@ def test_a_frozen_camera_repeats_its_image_at_any_frame_rate(held_out):
     [
         ({"past": 1.5}, "past must be between 0 and 1; got 1.5"),
         ({"impaired": -1}, "impaired must be between 0 and 1; got -1"),
+        ({"old": 2}, "old must be between 0 and 1; got 2"),
+        ({"quiet": -0.1}, "quiet must be between 0 and 1; got -0.1"),
         ({"rates": (0.0, 0.5)}, r"rates must be a range within \(0, 1\]; got \(0.0, 0.5\)"),
         ({"rates": (0.5, 0.1)}, r"rates must be a range within \(0, 1\]; got \(0.5, 0.1\)"),
     ],
