@@ -30,8 +30,9 @@ share              floor over time: the least seconds that the traffic could tak
                    the decoder's parameters without the embedding, and the keys and values in range of each
                    active slot; and its GEMMs' FLOPs, without padding, at the rate of a large bfloat16 GEMM. A
                    frame adds the FLOPs of the encoder and of its keys and values at that rate, even if they
-                   are multiplied in 8 bits. Transfers and compactions are excluded. When no stream talks, as
-                   happens with few streams, the device idles and the share is low
+                   are multiplied in 8 bits. On another device, frames take no time from the steps, so the
+                   floor is the larger of the two sums. Transfers and compactions are excluded. When no stream
+                   talks, as happens with few streams, the device idles and the share is low
 frames_waiting     frames that had been pushed when the traffic ended, but not seen by the model
 compiled           programs that XLA compiled or read from its cache on disk during the traffic, which spoil a
                    row
@@ -229,6 +230,7 @@ class Floors:
 
     def __init__(self, engine: StreamsEngine, ceilings: Mapping[str, float]):
         config, decoder = engine.model_config, engine.model_config.decoder
+        self._is_apart = engine.perception_device is not None
         # Of a mesh, the devices work side by side.
         devices = len(engine.placement.device_set)
         self._copy, self._matmul = (
@@ -262,11 +264,11 @@ class Floors:
     def of(self, calls: Sequence[tuple[float, Any]], begin: float, end: float) -> float:
         """Lower bound of the calls in a range of time; `calls` are all since the state was created."""
         frames, tokens = (list(held) for held in self._begin)
-        seconds = 0.0
+        steps = encoding = 0.0
         for at, call in calls:
             counts = begin <= at < end
             if isinstance(call, int):
-                seconds += counts * call * self.encode
+                encoding += counts * call * self.encode
                 continue
             rows = {slot: row for slot, row in enumerate(call) if row}
             for slot, row in rows.items():
@@ -278,8 +280,9 @@ class Floors:
                 tokens[slot] += len(row.tokens)
             if counts:
                 held = (sum(counts[slot] for slot in rows) for counts in (frames, tokens))
-                seconds += self.step(sum(len(row.tokens) for row in rows.values()), *held)
-        return seconds
+                steps += self.step(sum(len(row.tokens) for row in rows.values()), *held)
+        # Two devices work side by side.
+        return max(steps, encoding) if self._is_apart else steps + encoding
 
 
 class Voice:

@@ -5,6 +5,7 @@ Late enough to include what arrives meanwhile, early enough that the device is n
 
 import time
 from collections.abc import Hashable, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,10 +19,23 @@ SHORTER = 0.5
 # Safety margin in seconds: launch latency of the device, and jitter of the host.
 MARGIN = 0.0014
 
-# Kind of a step: the tokens of its longest row, and its frames.
-type Kind = tuple[int, int]
+
+class Kind(NamedTuple):
+    """What the time of a step depends on.
+
+    Attributes:
+      tokens: of its longest row.
+      frames: that it appends.
+      encoded: frames that the device encodes between the step before and this one.
+    """
+
+    tokens: int
+    frames: int = 0
+    encoded: int = 0
+
+
 # A step that appends only pending tokens.
-DECODE: Kind = (1, 0)
+DECODE = Kind(1)
 
 
 class DispatchTimer:
@@ -36,7 +50,7 @@ class DispatchTimer:
         self._dispatch: float | None = None
 
     def record_dispatch(self, seconds: float) -> None:
-        """Records the time to plan and dispatch a decode step."""
+        """Records the time to plan and dispatch a step."""
         self._dispatch = _mean(self._dispatch, seconds)
 
     def record_step(self, kind: Kind, seconds: float, *, is_late: bool = False) -> None:
@@ -62,7 +76,8 @@ class StepInFlight[Key: Hashable]:
       plans: plans whose rows it completes, by stream.
       kind: of the step.
       tokens: the sampled tokens, on the device.
-      dispatch_started: when the host started to plan and dispatch it, by `time.monotonic`.
+      dispatch_started: when the host started to plan and dispatch it, by `time.monotonic`; None if the next
+        steps will hardly take the host as long.
 
     Attributes:
       begun: when the device started it, as far as the host knows.
@@ -74,20 +89,19 @@ class StepInFlight[Key: Hashable]:
         kind: Kind,
         tokens: jax.Array,
         timer: DispatchTimer,
-        dispatch_started: float,
+        dispatch_started: float | None,
     ):
         self.plans, self.begun = plans, time.monotonic()
         self._tokens, self._timer = tokens, timer
         tokens.copy_to_host_async()
         self._kind = kind
-        if self._kind == DECODE:
-            # Other steps are dispatched as soon as they are needed; only decode steps are timed.
+        if dispatch_started is not None:
             timer.record_dispatch(self.begun - dispatch_started)
 
     @property
     def has_frames(self) -> bool:
         """Whether the step appends frames."""
-        return self._kind[1] > 0
+        return self._kind.frames > 0
 
     def wait(self) -> np.ndarray:
         """Blocks until the step is done; returns the token of each slot."""

@@ -36,7 +36,7 @@ from moss_jax.config import (
 )
 from moss_jax.stream.completion import Completion, DialogueTurn, dialogue_parts, misfit, sizes
 from moss_jax.stream.conversation import Conversation, Inbound, Plan
-from moss_jax.stream.dispatch_timer import DispatchTimer, StepInFlight
+from moss_jax.stream.dispatch_timer import DECODE, DispatchTimer, Kind, StepInFlight
 from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import End, Event
 from moss_jax.stream.frame_pool import FramePool
@@ -461,7 +461,7 @@ class Scheduler:
 
     def _loop(self, *, persistent: bool) -> Iterator[tuple[Stream, Event]]:
         state, timer, in_flight = self.engine.start(), DispatchTimer(), None
-        self._has_batch, self._sent = False, None
+        self._has_batch, self._sent, self._encoded_before = False, None, 0
         while (moves := self._next_moves(in_flight, persistent=persistent)) is not None:
             for stream in moves.opened:
                 state = self._begin(state, stream)
@@ -652,10 +652,17 @@ class Scheduler:
         self._has_batch = False
         # A row with a remainder has no sample yet.
         plans = {stream: self._plans.pop(stream) for stream in rows if stream not in self._rows}
-        kind = max(len(row.tokens) for row in rows.values()), sum(len(row.frames) for row in rows.values())
+        kind = Kind(
+            max(len(row.tokens) for row in rows.values()),
+            sum(len(row.frames) for row in rows.values()),
+            self._encoded_before,
+        )
+        self._encoded_before = 0
         self.counters.step_rows[len(rows)] += 1
-        self.counters.step_frames[kind[1]] += 1
-        return state, StepInFlight(plans, kind, sampled.tokens, timer, started)
+        self.counters.step_frames[kind.frames] += 1
+        # A single stream's steps with prompts and frames are rare, and dispatched as soon as they are needed.
+        is_typical = self._shares_encoder or kind == DECODE
+        return state, StepInFlight(plans, kind, sampled.tokens, timer, started if is_typical else None)
 
     # --------------------------------------------------------------------------- perception
 
@@ -728,10 +735,12 @@ class Scheduler:
         """Encodes the batch that was sent before the last step, if any."""
         if self._sent:
             (frames, sent), self._sent = self._sent, None
+            self._encoded_before += len(frames)
             self._set_encoded(frames, saving_engine(self.engine).encode_sent(sent))
 
     def _encode(self, frames: list[Inbound]) -> None:
         """Queues frames for encoding on the device, after the step in flight."""
+        self._encoded_before += len(frames) * (self.engine.perception_device is None)
         self._set_encoded(frames, self.engine.encode(_pixels(frames)))
 
     def _set_encoded(self, frames: list[Inbound], features: Float[Array, "P N D"]) -> None:

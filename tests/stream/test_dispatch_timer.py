@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from moss_jax.stream.conversation import Plan
-from moss_jax.stream.dispatch_timer import DECODE, MARGIN, WEIGHT, DispatchTimer, StepInFlight
+from moss_jax.stream.dispatch_timer import DECODE, MARGIN, WEIGHT, DispatchTimer, Kind, StepInFlight
 
 
 def test_the_delay_is_the_duration_of_a_step_less_that_of_a_dispatch():
@@ -17,24 +17,30 @@ def test_the_delay_is_the_duration_of_a_step_less_that_of_a_dispatch():
     assert timer.delay(DECODE) == pytest.approx(0.008 - MARGIN)
     timer.record_step(DECODE, 0.020)
     assert timer.delay(DECODE) == pytest.approx(0.010 + WEIGHT * 0.010 - 0.002 - MARGIN)
-    assert timer.delay((64, 0)) == 0  # A kind of step without measurements.
+    assert timer.delay(Kind(64)) == 0  # A kind of step without measurements.
     timer.record_dispatch(1.0)
     assert timer.delay(DECODE) == 0
 
 
-def test_only_the_dispatch_of_decode_steps_is_timed():
-    """A step with a frame is dispatched after the frame was sent and its encoding dispatched."""
+def test_a_dispatch_is_timed_from_where_its_planning_started():
     timer, started = DispatchTimer(), time.monotonic() - 1
 
-    def dispatch(tokens: int, frames: int) -> None:
-        StepInFlight({0: Plan()}, (tokens, frames), jnp.zeros(1, jnp.int32), timer, started)
+    def dispatch(kind: Kind, started: float | None) -> None:
+        StepInFlight({0: Plan()}, kind, jnp.zeros(1, jnp.int32), timer, started)
 
     timer.record_step(DECODE, 5.0)
-    dispatch(2, 1)
-    dispatch(64, 0)
+    dispatch(Kind(64), None)
     assert timer.delay(DECODE) == pytest.approx(5.0 - MARGIN)
-    dispatch(1, 0)
+    dispatch(Kind(2, 1), started)
     assert timer.delay(DECODE) == pytest.approx(4.0 - MARGIN, abs=0.5)
+
+
+def test_a_step_behind_frames_that_are_encoded_is_of_another_kind():
+    """Or a step without them would seem to take as long, and the device would wait for the next."""
+    timer = DispatchTimer()
+    timer.record_step(DECODE, 0.010)
+    timer.record_step(Kind(1, encoded=8), 0.040)
+    assert timer.delay(DECODE) == pytest.approx(0.010 - MARGIN)
 
 
 def test_a_late_host_does_not_take_its_own_time_for_that_of_the_step():

@@ -229,7 +229,10 @@ def test_frames_and_prompts_take_turns():
     """Of rows of different widths, those of the first row's; the others come first in the next step."""
     decode, frame, prompt = Row([PENDING]), Row([PENDING, IMAGE], [0]), Row([PENDING, 1, 2])
     steps = planned(8, {0: frame, 1: decode, 2: prompt, 3: frame, 4: prompt})
-    assert [(list(now), arguments.shape.width) for now, arguments, _ in steps] == [([0, 1, 3], 2), ([2, 4], 16)]
+    assert [(list(now), arguments.shape.width) for now, arguments, _ in steps] == [
+        ([0, 1, 3], 2),
+        ([2, 4], 16),
+    ]
 
 
 @pytest.mark.parametrize("slots", [2, 8, 40])
