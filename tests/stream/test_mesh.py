@@ -5,7 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+import moss_jax
+from moss_jax.config import EngineConfig
+from moss_jax.sharding import make_mesh
+from moss_jax.stream import PENDING, Engine, Row
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,3 +90,33 @@ def test_a_session_on_a_mesh_says_what_it_says_on_one_device():
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert found.stdout.strip() == "held", found.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_rows_of_any_length_give_the_logits_of_one_pass_on_two_gpus(tokenizer, frames):
+    """Kernels, transfers and reductions between real devices, at the precision of matrix products there."""
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two GPUs")
+    the_law_holds_on(make_mesh(1, 1, 2, devices=jax.devices()[:2]), tokenizer, frames)
+
+
+def the_law_holds_on(mesh, tokenizer, frames):
+    image = tokenizer.special.image
+    row = Row([1, 2, image, *range(300, 320), image, 7, 8, 9, 10], [0, 1])
+
+    def logits(mesh, lengths):
+        model = moss_jax.load("checkpoints/moss-tiny", dtype="float32", mesh=mesh)
+        engine = Engine(model, tokenizer, EngineConfig(text_capacity=192, bank_capacity=4))
+        state, rest, features = engine.start(), row, engine.encode(frames[:2])
+        for length in lengths:
+            now, rest = rest.cut(length, image)
+            state, sampled = engine.step(state, [now], features)
+        last = np.asarray(sampled.logits)  # Donated with the next step.
+        _, following = engine.step(state, [Row([PENDING])])
+        return np.stack([last, following.logits])
+
+    with jax.default_matmul_precision("highest"):
+        whole = logits(mesh, [len(row.tokens)])
+        # float32 sums of 768 products at most, in another order, of logits up to 30.
+        np.testing.assert_allclose(logits(mesh, [3, 1, 17, len(row.tokens) - 21]), whole, atol=1e-3)
+        np.testing.assert_allclose(logits(None, [len(row.tokens)]), whole, atol=1e-3)
