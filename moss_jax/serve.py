@@ -147,6 +147,10 @@ def open_stream(args: argparse.Namespace) -> Stream:
     sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
     selection = override(gin_bindings.settings(SelectionConfig), enabled=args.select or None)
     session_config = override(gin_bindings.settings(SessionConfig), clock=args.clock, selection=selection)
+    if args.offline and args.select:
+        raise ConfigError("--select is for live streams; --offline shows the model every sampled frame")
+    if not args.offline:
+        check_selection(selection)
     rate = f"{sampling.fps:g}"
     if not args.offline:
         session_config, sampling = adapt_rate(session_config, sampling)
@@ -244,6 +248,21 @@ def open_stream(args: argparse.Namespace) -> Stream:
     if picture:
         events = tap(events, picture.add)
     return Stream(heading, events, stop, picture, session)
+
+
+def check_selection(selection: SelectionConfig) -> None:
+    """Refuses settings of the selection of frames that have no effect on a stream of the command.
+
+    Raises:
+      ConfigError: naming them.
+    """
+    if not selection.enabled:
+        gin_bindings.refuse_changed(SelectionConfig, "frames are selected only with --select; give it, too")
+    gin_bindings.refuse_changed(
+        SelectionConfig,
+        "the rate of frames while nothing changes is --fps or frames.fps; set that",
+        fields=("fps",),
+    )
 
 
 def run_server(args: argparse.Namespace) -> int:

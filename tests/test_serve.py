@@ -142,6 +142,18 @@ def test_frames_in_which_nothing_changes_may_be_left_out(checkpoint, tmp_path):
     assert re.search(r"\d+ frames still, \d+ frames above the rate", result.stdout)
 
 
+def test_settings_of_the_selection_without_effect_are_refused(fails):
+    def refused(*bindings: str, flags=()) -> str:
+        return fails("--video", DEMO, *flags, *(f"--gin_param=selection.{binding}" for binding in bindings))
+
+    message = refused("max_gap = 10", "min_change = 0.5")
+    assert "selection.min_change, selection.max_gap have no effect" in message
+    assert "only with --select; give it, too" in message
+    message = refused("fps = 2", "max_fps = 4", flags=["--select"])
+    assert "selection.fps has no effect: the rate of frames while nothing changes is --fps" in message
+    assert "--select is for live streams" in refused(flags=["--select", "--offline", "--prompt", "What?"])
+
+
 def test_a_full_bank_ends_no_stream_but_one_that_may_not_forget(checkpoint):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--fps", "10", "--json"]
     arguments += ["--prompt", "And now?", "--prompt-at", "29"]
