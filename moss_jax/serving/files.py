@@ -92,14 +92,18 @@ class FileStore:
         """
         self.expire()
         if len(self._files) >= self._max_files:
-            raise StoreFull(f"there are {self._max_files} files, as many as there may be; delete some")
+            raise StoreFull(
+                f"the server holds {self._max_files} files, its maximum; delete some, or try later"
+            )
         path, size = self.new_path(), 0
         try:
             with open(path, "xb") as file:
                 async for chunk in chunks:
                     size, self._used = size + len(chunk), self._used + len(chunk)
                     if self._used > self._max_bytes:
-                        raise StoreFull(f"all files together may have {self._max_bytes} bytes; delete some")
+                        raise StoreFull(
+                            f"all files together may have {self._max_bytes} bytes; delete some, or try later"
+                        )
                     file.write(chunk)
         except BaseException:
             self._used -= size

@@ -60,7 +60,7 @@ def train(args: argparse.Namespace, name: str) -> int:
         if error.errno not in command.DISK_ERRORS:
             raise
         command.tell(
-            f"{name}: {args.workdir} cannot be written any more: {error.strerror}; make room and go on with "
+            f"{name}: {args.workdir} cannot be written any more: {error.strerror}; make room and resume with "
             "--resume"
         )
         return command.BAD_OUTPUT

@@ -84,7 +84,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--max-gap",
         type=_seconds,
         metavar="SECONDS",
-        help="with --select, seconds after which a frame is shown whatever its change (default: "
+        help="with --select, seconds after which a frame is shown regardless of its change (default: "
         f"{default.selection.max_gap:g})",
     )
     add("--skip-offline", action="store_true", help="ask no questions about whole clips")

@@ -172,7 +172,7 @@ class Completions:
                             self._reserved += 1
                             return reservation
                     if not self._hub.is_ready:
-                        raise busy("the server ends", code="server_ends")
+                        raise busy("the server is shutting down", code="server_ends")
                     await asyncio.sleep(_POLL)
         except TimeoutError:
             raise busy("no stream became free in time") from None
