@@ -147,11 +147,13 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--worlds", type=at_least(1), default=10, help="tables that are laid")
-    parser.add_argument("--changes", type=at_least(1), default=20, help="on each of them")
-    parser.add_argument("--seed", type=int, default=0, help="of the worlds and of the hand")
+    parser.add_argument("--worlds", type=at_least(1), default=10, help="number of tables")
+    parser.add_argument("--changes", type=at_least(1), default=20, help="changes on each table")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the worlds and of the handwriting")
     parser.add_argument("--prompt", default=PROMPT, help="what the model is asked")
-    parser.add_argument("--verbose", action="store_true", help="show all changes, not only those told wrong")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show all changes, not only those reported wrongly"
+    )
     add_out(parser)
     return parser.parse_args()
 

@@ -98,6 +98,25 @@ def settings[Setting](kind: type[Setting]) -> Setting:
     return dataclasses.replace(made)  # gin has made an instance of a subclass.
 
 
+def refuse_changed(kind: type, because: str, *, fields: Sequence[str] = ()) -> None:
+    """Refuses settings that cannot have an effect but differ from their defaults.
+
+    Args:
+      kind: a config dataclass; its settings count as made for `operative`.
+      because: why they have no effect, and what to do.
+      fields: only these; all of them by default.
+
+    Raises:
+      ConfigError: naming them.
+    """
+    found, default = settings(kind), kind()
+    fields = fields or _FIELDS[_NAMES[kind]]
+    changed = [name for name in fields if getattr(found, name) != getattr(default, name)]
+    if changed:
+        names = ", ".join(f"{_NAMES[kind]}.{name}" for name in changed)
+        raise ConfigError(f"{names} {'has' if len(changed) == 1 else 'have'} no effect: {because}")
+
+
 def operative() -> str:
     """Returns the operative config: all values, with defaults, of the `settings` made since `parse`."""
     return gin.operative_config_str()

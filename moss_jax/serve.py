@@ -142,11 +142,17 @@ class Stream:
 def open_stream(args: argparse.Namespace) -> Stream:
     """Opens video and model, and compiles ahead for a realtime stream, which cannot wait."""
     if args.mesh or args.token_file or args.allow_origin:
-        raise ConfigError("--mesh, --token-file and --allow-origin are of the live server; leave out --video")
+        raise ConfigError(
+            "--mesh, --token-file and --allow-origin are for the live server; leave out --video"
+        )
     gin_bindings.parse([str(shipped("configs/serve.gin")), *args.gin_file], args.gin_param)
     sampling = override(gin_bindings.settings(FrameSampling), fps=args.fps)
     selection = override(gin_bindings.settings(SelectionConfig), enabled=args.select or None)
     session_config = override(gin_bindings.settings(SessionConfig), clock=args.clock, selection=selection)
+    if args.offline and args.select:
+        raise ConfigError("--select is for live streams; --offline shows the model every sampled frame")
+    if not args.offline:
+        check_selection(selection)
     rate = f"{sampling.fps:g}"
     if not args.offline:
         session_config, sampling = adapt_rate(session_config, sampling)
@@ -178,11 +184,9 @@ def open_stream(args: argparse.Namespace) -> Stream:
             "--offline begins and ends with one answer; --save and --continue are for live streams"
         )
     if args.resume and not args.resume.is_file():
-        raise ConfigError(
-            f"--continue goes on with a file that --save has written; there is no {args.resume}"
-        )
+        raise ConfigError(f"--continue takes a file that --save has written; there is no {args.resume}")
     if args.resume and args.system is not None:
-        raise ConfigError("--continue goes on with the system prompt that the stream has; leave out --system")
+        raise ConfigError("--continue keeps the system prompt of the stream; leave out --system")
 
     perception = perception_device(args.perception_device)
 
@@ -245,6 +249,21 @@ def open_stream(args: argparse.Namespace) -> Stream:
     if picture:
         events = tap(events, picture.add)
     return Stream(heading, events, stop, picture, session)
+
+
+def check_selection(selection: SelectionConfig) -> None:
+    """Refuses settings of the selection of frames that have no effect on a stream of the command.
+
+    Raises:
+      ConfigError: naming them.
+    """
+    if not selection.enabled:
+        gin_bindings.refuse_changed(SelectionConfig, "frames are selected only with --select; give it, too")
+    gin_bindings.refuse_changed(
+        SelectionConfig,
+        "the rate of frames while nothing changes is --fps or frames.fps; set that",
+        fields=("fps",),
+    )
 
 
 def run_server(args: argparse.Namespace) -> int:
@@ -322,12 +341,12 @@ def run_server(args: argparse.Namespace) -> int:
 def run_client(args: argparse.Namespace) -> int:
     """Plays a video to a live server and prints the events; returns the exit code."""
     if args.video is None:
-        raise ConfigError("--connect shows a server a --video; give one")
+        raise ConfigError("--connect needs a --video to show to the server")
     own = ("offline", "memory", "select", "checkpoint", "weights", "encoder_weights", "perception_device")
     for name in (*own, "clock", "save", "resume", "timeline", "state_dir", "mesh"):
         if getattr(args, name) not in (None, False):
             flag = {"resume": "continue"}.get(name, name.replace("_", "-"))
-            raise ConfigError(f"--{flag} is up to the server that --connect names")
+            raise ConfigError(f"--{flag} is decided by the server that --connect names")
     try:
         from moss_jax.serving.client import Client, ServerError, watch
     except ImportError as error:
@@ -419,7 +438,7 @@ def show(stream: Stream, args: argparse.Namespace) -> None:
 def save(session: Session, path: Path) -> None:
     """Saves the stream of a session and reports it."""
     at = session.save(path)
-    command.tell(f"saved at {clock(at)}: --continue {path} goes on from there")
+    command.tell(f"saved at {clock(at)}: --continue {path} resumes from there")
 
 
 def tap[T](items: Iterable[T], keep: Callable[[T], None]) -> Iterator[T]:
@@ -454,7 +473,7 @@ def parse_arguments() -> argparse.Namespace:
     settings = gin_bindings.settings
     parser = argparse.ArgumentParser(
         description="Watch a video and talk about it, or serve live streams.",
-        epilog="Settings beside these flags are in configs/serve.gin; flags win over gin.",
+        epilog="Further settings are in configs/serve.gin; flags override them.",
         formatter_class=command.HelpFormatter,
     )
     add = parser.add_argument
@@ -467,7 +486,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--connect",
         metavar="URL",
-        help="live server that is shown the --video, as http://127.0.0.1:8765 (default: none, the model runs "
+        help="live server to show the --video to, as http://127.0.0.1:8765 (default: none, the model runs "
         "here)",
     )
     add("--host", default="127.0.0.1", help="address that the live server listens at")
@@ -477,7 +496,7 @@ def parse_arguments() -> argparse.Namespace:
         "--state-dir",
         type=Path,
         metavar="DIR",
-        help="folder where the live server saves its streams, so that they go on after a restart "
+        help="folder where the live server saves its streams, so that they continue after a restart "
         "(default: none)",
     )
     add(
@@ -492,15 +511,15 @@ def parse_arguments() -> argparse.Namespace:
         "--token-file",
         type=Path,
         metavar="FILE",
-        help="tokens of which clients of the live server need one, a line each; also MOSS_TOKENS in the "
-        "environment (default: none, which a --host for other machines does not allow)",
+        help="file with the tokens that clients of the live server may use, one a line; MOSS_TOKENS in the "
+        "environment has further ones (default: none; required with a --host for other machines)",
     )
     add(
         "--allow-origin",
         action="append",
         default=[],
         metavar="URL",
-        help="pages from elsewhere that may use the live server, as https://example.org",
+        help="another origin whose pages may use the live server, as https://example.org",
     )
     add(
         "--mesh",
@@ -512,7 +531,7 @@ def parse_arguments() -> argparse.Namespace:
         action=AddPrompt,
         default=[],
         metavar="TEXT",
-        help="prompt to the model; may be given several times (default: none, it watches unasked)",
+        help="prompt to the model; may be given several times (default: none, it watches unprompted)",
     )
     add(
         "--prompt-at",
@@ -529,8 +548,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--clock",
         choices=get_args(Clock),
-        help=f"the stream's own clock, or the wall's (default: {settings(SessionConfig).clock}); "
-        "the live server's is the wall's, unless this says else",
+        help="lockstep, the stream's own clock, or realtime, the wall clock (default: "
+        f"{settings(SessionConfig).clock}; realtime for the live server)",
     )
     add("--offline", action="store_true", help="prefill the whole clip, then answer")
     add(
@@ -579,12 +598,12 @@ def parse_arguments() -> argparse.Namespace:
         dest="resume",
         type=Path,
         metavar="FILE",
-        help="go on with a saved stream: the video follows on what it has seen, and its clock goes on",
+        help="continue a saved stream: the video follows what it has seen, and its clock continues",
     )
     add(
         "--json",
         action="store_true",
-        help="print one JSON object per event instead of a transcript; the live server logs so",
+        help="print one JSON object per event instead of a transcript; the live server logs in JSON",
     )
     add("--timeline", type=Path, metavar="FILE", help="draw frames, prompts and answers over time, as a .png")
     add("--gin_file", action="append", default=[], metavar="FILE", help="settings that override the defaults")

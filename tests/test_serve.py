@@ -142,6 +142,18 @@ def test_frames_in_which_nothing_changes_may_be_left_out(checkpoint, tmp_path):
     assert re.search(r"\d+ frames still, \d+ frames above the rate", result.stdout)
 
 
+def test_settings_of_the_selection_without_effect_are_refused(fails):
+    def refused(*bindings: str, flags=()) -> str:
+        return fails("--video", DEMO, *flags, *(f"--gin_param=selection.{binding}" for binding in bindings))
+
+    message = refused("max_gap = 10", "min_change = 0.5")
+    assert "selection.min_change, selection.max_gap have no effect" in message
+    assert "only with --select; give it, too" in message
+    message = refused("fps = 2", "max_fps = 4", flags=["--select"])
+    assert "selection.fps has no effect: the rate of frames while nothing changes is --fps" in message
+    assert "--select is for live streams" in refused(flags=["--select", "--offline", "--prompt", "What?"])
+
+
 def test_a_full_bank_ends_no_stream_but_one_that_may_not_forget(checkpoint):
     arguments = ["--video", DEMO, "--checkpoint", checkpoint, "--fps", "10", "--json"]
     arguments += ["--prompt", "And now?", "--prompt-at", "29"]
@@ -319,7 +331,7 @@ def test_a_saved_stream_goes_on_with_the_next_video(checkpoint, films, tmp_path)
         run("--video", whole, *common, "--prompt", "What?", "--prompt", "And?", "--prompt-at", 8.5)
     )
     begun = run("--video", first, *common, "--prompt", "What?", "--save", path)
-    assert begun.stderr.endswith(f"saved at 0:06: --continue {path} goes on from there\n")
+    assert begun.stderr.endswith(f"saved at 0:06: --continue {path} resumes from there\n")
     *before, end = events_of(begun)
     assert end["reason"] == "finished"
     went_on = run(
@@ -349,7 +361,7 @@ def test_a_signal_saves_the_stream(checkpoint, tmp_path, number, code):
     # It is not over, but its video is.
     assert not [e for e in events if e["type"] == "end"]
     assert [e["prompt"] for e in events if e["type"] == "not_asked"] == ["And?"]
-    assert f"--continue {path} goes on from there" in errors
+    assert f"--continue {path} resumes from there" in errors
     stream = read_stream(path)
     assert stream.dialogue["counts"]["frames"] == sum(e["type"] == "frame" for e in events)
     assert stream.dialogue["start_time"] >= events[-1]["stream_time"]
@@ -360,7 +372,7 @@ def test_streams_that_cannot_go_on(fails, checkpoint, tmp_path, films):
     arguments = ["--video", films[1], "--checkpoint", checkpoint]
     assert f"there is no {path}" in fails(*arguments, "--continue", path)
     path.write_text("this is no stream " * 100)
-    assert "is no saved stream" in fails(*arguments, "--continue", path)
+    assert "is not a saved stream" in fails(*arguments, "--continue", path)
     assert "leave out --system" in fails(*arguments, "--continue", path, "--system", "Watch.")
     for flag in ("--save", "--continue"):
         assert "for live streams" in fails(*arguments, "--offline", "--prompt", "What?", flag, path)

@@ -61,6 +61,45 @@ def test_the_operative_config_has_only_settings_that_apply():
     assert "tabletop." not in conversations.text
 
 
+@pytest.mark.parametrize(
+    ("bindings", "message"),
+    [
+        (
+            ["data.kind = 'conversations'", "segments.per_step = 2", "segments.frames = 4"],
+            "segments.per_step, segments.frames have no effect: data.kind is 'conversations'; set another",
+        ),
+        (
+            ["data.kind = 'conversations'", "tabletop.max_seconds = 9"],
+            "tabletop.max_seconds has no effect: data.kind is 'conversations'",
+        ),
+        (["conversations.files = 'a.json'"], "conversations.files has no effect: data.kind is 'tabletop'"),
+        (["frames.fps = 2"], "frames.fps has no effect: data.kind is 'tabletop'"),
+        (["segments.frames = 4"], "segments.frames has no effect: segments.per_step is 0; set it"),
+        (
+            ["segments.per_step = 2", "tabletop.max_tokens = 99"],
+            "tabletop.max_tokens has no effect: segments.per_step is above 0",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(main, tmp_path, capsys, bindings, message):
+    assert main("--workdir", tmp_path / "run", *params(*bindings)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [["segments.per_step = 2"], ["data.kind = 'conversations'"], []])
+def test_the_operative_config_can_be_read_again(tmp_path, kind):
+    config = command.read_config([], [*kind, "train.steps = 5"])
+    (tmp_path / "config.gin").write_text(config.text)
+    assert command.read_config([str(tmp_path / "config.gin")], []) == config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.gin")), ids=lambda path: path.name)
+def test_the_shipped_configs_change_nothing_in_vain(path):
+    if path.name not in ("serve.gin", "demo.gin"):
+        command.read_config([str(path)], [])
+
+
 def test_the_shipped_tabletop_config():
     config = command.read_config([str(CONFIGS / "tabletop_tiny.gin")], ["train.steps = 5"])
     assert config.train.steps == 5

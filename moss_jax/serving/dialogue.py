@@ -311,7 +311,7 @@ class Dialogue:
                 self._cancel(event.response_id)
             case protocol.ItemDelete() | protocol.ItemTruncate():
                 raise ProtocolError(
-                    "what a stream has seen and said stays; open another session to begin anew",
+                    "what a stream has seen and said cannot be removed; open another session to start over",
                     code="unsupported",
                     param="type",
                 )
@@ -601,7 +601,7 @@ class Dialogue:
                 if self._response is not None:
                     self._finish_response("failed", error="stream_failed")
                 is_kept = self._hub.state_folder is not None and self.session.is_resumable
-                resume = ", or resume this one as of its last save" if is_kept else ""
+                resume = ", or resume this one from its last save" if is_kept else ""
                 error = ProtocolError(
                     f"an error in the server has ended the stream; open another session{resume}",
                     code="stream_failed",
@@ -796,7 +796,7 @@ class Dialogue:
             end = protocol.EndEvent(time=self._time, reason="shutdown", counters=self._counts, saved=saved)
             self.session.send(end)
         else:
-            error = ProtocolError("the server ends", code="server_shutdown", type="server_error")
+            error = ProtocolError("the server is shutting down", code="server_shutdown", type="server_error")
             self.session.send(protocol.error_event(error))
 
     def _send_moss(self, event: protocol.Event) -> None:

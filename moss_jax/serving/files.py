@@ -20,6 +20,7 @@ class StoredFile:
     """An uploaded file.
 
     Attributes:
+      owner: the client that it belongs to, as `security.owner_of` names it.
       size: size in bytes.
       created, expires: seconds since the epoch.
     """
@@ -28,6 +29,7 @@ class StoredFile:
     path: Path
     name: str
     purpose: str
+    owner: str
     size: int
     created: int
     expires: int
@@ -49,6 +51,8 @@ class StoredFile:
 class FileStore:
     """Uploaded files by id, in a temporary folder that is deleted with the store.
 
+    Each file belongs to its owner; for all others it does not exist. The limits are on all files together.
+
     All methods must be called from one event loop.
 
     Args:
@@ -69,7 +73,13 @@ class FileStore:
         return Path(self._folder.name) / secrets.token_hex(12)
 
     async def add(
-        self, chunks: AsyncIterator[bytes], *, name: str, purpose: str, keep_seconds: float | None = None
+        self,
+        chunks: AsyncIterator[bytes],
+        *,
+        owner: str,
+        name: str,
+        purpose: str,
+        keep_seconds: float | None = None,
     ) -> StoredFile:
         """Stores a file.
 
@@ -82,33 +92,40 @@ class FileStore:
         """
         self.expire()
         if len(self._files) >= self._max_files:
-            raise StoreFull(f"there are {self._max_files} files, as many as there may be; delete some")
+            raise StoreFull(
+                f"the server holds {self._max_files} files, its maximum; delete some, or try later"
+            )
         path, size = self.new_path(), 0
         try:
             with open(path, "xb") as file:
                 async for chunk in chunks:
                     size, self._used = size + len(chunk), self._used + len(chunk)
                     if self._used > self._max_bytes:
-                        raise StoreFull(f"all files together may have {self._max_bytes} bytes; delete some")
+                        raise StoreFull(
+                            f"all files together may have {self._max_bytes} bytes; delete some, or try later"
+                        )
                     file.write(chunk)
         except BaseException:
             self._used -= size
             path.unlink(missing_ok=True)
             raise
         now, seconds = time.time(), min(keep_seconds or self._keep_seconds, self._keep_seconds)
-        stored = StoredFile(f"file-{path.name}", path, name, purpose, size, int(now), int(now + seconds))
+        stored = StoredFile(
+            f"file-{path.name}", path, name, purpose, owner, size, int(now), int(now + seconds)
+        )
         self._files[stored.id] = stored
         return stored
 
-    def get(self, file_id: str) -> StoredFile | None:
-        """Returns a file, or None if it does not exist or has expired."""
+    def get(self, file_id: str, owner: str) -> StoredFile | None:
+        """Returns a file, or None if it does not exist, has expired, or belongs to another owner."""
         self.expire()
-        return self._files.get(file_id)
+        stored = self._files.get(file_id)
+        return stored if stored and stored.owner == owner else None
 
-    def all(self) -> list[StoredFile]:
-        """All files, oldest first."""
+    def all(self, owner: str) -> list[StoredFile]:
+        """All files of an owner, oldest first."""
         self.expire()
-        return list(self._files.values())
+        return [stored for stored in self._files.values() if stored.owner == owner]
 
     def delete(self, file_id: str) -> None:
         """Deletes an existing file."""

@@ -367,7 +367,7 @@ class Session:
                 _logger.warning("session %s was not saved: %s", self.id, error)
         if self.owner is not None and not self.is_over:
             self.owner.on_shutdown(saved=saved)
-        self.close(CLOSE_RESTART, "the server ends")
+        self.close(CLOSE_RESTART, "the server is shutting down")
         self.end()
 
 
@@ -418,7 +418,9 @@ def event_number(event_id: str | None) -> int:
     if event_id is None:
         return 0
     if not (match := re.fullmatch(r"event_(\d{1,15})", event_id)):
-        raise ProtocolError(f"{event_id[:64]!r} is no id of an event", code="invalid_event_id", param="after")
+        raise ProtocolError(
+            f"{event_id[:64]!r} is not the id of an event", code="invalid_event_id", param="after"
+        )
     return int(match[1])
 
 
@@ -516,7 +518,7 @@ class Hub:
             if not self.is_closing and not self.scheduler.is_started:
                 self.scheduler.start()
                 self.counters.restarts += 1
-                _logger.warning("the scheduler begins anew")
+                _logger.warning("the scheduler has been restarted")
             if self.state_folder is not None and time.monotonic() - cleaned > CLEAN_SECONDS:
                 cleaned = time.monotonic()
                 await asyncio.to_thread(prepare_folder, self.state_folder, self.config.keep_seconds)
@@ -552,7 +554,7 @@ class Hub:
     def _check_ready(self) -> None:
         """Raises `Refused` if streams cannot be opened now."""
         if self.is_closing:
-            raise Refused("the server ends")
+            raise Refused("the server is shutting down")
         if not self.is_warm:
             raise Refused("the server is not ready yet")
         if not self.scheduler.is_started:
@@ -633,7 +635,7 @@ def _stop_opened(opening: "asyncio.Future[Stream]") -> None:
 def not_resumable() -> ProtocolError:
     """The error for an unknown session or a wrong token, without telling which."""
     return ProtocolError(
-        "there is no such session, it is over, or the token is another", code="session_not_found"
+        "there is no such session, it is over, or the token does not match", code="session_not_found"
     )
 
 

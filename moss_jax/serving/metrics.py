@@ -84,34 +84,36 @@ class Metrics(Collector):
         sessions = list(hub.sessions.values())
         streams = hub.scheduler.streams
         yield _gauge("moss_ready", "Whether streams can be opened", hub.is_ready)
-        yield _gauge("moss_slots", "Streams that there may be at once", hub.scheduler.engine.config.slots)
+        yield _gauge("moss_slots", "Maximum number of concurrent streams", hub.scheduler.engine.config.slots)
         yield _gauge("moss_streams_open", "Streams that are open", len(streams))
         yield _gauge("moss_streams_free", "Streams that could be opened now", hub.free_slots)
         yield _gauge("moss_sessions", "Sessions that are held, with those that may be resumed", len(sessions))
         lost = sum(not session.is_connected for session in sessions)
-        yield _gauge("moss_sessions_disconnected", "Sessions that wait for their client to come back", lost)
+        yield _gauge("moss_sessions_disconnected", "Sessions waiting for their client to reconnect", lost)
         yield _gauge("moss_connections_open", "Open WebSocket connections", hub.counters.connections)
         with hub.scheduler.changed:
             waiting = sum(len(stream.conversation.unclaimed_frames()) for stream in streams)
         yield _gauge("moss_frames_waiting", "Frames in the inboxes of all streams", waiting)
         unsent = sum(session.unsent for session in sessions)
-        yield _gauge("moss_events_waiting", "Events that clients have not taken yet", unsent)
+        yield _gauge("moss_events_waiting", "Events not yet sent to clients", unsent)
 
     def _totals(self) -> Iterator[Metric]:
         counters = self._hub.counters
         yield _counter(
             "moss_connections", "WebSocket connections that were opened", counters.connections_total
         )
-        yield _counter("moss_sessions_begun", "Sessions that were begun", counters.sessions_total)
+        yield _counter("moss_sessions_begun", "Sessions started", counters.sessions_total)
         yield _counter("moss_sessions_resumed", "Connections that resumed a session", counters.resumed_total)
         yield _labelled("moss_streams_ended", "Streams that are over", "reason", counters.streams_by_end)
-        yield _labelled("moss_frames", "Frames, by what became of them", "fate", counters.frames_by_fate)
+        yield _labelled("moss_frames", "Frames by fate", "fate", counters.frames_by_fate)
         yield _counter("moss_prompts", "Questions that were asked", counters.prompts)
-        yield _counter("moss_tokens", "Tokens that were said", counters.tokens)
-        yield _counter("moss_responses", "Responses that were begun", counters.responses)
-        yield _counter("moss_interruptions", "Answers that were cut", counters.interruptions)
-        yield _labelled("moss_errors", "Errors that clients were sent", "code", counters.errors_by_code)
-        yield _counter("moss_slow_clients", "Connections that were closed unread", counters.slow_clients)
+        yield _counter("moss_tokens", "Tokens of answers", counters.tokens)
+        yield _counter("moss_responses", "Responses started", counters.responses)
+        yield _counter("moss_interruptions", "Answers interrupted", counters.interruptions)
+        yield _labelled("moss_errors", "Errors sent to clients", "code", counters.errors_by_code)
+        yield _counter(
+            "moss_slow_clients", "Connections closed because the client did not read", counters.slow_clients
+        )
         saves = {"done": counters.saves, "failed": counters.failed_saves}
         yield _labelled("moss_saves", "Saves of streams", "result", saves)
         refused = self._gate.refused if self._gate else {}

@@ -124,7 +124,7 @@ async def _serve(hub: Hub, websocket: WebSocket, client: Client) -> None:
         client.give_up()
         return
     logged_session.set(dialogue.session.id)
-    _logger.info("a session goes on" if "session" in query else "a session began")
+    _logger.info("session resumed" if "session" in query else "session started")
     reader = Reader(hub, websocket, client, dialogue)
     tasks = {asyncio.create_task(reader.run()), asyncio.create_task(client.write())}
     try:

@@ -27,6 +27,8 @@ SHORTEST_TOKEN = 16
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # Paths that require a token; the others are health checks and the static page.
 PROTECTED = ("/v1/", "/metrics")
+# Key of an admitted request's scope with the client's name, which `owner_of` reads.
+_OWNER = "moss_jax.owner"
 # Maximum number of addresses whose rates are tracked.
 MOST_ADDRESSES = 65536
 
@@ -162,13 +164,18 @@ class Gate:
 
     def refusal(self, scope: Scope) -> Refusal | None:
         """Returns status, code and message of a refusal, or None if the request is admitted."""
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
-        }
+        headers = _headers(scope)
         found = self._crowded(scope) or self._foreign(headers) or self._unknown(scope, headers)
         if found:
             self.refused[found[1]] += 1
         return found
+
+    def owner(self, scope: Scope) -> str:
+        """Names the client of an admitted request: the hash of its token, or "" if none is needed."""
+        if self._tokens is None:
+            return ""
+        given = _given(scope, _headers(scope))
+        return next((_hashed(token).hex() for token in given if token in self._tokens), "")
 
     def _crowded(self, scope: Scope) -> Refusal | None:
         config, address = self.config, address_of(scope)
@@ -218,6 +225,15 @@ def address_of(scope: Scope) -> str:
     return str(address)
 
 
+def owner_of(scope: Scope) -> str:
+    """Names the client that a request is from, as `Gate.owner` does; "" if no gate protects the server."""
+    return scope.get(_OWNER, "")
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
 def _origin(origin: str) -> str:
     return origin.rstrip("/").lower()
 
@@ -251,6 +267,7 @@ class Guard:
         if refusal := gate.refusal(scope):
             await refuse(scope, receive, send, refusal)
             return
+        scope = {**scope, _OWNER: gate.owner(scope)}
         if scope["type"] == "websocket":
             # The endpoint must neither see the token nor select it as the subprotocol.
             shown = [p for p in scope["subprotocols"] if not p.startswith(SUBPROTOCOL)]

@@ -128,13 +128,13 @@ def read_stream(path: str | os.PathLike) -> SavedStream:
         raise SavedStreamError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise SavedStreamError(
-            f"{path} is no saved stream, or is truncated or damaged ({error}); give a file that was saved"
+            f"{path} is not a saved stream, or is truncated or damaged ({error}); give a file that was saved"
         ) from error
     if (found := metadata.get("format", "")) != FORMAT:
         other = (
             f"is a stream of the format {found!r}"
             if found.startswith("moss_jax stream")
-            else "is no saved stream"
+            else "is not a saved stream"
         )
         raise SavedStreamError(f"{path} {other}; this version reads {FORMAT!r}")
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
@@ -170,7 +170,7 @@ def check_settings(path: str | os.PathLike, saved: Mapping[str, Any], settings: 
         return
     opaque = ("model.weights", "tokenizer")
     differences = [
-        f"{n} is another" if n in opaque else f"{n} is {saved.get(n)!r} there and {settings.get(n)!r} here"
+        f"{n} differs" if n in opaque else f"{n} is {saved.get(n)!r} there and {settings.get(n)!r} here"
         for n in names
     ]
     more = f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""

@@ -371,7 +371,7 @@ class Scheduler:
         """
         with self.changed:
             if self._thread is not None:
-                raise RuntimeError("the scheduler runs already")
+                raise RuntimeError("the scheduler is already running")
             self._closing = False
             self._thread = threading.Thread(target=self._serve, name="scheduler", daemon=True)
             self._thread.start()
@@ -401,7 +401,7 @@ class Scheduler:
             for stream, event in self._guarded(persistent=True):
                 stream.inbox.put(event)
         except Exception as error:
-            _logger.exception("a step failed; all streams end")
+            _logger.exception("a step failed; all streams were ended")
             self.counters.failures += 1
             with self.changed:
                 # A client notified of the failure may restart at once, and a stream opened after that is not
@@ -511,7 +511,7 @@ class Scheduler:
         except Exception as error:
             if not self._is_persistent:
                 raise
-            _logger.exception("a stream failed, and ends alone")
+            _logger.exception("a stream failed and was ended; the others continue")
             self._fail(stream, error)
 
     def _release(self, stream: Stream) -> None:
@@ -607,7 +607,7 @@ class Scheduler:
             except Exception as error:
                 if not self._is_persistent:
                     raise
-                _logger.exception("a stream failed, and ends alone")
+                _logger.exception("a stream failed and was ended; the others continue")
                 self._fail(stream, error)
                 continue
             if plan is not None:

@@ -179,7 +179,7 @@ class Stream:
     def copy(self, state: Any, wall: float) -> SavedStream:
         """Copies the stream to the host, between two steps; arguments and errors are those of `save`."""
         if not self.conversation.is_finite():
-            raise SessionError("a stream whose logits are not finite cannot go on, so it is not saved")
+            raise SessionError("a stream whose logits are not finite cannot continue, so it is not saved")
         engine = saving_engine(self._scheduler.engine)
         dialogue, frames, small = self.conversation.save(wall)
         compared = {} if small is None else {"thumbnail": small}

@@ -1,6 +1,7 @@
 """Trains a model: `python -m moss_jax.train --gin_file tabletop_tiny.gin --workdir workdir/tabletop`."""
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from moss_jax.text import TokenizerError
 from moss_jax.train.checkpoints import RunError
 from moss_jax.train.loop import DataError, RunConfig, run
 
+# Settings of the tabletop world that apply to long streams, too.
+SHARED = ("image_size", "offline_share")
 BAD_INPUT = (BatchError, CheckpointError, ConfigError, DataError, TokenizerError, Unsupported)
 
 
@@ -57,7 +60,7 @@ def train(args: argparse.Namespace, name: str) -> int:
         if error.errno not in command.DISK_ERRORS:
             raise
         command.tell(
-            f"{name}: {args.workdir} cannot be written any more: {error.strerror}; make room and go on with "
+            f"{name}: {args.workdir} cannot be written any more: {error.strerror}; make room and resume with "
             "--resume"
         )
         return command.BAD_OUTPUT
@@ -96,7 +99,11 @@ def _report_unraisable(unraisable) -> None:
 
 
 def read_config(files: list[str], parameters: list[str]) -> RunConfig:
-    """Reads the settings of a run from gin files and bindings."""
+    """Reads the settings of a run from gin files and bindings.
+
+    Raises:
+      ConfigError: a name or a value is invalid, or a setting is changed that does not apply to the run.
+    """
     gin_bindings.parse(files, parameters)
     settings = gin_bindings.settings
     if settings(InitialModelConfig).checkpoint:
@@ -106,7 +113,7 @@ def read_config(files: list[str], parameters: list[str]) -> RunConfig:
     # Only settings that apply are read, so that the operative config has no others.
     tabletop = data.kind == "tabletop"
     segments = settings(SegmentsConfig) if tabletop else None
-    return RunConfig(
+    config = RunConfig(
         train=settings(TrainConfig),
         optimizer=settings(OptimizerConfig),
         mesh=settings(MeshConfig),
@@ -117,6 +124,28 @@ def read_config(files: list[str], parameters: list[str]) -> RunConfig:
         segments=segments if segments and segments.per_step else None,
         text=gin_bindings.operative(),
     )
+    _refuse_ineffective(config)
+    return config
+
+
+def _refuse_ineffective(config: RunConfig) -> None:
+    """Refuses changed settings that do not apply to the data of a run; called after the operative config."""
+    refuse = gin_bindings.refuse_changed
+    because = f"data.kind is {config.data.kind!r}; set another kind, or leave them out"
+    if config.data.kind == "conversations":
+        refuse(TabletopConfig, because)
+        refuse(SegmentsConfig, because)
+        return
+    refuse(ConversationConfig, because)
+    refuse(FrameSampling, because)
+    if config.segments:
+        # Streams are as long as `segments.streams` says, and cut into segments.
+        lengths = [field.name for field in dataclasses.fields(TabletopConfig) if field.name not in SHARED]
+        refuse(
+            TabletopConfig, "segments.per_step is above 0, so streams are those of segments.*", fields=lengths
+        )
+    else:
+        refuse(SegmentsConfig, "segments.per_step is 0; set it, or leave them out")
 
 
 def join_cluster(args: argparse.Namespace) -> None:

@@ -157,7 +157,7 @@ class Checkpoints:
     def _failure(self, error: Exception) -> RunError:
         """Returns the error for a checkpoint that could not be written."""
         whole, _ = run_checkpoint.list_checkpoints(self._workdir)
-        last = f"make room and go on from {whole[-1]} with --resume" if whole else "there is no earlier one"
+        last = f"make room and resume from {whole[-1]} with --resume" if whole else "there is no earlier one"
         # tensorstore's message names every file and has the operating system's error as a number.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         reason = os.strerror(int(code[1])) if code else _first_clause(error)
@@ -192,8 +192,9 @@ def _check_parameters(folder: Path, abstract: TrainState) -> None:
         differ = sorted(name for name in there | expected if there.get(name) != expected.get(name))
         more = f" and {len(differ) - 1} more" if differ[1:] else ""
         raise CheckpointError(
-            f"{folder} is of another model, or other parts were trained: its {kind} parameters differ in "
-            f"{differ[0]}{more}. To train other parts of its model, export it and start a new run from that"
+            f"{folder} belongs to another model, or other parts were trained: its {kind} parameters "
+            f"differ in {differ[0]}{more}. To train other parts of its model, export it and start a new run "
+            "from that"
         )
 
 
@@ -203,7 +204,7 @@ def _check_finite(folder: Path, state: TrainState) -> None:
     norms = jax.device_get(jax.jit(part_norms)(state.trained | state.frozen | moments))
     if bad := [part for part, norm in norms.items() if not math.isfinite(norm)]:
         raise CheckpointError(
-            f"{folder} has numbers that are not finite, in {', '.join(bad)}: a run cannot go on from it; "
+            f"{folder} has numbers that are not finite, in {', '.join(bad)}: a run cannot resume from it; "
             "remove it to resume from the one before"
         )
 

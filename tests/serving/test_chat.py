@@ -32,6 +32,7 @@ from moss_jax.serving.chat.errors import ApiError
 from moss_jax.serving.chat.requests import ChatRequest, parse_request
 from moss_jax.serving.hub import Hub
 from moss_jax.serving.media import MediaLimits, decode_clip
+from moss_jax.serving.security import Gate, Tokens, protection
 from moss_jax.stream import Scheduler, Text, answer_offline
 from moss_jax.video import Frame, fit_frame
 
@@ -69,7 +70,8 @@ class Chatting(Running):
     engine: AnsweringEngine
 
     def client(self, **options) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **options)
+        options = {"api_key": "none", "max_retries": 0} | options
+        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def ask(self, *content, **options):
         """The answer to one turn of the user."""
@@ -86,11 +88,11 @@ class Chatting(Running):
 
 
 @contextlib.contextmanager
-def chatting(tokenizer, config=CONFIG, memory=FORGETS_NOTHING) -> Iterator[Chatting]:
+def chatting(tokenizer, config=CONFIG, memory=FORGETS_NOTHING, **options) -> Iterator[Chatting]:
     slots = EngineConfig(8, 4096, 256, memory)
     engine = AnsweringEngine(tokenizer, {slot: [] for slot in range(slots.slots)}, slots)
     hub = Hub(ReusingScheduler(engine, SchedulerConfig()), model=MODEL)
-    with running(hub, routes=routes(hub, config)) as server:
+    with running(hub, routes=routes(hub, config), **options) as server:
         chat = Chatting(hub, server.server, server.loop, server.port)
         chat.engine = engine
         yield chat
@@ -607,6 +609,36 @@ def test_files(chat):
         files.create(file=("c", b"1"), purpose="fine-tune")
     with pytest.raises(openai.BadRequestError, match="limit"):
         files.list(limit=0)
+
+
+def test_a_file_belongs_to_the_token_that_uploaded_it(tokenizer):
+    mine, other = "the-token-of-one-client", "the-token-of-another-client"
+    with chatting(tokenizer, middleware=protection(Gate(tokens=Tokens([mine, other])))) as chat:
+        owner, stranger = chat.client(api_key=mine), chat.client(api_key=other)
+        file = owner.files.create(file=("a.png", png(np.full((4, 4, 3), 9, np.uint8))), purpose="vision")
+
+        def ask(client: openai.OpenAI, part: dict):
+            messages = [{"role": "user", "content": [part, text("A cat?")]}]
+            return client.chat.completions.create(model=MODEL, messages=messages)
+
+        references = ({"type": "file", "file": {"file_id": file.id}}, image(file.id), video(file.id))
+        for call in (
+            stranger.files.retrieve,
+            stranger.files.content,
+            stranger.files.delete,
+            lambda id: stranger.files.list(after=id),
+            *(functools.partial(lambda part, _: ask(stranger, part), part) for part in references),
+        ):
+            with pytest.raises(openai.NotFoundError) as refused:
+                call(file.id)
+            assert refused.value.code == "file_not_found"
+        assert stranger.files.list().data == []
+        assert chat.engine.seen == []
+        assert [listed.id for listed in owner.files.list()] == [file.id]
+        for part in references:
+            ask(owner, part)
+        assert chat.engine.seen == [9] * 3
+        assert owner.files.delete(file.id).deleted
 
 
 def test_the_store_of_files_is_bounded(chat):

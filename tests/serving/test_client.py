@@ -95,7 +95,7 @@ def test_the_command_shows_a_server_a_clip(served, monkeypatch, capsys, tmp_path
     assert "A cat. It sleeps." in shown
     assert "5 frames" in shown
     monkeypatch.setattr("sys.argv", ["serve.py", *arguments, "--memory", "window"])
-    with pytest.raises(ConfigError, match="--memory is up to the server"):
+    with pytest.raises(ConfigError, match="--memory is decided by the server"):
         serve.run()
     monkeypatch.setattr("sys.argv", ["serve.py", "--video", str(clip), "--connect", "http://127.0.0.1:9"])
     with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:9: .*Connect call failed"):

@@ -23,19 +23,19 @@ def test_what_fails_leaves_nothing():
         files = store()
         folder = files.new_path().parent
         with pytest.raises(StoreFull):
-            await files.add(chunks(b"1" * 60, b"1" * 60), name="a", purpose="vision")
+            await files.add(chunks(b"1" * 60, b"1" * 60), name="a", owner="a", purpose="vision")
         with pytest.raises(ConnectionError):
-            await files.add(chunks(b"1" * 60, ConnectionError()), name="a", purpose="vision")
+            await files.add(chunks(b"1" * 60, ConnectionError()), name="a", owner="a", purpose="vision")
         assert not list(folder.iterdir())
-        assert files.all() == []
+        assert files.all("a") == []
         # All of the room is there again.
-        kept = await files.add(chunks(b"1" * 60, b"2" * 40), name="a", purpose="vision")
+        kept = await files.add(chunks(b"1" * 60, b"2" * 40), name="a", owner="a", purpose="vision")
         assert kept.path.read_bytes() == b"1" * 60 + b"2" * 40
         with pytest.raises(StoreFull):
-            await files.add(chunks(b"1"), name="b", purpose="vision")
+            await files.add(chunks(b"1"), name="b", owner="a", purpose="vision")
         files.delete(kept.id)
         assert not list(folder.iterdir())
-        assert (await files.add(chunks(b"1" * 100), name="b", purpose="vision")).size == 100
+        assert (await files.add(chunks(b"1" * 100), name="b", owner="a", purpose="vision")).size == 100
 
     asyncio.run(run())
 
@@ -50,10 +50,10 @@ def test_writes_beside_one_another_share_the_room():
             await gate.wait()
             yield b"1" * 30
 
-        first = asyncio.create_task(files.add(slow(), name="a", purpose="vision"))
+        first = asyncio.create_task(files.add(slow(), name="a", owner="a", purpose="vision"))
         await asyncio.sleep(0)
         with pytest.raises(StoreFull):
-            await files.add(chunks(b"1" * 50), name="b", purpose="vision")
+            await files.add(chunks(b"1" * 50), name="b", owner="a", purpose="vision")
         gate.set()
         assert (await first).size == 90
 
@@ -63,14 +63,29 @@ def test_writes_beside_one_another_share_the_room():
 def test_a_file_is_kept_no_longer_than_the_store_allows(monkeypatch):
     async def run():
         files = store(keep_seconds=60.0)
-        kept = await files.add(chunks(b"1"), name="a", purpose="vision", keep_seconds=3600.0)
-        brief = await files.add(chunks(b"1"), name="b", purpose="vision", keep_seconds=5.0)
+        kept = await files.add(chunks(b"1"), name="a", owner="a", purpose="vision", keep_seconds=3600.0)
+        brief = await files.add(chunks(b"1"), name="b", owner="a", purpose="vision", keep_seconds=5.0)
         assert kept.expires - kept.created == 60
         monkeypatch.setattr("time.time", lambda: brief.created + 10.0)
-        assert files.get(brief.id) is None
+        assert files.get(brief.id, "a") is None
         assert not brief.path.exists()
-        assert files.all() == [kept]
+        assert files.all("a") == [kept]
         monkeypatch.setattr("time.time", lambda: brief.created + 100.0)
-        assert files.all() == []
+        assert files.all("a") == []
+
+    asyncio.run(run())
+
+
+def test_a_file_exists_only_for_its_owner():
+    async def run():
+        files = store(max_files=2)
+        own = await files.add(chunks(b"1"), owner="a", name="a", purpose="vision")
+        other = await files.add(chunks(b"2"), owner="b", name="b", purpose="vision")
+        assert files.get(own.id, "a") == own
+        assert files.get(own.id, "b") is None
+        assert files.all("b") == [other]
+        # The limits are on the files of all.
+        with pytest.raises(StoreFull):
+            await files.add(chunks(b"3"), owner="c", name="c", purpose="vision")
 
     asyncio.run(run())

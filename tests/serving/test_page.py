@@ -508,13 +508,32 @@ def test_reduced_motion_and_themes(page):
     def ground() -> str:
         return page.evaluate("getComputedStyle(document.body).backgroundColor")
 
+    def wait_drawn(line: str) -> None:
+        """Waits until the line under the memory, which is drawn on a canvas, has a colour."""
+        script = """(line) => {
+            const canvas = document.querySelector("#memory"), ratio = devicePixelRatio;
+            const y = Math.floor((canvas.clientHeight - 16) * ratio);
+            return canvas.getContext("2d").getImageData(9, y, 1, 1).data.join() === line;
+        }"""
+        page.wait_for_function(script, arg=line, timeout=PATIENCE)
+
+    light, light_line = "rgb(243, 242, 236)", "220,219,208,255"
+    dark, dark_line = "rgb(18, 21, 18)", "46,52,46,255"
     page.emulate_media(color_scheme="light")
-    light = ground()
+    assert ground() == light
+    wait_drawn(light_line)
+    page.click("#theme")
+    assert ground() == dark
+    wait_drawn(dark_line)
+    page.evaluate("localStorage.clear()")
+    page.reload()
+    assert ground() == light
     page.emulate_media(color_scheme="dark")
-    dark = ground()
-    assert light != dark
+    assert ground() == dark
+    wait_drawn(dark_line)
     page.click("#theme")
     assert ground() == light
+    wait_drawn(light_line)
     page.reload()
     assert ground() == light
     page.emulate_media(reduced_motion="reduce")

@@ -260,7 +260,7 @@ def test_connections_without_a_request_are_cut(answering, monkeypatch):
         (["--mesh", "tensor"], "--mesh names axes (data, fsdp, tensor) and devices, as tensor=2"),
         (["--mesh", "pipeline=2"], "--mesh names axes"),
         (["--mesh", "tensor=4096"], "--mesh tensor=4096 needs 4096 devices; there are"),
-        (["--video", "clip.mp4", "--mesh", "tensor=2"], "are of the live server; leave out --video"),
+        (["--video", "clip.mp4", "--mesh", "tensor=2"], "are for the live server; leave out --video"),
     ],
 )
 def test_the_command_refuses(flags, message, monkeypatch, capsys):

@@ -411,7 +411,7 @@ def test_a_stream_of_another_model_is_refused(saved, model, tokenizer, random_mo
     engine, path = saved
     capacity = EngineConfig(1, 512, 8, WINDOW)
     for changed, message in (
-        (random_model(model.config, seed=1), "model.weights is another"),
+        (random_model(model.config, seed=1), "model.weights differs"),
         (random_model(model.config, dtype="bfloat16"), "model.dtype is 'float32' there and 'bfloat16' here"),
     ):
         with pytest.raises(SavedStreamError, match=message) as refused:
@@ -444,7 +444,7 @@ def test_files_that_are_no_stream(saved, tmp_path):
     assert "this version reads" in refusal(content.replace(b"moss_jax stream 2", b"moss_jax stream 9"))
     model = tmp_path.joinpath("model.safetensors")
     model.write_bytes((8).to_bytes(8, "little") + b"{}      ")
-    assert "is no saved stream" in refusal(model.read_bytes())
+    assert "is not a saved stream" in refusal(model.read_bytes())
 
 
 def test_a_dialogue_that_does_not_belong_to_its_arrays(saved):

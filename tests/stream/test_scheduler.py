@@ -141,7 +141,7 @@ def test_a_stream_that_does_not_fit_is_refused_and_the_others_go_on(make_engine,
 
 def test_close_ends_all_streams(make_engine):
     scheduler = Scheduler(make_engine(slots=2), LOCKSTEP).start()
-    with pytest.raises(RuntimeError, match="runs already"):
+    with pytest.raises(RuntimeError, match="already running"):
         scheduler.start()
     streams = [scheduler.open(), scheduler.open()]
     scheduler.close()

@@ -206,7 +206,7 @@ def test_a_disk_without_room_for_another_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size // 2))
     message = (
-        r"step 3 could not be written: it takes .* the disk has .* left; make room and go on from .*/2 with"
+        r"step 3 could not be written: it takes .* the disk has .* left; make room and resume from .*/2 with"
     )
     with pytest.raises(RunError, match=message):
         save(tmp_path, 3)
@@ -222,7 +222,7 @@ def test_a_write_that_fails_in_the_background(tmp_path, more):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     message = (
-        r"^the checkpoint of step 2 could not be written: File too large; make room and go on from .*/1 with"
+        r"^the checkpoint of step 2 could not be written: File too large; make room and resume from .*/1 with"
     )
     try:
         with pytest.raises(RunError, match=message):

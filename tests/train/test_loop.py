@@ -274,7 +274,7 @@ def test_a_run_that_diverges_stops_at_the_first_bad_step(tmp_path, finished, che
     config = runs.make_config(checkpoint, *more)
     message = (
         r"^training diverged at step 7: .*the norm of the parameters of \w+(, \w+)* is (inf|nan)\. Nothing "
-        r"of this step was saved; --resume goes on from the checkpoint of step 6\."
+        r"of this step was saved; --resume continues from step 6\."
     )
     with pytest.raises(RunError, match=message) as raised:
         loop.run(config, workdir, resume=True)
@@ -354,7 +354,7 @@ def test_a_full_disk_ends_a_run_with_one_sentence(tmp_path, finished, checkpoint
     assert last.startswith(
         "train.py: the checkpoint of step 8 could not be written: File too large; make room"
     )
-    assert f"go on from {workdir / 'checkpoints' / '6'} with --resume" in last
+    assert f"resume from {workdir / 'checkpoints' / '6'} with --resume" in last
     # The log of a run is the command's, in its own format, and no file is written in the locale's encoding.
     assert "moss_jax.train.loop: resuming after step 6 of 8" in output.splitlines()
     assert not [

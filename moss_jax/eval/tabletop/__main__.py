@@ -36,7 +36,7 @@ def score(args: argparse.Namespace) -> None:
         slots=args.slots,
         tokens_per_second=args.tokens_per_second,
         bank_dtype=args.bank_dtype,
-        selection=SelectionConfig(enabled=args.select, max_gap=args.max_gap),
+        selection=SelectionConfig(enabled=args.select, max_gap=args.max_gap or SelectionConfig.max_gap),
         event_rate=args.event_rate,
         offline=not args.skip_offline,
         blind_streams=0 if args.skip_blind else args.blind_streams,
@@ -83,16 +83,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--max-gap",
         type=_seconds,
-        default=default.selection.max_gap,
         metavar="SECONDS",
-        help="with --select, seconds after which a frame is shown whatever its change",
+        help="with --select, seconds after which a frame is shown regardless of its change (default: "
+        f"{default.selection.max_gap:g})",
     )
     add("--skip-offline", action="store_true", help="ask no questions about whole clips")
     add("--skip-blind", action="store_true", help="leave out the run without frames")
     add(
         "--blind-streams", type=positive, metavar="N", help="streams of the run without frames (default: all)"
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.max_gap and not args.select:
+        parser.error("--max-gap has no effect without --select; give both, or leave it out")
+    if args.blind_streams and args.skip_blind:
+        parser.error("--blind-streams has no effect with --skip-blind; leave one out")
+    return args
 
 
 def _rates(text: str) -> tuple[float, float]:

@@ -15,7 +15,7 @@ def print_tables(result: Mapping[str, Any], console: Console) -> None:
     alerts, revision, narration = result["alerts"], result["revision"], result["narration"]
     rows = [
         ("answers right when probed, each question once", result["accuracy"]),
-        ("  at all probes alike", result["accuracy_all_probes"]),
+        ("  over all probes", result["accuracy_all_probes"]),
         ("  at first probes", result["accuracy_first_probes"]),
         ("  best constant guess", result["constant_guess"]),
         *([("  frames taken away", blind["accuracy"])] if blind else []),

@@ -106,7 +106,9 @@ class Answer:
         if end.reason in ("token_limit", "text_capacity", "bank_capacity"):
             self.finish_reason = "length"
         elif end.reason == "stopped" and not self._stops.found:
-            raise ApiError("the server ends", status=503, code="server_ends", retry_after=RETRY_AFTER)
+            raise ApiError(
+                "the server is shutting down", status=503, code="server_ends", retry_after=RETRY_AFTER
+            )
         elif end.reason not in ("finished", "stopped"):
             raise ApiError("an error in the server ended the answer", status=500, code=end.reason)
         if self._stops.found:

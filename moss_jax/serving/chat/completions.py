@@ -18,6 +18,7 @@ from moss_jax.serving.chat.errors import ApiError, busy
 from moss_jax.serving.chat.requests import ChatRequest, StreamOptions, parse_request, text_length
 from moss_jax.serving.chat.turns import TurnReader
 from moss_jax.serving.hub import Hub, Reservation
+from moss_jax.serving.security import owner_of
 from moss_jax.stream import DialogueTurn, Engine, Refused, SessionError, Stream
 from moss_jax.stream.completion import Completion
 from moss_jax.video import Frame
@@ -59,13 +60,13 @@ class Completions:
                     param="model",
                 )
             parsed.check()
-            answer = await while_connected(request, self._begin(parsed))
+            answer = await while_connected(request, self._begin(parsed, owner_of(request.scope)))
         if parsed.stream:
             options = parsed.stream_options or StreamOptions()
             return AnswerStream(answer, include_usage=options.include_usage)
         return JSONResponse(await while_connected(request, answer.whole()))
 
-    async def _begin(self, request: ChatRequest) -> Answer:
+    async def _begin(self, request: ChatRequest, owner: str) -> Answer:
         """Queues a request, decodes its media and opens its stream once a slot is free."""
         sampling = self._token_sampling(request)
         # Checked before tokenizing a text that cannot fit.
@@ -77,7 +78,7 @@ class Completions:
                 param="messages",
             )
         async with self._place():
-            turns = await self._turns.read(request)
+            turns = await self._turns.read(request, owner)
             return await self._open(request, turns, sampling, await self._reserve())
 
     async def _open(
@@ -171,7 +172,7 @@ class Completions:
                             self._reserved += 1
                             return reservation
                     if not self._hub.is_ready:
-                        raise busy("the server ends", code="server_ends")
+                        raise busy("the server is shutting down", code="server_ends")
                     await asyncio.sleep(_POLL)
         except TimeoutError:
             raise busy("no stream became free in time") from None

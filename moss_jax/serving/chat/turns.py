@@ -71,8 +71,12 @@ class TurnReader:
         )
         self._decoders = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="clips")
 
-    async def read(self, request: ChatRequest) -> list[DialogueTurn]:
-        """Decodes a request into dialogue turns."""
+    async def read(self, request: ChatRequest, owner: str) -> list[DialogueTurn]:
+        """Decodes a request into dialogue turns.
+
+        Args:
+          owner: the client, whose uploads the request may refer to.
+        """
         media: list[Medium] = []
         try:
             for number, message in enumerate(request.messages):
@@ -85,7 +89,7 @@ class TurnReader:
                             raise ApiError(
                                 f"a request has at most {self._config.max_frames} images", param=param
                             )
-                        media.append(await self._medium(part, param))
+                        media.append(await self._medium(part, param, owner))
             frames = await self._decode(media, request.media_io_kwargs.video)
         finally:
             for medium in media:
@@ -107,7 +111,7 @@ class TurnReader:
             turns.append(DialogueTurn("system" if message.role == "developer" else message.role, content))
         return turns
 
-    async def _medium(self, part: ImagePart | VideoPart | FilePart, param: str) -> Medium:
+    async def _medium(self, part: ImagePart | VideoPart | FilePart, param: str, owner: str) -> Medium:
         """Resolves a part to its content or file."""
         limit = self._config.max_image_bytes if isinstance(part, ImagePart) else self._config.max_video_bytes
         try:
@@ -134,7 +138,7 @@ class TurnReader:
                 )
                 content = await asyncio.to_thread(load)
             elif url.startswith("file-"):
-                if (stored := self._files.get(url)) is None:
+                if (stored := self._files.get(url, owner)) is None:
                     raise no_file("file_id")
                 return Medium(param, path=stored.path)
             else:

@@ -11,6 +11,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from moss_jax.serving.chat.bodies import limited
 from moss_jax.serving.chat.errors import ApiError, busy, no_file
 from moss_jax.serving.files import FileStore, StoredFile, StoreFull
+from moss_jax.serving.security import owner_of
 
 _PURPOSES = ("user_data", "vision")
 # Allowance in bytes for the multipart form around a file.
@@ -20,7 +21,7 @@ _UPLOADS = 8
 
 
 class Uploads:
-    """Endpoints of uploaded files.
+    """Endpoints of uploaded files; each client has its own.
 
     Args:
       files: the store.
@@ -58,7 +59,11 @@ class Uploads:
                     raise ApiError("expires_after.seconds must be a number", param="expires_after") from None
                 name = Path((file.filename or "file").replace("\\", "/")).name[:255] or "file"
                 stored = await self._files.add(
-                    _chunks(file), name=name, purpose=str(purpose), keep_seconds=keep_seconds
+                    _chunks(file),
+                    owner=owner_of(request.scope),
+                    name=name,
+                    purpose=str(purpose),
+                    keep_seconds=keep_seconds,
                 )
         except StoreFull as error:
             raise ApiError(str(error), status=413, code="storage_full", param="file") from None
@@ -67,7 +72,7 @@ class Uploads:
         return JSONResponse(stored.describe())
 
     async def list_files(self, request: Request) -> Response:
-        """Lists the files, paginated."""
+        """Lists the client's files, paginated."""
         query = request.query_params
         try:
             limit = int(query.get("limit", 10_000))
@@ -75,7 +80,8 @@ class Uploads:
             limit = 0
         if not 1 <= limit <= 10_000:
             raise ApiError("limit is a number from 1 to 10000", param="limit", code="invalid_value")
-        files = [f for f in self._files.all() if query.get("purpose") in (None, f.purpose)]
+        files = self._files.all(owner_of(request.scope))
+        files = [stored for stored in files if query.get("purpose") in (None, stored.purpose)]
         if query.get("order", "desc") == "desc":
             files.reverse()
         if "after" in query:
@@ -96,11 +102,11 @@ class Uploads:
 
     async def get_file(self, request: Request) -> Response:
         """Returns the metadata of a file."""
-        return JSONResponse(self._find(request.path_params["file"]).describe())
+        return JSONResponse(self._find(request).describe())
 
     async def get_content(self, request: Request) -> Response:
         """Returns the content of a file."""
-        stored = self._find(request.path_params["file"])
+        stored = self._find(request)
         name = urllib.parse.quote(stored.name)
         headers = {
             "Content-Disposition": f"attachment; filename*=utf-8''{name}",
@@ -110,12 +116,12 @@ class Uploads:
 
     async def delete_file(self, request: Request) -> Response:
         """Deletes a file."""
-        stored = self._find(request.path_params["file"])
+        stored = self._find(request)
         self._files.delete(stored.id)
         return JSONResponse({"id": stored.id, "object": "file", "deleted": True})
 
-    def _find(self, file_id: str) -> StoredFile:
-        if (stored := self._files.get(file_id)) is None:
+    def _find(self, request: Request) -> StoredFile:
+        if (stored := self._files.get(request.path_params["file"], owner_of(request.scope))) is None:
             raise no_file("file_id")
         return stored
 

@@ -150,7 +150,7 @@ const on = {
     save();
   },
   "moss.end"({ reason, saved }) {
-    const words = { shutdown: saved ? "The server ends; the session is saved." : "The server ends.", finished: "The session is over." };
+    const words = { shutdown: saved ? "The server is shutting down; the session is saved." : "The server is shutting down.", finished: "The session is over." };
     remark(words[reason] ?? `The session has ended: ${reason.replaceAll("_", " ")}.`);
   },
   error({ error }) {

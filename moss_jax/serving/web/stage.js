@@ -179,7 +179,7 @@ export class Stage extends EventTarget {
 
   show() {
     const { isRunning } = this, start = $("start");
-    start.querySelector("span").textContent = isRunning ? "Pause" : this.hasBegun ? "Go on watching" : "Start watching";
+    start.querySelector("span").textContent = isRunning ? "Pause" : this.hasBegun ? "Continue watching" : "Start watching";
     start.classList.toggle("running", isRunning);
     start.querySelector("path").setAttribute("d", isRunning ? "M7 5h3v14H7zM14 5h3v14h-3z" : "M7 4l13 8-13 8z");
     $("seeing").hidden = !isRunning;

@@ -186,25 +186,31 @@ export class Memory {
     canvas.height = height * ratio;
     const context = canvas.getContext("2d");
     context.scale(ratio, ratio);
-    const style = getComputedStyle(document.documentElement);
+    const style = getComputedStyle(canvas);
+    // The computed colour is that of the theme; the property itself is a light-dark().
+    const colour = (name) => {
+      canvas.style.color = `var(--${name})`;
+      return style.color;
+    };
     const floor = height - 16;
-    context.fillStyle = style.getPropertyValue("--line");
+    context.fillStyle = colour("line");
     context.fillRect(0, floor, width, 1);
     context.font = `11px ${style.getPropertyValue("--font")}`;
-    context.fillStyle = style.getPropertyValue("--soft");
+    context.fillStyle = colour("soft");
     context.textBaseline = "bottom";
     if (!items.length) {
       context.fillText("Nothing is in memory yet", 0, height);
       return;
     }
     const step = Math.min(12, width / items.length), bar = Math.max(1, step - (step > 3 ? 1 : 0));
+    const shades = Object.fromEntries(DETAILS.map((detail) => [detail, colour(detail)]));
     const heights = { whole: 1, quarter: 0.66, sixteenth: 0.38, one: 0.16 };
     for (const [k, item] of items.entries()) {
-      context.fillStyle = style.getPropertyValue(`--${item.detail}`);
+      context.fillStyle = shades[item.detail];
       const tall = (floor - 2) * heights[item.detail];
       context.fillRect(k * step, floor - tall, bar, tall);
     }
-    context.fillStyle = style.getPropertyValue("--soft");
+    context.fillStyle = colour("soft");
     context.fillText(clock(items[0].time), 0, height);
     const last = clock(items.at(-1).time), end = Math.min(width, items.length * step);
     const room = context.measureText(last).width;

@@ -62,6 +62,19 @@ def test_bad_flags_are_refused(flag, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-gap=10"], "--max-gap has no effect without --select; give both, or leave it out"),
+        (["--blind-streams=1", "--skip-blind"], "--blind-streams has no effect with --skip-blind"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert message in capsys.readouterr().err
+
+
 def test_a_missing_checkpoint_is_reported(tmp_path, capsys):
     assert main(["--checkpoint", str(tmp_path / "none")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
