@@ -4,18 +4,21 @@ import asyncio
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
-from moss_jax.config import ConfigError, MemoryConfig, SessionConfig, TokenSampling
+from moss_jax.config import ConfigError
 from moss_jax.serving import protocol
 from moss_jax.serving.hub import CLOSE_NORMAL, Hub, SavedSession, Session
+from moss_jax.serving.items import Items
 from moss_jax.serving.media import MediaError, MediaLimits, decode_image, parse_data_url
 from moss_jax.serving.protocol import FrameInfo, MossFrames, ProtocolError
+from moss_jax.serving.responses import Asked, Responses
+from moss_jax.serving.settings import Settings
 from moss_jax.stream import (
     End,
     Engine,
@@ -37,7 +40,6 @@ from moss_jax.stream import (
 )
 from moss_jax.stream.events import Counters
 from moss_jax.stream.moments import BankView
-from moss_jax.text import Tokenizer, chat
 from moss_jax.video import fit_frame
 
 # Number of recent frame arrivals kept for the rate and latency.
@@ -57,76 +59,6 @@ class Frame:
     arrived: float
 
 
-@dataclasses.dataclass
-class Asked:
-    """Texts asked together, until the model has processed them."""
-
-    text: str
-    items: list[str]
-    metadata: dict[str, str] | None
-    at: float
-
-
-@dataclasses.dataclass
-class Response:
-    """The response in progress.
-
-    Attributes:
-      item_id: id of the answer's item; None until there is text.
-      cancelled: whether the client has cancelled it.
-      asked_at: monotonic time at which it was requested, until its first text.
-    """
-
-    id: str
-    asked: bool
-    metadata: dict[str, str] | None = None
-    item_id: str | None = None
-    text: str = ""
-    cancelled: bool = False
-    input_tokens: int = 0
-    asked_at: float | None = None
-
-
-class Corrections:
-    """Finds in streamed text the words with which the model retracts what it said.
-
-    Args:
-      words: text that begins a correction; empty for none.
-    """
-
-    def __init__(self, words: str):
-        self.words = words
-        self.held = ""
-
-    def feed(self, piece: str) -> Iterator[tuple[str, bool]]:
-        """Yields (text, begins a correction) pieces; a suffix that may begin a correction is buffered."""
-        text, self.held = self.held + piece, ""
-        while self.words and (start := text.find(self.words)) >= 0:
-            if start:
-                yield text[:start], False
-            yield self.words, True
-            text = text[start + len(self.words) :]
-        longest = min(len(text), len(self.words) - 1)
-        held = next((n for n in range(longest, 0, -1) if self.words.startswith(text[-n:])), 0)
-        cut = len(text) - held
-        self.held = text[cut:]
-        if text[:cut]:
-            yield text[:cut], False
-
-    def flush(self) -> str:
-        """Returns the buffered text, when no more follows."""
-        held, self.held = self.held, ""
-        return held
-
-
-def sentence_start(said: str, words: str) -> int:
-    """Start of the sentence in progress: after the previous sentence, or after a correction of it."""
-    ends = [said.rfind(mark) + len(mark) for mark in (". ", "! ", "? ", "\n") if mark in said]
-    if words and words in said:
-        ends.append(said.rfind(words) + len(words))
-    return max(ends, default=0)
-
-
 class Dialogue:
     """Protocol state of one session.
 
@@ -135,27 +67,21 @@ class Dialogue:
 
     Attributes:
       session: the session.
-      moss: the negotiated extension; None without it.
+      settings: its settings.
     """
 
     def __init__(self, hub: Hub, session: Session):
         self._hub, self.session = hub, session
         session.owner = self
-        self.moss: protocol.MossSettings | None = None
-        self._instructions: str = chat.SYSTEM_PROMPT
-        self._max_output_tokens: int | None = None
-        self._system: list[str] = []
-        self._numbers = {"item": 0, "resp": 0, "frame": 0}
-        self._last_item: str | None = None
-        self._history: collections.OrderedDict[str, protocol.ItemObject] = collections.OrderedDict()
+        self.settings = Settings(hub)
+        self._items = Items(session, self.settings, hub.config.history_items)
+        self._responses = Responses(hub, session, self.settings, self._items)
         self._frames: list[Frame] = []
         # Items some of whose frames have an unknown fate.
         self._fates: dict[str, dict[int, FrameInfo | None]] = {}
         self._held: list[tuple[str, str]] = []
         self._asked: collections.deque[Asked] = collections.deque()
-        self._response: Response | None = None
         self._counts = dict.fromkeys(COUNTERS, 0)
-        self._corrections = Corrections(hub.config.correction)
         self._arrivals: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._latencies: collections.deque[float] = collections.deque(maxlen=RECENT)
         # Arrival times of the frames that precede the next token.
@@ -163,121 +89,9 @@ class Dialogue:
         self._counters_task: asyncio.Task | None = None
         self._time = 0.0
         self._room = asyncio.Event()
-        # Tokens that entered the context, counted from the stream's events.
-        self._context = 0
         self._limits = MediaLimits(
             max_pixels=hub.config.max_image_pixels, max_bytes=hub.config.max_message_bytes
         )
-
-    # -------------------------------------------------------------------------------- settings
-
-    def describe(self, resumed: protocol.Resumed | None = None) -> protocol.SessionObject:
-        """The session settings in force."""
-        moss = None
-        if self.moss is not None:
-            stream, memory = self._session_config(), self._memory() or self._engine_memory()
-            limits = ("tokens_per_second", "tail_seconds", "max_tokens_per_second", "max_fps")
-            moss = protocol.MossSession(
-                version=protocol.VERSION,
-                clock=stream.clock,
-                frames=self.moss.frames or "items",
-                token=self.session.token,
-                grace_seconds=self._hub.config.grace_seconds,
-                sampling=dataclasses.asdict(self._sampling() or self._engine_sampling()),
-                memory=dataclasses.asdict(memory) | self._capacities(),
-                selection=dataclasses.asdict(stream.selection),
-                limits={name: getattr(stream, name) for name in limits},
-                correction=self._hub.config.correction,
-                image_size=self._hub.image_size,
-                resumed=resumed,
-            )
-        return protocol.SessionObject(
-            id=self.session.id,
-            model=self._hub.model,
-            instructions=self._system_prompt(),
-            max_output_tokens=self._max_output_tokens or self._hub.session_config.max_tokens_per_turn,
-            moss=moss,
-        )
-
-    @property
-    def _tokenizer(self) -> Tokenizer:
-        return self._hub.scheduler.engine.tokenizer
-
-    def _system_prompt(self) -> str:
-        return "\n".join(part for part in (self._instructions, *self._system) if part)
-
-    def _session_config(self) -> SessionConfig:
-        config, moss = self._hub.session_config, self.moss
-        if moss and moss.selection:
-            config = changed(config, selection=changed(config.selection, **given(moss.selection)))
-        if moss and moss.limits:
-            config = changed(config, **given(moss.limits))
-        if self._max_output_tokens:
-            most = min(self._max_output_tokens, config.max_tokens_per_turn)
-            config = changed(config, max_tokens_per_turn=most)
-        return config
-
-    def _engine_memory(self) -> MemoryConfig:
-        return self._hub.scheduler.engine.config.memory
-
-    def _engine_sampling(self) -> TokenSampling:
-        engine = self._hub.scheduler.engine
-        return engine.sampling if isinstance(engine, Engine) else TokenSampling()
-
-    def _memory(self) -> MemoryConfig | None:
-        """The stream's memory settings if they differ from the engine's."""
-        settings = given(self.moss.memory) if self.moss and self.moss.memory else {}
-        settings = {n: x for n, x in settings.items() if n not in ("bank_capacity", "text_capacity")}
-        return changed(self._engine_memory(), **settings) if settings else None
-
-    def _capacities(self) -> dict[str, int]:
-        engine = self._hub.scheduler.engine.config
-        asked = given(self.moss.memory) if self.moss and self.moss.memory else {}
-        return {n: asked.get(n, getattr(engine, n)) for n in ("bank_capacity", "text_capacity")}
-
-    def _sampling(self) -> TokenSampling | None:
-        settings = given(self.moss.sampling) if self.moss and self.moss.sampling else {}
-        return changed(self._engine_sampling(), **settings) if settings else None
-
-    def _update(self, settings: protocol.SessionSettings) -> None:
-        """Changes the settings that can still change, all or none."""
-        before = self._instructions, self._max_output_tokens, self.moss
-        fixed = self._fixed()
-        if settings.instructions is not None:
-            self._instructions = settings.instructions
-        if settings.max_output_tokens is not None:
-            most = settings.max_output_tokens
-            self._max_output_tokens = None if most == "inf" else most
-        if settings.moss is not None:
-            old = self.moss.model_dump(exclude_none=True) if self.moss else {}
-            new = settings.moss.model_dump(exclude_none=True, exclude={"resume", "token", "after"})
-            self.moss = protocol.MossSettings.model_validate(old | new)
-        try:
-            wrong = [name for name, value in self._fixed().items() if value != fixed[name]]
-            if wrong and self.session.stream is not None:
-                raise ProtocolError(
-                    f"{wrong[0]} is fixed once the stream is open; open another session",
-                    code="stream_is_open",
-                    param=f"session.{wrong[0]}",
-                )
-        except (ProtocolError, ConfigError):
-            self._instructions, self._max_output_tokens, self.moss = before
-            raise
-        if self.moss is not None:
-            self.session.is_resumable = True
-            if self._counters_task is None:
-                self._counters_task = asyncio.create_task(self._tell_counters())
-
-    def _fixed(self) -> dict[str, Any]:
-        """Validates and returns the settings that are fixed once the stream is open, by name."""
-        return {
-            "instructions": self._instructions,
-            "max_output_tokens": self._session_config().max_tokens_per_turn,
-            "moss.limits": dataclasses.replace(self._session_config(), selection=SessionConfig().selection),
-            "moss.selection": self._session_config().selection,
-            "moss.memory": (self._memory() or self._engine_memory(), self._capacities()),
-            "moss.sampling": self._sampling() or self._engine_sampling(),
-        }
 
     # ------------------------------------------------------------------------ client events
 
@@ -289,15 +103,12 @@ class Dialogue:
         """
         match event:
             case protocol.SessionUpdate():
-                try:
-                    self._update(event.session)
-                except ConfigError as error:
-                    raise ProtocolError(str(error), code="invalid_setting", param="session") from error
+                self._update(event.session)
                 self.session.send(protocol.SessionUpdated(session=self.describe()))
             case protocol.ItemCreate():
                 await self._create_item(event.item, event.moss.time if event.moss else None)
             case protocol.ItemRetrieve():
-                item = self._history.get(event.item_id)
+                item = self._items.get(event.item_id)
                 if item is None:
                     raise ProtocolError(
                         f"there is no item {event.item_id[:64]!r}, or it is no longer kept",
@@ -331,13 +142,28 @@ class Dialogue:
             case _:
                 raise ProtocolError("audio is not supported", code="unsupported", param="type")
 
+    def describe(self, resumed: protocol.Resumed | None = None) -> protocol.SessionObject:
+        """The session settings in force."""
+        return self.settings.describe(self.session, resumed)
+
+    def _update(self, settings: protocol.SessionSettings) -> None:
+        """Changes settings; with the extension, the session may be resumed and is told of its memory."""
+        try:
+            self.settings.update(settings, is_open=self.session.stream is not None)
+        except ConfigError as error:
+            raise ProtocolError(str(error), code="invalid_setting", param="session") from error
+        if self.settings.moss is not None:
+            self.session.is_resumable = True
+            if self._counters_task is None:
+                self._counters_task = asyncio.create_task(self._tell_counters())
+
     async def handle_frame(self, message: bytes) -> None:
         """Shows the model the frame of a binary message.
 
         Raises:
           ProtocolError: binary messages were not negotiated, or the message is not a valid frame.
         """
-        if self.moss is None or self.moss.frames != "binary":
+        if self.settings.moss is None or self.settings.moss.frames != "binary":
             raise ProtocolError(
                 'binary messages must be negotiated: session.update with moss {version: 1, frames: "binary"}',
                 code="binary_not_negotiated",
@@ -346,7 +172,7 @@ class Dialogue:
         frame = await self._decode(image)
         stream = await self._open()
         await self._wait_for_room(stream)
-        self._show(stream, self._next_id("item"), [frame], at, (protocol.Part(type="input_image"),))
+        self._show(stream, self._items.next_id("item"), [frame], at, (protocol.Part(type="input_image"),))
 
     async def _create_item(self, item: protocol.Item, at: float | None) -> None:
         if item.type != "message":
@@ -355,7 +181,7 @@ class Dialogue:
                 code="unsupported",
                 param="item.type",
             )
-        if item.id is not None and (item.id in self._history or item.id in self._fates):
+        if item.id is not None and (self._items.get(item.id) or item.id in self._fates):
             raise ProtocolError(f"there is an item {item.id!r} already", code="item_exists", param="item.id")
         if not item.content:
             raise ProtocolError("the item has no content", code="invalid_item", param="item.content")
@@ -381,7 +207,7 @@ class Dialogue:
             else:
                 what = "audio is" if "audio" in part.type else f"content of the type {part.type[:64]!r} is"
                 raise ProtocolError(f"{what} not supported", code="unsupported", param=where)
-        item_id = item.id or self._next_id("item")
+        item_id = item.id or self._items.next_id("item")
         if texts:
             self._held.append((item_id, "\n".join(texts)))
         if frames:
@@ -389,7 +215,7 @@ class Dialogue:
             await self._wait_for_room(stream)
             self._show(stream, item_id, frames, at, tuple(parts))
         else:
-            self._add_item(item_id, tuple(parts))
+            self._items.add(item_id, tuple(parts))
 
     def _add_system(self, item: protocol.Item) -> None:
         """Appends a system item to the instructions."""
@@ -404,11 +230,11 @@ class Dialogue:
             raise ProtocolError(
                 "an item of the role 'system' holds text alone", code="unsupported", param="item.content"
             )
-        self._system += texts
+        self.settings.system += texts
         parts = tuple(protocol.Part(type="input_text", text=text) for text in texts)
-        item_id = item.id or self._next_id("item")
-        self._add_item(item_id, parts, role="system")
-        self._finish_item(item_id)
+        item_id = item.id or self._items.next_id("item")
+        self._items.add(item_id, parts, role="system")
+        self._items.finish(item_id)
 
     async def _decode(self, image: str | bytes, param: str | None = None) -> UInt8[np.ndarray, "S S 3"]:
         """Decodes a frame from a data URL or a file, scaled to the model's image size."""
@@ -451,8 +277,7 @@ class Dialogue:
                 raise ProtocolError(str(error), code="invalid_time", param="moss.time") from error
             if not is_live or at is None:
                 raise over()
-            index = self._numbers["frame"]
-            self._numbers["frame"] += 1
+            index = self._items.next_number("frame")
             arrived = time.monotonic()
             self._arrivals.append(arrived)
             self._frames.append(Frame(item_id, index, at, arrived))
@@ -461,49 +286,16 @@ class Dialogue:
             first = first or FrameInfo(index=index, time=at, queued=len(self._frames))
         self._fates[item_id] = infos
         assert first is not None
-        self._add_item(item_id, parts, moss=MossFrames(frame=first))
-
-    def _add_item(
-        self,
-        item_id: str,
-        parts: tuple[protocol.Part, ...],
-        *,
-        role: Literal["user", "system"] = "user",
-        moss: MossFrames | None = None,
-    ) -> None:
-        item = protocol.ItemObject(id=item_id, status="completed", role=role, content=parts)
-        self._remember(item)
-        self.session.send(
-            protocol.ItemAdded(previous_item_id=self._last_item, item=item, moss=moss if self.moss else None)
-        )
-        self._last_item = item_id
-
-    def _remember(self, item: protocol.ItemObject) -> None:
-        """Keeps an item for later retrieval."""
-        self._history[item.id] = item
-        while len(self._history) > self._hub.config.history_items:
-            self._history.popitem(last=False)
-
-    def _finish_item(
-        self, item_id: str, moss: MossFrames | None = None, status: protocol.Status = "completed"
-    ) -> None:
-        item = self._history.get(item_id)
-        if item is None:  # No longer kept in the history.
-            item = protocol.ItemObject(id=item_id, status="completed", role="user")
-        self.session.send(
-            protocol.ItemDone(
-                item=item.model_copy(update={"status": status}), moss=moss if self.moss else None
-            )
-        )
+        self._items.add(item_id, parts, moss=MossFrames(frame=first))
 
     async def _ask(self, settings: protocol.ResponseSettings, at: float | None) -> None:
         texts = [text for _, text in self._held]
         if settings.instructions:
             # Some clients repeat the session's instructions before the response's own.
-            own = settings.instructions.removeprefix(self._instructions).strip()
+            own = settings.instructions.removeprefix(self.settings.instructions).strip()
             texts += [own] * bool(own)
         if not texts:
-            if self._response is not None or self._asked:
+            if self._responses.current is not None or self._asked:
                 raise ProtocolError(
                     "a response is in progress; wait for response.done, or ask something to cut it",
                     code="conversation_already_has_active_response",
@@ -524,12 +316,12 @@ class Dialogue:
                 raise over()
         except SessionError as error:
             for item_id in items:
-                self._finish_item(item_id, status="incomplete")
+                self._items.finish(item_id, status="incomplete")
             raise ProtocolError(str(error), code="refused_prompt") from error
         self._asked.append(asked)
 
     def _cancel(self, response_id: str | None) -> None:
-        response = self._response
+        response = self._responses.current
         if response is None or response_id not in (None, response.id):
             raise ProtocolError(
                 "there is no such response in progress",
@@ -547,14 +339,7 @@ class Dialogue:
         if self.session.stream is not None:
             return self.session.stream
         try:
-            return await self.session.open(
-                config=self._session_config(),
-                system=self._system_prompt() or None,
-                sampling=self._sampling(),
-                memory=self._memory(),
-                **(self._capacities() if self.moss and self.moss.memory else {}),
-                resume=resume,
-            )
+            return await self.session.open(**self.settings.of_stream(), resume=resume)
         except Refused as error:
             raise ProtocolError(str(error), code="no_free_stream", type="server_error") from error
         except SavedStreamError as error:
@@ -579,27 +364,27 @@ class Dialogue:
             case Turn() if event.prompt:
                 self._on_turn(event)
             case Text():
-                self._on_text(event)
+                self._counts["tokens"] += 1
+                self._hub.counters.tokens += 1
+                self._responses.say(event.text, event.stream_time)
             case Silence():
                 self._counts["silences"] += 1
-                self._context += 1
-                if self._response is not None:
-                    self._finish_response("completed")
+                self._responses.context += 1
+                self._responses.finish(self._time, "completed")
                 self._send_moss(protocol.SilenceEvent(time=event.stream_time))
             case Interrupted():
                 self._counts["interruptions"] += 1
                 self._hub.counters.interruptions += 1
-                if self._response is not None:
-                    reason = "client_cancelled" if self._response.cancelled else "turn_detected"
-                    self._finish_response("cancelled", reason)
+                if (response := self._responses.current) is not None:
+                    reason = "client_cancelled" if response.cancelled else "turn_detected"
+                    self._responses.finish(self._time, "cancelled", reason)
             case TurnLimit():
-                self._finish_response("incomplete", "max_output_tokens")
+                self._responses.finish(self._time, "incomplete", "max_output_tokens")
             case NotAsked():
                 self._on_turn(event)
-                self._finish_response("failed", error="not_asked")
+                self._responses.finish(self._time, "failed", error="not_asked")
             case Failed():
-                if self._response is not None:
-                    self._finish_response("failed", error="stream_failed")
+                self._responses.finish(self._time, "failed", error="stream_failed")
                 is_kept = self._hub.state_folder is not None and self.session.is_resumable
                 resume = ", or resume this one from its last save" if is_kept else ""
                 error = ProtocolError(
@@ -627,7 +412,7 @@ class Dialogue:
         self._room.set()
         seconds = time.monotonic() - frame.arrived
         if fate not in ("dropped", "rate"):
-            self._context += 1  # Its `<|image|>` token.
+            self._responses.context += 1  # Its `<|image|>` token.
         if fate == "seen":
             self._latencies.append(seconds)
             self._hub.counters.observe("frame", seconds)
@@ -639,143 +424,30 @@ class Dialogue:
         if all(fates.values()):
             infos = tuple(info for info in fates.values() if info)
             del self._fates[frame.item_id]
-            item = self._history.get(frame.item_id)
+            item = self._items.get(frame.item_id)
             has_text = item is not None and any(part.type == "input_text" for part in item.content)
             frames = MossFrames(frame=infos[0], frames=infos if len(infos) > 1 else None)
             if not has_text:  # An item with text is done when its text is asked.
-                self._finish_item(frame.item_id, frames)
+                self._items.finish(frame.item_id, frames)
 
     def _on_turn(self, event: Turn | NotAsked) -> None:
         """Begins the response to a question."""
         self._counts["prompts"] += 1
         self._hub.counters.prompts += 1
-        self._context += len(self._tokenizer.encode(event.prompt))
-        if self._response is not None:
-            self._finish_response("cancelled", "turn_detected")
+        self._responses.context += self._responses.count_tokens(event.prompt)
+        self._responses.finish(self._time, "cancelled", "turn_detected")
         asked = self._asked.popleft() if self._asked else Asked(event.prompt, [], None, time.monotonic())
         for item_id in asked.items:
-            self._finish_item(item_id)
-        self._begin_response(event, asked)
-
-    def _begin_response(self, event: Event, asked: Asked | None = None) -> Response:
-        response = Response(
-            self._next_id("resp"),
-            asked=asked is not None,
-            metadata=asked.metadata if asked else None,
-            input_tokens=self._context,
-            asked_at=asked.at if asked else None,
-        )
-        self._response = response
-        self._hub.counters.responses += 1
-        self._corrections.held = ""
-        moss = protocol.MossResponse(asked=response.asked, time=event.stream_time) if self.moss else None
-        self.session.send(
-            protocol.ResponseCreated(response=self._describe(response, "in_progress"), moss=moss)
-        )
-        return response
-
-    def _on_text(self, event: Text) -> None:
-        self._counts["tokens"] += 1
-        self._hub.counters.tokens += 1
-        response = self._response or self._begin_response(event)
-        if response.cancelled and self.session.stream is not None:
-            # Cancelled before it spoke.
-            self.session.stream.interrupt()
-        if response.asked_at is not None:
-            self._hub.counters.observe("ttft", time.monotonic() - response.asked_at)
-            response.asked_at = None
-        if self.moss is None:
-            self._say(response, event.text, event.stream_time)
-            return
-        for piece, takes_back in self._corrections.feed(event.text):
-            self._say(response, piece, event.stream_time, takes_back=takes_back)
-
-    def _say(self, response: Response, text: str, at: float, *, takes_back: bool = False) -> None:
-        """Sends a piece of the answer, preceded by the new item if it is the first."""
-        if response.item_id is None:
-            response.item_id = self._next_id("item")
-            item = protocol.ItemObject(id=response.item_id, status="in_progress", role="assistant")
-            self.session.send(protocol.OutputItemAdded(response_id=response.id, item=item))
-            self.session.send(protocol.ItemAdded(previous_item_id=self._last_item, item=item))
-            self._last_item = response.item_id
-            part = protocol.ContentPart(text="")
-            self.session.send(
-                protocol.PartAdded(response_id=response.id, item_id=response.item_id, part=part)
-            )
-        moss = None
-        if self.moss is not None:
-            start = sentence_start(response.text, self._corrections.words) if takes_back else None
-            moss = protocol.MossDelta(time=at, takes_back=takes_back or None, start=start)
-        response.text += text
-        self.session.send(
-            protocol.TextDelta(response_id=response.id, item_id=response.item_id, delta=text, moss=moss)
-        )
-
-    def _finish_response(
-        self,
-        status: protocol.ResponseStatus,
-        reason: protocol.Reason | None = None,
-        *,
-        error: str | None = None,
-    ) -> None:
-        response = self._response
-        if response is None:
-            return
-        if held := self._corrections.flush():
-            self._say(response, held, self._time)
-        self._response = None
-        self._context += len(self._tokenizer.encode(response.text))
-        if response.item_id is not None:
-            item = self._output(response, "completed" if status == "completed" else "incomplete")
-            part = protocol.ContentPart(text=response.text)
-            self.session.send(protocol.TextDone(response_id=response.id, item_id=item.id, text=response.text))
-            self.session.send(protocol.PartDone(response_id=response.id, item_id=item.id, part=part))
-            self.session.send(protocol.OutputItemDone(response_id=response.id, item=item))
-            self._remember(item)
-            self.session.send(protocol.ItemDone(item=item))
-        self.session.send(protocol.ResponseDone(response=self._describe(response, status, reason, error)))
-
-    def _output(self, response: Response, status: protocol.Status) -> protocol.ItemObject:
-        assert response.item_id is not None
-        content = (protocol.Part(type="output_text", text=response.text),)
-        return protocol.ItemObject(id=response.item_id, status=status, role="assistant", content=content)
-
-    def _describe(
-        self,
-        response: Response,
-        status: protocol.ResponseStatus,
-        reason: protocol.Reason | None = None,
-        error: str | None = None,
-    ) -> protocol.ResponseObject:
-        if status == "in_progress":
-            return protocol.ResponseObject(id=response.id, status=status, metadata=response.metadata)
-        failure = protocol.StatusError(type="server_error", code=error) if error else None
-        said = len(self._tokenizer.encode(response.text))
-        output = ()
-        if response.item_id is not None:
-            output = (self._output(response, "completed" if status == "completed" else "incomplete"),)
-        return protocol.ResponseObject(
-            id=response.id,
-            status=status,
-            status_details=protocol.StatusDetails(type=status, reason=reason, error=failure),
-            output=output,
-            metadata=response.metadata,
-            usage=protocol.Usage(
-                total_tokens=response.input_tokens + said,
-                input_tokens=response.input_tokens,
-                output_tokens=said,
-            ),
-        )
+            self._items.finish(item_id)
+        self._responses.begin(event.stream_time, asked)
 
     def _on_end(self, event: End) -> None:
-        if self._response is not None:
-            status = "completed" if event.reason == "finished" else "incomplete"
-            self._finish_response(status)
+        self._responses.finish(self._time, "completed" if event.reason == "finished" else "incomplete")
         self._stop_counters()
         self._room.set()
         counters = dataclasses.asdict(event.counters)
         self._counts = counters
-        if self.moss is not None:
+        if self.settings.moss is not None:
             figures = dataclasses.asdict(event.figures) if event.figures else None
             self.session.send(
                 protocol.EndEvent(
@@ -792,7 +464,7 @@ class Dialogue:
     def on_shutdown(self, *, saved: bool) -> None:
         """Notifies the client that the server shuts down."""
         self._stop_counters()
-        if self.moss is not None:
+        if self.settings.moss is not None:
             end = protocol.EndEvent(time=self._time, reason="shutdown", counters=self._counts, saved=saved)
             self.session.send(end)
         else:
@@ -801,7 +473,7 @@ class Dialogue:
 
     def _send_moss(self, event: protocol.Event) -> None:
         """Sends an extension event, if the extension was negotiated."""
-        if self.moss is not None:
+        if self.settings.moss is not None:
             self.session.send(event)
 
     # ---------------------------------------------------------------------------------- counters
@@ -849,7 +521,7 @@ class Dialogue:
 
     def resumed(self, replayed: int, missed: int, *, saved: bool) -> protocol.Resumed:
         """Describes a resumed session."""
-        response, opened = self._response, None
+        response, opened = self._responses.current, None
         if response is not None and response.item_id is not None:
             opened = response.id, response.item_id
         return protocol.Resumed(time=self._time, replayed=replayed, missed=missed, saved=saved, open=opened)
@@ -857,21 +529,14 @@ class Dialogue:
     def state(self) -> dict[str, Any]:
         """JSON-ready state from which the dialogue resumes in another process."""
         return {
-            "moss": self.moss.model_dump(exclude_none=True) if self.moss else None,
-            "instructions": self._instructions,
-            "max_output_tokens": self._max_output_tokens,
-            "system": list(self._system),
-            "numbers": dict(self._numbers),
-            "last_item": self._last_item,
-            "history": [item.model_dump(exclude_none=True) for item in self._history.values()],
+            **self.settings.state(),
+            **self._items.state(),
+            **self._responses.state(),
             "frames": [dataclasses.asdict(frame) for frame in self._frames],
             "held": [list(held) for held in self._held],
             "asked": [dataclasses.asdict(asked) for asked in self._asked],
-            "response": dataclasses.asdict(self._response) if self._response else None,
-            "corrections": self._corrections.held,
             "counts": dict(self._counts),
             "time": self._time,
-            "context": self._context,
         }
 
     async def restore(self, saved: SavedSession) -> None:
@@ -882,12 +547,8 @@ class Dialogue:
         """
         state = saved.dialogue
         self.session.sequence = state["sequence"]
-        self.moss = protocol.MossSettings.model_validate(state["moss"]) if state["moss"] else None
-        self._instructions, self._system = state["instructions"], state["system"]
-        self._max_output_tokens = state["max_output_tokens"]
-        self._numbers, self._last_item = state["numbers"], state["last_item"]
-        items = map(protocol.ItemObject.model_validate, state["history"])
-        self._history = collections.OrderedDict((item.id, item) for item in items)
+        for part in (self.settings, self._items, self._responses):
+            part.restore(state)
         now = time.monotonic()
         waiting = collections.Counter(at for at, prompt, _ in state["inbox"] if prompt is None)
         for fields in state["frames"]:
@@ -899,18 +560,10 @@ class Dialogue:
         self._held = [(item_id, text) for item_id, text in state["held"]]
         prompts = sum(prompt is not None for _, prompt, _ in state["inbox"])
         self._asked.extend(Asked(**asked | {"at": now}) for asked in state["asked"][:prompts])
-        if state["response"]:
-            self._response = Response(**state["response"] | {"asked_at": None})
-        self._corrections.held = state["corrections"]
-        self._counts, self._time, self._context = state["counts"], state["time"], state["context"]
+        self._counts, self._time = state["counts"], state["time"]
         await self._open(saved.stream)
         self.session.is_resumable = True
         self._counters_task = asyncio.create_task(self._tell_counters())
-
-    def _next_id(self, kind: str) -> str:
-        """An id that is unique across sessions."""
-        self._numbers[kind] += 1
-        return f"{kind}_{self.session.id[5:17]}_{self._numbers[kind]}"
 
 
 def memory_items(view: BankView) -> tuple[protocol.MemoryItem, ...]:
@@ -936,17 +589,3 @@ def memory_items(view: BankView) -> tuple[protocol.MemoryItem, ...]:
 def over() -> ProtocolError:
     """The error for input after the end of a stream."""
     return ProtocolError("the stream is over; open another session", code="stream_is_over")
-
-
-def given(settings: protocol.Strict) -> dict[str, Any]:
-    """The settings that a client has set."""
-    return settings.model_dump(exclude_none=True)
-
-
-def changed[Config](config: Config, **changes: Any) -> Config:
-    """Returns a copy of a config with changed values.
-
-    Raises:
-      ConfigError: a value is invalid.
-    """
-    return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]

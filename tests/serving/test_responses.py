@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moss_jax.serving.dialogue import Corrections, sentence_start
+from moss_jax.serving.responses import Corrections, sentence_start
 
 WORDS = " - wait, "
 
