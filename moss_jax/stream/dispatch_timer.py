@@ -16,6 +16,8 @@ from moss_jax.stream.conversation import Plan
 WEIGHT = 0.25
 # Factor on the time recorded for a step that was done before the host waited for it.
 SHORTER = 0.5
+# Limit of the time recorded for a step, in units of the mean: one pause of the process must not count long.
+OUTLIER = 2.0
 # Safety margin in seconds: launch latency of the device, and jitter of the host.
 MARGIN = 0.0014
 
@@ -60,6 +62,8 @@ class DispatchTimer:
           is_late: whether the step was done before the host waited for it, so the device has been idle.
         """
         before = self._steps.get(kind)
+        if before is not None:
+            seconds = min(seconds, OUTLIER * before)
         if is_late:
             seconds = SHORTER * min(seconds, seconds if before is None else before)
         self._steps[kind] = _mean(before, seconds)

@@ -43,6 +43,17 @@ def test_a_step_behind_frames_that_are_encoded_is_of_another_kind():
     assert timer.delay(DECODE) == pytest.approx(0.010 - MARGIN)
 
 
+def test_one_pause_of_the_process_hardly_counts():
+    timer = DispatchTimer()
+    for seconds in (0.010, 0.010, 5.0):
+        timer.record_step(DECODE, seconds)
+    assert timer.delay(DECODE) <= 0.0126 - MARGIN
+    # Steps that do take longer count in the end.
+    for _ in range(40):
+        timer.record_step(DECODE, 0.050)
+    assert timer.delay(DECODE) == pytest.approx(0.050 - MARGIN, rel=0.01)
+
+
 def test_a_late_host_does_not_take_its_own_time_for_that_of_the_step():
     timer, step, host, times = DispatchTimer(), 0.020, 5 * MARGIN, []
     for _ in range(200):
