@@ -468,7 +468,9 @@ def _check_finite(step: int, metrics: Mapping[str, float], last: int) -> None:
     for norm, of in (("grad_norm", "gradient"), ("param_norm", "parameters")):
         if parts := [name.partition("/")[2] for name in bad if name.startswith(f"{norm}/")]:
             found.append(f"the norm of the {of} of {', '.join(parts)} is {bad[f'{norm}/{parts[0]}']}")
-    resume = f"--resume continues from step {last}" if last else "there is no checkpoint before it"
+    resume = "there is no checkpoint before it"
+    if last:
+        resume = f"--resume continues from the checkpoint of step {last}"
     raise RunError(
         f"training diverged at step {step}: {'; '.join(found or bad)}. Nothing of this step was saved; "
         f"{resume}. A lower optimizer.learning_rate may help, or a look at the data of this step"

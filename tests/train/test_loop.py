@@ -274,7 +274,7 @@ def test_a_run_that_diverges_stops_at_the_first_bad_step(tmp_path, finished, che
     config = runs.make_config(checkpoint, *more)
     message = (
         r"^training diverged at step 7: .*the norm of the parameters of \w+(, \w+)* is (inf|nan)\. Nothing "
-        r"of this step was saved; --resume continues from step 6\."
+        r"of this step was saved; --resume continues from the checkpoint of step 6\."
     )
     with pytest.raises(RunError, match=message) as raised:
         loop.run(config, workdir, resume=True)
