@@ -70,6 +70,16 @@ def is_quantized(model: nnx.Module) -> bool:
     return any(not isinstance(linear.kernel.get_value(), jax.Array) for linear in linears)
 
 
+def stored_weights(model: MossVideo) -> dict[str, str]:
+    """How the weights of "decoder" and "encoder" are stored: "int8", "fp8" or the model's dtype."""
+
+    def stored(part: nnx.Module) -> str:
+        dtypes = {x.dtype for x in jax.tree.leaves(nnx.state(part, nnx.Param))}
+        return next((name for name, dtype in qarray.DTYPES.items() if dtype in dtypes), str(model.dtype))
+
+    return {"decoder": stored(model.decoder), "encoder": stored(model.vision)}
+
+
 def for_decoding(decoder: Decoder, layout: Layout | None = None) -> Decoder:
     """Returns the decoder with its attention projections in the layout that decodes fastest.
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from moss_jax.config import ConfigError, EngineConfig, MemoryConfig, TokenSampling
 from moss_jax.memory.policies import FULL, make_policy
 from moss_jax.memory.selection import feature_distance
-from moss_jax.nn import MossVideo, for_decoding
+from moss_jax.nn import MossVideo, for_decoding, stored_weights
 from moss_jax.stream.capacity import slot_bytes
 from moss_jax.stream.parameters import functionalize
 from moss_jax.stream.perception import ENCODE_BUCKETS, SHARED_BUCKETS, FrameEncoder, Strips
@@ -110,6 +110,7 @@ class Engine:
     Attributes:
       placement: the device of the decoder and of every state; on a mesh, that of replicated arrays.
       parameters: the decoder's, as the step takes them.
+      weights: how the weights of decoder and encoder are stored; see `nn.stored_weights`.
       frame_encoder: vision encoder, compressor and projector.
       programs: the jitted functions by name: "step", "set_sampling", "reset_slot", "compact_text", "pixels",
         "encode", one such as "sample.greedy" for each `SamplingKind`, and one such as "compact_bank.pyramid"
@@ -146,6 +147,7 @@ class Engine:
         self.model_config = model.config
         self.tokenizer = tokenizer
         self.dtype = model.dtype
+        self.weights = stored_weights(model)
         self.perception_device = perception_device
         # A fingerprint that tells apart models of one config: parameters that training changes, but
         # quantization does not.

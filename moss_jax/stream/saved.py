@@ -1,13 +1,14 @@
 """Saved streams: one safetensors file holds everything that is needed to resume a stream.
 
 Its tensors are the arrays of the slot, the frames queued in its inbox, and what the next frame is compared
-with; its metadata are the format, the settings of the engine and the dialogue, as JSON, and a checksum of it
-all.
+with; its metadata are the format, the settings of the engine, how its weights are stored and the dialogue, as
+JSON, and a checksum of it all.
 """
 
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import zlib
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_logger = logging.getLogger(__name__)
 # Maximum number of differences listed in an error.
 _MAX_LISTED = 8
 
@@ -54,6 +56,7 @@ class SavedStream:
       compared: what the next frame is compared with, by name: "thumbnail" of the frame that was encoded last,
         "features" of the one that was remembered last; empty if frames are not selected. Also the times of
         the frames in the bank; see `Moments.save`.
+      weights: how the engine's weights are stored, by part of the model; empty if the file does not say.
     """
 
     settings: dict[str, Any]
@@ -61,6 +64,7 @@ class SavedStream:
     arrays: Mapping[str, np.ndarray]
     frames: list[np.ndarray]
     compared: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_stream(path: str | os.PathLike, saved: SavedStream) -> None:
@@ -82,6 +86,7 @@ def write_stream(path: str | os.PathLike, saved: SavedStream) -> None:
         "format": FORMAT,
         "settings": json.dumps(saved.settings),
         "dialogue": json.dumps(saved.dialogue),
+        "weights": json.dumps(dict(saved.weights)),
     }
     metadata["checksum"] = _checksum(metadata, tensors)
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -149,6 +154,8 @@ def read_stream(path: str | os.PathLike) -> SavedStream:
         if metadata.pop("checksum", "") != _checksum(metadata, tensors):
             raise SavedStreamError(damaged)
         settings, dialogue = json.loads(metadata["settings"]), json.loads(metadata["dialogue"])
+        # Files of earlier versions have none.
+        weights = json.loads(metadata.get("weights", "{}"))
     except (KeyError, TypeError, ValueError) as error:
         raise SavedStreamError(damaged) from error
     names = sorted((name for name in tensors if name.startswith(INBOX)), key=lambda n: int(n[len(INBOX) :]))
@@ -156,7 +163,7 @@ def read_stream(path: str | os.PathLike) -> SavedStream:
     compared = {
         name.removeprefix(COMPARED): tensors.pop(name) for name in list(tensors) if name.startswith(COMPARED)
     }
-    return SavedStream(settings, dialogue, tensors, frames, compared)
+    return SavedStream(settings, dialogue, tensors, frames, compared, weights)
 
 
 def check_settings(path: str | os.PathLike, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -183,6 +190,26 @@ def check_settings(path: str | os.PathLike, saved: Mapping[str, Any], settings: 
     raise SavedStreamError(
         f"{path} does not fit this engine: {', '.join(differences[:_MAX_LISTED])}{more}; {remedy}"
     )
+
+
+def compare_weights(path: str | os.PathLike, saved: Mapping[str, str], weights: Mapping[str, str]) -> None:
+    """Logs a warning if a stream was saved with weights that were stored otherwise, which is allowed.
+
+    Args:
+      saved: of the file; empty if it does not say.
+      weights: of the engine that is to resume it.
+    """
+    if saved and saved != weights:
+        _logger.warning(
+            "%s was saved with %s and continues with %s",
+            path,
+            _describe_weights(saved),
+            _describe_weights(weights),
+        )
+
+
+def _describe_weights(weights: Mapping[str, str]) -> str:
+    return " and ".join(f"{part} weights in {dtype}" for part, dtype in weights.items())
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> str:

@@ -47,6 +47,7 @@ from moss_jax.stream.saved import (
     SavedStream,
     SavedStreamError,
     check_settings,
+    compare_weights,
     read_stream,
 )
 from moss_jax.stream.stream import (
@@ -203,6 +204,7 @@ class Scheduler:
             # A resumed stream keeps the limits that it was saved with.
             limits = saved_config(engine.config, saved.settings)
             check_settings(resume, saved.settings, engine.stream_settings(limits))
+            compare_weights(resume, saved.weights, engine.weights)
         else:
             check_length(opening, limits)
         with self.changed:

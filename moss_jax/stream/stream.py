@@ -188,7 +188,7 @@ class Stream:
         arrays = engine.save_slot(state, self.slot)
         compared |= self.conversation.moments.save(arrays["bank.positions"])
         settings = engine.stream_settings(self.conversation.capacity)
-        return SavedStream(settings, copy.deepcopy(dialogue), arrays, frames, compared)
+        return SavedStream(settings, copy.deepcopy(dialogue), arrays, frames, compared, engine.weights)
 
     def copy_while_running(self) -> "Future[SavedStream]":
         """Asks the scheduler for a copy of the stream between two of its steps, for `write_stream`.

@@ -13,7 +13,7 @@ from flax import nnx
 import moss_jax
 from moss_jax.config import PRESETS, ConfigError, EngineConfig, OptimizerConfig, TrainConfig
 from moss_jax.convert import open_model
-from moss_jax.nn import MossVideo, is_quantized, quantize
+from moss_jax.nn import MossVideo, is_quantized, quantize, stored_weights
 from moss_jax.nn.layers import Linear
 from moss_jax.ops.attention import QuantizedQKV
 from moss_jax.ops.linear import norm_linear, residual_add
@@ -193,7 +193,9 @@ def test_which_weights_are_in_8_bits(small_config, random_model):
     model = random_model(small_config("channelFusion"))
     classes = [type(module) for _, module in nnx.iter_modules(model)]
     dtypes = {name: linear.kernel.dtype for name, linear in linears(model).items()}
+    assert stored_weights(model) == {"decoder": "float32", "encoder": "float32"}
     quantize(model, decoder="int8", encoder="fp8")
+    assert stored_weights(model) == {"decoder": "int8", "encoder": "fp8"}
     assert [type(module) for _, module in nnx.iter_modules(model)] == classes
     for name, linear in linears(model).items():
         kernel = linear.kernel.get_value()

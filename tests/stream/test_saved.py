@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -21,6 +22,7 @@ from stream.test_session import Watcher
 from moss_jax.config import EngineConfig, MemoryConfig, SelectionConfig, SessionConfig
 from moss_jax.memory import NO_POSITION, init_state, load_slot, save_slot
 from moss_jax.memory.eviction import Kind
+from moss_jax.nn import quantize
 from moss_jax.stream import (
     End,
     Engine,
@@ -31,7 +33,7 @@ from moss_jax.stream import (
     Turn,
 )
 from moss_jax.stream.conversation import Conversation, Inbound
-from moss_jax.stream.saved import SavedStream, SavedStreamError, read_stream, write_stream
+from moss_jax.stream.saved import SavedStream, SavedStreamError, _checksum, read_stream, write_stream
 
 WINDOW = MemoryConfig("window", low_water=0.75, text_recent=0.4)
 CONFIG = SessionConfig(tokens_per_second=6)
@@ -419,6 +421,47 @@ def test_a_stream_of_another_model_is_refused(saved, model, tokenizer, random_mo
         assert "open the checkpoint that it was saved with" in str(refused.value)
     with pytest.raises(SessionError, match="there is no slot 1"):
         Session(engine, CONFIG, resume={1: path})
+
+
+def test_a_stream_may_continue_with_weights_in_another_dtype(saved, model, tokenizer, tmp_path, caplog):
+    engine, path = saved
+    plain = {"decoder": "float32", "encoder": "float32"}
+    assert read_stream(path).weights == plain
+    Session(engine, CONFIG, resume={0: path})
+    assert not caplog.records
+    small = quantize(nnx.clone(model), decoder="int8", encoder="fp8")
+    quantized = Engine(small, tokenizer, EngineConfig(1, 512, 8, WINDOW))
+    Session(quantized, CONFIG, resume={0: path})
+    assert caplog.messages == [
+        f"{path} was saved with decoder weights in float32 and encoder weights in float32 and continues with "
+        "decoder weights in int8 and encoder weights in fp8"
+    ]
+    caplog.clear()
+    # The reverse, and a file of an earlier version, which does not say.
+    stream = dataclasses.replace(read_stream(path), weights=quantized.weights)
+    write_stream(tmp_path / "quantized", stream)
+    Session(engine, CONFIG, resume={0: tmp_path / "quantized"})
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    caplog.clear()
+    (tmp_path / "before").write_bytes(without_weights(path))
+    assert read_stream(tmp_path / "before").weights == {}
+    Session(quantized, CONFIG, resume={0: tmp_path / "before"})
+    assert not caplog.records
+
+
+def without_weights(path) -> bytes:
+    """The file of a stream as versions wrote it that did not record how weights are stored."""
+    content, stream = path.read_bytes(), read_stream(path)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    metadata = header["__metadata__"]
+    del metadata["weights"], metadata["checksum"]
+    tensors = dict(stream.arrays) | {f"inbox.{i}": frame for i, frame in enumerate(stream.frames)}
+    tensors |= {f"compared.{name}": x for name, x in stream.compared.items()}
+    metadata["checksum"] = _checksum(metadata, tensors)
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded + content[start:]
 
 
 def test_files_that_are_no_stream(saved, tmp_path):
