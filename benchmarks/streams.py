@@ -40,8 +40,8 @@ peak_gb            peak memory of the process so far, so only that of the most s
                    is the state of a slot
 
 `--micro` times single blocking calls instead: a decode step of all slots, the same step with a prompt row in
-one of the slots, and the encoding of batches. Set JAX_COMPILATION_CACHE_DIR, since each N has its own
-programs.
+one of the slots and, for the first N, the encoding of batches. Set JAX_COMPILATION_CACHE_DIR, since each N
+has its own programs.
 """
 
 import argparse
@@ -471,8 +471,12 @@ def figures_of(listener: Listener, begin: float, end: float) -> dict[str, Any]:
     return found
 
 
-def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray) -> dict[str, Any]:
-    """Times single blocking calls; returns medians in milliseconds."""
+def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray, *, encodes: bool) -> dict[str, Any]:
+    """Times single blocking calls; returns medians in milliseconds.
+
+    Args:
+      encodes: whether to time the encoding of frames, too.
+    """
     slots, tokens = engine.config.slots, chat.interjection(engine.tokenizer, prompt)
     engine.talk([True] * slots)
     state, times = engine.start(), collections.defaultdict(list)
@@ -487,7 +491,7 @@ def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray) -> dict[str, 
             jax.block_until_ready(sampled.tokens)
             times[name].append(1e3 * (time.perf_counter() - started))
     del state, sampled
-    for size in engine.frame_encoder.buckets:
+    for size in engine.frame_encoder.buckets if encodes else ():
         for _ in range(CALLS + 2):
             started = time.perf_counter()
             jax.block_until_ready(engine.encode([picture] * size))
@@ -505,7 +509,8 @@ def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray) -> dict[str, 
     )
     added = medians["with_prompt"] - medians["decode"]
     step = {"step_ms": medians["decode"], "with_prompt_ms": medians["with_prompt"], "prompt_adds_ms": added}
-    return step | {"prompt_tokens": len(tokens), "encode_ms": encode, "encode_sent_ms": sent}
+    encoding = {"encode_ms": encode, "encode_sent_ms": sent} if encodes else {}
+    return step | {"prompt_tokens": len(tokens)} | encoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -587,6 +592,11 @@ def measure(
     if subject.is_random:
         engine.fill(args.fill)
         engine.talk([True] * streams)
+    if args.micro:
+        # These compile only what they call.
+        encodes = streams == args.streams[0]
+        yield {"measure": "micro"} | micro(engine, subject.prompt, subject.pictures[0], encodes=encodes)
+        return
     started, before = time.monotonic(), len(compiled)
     engine.warm_up(subject.pictures[0].shape)
     freeze_heap()
@@ -596,9 +606,6 @@ def measure(
         "programs": len(compiled) - before,
         "slot_mb": size / MB,
     }
-    if args.micro:
-        yield {"measure": "micro"} | micro(engine, subject.prompt, subject.pictures[0])
-        return
     floors = Floors(engine, ceilings)
     loads = args.talking if subject.is_random else ("as trained",)
     for stall, talking in itertools.product(args.max_stall_ms, loads):
