@@ -26,10 +26,10 @@ class Camera:
     Attributes:
       pictures: uint8 [H, W, 3] each.
       fps: pictures a second.
-      gop: a picture of so many can be decoded without those before it.
-      first: number of the first picture that is sent, those before it being over.
+      gop: one picture of so many can be decoded without those before it.
+      first: number of the first picture that is sent, as to a client that joins late.
       damaged: number of a picture of which little arrives.
-      silent: since when the client waits in vain: "connect" for any answer, "play" for the first picture.
+      silent: for what a client waits in vain: any answer once it has connected, or pictures once it plays.
       then: how the connection ends after the last picture: with FIN, with RST, or not at all.
     """
 
