@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from rtsp import Camera, filming
 
 import moss_jax
 from moss_jax import serve
@@ -298,6 +299,32 @@ def test_events_print_where_the_terminal_has_no_unicode(checkpoint, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert r"  0:00  \u203a O\xf9 est \u732b?" in shown.stdout
     assert "6 frames" in shown.stdout
+
+
+def test_an_ip_camera_is_watched_until_it_hangs_up(checkpoint):
+    """It films for two minutes, in which the command compiles, unless it is switched off."""
+    greys = [np.full((48, 64, 3), 20 * (number % 10), np.uint8) for number in range(1200)]
+    with filming(Camera(greys)) as url:
+        arguments = ["--checkpoint", checkpoint, "--fps", "5", "--prompt", "What is there?"]
+        process = start("--video", url, *arguments)
+        lines = []
+        while sum('"type": "frame"' in line for line in lines) < 5 and (line := process.stdout.readline()):
+            lines.append(line)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    *events, end = [json.loads(line) for line in [*lines, *rest.splitlines()]]
+    times = [event["time"] for event in events if event["type"] == "frame"]
+    assert len(times) >= 5
+    assert times == sorted(set(times))
+    assert [event["prompt"] for event in events if event["type"] == "turn"] == ["What is there?"]
+    assert end["reason"] == "finished"
+    assert "stream · live · 5 fps · realtime" in errors
+
+
+def test_an_ip_camera_without_such_a_stream_is_a_sentence(checkpoint, fails):
+    with filming(Camera([np.zeros((48, 64, 3), np.uint8)])) as url:
+        message = fails("--video", f"{url}/other", "--checkpoint", checkpoint)
+    assert f"{url}/other cannot be opened (server returned 404 not found)" in message
 
 
 # --------------------------------------------------------------------------- saving and resuming

@@ -1,5 +1,6 @@
 """Live sources: cameras and network streams, of which only the newest frame is kept."""
 
+import contextlib
 import os
 import re
 import sys
@@ -9,13 +10,14 @@ from collections.abc import Iterator
 
 import av
 from av.container import InputContainer
-from av.error import FFmpegError
+from av.error import FFmpegError, InvalidDataError
 
 from moss_jax.config import FrameSampling
 from moss_jax.video.files import VideoError
 from moss_jax.video.reader import DecodedFrame, Frame
 
-# Timeout of a source that sends nothing, in seconds.
+# Timeout of a source that sends nothing, in seconds. One that stops is waited for twice if libav was still
+# probing it, or holding its last picture back until the next one begins.
 TIMEOUT = 10.0
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # libav's input format for the cameras of each platform, and the prefix of their names.
@@ -32,14 +34,16 @@ def read_live(source: str, sampling: FrameSampling) -> Iterator[Frame]:
     """Opens a live source immediately, and returns an iterator over its frames at up to `fps` a second.
 
     A separate thread reads the source, so each frame is the newest at that time, however long the consumer
-    took with the previous one. The times are seconds of the wall clock since the iteration began.
+    took with the previous one. The times are seconds of the wall clock since the iteration began. It ends
+    when the source ends or closes the connection. Damaged pictures are left out.
 
     Args:
       source: the number of a camera, a device such as /dev/video0, or a URL such as rtsp://host/path, of any
         protocol that libav supports.
 
     Raises:
-      VideoError: the source cannot be opened; while iterating, it fails.
+      VideoError: the source cannot be opened; while iterating, it fails or sends nothing for `TIMEOUT`
+        seconds.
     """
     newest = _Newest(_open(source), source)
     newest.start()
@@ -47,21 +51,30 @@ def read_live(source: str, sampling: FrameSampling) -> Iterator[Frame]:
 
 
 def _open(source: str) -> InputContainer:
-    name, form, options = source, None, {}
+    # Nothing here asks for the frame rate, which libav would measure over 20 frames.
+    name, form, options = source, None, {"fpsprobesize": "0"}
     if source.isdecimal() or source.startswith("/dev/"):
         form, prefix = _CAMERAS.get(sys.platform, _CAMERAS["linux"])
         name = f"{prefix}{source}" if source.isdecimal() else source
     elif source.lower().startswith("rtsp"):
-        options = {"rtsp_transport": "tcp"}
+        options["rtsp_transport"] = "tcp"
+    began = time.monotonic()
     try:
         container = av.open(name, format=form, options=options, timeout=TIMEOUT)
     except (FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise VideoError(f"{source} cannot be opened ({reason.lower()}); is it there, and free?") from error
+        reason = _reason(error, began)
+        raise VideoError(f"{source} cannot be opened ({reason}); is it there, and free?") from error
     if not container.streams.video:
         container.close()
         raise VideoError(f"{source} has no video stream")
     return container
+
+
+def _reason(error: Exception, began: float) -> str:
+    """Why what began then has failed; libav has no error of its own for a timeout."""
+    if time.monotonic() - began > TIMEOUT:
+        return f"nothing came for {TIMEOUT:g} s"
+    return (getattr(error, "strerror", None) or str(error)).lower()
 
 
 class _Newest(threading.Thread):
@@ -76,17 +89,20 @@ class _Newest(threading.Thread):
         self._error: VideoError | None = None
 
     def run(self) -> None:
+        began = time.monotonic()
         try:
             with self._container as container:
-                for picture in container.decode(video=0):
-                    with self._changed:
-                        self._picture = picture
-                        self._changed.notify_all()
-                        if self._is_closed:
-                            return
+                for packet in container.demux(video=0):
+                    with contextlib.suppress(InvalidDataError):  # The pictures after a damaged one are good.
+                        for picture in packet.decode():
+                            with self._changed:
+                                self._picture = picture
+                                self._changed.notify_all()
+                    if self._is_closed:
+                        return
+                    began = time.monotonic()
         except (FFmpegError, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            self._error = VideoError(f"{self._source} has failed: {reason.lower()}")
+            self._error = VideoError(f"{self._source} has failed: {_reason(error, began)}")
         finally:
             with self._changed:
                 self._is_over = True
@@ -94,9 +110,9 @@ class _Newest(threading.Thread):
 
     def frames(self, fps: float) -> Iterator[Frame]:
         """Yields the newest frame, at most at this rate."""
-        started, last = time.monotonic(), None
+        started, number, last = time.monotonic(), 0, None
         try:
-            for number in range(sys.maxsize):
+            while True:
                 with self._changed:
                     due = started + number / fps
                     while not self._is_over and (wait := due - time.monotonic()) > 0:
@@ -106,7 +122,10 @@ class _Newest(threading.Thread):
                         break
                     last = self._picture
                 assert last is not None
-                yield Frame(DecodedFrame(last, 0.0).rgb, time.monotonic() - started, 1 / fps)
+                taken = time.monotonic() - started
+                yield Frame(DecodedFrame(last, 0.0).rgb, taken, 1 / fps)
+                # Those that were due while nobody took them are not made up for.
+                number = max(number, int(taken * fps)) + 1
         finally:
             self._is_closed = True
         if self._error is not None:

@@ -1,6 +1,9 @@
-"""Live sources: a stream over the network, of which the newest frame is taken."""
+"""Live sources: streams over the network and an IP camera, of which the newest frame is taken."""
 
+import dataclasses
 import http.server
+import re
+import socket
 import threading
 import time
 from pathlib import Path
@@ -8,9 +11,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from rtsp import Camera, filming
 
 from moss_jax.config import FrameSampling
-from moss_jax.video import VideoError, is_live, read_live
+from moss_jax.video import VideoError, is_live, live, read_live
 
 
 @pytest.fixture
@@ -39,6 +43,14 @@ def address(tmp_path):
         server.shutdown()
 
 
+def wait_until_let_go() -> None:
+    """Waits until no source is read."""
+    for thread in threading.enumerate():
+        if thread.name == "source":
+            thread.join(30)
+            assert not thread.is_alive()
+
+
 def test_the_newest_frame_is_taken(address):
     frames = read_live(address, FrameSampling(fps=200))
     time.sleep(0.5)  # All of it is there by now, as far as the reader is concerned.
@@ -47,7 +59,7 @@ def test_the_newest_frame_is_taken(address):
     assert taken[-1].rgb.mean() == pytest.approx(190, abs=4)
     times = [frame.time for frame in taken]
     assert times == sorted(times)
-    assert not any(thread.name == "source" for thread in threading.enumerate())
+    wait_until_let_go()
 
 
 def test_what_is_live():
@@ -59,3 +71,105 @@ def test_what_is_live():
 def test_a_source_that_cannot_be_opened_says_so(source):
     with pytest.raises(VideoError, match=f"^{source} cannot be opened"):
         read_live(source, FrameSampling())
+
+
+# ----------------------------------------------------------------------------------------- IP cameras
+
+
+@pytest.fixture(scope="module")
+def camera(draw) -> Camera:
+    """A camera that films the numbers from 0 to 29, in 1.5 seconds."""
+    return Camera([draw(number) for number in range(30)], fps=20)
+
+
+@pytest.fixture
+def numbers(draw, number_of):
+    """The numbers in frames, which must not be damaged."""
+
+    def numbers(frames) -> list[int]:
+        frames = list(frames)
+        shown = [number_of(frame.rgb) for frame in frames]
+        for frame, number in zip(frames, shown, strict=True):
+            assert np.abs(frame.rgb.astype(int) - draw(number)).mean() < 10
+        return shown
+
+    return numbers
+
+
+def test_a_camera_is_seen_at_the_rate_that_is_asked_for(camera, numbers):
+    with filming(camera) as url:
+        frames = list(read_live(url, FrameSampling(fps=5)))
+    # The last one is taken as soon as the stream is over.
+    assert all(frame.time >= number / 5 for number, frame in enumerate(frames[:-1]))
+    shown = numbers(frames)
+    assert shown == sorted(set(shown))
+    assert shown[-1] == 29
+    assert len(shown) >= 3
+    wait_until_let_go()
+
+
+def test_a_slow_reader_misses_all_but_the_newest_picture(camera, numbers):
+    with filming(camera) as url:
+        reader = read_live(url, FrameSampling(fps=5))
+        next(reader)
+        wait_until_let_go()
+        assert numbers(reader) == [29]
+
+
+def test_what_a_reader_misses_does_not_raise_the_rate(camera):
+    with filming(dataclasses.replace(camera, fps=10)) as url:
+        reader = read_live(url, FrameSampling(fps=5))
+        times = [next(reader).time]
+        time.sleep(1)
+        times += [frame.time for frame in reader]
+    ticks = [int(time * 5) for time in times[:-1]]
+    assert ticks == sorted(set(ticks))
+
+
+def test_pictures_that_need_one_that_is_missing_are_left_out(camera, numbers):
+    with filming(dataclasses.replace(camera, first=3)) as url:
+        assert numbers(read_live(url, FrameSampling(fps=50)))[0] >= 10
+
+
+def test_a_damaged_picture_does_not_end_the_stream(camera, number_of):
+    with filming(dataclasses.replace(camera, damaged=15)) as url:
+        assert number_of(list(read_live(url, FrameSampling(fps=5)))[-1].rgb) == 29
+
+
+@pytest.mark.parametrize("then", ["close", "reset"])
+def test_a_stream_is_over_when_the_camera_hangs_up(camera, numbers, then):
+    with filming(dataclasses.replace(camera, then=then)) as url:
+        assert numbers(read_live(url, FrameSampling(fps=5)))[-1] == 29
+
+
+@pytest.mark.parametrize(
+    ("silent", "message"),
+    [("connect", "cannot be opened"), ("play", "has failed"), ("", "has failed")],
+)
+def test_a_camera_that_falls_silent_is_given_up(camera, monkeypatch, silent, message):
+    monkeypatch.setattr(live, "TIMEOUT", 1.0)
+    with filming(dataclasses.replace(camera, silent=silent, then="stall")) as url:
+        with pytest.raises(VideoError, match=rf"^{url} {message}.*nothing came for 1 s"):
+            list(read_live(url, FrameSampling(fps=5)))
+        wait_until_let_go()
+
+
+def test_a_camera_that_is_left_is_let_go(camera):
+    with filming(camera) as url:
+        reader = read_live(url, FrameSampling(fps=5))
+        next(reader)
+        reader.close()
+        wait_until_let_go()
+
+
+def test_a_path_that_the_camera_does_not_have(camera):
+    message = "/other cannot be opened (server returned 404 not found)"
+    with filming(camera) as url, pytest.raises(VideoError, match=re.escape(url + message)):
+        read_live(f"{url}/other", FrameSampling())
+
+
+def test_a_port_at_which_nobody_listens():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"rtsp://127.0.0.1:{listener.getsockname()[1]}/stream"
+    with pytest.raises(VideoError, match=rf"^{url} cannot be opened \(connection refused"):
+        read_live(url, FrameSampling())
