@@ -64,6 +64,7 @@ from moss_jax.video import (
     read_live,
     sample_at,
     sample_file,
+    without_credentials,
 )
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def open_stream(args: argparse.Namespace) -> Stream:
     length = f" · {info.duration:.1f} s" if info and info.duration else ""
     size = f"{info.width}×{info.height}" if info else "live"
     mode = "offline" if args.offline else session_config.clock
-    heading = f"{Path(args.video).name} · {size}{length} · {rate} fps · {mode}\n{opened.name}\n"
+    heading = f"{Path(without_credentials(args.video)).name} · {size}{length} · {rate} fps · {mode}\n{opened.name}\n"
     # Times of frames that failed to decode.
     skipped: list[float] = []
     session = None
@@ -368,7 +369,7 @@ def run_client(args: argparse.Namespace) -> int:
         with Client(args.connect, **options) as client, command.on_stop_signal(lambda _: client.finish()):
             session = client.session
             assert session is not None
-            heading = f"{args.video} · {args.connect}\n{session.model}\n"
+            heading = f"{without_credentials(args.video)} · {args.connect}\n{session.model}\n"
             events = watch(client, frames, prompts)
             if args.json:
                 command.tell(heading, end="")

@@ -1,7 +1,7 @@
 """Video input: reading files, sampling frames, and preprocessing them for the vision encoder."""
 
 from moss_jax.video.files import VideoError
-from moss_jax.video.live import is_live, read_live
+from moss_jax.video.live import is_live, read_live, without_credentials
 from moss_jax.video.preprocess import fit_frame, fitted_size, preprocess
 from moss_jax.video.reader import DecodedFrame, Frame, VideoInfo, frame_spans, probe, read
 from moss_jax.video.sampling import clip_times, fit_frames, sample_at, sample_clip, sample_file, sample_live
@@ -27,4 +27,5 @@ __all__ = [
     "sample_clip",
     "sample_file",
     "sample_live",
+    "without_credentials",
 ]

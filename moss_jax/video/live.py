@@ -30,6 +30,11 @@ def is_live(source: str | os.PathLike) -> bool:
     return name.isdecimal() or name.startswith("/dev/") or bool(_URL.match(name))
 
 
+def without_credentials(source: str) -> str:
+    """A source as it may be shown: a URL without user name and password."""
+    return re.sub(r"(?<=://)[^/?#]*@", "", source) if _URL.match(source) else source
+
+
 def read_live(source: str, sampling: FrameSampling) -> Iterator[Frame]:
     """Opens a live source immediately, and returns an iterator over its frames at up to `fps` a second.
 
@@ -63,10 +68,12 @@ def _open(source: str) -> InputContainer:
         container = av.open(name, format=form, options=options, timeout=TIMEOUT)
     except (FFmpegError, OSError, ValueError) as error:
         reason = _reason(error, began)
-        raise VideoError(f"{source} cannot be opened ({reason}); is it there, and free?") from error
+        raise VideoError(
+            f"{without_credentials(source)} cannot be opened ({reason}); is it there, and free?"
+        ) from error
     if not container.streams.video:
         container.close()
-        raise VideoError(f"{source} has no video stream")
+        raise VideoError(f"{without_credentials(source)} has no video stream")
     return container
 
 
@@ -102,7 +109,9 @@ class _Newest(threading.Thread):
                         return
                     began = time.monotonic()
         except (FFmpegError, OSError) as error:
-            self._error = VideoError(f"{self._source} has failed: {_reason(error, began)}")
+            self._error = VideoError(
+                f"{without_credentials(self._source)} has failed: {_reason(error, began)}"
+            )
         finally:
             with self._changed:
                 self._is_over = True

@@ -14,7 +14,7 @@ import pytest
 from rtsp import Camera, filming
 
 from moss_jax.config import FrameSampling
-from moss_jax.video import VideoError, is_live, live, read_live
+from moss_jax.video import VideoError, is_live, live, read_live, without_credentials
 
 
 @pytest.fixture
@@ -173,3 +173,12 @@ def test_a_port_at_which_nobody_listens():
         url = f"rtsp://127.0.0.1:{listener.getsockname()[1]}/stream"
     with pytest.raises(VideoError, match=rf"^{url} cannot be opened \(connection refused"):
         read_live(url, FrameSampling())
+
+
+def test_no_message_shows_a_password():
+    with pytest.raises(VideoError, match="rtsp://127.0.0.1:1/door cannot be opened") as caught:
+        read_live("rtsp://me:secret@127.0.0.1:1/door", FrameSampling())
+    assert "secret" not in str(caught.value)
+    assert without_credentials("rtsp://me:a@b@host/x@y") == "rtsp://host/x@y"
+    assert without_credentials("a://b@c") == "a://c"
+    assert without_credentials("/home/me@work/clip.mp4") == "/home/me@work/clip.mp4"
