@@ -206,7 +206,8 @@ def open_stream(args: argparse.Namespace) -> Stream:
     length = f" · {info.duration:.1f} s" if info and info.duration else ""
     size = f"{info.width}×{info.height}" if info else "live"
     mode = "offline" if args.offline else session_config.clock
-    heading = f"{Path(without_credentials(args.video)).name} · {size}{length} · {rate} fps · {mode}\n{opened.name}\n"
+    name = Path(without_credentials(args.video)).name
+    heading = f"{name} · {size}{length} · {rate} fps · {mode}\n{opened.name}\n"
     # Times of frames that failed to decode.
     skipped: list[float] = []
     session = None
