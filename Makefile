@@ -2,13 +2,13 @@
 # make serve       set up and start the live server: http://127.0.0.1:8765/
 # make test        set up and run the tests, without the slow ones
 # make test-slow   run the slow tests: the wheel in an environment of its own, the notebooks, several processes, Ray,
-#                  the page in Chromium, which is installed if it is missing and root may
+#                  the page in Chromium and Firefox, which are installed if they are missing and root may
 # make lint        check style, formatting, layers and types
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test test-slow lint chromium
+.PHONY: demo serve test test-slow lint browsers
 
 demo: .venv/installed
 	$(BIN)/python serve.py --video assets/demo.mp4 --gin_file configs/demo.gin \
@@ -24,15 +24,19 @@ serve: .venv/installed-serve
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: .venv/installed-slow chromium
+test-slow: .venv/installed-slow browsers
 	$(BIN)/python -m pytest -m slow
 
-# Where it cannot be installed, the tests of the page are skipped, and say so.
-chromium:
+# Where one cannot be installed, the tests of the page in it are skipped, and say so.
+browsers:
 	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { \
 		[ "$$(id -u)" = 0 ] && apt-get update --quiet && \
 		apt-get install --quiet --yes --no-install-recommends chromium fonts-dejavu-core; } || \
-		echo "there is no Chromium, and it cannot be installed: the page's tests are skipped"
+		echo "there is no Chromium, and it cannot be installed: the page's tests in it are skipped"
+	@command -v firefox-esr > /dev/null || command -v firefox > /dev/null || { \
+		[ "$$(id -u)" = 0 ] && apt-get update --quiet && \
+		apt-get install --quiet --yes --no-install-recommends firefox-esr fonts-dejavu-core; } || \
+		echo "there is no Firefox, and it cannot be installed: the page's tests in it are skipped"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,16 +1,26 @@
-"""Servers over small engines."""
+"""Servers over small engines, and one with the shipped model."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from engines import FORGETS_NOTHING, ScriptedEngine, shown_in
-from servers import Running, running
+from servers import Link, Running, running
 
 from moss_jax.config import EngineConfig, SchedulerConfig, ServerConfig, SessionConfig
 from moss_jax.serving.hub import Hub
 from moss_jax.stream import Scheduler
 from moss_jax.worlds.tabletop.language import WAIT
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = ServerConfig(counters_seconds=0.05, grace_seconds=30.0, correction=WAIT)
 # What is said to a question that has a word in it, and of a frame whose pixels have a value.
 ANSWERS = {
@@ -50,3 +60,41 @@ def served(answering) -> Iterator[Running]:
     """A server over such an engine."""
     with running(Hub(Scheduler(answering, SchedulerConfig()), QUICK, session=SessionConfig())) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def link(tmp_path_factory) -> Iterator[Link]:
+    """The server, as `python serve.py` starts it, behind a link."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    # Compiled well rather than fast: it has to keep up with the camera.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            [sys.executable, str(ROOT / "serve.py"), "--port", str(port)],
+            stdout=file,
+            stderr=file,
+            env=environment,
+            cwd=ROOT,
+        )
+    link = Link(port)
+    try:
+        end = time.monotonic() + 600
+        while not is_ready(port):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield link
+    finally:
+        link.close()
+        server.terminate()
+        server.wait(60)
+
+
+def is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
+            return json.load(answer)["ready"]
+    except (urllib.error.URLError, ConnectionError):
+        return False

@@ -1,17 +1,8 @@
 """The page in headless Chromium, over a real server with the shipped model."""
 
-import contextlib
-import json
-import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,95 +31,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium"),
 ]
-
-
-class Link:
-    """A way to a port of this machine that can be cut."""
-
-    def __init__(self, port: int):
-        self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._is_cut = False
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self) -> None:
-        """Ends all connections, and takes no more."""
-        self._is_cut = True
-        for pair in self._pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-        self._pairs.clear()
-
-    def mend(self) -> None:
-        """Takes connections again."""
-        self._is_cut = False
-
-    def close(self) -> None:
-        """Is no more."""
-        self.cut()
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            if self._is_cut:
-                near.close()
-                continue
-            far = socket.create_connection(("127.0.0.1", self._target))
-            self._pairs.append((near, far))
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
-
-    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
-
-
-@pytest.fixture(scope="module")
-def link(tmp_path_factory) -> Iterator[Link]:
-    """The server, as `python serve.py` starts it, behind a link."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    # Compiled well rather than fast: it has to keep up with the camera.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    with log.open("wb") as file:
-        server = subprocess.Popen(
-            [sys.executable, str(ROOT / "serve.py"), "--port", str(port)],
-            stdout=file,
-            stderr=file,
-            env=environment,
-            cwd=ROOT,
-        )
-    link = Link(port)
-    try:
-        end = time.monotonic() + 600
-        while not is_ready(port):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
-        yield link
-    finally:
-        link.close()
-        server.terminate()
-        server.wait(60)
-
-
-def is_ready(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
-            return json.load(answer)["ready"]
-    except (urllib.error.URLError, ConnectionError):
-        return False
 
 
 @pytest.fixture(scope="module")

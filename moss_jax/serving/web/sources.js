@@ -19,7 +19,7 @@ export function explain(error, source) {
     case "NotAllowedError":
       return source === "camera" ? "The camera was not allowed. Allow it in the browser's address bar, then start again." : "Nothing was chosen to share.";
     case "NotFoundError":
-      return "There is no camera on this device.";
+      return `There is no ${source} on this device.`;
     case "NotReadableError":
       return "Another program uses the camera.";
     default:
