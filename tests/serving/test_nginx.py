@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import io
 import os
 import re
@@ -75,8 +76,8 @@ class Proxy:
 
     def request(self, method: str, path: str, *, source: str | None = None, **options) -> httpx.Response:
         """Sends a request, by default with the token; `source` is the client's own address."""
-        with self.http(source) as http:
-            return http.request(method, path, **{"headers": BEARER} | options)
+        with self.http(source) as client:
+            return client.request(method, path, **{"headers": BEARER} | options)
 
     def http(self, source: str | None = None) -> httpx.Client:
         transport = httpx.HTTPTransport(verify=self.trust, local_address=source)
@@ -215,9 +216,11 @@ def test_health_is_public_and_metrics_are_local(serve, proxy):
         assert proxy.get("/readyz", headers={}).json() == {"ready": True, "free_streams": 2}
         assert httpx.get(f"{server.url}/metrics", headers=BEARER).status_code == 200
         for path in ("/metrics", "/metrics?x=1", "//metrics", "/%6detrics", "/x/../metrics", "/metrics/"):
-            answer = proxy.get(path)
-            assert answer.status_code == 404
-            assert "moss_ready" not in answer.text
+            # Clients of a higher level would normalise the path.
+            connection = http.client.HTTPSConnection(proxy.host, context=proxy.trust)
+            with contextlib.closing(connection):
+                connection.request("GET", path, headers=BEARER)
+                assert connection.getresponse().status == 404
         assert proxy.get("/v1/models", headers={}).status_code == 401
         assert proxy.get("/v1/models").json()["data"][0]["id"] == "moss-test"
 
@@ -285,8 +288,8 @@ def test_an_answer_streams_through(serve, proxy, answering):
     try:
         with (
             serve(answering) as server,
-            proxy.http() as http,
-            http.stream("POST", "/v1/chat/completions", json=question, headers=BEARER) as answer,
+            proxy.http() as client,
+            client.stream("POST", "/v1/chat/completions", json=question, headers=BEARER) as answer,
         ):
             lines = (line for line in answer.iter_lines() if line)
             first = next(line for line in lines if '"content":"' in line)
