@@ -2,13 +2,14 @@
 # make serve       set up and start the live server: http://127.0.0.1:8765/
 # make test        set up and run the tests, without the slow ones
 # make test-slow   run the slow tests: the wheel in an environment of its own, the notebooks, several processes, Ray,
-#                  the page in Chromium, which is installed if it is missing and root may
+#                  the page in Chromium, deploy/ in nginx and Prometheus, which are installed if they are missing and
+#                  root may
 # make lint        check style, formatting, layers and types
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test test-slow lint chromium
+.PHONY: demo serve test test-slow lint chromium servers
 
 demo: .venv/installed
 	$(BIN)/python serve.py --video assets/demo.mp4 --gin_file configs/demo.gin \
@@ -24,7 +25,7 @@ serve: .venv/installed-serve
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: .venv/installed-slow chromium
+test-slow: .venv/installed-slow chromium servers
 	$(BIN)/python -m pytest -m slow
 
 # Where it cannot be installed, the tests of the page are skipped, and say so.
@@ -33,6 +34,13 @@ chromium:
 		[ "$$(id -u)" = 0 ] && apt-get update --quiet && \
 		apt-get install --quiet --yes --no-install-recommends chromium fonts-dejavu-core; } || \
 		echo "there is no Chromium, and it cannot be installed: the page's tests are skipped"
+
+# Likewise for the tests of deploy/. Not where systemd runs, which would start them.
+servers:
+	@{ PATH=$$PATH:/usr/sbin; command -v nginx && command -v promtool; } > /dev/null || { \
+		[ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && apt-get update --quiet && \
+		apt-get install --quiet --yes --no-install-recommends nginx-light prometheus; } || \
+		echo "there is no nginx or Prometheus, and it cannot be installed: the tests of deploy/ are skipped"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""`deploy/nginx.conf` in a real nginx, in front of a server: TLS, streams, limits, and connections that are lost."""
+"""`deploy/nginx.conf` in a real nginx, in front of a server: TLS, streams, limits, lost connections."""
 
 import contextlib
 import dataclasses
@@ -194,9 +194,7 @@ def test_the_page_over_https(serve, proxy):
         for path in (*scripts, "style.css", "icon.svg"):
             file = proxy.get(f"/{path}", headers={})
             assert file.status_code == 200
-            assert (
-                proxy.get(f"/{path}", headers={"If-None-Match": file.headers["etag"]}).status_code == 304
-            )
+            assert proxy.get(f"/{path}", headers={"If-None-Match": file.headers["etag"]}).status_code == 304
         redirected = httpx.get(f"http://{proxy.plain}/style.css?x=1")
         assert redirected.status_code == 301
         assert redirected.headers["location"] == "https://localhost/style.css?x=1"
@@ -340,8 +338,8 @@ def test_limits_and_logs_know_the_clients_address(serve, proxy):
 
 
 def test_quiet_connections_stay_open(serve):
-    """The server's pings come well before the proxy gives up, which gives idle connections up before the server."""
     with serve() as server:
         config = server.server.config
+        # The server pings often enough for the proxy, which in turn closes idle connections before the server.
         assert 2 * config.ws_ping_interval < directive("proxy_read_timeout", "s")
         assert directive("keepalive_timeout", "s") < config.timeout_keep_alive
