@@ -20,7 +20,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 ALERTS = DEPLOY / "alerts.yml"
 RULES = {rule["alert"]: rule for rule in yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]}
 SERVER = 'instance="here", job="moss_jax"'
-# By alert: samples every minute of a server that is well, then of one that is not, and the minute of the alert.
+# By alert: samples of each minute of a server that is well, of one that is not, and the minute of the alert.
 # In Prometheus' notation, "0+3x2 0x2" is 0 3 6, then 0 0 0.
 CASES = {
     "MossDown": ({"up": "1x30"}, {"up": "1x5 0x30"}, 8),

@@ -340,6 +340,6 @@ def test_limits_and_logs_know_the_clients_address(serve, proxy):
 def test_quiet_connections_stay_open(serve):
     with serve() as server:
         config = server.server.config
-        # The server pings often enough for the proxy, which in turn closes idle connections before the server.
+        # The server pings often enough for the proxy, which closes idle connections before the server does.
         assert 2 * config.ws_ping_interval < directive("proxy_read_timeout", "s")
         assert directive("keepalive_timeout", "s") < config.timeout_keep_alive
