@@ -2,13 +2,14 @@
 # make serve       set up and start the live server: http://127.0.0.1:8765/
 # make test        set up and run the tests, without the slow ones
 # make test-slow   run the slow tests: the wheel in an environment of its own, the notebooks, several processes, Ray,
-#                  the page in Chromium and Firefox, which are installed if they are missing and root may
+#                  the page in Chromium and Firefox, deploy/ in nginx and Prometheus, which are installed if they are
+#                  missing and root may
 # make lint        check style, formatting, layers and types
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test test-slow lint browsers
+.PHONY: demo serve test test-slow lint browsers servers
 
 demo: .venv/installed
 	$(BIN)/python serve.py --video assets/demo.mp4 --gin_file configs/demo.gin \
@@ -24,7 +25,7 @@ serve: .venv/installed-serve
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: .venv/installed-slow browsers
+test-slow: .venv/installed-slow browsers servers
 	$(BIN)/python -m pytest -m slow
 
 # Where one cannot be installed, the tests of the page in it are skipped, and say so.
@@ -37,6 +38,13 @@ browsers:
 		[ "$$(id -u)" = 0 ] && apt-get update --quiet && \
 		apt-get install --quiet --yes --no-install-recommends firefox-esr fonts-dejavu-core; } || \
 		echo "there is no Firefox, and it cannot be installed: the page's tests in it are skipped"
+
+# Likewise for the tests of deploy/. Not where systemd runs, which would start them.
+servers:
+	@{ PATH=$$PATH:/usr/sbin; command -v nginx && command -v promtool; } > /dev/null || { \
+		[ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && apt-get update --quiet && \
+		apt-get install --quiet --yes --no-install-recommends nginx-light prometheus; } || \
+		echo "there is no nginx or Prometheus, and it cannot be installed: the tests of deploy/ are skipped"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

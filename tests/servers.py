@@ -47,10 +47,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(hub: Hub, **options) -> Iterator[Running]:
-    """Runs a server on a free port; `options` of `make_app`."""
+def running(hub: Hub, port: int = 0, **options) -> Iterator[Running]:
+    """Runs a server, by default on a free port; `options` of `make_app`."""
     app = make_app(hub, **{"warm_up": False} | options)
-    server = make_server(app, hub, port=0)
+    server = make_server(app, hub, port=port)
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve():
