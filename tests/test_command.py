@@ -167,7 +167,7 @@ def test_handlers_are_restored():
             [],
             [
                 "video (default: 1)",
-                "wall's (default: lockstep)",
+                "the wall clock (default: lockstep;",
                 "sampling (default: 0)",
                 "before it (default: 0)",
             ],
