@@ -169,7 +169,8 @@ def test_streams_run_without_a_compilation(streams, engine, talking):
     engine.step = step
     floors = streams.Floors(engine, CEILINGS)
     traffic = streams.random_traffic(4, streams.SHARES[talking], 4.0, 4.0, pictures, "What is it?")
-    row = streams.live(engine, floors, traffic, 1.0, 3.0, compiled)
+    scheduling = streams.SchedulerConfig(max_stall_ms=40)
+    row = streams.live(engine, floors, traffic, 1.0, 3.0, compiled, scheduling)
     assert row["compiled"] == 0
     assert "failures" not in row
     assert row["frames_pushed"] == 64
