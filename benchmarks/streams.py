@@ -713,7 +713,10 @@ def main() -> None:
     for name in asked[0]:
         known(parser, SHARES, name)
     used.talking, used.streams = asked[0], sorted(map(at_least(1), asked[1]))
-    used.max_stall_ms = [float(value) for value in args.max_stall_ms.split(",")]
+    try:
+        used.max_stall_ms = [float(value) for value in args.max_stall_ms.split(",")]
+    except ValueError:
+        parser.error(f"--max-stall-ms is comma-separated milliseconds, not {args.max_stall_ms!r}")
     if args.fill > args.bank_capacity or 2 * args.fill > args.text_capacity:
         parser.error(
             f"--fill {args.fill} must be at most --bank-capacity {args.bank_capacity} and half of "

@@ -43,8 +43,8 @@ _logger = logging.getLogger(__name__)
 def freeze_heap() -> None:
     """Excludes all present objects from garbage collection, in a process that serves streams from now on.
 
-    Compiled programs consist of millions of Python objects, which live as long as the process. To go through
-    them takes the collector a second, in which no stream gets a token.
+    Compiled programs consist of a million and more Python objects, which live as long as the process. To go
+    through them takes the collector most of a second, in which no stream gets a token.
     """
     gc.collect()
     gc.freeze()

@@ -26,7 +26,7 @@ class Camera:
     Attributes:
       pictures: uint8 [H, W, 3] each.
       fps: pictures a second.
-      gop: one picture of so many can be decoded without those before it.
+      gop: GOP size: pictures from one keyframe to the next.
       first: number of the first picture that is sent, as to a client that joins late.
       damaged: number of a picture of which little arrives.
       silent: for what a client waits in vain: any answer once it has connected, or pictures once it plays.

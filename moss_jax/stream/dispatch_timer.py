@@ -23,7 +23,7 @@ MARGIN = 0.0014
 
 
 class Kind(NamedTuple):
-    """What the time of a step depends on.
+    """Key under which the durations of similar steps are averaged.
 
     Attributes:
       tokens: of its longest row.

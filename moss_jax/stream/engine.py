@@ -451,6 +451,8 @@ class Engine:
         encoded = [self.encode([frame] * count) for count in self.frame_encoder.warm_counts]
         for features in encoded:
             self.distance(features, 0, features, 0)
+            # As the first frame of a resumed stream, with the single one that was saved.
+            self.distance(jnp.asarray(np.zeros(features.shape[1:], self.dtype))[None], 0, features, 0)
         if self.config.slots > 1:
             self.frame_encoder.measure(frame_shape)
         state = self.start()

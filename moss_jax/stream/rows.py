@@ -130,7 +130,7 @@ def shapes(slots: int) -> tuple[Shape, ...]:
         framed = [Shape(0, 1, _token_room(frames), frames) for frames in FRAME_BUCKETS]
         return (Shape(1), *text, *framed)
     # One frame per slot with the token before it; then chunks of prompts. Few programs, since each takes
-    # seconds to compile and little more time than a smaller one: room is cheap if it stays empty.
+    # seconds to compile, and a larger one hardly takes longer to run than a smaller one: padding is cheap.
     most = 1 << (slots - 1).bit_length()
     short = [(count, 2, count) for count in sorted({min(count, most) for count in FRAME_COUNTS})]
     long = [(4, WIDTH, 0), (4, WIDTH, 4), (8, WIDTH, 8), (16, WIDTH, 16)]

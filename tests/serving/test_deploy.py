@@ -46,7 +46,7 @@ promtool = pytest.mark.skipif(
 
 
 def check(*command, **options) -> str:
-    """What a command that must succeed writes."""
+    """Runs a command, which must succeed; returns its output."""
     done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -134,7 +134,7 @@ LISTENING = "document.querySelector('#mood').textContent.includes('Listening')"
 
 
 def thing(cell: str) -> str:
-    """What lies at a place of the table."""
+    """Expression for the label of a cell of the table, which names the thing in it."""
     return f"document.querySelector('.cell[data-cell=\"{cell}\"]').ariaLabel"
 
 

@@ -147,9 +147,9 @@ def test_a_stream_is_over_when_the_camera_hangs_up(camera, numbers, then):
     [("connect", "cannot be opened"), ("play", "has failed"), ("", "has failed")],
 )
 def test_a_camera_that_falls_silent_is_given_up(camera, monkeypatch, silent, message):
-    monkeypatch.setattr(live, "TIMEOUT", 1.0)
+    monkeypatch.setattr(live, "TIMEOUT", 2.0)
     with filming(dataclasses.replace(camera, silent=silent, then="stall")) as url:
-        with pytest.raises(VideoError, match=rf"^{url} {message}.*nothing came for 1 s"):
+        with pytest.raises(VideoError, match=rf"^{url} {message}.*nothing came for 2 s"):
             list(read_live(url, FrameSampling(fps=5)))
         wait_until_let_go()
 

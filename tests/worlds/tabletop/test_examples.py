@@ -258,7 +258,7 @@ def test_an_answer_of_the_assistant_is_that_of_its_question(tokenizer):
 
 
 def say(world: World, requests: list[Request], tokenizer, **settings) -> list[tuple[int, str]]:
-    """What the assistant says: the frame at which each sentence begins, and its text."""
+    """Returns the sentences of a dialogue, each with the frame at which it begins."""
     dialogue = converse(
         world, requests, tokenizer, tokens_per_second=32, rng=np.random.default_rng(0), **settings
     )
