@@ -181,8 +181,10 @@ class Client:
             return closed.rcvd.code if closed.rcvd else None
 
     def until(self, *types: str, timeout: float = 60.0) -> dict:
-        """Receives up to an event of one of these types."""
-        while (event := self.receive(timeout))["type"] not in types:
+        """Receives up to an event of one of these types, for `timeout` seconds in all."""
+        # Others, such as counters, may come for ever.
+        deadline = time.monotonic() + timeout
+        while (event := self.receive(deadline - time.monotonic()))["type"] not in types:
             pass
         return event
 
