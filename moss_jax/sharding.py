@@ -102,7 +102,30 @@ def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
+def gather(x: jax.Array, spec: PartitionSpec, mesh: Mesh) -> jax.Array:
+    """Inside `shard_map`, gathers an array from its shards; the gradient is reduced and scattered."""
+    for dimension, places in enumerate(spec):
+        for axis in _names(places):
+            if mesh.shape[axis] > 1:
+                x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+    return x
+
+
+def sum_replicas(x: jax.Array, spec: PartitionSpec, axes: Sequence[str]) -> jax.Array:
+    """Inside `shard_map`, sums the shards over those of the mesh axes that do not shard the array."""
+    taken = {axis for places in spec for axis in _names(places)}
+    return jax.lax.psum(x, tuple(axis for axis in axes if axis not in taken))
+
+
+def _names(places) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a PartitionSpec."""
+    return (places,) if isinstance(places, str) else tuple(places or ())
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Constrains the sharding of an array with these logical axes on the current mesh, if there is one."""
+    """Constrains the sharding of an array with these logical axes on the current mesh, if there is one.
+
+    Inside `shard_map` over the whole mesh it changes nothing.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+    return x if mesh.empty or mesh.are_all_axes_manual else jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

@@ -7,7 +7,9 @@ B sequences, S tokens, F frames, A micro-batches
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -21,7 +23,7 @@ from moss_jax.config import ConfigError, ModelConfig, OptimizerConfig, SegmentsC
 from moss_jax.data.batch import Batch
 from moss_jax.memory import StreamState
 from moss_jax.nn import MossVideo
-from moss_jax.sharding import RULES, named_sharding, row_share
+from moss_jax.sharding import RULES, gather, named_sharding, row_share, sum_replicas
 from moss_jax.train.losses import LOSS_TERMS, Targets, cross_entropy, find_targets, mean_over, token_losses
 from moss_jax.train.optimizer import learning_rate, make_optimizer
 from moss_jax.train.segments import empty_memory, make_memories, run_segments
@@ -29,6 +31,8 @@ from moss_jax.video import preprocess
 
 # Maximum logits in memory per device: 1 GiB of float32. More are computed in chunks.
 MAX_LOGITS = 2**28
+# Names of the lists of layers, which remat recomputes one by one.
+LAYERS = {"layers", "global_layers"}
 
 
 @jax.tree_util.register_dataclass
@@ -118,10 +122,14 @@ class Trainer:
         abstract = self.abstract()
         if not abstract.trained:
             raise ConfigError(f"trainable names only parts without parameters: {', '.join(train.trainable)}")
+        # With tensor parallelism, the compiler partitions the step. Otherwise each device computes its rows, like
+        # one device alone: parameters are gathered layer by layer, and kernels are those of one device.
+        self._by_device = mesh.size > 1 and mesh.shape["tensor"] == 1
         memory = self._batch_sharding() if segments else None  # One sharding for all of its arrays.
         without = dataclasses.replace(abstract, memory=None)
         shardings = jax.tree.map(lambda array: array.sharding, without)
         self.shardings = dataclasses.replace(shardings, memory=memory)
+        self._all_specs = self._specs(self.shardings.trained | self.shardings.frozen)
         self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, self._replicated()))
 
     def init(self, seed: int) -> TrainState:
@@ -260,40 +268,84 @@ class Trainer:
         self, state: TrainState, batch: Batch, targets: Targets
     ) -> tuple[dict[str, Float[Array, "..."]], dict[str, Float[Array, "B S"]], StreamState | None]:
         """Returns the gradient of the loss, each loss term at each token, and the memory of the streams."""
+        arguments = state.trained, state.frozen, state.memory, batch, targets
+        if not self._by_device:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return self._backward(*arguments)
+        rows = PartitionSpec(RULES["batch"])
+        trained, frozen = (self._specs(params) for params in (self.shardings.trained, self.shardings.frozen))
+        return jax.shard_map(
+            self._backward,
+            mesh=self.mesh,
+            in_specs=(trained, frozen, rows, rows, rows),
+            out_specs=(trained, rows, rows),
+            # The kernels don't declare over which mesh axes their outputs vary.
+            check_vma=False,
+        )(*arguments)
+
+    def _backward(
+        self,
+        trained: dict[str, Float[Array, "..."]],
+        frozen: dict[str, Float[Array, "..."]],
+        memory: StreamState | None,
+        batch: Batch,
+        targets: Targets,
+    ) -> tuple[dict[str, Float[Array, "..."]], dict[str, Float[Array, "B S"]], StreamState | None]:
+        """Computes `_gradient_and_losses`: if by device, from its shards of the parameters and its rows."""
 
         def loss(trained, batch, targets):
-            model = self._merge({name: x.astype(self._dtype) for name, x in trained.items()} | state.frozen)
+            model = self._merge(trained | frozen, self._in_compute_dtype)
             vision = self.model_config.vision
             pixels = preprocess(
                 batch.frames, image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std
             )
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                hidden, memory = self._hidden(model, state.memory, batch, pixels)
-            chunks = self._chunks(*batch.tokens.shape)
+            hidden, new_memory = self._hidden(model, memory, batch, pixels)
+            chunks = self._chunks(targets.ids)
             losses = token_losses(hidden, targets.ids, model.decoder.logits, terms=self._terms, chunks=chunks)
-            return self._weighted_sum(losses, targets), (losses, memory)
+            return self._weighted_sum(losses, targets), (losses, new_memory)
 
         def add_gradient(total, part):
             # The weights are normalised over the whole batch, so gradients of micro-batches simply add up.
-            gradient, (losses, memory) = jax.grad(loss, has_aux=True)(state.trained, *part)
+            gradient, (losses, memory) = jax.grad(loss, has_aux=True)(trained, *part)
             total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
-            return jax.lax.with_sharding_constraint(total, self.shardings.trained), (losses, memory)
+            return self._constrain(total, self.shardings.trained), (losses, memory)
 
         count = self.config.accumulate
         if count == 1:
             gradient, (losses, memory) = add_gradient(None, (batch, targets))
-            return gradient, losses, memory
+            return self._sum_over_devices(gradient), losses, memory
 
         def split(x):  # [B, ...] to [A, B/A, ...]; the rows of a device stay on it
             x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(x, self._batch_sharding(None))
+            return self._constrain(x, self._batch_sharding(None))
 
         def join(x):
             return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
-        zero = jax.tree.map(jnp.zeros_like, state.trained)
+        zero = jax.tree.map(jnp.zeros_like, trained)
         gradient, (losses, _) = jax.lax.scan(add_gradient, zero, jax.tree.map(split, (batch, targets)))
-        return gradient, jax.tree.map(join, losses), None
+        return self._sum_over_devices(gradient), jax.tree.map(join, losses), None
+
+    def _in_compute_dtype(self, name: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """A parameter as layers use it, by device also gathered from all of its shards.
+
+        The gradient of a gathered parameter is reduced and scattered.
+        """
+        x = x.astype(self._dtype)
+        return gather(x, self._all_specs[name], self.mesh) if self._by_device else x
+
+    def _sum_over_devices(self, gradient: dict[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+        """Sums a gradient over the devices that have different rows but the same shard of a parameter."""
+        if not self._by_device:
+            return gradient
+        return {name: sum_replicas(x, self._all_specs[name], RULES["batch"]) for name, x in gradient.items()}
+
+    def _constrain(self, x, shardings):
+        """Constrains the shardings of arrays that the compiler partitions."""
+        return x if self._by_device else jax.lax.with_sharding_constraint(x, shardings)
+
+    def _specs(self, shardings: dict[str, NamedSharding]) -> dict[str, PartitionSpec]:
+        return {name: sharding.spec for name, sharding in shardings.items()}
 
     def _hidden(
         self, model: MossVideo, memory: StreamState | None, batch: Batch, pixels: Float[Array, "B F H W 3"]
@@ -308,16 +360,35 @@ class Trainer:
         features = features.reshape(B, F, *features.shape[1:])
         return run_segments(model, memory, tokens, features, frame_positions, batch.segments, self._memories)
 
-    def _merge(self, params: dict[str, Array]) -> MossVideo:
-        """Returns the model with these parameters."""
-        state = [(path, variable.replace(params[name])) for name, (path, variable) in self._variables.items()]
+    def _merge(
+        self,
+        params: dict[str, Array],
+        read: Callable[[str, Float[Array, "..."]], Float[Array, "..."]] | None = None,
+    ) -> MossVideo:
+        """Returns the model with these parameters.
+
+        Args:
+          read: maps a parameter's name and value to what the model gets. For those of the layers it is called
+            inside of the layer, so that remat repeats it instead of keeping the result.
+        """
+        state = []
+        for name, (path, variable) in self._variables.items():
+            if read is None:
+                variable = variable.replace(params[name])
+            elif LAYERS.isdisjoint(path):
+                variable = variable.replace(read(name, params[name]))
+            else:
+                hook = functools.partial(lambda name, _, value: read(name, value), name)
+                variable = variable.replace(params[name], on_get_value=hook)
+            state.append((path, variable))
         return nnx.merge(self._graph, nnx.from_flat_state(state))
 
-    def _chunks(self, rows: int, tokens: int) -> int:
-        """Returns the number of chunks in which to compute logits of [rows, tokens, vocab]."""
-        vocab = self.model_config.decoder.vocab_size
-        logits = named_sharding(("batch", None, "vocab"), (rows, tokens, vocab), self.mesh)
-        return math.ceil(math.prod(logits.shard_shape((rows, tokens, vocab))) / MAX_LOGITS)
+    def _chunks(self, ids: Int[Array, "B S"]) -> int:
+        """Returns the number of chunks in which to compute the logits of targets."""
+        shape = (*ids.shape, self.model_config.decoder.vocab_size)
+        if not self._by_device:
+            shape = named_sharding(("batch", None, "vocab"), shape, self.mesh).shard_shape(shape)
+        return math.ceil(math.prod(shape) / MAX_LOGITS)
 
     def _replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())

@@ -14,6 +14,8 @@ RUNS = [
     ((1, 1, 1), 1, "none"),
     ((8, 1, 1), 1, "none"),
     ((1, 4, 2), 2, "none"),
+    ((2, 4, 1), 1, "full"),
+    ((1, 4, 1), 2, "none"),
     ((2, 2, 2), 1, "full"),
 ]
 MESHES = [mesh for mesh, *_ in RUNS[1:]]
@@ -77,7 +79,7 @@ def test_parameters_and_rows_are_sharded(results, mesh):
     assert parts["decoder/embedding"] == fsdp
     assert parts["vision/layers/0/mlp/fc1/bias"] == tensor
     assert parts["decoder/norm/weight"] == 1
-    assert results[mesh]["rows"] == [ROWS // (data * fsdp)] * 8
+    assert results[mesh]["rows"] == [ROWS // (data * fsdp)] * (data * fsdp * tensor)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
