@@ -44,6 +44,9 @@ def main() -> None:
     )
     parser.add_argument("--remat", default="full", choices=get_args(Remat), help="rematerialisation")
     parser.add_argument(
+        "--vision-remat", choices=get_args(Remat), help="that of the vision encoder, if another"
+    )
+    parser.add_argument(
         "--slice", type=int, default=1, help="divides the number of layers of encoder and decoder"
     )
     parser.add_argument("--profile", action="store_true", help="device time by phase and part of the model")
@@ -55,7 +58,8 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Runs the benchmark and returns its figures."""
-    config = sliced(dataclasses.replace(PRESETS[args.preset](), remat=args.remat), args.slice)
+    remat = {"remat": args.remat, "vision_remat": args.vision_remat}
+    config = sliced(dataclasses.replace(PRESETS[args.preset](), **remat), args.slice)
     devices = jax.device_count()
     rows = args.batch or devices
     mesh = make_mesh(fsdp=devices // args.tensor, tensor=args.tensor)

@@ -128,4 +128,6 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     Inside `shard_map` over the whole mesh it changes nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty or mesh.are_all_axes_manual else jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+    if mesh.empty or mesh.are_all_axes_manual:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

@@ -13,7 +13,7 @@ from moss_jax.config.fields import (
 
 PoolMode = Literal["average", "max", "bilinear", "channelFusion"]
 RowsBeforeFirstFrame = Literal["skip", "attend"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
 DecoderWeights = Literal["int8", "fp8"]
 EncoderWeights = Literal["fp8"]
 
@@ -210,7 +210,9 @@ class ModelConfig:
         the original's training forward pass does.
       attention: name of an attention implementation to force everywhere; None chooses by platform.
       remat: rematerialisation in the backward pass of the one-pass call. "none" saves all activations,
-        "dots" the outputs of matmuls, "full" only the inputs of each layer.
+        "dots" the outputs of matmuls and of attention, "attention" those of attention, "full" only the
+        inputs of each layer.
+      vision_remat: that of the vision encoder, whose activations are the largest; None for `remat`.
     """
 
     vision: VisionConfig
@@ -219,6 +221,7 @@ class ModelConfig:
     rows_before_first_frame: RowsBeforeFirstFrame = "skip"
     attention: str | None = None
     remat: Remat = "none"
+    vision_remat: Remat | None = None
 
     def __post_init__(self):
         convert_fields(self)

@@ -31,7 +31,7 @@ class InitialModelConfig:
       pool: overrides the frame compressor's mode.
       stride: overrides the frame compressor's stride.
       attention: see `ModelConfig`.
-      remat: see `ModelConfig`.
+      remat, vision_remat: see `ModelConfig`.
     """
 
     preset: str | None = "moss_tiny"
@@ -40,6 +40,7 @@ class InitialModelConfig:
     stride: int | None = None
     attention: str | None = None
     remat: Remat = "none"
+    vision_remat: Remat | None = None
 
     def __post_init__(self):
         convert_fields(self)

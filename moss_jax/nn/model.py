@@ -86,7 +86,7 @@ class MossVideo(nnx.Module):
             )
         B, F = frame_positions.shape
         keep = self.config.remat
-        features = self._encode(pixels.reshape(B * F, *pixels.shape[2:]), keep)
+        features = self._encode(pixels.reshape(B * F, *pixels.shape[2:]), self.config.vision_remat or keep)
         features = features.reshape(B, F, *features.shape[1:])
         return self.decoder(tokens, features, frame_positions, keep)
 

@@ -373,7 +373,7 @@ class Engine:
           stream: from `stream_config`.
         """
         model = dataclasses.asdict(self.model_config)
-        for implementation in ("attention", "remat"):
+        for implementation in ("attention", "remat", "vision_remat"):
             del model[implementation]
         config = dataclasses.asdict(stream)
         for other in ("slots", "policies"):

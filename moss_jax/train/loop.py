@@ -329,7 +329,11 @@ def _load_model_config(
             *dataclasses.astuple(config.compressor),
         )
     return tokenizer, dataclasses.replace(
-        config, compressor=compressor, attention=initial.attention, remat=initial.remat
+        config,
+        compressor=compressor,
+        attention=initial.attention,
+        remat=initial.remat,
+        vision_remat=initial.vision_remat,
     )
 
 

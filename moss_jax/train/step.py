@@ -122,8 +122,8 @@ class Trainer:
         abstract = self.abstract()
         if not abstract.trained:
             raise ConfigError(f"trainable names only parts without parameters: {', '.join(train.trainable)}")
-        # With tensor parallelism, the compiler partitions the step. Otherwise each device computes its rows, like
-        # one device alone: parameters are gathered layer by layer, and kernels are those of one device.
+        # With tensor parallelism, the compiler partitions the step. Otherwise each device computes its rows
+        # as if alone, with the kernels of one device, and gathers parameters layer by layer.
         self._by_device = mesh.size > 1 and mesh.shape["tensor"] == 1
         memory = self._batch_sharding() if segments else None  # One sharding for all of its arrays.
         without = dataclasses.replace(abstract, memory=None)
@@ -300,7 +300,7 @@ class Trainer:
                 batch.frames, image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std
             )
             hidden, new_memory = self._hidden(model, memory, batch, pixels)
-            chunks = self._chunks(targets.ids)
+            chunks = self._chunks(*targets.ids.shape)
             losses = token_losses(hidden, targets.ids, model.decoder.logits, terms=self._terms, chunks=chunks)
             return self._weighted_sum(losses, targets), (losses, new_memory)
 
@@ -383,9 +383,9 @@ class Trainer:
             state.append((path, variable))
         return nnx.merge(self._graph, nnx.from_flat_state(state))
 
-    def _chunks(self, ids: Int[Array, "B S"]) -> int:
-        """Returns the number of chunks in which to compute the logits of targets."""
-        shape = (*ids.shape, self.model_config.decoder.vocab_size)
+    def _chunks(self, rows: int, tokens: int) -> int:
+        """Returns the number of chunks in which to compute logits of [rows, tokens, vocab]."""
+        shape = (rows, tokens, self.model_config.decoder.vocab_size)
         if not self._by_device:
             shape = named_sharding(("batch", None, "vocab"), shape, self.mesh).shard_shape(shape)
         return math.ceil(math.prod(shape) / MAX_LOGITS)

@@ -225,7 +225,8 @@ def slices(projection: Projection) -> tuple[Float[Array, "B P H D"], ...]:
     if isinstance(projection, QuantizedProjection):
         q, k = (projection.qk.values[:, :, i].astype(projection.v.dtype) for i in range(2))
         return q * projection.qk.scale.astype(q.dtype), k, projection.v
-    return tuple(projection[:, :, i] for i in range(3))
+    # Not by indices: the gradient of each would be padded to the whole, and the three added up.
+    return tuple(x[:, :, 0] for x in jax.lax.split(projection, (1, 1, 1), axis=2))
 
 
 class Appended(NamedTuple):

@@ -59,11 +59,14 @@ def _gelu(x: Array) -> Array:
 @_gelu.defjvp
 def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
+    return _gelu(x), slope(x) * tangent
+
+
+def slope(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The GELU's derivative, Phi(x) + x phi(x), in the dtype of x, since it is kept for the backward pass."""
     wide = x.astype(jnp.float32)
-    phi = _phi(wide)
-    slope = phi + wide * jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-    # The slope is the only residual of the backward pass, so it is kept narrow.
-    return (wide * phi).astype(x.dtype), slope.astype(x.dtype) * tangent
+    density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+    return (_phi(wide) + wide * density).astype(x.dtype)
 
 
 def _phi(x: Float[Array, "..."]) -> Float[Array, "..."]:
