@@ -12,13 +12,14 @@ and shows the time of each part:
 
 import argparse
 import dataclasses
+import os
 import statistics
 import time
 from typing import get_args
 
 import jax
 import numpy as np
-from profiles import device_ms
+from profiles import device_ms, name_operations
 from report import add_out, make_parser, publish
 
 from moss_jax.config import PRESETS, ModelConfig, OptimizerConfig, Remat, TrainConfig
@@ -53,6 +54,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after the first")
     add_out(parser)
     args = parser.parse_args()
+    # JAX's default is 0.75 of the device's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    if args.profile:
+        name_operations()
     publish("train.py", args, run(args))
 
 
