@@ -125,6 +125,10 @@ class Trainer:
         # With tensor parallelism, the compiler partitions the step. Otherwise each device computes its rows
         # as if alone, with the kernels of one device, and gathers parameters layer by layer.
         self._by_device = mesh.size > 1 and mesh.shape["tensor"] == 1
+        if segments:
+            # Rows cycle through the memories, so those of a device must be whole cycles.
+            share = train.batch_size // math.prod(mesh.shape[axis] for axis in RULES["batch"])
+            self._by_device &= share % len(self._memories) == 0
         memory = self._batch_sharding() if segments else None  # One sharding for all of its arrays.
         without = dataclasses.replace(abstract, memory=None)
         shardings = jax.tree.map(lambda array: array.sharding, without)

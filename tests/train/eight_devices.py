@@ -18,17 +18,18 @@ from moss_jax.config import (
     DecoderConfig,
     ModelConfig,
     OptimizerConfig,
+    SegmentsConfig,
     TrainConfig,
     VisionConfig,
 )
-from moss_jax.data.batch import Batch
+from moss_jax.data.batch import Batch, Segments
 from moss_jax.nn import MossVideo
 from moss_jax.sharding import make_mesh
 from moss_jax.text.labels import IGNORED
 from moss_jax.train.checkpoints import Checkpoints
 from moss_jax.train.step import Trainer
 
-STEPS, SAVED_STEP = 20, 8
+STEPS, SAVED_STEP, SEGMENT_STEPS = 20, 8, 4
 B, S, F = 8, 12, 2
 SILENCE, IMAGE = 7, 64
 MODEL = ModelConfig(
@@ -70,7 +71,43 @@ def make_batch() -> Batch:
     return Batch(tokens, labels, rng.integers(0, 256, (B, F, 28, 28, 3), np.uint8), positions)
 
 
-def make_trainer(mesh: tuple[int, int, int], accumulate: int, remat: str) -> Trainer:
+# The rows cycle through two memories, both of which are compacted.
+SEGMENTS = SegmentsConfig(
+    per_step=2,
+    frames=1,
+    tokens=S // 2,
+    streams=(2,),
+    memories=(("window", 2, "model"), ("merge", 2, "model")),
+    text_capacities=(64,),
+)
+
+
+def make_segments() -> Batch:
+    """Makes two segments of a stream for each row, one frame each, which go on from step to step."""
+    batch = make_batch()
+    tokens = np.where((batch.tokens == IMAGE) | (batch.tokens == 0), 1, batch.tokens)
+    positions = np.tile(np.array([2, S // 2 + 1], np.int32), (B, 1))
+    tokens[np.arange(B)[:, None], positions] = IMAGE
+    kept = np.broadcast_to(np.arange(64, dtype=np.int32), (B, 2, 64)).copy()
+    whole = np.full((B, 2), S // 2, np.int32)
+    segments = Segments(np.zeros((B, 2), bool), whole, 0 * whole, kept, whole // 2)
+    return Batch(tokens, np.where(tokens == IMAGE, IGNORED, tokens), batch.frames, positions, segments)
+
+
+def train_on_segments(mesh: tuple[int, int, int]) -> list[float]:
+    """Trains on segments, and returns the losses."""
+    trainer = make_trainer(mesh, 1, "none", SEGMENTS)
+    state, batch = trainer.init(0), trainer.put(make_segments())
+    losses = []
+    for _ in range(SEGMENT_STEPS):
+        state, metrics = trainer.step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def make_trainer(
+    mesh: tuple[int, int, int], accumulate: int, remat: str, segments: SegmentsConfig | None = None
+) -> Trainer:
     return Trainer(
         dataclasses.replace(MODEL, remat=remat),
         TrainConfig(steps=STEPS, batch_size=B, accumulate=accumulate, compute_dtype="float32"),
@@ -78,6 +115,7 @@ def make_trainer(mesh: tuple[int, int, int], accumulate: int, remat: str) -> Tra
         OptimizerConfig(learning_rate=3e-3, eps=1e-4),
         make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)]),
         silence_id=SILENCE,
+        segments=segments,
     )
 
 
@@ -130,7 +168,8 @@ def _has_moments(x) -> bool:
 
 def main() -> None:
     model = MossVideo(MODEL, rngs=nnx.Rngs(0))
-    trainers = [make_trainer(*run) for run in json.loads(sys.argv[1])]
+    runs, segment_meshes = json.loads(sys.argv[1])
+    trainers = [make_trainer(*run) for run in runs]
     with tempfile.TemporaryDirectory() as workdir:
         first, second, *rest, last = trainers
         results = [train(first, model), train(second, model, save_to=workdir)]
@@ -139,7 +178,8 @@ def main() -> None:
     # The parameters of a seed don't depend on the mesh that they are initialised on.
     made, expected = trainers[-1].init(0).trained, trainers[-1].adopt(model).trained
     same = all(np.array_equal(made[name], expected[name]) for name in expected)
-    print(json.dumps({"runs": results, "same_initial_parameters": same}))
+    segments = [train_on_segments(mesh) for mesh in segment_meshes]
+    print(json.dumps({"runs": results, "same_initial_parameters": same, "segments": segments}))
 
 
 if __name__ == "__main__":
