@@ -56,8 +56,8 @@ def unsupported(arguments: Arguments, platform: str) -> str | None:
     (((_, _, rows, head_dim), dtype),) = kinds
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
-    if head_dim not in (64, 128):
-        return f"it takes heads of 64 and 128, not of {head_dim}"
+    if head_dim not in (32, 64, 128):
+        return f"it takes heads of 32, 64 and 128, not of {head_dim}"
     if rows % CHUNK:
         return f"{rows} rows are not a multiple of {CHUNK}"
     return None
