@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moss_jax.ops.attention import mosaic_tpu
 from moss_jax.ops.attention.mosaic_gpu import dense
+from moss_jax.ops.keep_rows import mosaic_gpu as keep_rows
 from moss_jax.ops.linear.mosaic_gpu import bias_gelu, norm_matmul, weight_only_gemm
 from moss_jax.ops.mosaic_gpu import hopper, skinny_matmul, tiles, upcast
 from moss_jax.ops.post_attention import mosaic_gpu as post_attention
@@ -113,6 +114,7 @@ def on_gpu():
             prefetch=lambda ref: None,
             grid_barrier=lambda counters, blocks: None,
         ),
+        mock.patch.object(keep_rows, "gather", lambda rows, at, layout: rows[...][at]),
         mock.patch.object(plgpu, "copy_gmem_to_smem", lambda *refs, collective_axes=None: copy(*refs)),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
     ):

@@ -1,13 +1,14 @@
 """The KV cache of the text: keys and values of every self-attention layer.
 
-B slots, K kv heads, R rows of a buffer, C capacity in tokens, D head
+B slots, N of them compacted, K kv heads, R rows of a buffer, C capacity in tokens, D head
 """
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from moss_jax.ops.keep_rows import keep_rows
 
 # Kernels read a text cache in place if its number of rows is a multiple of this.
 ROWS_MULTIPLE = 128
@@ -34,22 +35,23 @@ class TextCache:
     capacity: int = dataclasses.field(metadata={"static": True})
 
 
-def keep_tokens(text: TextCache, kept: Int[Array, "B C"], length: Int[Array, " B"]) -> TextCache:
+def keep_tokens(
+    text: TextCache,
+    kept: Int[Array, "N C"],
+    length: Int[Array, " N"],
+    *,
+    slots: Int[Array, " N"] | None = None,
+) -> TextCache:
     """Evicts tokens from the cache; those that stay keep their order and their positions.
 
     Args:
-      kept: indices of the tokens that stay, ascending; only the first `length[b]` of slot `b` count.
-      length: number of tokens of each slot that stay.
+      kept: indices of the tokens that stay, ascending; only the first `length[n]` count.
+      length: number of tokens that stay.
+      slots: entry `n` is about slot `slots[n]`, each a different one; other slots stay as they are. None if
+        entry `n` is about slot `n` (N == B).
     """
-    capacity = kept.shape[1]
-
-    def gather(x):
-        rows = jnp.take_along_axis(x, kept[:, None, :, None], axis=2, mode="clip")
-        return jax.lax.dynamic_update_slice(x, rows, (0, 0, 0, 0)) if capacity < x.shape[2] else rows
-
-    return dataclasses.replace(
-        text,
-        keys=tuple(map(gather, text.keys)),
-        values=tuple(map(gather, text.values)),
-        length=length,
-    )
+    layers = len(text.keys)
+    arrays = keep_rows((*text.keys, *text.values), kept, length, slots=slots)
+    if slots is not None:
+        length = text.length.at[slots].set(length)
+    return dataclasses.replace(text, keys=arrays[:layers], values=arrays[layers:], length=length)

@@ -196,7 +196,7 @@ def compact_text(
     state: EngineState, slot: Int[Array, ""], kept: Int[Array, " C"], length: Int[Array, ""]
 ) -> EngineState:
     """Evicts all tokens from the text cache of one slot except the first `length` of `kept`."""
-    text = _replace_slot(state.stream.text, slot, lambda text: keep_tokens(text, kept[None], length[None]))
+    text = keep_tokens(state.stream.text, kept[None], length[None], slots=slot[None])
     return dataclasses.replace(state, stream=dataclasses.replace(state.stream, text=text))
 
 

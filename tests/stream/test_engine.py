@@ -1,5 +1,6 @@
 """The engine: steps give the logits of one pass, slots are independent, and programs are few."""
 
+import dataclasses
 import itertools
 import re
 from unittest import mock
@@ -366,10 +367,15 @@ def test_no_two_arrays_of_a_state_share_a_buffer(make_engine):
 
 @pytest.mark.gpu
 def test_no_step_copies_a_cache(random_model, tokenizer):
-    """Of no shape: the decode rows and the chunks of a step both append to each layer's cache."""
+    """Of no shape: the decode rows and the chunks of a step both append to each layer's cache.
+
+    The eviction of tokens does not copy one either.
+    """
     model = random_model(moss_tiny(), dtype="bfloat16")
     engine = Engine(model, tokenizer, EngineConfig(8, text_capacity=8192, bank_capacity=128))
     shape = str(engine.start().stream.text.keys[0].shape).replace(" ", "")
     cache = re.compile(rf"bf16\[{re.escape(shape[1:-1])}\]\S* copy(-start)?\(")
-    for program in engine._lower():
+    state, kept = dataclasses.replace(engine.start(), kinds=()), np.zeros(8192, np.int32)
+    evict = engine.programs["compact_text"].lower(state, np.int32(0), kept, np.int32(0))
+    for program in (evict, *engine._lower()):
         assert not cache.search(program.compile().as_text())

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from moss_jax.ops.attention import mosaic_gpu as attention
+from moss_jax.ops.keep_rows import mosaic_gpu as keep_rows
 from moss_jax.ops.linear.mosaic_gpu import (
     bias_gelu,
     matmul_epilogue,
@@ -22,6 +23,7 @@ PARTITIONED = [attention.unsupported, attention.unsupported_self_attention]
 WHOLE = [attention.unsupported_append] + [
     module.unsupported
     for module in (
+        keep_rows,
         post_attention,
         weight_only,
         weight_only_gemm,
