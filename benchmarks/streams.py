@@ -108,8 +108,8 @@ CALLS = 20  # Calls of each kind with --micro.
 WITHOUT_END = 1 << 30
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
-# A frame or a prompt to push, or whether the stream may talk from then on.
-type Pushed = np.ndarray | str | bool
+# A frame, which may be a file, or a prompt to push, or whether the stream may talk from then on.
+type Pushed = np.ndarray | bytes | str | bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,12 @@ class Traffic:
 
 
 def random_traffic(
-    streams: int, share: float, seconds: float, fps: float, pictures: Sequence[np.ndarray], prompt: str
+    streams: int,
+    share: float,
+    seconds: float,
+    fps: float,
+    pictures: Sequence[np.ndarray] | Sequence[bytes],
+    prompt: str,
 ) -> Traffic:
     """Frames and prompts of streams that each talk for `share` of the time, from their prompts on."""
     rng, pushes, talking = random.Random(0), [], []

@@ -191,7 +191,7 @@ def test_streams_run_without_a_compilation(streams, engine, talking):
 @pytest.mark.slow
 def test_the_wire_beside_the_scheduler(tmp_path):
     result = tmp_path / "result.json"
-    sizes = {"frame-size": "64x36", "fill": 4, "bank-capacity": 8, "text-capacity": 128, "streams": 4}
+    sizes = {"frame-size": "64x36", "fill": 4, "bank-capacity": 8, "text-capacity": 512, "streams": 4}
     flags = {"preset": "moss_tiny", "seconds": 6, "scheduler-seconds": 6, "warm-seconds": 1, "out": result}
     command = [sys.executable, "benchmarks/wire.py", *(f"--{k}={v}" for k, v in (sizes | flags).items())]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600)
