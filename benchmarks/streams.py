@@ -33,7 +33,8 @@ share              floor over time: the least seconds that the traffic could tak
                    are multiplied in 8 bits. On another device, frames take no time from the steps, so the
                    floor is the larger of the two sums. Transfers and compactions are excluded. When no stream
                    talks, as happens with few streams, the device idles and the share is low
-frames_waiting     frames that had been pushed when the traffic ended, but not seen by the model
+frames_waiting     frames that had been pushed when the traffic ended, but not seen by the model; and
+                   prompts_waiting, those without a token after them
 compiled           programs that XLA compiled or read from its cache on disk during the traffic, which spoil a
                    row
 peak_gb            peak memory of the process so far, so only that of the most streams is meaningful; slot_mb
@@ -107,8 +108,8 @@ CALLS = 20  # Calls of each kind with --micro.
 WITHOUT_END = 1 << 30
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
-# A frame or a prompt to push, or whether the stream may talk from then on.
-type Pushed = np.ndarray | str | bool
+# A frame, which may be a file, or a prompt to push, or whether the stream may talk from then on.
+type Pushed = np.ndarray | bytes | str | bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,12 @@ class Traffic:
 
 
 def random_traffic(
-    streams: int, share: float, seconds: float, fps: float, pictures: Sequence[np.ndarray], prompt: str
+    streams: int,
+    share: float,
+    seconds: float,
+    fps: float,
+    pictures: Sequence[np.ndarray] | Sequence[bytes],
+    prompt: str,
 ) -> Traffic:
     """Frames and prompts of streams that each talk for `share` of the time, from their prompts on."""
     rng, pushes, talking = random.Random(0), [], []
@@ -317,6 +323,11 @@ class Listener:
         self.failures: list[str] = []
         self._clock = clock
 
+    @property
+    def prompts_waiting(self) -> int:
+        """Number of prompts without a token after them."""
+        return sum(len(voice.asked) + len(voice.turns) for voice in self.voices)
+
     def listen(self) -> None:
         """Reads events until None is put."""
         while (event := self.inbox.get()) is not None:
@@ -435,6 +446,7 @@ def live(
         "frames_seen": seen,
         "frames_dropped": dropped,
         "frames_waiting": feeders.frames - seen - dropped,
+        "prompts_waiting": listener.prompts_waiting,
         "share": floors.of(calls, warm, warm + seconds) / seconds,
         "steps": sum(warm <= at < warm + seconds and not isinstance(call, int) for at, call in calls),
         "feeders_late_ms": 1e3 * feeders.late,
@@ -552,13 +564,18 @@ def make_subject(args: argparse.Namespace) -> Subject:
     )
 
 
-def rows_of(args: argparse.Namespace, ceilings: Mapping[str, float], deadline: float) -> Iterator[dict]:
-    """Yields a row for each number of streams and load, few streams first."""
+def note_compilations() -> list[str]:
+    """Returns a list that grows with each compilation from now on."""
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if event == COMPILED else None
     )
-    subject = make_subject(args)
+    return compiled
+
+
+def rows_of(args: argparse.Namespace, ceilings: Mapping[str, float], deadline: float) -> Iterator[dict]:
+    """Yields a row for each number of streams and load, few streams first."""
+    compiled, subject = note_compilations(), make_subject(args)
     for streams in args.streams:
         if time.monotonic() > deadline:
             say("out of time: more streams were left out")
@@ -573,6 +590,23 @@ def rows_of(args: argparse.Namespace, ceilings: Mapping[str, float], deadline: f
         gc.collect()
 
 
+def make_engine(subject: Subject, streams: int, args: argparse.Namespace) -> StreamsEngine:
+    """Builds the engine of the streams; with random weights, all talk.
+
+    Raises:
+      ConfigError: it does not fit in the device's memory.
+    """
+    memory = MemoryConfig(args.memory, bank_dtype=args.bank_dtype)
+    config = EngineConfig(streams, args.text_capacity, args.bank_capacity, memory)
+    check_room(tree_bytes(nnx.state(subject.model)), subject.model, config)
+    apart = None if args.perception_device is None else jax.devices()[args.perception_device]
+    engine = StreamsEngine(subject.model, subject.tokenizer, config, perception_device=apart)
+    if subject.is_random:
+        engine.fill(args.fill)
+        engine.talk([True] * streams)
+    return engine
+
+
 def measure(
     subject: Subject,
     streams: int,
@@ -582,16 +616,7 @@ def measure(
     compiled: list[str],
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of one number of streams."""
-    memory = MemoryConfig(args.memory, bank_dtype=args.bank_dtype)
-    config = EngineConfig(streams, args.text_capacity, args.bank_capacity, memory)
-    model = subject.model
-    size = slot_bytes(model.config, config, model.dtype)
-    check_room(tree_bytes(nnx.state(model)), model, config)
-    apart = None if args.perception_device is None else jax.devices()[args.perception_device]
-    engine = StreamsEngine(model, subject.tokenizer, config, perception_device=apart)
-    if subject.is_random:
-        engine.fill(args.fill)
-        engine.talk([True] * streams)
+    engine = make_engine(subject, streams, args)
     if args.micro:
         # These compile only what they call.
         encodes = streams == args.streams[0]
@@ -604,7 +629,7 @@ def measure(
         "measure": "warm_up",
         "seconds": time.monotonic() - started,
         "programs": len(compiled) - before,
-        "slot_mb": size / MB,
+        "slot_mb": slot_bytes(engine.model_config, engine.config, engine.dtype) / MB,
     }
     floors = Floors(engine, ceilings)
     loads = args.talking if subject.is_random else ("as trained",)
@@ -651,7 +676,7 @@ def line(row: dict[str, Any]) -> str:
             return " ".join(f"{name} {shown(part)}" for name, part in value.items() if name != "samples")
         return f"{value:.2f}" if isinstance(value, float) else str(value)
 
-    text = f"{row['streams']:>4} streams  {row.get('measure', ''):<8}"
+    text = f"{row['streams']:>4} streams  {row.get('measure', ''):<10}"
     others = {name: value for name, value in row.items() if name not in ("streams", "measure")}
     return text + "  ".join(f"{name} {shown(value)}" for name, value in others.items())
 
@@ -665,19 +690,10 @@ def frame_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def main() -> None:
-    parser = make_parser(__doc__)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the model, the engine and the traffic."""
     parser.add_argument("--preset", default="moss_video_11b", choices=PRESETS, help="random weights of it")
-    parser.add_argument("--checkpoint", help="moss-tiny, a folder or a Hugging Face repo, not random weights")
-    parser.add_argument("--streams", default="1,4,16,32,64,128", help="comma-separated numbers of streams")
-    parser.add_argument("--talking", default="quarter,all", help=f"comma-separated, of {', '.join(SHARES)}")
-    parser.add_argument(
-        "--max-stall-ms",
-        default=f"{SchedulerConfig.max_stall_ms:g}",
-        help="comma-separated, the longest that a batch of frames may stall the text",
-    )
-    parser.add_argument("--seconds", type=float, default=20.0, help="of traffic that counts, for a row")
-    parser.add_argument("--warm-seconds", type=float, default=3.0, help="of traffic before that")
+    parser.add_argument("--warm-seconds", type=float, default=3.0, help="of traffic before those that count")
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second of each stream")
     parser.add_argument("--frame-size", default="640x360", help="width and height of the frames of a preset")
     parser.add_argument("--fill", type=at_least(1), default=64, help="fewest frames in a bank at first")
@@ -698,11 +714,34 @@ def main() -> None:
     )
     parser.add_argument("--mesh", help="splits the model over devices, as tensor=2")
     parser.add_argument("--perception-device", type=int, help="index of the device that encodes frames")
-    parser.add_argument("--micro", action="store_true", help="time single calls, without traffic")
     parser.add_argument(
         "--limit", type=float, default=math.inf, help="seconds after which nothing new starts"
     )
     add_out(parser)
+
+
+def check_fill(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Rejects more frames at first than the capacities hold."""
+    if args.fill > args.bank_capacity or 2 * args.fill > args.text_capacity:
+        parser.error(
+            f"--fill {args.fill} must be at most --bank-capacity {args.bank_capacity} and half of "
+            f"--text-capacity {args.text_capacity}"
+        )
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    add_flags(parser)
+    parser.add_argument("--checkpoint", help="moss-tiny, a folder or a Hugging Face repo, not random weights")
+    parser.add_argument("--streams", default="1,4,16,32,64,128", help="comma-separated numbers of streams")
+    parser.add_argument("--talking", default="quarter,all", help=f"comma-separated, of {', '.join(SHARES)}")
+    parser.add_argument(
+        "--max-stall-ms",
+        default=f"{SchedulerConfig.max_stall_ms:g}",
+        help="comma-separated, the longest that a batch of frames may stall the text",
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="of traffic that counts, for a row")
+    parser.add_argument("--micro", action="store_true", help="time single calls, without traffic")
     args = parser.parse_args()
     deadline = time.monotonic() + args.limit
     if args.checkpoint:
@@ -717,11 +756,7 @@ def main() -> None:
         used.max_stall_ms = [float(value) for value in args.max_stall_ms.split(",")]
     except ValueError:
         parser.error(f"--max-stall-ms is comma-separated milliseconds, not {args.max_stall_ms!r}")
-    if args.fill > args.bank_capacity or 2 * args.fill > args.text_capacity:
-        parser.error(
-            f"--fill {args.fill} must be at most --bank-capacity {args.bank_capacity} and half of "
-            f"--text-capacity {args.text_capacity}"
-        )
+    check_fill(parser, args)
     if args.micro and args.checkpoint:
         parser.error("--micro takes a --preset")
 

@@ -1,5 +1,9 @@
-"""The benchmark of many streams: its traffic, what it notes of events, its floors, and a run of it."""
+"""The benchmarks of many streams: traffic, what is noted of events, floors, and runs, one over the wire."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -182,3 +186,28 @@ def test_streams_run_without_a_compilation(streams, engine, talking):
     assert any(row.compact for row in made)
     assert any(row.kept is not None for row in made)
     assert streams.line({"streams": 4, "measure": "live"} | row)
+
+
+@pytest.mark.slow
+def test_the_wire_beside_the_scheduler(tmp_path):
+    result = tmp_path / "result.json"
+    sizes = {"frame-size": "64x36", "fill": 4, "bank-capacity": 8, "text-capacity": 512, "streams": 4}
+    flags = {"preset": "moss_tiny", "seconds": 6, "scheduler-seconds": 6, "warm-seconds": 1, "out": result}
+    command = [sys.executable, "benchmarks/wire.py", *(f"--{k}={v}" for k, v in (sizes | flags).items())]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600)
+    found = json.loads(result.read_text(encoding="utf-8"))
+    rows = {row["measure"]: row for row in found["rows"]}
+    assert list(rows) == ["scheduler", "wire"]
+    for row in rows.values():
+        assert row["frames_pushed"] == 28
+        assert row["frames_dropped"] == row["compiled"] == 0
+        # Some are pushed just before the end.
+        assert row["frames_waiting"] + row["prompts_waiting"] <= 4
+        assert row["tokens"] > row["ttft_ms"]["samples"] >= 3
+    wire = rows["wire"]
+    assert wire["errors"] == []
+    assert wire["slow_clients"] == wire["failures"] == 0
+    assert wire["frames_waiting"] == wire["prompts_waiting"] == 0
+    assert 0 < wire["server_ttft_ms"]["p50"] <= wire["ttft_ms"]["p95"]
+    difference = wire["ttft_ms"]["p95"] - rows["scheduler"]["ttft_ms"]["p95"]
+    assert found["ttft_p95_difference_ms"] == pytest.approx(difference)
