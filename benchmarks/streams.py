@@ -40,9 +40,18 @@ compiled           programs that XLA compiled or read from its cache on disk dur
 peak_gb            peak memory of the process so far, so only that of the most streams is meaningful; slot_mb
                    is the state of a slot
 
-`--micro` times single blocking calls instead: a decode step of all slots, the same step with a prompt row in
-one of the slots and, for the first N, the encoding of batches. Set JAX_COMPILATION_CACHE_DIR, since each N
-has its own programs.
+`--micro` times steps and batches of frames instead. A figure of a step is the median of 5 blocks of 10 steps,
+which are dispatched without waiting and awaited once: the time of the device in a pipeline, as long as the
+host dispatches faster. All blocks begin with the same caches, filled as above, except that the fullest leave
+room for the tokens of a block, since nothing is compacted.
+
+step_ms            a decode step of all slots
+with_prompt_ms     the same step with a prompt in one of the slots; prompt_adds_ms is the difference
+blocking_ms        a decode step that is awaited before the next, so with its dispatch by the host
+encode_ms          for the first N, encoding a batch of frames in the host's memory, by size, in blocking
+                   calls; and encode_sent_ms, in the device's
+
+Set JAX_COMPILATION_CACHE_DIR, since each N has its own programs.
 """
 
 import argparse
@@ -103,7 +112,8 @@ EVERY = 5.0  # Seconds from one prompt of a stream to the next.
 SHARES = {"quarter": 0.25, "all": 1.0}  # Share of the time that a stream talks.
 FEEDERS = 4
 LEAST_SECONDS = 1.0  # Minimum traffic for a row.
-CALLS = 20  # Calls of each kind with --micro.
+# With --micro: blocks of each kind and steps of each, and batches of frames of each size.
+BLOCKS, STEPS, CALLS = 5, 10, 20
 # An answer continues until it is cut, by a prompt or by the mask.
 WITHOUT_END = 1 << 30
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -484,45 +494,80 @@ def figures_of(listener: Listener, begin: float, end: float) -> dict[str, Any]:
 
 
 def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray, *, encodes: bool) -> dict[str, Any]:
-    """Times single blocking calls; returns medians in milliseconds.
+    """Times steps and, perhaps, batches of frames; returns medians in milliseconds.
 
     Args:
       encodes: whether to time the encoding of frames, too.
+
+    Raises:
+      ConfigError: the text caches have no room for a block of steps.
     """
     slots, tokens = engine.config.slots, chat.interjection(engine.tokenizer, prompt)
+    room = STEPS + -(-STEPS // slots) * len(tokens)
+    engine.said = np.minimum(engine.said, engine.config.text_capacity - room - engine.held)
+    if np.any(engine.said < 0):
+        raise ConfigError(f"--micro appends up to {room} tokens to a slot, which --text-capacity must hold")
     engine.talk([True] * slots)
-    state, times = engine.start(), collections.defaultdict(list)
-    # A decode step and one with a prompt alternate, so that both find the same caches.
-    for call in range(CALLS + 2):
-        for name in ("decode", "with_prompt"):
-            rows = [Row([PENDING])] * slots
-            if name == "with_prompt":
-                rows[call % slots] = Row([PENDING, *tokens], new_turn=True)
-            started = time.perf_counter()
-            state, sampled = engine.step(state, rows)
+    times = collections.defaultdict(list)
+    # The first of a kind may compile.
+    for _ in range(BLOCKS + 1):
+        for kind in ("decode", "with_prompt", "blocking"):
+            times[kind].append(1e3 * block_seconds(engine, kind, tokens) / STEPS)
+    medians = {kind: statistics.median(some[1:]) for kind, some in times.items()}
+    step = {
+        "step_ms": medians["decode"],
+        "with_prompt_ms": medians["with_prompt"],
+        "prompt_adds_ms": medians["with_prompt"] - medians["decode"],
+        "blocking_ms": medians["blocking"],
+        "prompt_tokens": len(tokens),
+    }
+    return step | (encoding(engine, picture) if encodes else {})
+
+
+def block_seconds(engine: StreamsEngine, kind: str, tokens: Sequence[int]) -> float:
+    """Times a block of steps of all slots from new caches, so that blocks of all kinds find the same.
+
+    Args:
+      kind: "decode"; "with_prompt", with a prompt in one of the slots at each step; or "blocking", decode
+        steps that are each awaited.
+      tokens: of the prompt.
+    """
+    slots, sampled = engine.config.slots, None
+    state = jax.block_until_ready(engine.start())
+    started = time.perf_counter()
+    for number in range(STEPS):
+        rows = [Row([PENDING])] * slots
+        if kind == "with_prompt":
+            # Spread over the slots, which are of different ages.
+            rows[number * slots // STEPS] = Row([PENDING, *tokens], new_turn=True)
+        # The state is donated, so each step on the device waits for the one before, but the host does not.
+        state, sampled = engine.step(state, rows)
+        if kind == "blocking":
             jax.block_until_ready(sampled.tokens)
-            times[name].append(1e3 * (time.perf_counter() - started))
-    del state, sampled
-    for size in engine.frame_encoder.buckets if encodes else ():
+    assert sampled is not None, "at least one step"
+    jax.block_until_ready(sampled.tokens)
+    seconds = time.perf_counter() - started
+    engine.calls.clear()
+    return seconds
+
+
+def encoding(engine: StreamsEngine, picture: np.ndarray) -> dict[str, dict[str, float]]:
+    """Times blocking calls that encode batches of frames; returns medians in milliseconds, by size."""
+    found = {"encode_ms": {}, "encode_sent_ms": {}}
+    for size in engine.frame_encoder.buckets:
+        times = {name: [] for name in found}
         for _ in range(CALLS + 2):
             started = time.perf_counter()
             jax.block_until_ready(engine.encode([picture] * size))
-            times[f"encode_{size}"].append(1e3 * (time.perf_counter() - started))
+            times["encode_ms"].append(1e3 * (time.perf_counter() - started))
             sent = jax.block_until_ready(engine.send([picture] * size))
             started = time.perf_counter()
             jax.block_until_ready(engine.encode_sent(sent))
-            times[f"sent_{size}"].append(1e3 * (time.perf_counter() - started))
+            times["encode_sent_ms"].append(1e3 * (time.perf_counter() - started))
+        for name, some in times.items():
+            found[name][str(size)] = statistics.median(some[2:])
     engine.calls.clear()
-    medians = {name: statistics.median(some[2:]) for name, some in times.items()}
-    # Encoding of frames on the host, and of frames on the device.
-    encode, sent = (
-        {name.removeprefix(kind): ms for name, ms in medians.items() if name.startswith(kind)}
-        for kind in ("encode_", "sent_")
-    )
-    added = medians["with_prompt"] - medians["decode"]
-    step = {"step_ms": medians["decode"], "with_prompt_ms": medians["with_prompt"], "prompt_adds_ms": added}
-    encoding = {"encode_ms": encode, "encode_sent_ms": sent} if encodes else {}
-    return step | {"prompt_tokens": len(tokens)} | encoding
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -741,7 +786,7 @@ def main() -> None:
         help="comma-separated, the longest that a batch of frames may stall the text",
     )
     parser.add_argument("--seconds", type=float, default=20.0, help="of traffic that counts, for a row")
-    parser.add_argument("--micro", action="store_true", help="time single calls, without traffic")
+    parser.add_argument("--micro", action="store_true", help="time steps and batches, without traffic")
     args = parser.parse_args()
     deadline = time.monotonic() + args.limit
     if args.checkpoint:

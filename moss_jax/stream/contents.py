@@ -57,10 +57,15 @@ class SlotContents:
             self.frame_room = capacity.bank_capacity - memory.low_mark(capacity.bank_capacity)
         if len(self.kinds) + tokens <= capacity.text_capacity:
             return "fits"
-        if memory.text == "window" and plan.kept is None:
+        # The next row begins with pending tokens, too: it helps a row that frames or a turn have joined, but
+        # one of pending tokens alone has to evict more now, if evicting for these has not been enough.
+        has_joined = bool(plan.frames or plan.new_turn)
+        if memory.text == "window" and (plan.kept is None or not has_joined):
             room = min(memory.low_mark(capacity.text_capacity), capacity.text_capacity - tokens)
-            plan.kept = tokens_to_keep(self.kinds, room, memory, capacity.text_capacity)
-            self.kinds = [self.kinds[i] for i in plan.kept]
+            kept = tokens_to_keep(self.kinds, room, memory, capacity.text_capacity)
+            self.kinds = [self.kinds[i] for i in kept]
+            # The device evicts once, so the plan's indices are those before either eviction.
+            plan.kept = kept if plan.kept is None else [plan.kept[i] for i in kept]
         if len(self.kinds) + tokens <= capacity.text_capacity:
             return "fits"
-        return "text_capacity" if memory.text == "full" or not (plan.frames or plan.new_turn) else "next_row"
+        return "next_row" if memory.text == "window" and has_joined else "text_capacity"

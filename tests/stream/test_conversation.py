@@ -2,22 +2,26 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moss_jax.config import EngineConfig, MemoryConfig, SessionConfig
-from moss_jax.stream import PENDING, FrameSeen, Interrupted, Silence, Text
+from moss_jax.stream import PENDING, End, FrameSeen, Interrupted, NotAsked, Silence, Text, Turn
 from moss_jax.stream.conversation import Conversation, Inbound, Plan
 from moss_jax.stream.rows import Encoded
 
 SILENCE, IMAGE = 1021, 1024
 OPENING = [1015, 5, 6]
+FORGETS_NOTHING = MemoryConfig("full", text="full")
+WINDOW = MemoryConfig("window")
 
 
 @pytest.fixture
 def start(tokenizer):
     """A realtime dialogue after its opening, whose first token is `token`."""
 
-    def start(token: int, *, text_capacity=64, **config) -> Conversation:
-        capacity = EngineConfig(1, text_capacity, 64, MemoryConfig("full", text="full"))
+    def start(token: int, *, text_capacity=64, memory=FORGETS_NOTHING, **config) -> Conversation:
+        capacity = EngineConfig(1, text_capacity, 64, memory)
         config = SessionConfig(clock="realtime", **config)
         conversation = Conversation(tokenizer, capacity, config, 0, opening=OPENING, prompt="")
         opening = move(conversation)
@@ -36,8 +40,8 @@ def frame(time: float, order: int = 0) -> Inbound:
     return Inbound(time, 1, order, rgb=np.zeros((4, 4, 3), np.uint8))
 
 
-def prompt(time: float, text: str = "And now?") -> Inbound:
-    return Inbound(time, 0, 0, prompt=text, tokens=[7, 8])
+def prompt(time: float, text: str = "And now?", tokens=(7, 8)) -> Inbound:
+    return Inbound(time, 0, 0, prompt=text, tokens=[*tokens])
 
 
 def say(conversation: Conversation, *tokens: int) -> list:
@@ -146,3 +150,65 @@ def test_half_a_character_before_a_silence_is_not_completed_after_it(start, toke
     say(conversation, first, SILENCE)
     conversation.receive(frame(1.0))
     assert "☃" not in "".join(e.text for e in say(conversation, *rest) if isinstance(e, Text))
+
+
+@st.composite
+def prompts_at_fills(draw):
+    """A text capacity, its low-water mark, how much is said before a prompt, and how long the prompt is."""
+    capacity = draw(st.integers(8, 48))
+    low_water = draw(st.sampled_from([0.6, 0.875, 0.99]))
+    said, length = draw(st.integers(1, 2 * capacity)), draw(st.integers(1, capacity - len(OPENING) - 2))
+    return capacity, low_water, said, length
+
+
+def test_a_prompt_that_fits_beside_the_opening_is_asked_at_any_fill(start):
+    """Also if the pending token before it had tokens evicted already, or a frame joins the row."""
+
+    @given(prompts_at_fills(), st.booleans(), st.booleans(), st.booleans())
+    def ask(sizes, in_flight, is_cut, with_frame):
+        capacity, low_water, said, length = sizes
+        memory = MemoryConfig("window", low_water=low_water)
+        conversation = start(5, text_capacity=capacity, memory=memory, max_tokens_per_turn=1000)
+        cache, due, last = [*OPENING], 7 * np.ones(length, int), None
+
+        def append(plan: Plan) -> None:
+            assert plan.end is None
+            if plan.kept is not None:
+                assert list(plan.kept) == sorted({*plan.kept, *range(len(OPENING))})
+                cache[:] = [cache[i] for i in plan.kept]
+            cache.extend(plan.tokens)
+            assert len(cache) == conversation.text_length <= capacity
+
+        for number in range(said):
+            last = move(conversation)
+            append(last)
+            if number < said - 1 or not in_flight:
+                conversation.interrupted = is_cut and number == said - 1
+                list(conversation.on_token(last, 5, 0.0))
+        if with_frame:
+            conversation.receive(frame(0.0))
+        conversation.receive(prompt(0.0, tokens=due))
+        turns = []
+        for _ in range(3):
+            plan = move(conversation, in_flight=last if in_flight else None)
+            append(plan)
+            if in_flight:
+                list(conversation.on_token(last, 5, 0.0))
+                in_flight = False
+            turns += [e for e in conversation.events(plan) if isinstance(e, Turn)]
+            list(conversation.on_token(plan, 5, 0.0))
+            if turns:
+                break
+        assert len(turns) == 1
+
+    ask()
+
+
+def test_a_prompt_longer_than_the_text_cache_ends_the_stream_unasked(start):
+    conversation = start(5, memory=WINDOW)
+    conversation.receive(prompt(0.0, "Never", [7] * 64))
+    say(conversation, 5)
+    end = move(conversation)
+    events = list(conversation.events(end))
+    assert [type(event) for event in events] == [NotAsked, End]
+    assert (events[0].prompt, events[1].reason) == ("Never", "text_capacity")

@@ -68,7 +68,8 @@ def test_a_stream_outlives_its_capacities(scripted, tokenizer, speech):
 def streams(draw):
     """Frames, prompts and what is said, of any stream."""
     frames = draw(st.integers(1, 60))
-    prompts = [(second + 0.5, "And now?") for second in sorted(draw(st.sets(st.integers(0, frames - 1))))]
+    at = sorted(draw(st.sets(st.integers(0, frames - 1))))
+    prompts = [(second + 0.5, "And now?" + " now" * draw(st.integers(0, 40))) for second in at]
     return frames, prompts, draw(st.lists(st.booleans(), max_size=300))
 
 
@@ -104,9 +105,27 @@ def test_what_a_text_cache_holds_is_in_order_whatever_happens(scripted, tokenize
 
         engine.step = numbered
         (end,) = of(play(engine, frames, prompts, tokens_per_second=8), End)
-        assert (end.reason, end.counters.frames) == ("finished", frames)
+        assert (end.reason, end.counters.frames, end.counters.prompts) == ("finished", frames, len(prompts))
 
     hold()
+
+
+@pytest.mark.parametrize(("text_capacity", "length"), [(128, 42), (256, 42), (1024, 130)])
+def test_a_prompt_after_a_token_that_fills_the_text_cache_is_asked(
+    scripted, tokenizer, text_capacity, length
+):
+    """Longer than what the eviction for that token leaves free, at every fill of the cache."""
+    word = tokenizer.encode(" a")[0]
+    text = "now"
+    while len(chat.interjection(tokenizer, text)) < length:
+        text += " now"
+    opening = len(chat.opening(tokenizer, system=None))
+    for said in range(text_capacity - opening - 3, text_capacity - opening + 3):
+        engine = scripted([word] * 3000, text_capacity=text_capacity, memory=MemoryConfig("window"))
+        settings = {"tokens_per_second": said, "max_tokens_per_turn": 3000, "tail_seconds": 0.01}
+        events = play(engine, 1, [(1.0, text)], **settings)
+        assert [turn.prompt for turn in of(events, Turn)] == ["", text]
+        assert of(events, End)[0].reason == "finished"
 
 
 def test_the_opening_and_the_newest_tokens_stay(scripted, tokenizer):

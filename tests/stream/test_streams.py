@@ -1,4 +1,4 @@
-"""The benchmarks of many streams: traffic, what is noted of events, floors, and runs, one over the wire."""
+"""The benchmarks of many streams: traffic, what is noted of events, floors, steps, and runs."""
 
 import json
 import os
@@ -186,6 +186,44 @@ def test_streams_run_without_a_compilation(streams, engine, talking):
     assert any(row.compact for row in made)
     assert any(row.kept is not None for row in made)
     assert streams.line({"streams": 4, "measure": "live"} | row)
+
+
+@pytest.mark.slow
+def test_steps_are_timed_from_the_same_caches_which_never_overflow(streams, engine):
+    """The last slots are nearly full at first. What compiles does so in the first block of each kind."""
+    compiled, begun, blocks = streams.note_compilations(), [], []
+    start, take = engine.start, engine.step
+
+    def start_noted():
+        begun.append(len(compiled))
+        blocks.append([])
+        return start()
+
+    def step_noted(state, rows, features=None):
+        assert all(row and row.kept is row.compact is None for row in rows)
+        blocks[-1].append([len(row.tokens) for row in rows])
+        state, sampled = take(state, rows, features)
+        text, appended = state.stream.text, np.sum(blocks[-1], 0)
+        np.testing.assert_array_equal(text.length, engine.held + engine.said + appended)
+        assert (np.asarray(text.length) <= CONFIG.text_capacity).all()
+        return state, sampled
+
+    engine.start, engine.step = start_noted, step_noted
+    row = streams.micro(engine, "What is it?", streams.random_frames(1, (28, 28, 3))[0], encodes=True)
+    assert len(blocks) == 3 * (streams.BLOCKS + 1)
+    assert begun[3] == begun[-1]
+    decode, with_prompt, blocking = (np.array(blocks[i]) for i in range(3))
+    assert decode.tolist() == blocking.tolist() == np.ones((streams.STEPS, 4)).tolist()
+    assert with_prompt.sum(1).tolist() == [4 + row["prompt_tokens"]] * streams.STEPS
+    # Each slot gets prompts.
+    assert (with_prompt.sum(0) > streams.STEPS).all()
+    assert row["step_ms"] > 0
+    assert row["blocking_ms"] > 0
+    assert row["prompt_adds_ms"] == row["with_prompt_ms"] - row["step_ms"]
+    assert row["encode_ms"].keys() == row["encode_sent_ms"].keys()
+    assert streams.line({"streams": 4, "measure": "micro"} | row)
+    with pytest.raises(ConfigError, match="which --text-capacity must hold"):
+        streams.micro(engine, "What is it? " * 20, frame(), encodes=False)
 
 
 @pytest.mark.slow
