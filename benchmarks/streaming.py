@@ -249,7 +249,8 @@ class Stream:
         pictures = self._bench.pictures
         self.pushed[kind].append(time.monotonic())
         if kind is FrameSeen:
-            self.session.push_frame(pictures[len(self.pushed[FrameSeen]) % len(pictures)])
+            # Without a copy, as `serve.py` does with the frames of a camera.
+            self.session.push_frame(pictures[len(self.pushed[FrameSeen]) % len(pictures)], copy=False)
         else:
             self.session.push_prompt(self._bench.prompt)
 

@@ -272,7 +272,7 @@ class Dialogue:
         first = None
         for rgb in frames:
             try:
-                is_live = stream.push_frame(rgb, at)
+                is_live = stream.push_frame(rgb, at, copy=False)
             except SessionError as error:
                 raise ProtocolError(str(error), code="invalid_time", param="moss.time") from error
             if not is_live or at is None:

@@ -68,10 +68,15 @@ class Session:
         self.opening_length = max(s.conversation.opening_length for s in self._streams)
 
     def push_frame(
-        self, rgb: UInt8[np.ndarray, "H W 3"], time: float | None = None, *, slot: int = 0
+        self,
+        rgb: UInt8[np.ndarray, "H W 3"],
+        time: float | None = None,
+        *,
+        slot: int = 0,
+        copy: bool = True,
     ) -> bool:
         """Shows the model a frame; see `Stream.push_frame`."""
-        return self._stream(slot).push_frame(rgb, time)
+        return self._stream(slot).push_frame(rgb, time, copy=copy)
 
     def push_prompt(self, text: str, time: float | None = None, *, slot: int = 0) -> bool:
         """Asks the model something; see `Stream.push_prompt`."""

@@ -81,11 +81,17 @@ class Stream:
         """Its clock and limits."""
         return self.conversation.config
 
-    def push_frame(self, rgb: UInt8[np.ndarray, "H W 3"], time: float | None = None) -> bool:
+    def push_frame(
+        self, rgb: UInt8[np.ndarray, "H W 3"], time: float | None = None, *, copy: bool = True
+    ) -> bool:
         """Shows the model a frame, taken at `time` seconds of the stream (now, if None).
 
-        The frame is copied, so the caller may reuse its buffer at once. If frames are selected
-        (`SessionConfig.selection`), it may not be shown to the model; an event reports that.
+        If frames are selected (`SessionConfig.selection`), it may not be shown to the model; an event reports
+        that.
+
+        Args:
+          copy: whether the frame is copied, so that the caller may reuse its buffer at once. A copy of 1920 x
+            1080 pixels takes a millisecond, so a caller that never changes the array should pass False.
 
         Returns:
           False if the stream has ended, so that a producer knows when to stop.
@@ -98,8 +104,8 @@ class Stream:
             raise SessionError(f"a frame is uint8 RGB [height, width, 3]; got {rgb.dtype} {list(rgb.shape)}")
         small = thumbnail(rgb) if self.config.selection.enabled else None
         at = self._time(time)
-        copied = self._scheduler.frame_pool.copy(rgb)
-        return self._push(Inbound(at, 1, self._scheduler.next_order(), rgb=copied, thumbnail=small))
+        rgb = self._scheduler.frame_pool.copy(rgb) if copy else np.ascontiguousarray(rgb)
+        return self._push(Inbound(at, 1, self._scheduler.next_order(), rgb=rgb, thumbnail=small))
 
     def push_prompt(self, text: str, time: float | None = None) -> bool:
         """Asks the model something at `time` seconds of the stream (now, if None); cuts its answer, if any.

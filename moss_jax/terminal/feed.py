@@ -203,7 +203,7 @@ class _Feeder(threading.Thread):
             if self._closed.is_set():
                 return
             if isinstance(item, Frame):
-                if alive := self._session.push_frame(item.rgb, at):
+                if alive := self._session.push_frame(item.rgb, at, copy=False):
                     self._shown_until = at + (item.duration or 0.0)
             else:
                 with self._lock:

@@ -5,6 +5,7 @@ from concurrent import futures
 import jax
 import numpy as np
 
+from moss_jax.stream import Session
 from moss_jax.stream.frame_pool import MOST, FramePool
 
 
@@ -45,3 +46,15 @@ def test_threads_share_a_pool():
     held = [pool.copy(numbered(i % 250)) for i in range(3 * MOST)]
     assert len(pool._frames) == MOST
     assert all((x == i % 250).all() for i, x in enumerate(held))
+
+
+def test_a_frame_is_copied_unless_the_caller_leaves_it_alone(make_engine):
+    session = Session(make_engine())
+    frame = numbered(1)
+    for time, copy in enumerate((True, False)):
+        session.push_frame(frame, float(time), copy=copy)
+    copied, given = (inbound.rgb for inbound in sorted(session._streams[0].conversation._inbox))
+    assert not np.shares_memory(copied, frame)
+    assert np.shares_memory(given, frame)
+    frame[:] = 2
+    assert (copied == 1).all()
