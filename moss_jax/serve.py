@@ -245,7 +245,8 @@ def open_stream(args: argparse.Namespace) -> Stream:
         frames = (dataclasses.replace(frame, time=start + frame.time) for frame in frames)
         if picture:
             frames = tap(frames, lambda frame: picture.add_frame(frame.rgb, frame.time))
-        events = run_session(session, frames, later)
+        # Decoded here, each into a buffer of its own.
+        events = run_session(session, frames, later, copy=False)
         stop = session.pause if args.save else session.stop
     events = report_skipped(events, skipped)
     if picture:

@@ -1,12 +1,13 @@
 """asyncio front end of the scheduler: sessions that outlive their connections, and saved streams.
 
-Everything runs in one event loop, except threads that wait for stream events or do file I/O.
+Everything runs in one event loop, except the scheduler and threads that do file I/O.
 """
 
 import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import hmac
 import json
@@ -275,7 +276,7 @@ class Session:
         """Forwards the events of the stream to the owner."""
         saving = asyncio.create_task(self._save_often()) if self._hub.state_folder else None
         try:
-            async for event in events_of(stream):
+            async for event in events_of(stream, self._hub.relay):
                 if isinstance(event, Future):
                     self._marks.get(event, lambda: None)()
                     continue
@@ -322,7 +323,7 @@ class Session:
         # When the copy comes out of the inbox, the dialogue has seen exactly the events before the copy.
         state: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._marks[future] = lambda: state.set_result(owner.state() | {"sequence": self.sequence})
-        future.add_done_callback(stream.inbox.put)  # pyright: ignore[reportArgumentType]
+        future.add_done_callback(stream.inbox.put)
         try:
             saved = await asyncio.wrap_future(future)
             # Input that arrived after the copy was made is not part of it.
@@ -424,21 +425,38 @@ def event_number(event_id: str | None) -> int:
     return int(match[1])
 
 
-async def events_of(stream: Stream) -> AsyncIterator[Any]:
+class Relay:
+    """Passes items from threads to queues in an event loop, any number with one wake-up of the loop.
+
+    A wake-up takes a system call and a switch of threads, and a step has an event for every stream.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._items: collections.deque[tuple[asyncio.Queue[Any], Any]] = collections.deque()
+        self._is_scheduled = False
+
+    def put(self, queue: asyncio.Queue[Any], item: Any) -> None:
+        """Appends an item to a queue of the loop; from any thread."""
+        self._items.append((queue, item))
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            # The event loop may be closed if the process is about to exit.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        # First, so that whoever finds it set has appended an item that is still to be taken.
+        self._is_scheduled = False
+        while self._items:
+            queue, item = self._items.popleft()
+            queue.put_nowait(item)
+
+
+async def events_of(stream: Stream, relay: Relay) -> AsyncIterator[Any]:
     """Yields in the event loop the events of a stream up to `End`, and anything else put into its inbox."""
     queue: asyncio.Queue[Any] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def pump() -> None:
-        # The event loop may be closed if the process is about to exit.
-        with contextlib.suppress(RuntimeError):
-            while True:
-                item = stream.inbox.get()
-                loop.call_soon_threadsafe(queue.put_nowait, item)
-                if isinstance(item, End):
-                    return
-
-    threading.Thread(target=pump, name="events", daemon=True).start()
+    stream.inbox.redirect(functools.partial(relay.put, queue))
     while True:
         item = await queue.get()
         yield item
@@ -464,6 +482,7 @@ class Hub:
       sessions: by id.
       counters: server-wide counters.
       decoders: thread pool for decoding images.
+      relay: passes the events of all streams to the event loop, once it is started.
       image_size: side in pixels of the square to which frames are scaled.
     """
 
@@ -497,6 +516,7 @@ class Hub:
         """Compiles the programs and starts the scheduler."""
         if self.state_folder is not None:
             await asyncio.to_thread(prepare_folder, self.state_folder, self.config.keep_seconds)
+        self.relay = Relay(asyncio.get_running_loop())
         engine = self.scheduler.engine
         if warm_up and isinstance(engine, Engine):
             await in_thread(lambda: warm_up_all(engine, self.image_size))

@@ -3,7 +3,8 @@
 import copy
 import os
 import queue
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,34 @@ class Clock:
         return before if self._started is None else before + monotonic() - self._started
 
 
+class Inbox:
+    """Thread-safe queue of a stream's events, which may be redirected to a function."""
+
+    def __init__(self):
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._take: Callable[[Any], object] | None = None
+
+    def put(self, item: Any) -> None:
+        """Appends an item, or calls the function with it."""
+        with self._lock:
+            if self._take is None:
+                self._queue.put(item)
+            else:
+                self._take(item)
+
+    def get(self) -> Any:
+        """Waits for the next item."""
+        return self._queue.get()
+
+    def redirect(self, take: Callable[[Any], object]) -> None:
+        """Calls a function with the queued items, and with all that are put later, in the putting threads."""
+        with self._lock:
+            while not self._queue.empty():
+                take(self._queue.get())
+            self._take = take
+
+
 class Stream:
     """One stream of a scheduler: any thread pushes frames and prompts, and iteration yields typed events.
 
@@ -65,6 +94,7 @@ class Stream:
       arrays: initial arrays of its slot; None for an empty slot.
       sampling: None for the engine's default.
       remembered: features of the frame that was remembered last, if frames are compared.
+      inbox: its events.
     """
 
     def __init__(self, scheduler: "Scheduler", conversation: Conversation, clock: Clock):
@@ -74,7 +104,7 @@ class Stream:
         self.arrays: list[np.ndarray] | None = None
         self.sampling: TokenSampling | None = None
         self.remembered: Encoded | None = None
-        self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.inbox = Inbox()
 
     @property
     def config(self) -> SessionConfig:

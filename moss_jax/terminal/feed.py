@@ -83,7 +83,11 @@ def open_session(
 
 
 def run_session(
-    session: Session, frames: Iterable[Frame], prompts: Sequence[tuple[float, str]]
+    session: Session,
+    frames: Iterable[Frame],
+    prompts: Sequence[tuple[float, str]],
+    *,
+    copy: bool = True,
 ) -> Generator[Event]:
     """Runs a session on a source of frames: timed by timestamps in realtime, at full speed in lockstep.
 
@@ -92,6 +96,7 @@ def run_session(
       frames: frames in order of time.
       prompts: (stream time in seconds, text) pairs. Prompts after the end of the frames are not asked; the
         last frame is shown for its duration or, if unknown, for as long as the one before it.
+      copy: as in `Stream.push_frame`; False if each frame has a buffer of its own.
 
     Yields:
       The session's events, and a `NotAsked` for each prompt that was not accepted, also after a pause.
@@ -99,7 +104,7 @@ def run_session(
     Raises:
       Exception: any error from reading the frames, after the events of the frames before it.
     """
-    feeder = _Feeder(session, frames, prompts)
+    feeder = _Feeder(session, frames, prompts, copy=copy)
     feeder.start()
     last = Event(stream_time=session.start_time, wall_time=session.now())
     try:
@@ -155,12 +160,20 @@ class _Feeder(threading.Thread):
       room: in lockstep, number of frames that may be pushed ahead of the session.
     """
 
-    def __init__(self, session: Session, frames: Iterable[Frame], prompts: Sequence[tuple[float, str]]):
+    def __init__(
+        self,
+        session: Session,
+        frames: Iterable[Frame],
+        prompts: Sequence[tuple[float, str]],
+        *,
+        copy: bool,
+    ):
         super().__init__(name="feeder", daemon=True)
         self.error: Exception | None = None
         self.room = threading.Semaphore(READ_AHEAD)
         self._session = session
         self._frames = frames
+        self._copies = copy
         # Prompts not accepted yet; locked while one is being pushed.
         self._prompts = collections.deque(sorted(prompts, key=lambda prompt: prompt[0]))
         self._lock = threading.Lock()
@@ -203,7 +216,7 @@ class _Feeder(threading.Thread):
             if self._closed.is_set():
                 return
             if isinstance(item, Frame):
-                if alive := self._session.push_frame(item.rgb, at, copy=False):
+                if alive := self._session.push_frame(item.rgb, at, copy=self._copies):
                     self._shown_until = at + (item.duration or 0.0)
             else:
                 with self._lock:

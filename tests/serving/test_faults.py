@@ -79,7 +79,6 @@ def left(server: Running) -> dict[str, object]:
         "streams": len(server.hub.scheduler.streams),
         "reserved": server.hub.reserved,
         "connections": server.hub.counters.connections,
-        "threads": sum(thread.name == "events" for thread in threading.enumerate()),
         "saved": sorted(os.listdir(server.hub.state_folder)) if server.hub.state_folder else [],
     }
     return {name: found for name, found in held.items() if found} or in_memory()

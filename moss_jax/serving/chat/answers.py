@@ -79,7 +79,7 @@ class Answer:
         """
         counters, started, is_first = self._hub.counters, time.monotonic(), True
         try:
-            async for event in events_of(self._stream):
+            async for event in events_of(self._stream, self._hub.relay):
                 if isinstance(event, FrameSeen):
                     counters.frames_by_fate["seen"] += 1
                 elif isinstance(event, Text) and not self._stops.found:
