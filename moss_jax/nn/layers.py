@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.config import Remat
-from moss_jax.ops.attention import is_residual
+from moss_jax.ops.attention import save_residuals
 from moss_jax.ops.linear import Layout, Weights, linear
 from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.qarray import QArray
@@ -55,9 +55,11 @@ def remat(layer: Callable, keep: Remat) -> Callable:
             return layer
         case "dots":
             policies = jax.checkpoint_policies
-            policy = policies.save_from_both_policies(is_residual, policies.dots_with_no_batch_dims_saveable)
+            policy = policies.save_from_both_policies(
+                save_residuals, policies.dots_with_no_batch_dims_saveable
+            )
         case "attention":
-            policy = is_residual
+            policy = save_residuals
         case "full":
             policy = jax.checkpoint_policies.nothing_saveable
     again = jax.checkpoint(layer, policy=policy)

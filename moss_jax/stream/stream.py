@@ -121,7 +121,7 @@ class Stream:
 
         Args:
           copy: whether the frame is copied, so that the caller may reuse its buffer at once. A copy of 1920 x
-            1080 pixels takes a millisecond, so a caller that never changes the array should pass False.
+            1080 pixels takes 0.3 to 3 ms, so a caller that never changes the array should pass False.
 
         Returns:
           False if the stream has ended, so that a producer knows when to stop.

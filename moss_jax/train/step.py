@@ -133,7 +133,7 @@ class Trainer:
         without = dataclasses.replace(abstract, memory=None)
         shardings = jax.tree.map(lambda array: array.sharding, without)
         self.shardings = dataclasses.replace(shardings, memory=memory)
-        self._all_specs = self._specs(self.shardings.trained | self.shardings.frozen)
+        self._all_specs = _specs(self.shardings.trained | self.shardings.frozen)
         self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, self._replicated()))
 
     def init(self, seed: int) -> TrainState:
@@ -277,7 +277,7 @@ class Trainer:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 return self._backward(*arguments)
         rows = PartitionSpec(RULES["batch"])
-        trained, frozen = (self._specs(params) for params in (self.shardings.trained, self.shardings.frozen))
+        trained, frozen = (_specs(params) for params in (self.shardings.trained, self.shardings.frozen))
         return jax.shard_map(
             self._backward,
             mesh=self.mesh,
@@ -348,9 +348,6 @@ class Trainer:
         """Constrains the shardings of arrays that the compiler partitions."""
         return x if self._by_device else jax.lax.with_sharding_constraint(x, shardings)
 
-    def _specs(self, shardings: dict[str, NamedSharding]) -> dict[str, PartitionSpec]:
-        return {name: sharding.spec for name, sharding in shardings.items()}
-
     def _hidden(
         self, model: MossVideo, memory: StreamState | None, batch: Batch, pixels: Float[Array, "B F H W 3"]
     ) -> tuple[Float[Array, "B S D"], StreamState | None]:
@@ -417,6 +414,10 @@ def part_norms(params: dict[str, Float[Array, "..."]]) -> dict[str, Float[Array,
     for name, param in params.items():
         parts.setdefault(name.partition("/")[0], []).append(param.astype(jnp.float32))
     return {part: optax.tree.norm(arrays) for part, arrays in parts.items()}
+
+
+def _specs(shardings: dict[str, NamedSharding]) -> dict[str, PartitionSpec]:
+    return {name: sharding.spec for name, sharding in shardings.items()}
 
 
 def _name(path: tuple) -> str:

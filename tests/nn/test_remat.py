@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 
 from moss_jax.config import ModelConfig
 from moss_jax.nn import MossVideo
 from moss_jax.nn.layers import remat
+from moss_jax.ops.attention.residuals import CUDNN_FORWARD
 from moss_jax.ops.norm import Residual
 
 B, S, F = 2, 8, 2
@@ -103,3 +105,7 @@ def test_streaming_programs_are_the_same(tiny):
         yield program("decode", state, jnp.zeros((1, 2), jnp.int32))
 
     assert list(programs("full")) == list(programs("none"))
+
+
+def test_the_primitive_of_cudnn_has_the_name_that_the_policy_looks_for():
+    assert fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper.name.startswith(CUDNN_FORWARD)

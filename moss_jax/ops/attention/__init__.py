@@ -10,7 +10,7 @@ from moss_jax.ops.attention.api import (
 )
 from moss_jax.ops.attention.base import Arguments, KeyRange, QuantizedProjection
 from moss_jax.ops.attention.projected import QuantizedQKV, norm_self_attention
-from moss_jax.ops.attention.residuals import is_residual
+from moss_jax.ops.attention.residuals import save_residuals
 from moss_jax.ops.dispatch import Unsupported
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "Unsupported",
     "append",
     "attention",
-    "is_residual",
     "norm_self_attention",
+    "save_residuals",
     "self_attention",
 ]

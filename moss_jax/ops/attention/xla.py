@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moss_jax.ops.attention.base import Arguments, no_gradients, read_slots
-from moss_jax.ops.attention.residuals import named
+from moss_jax.ops.attention.residuals import tag
 from moss_jax.ops.qarray import QArray, dequantize
 
 
@@ -78,7 +78,7 @@ def _forward(block, scale, q, k, v, bias, start, end, slots):
     row_max, row_sum, out = _over_blocks(block, k.shape[2], start, end, attend_block, carry)
     out = (out / jnp.where(row_sum > 0, row_sum, 1)[..., None]).transpose(0, 3, 1, 2, 4).astype(q.dtype)
     log_sum = jnp.where(row_sum > 0, row_max + jnp.log(jnp.where(row_sum > 0, row_sum, 1)), jnp.inf)
-    out, log_sum = named(out, log_sum)
+    out, log_sum = tag(out, log_sum)
     return out, (q, k, v, bias, start, end, slots, out, log_sum)
 
 

@@ -321,3 +321,18 @@ def test_configs_that_do_not_fit():
         weight_only_gemm.apply(call(**FEW_8), ONE(splits=6))
     with refuses("K = 384 is not a multiple of block_k, 256"):
         weight_only.apply(call(**FEW_8, inputs=(384,)), weight_only.Config(256))
+
+
+def test_gradients_of_wide_results_are_products_in_the_dtype_of_the_operands():
+    x, kernel = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.bfloat16)
+
+    def loss(x, kernel):
+        return linear(x, Weights(kernel), out_dtype=jnp.float32, implementation="xla").sum()
+
+    products = [
+        {v.aval.dtype.name for v in equation.invars}
+        for equation in jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, kernel).eqns
+        if equation.primitive.name == "dot_general"
+    ]
+    assert len(products) >= 2
+    assert all(dtypes == {"bfloat16"} for dtypes in products)

@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moss_jax.ops.attention.base import Arguments, no_gradients_by_slot
-from moss_jax.ops.attention.residuals import named
+from moss_jax.ops.attention.residuals import tag
 from moss_jax.ops.mosaic_gpu import tiles
 from moss_jax.ops.mosaic_gpu.tiles import LOG2E, MATRIX, NEG_INF, PER_COLUMN, PER_ROW
 
@@ -95,7 +95,7 @@ def _forward(config, scale, q, k, v, bias, start, end, slots):
         },
         **_launch(H, T // Y // CONSUMERS, R),
     )(q, k, v, bias, slots, start, end, _blocks_of(start, end, Y), *_used(start, end, k.shape[2]))
-    out, log_sum = named(out, log_sum)
+    out, log_sum = tag(out, log_sum)
     return out, (q, k, v, bias, start, end, slots, out, log_sum)
 
 

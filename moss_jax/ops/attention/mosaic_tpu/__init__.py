@@ -26,7 +26,7 @@ from moss_jax.ops.attention.base import Arguments, no_gradients, no_gradients_by
 from moss_jax.ops.attention.mosaic_tpu.backward import backward
 from moss_jax.ops.attention.mosaic_tpu.forward import forward
 from moss_jax.ops.attention.mosaic_tpu.tiles import DecodeConfig, Keys, Rows, StaircaseConfig
-from moss_jax.ops.attention.residuals import named
+from moss_jax.ops.attention.residuals import tag
 from moss_jax.ops.qarray import QArray
 
 # Largest T * G for which one tile takes all rows.
@@ -91,7 +91,7 @@ def _attend(config, scale, rows: Rows, keys: Keys) -> Float[Array, "B K N D"]:
 
 
 def _attend_forward(config, scale, rows, keys):
-    out, log_sum = named(*forward(_differentiable(config), scale, rows, keys, save=True))
+    out, log_sum = tag(*forward(_differentiable(config), scale, rows, keys, save=True))
     return out, (rows, keys, out, log_sum)
 
 

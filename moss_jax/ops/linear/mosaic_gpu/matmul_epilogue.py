@@ -226,7 +226,7 @@ def _differentiable(config, a):
 
 
 def _forward(config, a):
-    """Forward pass by the definition, so that training computes the same on every platform."""
+    """Forward pass by the definition, which has gradients."""
     del config
     return jax.vjp(base.define, a)
 
