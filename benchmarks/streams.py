@@ -474,8 +474,12 @@ def tell(stream: Stream, engine: StreamsEngine) -> None:
     stream.conversation._contents.append([Kind.FRAME] * held + [Kind.ASSISTANT] * said, frames=held)
 
 
-def figures_of(listener: Listener, begin: float, end: float) -> dict[str, Any]:
-    """Returns the figures of a range of time."""
+def figures_of(listener: Any, begin: float, end: float) -> dict[str, Any]:
+    """Returns the figures of a range of time.
+
+    Args:
+      listener: a `Listener`, or anything that has recorded the same durations.
+    """
 
     def within(noted) -> list[tuple[int, float]]:
         return [(slot, seconds) for at, slot, seconds in noted if begin <= at < end]

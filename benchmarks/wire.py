@@ -7,7 +7,7 @@ r"""Compares the live server over the network with its scheduler alone: random w
 One engine gets the traffic of `streams.py` in which every stream talks endlessly, in two ways:
 
 scheduler  for `--scheduler-seconds`, from threads of this process, as in `streams.py`
-wire       for `--seconds`, from a client for each stream, which are tasks of another process. Each sends its
+wire       for `--seconds`, from a client for each stream, shared among `--client-processes`. Each sends its
            frames as JPEG files and its prompts as messages, over a WebSocket to the server's own application.
            Frames are noise, so that their files are several times as large, and slower to decode, as those of
            a camera
@@ -26,14 +26,18 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import dataclasses
+import functools
 import gc
 import io
 import json
 import os
+import pickle
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -146,28 +150,94 @@ def over_the_wire(
     }
 
 
+@dataclasses.dataclass
+class Heard:
+    """What the clients of one process have recorded; times are in seconds since they began.
+
+    Attributes:
+      ttft, frame_to_token, gaps: as of `streams.Listener`.
+      frame: for each frame, when its fate was known, the number of its stream, and the seconds since it was
+        sent.
+      fates: frames by what became of them.
+      frames_pushed, prompts_waiting: frames that were sent, and prompts without a token after them.
+      late: the longest that a client was behind its traffic, in seconds.
+      errors: codes of errors of the server, and of connections that were lost.
+      file_kb: mean size of a frame's file.
+    """
+
+    ttft: list[tuple[float, int, float]]
+    frame_to_token: list[tuple[float, int, float]]
+    gaps: list[tuple[float, int, float]]
+    frame: list[tuple[float, int, float]]
+    fates: collections.Counter[str]
+    frames_pushed: int
+    prompts_waiting: int
+    late: float
+    errors: list[str]
+    file_kb: float
+
+    def add(self, other: "Heard") -> "Heard":
+        """What the clients of both processes have recorded."""
+        added = {name: getattr(self, name) + getattr(other, name) for name in ADDED}
+        return dataclasses.replace(self, **added, late=max(self.late, other.late))
+
+
+ADDED = (
+    "ttft",
+    "frame_to_token",
+    "gaps",
+    "frame",
+    "fates",
+    "frames_pushed",
+    "prompts_waiting",
+    "errors",
+)
+
+
 def run_clients(
     url: str, prompt: str, seconds: float, args: argparse.Namespace
 ) -> tuple[dict[str, Any], list[float]]:
-    """Runs the clients in a process of their own; returns their figures, and this one's memory meanwhile."""
+    """Runs the clients in processes of their own; returns their figures, and this one's memory meanwhile."""
     flags = {name: getattr(args, name) for name in ("streams", "warm_seconds", "fps", "frame_size")}
     flags |= {"seconds": seconds, "url": url, "prompt": prompt}
+    flags |= {"client_processes": min(args.client_processes, args.streams)}
     command = [sys.executable, __file__, *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())]
     # The device is the server's.
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     resident, until = [], time.monotonic() + args.warm_seconds + seconds + 2 * AROUND_SECONDS
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as clients:
-        while True:
-            try:
-                output, _ = clients.communicate(timeout=SAMPLE_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                resident.append(resident_mb())
-                if time.monotonic() > until:
-                    clients.kill()
-    if clients.returncode:
-        raise RuntimeError(f"the clients ended with code {clients.returncode}")
-    return json.loads(output), resident or [resident_mb()]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as started:
+        outs = [Path(folder) / str(number) for number in range(flags["client_processes"])]
+        clients = [
+            started.enter_context(
+                subprocess.Popen([*command, f"--share={number}", f"--out={out}"], env=environment)
+            )
+            for number, out in enumerate(outs)
+        ]
+        while any(client.poll() is None for client in clients):
+            time.sleep(SAMPLE_SECONDS)
+            resident.append(resident_mb())
+            if time.monotonic() > until:
+                for client in clients:
+                    client.kill()
+        if codes := [client.returncode for client in clients if client.returncode]:
+            raise RuntimeError(f"clients ended with codes {codes}")
+        heard = functools.reduce(Heard.add, (Heard(**pickle.loads(out.read_bytes())) for out in outs))
+    warm, end = args.warm_seconds, args.warm_seconds + seconds
+    found = {
+        "admitted": args.streams,
+        **figures_of(heard, warm, end),
+        "frame_ms": spread([1e3 * s for at, _, s in heard.frame if warm <= at < end]),
+        "frames_pushed": heard.frames_pushed,
+        "frames_seen": heard.fates["seen"],
+        "frames_dropped": heard.fates["dropped"],
+        "frames_waiting": heard.frames_pushed - heard.fates.total(),
+        "prompts_waiting": heard.prompts_waiting,
+        "fates": dict(heard.fates),
+        "file_kb": heard.file_kb,
+        "late_ms": 1e3 * heard.late,
+        "errors": heard.errors,
+    }
+    return found, resident
 
 
 def resident_mb() -> float:
@@ -277,34 +347,32 @@ async def ask(connection: ClientConnection, prompt: str) -> None:
     await send(connection, "response.create")
 
 
-async def play(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs a client for each stream, all at once; returns their figures."""
-    warm, end = args.warm_seconds, args.warm_seconds + args.seconds
+async def play(args: argparse.Namespace) -> Heard:
+    """Runs the clients of this process, all at once; returns what they have recorded."""
+    end = args.warm_seconds + args.seconds
     files = [jpeg(picture) for picture in random_frames(PICTURES, (*frame_size(args.frame_size), 3))]
     traffic = random_traffic(args.streams, SHARES["all"], end, args.fps, files, args.prompt)
     clock = Clock(is_realtime=True)
-    listener, ready = Listener(clock, args.streams), asyncio.Barrier(args.streams)
-    clients = [Client(number, listener, clock) for number in range(args.streams)]
+    numbers = range(args.share, args.streams, args.client_processes)
+    listener, ready = Listener(clock, args.streams), asyncio.Barrier(len(numbers))
+    clients = [Client(number, listener, clock) for number in numbers]
     async with asyncio.TaskGroup() as tasks:
-        for number, client in enumerate(clients):
+        for number, client in zip(numbers, clients, strict=True):
             pushes = [push for push in traffic.pushes if push.stream == number]
             tasks.create_task(client.run(args.url, args.prompt, pushes, end, ready))
-    fates = sum((client.fates for client in clients), collections.Counter())
-    pushed = sum(len(client.sent) for client in clients)
-    return {
-        "admitted": len(clients),
-        **figures_of(listener, warm, end),
-        "frame_ms": spread([1e3 * s for client in clients for at, _, s in client.frame if warm <= at < end]),
-        "frames_pushed": pushed,
-        "frames_seen": fates["seen"],
-        "frames_dropped": fates["dropped"],
-        "frames_waiting": pushed - fates.total(),
-        "prompts_waiting": listener.prompts_waiting,
-        "fates": dict(fates),
-        "file_kb": sum(map(len, files)) / len(files) / 1e3,
-        "late_ms": 1e3 * max(client.late for client in clients),
-        "errors": [error for client in clients for error in client.errors],
-    }
+    voices = [listener.voices[number] for number in numbers]
+    return Heard(
+        listener.ttft,
+        listener.frame_to_token,
+        listener.gaps,
+        frame=[noted for client in clients for noted in client.frame],
+        fates=sum((client.fates for client in clients), collections.Counter()),
+        frames_pushed=sum(len(client.sent) for client in clients),
+        prompts_waiting=sum(len(voice.asked) + len(voice.turns) for voice in voices),
+        late=max(client.late for client in clients),
+        errors=[error for client in clients for error in client.errors],
+        file_kb=sum(map(len, files)) / len(files) / 1e3,
+    )
 
 
 def jpeg(picture) -> bytes:
@@ -357,12 +425,17 @@ def main() -> None:
     parser.add_argument("--streams", type=at_least(1), default=32, help="number of streams")
     parser.add_argument("--seconds", type=float, default=300.0, help="of traffic that counts, over the wire")
     parser.add_argument("--scheduler-seconds", type=float, default=30.0, help="of that of the scheduler")
-    # Given to the process of the clients.
+    parser.add_argument(
+        "--client-processes", type=at_least(1), default=8, help="that the clients are shared among"
+    )
+    # Given to the processes of the clients; `--share` is the number of the process.
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument("--prompt", help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.url:
-        print(json.dumps(asyncio.run(play(args))))
+        # Unlike JSON, pickle is quick for millions of numbers.
+        Path(args.out).write_bytes(pickle.dumps(vars(asyncio.run(play(args)))))
         return
     check_fill(parser, args)
     deadline = time.monotonic() + args.limit

@@ -16,9 +16,10 @@ from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
 
 from moss_jax.serving.hub import Hub
-from moss_jax.serving.realtime import realtime
+from moss_jax.serving.realtime import WRITE_NOW, realtime
 
 _logger = logging.getLogger(__name__)
 
@@ -129,12 +130,23 @@ class HttpProtocol(H11Protocol):
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """WebSocket protocol that aborts a closing connection whose client does not read the remaining data."""
+    """WebSocket protocol that sends texts without a task, and aborts stalled connections that are closing."""
 
     async def run_asgi(self) -> None:
         """Runs the application for the connection."""
+        extensions: dict[str, Any] = {**(self.scope.get("extensions") or {}), WRITE_NOW: self.write_now}
+        self.scope["extensions"] = extensions
         await super().run_asgi()
         self.loop.call_later(ABORT_SECONDS, self.transport.abort)
+
+    def write_now(self, text: str) -> bool:
+        """Sends a text at once; returns False if that is impossible, or others must be sent first."""
+        is_open = self.handshake_complete and not (self.disconnected or self.close_sent)
+        if not is_open or not self.writable.is_set() or self.conn.state is not State.OPEN:
+            return False
+        self.conn.send_text(text.encode())
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        return True
 
     def keepalive_timeout(self) -> None:
         """Aborts a connection whose client does not answer keep-alive pings."""

@@ -6,6 +6,7 @@ Everything runs in one event loop, except the scheduler and threads that do file
 import asyncio
 import collections
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -31,6 +32,7 @@ from moss_jax.stream import (
     Engine,
     Event,
     Refused,
+    Reservation,
     Scheduler,
     SessionError,
     Stream,
@@ -39,6 +41,8 @@ from moss_jax.stream.saved import SavedStream, write_stream
 
 _logger = logging.getLogger(__name__)
 _ID = re.compile(r"sess_[0-9a-f]{24}")
+# What an encoded event begins with before it has an id.
+_NO_ID = '{"event_id":""'
 
 # Seconds to wait for the last events of a stream that accepts no more input.
 END_SECONDS = 1.0
@@ -88,19 +92,6 @@ class ServerCounters:
         """Reports a duration to the observers."""
         for observer in self.observers:
             observer(name, seconds)
-
-
-class Reservation:
-    """A free slot that is reserved until it is released."""
-
-    def __init__(self, hub: "Hub"):
-        self._hub: Hub | None = hub
-
-    def release(self) -> None:
-        """Releases the slot; later calls do nothing."""
-        if self._hub is not None:
-            self._hub.reserved -= 1
-            self._hub = None
 
 
 class Connection(Protocol):
@@ -169,7 +160,9 @@ class Session:
         )
         self._last_counters = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task | None = None
+        self._saving: asyncio.Task | None = None
+        # Set when the client has been told of the end of the stream.
+        self._ended = asyncio.Event()
         self._keeps_file = self.is_forgotten = False
         # Saves are serialized, since each removes the previous save's file.
         self._writing = threading.Lock()
@@ -269,39 +262,48 @@ class Session:
         """Opens the stream; options and errors are those of `Scheduler.open`."""
         reservation, self.reservation = self.reservation, None
         self.stream = await self._hub.open(reservation, **options)
-        self._task = asyncio.create_task(self._run(self.stream))
+        if self._hub.state_folder:
+            self._saving = asyncio.create_task(self._save_often())
+        # In the context of the connection, of which the logs tell. Called for every token of every stream, so
+        # there is no task and no queue in between.
+        take = functools.partial(contextvars.copy_context().run, self._take)
+        self.stream.inbox.redirect(functools.partial(self._hub.relay.put, take))
         return self.stream
 
-    async def _run(self, stream: Stream) -> None:
-        """Forwards the events of the stream to the owner."""
-        saving = asyncio.create_task(self._save_often()) if self._hub.state_folder else None
+    def _take(self, event: Event | Future) -> None:
+        """Forwards an event of the stream to the owner, or passes a mark."""
+        if isinstance(event, Future):
+            self._marks.get(event, lambda: None)()
+            return
         try:
-            async for event in events_of(stream, self._hub.relay):
-                if isinstance(event, Future):
-                    self._marks.get(event, lambda: None)()
-                    continue
-                try:
-                    assert self.owner is not None
-                    self.owner.on_event(event)
-                except Exception:
-                    _logger.exception("an event of session %s was lost", self.id)
-                if isinstance(event, End):
-                    self._hub.counters.streams_by_end[event.reason] += 1
-                    # It can be resumed from its last save, if there is one.
-                    self._keeps_file = event.reason == "failed"
-                    details = {"reason": event.reason, "counters": dataclasses.asdict(event.counters)}
-                    _logger.info("a stream ended", extra=details)
-        finally:
-            self.is_over = True
-            if saving is not None:
-                saving.cancel()
-            if self._connection is None and self._timer is None:
-                self.end()
+            assert self.owner is not None
+            self.owner.on_event(event)
+        except Exception:
+            _logger.exception("an event of session %s was lost", self.id)
+        if isinstance(event, End):
+            self._on_end(event)
+
+    def _on_end(self, event: End) -> None:
+        self._hub.counters.streams_by_end[event.reason] += 1
+        # It can be resumed from its last save, if there is one.
+        self._keeps_file = event.reason == "failed"
+        details = {"reason": event.reason, "counters": dataclasses.asdict(event.counters)}
+        _logger.info("a stream ended", extra=details)
+        self.is_over = True
+        self._ended.set()
+        # The scheduler keeps the streams of its last step, but must not keep their sessions.
+        if self.stream is not None:
+            self.stream.inbox.redirect(lambda _: None)
+        if self._saving is not None:
+            self._saving.cancel()
+        if self._connection is None and self._timer is None:
+            self.end()
 
     async def told_of_end(self) -> None:
         """Waits until the client has been notified why a stream that accepts no more input has ended."""
-        if self._task is not None:
-            await asyncio.wait({self._task}, timeout=END_SECONDS)
+        if self.stream is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), END_SECONDS)
 
     async def save(self) -> float:
         """Saves the stream and the dialogue to the state folder, consistently between two steps.
@@ -404,10 +406,10 @@ async def in_thread(function: Callable[[], object]) -> None:
 
 
 def encoded(event: protocol.Event, number: int) -> str:
-    """Encodes an event with its number."""
-    return event.model_copy(update={"event_id": f"event_{number}"}).model_dump_json(
-        exclude_none=True, by_alias=True
-    )
+    """Encodes an event of the server with its number as its id."""
+    # Spliced, since there is an event for each token, and a copy with the id would take as long again.
+    content = event.model_dump_json(exclude_none=True, by_alias=True)
+    return f'{{"event_id":"event_{number}"{content[len(_NO_ID) :]}'
 
 
 def event_number(event_id: str | None) -> int:
@@ -426,19 +428,19 @@ def event_number(event_id: str | None) -> int:
 
 
 class Relay:
-    """Passes items from threads to queues in an event loop, any number with one wake-up of the loop.
+    """Passes items from threads to functions in an event loop, any number with one wake-up of the loop.
 
     A wake-up takes a system call and a switch of threads, and a step has an event for every stream.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
-        self._items: collections.deque[tuple[asyncio.Queue[Any], Any]] = collections.deque()
+        self._items: collections.deque[tuple[Callable[[Any], object], Any]] = collections.deque()
         self._is_scheduled = False
 
-    def put(self, queue: asyncio.Queue[Any], item: Any) -> None:
-        """Appends an item to a queue of the loop; from any thread."""
-        self._items.append((queue, item))
+    def put(self, take: Callable[[Any], object], item: Any) -> None:
+        """Has the loop call a function, which raises nothing, with an item; from any thread."""
+        self._items.append((take, item))
         if not self._is_scheduled:
             self._is_scheduled = True
             # The event loop may be closed if the process is about to exit.
@@ -449,18 +451,18 @@ class Relay:
         # First, so that whoever finds it set has appended an item that is still to be taken.
         self._is_scheduled = False
         while self._items:
-            queue, item = self._items.popleft()
-            queue.put_nowait(item)
+            take, item = self._items.popleft()
+            take(item)
 
 
-async def events_of(stream: Stream, relay: Relay) -> AsyncIterator[Any]:
-    """Yields in the event loop the events of a stream up to `End`, and anything else put into its inbox."""
-    queue: asyncio.Queue[Any] = asyncio.Queue()
-    stream.inbox.redirect(functools.partial(relay.put, queue))
+async def events_of(stream: Stream, relay: Relay) -> AsyncIterator[Event]:
+    """Yields in the event loop the events of a stream up to `End`."""
+    queue: asyncio.Queue[Event] = asyncio.Queue()
+    stream.inbox.redirect(functools.partial(relay.put, queue.put_nowait))
     while True:
-        item = await queue.get()
-        yield item
-        if isinstance(item, End):
+        event = await queue.get()
+        yield event
+        if isinstance(event, End):
             return
 
 
@@ -478,7 +480,6 @@ class Hub:
     Attributes:
       is_warm: whether the programs are compiled.
       was_ready: whether the hub has ever been ready.
-      reserved: number of reserved slots.
       sessions: by id.
       counters: server-wide counters.
       decoders: thread pool for decoding images.
@@ -504,7 +505,6 @@ class Hub:
         self.state_folder = None if state_folder is None else Path(state_folder)
         self.is_warm = self.was_ready = False
         self.is_closing = False
-        self.reserved = 0
         self.sessions: dict[str, Session] = {}
         self.counters = ServerCounters()
         self.decoders = ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode")
@@ -557,7 +557,7 @@ class Hub:
     @property
     def free_slots(self) -> int:
         """Number of streams that can be opened now."""
-        return max(0, self.scheduler.free_slots - self.reserved) if self.is_ready else 0
+        return self.scheduler.free_slots if self.is_ready else 0
 
     def reserve(self) -> Reservation:
         """Reserves a free slot.
@@ -566,10 +566,11 @@ class Hub:
           Refused: no slot is free.
         """
         self._check_ready()
-        if not self.free_slots:
-            raise Refused(f"all {self.scheduler.engine.config.slots} streams are taken; try again later")
-        self.reserved += 1
-        return Reservation(self)
+        try:
+            return self.scheduler.reserve()
+        except Refused as error:
+            slots = self.scheduler.engine.config.slots
+            raise Refused(f"all {slots} streams are taken; try again later") from error
 
     def _check_ready(self) -> None:
         """Raises `Refused` if streams cannot be opened now."""
@@ -585,7 +586,9 @@ class Hub:
         reservation = reservation or self.reserve()
         try:
             self._check_ready()
-            opening = asyncio.ensure_future(asyncio.to_thread(self.scheduler.open, **options))
+            opening = asyncio.ensure_future(
+                asyncio.to_thread(self.scheduler.open, **options, reservation=reservation)
+            )
             try:
                 return await asyncio.shield(opening)
             except asyncio.CancelledError:

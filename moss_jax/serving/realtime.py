@@ -23,12 +23,15 @@ from moss_jax.stream import Refused
 
 _logger = logging.getLogger(__name__)
 
+# ASGI extension: a function that sends a text at once, if the connection is open and its transport has room,
+# and returns whether it did.
+WRITE_NOW = "moss_jax.write_now"
 # Seconds to flush a client's queue when its connection is closed.
 CLOSING_SECONDS = 5.0
 
 
 class Client:
-    """A connection with a bounded queue of outgoing events.
+    """A connection with a bounded queue of outgoing events, for those that cannot be written at once.
 
     Args:
       most: maximum number of queued events.
@@ -39,6 +42,8 @@ class Client:
         self._waiting: collections.deque[str] = collections.deque()
         self._changed = asyncio.Event()
         self._closing: tuple[int, str] | None = None
+        # Servers other than the project's own do not have it.
+        self._write_now = websocket.scope.get("extensions", {}).get(WRITE_NOW, lambda _: False)
         self._sending = asyncio.create_task(self._send())
 
     @property
@@ -47,8 +52,10 @@ class Client:
         return len(self._waiting)
 
     def put(self, text: str) -> bool:
-        """Queues an event for the client; returns False when the queue is full."""
+        """Sends or queues an event for the client; returns False when the queue is full."""
         if self._closing is not None:
+            return True
+        if not self._waiting and self._write_now(text):
             return True
         if len(self._waiting) >= self._most:
             return False
@@ -86,7 +93,9 @@ class Client:
     async def _send(self) -> None:
         while self._waiting or self._closing is None:
             while self._waiting:
-                await self._websocket.send_text(self._waiting.popleft())
+                # Removed afterwards, so that none overtakes it.
+                await self._websocket.send_text(self._waiting[0])
+                self._waiting.popleft()
             if self._closing is None:
                 self._changed.clear()
                 await self._changed.wait()

@@ -24,7 +24,7 @@ from moss_jax.stream.limits import stream_config
 from moss_jax.stream.offline import answer_offline
 from moss_jax.stream.rows import PENDING, Compaction, Row
 from moss_jax.stream.saved import SavedStreamError
-from moss_jax.stream.scheduler import Refused, Scheduler
+from moss_jax.stream.scheduler import Refused, Reservation, Scheduler
 from moss_jax.stream.session import Session
 from moss_jax.stream.step import NOT_FINITE, EngineState, Sampled
 from moss_jax.stream.stream import SessionError, Stream
@@ -50,6 +50,7 @@ __all__ = [
     "NearCapacity",
     "NotAsked",
     "Refused",
+    "Reservation",
     "Row",
     "Sampled",
     "SavedStreamError",

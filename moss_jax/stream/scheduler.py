@@ -72,6 +72,18 @@ class Refused(RuntimeError):
     """A stream is not admitted; other streams are unaffected."""
 
 
+class Reservation:
+    """A free slot kept for a stream that opens with it, until then or until it is released."""
+
+    def __init__(self, scheduler: "Scheduler"):
+        self._scheduler = scheduler
+
+    def release(self) -> None:
+        """Frees the slot for others; does nothing if a stream has it already, or later."""
+        with self._scheduler.changed:
+            self._scheduler.reserved.discard(self)
+
+
 @dataclasses.dataclass
 class Moves:
     """The next actions of the loop.
@@ -123,6 +135,7 @@ class Scheduler:
       changed: condition that guards all state shared by the threads and wakes the loop.
       is_running: whether the loop runs.
       counters: of steps and batches.
+      reserved: free slots kept for streams that are about to open.
       state: of the engine, once the loop has ended without an error; otherwise None.
     """
 
@@ -133,6 +146,7 @@ class Scheduler:
         self.changed = threading.Condition()
         self.is_running = False
         self.counters = SchedulerCounters()
+        self.reserved: set[Reservation] = set()
         self._orders = itertools.count()
         self._slots: list[Stream | None] = [None] * engine.config.slots
         # Streams that the loop has not started yet, and slots that still hold data of a former stream.
@@ -168,8 +182,9 @@ class Scheduler:
         text_capacity: int | None = None,
         resume: str | os.PathLike | None = None,
         clock: Clock | None = None,
+        reservation: Reservation | None = None,
     ) -> Stream:
-        """Opens a stream in a free slot.
+        """Opens a stream in a reserved or a free slot.
 
         Args:
           config: limits of the stream; its clock is the scheduler's.
@@ -179,6 +194,7 @@ class Scheduler:
           memory, bank_capacity, text_capacity: as for `stream_config`; None for the engine's.
           resume: file written by `Session.save` to resume from, with its dialogue, sampling and limits.
           clock: None for a clock of its own.
+          reservation: of its slot; None for a slot that nobody has reserved.
 
         Raises:
           Refused: no slot is free, or the scheduler is closed.
@@ -209,7 +225,12 @@ class Scheduler:
             check_length(opening, limits)
         with self.changed:
             conversation = Conversation(
-                tokenizer, limits, config, self._free_slot(), opening=opening, prompt="" if resume else prompt
+                tokenizer,
+                limits,
+                config,
+                self._free_slot(reservation),
+                opening=opening,
+                prompt="" if resume else prompt,
             )
             if isinstance(self.engine, Engine):
                 conversation.speed.bytes = self.engine.slot_bytes
@@ -218,7 +239,7 @@ class Scheduler:
             if resume and saved:
                 stream.arrays = self._resume(stream, resume, saved)
             clock.start_time = max(clock.start_time, conversation.start_time)
-            self._take_slot(stream)
+            self._take_slot(stream, reservation)
         return stream
 
     def complete(
@@ -230,8 +251,9 @@ class Scheduler:
         memory: MemoryConfig | None = None,
         bank_capacity: int | None = None,
         text_capacity: int | None = None,
+        reservation: Reservation | None = None,
     ) -> Stream:
-        """Answers a whole dialogue in a free slot, alongside the live streams.
+        """Answers a whole dialogue in a reserved or a free slot, alongside the live streams.
 
         All its frames are shown, in chunks; if they exceed the bank, memory is compacted as in a live stream.
         Nothing can be pushed, and its events are those of `answer_offline`. `stop` ends the answer.
@@ -241,6 +263,7 @@ class Scheduler:
           max_tokens: limit on the answer.
           sampling: how its tokens are sampled; None for the engine's default.
           memory, bank_capacity, text_capacity: as for `stream_config`; None for the engine's.
+          reservation: of its slot; None for a slot that nobody has reserved.
 
         Raises:
           Refused: no slot is free, or the scheduler is closed.
@@ -260,14 +283,31 @@ class Scheduler:
         config = SessionConfig(clock=self.config.clock)
         with self.changed:
             completion = Completion(
-                self.engine.tokenizer, limits, config, self._free_slot(), parts=parts, max_tokens=max_tokens
+                self.engine.tokenizer,
+                limits,
+                config,
+                self._free_slot(reservation),
+                parts=parts,
+                max_tokens=max_tokens,
             )
             stream = Stream(self, completion, Clock(is_realtime=config.clock == "realtime"))
             stream.sampling = sampling
-            self._take_slot(stream)
+            self._take_slot(stream, reservation)
         return stream
 
-    def _free_slot(self) -> int:
+    def reserve(self) -> Reservation:
+        """Reserves a free slot.
+
+        Raises:
+          Refused: no slot is free, or the scheduler is closed.
+        """
+        with self.changed:
+            self._free_slot()
+            reservation = Reservation(self)
+            self.reserved.add(reservation)
+            return reservation
+
+    def _free_slot(self, reservation: Reservation | None = None) -> int:
         """Finds a slot for a new stream; the caller holds the lock.
 
         Raises:
@@ -276,21 +316,22 @@ class Scheduler:
         if self._closing:
             raise Refused("the scheduler is closed")
         free = [slot for slot, stream in enumerate(self._slots) if stream is None]
-        if not free:
+        if len(free) <= len(self.reserved - {reservation}):
             raise Refused(f"all {len(self._slots)} slots are taken; close a stream, or raise engine.slots")
         return free[0]
 
-    def _take_slot(self, stream: Stream) -> None:
-        """Assigns a stream its slot; the caller holds the lock."""
+    def _take_slot(self, stream: Stream, reservation: Reservation | None) -> None:
+        """Assigns a stream its slot, which is no longer reserved; the caller holds the lock."""
+        self.reserved.discard(reservation)
         self._slots[stream.slot] = stream
         self._opened.append(stream)
         self.changed.notify_all()
 
     @property
     def free_slots(self) -> int:
-        """Number of slots free for new streams."""
+        """Number of slots free for new streams, without those that are reserved."""
         with self.changed:
-            return 0 if self._closing else sum(stream is None for stream in self._slots)
+            return 0 if self._closing else self._slots.count(None) - len(self.reserved)
 
     @property
     def is_started(self) -> bool:

@@ -77,7 +77,7 @@ def left(server: Running) -> dict[str, object]:
     held = {
         "sessions": len(server.hub.sessions),
         "streams": len(server.hub.scheduler.streams),
-        "reserved": server.hub.reserved,
+        "reserved": len(server.hub.scheduler.reserved),
         "connections": server.hub.counters.connections,
         "saved": sorted(os.listdir(server.hub.state_folder)) if server.hub.state_folder else [],
     }

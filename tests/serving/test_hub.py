@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -286,6 +287,26 @@ def test_what_came_after_a_save_does_not_wait_for_ever(serve, frames, tmp_path):
         while not created["moss"]["asked"]:
             created = client.until("response.created")
         assert created["response"]["metadata"] == {"mine": "yes"}
+
+
+def test_a_slot_is_never_counted_as_both_reserved_and_taken(serve, monkeypatch):
+    with serve() as server:
+        scheduler, gate = server.hub.scheduler, threading.Event()
+        opened, slots = scheduler.open, scheduler.engine.config.slots
+
+        def slow(**options):
+            stream = opened(**options)
+            gate.wait(60)
+            return stream
+
+        monkeypatch.setattr(scheduler, "open", slow)
+        opening = asyncio.run_coroutine_threadsafe(server.hub.open(), server.loop)
+        # The stream has its slot, and its opener does not know it yet.
+        wait_for(lambda: scheduler.streams)
+        assert server.hub.free_slots == slots - 1
+        gate.set()
+        opening.result(60).stop()
+        wait_for(lambda: server.hub.free_slots == slots)
 
 
 def test_a_stream_whose_opening_nobody_waits_for_is_stopped(serve, monkeypatch):

@@ -17,9 +17,9 @@ from moss_jax.serving.chat.bodies import Bodies, while_connected
 from moss_jax.serving.chat.errors import ApiError, busy
 from moss_jax.serving.chat.requests import ChatRequest, StreamOptions, parse_request, text_length
 from moss_jax.serving.chat.turns import TurnReader
-from moss_jax.serving.hub import Hub, Reservation
+from moss_jax.serving.hub import Hub
 from moss_jax.serving.security import owner_of
-from moss_jax.stream import DialogueTurn, Engine, Refused, SessionError, Stream
+from moss_jax.stream import DialogueTurn, Engine, Refused, Reservation, SessionError, Stream
 from moss_jax.stream.completion import Completion
 from moss_jax.video import Frame
 
@@ -92,7 +92,13 @@ class Completions:
         limit = request.max_completion_tokens or request.max_tokens or self._config.max_tokens
         # In a worker thread, since tokenizing a long text is slow.
         opening = asyncio.ensure_future(
-            asyncio.to_thread(self._hub.scheduler.complete, turns, max_tokens=limit, sampling=sampling)
+            asyncio.to_thread(
+                self._hub.scheduler.complete,
+                turns,
+                max_tokens=limit,
+                sampling=sampling,
+                reservation=reservation,
+            )
         )
         opening.add_done_callback(lambda _: self._release(reservation))
         try:
