@@ -488,7 +488,7 @@ class Dialogue:
             memory = None
             if isinstance(self._hub.scheduler.engine, Engine):
                 try:
-                    view = await asyncio.wrap_future(stream.look_at_bank())
+                    view = await self._hub.bank_view(stream)
                     memory = await asyncio.to_thread(memory_items, view)
                 except SessionError:
                     continue  # The stream has ended.

@@ -37,6 +37,7 @@ from moss_jax.stream import (
     SessionError,
     Stream,
 )
+from moss_jax.stream.moments import BankView
 from moss_jax.stream.saved import SavedStream, write_stream
 
 _logger = logging.getLogger(__name__)
@@ -379,7 +380,7 @@ def warm_up_all(engine: Engine, image_size: int) -> None:
     engine.warm_up((image_size, image_size, 3))
     state = engine.start()
     engine.save_slot(state, 0)
-    engine.bank_vectors(state, 0)
+    engine.bank_vectors(state)
     command.freeze_heap()
 
 
@@ -509,6 +510,9 @@ class Hub:
         self.counters = ServerCounters()
         self.decoders = ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode")
         self._watching: asyncio.Task | None = None
+        # The last look at the banks, and when it was asked for.
+        self._banks: asyncio.Future[dict[Stream, BankView]] | None = None
+        self._looked = 0.0
         engine = scheduler.engine
         self.image_size = engine.model_config.vision.image_size if isinstance(engine, Engine) else 112
 
@@ -597,6 +601,21 @@ class Hub:
                 raise
         finally:
             reservation.release()
+
+    async def bank_view(self, stream: Stream) -> BankView:
+        """What the memory bank of a stream holds, as of at most half an interval between two counters ago.
+
+        Raises:
+          SessionError: the stream has ended, or the engine is not an `Engine`.
+        """
+        # The sessions share a look, since each takes time of the scheduler's loop.
+        for longest in (self.config.counters_seconds / 2, 0.0):
+            if self._banks is None or time.monotonic() - self._looked > longest:
+                self._banks = asyncio.wrap_future(self.scheduler.look_at_banks())
+                self._looked = time.monotonic()
+            if view := (await asyncio.shield(self._banks)).get(stream):
+                return view
+        raise SessionError("the stream is over")
 
     def add(self, identity: tuple[str, str] | None = None) -> Session:
         """Creates a session with a reserved slot.

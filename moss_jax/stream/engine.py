@@ -412,12 +412,9 @@ class Engine:
         """Copies all arrays of one slot to the host, by name."""
         return slot_to_host(state, slot)
 
-    def bank_vectors(
-        self, state: EngineState, slot: int
-    ) -> tuple[Int[Array, " S"], Float[Array, " S"] | None]:
-        """Positions and counts of the vectors in one slot's bank, on the device; see `MemoryBank`."""
-        bank = state.stream.bank
-        return pick_slot(bank.positions, slot), None if bank.counts is None else pick_slot(bank.counts, slot)
+    def bank_vectors(self, state: EngineState) -> tuple[Int[Array, "B S"], Float[Array, "B S"] | None]:
+        """Copies the positions and counts of the vectors in all banks, on the device; see `MemoryBank`."""
+        return _copy((state.stream.bank.positions, state.stream.bank.counts))
 
     def check_slot(self, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Checks and pads the arrays of `save_slot`, from an engine of the same settings, for `load_slot`.
@@ -560,9 +557,8 @@ def pick_frame(features: Float[Array, "P N D"], index: Int[Array, ""]) -> Float[
 
 
 @jax.jit
-def pick_slot(x: Array, slot: Int[Array, ""]) -> Array:
-    """Slices one slot out of an array."""
-    return x[slot]
+def _copy[Tree](arrays: Tree) -> Tree:
+    return jax.tree.map(jnp.copy, arrays)
 
 
 _distance = jax.jit(feature_distance)

@@ -1,11 +1,9 @@
 """Which moments of a stream its memory bank holds, and how many vectors of each.
 
-S vectors
+B slots, S vectors of a bank, F frames
 """
 
-import bisect
 import dataclasses
-from array import array
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -45,25 +43,32 @@ class Moments:
     """
 
     def __init__(self, most: int = 1 << 16):
-        self._positions, self._times = array("q"), array("d")
-        self._most = most
+        # Of which the first `_length` are in use. Those are never changed, since `times` returns views.
+        self._buffers = FrameTimes(np.empty(0, np.int64), np.empty(0))
+        self._length, self._most = 0, most
 
     def add(self, position: int, time: float) -> None:
         """Records a frame; positions ascend."""
-        self._positions.append(position)
-        self._times.append(time)
-        if len(self._positions) > self._most + self._most // 4:
-            del self._positions[: -self._most], self._times[: -self._most]
+        if self._length == len(self._buffers.positions):
+            more = max(64, self._length)
+            self._buffers = FrameTimes(*(np.pad(x, (0, more)) for x in self._buffers))
+        self._buffers.positions[self._length] = position
+        self._buffers.times[self._length] = time
+        self._length += 1
+        if self._length > self._most + self._most // 4:
+            self._set(*(x[-self._most :] for x in self.times()))
 
     def forget(self, position: int) -> None:
         """Removes a frame that was not shown to the model after all."""
-        index = bisect.bisect_left(self._positions, position)
-        if self._positions[index : index + 1] == array("q", [position]):
-            del self._positions[index], self._times[index]
+        known = self.times()
+        self._set(*(x[known.positions != position] for x in known))
 
     def times(self) -> FrameTimes:
-        """Returns a copy of the known times."""
-        return FrameTimes(np.array(self._positions), np.array(self._times))
+        """Returns the known times, which do not change when more are added."""
+        return FrameTimes(*(x[: self._length] for x in self._buffers))
+
+    def _set(self, positions: Int[np.ndarray, " F"], times: Float[np.ndarray, " F"]) -> None:
+        self._buffers, self._length = FrameTimes(positions.copy(), times.copy()), len(positions)
 
     def save(self, positions: Int[np.ndarray, " S"]) -> dict[str, np.ndarray]:
         """The frames that a bank still holds vectors of, as arrays for a file.
@@ -81,23 +86,26 @@ class Moments:
     def resume(self, saved: Mapping[str, np.ndarray]) -> None:
         """Restores what `save` returned; files of earlier versions do not have it."""
         if "moments.positions" in saved:
-            self._positions = array("q", saved["moments.positions"].tolist())
-            self._times = array("d", saved["moments.times"].tolist())
+            positions, times = saved["moments.positions"], saved["moments.times"]
+            self._set(positions.astype(np.int64), times.astype(np.float64))
 
 
 @dataclasses.dataclass(frozen=True)
 class BankView:
-    """A snapshot of a bank's vectors, not yet copied from the device, with the times of their frames.
+    """A snapshot of the vectors in a stream's bank, with the times of their frames.
 
     Attributes:
-      positions: of the vectors; NO_POSITION in empty places.
+      positions: of the vectors in the banks of all slots; NO_POSITION in empty places. Not copied from the
+        device yet, which happens once for all streams.
       counts: number of vectors that each stands for; None if nothing is ever merged.
+      slot: of the stream.
       frames: times of the frames shown in the stream.
       vectors_per_frame: of a whole frame.
     """
 
-    positions: Int[Array | np.ndarray, " S"]
-    counts: Float[Array | np.ndarray, " S"] | None
+    positions: Int[Array | np.ndarray, "B S"]
+    counts: Float[Array | np.ndarray, "B S"] | None
+    slot: int
     frames: FrameTimes
     vectors_per_frame: int
 
@@ -106,13 +114,13 @@ class BankView:
 
         A vector whose frame is not known counts towards the last known frame before it.
         """
-        positions = np.asarray(self.positions)
+        positions = np.asarray(self.positions)[self.slot]
         in_use = positions != NO_POSITION
         found, first, vectors = np.unique(positions[in_use], return_index=True, return_counts=True)
         if not len(found):
             return []
-        stands_for = np.ones(in_use.sum()) if self.counts is None else np.asarray(self.counts)[in_use]
-        frames = np.add.reduceat(stands_for, first) / self.vectors_per_frame
+        stands_for = np.ones(len(positions)) if self.counts is None else np.asarray(self.counts)[self.slot]
+        frames = np.add.reduceat(stands_for[in_use], first) / self.vectors_per_frame
         known = self.frames
         before = np.searchsorted(known.positions, found, side="right") - 1
         times = known.times[np.maximum(before, 0)] if len(known.times) else np.zeros(len(found))

@@ -41,6 +41,7 @@ from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import End, Event
 from moss_jax.stream.frame_pool import FramePool
 from moss_jax.stream.limits import saved_config, stream_config
+from moss_jax.stream.moments import BankView
 from moss_jax.stream.perception import FEW, Strips
 from moss_jax.stream.rows import Encoded, Row, features_of, first_step
 from moss_jax.stream.saved import (
@@ -373,6 +374,23 @@ class Scheduler:
                 return future
         future.set_exception(SessionError("the stream is over"))
         return future
+
+    def look_at_banks(self) -> "Future[dict[Stream, BankView]]":
+        """Asks the loop for a snapshot of the memory banks of all streams, without stalling any of them.
+
+        Returns:
+          A future that raises `SessionError` if the loop has ended, or the engine is not an `Engine`.
+        """
+
+        def look(state: Any) -> dict[Stream, BankView]:
+            engine = saving_engine(self.engine)
+            vectors, whole = engine.bank_vectors(state), engine.model_config.vectors_per_frame
+            return {
+                stream: BankView(*vectors, stream.slot, stream.conversation.moments.times(), whole)
+                for stream in self.streams
+            }
+
+        return self.call(None, look)
 
     def _resume(self, stream: Stream, path: str | os.PathLike, saved: SavedStream) -> list[np.ndarray]:
         """Restores a stream's dialogue from a file; returns the initial arrays of its slot."""

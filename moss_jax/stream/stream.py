@@ -17,7 +17,6 @@ from moss_jax.memory.selection import thumbnail
 from moss_jax.stream.conversation import Conversation, Inbound
 from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import End, Event
-from moss_jax.stream.moments import BankView
 from moss_jax.stream.rows import Encoded
 from moss_jax.stream.saved import SavedStream, write_stream
 from moss_jax.text import chat
@@ -236,21 +235,6 @@ class Stream:
           A future that raises `SessionError` if the stream has ended or cannot be saved.
         """
         return self._scheduler.call(self, lambda state: self.copy(state, self.clock.now()))
-
-    def look_at_bank(self) -> "Future[BankView]":
-        """Asks the scheduler for a snapshot of the memory bank, without stalling any stream.
-
-        Returns:
-          A future that raises `SessionError` if the scheduler has ended, or the engine is not an `Engine`.
-        """
-
-        def look(state: Any) -> BankView:
-            engine = saving_engine(self._scheduler.engine)
-            positions, counts = engine.bank_vectors(state, self.slot)
-            frames = self.conversation.moments.times()
-            return BankView(positions, counts, frames, engine.model_config.vectors_per_frame)
-
-        return self._scheduler.call(None, look)
 
     def _push(self, inbound: Inbound) -> bool:
         target = self.conversation

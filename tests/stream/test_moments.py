@@ -14,11 +14,12 @@ def test_vectors_are_counted_by_frame():
     positions = np.array([3, 7, 7, 9, 9, 9, 9, NO_POSITION])
     counts = np.array([12, 2, 2, 1, 1, 1, 1, 0], np.float32)
     frames = FrameTimes(np.array([3, 5, 7, 9]), np.array([0.5, 1.0, 2.0, 3.0]))
-    moments = BankView(positions, counts, frames, 4).moments()
+    counts, positions = np.stack([0 * counts, counts]), np.stack([0 * positions, positions])
+    moments = BankView(positions, counts, 1, frames, 4).moments()
     assert [(m.time, m.vectors, m.frames) for m in moments] == [(0.5, 1, 3), (2.0, 2, 1), (3.0, 4, 1)]
     nothing = FrameTimes(np.array([], int), np.array([]))
-    assert BankView(np.full(4, NO_POSITION), None, frames, 4).moments() == []
-    assert BankView(positions, None, nothing, 4).moments()[0].time == 0.0
+    assert BankView(np.full((1, 4), NO_POSITION), None, 0, frames, 4).moments() == []
+    assert BankView(positions, None, 1, nothing, 4).moments()[0].time == 0.0
 
 
 def test_the_oldest_moments_are_forgotten():
@@ -35,6 +36,17 @@ def test_the_oldest_moments_are_forgotten():
     resumed.add(24, 12.0)
     assert resumed.times().positions.tolist() == [8, 20, 24]
     assert resumed.times().times.tolist() == [4.0, 10.0, 12.0]
+
+
+def test_known_times_stay_as_they_were_when_more_are_added():
+    moments = Moments()
+    for position in range(200):
+        moments.add(position, position / 2)
+        if position == 99:
+            before = moments.times()
+    moments.forget(50)
+    assert before.positions.tolist() == list(range(100))
+    assert moments.times().times.tolist() == [p / 2 for p in range(200) if p != 50]
 
 
 @pytest.mark.slow
@@ -55,7 +67,7 @@ def test_a_running_stream_tells_what_its_bank_holds(make_engine, frames, tmp_pat
         stream.push_frame(frames[0], 41.0)
         while not any(turn == "Well?" for turn in [getattr(stream.inbox.get(), "prompt", "")]):
             pass
-        moments = stream.look_at_bank().result(60).moments()
+        moments = scheduler.look_at_banks().result(60)[stream].moments()
         newest = moments[-1]
         assert (newest.time, newest.vectors, newest.frames) == (
             39.0,
@@ -73,7 +85,7 @@ def test_a_running_stream_tells_what_its_bank_holds(make_engine, frames, tmp_pat
         again.push_prompt("And?", 43.0)
         while not any(turn == "Well?" for turn in [getattr(again.inbox.get(), "prompt", "")]):
             pass
-        resumed = again.look_at_bank().result(60).moments()
+        resumed = scheduler.look_at_banks().result(60)[again].moments()
         assert resumed[-1].time == 41.0
         assert {m.time for m in resumed} <= {m.time for m in moments} | {41.0}
         assert sum(moment.frames for moment in resumed) == 41

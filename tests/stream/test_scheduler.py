@@ -527,7 +527,7 @@ def test_a_call_that_nobody_waits_for_harms_nothing(make_engine, frames):
     with Scheduler(make_engine(slots=2), LOCKSTEP) as scheduler:
         stream = scheduler.open()
         with scheduler.changed:  # So that the loop cannot come before.
-            copy, look = stream.copy_while_running(), stream.look_at_bank()
+            copy, look = stream.copy_while_running(), scheduler.look_at_banks()
             assert copy.cancel()
             assert look.cancel()
         stream.push_frame(frames[0], 0.0)
