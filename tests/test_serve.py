@@ -165,7 +165,9 @@ def test_frames_that_cannot_be_decoded_are_told(checkpoint, tmp_path, run_here, 
 
 
 def test_the_transcript_has_a_heading_and_a_summary(checkpoint, run_here):
-    result = run_here("--video", DEMO, "--checkpoint", checkpoint, *SLOWLY, "--prompt", "What?", "--fps", "0.2")
+    result = run_here(
+        "--video", DEMO, "--checkpoint", checkpoint, *SLOWLY, "--prompt", "What?", "--fps", "0.2"
+    )
     assert result.returncode == 0, result.stderr
     assert "demo.mp4 · 448×448 · 30.0 s · 0.2 fps · lockstep" in result.stdout
     assert "  0:00  › What?" in result.stdout
