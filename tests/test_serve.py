@@ -150,18 +150,18 @@ def test_a_long_clip_is_seen_at_its_rate_unless_nothing_may_be_forgotten(checkpo
     assert frames == pytest.approx([30 * i / 16 for i in range(16)])
 
 
-def test_frames_that_cannot_be_decoded_are_told(checkpoint, tmp_path, run_here, caplog):
+def test_frames_that_cannot_be_decoded_are_told(checkpoint, tmp_path):
     with av.open(str(DEMO)) as container:
         wreck = [packet for packet in container.demux(video=0) if packet.size][30]
     path = tmp_path / "damaged.mp4"
     path.write_bytes(DEMO.read_bytes().replace(bytes(wreck), bytes(wreck.size)))
     arguments = ["--video", path, "--checkpoint", checkpoint, "--json", "--prompt", "What?", "--fps", "0.5"]
-    result = run_here(*arguments, "--offline")
+    result = run(*arguments, "--offline")
     events = events_of(result)
     (skipped,) = [event for event in events if event["type"] == "skipped"]
     assert (skipped["time"], skipped["count"]) == (pytest.approx(float(wreck.pts * wreck.time_base)), 1)
     assert sum(event["type"] == "frame" for event in events) == 15
-    assert f"{path} is damaged: skipped 1 frame" in caplog.text
+    assert f"{path} is damaged: skipped 1 frame" in result.stderr
 
 
 def test_the_transcript_has_a_heading_and_a_summary(checkpoint, run_here):
