@@ -25,8 +25,10 @@ serve: .venv/installed-serve
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
+# Live servers and browsers have deadlines, which they might miss beside other tests.
 test-slow: .venv/installed-slow browsers servers
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore tests/serving
+	$(BIN)/python -m pytest -m slow tests/serving
 
 # Where one cannot be installed, the tests of the page in it are skipped, and say so.
 browsers:

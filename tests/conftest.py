@@ -196,6 +196,21 @@ def small_config():
 
 
 @pytest.fixture(scope="session")
+def tiny_config(small_config):
+    """`tiny_config(mode)` is that with a single layer of each kind, for programs that compile slowly."""
+
+    def make(mode: str = "average", **changes) -> ModelConfig:
+        config = small_config(mode, **changes)
+        return dataclasses.replace(
+            config,
+            vision=dataclasses.replace(config.vision, num_layers=1, intermediate_layers=(0,)),
+            decoder=dataclasses.replace(config.decoder, num_layers=2, cross_attention_layers=(1,)),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def random_model():
     """`random_model(config)` has parameters large enough that every one of them tells in the logits."""
 

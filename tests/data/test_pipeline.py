@@ -55,7 +55,7 @@ class Inside:
         return LoadedBatch(batch, (str(os.getpid()), str(jax.config.jax_platforms)))
 
 
-@pytest.mark.parametrize(("workers", "start"), [(0, 0), (0, 5), (1, 0), (3, 5)])
+@pytest.mark.parametrize(("workers", "start"), [(0, 0), (0, 5), (1, 0), (2, 5)])
 def test_batches_are_the_same_with_any_number_of_workers(workers, start):
     source = Source()
     loaded = list(iterate(source, start=start, workers=workers, read_ahead=2))
@@ -71,9 +71,9 @@ def test_batches_are_the_same_with_any_number_of_workers(workers, start):
 
 
 class Rows(Source):
-    """Batches of six rows, of which each part reports the process that made it."""
+    """Batches of four rows, of which each part reports the process that made it."""
 
-    def __init__(self, rows=range(6), *, broken: int | None = None):
+    def __init__(self, rows=range(4), *, broken: int | None = None):
         super().__init__(broken=broken)
         self.rows = rows
 
@@ -91,11 +91,11 @@ class Rows(Source):
         )
 
 
-@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (2, 2), (5, 3)])
+@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (3, 2)])
 def test_each_worker_makes_some_rows_of_every_batch(workers, processes):
     loaded = list(iterate(Rows(), start=4, workers=workers, read_ahead=2))
     for step, (batch, _) in enumerate(loaded, start=4):
-        assert batch.tokens.tolist() == [[100 * step + row] for row in range(6)]
+        assert batch.tokens.tolist() == [[100 * step + row] for row in range(4)]
     assert {len(set(dropped)) for _, dropped in loaded} == {processes}
     assert len({dropped for _, dropped in loaded}) == 1
     batches = iterate(Rows(broken=3), start=2, workers=workers, read_ahead=2)

@@ -1,7 +1,5 @@
 """Remat: the one-pass call keeps less for its backward pass, and nothing else changes."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
-from moss_jax.config import ModelConfig
 from moss_jax.nn import MossVideo
 from moss_jax.nn.layers import remat
 from moss_jax.ops.attention.residuals import CUDNN_FORWARD
@@ -26,21 +23,6 @@ def arguments():
     return tokens, rng.standard_normal((B, F, 28, 28, 3), np.float32), positions
 
 
-@pytest.fixture(scope="module")
-def tiny(small_config):
-    """`tiny(remat)` has as few layers as there are kinds of them."""
-
-    def make(remat: str) -> ModelConfig:
-        config = small_config(remat=remat)
-        return dataclasses.replace(
-            config,
-            vision=dataclasses.replace(config.vision, num_layers=1, intermediate_layers=(0,)),
-            decoder=dataclasses.replace(config.decoder, num_layers=2, cross_attention_layers=(1,)),
-        )
-
-    return make
-
-
 def loss_of(model):
     graph, params = nnx.split(model)
 
@@ -52,25 +34,25 @@ def loss_of(model):
 
 
 @pytest.fixture(scope="module")
-def expected(random_model, tiny, arguments):
-    loss, params = loss_of(random_model(tiny("none")))
+def expected(random_model, tiny_config, arguments):
+    loss, params = loss_of(random_model(tiny_config(remat="none")))
     return jax.jit(jax.value_and_grad(loss))(params, *arguments)
 
 
 @pytest.mark.parametrize("keep", ["dots", "attention", "full"])
-def test_loss_and_gradients_are_the_same(random_model, tiny, arguments, expected, keep):
-    loss, params = loss_of(random_model(tiny(keep)))
+def test_loss_and_gradients_are_the_same(random_model, tiny_config, arguments, expected, keep):
+    loss, params = loss_of(random_model(tiny_config(remat=keep)))
     actual = jax.jit(jax.value_and_grad(loss))(params, *arguments)
     for value, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         # Sums of some hundred numbers, one after the other through the layers, added up in another order.
         np.testing.assert_allclose(value, other, rtol=0, atol=1e-4 * float(jnp.abs(other).max()))
 
 
-def test_less_is_kept(random_model, tiny, arguments):
+def test_less_is_kept(random_model, tiny_config, arguments):
     """In the order that the settings promise."""
 
     def kept(remat):
-        loss, params = loss_of(random_model(tiny(remat)))
+        loss, params = loss_of(random_model(tiny_config(remat=remat)))
         _, backward = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, *arguments), p), params)
         return sum(x.size for x in jax.tree.leaves(backward))
 
@@ -88,9 +70,9 @@ def test_one_array_of_a_residual_stream_is_kept(keep):
     assert kept(Residual(x, x)) == kept(Residual(x)) == [(2, 3, 16)]
 
 
-def test_streaming_programs_are_the_same(tiny):
+def test_streaming_programs_are_the_same(tiny_config):
     def programs(remat):
-        model = MossVideo(tiny(remat), rngs=nnx.Rngs(0))
+        model = MossVideo(tiny_config(remat=remat), rngs=nnx.Rngs(0))
         graph, params = nnx.split(model)
         state = model.init_state(1, text_capacity=8, bank_capacity=2)
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -33,17 +34,18 @@ MAX_FILE = 150_000
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Shares compiled programs between runs with the same settings."""
+def compiled_programs(tmp_path_factory) -> Iterator[Path]:
+    """The folder of compiled programs, which runs with the same settings share."""
+    folder = tmp_path_factory.mktemp("compiled")
     options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield
+    yield folder
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -89,14 +91,13 @@ def drop_rows(monkeypatch, *dropped: str) -> None:
     wrap_source(monkeypatch, lambda step, loaded: loaded._replace(dropped=dropped if step == 2 else ()))
 
 
-def test_a_killed_and_resumed_run_has_the_same_losses(tmp_path, checkpoint):
-    def start(workdir, *more, flags=()):
-        more = (f"train.steps = {STEPS}", "train.checkpoint_every = 3", "train.log_every = 5", *more)
-        return runs.start(workdir, checkpoint, *more, flags=flags, cache=tmp_path / "compiled")
+def test_a_killed_and_resumed_run_has_the_same_losses(tmp_path, checkpoint, compiled_programs):
+    settings = (f"train.steps = {STEPS}", "train.checkpoint_every = 3", "train.log_every = 5")
 
-    whole = start(tmp_path / "whole")
-    output = whole.communicate()[0]
-    assert whole.returncode == 0, output
+    def start(workdir, *more, flags=()):
+        return runs.start(workdir, checkpoint, *settings, *more, flags=flags, cache=compiled_programs)
+
+    loop.run(runs.make_config(checkpoint, *settings), tmp_path / "whole")
     expected = runs.losses(tmp_path / "whole")
     assert [step for step, _ in expected] == list(range(1, STEPS + 1))
     assert len({loss for _, loss in expected}) > STEPS // 2
@@ -183,16 +184,14 @@ def test_a_folder_with_checkpoints_is_refused_without_resume(finished, checkpoin
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(tmp_path, checkpoint):
+def test_two_processes_train_together(tmp_path, checkpoint, compiled_programs):
     """In one folder, which only process 0 locks."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     workdir, cluster = tmp_path / "run", ["--coordinator", f"localhost:{port}", "--processes", "2"]
     more = ("train.steps = 2", "data.workers = 0")
     processes = [
-        runs.start(
-            workdir, checkpoint, *more, flags=[*cluster, "--process-id", i], cache=tmp_path / "compiled"
-        )
+        runs.start(workdir, checkpoint, *more, flags=[*cluster, "--process-id", i], cache=compiled_programs)
         for i in ("0", "1")
     ]
     try:
@@ -341,11 +340,11 @@ def test_metrics_are_read_two_steps_later(tmp_path, checkpoint, monkeypatch):
     assert 0 < sum(compiled) < 6
 
 
-def test_a_full_disk_ends_a_run_with_one_sentence(tmp_path, finished, checkpoint):
+def test_a_full_disk_ends_a_run_with_one_sentence(tmp_path, finished, checkpoint, compiled_programs):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     more = ("train.steps = 8", "data.workers = 0")
-    process = runs.start(workdir, checkpoint, *more, flags=["--resume"], cache=tmp_path / "compiled")
+    process = runs.start(workdir, checkpoint, *more, flags=["--resume"], cache=compiled_programs)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (MAX_FILE, MAX_FILE))
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1, output

@@ -173,10 +173,10 @@ def test_full_banks_are_compacted_and_gradients_pass_through(model):
     assert float(memory.bank.counts[1].sum()) == 6 * vectors
 
 
-def make_trainer(small_config, **changes) -> Trainer:
+def make_trainer(tiny_config, **changes) -> Trainer:
     segments = dataclasses.replace(ROOMY, memories=(("merge", 4, "model"), ("window", 4, "fp8")), **changes)
     return Trainer(
-        small_config(),
+        tiny_config(),
         TrainConfig(steps=8, batch_size=B, compute_dtype="float32"),
         OptimizerConfig(learning_rate=1e-2),
         make_mesh(devices=jax.devices()[:1]),
@@ -185,8 +185,8 @@ def make_trainer(small_config, **changes) -> Trainer:
     )
 
 
-def test_steps_train_and_carry_the_memory(small_config):
-    trainer = make_trainer(small_config)
+def test_steps_train_and_carry_the_memory(tiny_config):
+    trainer = make_trainer(tiny_config)
     tokens, _, _, present = make_streams()
     tokens = tokens.reshape(B, K * T)
     flat = np.where(present, FRAMES + np.arange(K)[:, None] * T, K * T).reshape(B, K * F).astype(np.int32)

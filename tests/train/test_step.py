@@ -17,7 +17,7 @@ from moss_jax.text.labels import IGNORED
 from moss_jax.train import step as step_module
 from moss_jax.train.step import Trainer, TrainState
 
-SILENCE, IMAGE = 7, 64  # IMAGE is the vocabulary size of `small_config`.
+SILENCE, IMAGE = 7, 64  # IMAGE is the vocabulary size of `tiny_config`.
 B, S, F = 4, 16, 3
 STEPS = 24
 # Relative error of losses that are computed by another program: sums in another order, and no cancellation.
@@ -39,11 +39,11 @@ def make_batch(seed: int = 0) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def make_trainer(small_config):
+def make_trainer(tiny_config):
     def make(model=None, optimizer=None, **train) -> Trainer:
         train = {"steps": STEPS, "batch_size": B, "compute_dtype": "float32"} | train
         return Trainer(
-            model or small_config(),
+            model or tiny_config(),
             TrainConfig(**train),
             optimizer or OptimizerConfig(learning_rate=1e-2, weight_decay=0.01),
             make_mesh(devices=jax.devices()[:1]),
@@ -250,9 +250,9 @@ def test_a_row_without_targets_has_no_influence(trainer):
     assert all(np.isfinite(x).all() for x in state.trained.values())
 
 
-def test_adopted_parameters(frozen_trainer, small_config):
+def test_adopted_parameters(frozen_trainer, tiny_config):
     """A model is copied in and out, and neither copy is donated by the steps."""
-    model = MossVideo(small_config(), rngs=nnx.Rngs(3))
+    model = MossVideo(tiny_config(), rngs=nnx.Rngs(3))
     state = frozen_trainer.adopt(model)
     first = frozen_trainer.model(state, "float32")
     batch = frozen_trainer.put(make_batch())
@@ -279,12 +279,12 @@ def test_the_abstract_state(frozen_trainer):
     jax.tree.map(lambda array, sharding: array.sharding == sharding, state, frozen_trainer.shardings)
 
 
-def test_untrainable_settings_are_refused(make_trainer, small_config, trainer):
+def test_untrainable_settings_are_refused(make_trainer, tiny_config, trainer):
     with pytest.raises(ConfigError, match="only parts without parameters: compressor"):
         make_trainer(trainable=("compressor",))
-    assert make_trainer(small_config("channelFusion"), trainable=("compressor",)).abstract().trained
+    assert make_trainer(tiny_config("channelFusion"), trainable=("compressor",)).abstract().trained
     with pytest.raises(ValueError, match="parameters of this model are not those"):
-        trainer.adopt(MossVideo(small_config("channelFusion"), rngs=nnx.Rngs(0)))
+        trainer.adopt(MossVideo(tiny_config("channelFusion"), rngs=nnx.Rngs(0)))
     half = jax.tree.map(lambda x: x[:3], make_batch())
     with pytest.raises(ConfigError, match=r"batch of 3 sequences .* multiple of 2"):
         make_trainer(accumulate=2).put(half)
