@@ -45,9 +45,11 @@ which are dispatched without waiting and awaited once: the time of the device in
 host dispatches faster. All blocks begin with the same caches, filled as above, except that the fullest leave
 room for the tokens of a block, since nothing is compacted.
 
-step_ms            a decode step of all slots
+step_ms            a decode step of all slots; changing_ms, of all but one, each time another, so that the
+                   arguments on the device change
 with_prompt_ms     the same step with a prompt in one of the slots; prompt_adds_ms is the difference
 blocking_ms        a decode step that is awaited before the next, so with its dispatch by the host
+host_ms            time of the processor that dispatches a step of each kind
 encode_ms          for the first N, encoding a batch of frames in the host's memory, by size, in blocking
                    calls; and encode_sent_ms, in the device's
 
@@ -515,44 +517,53 @@ def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray, *, encodes: b
     times = collections.defaultdict(list)
     # The first of a kind may compile.
     for _ in range(BLOCKS + 1):
-        for kind in ("decode", "with_prompt", "blocking"):
-            times[kind].append(1e3 * block_seconds(engine, kind, tokens) / STEPS)
-    medians = {kind: statistics.median(some[1:]) for kind, some in times.items()}
+        for kind in ("decode", "changing", "with_prompt", "blocking"):
+            times[kind].append([1e3 * seconds / STEPS for seconds in block_seconds(engine, kind, tokens)])
+    medians = {kind: np.median(some[1:], axis=0).tolist() for kind, some in times.items()}
     step = {
-        "step_ms": medians["decode"],
-        "with_prompt_ms": medians["with_prompt"],
-        "prompt_adds_ms": medians["with_prompt"] - medians["decode"],
-        "blocking_ms": medians["blocking"],
+        "step_ms": medians["decode"][0],
+        "changing_ms": medians["changing"][0],
+        "with_prompt_ms": medians["with_prompt"][0],
+        "prompt_adds_ms": medians["with_prompt"][0] - medians["decode"][0],
+        "blocking_ms": medians["blocking"][0],
+        "host_ms": {kind: host for kind, (_, host) in medians.items()},
         "prompt_tokens": len(tokens),
     }
     return step | (encoding(engine, picture) if encodes else {})
 
 
-def block_seconds(engine: StreamsEngine, kind: str, tokens: Sequence[int]) -> float:
+def block_seconds(engine: StreamsEngine, kind: str, tokens: Sequence[int]) -> tuple[float, float]:
     """Times a block of steps of all slots from new caches, so that blocks of all kinds find the same.
 
     Args:
-      kind: "decode"; "with_prompt", with a prompt in one of the slots at each step; or "blocking", decode
-        steps that are each awaited.
+      kind: "decode"; "changing", decode steps in which another slot pauses each time; "with_prompt", with a
+        prompt in one of the slots at each step; or "blocking", decode steps that are each awaited.
       tokens: of the prompt.
+
+    Returns:
+      Seconds of the block, and of the processor that dispatched it.
     """
     slots, sampled = engine.config.slots, None
     state = jax.block_until_ready(engine.start())
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.thread_time()
     for number in range(STEPS):
-        rows = [Row([PENDING])] * slots
+        rows: list[Row[int] | None] = [Row([PENDING])] * slots
+        # Spread over the slots, which are of different ages.
+        slot = number * slots // STEPS
         if kind == "with_prompt":
-            # Spread over the slots, which are of different ages.
-            rows[number * slots // STEPS] = Row([PENDING, *tokens], new_turn=True)
+            rows[slot] = Row([PENDING, *tokens], new_turn=True)
+        elif kind == "changing" and slots > 1:
+            rows[slot] = None
         # The state is donated, so each step on the device waits for the one before, but the host does not.
         state, sampled = engine.step(state, rows)
         if kind == "blocking":
             jax.block_until_ready(sampled.tokens)
+    busy = time.thread_time() - busy
     assert sampled is not None, "at least one step"
     jax.block_until_ready(sampled.tokens)
     seconds = time.perf_counter() - started
     engine.calls.clear()
-    return seconds
+    return seconds, busy
 
 
 def encoding(engine: StreamsEngine, picture: np.ndarray) -> dict[str, dict[str, float]]:

@@ -238,16 +238,20 @@ def frame_fates(client):
 
 def test_frames_that_are_dropped_are_told(serve, frames, make_engine, monkeypatch):
     engine = make_engine(slots=2)
-    encode = engine.encode
     with serve() as server, Client(server.realtime) as client:
         client.negotiate()
         gate = []
 
-        def wait(frames):
-            wait_for(lambda: gate)
-            return encode(frames)
+        def waiting(encode):
+            def wait(frames):
+                wait_for(lambda: gate)
+                return encode(frames)
 
-        monkeypatch.setattr(engine, "encode", wait)
+            return wait
+
+        # With a step in flight, frames are sent first.
+        for name in ("encode", "encode_sent"):
+            monkeypatch.setattr(engine, name, waiting(getattr(engine, name)))
         for index in range(12):
             client.show(frames[index])
         for _ in range(12):

@@ -210,15 +210,19 @@ def test_steps_are_timed_from_the_same_caches_which_never_overflow(streams, engi
 
     engine.start, engine.step = start_noted, step_noted
     row = streams.micro(engine, "What is it?", streams.random_frames(1, (28, 28, 3))[0], encodes=True)
-    assert len(blocks) == 3 * (streams.BLOCKS + 1)
-    assert begun[3] == begun[-1]
-    decode, with_prompt, blocking = (np.array(blocks[i]) for i in range(3))
+    assert len(blocks) == 4 * (streams.BLOCKS + 1)
+    assert begun[4] == begun[-1]
+    decode, changing, with_prompt, blocking = (np.array(blocks[i]) for i in range(4))
     assert decode.tolist() == blocking.tolist() == np.ones((streams.STEPS, 4)).tolist()
+    assert changing.sum(1).tolist() == [3] * streams.STEPS
+    # Each slot pauses.
+    assert (changing.sum(0) < streams.STEPS).all()
     assert with_prompt.sum(1).tolist() == [4 + row["prompt_tokens"]] * streams.STEPS
     # Each slot gets prompts.
     assert (with_prompt.sum(0) > streams.STEPS).all()
     assert row["step_ms"] > 0
     assert row["blocking_ms"] > 0
+    assert all(host > 0 for host in row["host_ms"].values())
     assert row["prompt_adds_ms"] == row["with_prompt_ms"] - row["step_ms"]
     assert row["encode_ms"].keys() == row["encode_sent_ms"].keys()
     assert streams.line({"streams": 4, "measure": "micro"} | row)
