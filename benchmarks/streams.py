@@ -63,8 +63,6 @@ import dataclasses
 import gc
 import itertools
 import math
-import queue
-import random
 import statistics
 import threading
 import time
@@ -78,8 +76,9 @@ import numpy as np
 from flax import nnx
 from inputs import padded_tokenizer, random_frames
 from report import add_out, device, first_line, known, make_parser, publish, say, write
-from streaming import GB, FilledEngine, prompt_text, spread, tree_bytes
+from streaming import GB, FilledEngine, prompt_text, tree_bytes
 from timing import measure_ceilings
+from traffic import SHARES, Feeders, Listener, Traffic, figures_of, random_traffic, tabletop_traffic
 
 from moss_jax.command import at_least, freeze_heap
 from moss_jax.config import (
@@ -98,95 +97,22 @@ from moss_jax.memory import policies
 from moss_jax.memory.eviction import Kind
 from moss_jax.nn import MossVideo, for_decoding, quantize
 from moss_jax.sharding import parse_mesh
-from moss_jax.stream import PENDING, End, Event, FrameSeen, Row, Silence, Text, Turn
+from moss_jax.stream import PENDING, Row
 from moss_jax.stream.capacity import capacity, memory_bytes, slot_bytes, workspace_bytes
 from moss_jax.stream.engine import gather
-from moss_jax.stream.events import Failed
 from moss_jax.stream.rows import shapes
 from moss_jax.stream.scheduler import Scheduler
 from moss_jax.stream.stream import Clock, Stream
 from moss_jax.text import Tokenizer, chat
 from moss_jax.train.flops import forward_work
-from moss_jax.worlds.tabletop import evaluation_stream
 
 MB = 1e6
-EVERY = 5.0  # Seconds from one prompt of a stream to the next.
-SHARES = {"quarter": 0.25, "all": 1.0}  # Share of the time that a stream talks.
-FEEDERS = 4
 LEAST_SECONDS = 1.0  # Minimum traffic for a row.
 # With --micro: blocks of each kind and steps of each, and batches of frames of each size.
 BLOCKS, STEPS, CALLS = 5, 10, 20
 # An answer continues until it is cut, by a prompt or by the mask.
 WITHOUT_END = 1 << 30
 COMPILED = "/jax/core/compile/backend_compile_duration"
-
-# A frame, which may be a file, or a prompt to push, or whether the stream may talk from then on.
-type Pushed = np.ndarray | bytes | str | bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Push:
-    """An input of stream number `stream` at `at` seconds."""
-
-    at: float
-    stream: int
-    what: Pushed
-
-
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """The load of a run: the timed input of all streams.
-
-    Attributes:
-      pushes: in order of time.
-      talking: which streams may talk at first; None if the model itself decides.
-      prompt, system: prompts that each stream is opened with.
-    """
-
-    pushes: list[Push]
-    talking: list[bool] | None = None
-    prompt: str = ""
-    system: str | None = None
-
-
-def random_traffic(
-    streams: int,
-    share: float,
-    seconds: float,
-    fps: float,
-    pictures: Sequence[np.ndarray] | Sequence[bytes],
-    prompt: str,
-) -> Traffic:
-    """Frames and prompts of streams that each talk for `share` of the time, from their prompts on."""
-    rng, pushes, talking = random.Random(0), [], []
-    for stream in range(streams):
-        frames = itertools.count(rng.random() / fps, 1 / fps)
-        for number, at in enumerate(itertools.takewhile(lambda at: at < seconds, frames)):
-            pushes.append(Push(at, stream, pictures[(stream + number) % len(pictures)]))
-        # Spread evenly, so that the same number talk at any time. The first turn has begun before.
-        begin = EVERY * ((stream + rng.random()) / streams - 1)
-        talking.append(begin + share * EVERY > 0)
-        for at in itertools.takewhile(lambda at: at < seconds, itertools.count(begin, EVERY)):
-            if at >= 0:
-                pushes += [Push(at, stream, True), Push(at, stream, prompt)]
-            if share < 1:
-                pushes.append(Push(max(at + share * EVERY, 0.0), stream, False))
-    return Traffic(in_order(pushes, seconds), talking, prompt)
-
-
-def tabletop_traffic(streams: int, seconds: float, size: int) -> Traffic:
-    """Frames and prompts of streams of the tabletop world, each at its own phase."""
-    rng, pushes = random.Random(0), []
-    for number in range(streams):
-        world, phase = evaluation_stream(0, number, math.ceil(seconds)), rng.random()
-        pushes += [Push(phase + second, number, frame) for second, frame in enumerate(world.frames(size))]
-        pushes += [Push(phase + request.time, number, request.text) for request in world.requests]
-    return Traffic(in_order(pushes, seconds), system=chat.SYSTEM_PROMPT)
-
-
-def in_order(pushes: Sequence[Push], seconds: float) -> list[Push]:
-    """Returns the pushes before the end, sorted by time."""
-    return sorted((push for push in pushes if push.at < seconds), key=lambda push: push.at)
 
 
 class StreamsEngine(FilledEngine):
@@ -303,110 +229,6 @@ class Floors:
         return max(steps, encoding) if self._is_apart else steps + encoding
 
 
-class Voice:
-    """Pending latency measurements of one stream."""
-
-    def __init__(self):
-        # Push times of the prompts whose turns have not begun, the opening first.
-        self.asked = collections.deque([0.0])
-        # Frames and turns whose first sample is the next one.
-        self.frames: list[float] = []
-        self.turns: list[float] = []
-        self.last: float | None = None
-        self.end: End | None = None
-
-
-class Listener:
-    """Reads the events of all streams, in a separate thread.
-
-    Args:
-      clock: clock of the streams.
-
-    Attributes:
-      inbox: queue that the scheduler puts events into.
-      ttft, frame_to_token, gaps: seconds, each with the time of the event and the slot.
-      failures: messages of streams that failed.
-    """
-
-    def __init__(self, clock: Clock, streams: int):
-        self.inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self.voices = [Voice() for _ in range(streams)]
-        self.ttft, self.frame_to_token, self.gaps = [], [], []
-        self.failures: list[str] = []
-        self._clock = clock
-
-    @property
-    def prompts_waiting(self) -> int:
-        """Number of prompts without a token after them."""
-        return sum(len(voice.asked) + len(voice.turns) for voice in self.voices)
-
-    def listen(self) -> None:
-        """Reads events until None is put."""
-        while (event := self.inbox.get()) is not None:
-            self.hear(event, self._clock.now())
-
-    def hear(self, event: Event, now: float) -> None:
-        """Records an event."""
-        voice = self.voices[event.slot]
-        match event:
-            case Text() | Silence():
-                self.frame_to_token += [(now, event.slot, now - at) for at in voice.frames]
-                self.ttft += [(now, event.slot, now - at) for at in voice.turns]
-                voice.frames, voice.turns = [], []
-                is_text = isinstance(event, Text)
-                if is_text and voice.last is not None:
-                    self.gaps.append((now, event.slot, now - voice.last))
-                voice.last = now if is_text else None
-            case FrameSeen():
-                voice.frames.append(event.time)
-            case Turn():
-                voice.turns.append(voice.asked.popleft())
-            case Failed():
-                self.failures.append(event.message)
-            case End():
-                voice.end = event
-
-
-class Feeders:
-    """Threads that push the input of the streams."""
-
-    def __init__(self, engine: StreamsEngine, streams: Sequence[Stream], listener: Listener, clock: Clock):
-        self._engine, self._streams, self._listener, self._clock = engine, streams, listener, clock
-        self.frames, self.late = 0, 0.0
-        self._over = threading.Event()
-
-    def feed(self, pushes: Sequence[Push], until: float) -> None:
-        """Pushes everything on schedule; returns at `until` seconds or when a stream ends."""
-        mine = [[p for p in pushes if p.stream % FEEDERS == feeder] for feeder in range(FEEDERS)]
-        with futures.ThreadPoolExecutor(FEEDERS) as threads:
-            fed = [threads.submit(self._feed, some, until) for some in mine]
-        counts = [feeder.result() for feeder in fed]
-        self.frames, self.late = sum(count for count, _ in counts), max(late for _, late in counts)
-
-    def _feed(self, pushes: Sequence[Push], until: float) -> tuple[int, float]:
-        frames, late = 0, 0.0
-        for push in pushes:
-            if push.at >= until or self._over.wait(max(0.0, push.at - self._clock.now())):
-                break
-            late = max(late, self._clock.now() - push.at)
-            if not self._push(push):
-                self._over.set()
-                break
-            frames += isinstance(push.what, np.ndarray)
-        self._over.wait(max(0.0, until - self._clock.now()))
-        return frames, late
-
-    def _push(self, push: Push) -> bool:
-        stream = self._streams[push.stream]
-        if isinstance(push.what, bool):
-            self._engine.talk_in(stream.slot, push.what)
-            return True
-        if isinstance(push.what, str):
-            self._listener.voices[stream.slot].asked.append(self._clock.now())
-            return stream.push_prompt(push.what)
-        return stream.push_frame(push.what)
-
-
 def live(
     engine: StreamsEngine,
     floors: Floors,
@@ -436,7 +258,7 @@ def live(
     for stream in streams:
         stream.inbox = listener.inbox
         tell(stream, engine)
-    feeders = Feeders(engine, streams, listener, clock)
+    feeders = Feeders(engine.talk_in, streams, listener, clock)
     with futures.ThreadPoolExecutor(1) as threads:
         heard = threads.submit(listener.listen)
         clock.start()
@@ -474,29 +296,6 @@ def tell(stream: Stream, engine: StreamsEngine) -> None:
         int(np.broadcast_to(x, engine.config.slots)[stream.slot]) for x in (engine.held, engine.said)
     )
     stream.conversation._contents.append([Kind.FRAME] * held + [Kind.ASSISTANT] * said, frames=held)
-
-
-def figures_of(listener: Any, begin: float, end: float) -> dict[str, Any]:
-    """Returns the figures of a range of time.
-
-    Args:
-      listener: a `Listener`, or anything that has recorded the same durations.
-    """
-
-    def within(noted) -> list[tuple[int, float]]:
-        return [(slot, seconds) for at, slot, seconds in noted if begin <= at < end]
-
-    found: dict[str, Any] = {}
-    by_slot = collections.defaultdict(list)
-    for slot, gap in within(listener.gaps):
-        by_slot[slot].append(gap)
-    if rates := [len(gaps) / sum(gaps) for gaps in by_slot.values()]:
-        found["tok_s"] = {"mean": statistics.mean(rates), "p5": float(np.percentile(rates, 5))}
-        found["tokens"] = sum(map(len, by_slot.values()))
-    for name in ("ttft", "frame_to_token", "gaps"):
-        if values := [1e3 * seconds for _, seconds in within(getattr(listener, name))]:
-            found[f"{name.removesuffix('s')}_ms"] = spread(values)
-    return found
 
 
 def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray, *, encodes: bool) -> dict[str, Any]:

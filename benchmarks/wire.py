@@ -51,26 +51,22 @@ from report import device, first_line, make_parser, publish, say, write
 from streaming import spread
 from streams import (
     LEAST_SECONDS,
-    SHARES,
     WITHOUT_END,
     Floors,
-    Listener,
-    Push,
     StreamsEngine,
     Subject,
     add_flags,
     check_fill,
-    figures_of,
     frame_size,
     line,
     live,
     make_engine,
     make_subject,
     note_compilations,
-    random_traffic,
     tell,
 )
 from timing import measure_ceilings
+from traffic import SHARES, Listener, Push, figures_of, random_traffic
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
@@ -155,7 +151,7 @@ class Heard:
     """What the clients of one process have recorded; times are in seconds since they began.
 
     Attributes:
-      ttft, frame_to_token, gaps: as of `streams.Listener`.
+      ttft, frame_to_token, gaps: as of `traffic.Listener`.
       frame: for each frame, when its fate was known, the number of its stream, and the seconds since it was
         sent.
       fates: frames by what became of them.
