@@ -273,10 +273,10 @@ class Session:
 
     def _take(self, event: Event | Future) -> None:
         """Forwards an event of the stream to the owner, or passes a mark."""
-        if isinstance(event, Future):
-            self._marks.get(event, lambda: None)()
-            return
         try:
+            if isinstance(event, Future):
+                self._marks.get(event, lambda: None)()
+                return
             assert self.owner is not None
             self.owner.on_event(event)
         except Exception:
