@@ -1,4 +1,4 @@
-"""Traffic of many live streams: what is pushed when, the threads that push it, and what is heard of it."""
+"""Load generator for many live streams, and the latencies that it records."""
 
 import collections
 import dataclasses
@@ -210,7 +210,7 @@ class Feeders:
 
 
 class Durations(Protocol):
-    """What `Listener` records: seconds, each with the time of the event and the stream."""
+    """Latency samples, each as (time of the event, stream, seconds)."""
 
     ttft: list[tuple[float, int, float]]
     frame_to_token: list[tuple[float, int, float]]

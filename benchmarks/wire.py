@@ -148,7 +148,7 @@ def over_the_wire(
 
 @dataclasses.dataclass
 class Heard:
-    """What the clients of one process have recorded; times are in seconds since they began.
+    """Latency samples and counts of the clients in one process; times are in seconds since their start.
 
     Attributes:
       ttft, frame_to_token, gaps: as of `traffic.Listener`.
@@ -173,7 +173,7 @@ class Heard:
     file_kb: float
 
     def add(self, other: "Heard") -> "Heard":
-        """What the clients of both processes have recorded."""
+        """Merges the samples and counts of two processes."""
         added = {name: getattr(self, name) + getattr(other, name) for name in ADDED}
         return dataclasses.replace(self, **added, late=max(self.late, other.late))
 

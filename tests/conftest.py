@@ -197,7 +197,7 @@ def small_config():
 
 @pytest.fixture(scope="session")
 def tiny_config(small_config):
-    """`tiny_config(mode)` is that with a single layer of each kind, for programs that compile slowly."""
+    """`tiny_config(mode)` is the small config with one layer of each kind, which compiles faster."""
 
     def make(mode: str = "average", **changes) -> ModelConfig:
         config = small_config(mode, **changes)

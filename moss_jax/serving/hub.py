@@ -510,7 +510,7 @@ class Hub:
         self.counters = ServerCounters()
         self.decoders = ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode")
         self._watching: asyncio.Task | None = None
-        # The last look at the banks, and when it was asked for.
+        # The last snapshot of all banks, and when it was requested.
         self._banks: asyncio.Future[dict[Stream, BankView]] | None = None
         self._looked = 0.0
         engine = scheduler.engine
@@ -603,12 +603,12 @@ class Hub:
             reservation.release()
 
     async def bank_view(self, stream: Stream) -> BankView:
-        """What the memory bank of a stream holds, as of at most half an interval between two counters ago.
+        """Snapshot of a stream's memory bank, at most half of `ServerConfig.counters_seconds` old.
 
         Raises:
           SessionError: the stream has ended, or the engine is not an `Engine`.
         """
-        # The sessions share a look, since each takes time of the scheduler's loop.
+        # The sessions share a snapshot, since each takes time of the scheduler's loop.
         for longest in (self.config.counters_seconds / 2, 0.0):
             if self._banks is None or time.monotonic() - self._looked > longest:
                 self._banks = asyncio.wrap_future(self.scheduler.look_at_banks())

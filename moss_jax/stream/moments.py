@@ -36,7 +36,7 @@ class FrameTimes(NamedTuple):
 
 
 class Moments:
-    """Times of the frames shown in a stream: 16 bytes each and bounded, since a stream never ends.
+    """Times of the frames shown in a stream: at most 32 bytes each and bounded, since a stream never ends.
 
     Args:
       most: number of latest frames to keep; the oldest are dropped once there are a quarter more.
