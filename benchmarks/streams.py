@@ -43,10 +43,11 @@ peak_gb            peak memory of the process so far, so only that of the most s
 `--micro` times steps and batches of frames instead. A figure of a step is the median of 5 blocks of 10 steps,
 which are dispatched without waiting and awaited once: the time of the device in a pipeline, as long as the
 host dispatches faster. All blocks begin with the same caches, filled as above, except that the fullest leave
-room for the tokens of a block, since nothing is compacted.
+room for the tokens and frames of a block, since nothing is compacted.
 
 step_ms            a decode step of all slots; changing_ms, of all but one, each time another, so that the
                    arguments on the device change
+with_frame_ms      the same step with an encoded frame in one of the slots
 with_prompt_ms     the same step with a prompt in one of the slots; prompt_adds_ms is the difference
 blocking_ms        a decode step that is awaited before the next, so with its dispatch by the host
 host_ms            time of the processor that dispatches a step of each kind
@@ -308,7 +309,9 @@ def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray, *, encodes: b
       ConfigError: the text caches have no room for a block of steps.
     """
     slots, tokens = engine.config.slots, chat.interjection(engine.tokenizer, prompt)
-    room = STEPS + -(-STEPS // slots) * len(tokens)
+    most = -(-STEPS // slots)  # Prompts or frames in a slot.
+    room = STEPS + most * len(tokens)
+    engine.held = np.minimum(engine.held, engine.config.bank_capacity - most)
     engine.said = np.minimum(engine.said, engine.config.text_capacity - room - engine.held)
     if np.any(engine.said < 0):
         raise ConfigError(f"--micro appends up to {room} tokens to a slot, which --text-capacity must hold")
@@ -316,12 +319,13 @@ def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray, *, encodes: b
     times = collections.defaultdict(list)
     # The first of a kind may compile.
     for _ in range(BLOCKS + 1):
-        for kind in ("decode", "changing", "with_prompt", "blocking"):
+        for kind in ("decode", "changing", "with_frame", "with_prompt", "blocking"):
             times[kind].append([1e3 * seconds / STEPS for seconds in block_seconds(engine, kind, tokens)])
     medians = {kind: np.median(some[1:], axis=0).tolist() for kind, some in times.items()}
     step = {
         "step_ms": medians["decode"][0],
         "changing_ms": medians["changing"][0],
+        "with_frame_ms": medians["with_frame"][0],
         "with_prompt_ms": medians["with_prompt"][0],
         "prompt_adds_ms": medians["with_prompt"][0] - medians["decode"][0],
         "blocking_ms": medians["blocking"][0],
@@ -335,8 +339,9 @@ def block_seconds(engine: StreamsEngine, kind: str, tokens: Sequence[int]) -> tu
     """Times a block of steps of all slots from new caches, so that blocks of all kinds find the same.
 
     Args:
-      kind: "decode"; "changing", decode steps in which another slot pauses each time; "with_prompt", with a
-        prompt in one of the slots at each step; or "blocking", decode steps that are each awaited.
+      kind: "decode"; "changing", decode steps in which another slot pauses each time; "with_frame" or
+        "with_prompt", with an encoded frame or a prompt in one of the slots at each step; or "blocking",
+        decode steps that are each awaited.
       tokens: of the prompt.
 
     Returns:
@@ -351,6 +356,8 @@ def block_seconds(engine: StreamsEngine, kind: str, tokens: Sequence[int]) -> tu
         slot = number * slots // STEPS
         if kind == "with_prompt":
             rows[slot] = Row([PENDING, *tokens], new_turn=True)
+        elif kind == "with_frame":
+            rows[slot] = Row([PENDING, engine.tokenizer.special.image], [0])
         elif kind == "changing" and slots > 1:
             rows[slot] = None
         # The state is donated, so each step on the device waits for the one before, but the host does not.

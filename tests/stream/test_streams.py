@@ -191,7 +191,7 @@ def test_streams_run_without_a_compilation(streams, engine, talking):
 @pytest.mark.slow
 def test_steps_are_timed_from_the_same_caches_which_never_overflow(streams, engine):
     """The last slots are nearly full at first. What compiles does so in the first block of each kind."""
-    compiled, begun, blocks = streams.note_compilations(), [], []
+    compiled, begun, blocks, framed = streams.note_compilations(), [], [], []
     start, take = engine.start, engine.step
 
     def start_noted():
@@ -202,21 +202,25 @@ def test_steps_are_timed_from_the_same_caches_which_never_overflow(streams, engi
     def step_noted(state, rows, features=None):
         assert all(row.kept is row.compact is None for row in rows if row)
         blocks[-1].append([len(row.tokens) if row else 0 for row in rows])
+        framed.append(sum(len(row.frames) for row in rows if row))
         state, sampled = take(state, rows, features)
         text, appended = state.stream.text, np.sum(blocks[-1], 0)
         np.testing.assert_array_equal(text.length, engine.held + engine.said + appended)
         assert (np.asarray(text.length) <= CONFIG.text_capacity).all()
+        assert (np.asarray(state.stream.bank.length) <= state.stream.bank.capacity).all()
         return state, sampled
 
     engine.start, engine.step = start_noted, step_noted
     row = streams.micro(engine, "What is it?", streams.random_frames(1, (28, 28, 3))[0], encodes=True)
-    assert len(blocks) == 4 * (streams.BLOCKS + 1)
-    assert begun[4] == begun[-1]
-    decode, changing, with_prompt, blocking = (np.array(blocks[i]) for i in range(4))
+    assert len(blocks) == 5 * (streams.BLOCKS + 1)
+    assert begun[5] == begun[-1]
+    decode, changing, with_frame, with_prompt, blocking = (np.array(blocks[i]) for i in range(5))
     assert decode.tolist() == blocking.tolist() == np.ones((streams.STEPS, 4)).tolist()
     assert changing.sum(1).tolist() == [3] * streams.STEPS
     # Each slot pauses.
     assert (changing.sum(0) < streams.STEPS).all()
+    assert with_frame.sum(1).tolist() == [5] * streams.STEPS
+    assert sum(framed) == streams.STEPS * (streams.BLOCKS + 1)
     assert with_prompt.sum(1).tolist() == [4 + row["prompt_tokens"]] * streams.STEPS
     # Each slot gets prompts.
     assert (with_prompt.sum(0) > streams.STEPS).all()
