@@ -348,6 +348,9 @@ def block_seconds(engine: StreamsEngine, kind: str, tokens: Sequence[int]) -> tu
       Seconds of the block, and of the processor that dispatched it.
     """
     slots, sampled = engine.config.slots, None
+    config, image = engine.model_config, engine.tokenizer.special.image
+    shape = engine.frame_encoder.length(1), config.vectors_per_frame, config.decoder.hidden_size
+    frame = jax.device_put(np.zeros(shape, engine.dtype), engine.placement)
     state = jax.block_until_ready(engine.start())
     started, busy = time.perf_counter(), time.thread_time()
     for number in range(STEPS):
@@ -357,11 +360,11 @@ def block_seconds(engine: StreamsEngine, kind: str, tokens: Sequence[int]) -> tu
         if kind == "with_prompt":
             rows[slot] = Row([PENDING, *tokens], new_turn=True)
         elif kind == "with_frame":
-            rows[slot] = Row([PENDING, engine.tokenizer.special.image], [0])
+            rows[slot] = Row([PENDING, image], [0])
         elif kind == "changing" and slots > 1:
             rows[slot] = None
         # The state is donated, so each step on the device waits for the one before, but the host does not.
-        state, sampled = engine.step(state, rows)
+        state, sampled = engine.step(state, rows, frame if kind == "with_frame" else None)
         if kind == "blocking":
             jax.block_until_ready(sampled.tokens)
     busy = time.thread_time() - busy

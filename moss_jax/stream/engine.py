@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, UInt8
 
 from moss_jax.config import ConfigError, EngineConfig, MemoryConfig, TokenSampling
 from moss_jax.memory.policies import FULL, make_policy
@@ -30,6 +30,7 @@ from moss_jax.stream.rows import (
     Compaction,
     Row,
     Shape,
+    StepArguments,
     empty_arguments,
     first_step,
     pack,
@@ -215,13 +216,13 @@ class Engine:
         # An LRU cache, since many slots have too many subsets to keep them all.
         decode_arguments = functools.partial(_decode_arguments, self.config.slots, self.placement)
         self._decode_arguments = functools.lru_cache(maxsize=DECODE_ARGUMENTS)(decode_arguments)
+        vectors = model.config.vectors_per_frame, model.config.decoder.hidden_size
+        no_features = functools.partial(_no_features, vectors, self.dtype, self.placement)
+        self._no_features = functools.cache(no_features)
         # The session writes the frame of the dialogue; the model samples text, silence and the end of a turn.
         never = tokenizer.control_ids - {special.silence, special.eot}
         allowed = np.ones(tokenizer.vocab_size, bool)
         allowed[[i for i in never if i < tokenizer.vocab_size]] = False
-        vectors = model.config.vectors_per_frame, model.config.decoder.hidden_size
-        no_frame = np.zeros((buckets[-1], *vectors), self.dtype)  # As many as `encode` returns.
-        self._no_frame = jax.device_put(no_frame, self.placement)
         rules = allowed, tokenizer.penalty_exempt()
         self.rules = SamplingRules(*jax.device_put(rules, self.placement))
 
@@ -290,8 +291,7 @@ class Engine:
           features: of encoded frames, which the rows' frames index; given several batches, the frames index
             their concatenation.
         """
-        given = self._no_frame if features is None else features
-        batches = given if isinstance(given, list) else [given]
+        batches = [] if features is None else features if isinstance(features, list) else [features]
         left = {slot: row for slot, row in enumerate(rows) if row}
         for slot, row in left.items():
             state = self._compact(state, slot, row)
@@ -306,27 +306,49 @@ class Engine:
         self, state: EngineState, rows: Mapping[int, Row[int]], batches: Sequence[Float[Array, "P N D"]]
     ) -> tuple[EngineState, Int[Array, " B"]]:
         """Runs one step whose shape has a compiled program, and samples."""
-        slots = self.config.slots
-        features = None
+        slots, features = self.config.slots, None
         if all(row.is_decode for row in rows.values()):
             # The most frequent step: its arguments are cached on the device.
             taking_part = tuple(sorted((slot, row.new_turn) for slot, row in rows.items()))
             shape, packed = self._decode_arguments(taking_part)
         else:
-            arguments, index = step_arguments(rows, slots, self.tokenizer.special.image)
+            arguments = step_arguments(rows, slots, self.tokenizer.special.image)
+            features = self._features(arguments, batches)
             shape, packed = arguments.shape, pack(arguments, slots)
-            # Gathered before the step, so that one program serves any number of encoded frames. Short rows of
-            # tokens use a program with room for frames, with or without frames.
-            features = None if index is None else gather_all(batches, index)
         # The slot with the most expensive sampling decides the program.
         return self._run(state, shape, packed, features, max(state.kinds[slot] for slot in rows))
+
+    def _features(
+        self, arguments: StepArguments, batches: Sequence[Float[Array, "P N D"]]
+    ) -> Float[Array, "P N D"] | None:
+        """The features of encoded frames as the program of a step takes them; None if it has no frames.
+
+        A batch of the usual length is passed as it is. From any other, and from several, those that the step
+        needs are gathered first, so that one program serves any number of encoded frames, and the arguments
+        are changed to index them.
+        """
+        if arguments.frames is None:
+            return None
+        index = arguments.frames.index
+        length = self.frame_encoder.length(index.size)
+        if not batches:
+            if arguments.frames.count.any():
+                raise ValueError("there are frames in the rows, so `features` must be given")
+            # Short rows of tokens use a program with room for frames, with or without frames.
+            return self._no_features(length)
+        if len(batches) == 1 and len(batches[0]) == length:
+            return batches[0]
+        wanted = np.zeros(length, np.int32)
+        wanted[: index.size] = index.ravel()
+        index[...] = np.arange(index.size).reshape(index.shape)
+        return gather_all(batches, wanted)
 
     def _run(
         self,
         state: EngineState,
         shape: Shape,
         packed: Int[Array, " n"] | Int[np.ndarray, " n"],
-        features: Float[Array, "R F N D"] | None,
+        features: Float[Array, "P N D"] | None,
         kind: SamplingKind,
     ) -> tuple[EngineState, Int[Array, " B"]]:
         """Calls the programs of a step."""
@@ -454,17 +476,19 @@ class Engine:
             self.frame_encoder.measure(frame_shape)
         state = self.start()
         for shape in shapes(self.config.slots):
-            packed, index = self._empty_arguments(shape)
-            batches = {len(x): x for x in encoded}.values() if index is not None else [None]
-            for batch in batches:
-                features = None
-                if batch is not None and index is not None:
-                    features = gather_all([batch, batch], index + len(batch))
+            # Features of one batch and of several, of each length; with one slot, frames are never missing.
+            lengths = {len(x): x for x in encoded}.values() if shape.frames else ()
+            batches = [[x] * count for x in lengths for count in (1, 2)]
+            if self.config.slots > 1 or not shape.frames:
+                batches.append([])
+            for some in batches:
+                arguments, packed = self._empty_arguments(shape)
+                features = self._features(arguments, some)
                 # The state is donated along, so that memory never holds two.
                 state, tokens = self._run(state, shape, packed, features, SamplingKind.GREEDY)
                 jax.block_until_ready(tokens)
         shape = shapes(self.config.slots)[0]
-        on_device, _ = self._empty_arguments(shape)
+        _, on_device = self._empty_arguments(shape)
         # Once with arguments on the device and once with arguments on the host.
         for kind, packed in itertools.product(SamplingKind, (on_device, np.asarray(on_device))):
             state, tokens = self._run(state, shape, packed, None, kind)
@@ -482,19 +506,20 @@ class Engine:
         state = jax.tree.map(lambda x: abstract(x, state_sharding(x, self.placement)), self._abstract_state)
         vectors = self.model_config.vectors_per_frame, self.model_config.decoder.hidden_size
         for shape in shapes(self.config.slots):
-            packed, index = self._empty_arguments(shape)
+            _, packed = self._empty_arguments(shape)
             features = None
-            if index is not None:
-                features = jax.ShapeDtypeStruct((*index.shape, *vectors), self.dtype, sharding=self.placement)
+            if shape.frames:
+                length = self.frame_encoder.length(shape.frames)
+                features = jax.ShapeDtypeStruct((length, *vectors), self.dtype, sharding=self.placement)
             yield self._step.lower(self.parameters, self.rules, state, packed, features, shape)
 
     def _empty_arguments(
         self, shape: Shape
-    ) -> tuple[Int[Array, " n"] | Int[np.ndarray, " n"], Int[np.ndarray, "R F"] | None]:
-        """Packed arguments of a step without active slots, on the device or host as they are when serving."""
-        arguments, index = empty_arguments(shape, self.config.slots)
+    ) -> tuple[StepArguments, Int[Array, " n"] | Int[np.ndarray, " n"]]:
+        """Arguments of a step without active slots; also packed, where they are when serving."""
+        arguments = empty_arguments(shape, self.config.slots)
         packed = pack(arguments, self.config.slots)
-        return packed if shape.chunks else jax.device_put(packed, self.placement), index
+        return arguments, packed if shape.chunks else jax.device_put(packed, self.placement)
 
 
 def _decode_arguments(
@@ -506,8 +531,15 @@ def _decode_arguments(
       taking_part: the active slots, each with whether a turn begins.
     """
     rows = {slot: Row([PENDING], new_turn=new_turn) for slot, new_turn in taking_part}
-    arguments, _ = step_arguments(rows, slots, -1)
+    arguments = step_arguments(rows, slots, -1)
     return arguments.shape, jax.device_put(pack(arguments, slots), placement)
+
+
+def _no_features(
+    vectors: tuple[int, int], dtype: DTypeLike, placement: Sharding, length: int
+) -> Float[Array, "P N D"]:
+    """What a program with room for frames takes if there are none."""
+    return jax.device_put(np.zeros((length, *vectors), dtype), placement)
 
 
 def _flat_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -524,23 +556,23 @@ def _flat[**Arguments](function: Callable[Arguments, EngineState]) -> Callable[A
 
 
 @jax.jit
-def gather(features: Float[Array, "P N D"], index: Int[Array, "B F"]) -> Float[Array, "B F N D"]:
-    """Gathers the features of each slot's frames."""
+def gather(features: Float[Array, "P N D"], index: Int[Array, " Q"]) -> Float[Array, "Q N D"]:
+    """Gathers the features of some frames of a batch."""
     return features[index]
 
 
 @jax.jit
 def gather_into(
-    gathered: Float[Array, "B F N D"], features: Float[Array, "P N D"], index: Int[Array, "B F"]
-) -> Float[Array, "B F N D"]:
+    gathered: Float[Array, "Q N D"], features: Float[Array, "P N D"], index: Int[Array, " Q"]
+) -> Float[Array, "Q N D"]:
     """Overwrites gathered features with those of another batch wherever the index is not negative."""
-    return jnp.where((index >= 0)[..., None, None], features[index], gathered)
+    return jnp.where((index >= 0)[:, None, None], features[index], gathered)
 
 
 def gather_all(
-    batches: Sequence[Float[Array, "P N D"]], index: Int[np.ndarray, "B F"]
-) -> Float[Array, "B F N D"]:
-    """Gathers the features of each slot's frames; `index` refers to the concatenation of all batches."""
+    batches: Sequence[Float[Array, "P N D"]], index: Int[np.ndarray, " Q"]
+) -> Float[Array, "Q N D"]:
+    """Gathers the features of some frames; `index` refers to the concatenation of all batches."""
     first, *others = batches
     gathered, begin = gather(first, np.where(index < len(first), index, 0)), len(first)
     for features in others:

@@ -137,6 +137,13 @@ class FrameEncoder:
             return self.buckets[-1]
         return max((size for size, taken in self._seconds.items() if taken <= seconds), default=1)
 
+    def length(self, count: int) -> int:
+        """Length of what `encode` returns for this many frames of one size, at least."""
+        most = self.buckets[-1]
+        if count <= most and self._placement != self._output:
+            return bucket(count, self.buckets)
+        return -(-count // most) * most
+
     @property
     def warm_counts(self) -> list[int]:
         """Numbers of frames that together exercise all programs: the buckets, and several batches."""

@@ -82,7 +82,7 @@ class Row[Frame]:
     @property
     def is_decode(self) -> bool:
         """Whether it appends only the pending token."""
-        return not self.frames and list(self.tokens) == [PENDING]
+        return len(self.tokens) == 1 and self.tokens[0] == PENDING and not self.frames
 
     def cut(self, length: int, image: int) -> "tuple[Row[Frame], Row[Frame]]":
         """Splits the row after `length` tokens; the first part keeps the compactions."""
@@ -123,6 +123,7 @@ def decode_counts(slots: int) -> tuple[int, ...]:
     return (slots // 4, slots) if slots >= MANY_SLOTS else (slots,)
 
 
+@functools.cache
 def shapes(slots: int) -> tuple[Shape, ...]:
     """Shapes of the steps over this number of slots, one compiled program each; smaller ones first."""
     if slots == 1:
@@ -187,12 +188,14 @@ class StepFrames:
     """The frames of one step, in rows that match those of its tokens.
 
     Attributes:
-      features: None until they are gathered from the encoded frames.
+      index: of each frame among the encoded ones.
+      features: None until they are gathered from the encoded frames, inside the program.
       offset: of each frame's `<|image|>` token among the tokens that the step appends to its slot.
       count: number of frames in each row.
       slots, before: as in `memory.remember_frames`.
     """
 
+    index: Int[Array, "R F"] | Int[np.ndarray, "R F"]
     features: Float[Array, "R F N D"] | None
     offset: Int[Array, "R F"] | Int[np.ndarray, "R F"]
     count: Int[Array, " R"] | Int[np.ndarray, " R"]
@@ -242,9 +245,9 @@ class StepArguments:
         return Shape(len(self.decode.tokens) if self.decode else 0, chunks, width, frames)
 
 
-def empty_arguments(shape: Shape, slots: int) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
+def empty_arguments(shape: Shape, slots: int) -> StepArguments:
     """Arguments of a step in which no slot takes part; see `step_arguments`."""
-    decode = chunks = frames = index = None
+    decode = chunks = frames = None
     several = slots > 1
 
     def zeros(*size: int) -> np.ndarray:
@@ -262,8 +265,8 @@ def empty_arguments(shape: Shape, slots: int) -> tuple[StepArguments, Int[np.nda
         )
     if shape.frames:
         rows, width = (shape.frames, 1) if several else (1, shape.frames)
-        index = zeros(rows, width)
         frames = StepFrames(
+            zeros(rows, width),
             None,
             zeros(rows, width),
             zeros(rows),
@@ -271,23 +274,18 @@ def empty_arguments(shape: Shape, slots: int) -> tuple[StepArguments, Int[np.nda
             zeros(rows) if several else None,
         )
     takes, speaks, new_turn = (np.zeros(slots, bool) for _ in range(3))
-    return StepArguments(takes, decode, chunks, frames, speaks, new_turn, zeros(slots)), index
+    return StepArguments(takes, decode, chunks, frames, speaks, new_turn, zeros(slots))
 
 
-def step_arguments(
-    rows: Mapping[int, Row[int]], slots: int, image: int
-) -> tuple[StepArguments, Int[np.ndarray, "R F"] | None]:
+def step_arguments(rows: Mapping[int, Row[int]], slots: int, image: int) -> StepArguments:
     """Packs rows into the arguments of one step of the smallest shape that fits.
 
     Args:
       rows: by slot, from `first_step`.
       image: id of the `<|image|>` token.
-
-    Returns:
-      The arguments, and the index of each frame among the encoded ones; None if there are no frames.
     """
     shape = _smallest(rows, slots, image)
-    a, index = empty_arguments(shape, slots)
+    a = empty_arguments(shape, slots)
     decoding = chunk = frame = 0
     for slot, row in rows.items():
         a.takes[slot], a.new_turn[slot] = True, row.new_turn
@@ -311,14 +309,13 @@ def step_arguments(
             chunk += 1
         for number, (offset, of_frame) in enumerate(row.placed(image).items()):
             assert a.frames is not None
-            assert index is not None
             place = (frame, 0) if slots > 1 else (0, frame)
-            index[place], a.frames.offset[place] = of_frame, offset
+            a.frames.index[place], a.frames.offset[place] = of_frame, offset
             a.frames.count[place[0]] += 1
             if a.frames.slots is not None and a.frames.before is not None:
                 a.frames.slots[place[0]], a.frames.before[place[0]] = slot, number
             frame += 1
-    return a, index
+    return a
 
 
 def pack(arguments: StepArguments, slots: int) -> Int[np.ndarray, " n"]:
@@ -335,25 +332,28 @@ def pack(arguments: StepArguments, slots: int) -> Int[np.ndarray, " n"]:
 
 
 def unpack(
-    packed: Int[Array, " n"], features: Float[Array, "R F N D"] | None, shape: Shape, slots: int
+    packed: Int[Array, " n"], features: Float[Array, "P N D"] | None, shape: Shape, slots: int
 ) -> StepArguments:
-    """Reverses `pack` inside a program, and adds the features of the step's frames."""
-    leaves, structure = jax.tree.flatten(empty_arguments(shape, slots)[0])
+    """Reverses `pack` inside a program, and gathers the features of the step's frames."""
+    leaves, structure = jax.tree.flatten(empty_arguments(shape, slots))
     end, found = 0, []
     for x in leaves:
         found.append(packed[end : end + x.size].reshape(x.shape).astype(x.dtype))
         end += x.size
     arguments = jax.tree.unflatten(structure, found)
-    if arguments.frames is None:
+    if (frames := arguments.frames) is None:
         return arguments
-    return dataclasses.replace(arguments, frames=dataclasses.replace(arguments.frames, features=features))
+    assert features is not None, "a shape with room for frames takes features"
+    return dataclasses.replace(
+        arguments, frames=dataclasses.replace(frames, features=features[frames.index])
+    )
 
 
 @functools.cache
 def _room(slots: int) -> int:
     """Length of the packed arguments of the largest shape."""
     return max(
-        sum(x.size for x in jax.tree.leaves(empty_arguments(shape, slots)[0])) for shape in shapes(slots)
+        sum(x.size for x in jax.tree.leaves(empty_arguments(shape, slots))) for shape in shapes(slots)
     )
 
 
@@ -365,14 +365,14 @@ def _width(rows: Iterable[Row]) -> int:
 
 def _smallest(rows: Mapping[int, Row], slots: int, image: int) -> Shape:
     """The smallest shape that fits these rows."""
-    frames = sum(len(row.placed(image)) for row in rows.values())
+    longer = [row for row in rows.values() if not row.is_decode]
+    decoding, width = len(rows) - len(longer), _width(longer)
+    frames = sum(len(row.placed(image)) for row in longer)
     for shape in shapes(slots):
-        if slots > 1 and shape.width not in (0, _width(rows.values())):
+        if slots > 1 and shape.width not in (0, width):
             continue
-        lengths = [len(row.tokens) for row in rows.values() if not (shape.decode and row.is_decode)]
-        chunks = sum(-(-length // shape.width) if shape.width else length for length in lengths)
-        fits = chunks <= shape.chunks and frames <= shape.frames
-        if fits and (not shape.decode or len(rows) - len(lengths) <= shape.decode):
+        chunks = sum(-(-len(row.tokens) // shape.width) for row in longer) if shape.width else len(longer)
+        if decoding <= shape.decode and chunks <= shape.chunks and frames <= shape.frames:
             return shape
     raise ValueError(f"no step has room for rows of {[len(row.tokens) for row in rows.values()]} tokens")
 

@@ -147,10 +147,14 @@ def packed_step(
     rules: SamplingRules,
     state: EngineState,
     packed: Int[Array, " n"],
-    features: Float[Array, "R F N D"] | None,
+    features: Float[Array, "P N D"] | None,
     shape: Shape,
 ) -> EngineState:
-    """Runs a `step` whose arguments are packed in one array; see `rows.pack`."""
+    """Runs a `step` whose arguments are packed in one array; see `rows.pack`.
+
+    Args:
+      features: of encoded frames; the packed arguments say which of them belong to the step.
+    """
     return step(decoder, rules, state, unpack(packed, features, shape, len(state.pending)))
 
 

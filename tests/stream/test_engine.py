@@ -205,6 +205,27 @@ def test_warm_up_compiles_all_programs_of_a_session(model, tokenizer, frames):
     assert [program._cache_size() for program in programs] == compiled
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_features_of_one_batch_enter_a_step_as_they_are(make_engine, frames, slots):
+    """Without a program that gathers them first, whose launch would delay the step."""
+    engine = make_engine(slots=slots)
+    features = engine.encode(frames[:3])
+    gather.clear_cache()
+    others = [None] * (slots - 1)
+    state, one = engine.step(engine.start(), [Row([1015, IMAGE, IMAGE], [2, 1]), *others], features)
+    assert gather._cache_size() == 0
+    row = Row([1015, IMAGE, IMAGE], [len(features) + 2, 1])
+    state, two = engine.step(engine.start(), [row, *others], [features, features])
+    assert gather._cache_size() == 1
+    np.testing.assert_array_equal(one.logits[0], two.logits[0])
+
+
+def test_frames_without_features(make_engine):
+    engine = make_engine()
+    with pytest.raises(ValueError, match="`features` must be given"):
+        engine.step(engine.start(), [Row([1015, IMAGE], [0])])
+
+
 def test_the_state_is_donated(make_engine):
     engine = make_engine()
     before = engine.start()
@@ -216,7 +237,7 @@ def test_the_state_is_donated(make_engine):
 def test_a_token_takes_no_loop_and_no_branch(make_engine, slots):
     engine = make_engine(slots=slots)
     state, shape = engine.start(), Shape(slots)
-    packed = pack(empty_arguments(shape, slots)[0], slots)
+    packed = pack(empty_arguments(shape, slots), slots)
     step = engine.programs["step"].lower(engine.parameters, engine.rules, state, packed, None, shape)
     sampling = state.pending, engine.rules, state.logits, state.said, state.sampling
     positions = state.stream.text.position

@@ -39,14 +39,15 @@ def test_frames_of_several_batches_index_their_concatenation():
 
 @pytest.mark.parametrize("slots", [1, 5])
 def test_arguments_are_packed_into_one_array_as_long_for_any_shape(slots):
-    rows = [Row([PENDING]), Row([PENDING, IMAGE, 7], [0], new_turn=True), Row(range(40))]
+    rows = [Row([PENDING]), Row([PENDING, IMAGE, 7], [6], new_turn=True), Row(range(40))]
     packed = []
     for row in rows:
-        arguments, index = step_arguments({slots - 1: row}, slots, IMAGE)
+        arguments = step_arguments({slots - 1: row}, slots, IMAGE)
         packed.append(pack(arguments, slots))
-        features = None if index is None else np.ones((*index.shape, 1, 1), np.float32)
-        found = unpack(jnp.asarray(packed[-1]), features, arguments.shape, slots)
-        assert found.frames is None or found.frames.features is features
+        features = np.arange(9, dtype=np.float32)[:, None, None]
+        found = unpack(jnp.asarray(packed[-1]), jnp.asarray(features), arguments.shape, slots)
+        if arguments.frames is not None:
+            np.testing.assert_array_equal(found.frames.features, features[arguments.frames.index])
         assert packed[-1][:slots].tolist() == arguments.takes.tolist() == [0] * (slots - 1) + [1]
         given = [arguments.decode, arguments.chunks, arguments.speaks, arguments.new_turn, arguments.last]
         read = [found.decode, found.chunks, found.speaks, found.new_turn, found.last]
@@ -68,27 +69,27 @@ def test_tokens_without_frames_are_cut_like_text(framed):
     found = [frame for piece in pieces for frame in piece.frames or [None] * piece.tokens.count(IMAGE)]
     assert found == frames
     for piece in pieces:
-        arguments, index = step_arguments({0: piece}, 1, IMAGE)
+        arguments = step_arguments({0: piece}, 1, IMAGE)
         assert arguments.chunks.tokens.shape[1] in TOKEN_BUCKETS
-        assert (arguments.frames is None) == (index is None) == (not any(f is not None for f in piece.frames))
+        assert (arguments.frames is None) == (not any(f is not None for f in piece.frames))
     if not framed:
         assert [len(piece.tokens) for piece in pieces] == [320, 320, 63]
 
 
 def test_where_the_frames_of_a_row_are():
     row = Row([PENDING, IMAGE, 7, IMAGE, IMAGE], [None, 4, 2])
-    arguments, index = step_arguments({0: row}, 1, IMAGE)
+    arguments = step_arguments({0: row}, 1, IMAGE)
     assert arguments.frames.count.tolist() == [2]
     assert arguments.frames.offset[0, :2].tolist() == [3, 4]
-    assert index[0, :2].tolist() == [4, 2]
-    assert step_arguments({0: Row([IMAGE], [None])}, 1, IMAGE)[0].frames is None
+    assert arguments.frames.index[0, :2].tolist() == [4, 2]
+    assert step_arguments({0: Row([IMAGE], [None])}, 1, IMAGE).frames is None
     # With several slots, a row for each frame.
-    arguments, index = step_arguments({2: row, 0: Row([IMAGE, IMAGE]), 1: Row([9, IMAGE], [6])}, 3, IMAGE)
+    arguments = step_arguments({2: row, 0: Row([IMAGE, IMAGE]), 1: Row([9, IMAGE], [6])}, 3, IMAGE)
     assert arguments.frames.count.tolist() == [1, 1, 1, 0]
     assert arguments.frames.slots[:3].tolist() == [2, 2, 1]
     assert arguments.frames.before[:3].tolist() == [0, 1, 0]
     assert arguments.frames.offset[:3].tolist() == [[3], [4], [1]]
-    assert index[:3].tolist() == [[4], [2], [6]]
+    assert arguments.frames.index[:3].tolist() == [[4], [2], [6]]
 
 
 TOKENS = st.one_of(st.integers(0, 999), st.just(IMAGE))
@@ -124,11 +125,11 @@ def planned(slots, rows) -> list:
     while left:
         now, left = first_step(left, slots, IMAGE)
         assert now, "each step appends something"
-        steps.append((now, *step_arguments(now, slots, IMAGE)))
+        steps.append((now, step_arguments(now, slots, IMAGE)))
     return steps
 
 
-def appended(a, index) -> dict[int, tuple[list[int], dict[int, int]]]:
+def appended(a) -> dict[int, tuple[list[int], dict[int, int]]]:
     """What the arguments of a step append to each slot: tokens, and frames by the offset of their token."""
     found: dict[int, tuple[list[int], dict[int, int]]] = {}
     at: dict[int, int] = {}
@@ -160,7 +161,7 @@ def appended(a, index) -> dict[int, tuple[list[int], dict[int, int]]]:
             frames = found[slot][1]
             assert len(frames) == (0 if a.frames.before is None else a.frames.before[row])
             offsets = a.frames.offset[row, :count].tolist()
-            frames |= dict(zip(offsets, index[row, :count].tolist(), strict=True))
+            frames |= dict(zip(offsets, a.frames.index[row, :count].tolist(), strict=True))
     assert np.flatnonzero(a.takes).tolist() == sorted(found)
     assert {slot: a.last[slot] for slot in found} == at
     return found
@@ -172,9 +173,9 @@ def test_steps_append_every_token_and_frame_once_and_in_order(slots_and_rows):
     tokens = {slot: [] for slot in rows}
     frames = {slot: {} for slot in rows}
     spoke, turned = [], []
-    for now, arguments, index in planned(slots, rows):
+    for now, arguments in planned(slots, rows):
         assert arguments.shape in shapes(slots)
-        found = appended(arguments, index)
+        found = appended(arguments)
         assert found.keys() == now.keys()
         for slot, (of_step, placed) in found.items():
             frames[slot] |= {len(tokens[slot]) + offset: frame for offset, frame in placed.items()}
@@ -205,7 +206,7 @@ def test_what_a_slot_gets_is_up_to_those_named_before_it(slots_and_rows):
 
 def test_a_step_is_of_the_smallest_shape_that_has_room():
     def shape(rows, slots):
-        ((_, arguments, _),) = planned(slots, rows)
+        ((_, arguments),) = planned(slots, rows)
         return arguments.shape
 
     decode, frame = Row([PENDING]), Row([PENDING, IMAGE], [0])
@@ -229,7 +230,7 @@ def test_frames_and_prompts_take_turns():
     """Of rows of different widths, those of the first row's; the others come first in the next step."""
     decode, frame, prompt = Row([PENDING]), Row([PENDING, IMAGE], [0]), Row([PENDING, 1, 2])
     steps = planned(8, {0: frame, 1: decode, 2: prompt, 3: frame, 4: prompt})
-    assert [(list(now), arguments.shape.width) for now, arguments, _ in steps] == [
+    assert [(list(now), arguments.shape.width) for now, arguments in steps] == [
         ([0, 1, 3], 2),
         ([2, 4], 16),
     ]
