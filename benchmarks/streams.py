@@ -84,11 +84,11 @@ from traffic import SHARES, Feeders, Listener, Traffic, figures_of, random_traff
 from moss_jax.command import at_least, freeze_heap
 from moss_jax.config import (
     PRESETS,
-    BankDtype,
     ConfigError,
     DecoderWeights,
     EncoderWeights,
     EngineConfig,
+    KVDtype,
     MemoryConfig,
     SchedulerConfig,
     SessionConfig,
@@ -465,7 +465,7 @@ def make_engine(subject: Subject, streams: int, args: argparse.Namespace) -> Str
     Raises:
       ConfigError: it does not fit in the device's memory.
     """
-    memory = MemoryConfig(args.memory, bank_dtype=args.bank_dtype)
+    memory = MemoryConfig(args.memory, bank_dtype=args.bank_dtype, text_dtype=args.text_dtype)
     config = EngineConfig(streams, args.text_capacity, args.bank_capacity, memory)
     check_room(tree_bytes(nnx.state(subject.model)), subject.model, config)
     apart = None if args.perception_device is None else jax.devices()[args.perception_device]
@@ -574,7 +574,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=MemoryConfig.policy,
         help="policy of the bank",
     )
-    parser.add_argument("--bank-dtype", choices=get_args(BankDtype), help="8-bit format of the bank")
+    parser.add_argument("--bank-dtype", choices=get_args(KVDtype), help="8-bit format of the bank")
+    parser.add_argument("--text-dtype", choices=get_args(KVDtype), help="8-bit format of the text caches")
     parser.add_argument(
         "--weights", choices=get_args(DecoderWeights), help="8-bit format of the decoder's weights"
     )

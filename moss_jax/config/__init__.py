@@ -26,10 +26,10 @@ from moss_jax.config.server import (
 )
 from moss_jax.config.stream import (
     NEVER_MERGE,
-    BankDtype,
     Clock,
     EngineConfig,
     FrameSampling,
+    KVDtype,
     MemoryConfig,
     SchedulerConfig,
     SelectionConfig,
@@ -58,7 +58,6 @@ __all__ = [
     "NEVER_MERGE",
     "PRESETS",
     "SEEDS",
-    "BankDtype",
     "ChatConfig",
     "Clock",
     "CompressorConfig",
@@ -73,6 +72,7 @@ __all__ = [
     "EngineConfig",
     "FrameSampling",
     "InitialModelConfig",
+    "KVDtype",
     "MemoryConfig",
     "MeshConfig",
     "ModelConfig",

@@ -13,7 +13,7 @@ from moss_jax.config.fields import (
 
 Clock = Literal["lockstep", "realtime"]
 TextMemory = Literal["full", "window"]
-BankDtype = Literal["int8", "fp8"]
+KVDtype = Literal["int8", "fp8"]
 UnseenReason = Literal["still", "alike", "rate"]
 
 # Memory policies that keep or drop vectors, but never merge them.
@@ -89,6 +89,7 @@ class MemoryConfig:
       pyramid_shares: of that, the share of each level: whole frames, 1/4, 1/16 of the grid, one vector. If
         there are fewer, the last is divided evenly among the remaining levels.
       bank_dtype: 8-bit dtype for keys and values of the bank; None for the dtype of the model.
+      text_dtype: likewise of the text cache.
       text: for the tokens. "full" evicts none, so the stream ends when the text cache is full. "window" keeps
         the opening and the newest tokens; of older ones, silences and frames are evicted first, then user
         turns, and answers last.
@@ -99,7 +100,8 @@ class MemoryConfig:
     policy: str = "pyramid"
     low_water: float = 0.875
     pyramid_shares: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
-    bank_dtype: BankDtype | None = None
+    bank_dtype: KVDtype | None = None
+    text_dtype: KVDtype | None = None
     text: TextMemory = "window"
     text_recent: float = 0.5
     text_assistant: float = 0.25

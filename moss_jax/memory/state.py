@@ -36,6 +36,7 @@ def init_state(
     bank_capacity: int,
     dtype: DTypeLike,
     bank_dtype: DTypeLike | None = None,
+    text_dtype: DTypeLike | None = None,
     merges: bool = False,
 ) -> StreamState:
     """Creates an empty state.
@@ -47,6 +48,7 @@ def init_state(
       dtype: of keys and values.
       bank_dtype: of keys and values in the bank: int8 or float8_e4m3fn with one scale per vector; None for
         `dtype`.
+      text_dtype: likewise in the text cache.
       merges: whether the bank counts how many vectors each of its vectors stands for.
 
     Raises:
@@ -62,27 +64,26 @@ def init_state(
         )
 
     # A separate buffer each: donated arrays must not share memory.
-    def buffer(capacity: int) -> jax.Array:
-        return jnp.zeros((slots, decoder.num_kv_heads, capacity, decoder.head_dim), dtype)
-
-    def bank_buffer() -> jax.Array | QArray:
-        x = buffer(vectors)
-        return x if bank_dtype is None else QArray(x.astype(bank_dtype), jnp.zeros(x.shape[:3], jnp.float32))
+    def buffer(rows: int, quantized: DTypeLike | None) -> jax.Array | QArray:
+        shape = (slots, decoder.num_kv_heads, rows, decoder.head_dim)
+        if quantized is None:
+            return jnp.zeros(shape, dtype)
+        return QArray(jnp.zeros(shape, quantized), jnp.zeros(shape[:3], jnp.float32))
 
     self_layers, cross_layers = decoder.num_self_attention_layers, len(decoder.cross_attention_layers)
     vectors = bank_capacity * config.vectors_per_frame
     rows = -(-(text_capacity + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
     return StreamState(
         text=TextCache(
-            keys=tuple(buffer(rows) for _ in range(self_layers)),
-            values=tuple(buffer(rows) for _ in range(self_layers)),
+            keys=tuple(buffer(rows, text_dtype) for _ in range(self_layers)),
+            values=tuple(buffer(rows, text_dtype) for _ in range(self_layers)),
             length=jnp.zeros(slots, jnp.int32),
             position=jnp.zeros(slots, jnp.int32),
             capacity=text_capacity,
         ),
         bank=MemoryBank(
-            keys=tuple(bank_buffer() for _ in range(cross_layers)),
-            values=tuple(bank_buffer() for _ in range(cross_layers)),
+            keys=tuple(buffer(vectors, bank_dtype) for _ in range(cross_layers)),
+            values=tuple(buffer(vectors, bank_dtype) for _ in range(cross_layers)),
             positions=jnp.full((slots, vectors), NO_POSITION, jnp.int32),
             places=jnp.zeros((slots, vectors), jnp.int32),
             counts=jnp.zeros((slots, vectors), jnp.float32) if merges else None,

@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from moss_jax.ops.keep_rows import keep_rows
+from moss_jax.ops.qarray import QArray
 
 # Kernels read a text cache in place if its number of rows is a multiple of this.
 ROWS_MULTIPLE = 128
@@ -20,16 +21,17 @@ class TextCache:
     """Keys and values of the tokens so far, for every self-attention layer.
 
     Attributes:
-      keys, values: one [B, K, R, D] array per layer, in layer order; keys are rotated. R is at least C + 1: a
-        slot that is idle or full writes to row C, which is never read.
+      keys, values: one [B, K, R, D] array per layer, in layer order, QArrays if the cache is stored in 8
+        bits; keys are rotated. R is at least C + 1: a slot that is idle or full writes to row C, which is
+        never read.
       length: number of tokens in the cache.
       position: of the next token; at least `length`, and greater once tokens have been evicted, since the
         others keep their positions.
       capacity: C, the maximum number of tokens.
     """
 
-    keys: tuple[Float[Array, "B K R D"], ...]
-    values: tuple[Float[Array, "B K R D"], ...]
+    keys: tuple[Float[Array, "B K R D"] | QArray, ...]
+    values: tuple[Float[Array, "B K R D"] | QArray, ...]
     length: Int[Array, " B"]
     position: Int[Array, " B"]
     capacity: int = dataclasses.field(metadata={"static": True})
@@ -50,8 +52,11 @@ def keep_tokens(
       slots: entry `n` is about slot `slots[n]`, each a different one; other slots stay as they are. None if
         entry `n` is about slot `n` (N == B).
     """
-    layers = len(text.keys)
-    arrays = keep_rows((*text.keys, *text.values), kept, length, slots=slots)
+    buffers, structure = jax.tree.flatten((text.keys, text.values))
+    # A scale per row is a row of one number.
+    rows = [x if x.ndim == 4 else x[..., None] for x in buffers]
+    rows = keep_rows(rows, kept, length, slots=slots)
+    keys, values = structure.unflatten([new.reshape(x.shape) for new, x in zip(rows, buffers, strict=True)])
     if slots is not None:
         length = text.length.at[slots].set(length)
-    return dataclasses.replace(text, keys=arrays[:layers], values=arrays[layers:], length=length)
+    return dataclasses.replace(text, keys=keys, values=values, length=length)

@@ -126,8 +126,6 @@ class SelfAttention(nnx.Module):
         assert isinstance(qkv, Array)
         if past is not None:
             keys, values = past
-            assert isinstance(keys, Array)
-            assert isinstance(values, Array)
             attends = []
             for part, qkv_part in zip(rows, split(qkv, rows), strict=True):
                 assert part.start is not None

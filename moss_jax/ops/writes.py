@@ -5,7 +5,7 @@ B slots, R runs of T rows, each for one slot, K kv heads, C capacity, D head
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Int, Num
 
 
 def write_rows(
@@ -32,14 +32,15 @@ def write_rows(
 
 
 def write_row(
-    buffer: Float[Array, "B K C D"], row: Float[Array, "B K 1 D"], at: Int[Array, " B"]
-) -> Float[Array, "B K C D"]:
+    buffer: Num[Array, "B K C ..."], row: Num[Array, "B K 1 ..."], at: Int[Array, " B"]
+) -> Num[Array, "B K C ..."]:
     """Writes a row to each `buffer[b]` at `at[b]`, which must be in bounds.
 
     The row that is replaced is not read, which would take one more kernel for each of many small writes.
     """
     if len(buffer) == 1:
-        return jax.lax.dynamic_update_slice(buffer, row.astype(buffer.dtype), (0, 0, at[0], 0))
+        begin = (0, 0, at[0], *(0,) * (buffer.ndim - 3))
+        return jax.lax.dynamic_update_slice(buffer, row.astype(buffer.dtype), begin)
     return buffer.at[jnp.arange(len(buffer)), :, at].set(
         row[:, :, 0].astype(buffer.dtype), mode="promise_in_bounds", unique_indices=True
     )

@@ -97,6 +97,6 @@ def capacity(
         needs = ", ".join(f"{name} {math.ceil(part / 1e6):,} MB" for name, part in parts.items())
         raise ConfigError(
             f"a device of {device_bytes // 10**6:,} MB has no room for a stream: {needs}; "
-            "lower engine.bank_capacity or engine.text_capacity, or store the bank in 8 bits"
+            "lower engine.bank_capacity or engine.text_capacity, or store bank and text cache in 8 bits"
         )
     return slots

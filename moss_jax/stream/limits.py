@@ -29,7 +29,7 @@ def stream_config(
 
     Raises:
       ConfigError: a capacity exceeds the engine's, the engine has no program for the policy or stores the
-        bank in another dtype, or the bank is too small for the policy.
+        bank or the text cache in another dtype, or the bank is too small for the policy.
     """
     memory = memory or engine.memory
     changes = {"bank_capacity": bank_capacity, "text_capacity": text_capacity}
@@ -46,11 +46,13 @@ def stream_config(
             f"a stream's memory policy must be one of {', '.join(map(repr, allowed))}, which the engine was "
             f"made for, not {memory.policy!r}; name it in engine.policies"
         )
-    if memory.bank_dtype != engine.memory.bank_dtype:
-        raise ConfigError(
-            f"all streams of an engine have a bank of one dtype: bank_dtype must be "
-            f"{engine.memory.bank_dtype!r}, not {memory.bank_dtype!r}"
-        )
+    for name, part in (("bank_dtype", "bank"), ("text_dtype", "text cache")):
+        dtype, wanted = getattr(engine.memory, name), getattr(memory, name)
+        if wanted != dtype:
+            raise ConfigError(
+                f"all streams of an engine have a {part} of one dtype: {name} must be {dtype!r}, "
+                f"not {wanted!r}"
+            )
     config = dataclasses.replace(engine, memory=memory, **changes)
     if model is not None:
         make_policy(memory, model, config.bank_capacity)

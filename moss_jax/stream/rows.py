@@ -344,17 +344,13 @@ def unpack(
     if (frames := arguments.frames) is None:
         return arguments
     assert features is not None, "a shape with room for frames takes features"
-    return dataclasses.replace(
-        arguments, frames=dataclasses.replace(frames, features=features[frames.index])
-    )
+    return dataclasses.replace(arguments, frames=dataclasses.replace(frames, features=features[frames.index]))
 
 
 @functools.cache
 def _room(slots: int) -> int:
     """Length of the packed arguments of the largest shape."""
-    return max(
-        sum(x.size for x in jax.tree.leaves(empty_arguments(shape, slots))) for shape in shapes(slots)
-    )
+    return max(sum(x.size for x in jax.tree.leaves(empty_arguments(shape, slots))) for shape in shapes(slots))
 
 
 def _width(rows: Iterable[Row]) -> int:

@@ -98,6 +98,7 @@ def start(model: ModelConfig, dtype: DTypeLike, sampling: TokenSampling, config:
             bank_capacity=config.bank_capacity,
             dtype=dtype,
             bank_dtype=DTYPES[config.memory.bank_dtype] if config.memory.bank_dtype else None,
+            text_dtype=DTYPES[config.memory.text_dtype] if config.memory.text_dtype else None,
             merges=config.merges,
         ),
         pending=jnp.zeros(slots, jnp.int32),

@@ -14,7 +14,7 @@ MB = 10**6
 @pytest.mark.parametrize("stored", [None, "int8"])
 @pytest.mark.parametrize(("policy", "policies"), [("window", ()), ("window", ("merge",)), ("pyramid", ())])
 def test_bytes_of_a_slot_are_those_of_its_arrays(make_engine, stored, policy, policies):
-    memory = MemoryConfig(policy, bank_dtype=stored)
+    memory = MemoryConfig(policy, bank_dtype=stored, text_dtype=stored)
     engine = make_engine(slots=3, text_capacity=40, bank_capacity=8, memory=memory, policies=policies)
     held = sum(x.nbytes for x in jax.tree.leaves(engine.start()))
     assert 3 * slot_bytes(engine.model_config, engine.config, engine.dtype) == held

@@ -212,10 +212,10 @@ def test_features_of_one_batch_enter_a_step_as_they_are(make_engine, frames, slo
     features = engine.encode(frames[:3])
     gather.clear_cache()
     others = [None] * (slots - 1)
-    state, one = engine.step(engine.start(), [Row([1015, IMAGE, IMAGE], [2, 1]), *others], features)
+    _, one = engine.step(engine.start(), [Row([1015, IMAGE, IMAGE], [2, 1]), *others], features)
     assert gather._cache_size() == 0
     row = Row([1015, IMAGE, IMAGE], [len(features) + 2, 1])
-    state, two = engine.step(engine.start(), [row, *others], [features, features])
+    _, two = engine.step(engine.start(), [row, *others], [features, features])
     assert gather._cache_size() == 1
     np.testing.assert_array_equal(one.logits[0], two.logits[0])
 

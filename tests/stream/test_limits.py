@@ -170,6 +170,7 @@ def test_limits_that_an_engine_cannot_keep(model):
         memory=MemoryConfig("merge"),
     )
     refused("bank_dtype must be None, not 'int8'", memory=MemoryConfig("window", bank_dtype="int8"))
+    refused("text_dtype must be None, not 'fp8'", memory=MemoryConfig("window", text_dtype="fp8"))
     refused(
         "a bank of 2 frames is too small for a pyramid",
         memory=MemoryConfig("pyramid", low_water=0.6),

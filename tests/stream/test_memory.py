@@ -274,7 +274,8 @@ def test_between_two_compactions_the_law_holds(make_engine, frames, policy):
 @pytest.mark.parametrize("stored", [None, "int8", "fp8"])
 def test_a_live_stream_of_a_model_goes_on(make_engine, frames, stored):
     """Through many compactions of bank and text: every frame is seen, and no logits end the stream."""
-    memory = MemoryConfig("pyramid", bank_dtype=stored, pyramid_shares=(0.5, 0.25, 0.25))
+    shares = 0.5, 0.25, 0.25
+    memory = MemoryConfig("pyramid", bank_dtype=stored, text_dtype=stored, pyramid_shares=shares)
     engine = make_engine(text_capacity=96, bank_capacity=8, memory=memory)
     session = Session(engine, SessionConfig(tokens_per_second=2), system=None)
     for second in range(60):

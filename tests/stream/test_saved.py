@@ -77,7 +77,7 @@ CUTS = (
     [
         WINDOW,
         MemoryConfig("pyramid", low_water=0.75, pyramid_shares=(0.5, 0.25, 0.25), bank_dtype="int8"),
-        MemoryConfig("merge", low_water=0.75, bank_dtype="fp8"),
+        MemoryConfig("merge", low_water=0.75, bank_dtype="fp8", text_dtype="int8"),
     ],
     ids=lambda memory: memory.policy,
 )
@@ -613,6 +613,7 @@ def test_what_a_slot_holds_comes_back(model, data):
     stored = data.draw(st.sampled_from([None, "int8", "float8_e4m3fn"]))
     merges = data.draw(st.booleans())
     settings = {"text_capacity": 20, "bank_capacity": 4, "bank_dtype": stored, "merges": merges}
+    settings["text_dtype"] = data.draw(st.sampled_from([None, "int8"]))
     state = init_state(model.config, 2, dtype="bfloat16", **settings)
     tokens, vectors = data.draw(st.integers(0, 20)), data.draw(st.integers(0, state.bank.capacity))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))

@@ -13,7 +13,7 @@ SLOTS = 4
 FULL = MemoryConfig("full", text="full")
 MEMORIES = {
     "full": FULL,
-    "int8": MemoryConfig("full", text="full", bank_dtype="int8"),
+    "int8": MemoryConfig("full", text="full", bank_dtype="int8", text_dtype="int8"),
     "pyramid": MemoryConfig("pyramid", low_water=0.75, pyramid_shares=(0.5, 0.25, 0.25)),
     "merge": MemoryConfig("merge", low_water=0.75, bank_dtype="fp8"),
 }

@@ -12,7 +12,7 @@ from typing import get_args
 from rich.console import Console
 
 from moss_jax import command
-from moss_jax.config import BankDtype
+from moss_jax.config import KVDtype
 from moss_jax.eval.arguments import BAD_INPUT, make_parser
 from moss_jax.eval.memory.evaluation import MemoryEvaluationConfig, evaluate
 from moss_jax.eval.memory.report import draw, print_tables
@@ -128,7 +128,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-DTYPE_NAMES = ("none", *get_args(BankDtype))
+DTYPE_NAMES = ("none", *get_args(KVDtype))
 
 
 def _several[T](convert: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from moss_jax.config import BankDtype, EngineConfig, MemoryConfig
+from moss_jax.config import EngineConfig, KVDtype, MemoryConfig
 from moss_jax.convert import open_model
 from moss_jax.eval.feeding import Renderer
 from moss_jax.eval.harness import Blindfold, library_versions, play
@@ -66,7 +66,7 @@ class MemoryEvaluationConfig:
     quiet: float = 0.0
     policies: tuple[str, ...] = ("pyramid",)
     budgets: tuple[int, ...] = (64,)
-    bank_dtypes: tuple[BankDtype | None, ...] = (None,)
+    bank_dtypes: tuple[KVDtype | None, ...] = (None,)
     slots: int = 8
     tokens_per_second: int = 8
     text_capacity: int = 1024
@@ -94,7 +94,7 @@ class Variant:
     name: str
     policy: str
     frames: int
-    bank_dtype: BankDtype | None = None
+    bank_dtype: KVDtype | None = None
     blind: bool = False
 
     def __str__(self) -> str:

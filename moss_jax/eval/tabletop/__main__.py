@@ -12,7 +12,7 @@ from typing import get_args
 from rich.console import Console
 
 from moss_jax import command
-from moss_jax.config import BankDtype, DecoderWeights, EncoderWeights, SelectionConfig
+from moss_jax.config import DecoderWeights, EncoderWeights, KVDtype, SelectionConfig
 from moss_jax.eval.arguments import BAD_INPUT, make_parser
 from moss_jax.eval.tabletop.evaluation import EvaluationConfig, evaluate
 from moss_jax.eval.tabletop.report import print_tables
@@ -36,6 +36,7 @@ def score(args: argparse.Namespace) -> None:
         slots=args.slots,
         tokens_per_second=args.tokens_per_second,
         bank_dtype=args.bank_dtype,
+        text_dtype=args.text_dtype,
         selection=SelectionConfig(enabled=args.select, max_gap=args.max_gap or SelectionConfig.max_gap),
         event_rate=args.event_rate,
         offline=not args.skip_offline,
@@ -76,9 +77,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add(
         "--bank-dtype",
-        choices=get_args(BankDtype),
+        choices=get_args(KVDtype),
         help="of keys and values in the bank (default: that of the model)",
     )
+    add("--text-dtype", choices=get_args(KVDtype), help="likewise in the text cache")
     add("--select", action="store_true", help="do not show the model frames in which nothing has changed")
     add(
         "--max-gap",

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from moss_jax.config import (
-    BankDtype,
     DecoderWeights,
     EncoderWeights,
     EngineConfig,
+    KVDtype,
     MemoryConfig,
     SelectionConfig,
 )
@@ -51,6 +51,7 @@ class EvaluationConfig:
       slots: streams side by side.
       tokens_per_second: speed of speech.
       bank_dtype: dtype of keys and values in the bank; None for the dtype of the model.
+      text_dtype: likewise in the text cache.
       selection: which frames are shown to the model.
       event_rate: range that event rates, per second, are drawn from; the rates then vary within a stream, as
         in streams of more than a minute. None for the usual rates.
@@ -66,7 +67,8 @@ class EvaluationConfig:
     seed: int = 0
     slots: int = 8
     tokens_per_second: int = 8
-    bank_dtype: BankDtype | None = None
+    bank_dtype: KVDtype | None = None
+    text_dtype: KVDtype | None = None
     selection: SelectionConfig = EVERY_FRAME
     event_rate: tuple[float, float] | None = None
     offline: bool = True
@@ -91,7 +93,7 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
     model, tokenizer = opened.model, opened.tokenizer
     # Room for a model that never stops talking, frames and prompts included.
     capacity = max(1024, (config.tokens_per_second + 10) * config.seconds + 256)
-    memory = MemoryConfig(bank_dtype=config.bank_dtype)
+    memory = MemoryConfig(bank_dtype=config.bank_dtype, text_dtype=config.text_dtype)
     engines = {
         slots: Engine(model, tokenizer, EngineConfig(slots, capacity, config.seconds, memory))
         for slots in {1, config.slots}
@@ -137,6 +139,7 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
         "slots": config.slots,
         "tokens_per_second": config.tokens_per_second,
         "bank_dtype": config.bank_dtype,
+        "text_dtype": config.text_dtype,
         "selection": dataclasses.asdict(config.selection),
         "event_rate": config.event_rate,
         "image_size": size,

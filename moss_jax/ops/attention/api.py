@@ -30,7 +30,7 @@ from moss_jax.ops.attention.base import (
 from moss_jax.ops.attention.mosaic_gpu import DecodeConfig, DenseConfig, StaircaseConfig
 from moss_jax.ops.attention.xla import XlaConfig
 from moss_jax.ops.dispatch import Implementation, Op
-from moss_jax.ops.qarray import QArray
+from moss_jax.ops.qarray import QArray, quantize
 from moss_jax.ops.rotary import Rotation, rotate
 from moss_jax.ops.writes import write_row, write_rows
 from moss_jax.sharding import partition_spec
@@ -238,13 +238,18 @@ def _append(a: AppendArguments) -> Appended:
     q = rotate(a.qkv[..., :-2, :].reshape(R, T, -1, D), a.rotation)
     k = rotate(a.qkv[..., -2, :], a.rotation).swapaxes(1, 2)  # [R, K, T, D]
     v = a.qkv[..., -1, :].swapaxes(1, 2)
-    new = ((a.keys, k), (a.values, v))
-    # Rows of one slot that write nothing would all target the row past the capacity.
-    if T > 1 or a.slots is not None:
-        keys, values = (write_rows(old, x, a.start, a.count, a.slots) for old, x in new)
-    else:
+
+    def write(old: Array, new: Array) -> Array:
+        # Rows of one slot that write nothing would all target the row past the capacity.
+        if T > 1 or a.slots is not None:
+            return write_rows(old, new, a.start, a.count, a.slots)
         at = jnp.where(a.count > 0, jnp.minimum(a.start, a.capacity), a.capacity)
-        keys, values = (write_row(old, x, at) for old, x in new)
+        return write_row(old, new, at)
+
+    keys, values = (
+        jax.tree.map(write, old, quantize(x, old.dtype, axes=3) if isinstance(old, QArray) else x)
+        for old, x in ((a.keys, k), (a.values, v))
+    )
 
     def attend(keys, values):
         return attention(q, keys, values, a.key_range, slots=a.slots, implementation=a.attention)
@@ -265,8 +270,8 @@ APPEND = Op(
 def append(
     qkv: Float[Array, "R T K group_and_kv D"],
     rotation: Rotation,
-    keys: Float[Array, "B K S D"],
-    values: Float[Array, "B K S D"],
+    keys: Float[Array, "B K S D"] | QArray,
+    values: Float[Array, "B K S D"] | QArray,
     start: Int[Array, " R"],
     count: Int[Array, " R"],
     *,
@@ -285,7 +290,8 @@ def append(
     Args:
       qkv: projections of the new tokens: for each kv head its queries, key and value.
       rotation: RoPE of queries and keys.
-      keys, values: the cache; its keys are rotated.
+      keys, values: the cache; its keys are rotated. If they are QArrays, each new vector is quantized by its
+        own maximum.
       start: offset of each row's tokens in its slot.
       count: number of new tokens of each row to append.
       slots: `0 <= slots[r] < B`, also for rows without tokens. Rows of one slot must not overlap. None if row

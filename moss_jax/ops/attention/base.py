@@ -260,8 +260,8 @@ class AppendArguments:
 
     qkv: Float[Array, "R T K group_and_kv D"]
     rotation: Rotation
-    keys: Float[Array, "B K S D"]
-    values: Float[Array, "B K S D"]
+    keys: Float[Array, "B K S D"] | QArray
+    values: Float[Array, "B K S D"] | QArray
     start: Int[Array, " R"]
     count: Int[Array, " R"]
     slots: Int[Array, " R"] | None = None
@@ -276,7 +276,7 @@ class AppendArguments:
                 f"a cache for {self.capacity} tokens has at least {self.capacity + 1} rows, "
                 f"not {self.keys.shape[2]}"
             )
-        rows = len(self.qkv) if self.slots is not None else len(self.keys)
+        rows = len(self.qkv) if self.slots is not None else self.keys.shape[0]
         check_slots(self.slots, rows)
         leading = {len(x) for x in (self.qkv, *self.rotation)}
         if leading != {rows} or self.start.shape != (rows,) or self.count.shape != (rows,):

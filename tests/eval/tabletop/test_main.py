@@ -17,7 +17,7 @@ def test_the_command_with_a_random_model(model, tmp_path, capsys):
     settings = {"checkpoint": tmp_path / "random", "json": out, "seed": 4, "streams": 3, "blind-streams": 1}
     settings |= {"seconds": 10, "slots": 2, "tokens-per-second": 2}
     settings |= {"weights": "int8", "encoder-weights": "fp8"}
-    settings |= {"bank-dtype": "int8", "event-rate": "0.01,0.02", "max-gap": 20}
+    settings |= {"bank-dtype": "int8", "text-dtype": "fp8", "event-rate": "0.01,0.02", "max-gap": 20}
     assert main(["--select", *(f"--{name}={value}" for name, value in settings.items())]) == 0
     result = json.loads(out.read_text())
     assert (result["checkpoint"], result["seed"]) == ("random", 4)
@@ -28,7 +28,8 @@ def test_the_command_with_a_random_model(model, tmp_path, capsys):
     assert (result["weights"], result["encoder_weights"]) == ("int8", "fp8")
     assert result["times_real_time"] > 0
     assert "accuracy" in result["blind"]
-    assert (result["bank_dtype"], result["event_rate"]) == ("int8", [0.01, 0.02])
+    assert (result["bank_dtype"], result["text_dtype"]) == ("int8", "fp8")
+    assert result["event_rate"] == [0.01, 0.02]
     assert (result["selection"]["enabled"], result["selection"]["max_gap"]) == (True, 20)
     # Hardly anything happens, so little more than the first frames are encoded.
     assert result["encoded"]["n"] == 30

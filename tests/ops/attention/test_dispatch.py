@@ -83,10 +83,14 @@ def self_attention_call(dtype="bfloat16", *, positions=1608, head_dim=80, attent
     return SelfAttentionArguments(projection, out_dtype=jnp.dtype(dtype), attention=attention)
 
 
-def append_call(dtype="bfloat16", *, tokens=1, head_dim=128, group=4, rows=1, slots=False, attention=None):
+def append_call(
+    dtype="bfloat16", *, tokens=1, head_dim=128, group=4, rows=1, slots=False, attention=None, stored=None
+):
     array = jax.ShapeDtypeStruct
     angles = array((rows, tokens, head_dim // 2), jnp.float32)
-    kv, number = array((1, 8, 65, head_dim), dtype), array((rows,), jnp.int32)
+    kv, number = array((1, 8, 65, head_dim), stored or dtype), array((rows,), jnp.int32)
+    if stored is not None:
+        kv = QArray(kv, array(kv.shape[:3], jnp.float32))
     qkv = array((rows, tokens, 8, group + 2, head_dim), dtype)
     rotation, named = Rotation(angles, angles), number if slots else None
     return AppendArguments(qkv, rotation, kv, kv, number, number, named, capacity=64, attention=attention)
@@ -106,6 +110,7 @@ def append_call(dtype="bfloat16", *, tokens=1, head_dim=128, group=4, rows=1, sl
         (APPEND, append_call(tokens=65), False),
         (APPEND, append_call(head_dim=32), False),
         (APPEND, append_call(attention="xla"), False),
+        (APPEND, append_call(stored=jnp.int8), False),
         (APPEND, append_call("float32"), False),
     ],
 )

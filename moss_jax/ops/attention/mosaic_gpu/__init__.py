@@ -101,6 +101,8 @@ def unsupported_append(a: AppendArguments, platform: str) -> str | None:
         return reason
     if a.attention not in (None, "mosaic_gpu"):
         return f"{a.attention} is asked for"
+    if isinstance(a.keys, QArray):
+        return f"it appends to a cache in 16 bits, not in {a.keys.dtype}"
     following = a.following
     if reason := unsupported(following, platform):
         return reason
