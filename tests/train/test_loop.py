@@ -91,6 +91,7 @@ def drop_rows(monkeypatch, *dropped: str) -> None:
     wrap_source(monkeypatch, lambda step, loaded: loaded._replace(dropped=dropped if step == 2 else ()))
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_has_the_same_losses(tmp_path, checkpoint, compiled_programs):
     settings = (f"train.steps = {STEPS}", "train.checkpoint_every = 3", "train.log_every = 5")
 

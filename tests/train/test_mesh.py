@@ -24,6 +24,8 @@ ROWS = 8  # of the batch
 # steps of Adam with its large eps do not amplify them much.
 RTOL = 1e-4
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # Without optimization it compiles faster.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
