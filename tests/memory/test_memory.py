@@ -1,5 +1,6 @@
 """The state of a stream: how it starts, what appending does, what is refused."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from moss_jax.memory import (
     CapacityError,
     check_room,
     init_state,
+    keep_tokens,
     remember_frames,
     vectors_visible,
 )
@@ -118,6 +120,29 @@ def test_frames_are_appended_slot_by_slot(state):
         frames = np.concatenate([frame for _, frame in held[b]], axis=1)
         for added, buffer in enumerate(bank.keys + bank.values):
             np.testing.assert_array_equal(buffer[b], frames + added)
+
+
+@pytest.mark.parametrize("slots", [None, [1]])
+def test_tokens_in_8_bits_are_evicted_with_their_scales(small_config, slots):
+    rng, capacity = np.random.default_rng(0), 9
+    text = init_state(
+        small_config(), 2, text_capacity=capacity, bank_capacity=1, dtype="float32", text_dtype="int8"
+    ).text
+    text = jax.tree.map(lambda x: jnp.asarray(rng.integers(1, 99, x.shape)).astype(x.dtype), text)
+    text = dataclasses.replace(text, length=jnp.array([8, 9]), position=jnp.array([8, 20]))
+    kept = {0: [0, 3, 4], 1: [1, 2, 5, 8]}
+    rows = [kept[slot] for slot in slots or kept]
+    padded = np.array([row + [0] * (capacity - len(row)) for row in rows])
+    length, named = np.array([len(row) for row in rows]), None if slots is None else np.array(slots)
+    after = keep_tokens(text, padded, length, slots=named)
+    assert after.position.tolist() == [8, 20]
+    for slot in range(2):
+        stay = kept[slot] if slots is None or slot in slots else range(int(text.length[slot]))
+        assert after.length[slot] == len(stay)
+        for old, new in zip(text.keys + text.values, after.keys + after.values, strict=True):
+            assert new.dtype == "int8"
+            for x, y in ((old.values, new.values), (old.scale, new.scale)):
+                np.testing.assert_array_equal(y[slot][:, : len(stay)], x[slot][:, np.array(stay)])
 
 
 append = jax.jit(remember_frames)

@@ -1,13 +1,13 @@
 """Arguments and definition of the eviction of rows.
 
-B slots, N of them compacted, K kv heads, R rows of a buffer, C rows that may stay, D head
+B slots, N of them compacted, K kv heads, R rows of a buffer, C rows that may stay
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 
 @jax.tree_util.register_dataclass
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 class Arguments:
     """Validated arguments of one call, built by `keep_rows`, which documents the fields."""
 
-    buffers: tuple[Float[Array, "B K R D"], ...]
+    buffers: tuple[Num[Array, "B K R _"], ...]
     kept: Int[Array, "N C"]
     length: Int[Array, " N"]
     slots: Int[Array, " N"] | None = None
@@ -34,7 +34,7 @@ class Arguments:
                 raise ValueError(f"a buffer must have at least {C} rows; got {x.shape}")
 
 
-def define(a: Arguments) -> tuple[Float[Array, "B K R D"], ...]:
+def define(a: Arguments) -> tuple[Num[Array, "B K R _"], ...]:
     """The definition, a gather; differentiable in the buffers."""
 
     def gather(x, kept):
