@@ -138,7 +138,7 @@ class FrameEncoder:
         return max((size for size, taken in self._seconds.items() if taken <= seconds), default=1)
 
     def length(self, count: int) -> int:
-        """Length of what `encode` returns for this many frames of one size, at least."""
+        """Length that `encode` pads the features of up to this many frames of one size to."""
         most = self.buckets[-1]
         if count <= most and self._placement != self._output:
             return bucket(count, self.buckets)
