@@ -349,7 +349,7 @@ def block_seconds(engine: StreamsEngine, kind: str, tokens: Sequence[int]) -> tu
     """
     slots, sampled = engine.config.slots, None
     config, image = engine.model_config, engine.tokenizer.special.image
-    shape = engine.frame_encoder.length(1), config.vectors_per_frame, config.decoder.hidden_size
+    shape = engine.frame_encoder.padded_length(1), config.vectors_per_frame, config.decoder.hidden_size
     frame = jax.device_put(np.zeros(shape, engine.dtype), engine.placement)
     state = jax.block_until_ready(engine.start())
     started, busy = time.perf_counter(), time.thread_time()

@@ -321,16 +321,15 @@ class Engine:
     def _features(
         self, arguments: StepArguments, batches: Sequence[Float[Array, "P N D"]]
     ) -> Float[Array, "P N D"] | None:
-        """The features of encoded frames as the program of a step takes them; None if it has no frames.
+        """The features argument of a step, padded to the length of its program; None if it has no frames.
 
-        A batch of the usual length is passed as it is. From any other, and from several, those that the step
-        needs are gathered first, so that one program serves any number of encoded frames, and the arguments
-        are changed to index them.
+        A single batch of that length is passed unchanged. Otherwise the frames of the step are gathered, so
+        that one program serves any number of encoded frames, and `arguments.frames.index` is rewritten.
         """
         if arguments.frames is None:
             return None
         index = arguments.frames.index
-        length = self.frame_encoder.length(index.size)
+        length = self.frame_encoder.padded_length(index.size)
         if not batches:
             if arguments.frames.count.any():
                 raise ValueError("there are frames in the rows, so `features` must be given")
@@ -509,7 +508,7 @@ class Engine:
             _, packed = self._empty_arguments(shape)
             features = None
             if shape.frames:
-                length = self.frame_encoder.length(shape.frames)
+                length = self.frame_encoder.padded_length(shape.frames)
                 features = jax.ShapeDtypeStruct((length, *vectors), self.dtype, sharding=self.placement)
             yield self._step.lower(self.parameters, self.rules, state, packed, features, shape)
 
@@ -538,7 +537,7 @@ def _decode_arguments(
 def _no_features(
     vectors: tuple[int, int], dtype: DTypeLike, placement: Sharding, length: int
 ) -> Float[Array, "P N D"]:
-    """What a program with room for frames takes if there are none."""
+    """Zero features, for a program with room for frames in a step without any."""
     return jax.device_put(np.zeros((length, *vectors), dtype), placement)
 
 

@@ -137,7 +137,7 @@ class FrameEncoder:
             return self.buckets[-1]
         return max((size for size, taken in self._seconds.items() if taken <= seconds), default=1)
 
-    def length(self, count: int) -> int:
+    def padded_length(self, count: int) -> int:
         """Length that `encode` pads the features of up to this many frames of one size to."""
         most = self.buckets[-1]
         if count <= most and self._placement != self._output:

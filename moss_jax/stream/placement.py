@@ -53,7 +53,10 @@ def abstract(tree, placement: Sharding):
 
 
 def state_sharding(x: jax.Array, placement: Sharding) -> Sharding:
-    """Sharding of keys and values [B, K, rows, D] by slot and head, or of another state array, [B, ...]."""
-    axes = ("batch", "kv_heads", None, None) if x.ndim == 4 else ("batch", *[None] * (x.ndim - 1))
+    """Sharding of a state array [B, ...]: by slot, and by head for keys, values and their scales.
+
+    Those are the only ones of three or more axes: [B, K, rows, D] and [B, K, rows].
+    """
+    axes = ("batch", "kv_heads" if x.ndim > 2 else None, None, None)[: x.ndim]
     mesh = mesh_of(placement)
     return named_sharding(axes, x.shape, mesh) if mesh else placement

@@ -20,7 +20,7 @@ SCRIPT = """
 import dataclasses, os, tempfile
 import jax, numpy as np
 import moss_jax
-from moss_jax.config import EngineConfig, SessionConfig
+from moss_jax.config import EngineConfig, MemoryConfig, SessionConfig
 from moss_jax.sharding import make_mesh
 from moss_jax.stream import Engine, Row, Session, Text
 from moss_jax.text import Tokenizer
@@ -73,8 +73,11 @@ assert max(parts(x) for x in engine.parameters) == 4
 assert jax.eval_shape(engine.start).pending.shape == (4,)
 # A state that comes out of a step is split like the first, so no program compiles twice.
 mesh = make_mesh(1, 1, 2, devices=jax.devices()[:2])
-model, config = moss_jax.load(checkpoint, mesh=mesh), EngineConfig(text_capacity=192, bank_capacity=4)
-engine = Engine(model, tokenizer, config)
+memory = MemoryConfig(bank_dtype="int8", text_dtype="int8")
+model = moss_jax.load(checkpoint, mesh=mesh)
+engine = Engine(model, tokenizer, EngineConfig(text_capacity=192, bank_capacity=8, memory=memory))
+for part in (state := engine.start()).stream.text, state.stream.bank:
+    assert parts(part.keys[0].values) == parts(part.keys[0].scale) == 2
 state, _ = engine.step(engine.start(), [Row([1, 2])])
 engine.step(state, [Row([1, 2])])
 assert engine.programs["step"]._cache_size() == 1
