@@ -110,7 +110,9 @@ def append_call(
         (APPEND, append_call(tokens=65), False),
         (APPEND, append_call(head_dim=32), False),
         (APPEND, append_call(attention="xla"), False),
-        (APPEND, append_call(stored=jnp.int8), False),
+        (APPEND, append_call(stored=jnp.int8), True),
+        (APPEND, append_call(stored=jnp.int8, tokens=17), False),
+        (APPEND, append_call(stored=jnp.int8, head_dim=64), False),
         (APPEND, append_call("float32"), False),
     ],
 )

@@ -25,7 +25,11 @@ from moss_jax.ops.attention.base import (
     no_gradients,
     no_gradients_by_slot,
 )
-from moss_jax.ops.attention.mosaic_gpu.append import WARP, rotate_and_append
+from moss_jax.ops.attention.mosaic_gpu.append import (
+    WARP,
+    rotate_and_append,
+    rotate_and_append_quantized,
+)
 from moss_jax.ops.attention.mosaic_gpu.decode import decode_attention, decode_blocks
 from moss_jax.ops.attention.mosaic_gpu.decode_quantized import quantized_decode_attention
 from moss_jax.ops.attention.mosaic_gpu.dense import DenseConfig, default_config, dense_attention
@@ -101,8 +105,6 @@ def unsupported_append(a: AppendArguments, platform: str) -> str | None:
         return reason
     if a.attention not in (None, "mosaic_gpu"):
         return f"{a.attention} is asked for"
-    if isinstance(a.keys, QArray):
-        return f"it appends to a cache in 16 bits, not in {a.keys.dtype}"
     following = a.following
     if reason := unsupported(following, platform):
         return reason
@@ -111,13 +113,27 @@ def unsupported_append(a: AppendArguments, platform: str) -> str | None:
         return f"it takes at most {MAX_DECODE_ROWS} queries a kv head, not {following.group_rows}"
     if D % (2 * WARP):
         return f"head_dim {D} is not a multiple of {2 * WARP}, a warp's pairs"
+    if following.quantized and D != 4 * WARP:
+        return f"to a cache in {a.keys.dtype} it appends vectors of {4 * WARP} numbers, not of {D}"
     return None
 
 
 def append(a: AppendArguments, config: DecodeConfig | None = None) -> Appended:
     """Fused RoPE, append to the cache, and attention; forward only."""
     following = a.following
-    (R, T, H, _), K = following.q.shape, a.keys.shape[1]
+    (R, T, H, D), K = following.q.shape, a.keys.shape[1]
+    if isinstance(a.keys, QArray):
+        assert isinstance(a.values, QArray)
+        q, k, v = rotate_and_append_quantized(
+            a.qkv, a.rotation, a.keys, a.values, a.start, a.count, a.slots, capacity=a.capacity
+        )
+        q, config = q.reshape(R, T, H, D), config or _decode_config(following)
+
+        def attend_quantized(keys, values):
+            given = Arguments(q, keys, values, a.key_range, None, following.scale, slots=a.slots)
+            return quantized_decode_attention(given, config)
+
+        return Appended(k, v, attend_quantized)
     blocks = QueryBlocks(R, T, K, H // K)
     q, k, v = rotate_and_append(
         a.qkv, a.rotation, a.keys, a.values, a.start, a.count, a.slots, capacity=a.capacity, blocks=blocks
