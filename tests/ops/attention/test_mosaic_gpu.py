@@ -3,6 +3,8 @@
 B batch, T queries, S keys, K kv heads, G query heads per kv head, D head
 """
 
+import dataclasses
+
 import interpreted
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,33 @@ def test_decode_for_a_prompt():
     q, k, v, _, _ = inputs(T, S, kv_heads=1, group=4)
     with interpreted.on_gpu():
         hold(DecodeConfig(), q, k, v, None, None, *key_ranges(T, S)["moving windows"], "a prompt")
+
+
+@pytest.mark.parametrize("what", ["staircase", "moving windows", "gaps"])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_decode_in_8_bits_for_a_prompt(what, splits):
+    """Two blocks of queries, the last not full, whose ranges leave gaps; what no query sees is NaN."""
+    T, S = 11, 300
+    q, k, v, _, _ = inputs(T, S, kv_heads=1, group=4)
+    start, end = key_ranges(T, S)[what]
+    k, v = (quantize(jnp.float32(x), "int8", axes=3) for x in (k, v))
+    scale = q.shape[-1] ** -0.5
+    expected = exact.attend(q, *map(np.asarray, map(dequantize, (k, v))), None, start, end, scale)
+    share = exact.tolerance(q.dtype, q, np.asarray(dequantize(k)), scale, score_eps=2.0**-11)
+    bad = [dataclasses.replace(x, scale=poisoned_scale(x.scale, start, end)) for x in (k, v)]
+    with interpreted.on_gpu():
+        config = DecodeConfig(block_kv=128, stages=1, blocks=4 * splits)
+        out = jax.jit(
+            lambda q, k, v: mosaic_gpu.apply(Arguments(q, k, v, KeyRange(start, end), None, scale), config)
+        )(q, *bad)
+    close(out, expected, share, what)
+
+
+def poisoned_scale(scale, start, end):
+    """Scales [B, K, S] with NaN for keys that no query sees."""
+    key = np.arange(scale.shape[-1])
+    seen = ((start[..., None] <= key) & (key < end[..., None])).any(axis=1)
+    return jnp.where(seen[:, None], scale, jnp.nan)
 
 
 def test_staircase_over_many_tiles():
@@ -191,20 +220,27 @@ def test_quantized_banks_of_every_length(S, stored):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("T", "S", "stored"),
+    ("T", "S", "stored", "rows"),
     [
-        (1, 101, None),
-        (1, 25_856, None),
-        (32, 4096, None),
-        (90, 3000, None),
-        (300, 3000, None),
-        (1, 25_856, "int8"),
-        (16, 4096, "float8_e4m3fn"),
+        (1, 101, None, 8),
+        (1, 25_856, None, 8),
+        (1, 2000, None, 160),
+        (32, 4096, None, 8),
+        (90, 3000, None, 8),
+        (300, 3000, None, 8),
+        (1, 25_856, "int8", 8),
+        (1, 2000, "int8", 160),
+        (16, 4096, "int8", 8),
+        (16, 2000, "int8", 80),
+        (16, 4096, "float8_e4m3fn", 8),
     ],
 )
-def test_rows_with_slots(T, S, stored):
-    """Rows of one token and chunks of many over four slots, one of which nobody names, and which is NaN."""
-    slots = np.int32([2, 0, 1, 1, 1, 2, 0, 1])
+def test_rows_with_slots(T, S, stored, rows):
+    """Rows of one token and chunks of many over four slots, one of which nobody names, and which is NaN.
+
+    With many rows, their keys are not split.
+    """
+    slots = np.resize(np.int32([2, 0, 1, 1, 1, 2, 0, 1]), rows)
     rng = np.random.default_rng(T)
     _, k, v, bias, _ = inputs(T, S, batch=4, kv_heads=2, group=4, head_dim=128)
     k[3], v[3], bias[3] = np.nan, np.nan, np.nan

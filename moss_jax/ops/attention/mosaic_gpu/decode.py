@@ -65,7 +65,7 @@ def decode_blocks(
     if bias is not None:
         bias = flatten(jnp.broadcast_to(bias[:, None].astype(jnp.float32), k.shape[:3]), X)
     part = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    out, row_max, row_sum = plgpu.kernel(
+    out, *stats = plgpu.kernel(
         functools.partial(
             _kernel,
             scale=LOG2E * scale,
@@ -74,8 +74,7 @@ def decode_blocks(
         ),
         out_type=[
             part((Q, K, splits, rows, pl.cdiv(D, LANES) * LANES)),
-            part((Q, K, splits, WGMMA_ROWS)),
-            part((Q, K, splits, WGMMA_ROWS)),
+            *[part((Q, K, splits, WGMMA_ROWS))] * (2 if splits > 1 else 0),
         ],
         scratch_types={
             "q_smem": tiles.tile((WGMMA_ROWS, D), q.dtype),
@@ -98,7 +97,7 @@ def decode_blocks(
         grid_names=("queries", "split", "head") if blocks.per_batch_row > 1 else ("split", "head", "queries"),
         compiler_params=tiles.COMPILER_PARAMS,
     )(q, flatten(k, X, 1), flatten(v, X, 1), bias, slots, *packed)
-    return blocks.unpack(combine_splits(out, row_max, row_sum, blocks.tokens, blocks.group, q.dtype)[..., :D])
+    return blocks.unpack(combine_splits(out, stats, blocks.tokens, blocks.group, q.dtype)[..., :D])
 
 
 def _kernel(
@@ -110,9 +109,7 @@ def _kernel(
     start_gmem,
     end_gmem,
     out_gmem,
-    max_gmem,
-    sum_gmem,
-    *,
+    *stats_gmem,
     q_smem,
     shared,
     bias_smem,
@@ -199,12 +196,14 @@ def _kernel(
     )
     out, row_max, row_sum = lax.fori_loop(0, split_tiles.steps, attend_tile, initial)
 
+    if not stats_gmem:
+        out /= tiles.along_rows(jnp.where(row_sum > 0, row_sum, 1.0), out.shape)
     out_smem[...] = out
     for smem, x in zip(stats, (row_max, row_sum), strict=True):
         smem[...] = x
     plgpu.commit_smem()
     written = pl.ds(0, out_gmem.shape[3])
     plgpu.copy_smem_to_gmem(out_smem.at[written], out_gmem.at[queries, head, split, :, pl.ds(0, D)])
-    plgpu.copy_smem_to_gmem(stats[0], max_gmem.at[queries, head, split])
-    plgpu.copy_smem_to_gmem(stats[1], sum_gmem.at[queries, head, split])
+    for smem, gmem in zip(stats if stats_gmem else (), stats_gmem, strict=True):
+        plgpu.copy_smem_to_gmem(smem, gmem.at[queries, head, split])
     plgpu.wait_smem_to_gmem(0)

@@ -5,8 +5,8 @@ columns. K goes from shared memory through registers, where it is upcast, straig
 V returns to shared memory in 16 bits, because its product reads it transposed. As in `decode`, a second pass
 combines the splits.
 
-B batch/slot, T query tokens, R = T * G rows of queries, N = R rounded up to a multiple of 8, S keys, X keys
-of a tile, P splits, K kv heads, G query heads per kv head, D head
+B batch/slot, T query tokens, Q blocks of queries over the whole batch, N rows of a block, S keys, X keys of a
+tile, P splits, K kv heads, G query heads per kv head, D head
 """
 
 import dataclasses
@@ -21,8 +21,9 @@ from jaxtyping import Array, Float
 
 from moss_jax.ops.attention.base import Arguments
 from moss_jax.ops.attention.mosaic_gpu.split_k import (
-    LANES,
+    WGMMA_ROWS,
     DecodeConfig,
+    QueryBlocks,
     SplitTiles,
     combine_splits,
     flatten,
@@ -33,6 +34,9 @@ from moss_jax.ops.mosaic_gpu.upcast import permute_columns
 from moss_jax.ops.qarray import QArray
 
 MIN_SCALE = 1e-30  # Replaces the scale 0 of a vector of zeros.
+# Queries per block and kv head, at most. A thread keeps scores, sums and output of a tile and two upcast
+# operands, which with 64 columns are more than its registers.
+MAX_COLUMNS = 32
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -43,23 +47,21 @@ def quantized_decode_attention(a: Arguments, config: DecodeConfig) -> Float[Arra
     assert isinstance(v, QArray)
     batch, T, H, D = a.q.shape
     B, K, S = k.shape[:3]
-    rows = T * H // K
-    N, X = pl.cdiv(rows, 8) * 8, config.block_kv
-    splits = config.splits(batch * K, S)
+    blocks = QueryBlocks(batch, T, K, H // K, MAX_COLUMNS)
+    Q, N, X = blocks.count, blocks.rows, config.block_kv
+    splits = config.splits(Q * K, S)
     # float16 represents every int8 and float8_e4m3fn; with the scale folded into q, scores fit it too.
-    q = (a.q.astype(jnp.float32) * a.scale).astype(jnp.float16)
-    q = q.reshape(batch, T, K, H // K, D).swapaxes(1, 2).reshape(batch, K, rows, D)
-    q = permute_columns(jnp.pad(q, ((0, 0), (0, 0), (0, N - rows), (0, 0))))
+    q = permute_columns(blocks.pack_rows((a.q.astype(jnp.float32) * a.scale).astype(jnp.float16)))
     vectors = [flatten(x.astype(jnp.float32), X) for x in (k.scale, v.scale)]
     bias = None
     if a.bias is not None:
         bias = flatten(jnp.broadcast_to(a.bias[:, None].astype(jnp.float32), (B, K, S)), X)
-    bounds = [x.astype(jnp.int32) for x in a.bounds]
+    bounds = [blocks.pack(x.astype(jnp.int32)) for x in a.bounds]
     part = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    sizes = {"keys": S, "heads": K, "splits": splits, "blocks": 1}
-    out, row_max, row_sum = plgpu.kernel(
+    sizes = {"keys": S, "heads": K, "splits": splits, "blocks": blocks.per_batch_row}
+    out, *stats = plgpu.kernel(
         functools.partial(_kernel, group=H // K, sizes=sizes),
-        out_type=[part((batch, K, splits, D, N)), *[part((batch, K, splits, N))] * 2],
+        out_type=[part((Q, K, splits, D, N)), *[part((Q, K, splits, N))] * (2 if splits > 1 else 0)],
         scratch_types={
             "q_smem": tiles.tile((N, D), q.dtype),
             "k_smem": tiles.tile((config.stages, X, D), k.dtype),
@@ -75,7 +77,7 @@ def quantized_decode_attention(a: Arguments, config: DecodeConfig) -> Float[Arra
                 plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             ),
         },
-        grid=(splits, K, batch),
+        grid=(splits, K, Q),
         grid_names=("split", "head", "queries"),
         compiler_params=dataclasses.replace(
             tiles.COMPILER_PARAMS,
@@ -86,10 +88,8 @@ def quantized_decode_attention(a: Arguments, config: DecodeConfig) -> Float[Arra
             reduction_scratch_bytes=1024 if N == 8 else 2048,
         ),
     )(q, flatten(k.values, X, 1), flatten(v.values, X, 1), *vectors, bias, a.slots, *bounds)
-    # The combine pass reads whole lines.
-    out = jnp.pad(out.swapaxes(-1, -2), (*[(0, 0)] * 4, (0, -D % LANES)))
-    out = permute_columns(combine_splits(out, row_max, row_sum, T, H // K, jnp.float32)[..., :D])
-    return out.reshape(batch, T, H, D).astype(a.q.dtype)
+    out = combine_splits(out.swapaxes(-1, -2), stats, blocks.tokens, H // K, jnp.float32)
+    return blocks.unpack(permute_columns(out)).astype(a.q.dtype)
 
 
 def _kernel(
@@ -103,9 +103,7 @@ def _kernel(
     start_gmem,
     end_gmem,
     out_gmem,
-    max_gmem,
-    sum_gmem,
-    *,
+    *stats_gmem,
     q_smem,
     k_smem,
     v_smem,
@@ -124,12 +122,12 @@ def _kernel(
     written. Before the second, all threads have read the tile of V and written those two. After it, V's stage
     is refilled, and the product reads them. They are read by the tensor core alone.
     """
-    split, head, row = (lax.axis_index(name) for name in ("split", "head", "queries"))
+    split, head, queries = (lax.axis_index(name) for name in ("split", "head", "queries"))
     q_barrier, k_barrier, v_barrier = barriers
     stages, X, D = k_smem.shape
     N = q_smem.shape[0]
 
-    plgpu.copy_gmem_to_smem(q_gmem.at[row, head], q_smem, q_barrier)
+    plgpu.copy_gmem_to_smem(q_gmem.at[queries, head], q_smem, q_barrier)
     split_tiles = SplitTiles(start_gmem, end_gmem, slots_gmem, block_kv=X, **sizes)
 
     def fetch(copies, barrier, step):
@@ -149,6 +147,12 @@ def _kernel(
         pl.when(step < split_tiles.steps)(functools.partial(fetch_k, step))
         pl.when(step < split_tiles.steps)(functools.partial(fetch_v, step))
     plgpu.barrier_wait(q_barrier)
+
+    # One number per column, computed once and not for every element of every tile.
+    bounds = split_tiles.bounds(tiles.index((WGMMA_ROWS, N), 1), group)
+    if jnp.ndim(bounds[0]):
+        bounds = [x.astype(jnp.float32).max(axis=0).astype(jnp.int32) for x in bounds]
+        bounds = [tiles.along_columns(x, (X, N)) for x in bounds]
 
     def attend_tile(step, carry):
         out, row_max, row_sum = carry
@@ -172,7 +176,6 @@ def _kernel(
         scores = scores * tiles.along_rows(score_scale, scores.shape) + tiles.along_rows(
             score_bias, scores.shape
         )
-        bounds = split_tiles.bounds(tiles.index((X, N), 1), group)
         scores = jnp.where(split_tiles.mask(at + tiles.index((X, N), 0), own, *bounds), scores, NEG_INF)
 
         new_max = jnp.maximum(row_max, scores.max(axis=0))
@@ -198,16 +201,18 @@ def _kernel(
         """
         plgpu.barrier_wait(v_barrier.at[stage])
         v = upcast.to_float16(v_smem.at[stage])
-        all_used = split_tiles.all_used(at)
+        all_used, contiguous = split_tiles.all_used(at), split_tiles.one_sees_all(at)
 
         @pl.when(all_used)
         def _():
             wide_smem[...] = v
 
-        @pl.when(jnp.logical_not(all_used))
-        def _():
-            used = split_tiles.used(at + tiles.index((X, D), 0))
-            wide_smem[...] = jnp.where(used, v, jnp.zeros_like(v))
+        def keep(used):
+            wide_smem[...] = jnp.where(used(at + tiles.index((X, D), 0)), v, jnp.zeros_like(v))
+
+        # As nearly always; to look at the range of each query for each number takes longer than the products.
+        pl.when(contiguous & ~all_used)(functools.partial(keep, split_tiles.between))
+        pl.when(~contiguous & ~all_used)(functools.partial(keep, split_tiles.used))
 
     initial = (
         tiles.full((D, N), 0, MATRIX),
@@ -215,12 +220,17 @@ def _kernel(
         tiles.full((X, N), 0, MATRIX),
     )
     out, row_max, row_sum = lax.fori_loop(0, split_tiles.steps, attend_tile, initial)
-    out_gmem[row, head, split] = out
+    row_sum = row_sum.sum(axis=0)
+    if not stats_gmem:
+        out_gmem[queries, head, split] = out / tiles.along_columns(
+            jnp.where(row_sum > 0, row_sum, 1.0), out.shape
+        )
+        return
+    out_gmem[queries, head, split] = out
     # No thread reads this memory any more: all have passed the last tile's second barrier.
-    stats = ((row_max, max_gmem), (row_sum.sum(axis=0), sum_gmem))
-    for i, (x, _) in enumerate(stats):
+    for i, x in enumerate((row_max, row_sum)):
         vectors_smem[i, 0, pl.ds(0, N)] = x
     plgpu.commit_smem()
-    for i, (_, gmem) in enumerate(stats):
-        plgpu.copy_smem_to_gmem(vectors_smem.at[i, 0, pl.ds(0, N)], gmem.at[row, head, split])
+    for i, gmem in enumerate(stats_gmem):
+        plgpu.copy_smem_to_gmem(vectors_smem.at[i, 0, pl.ds(0, N)], gmem.at[queries, head, split])
     plgpu.wait_smem_to_gmem(0)

@@ -10,6 +10,7 @@ lines of 128, Q blocks of queries over the whole batch
 import dataclasses
 import functools
 import operator
+from collections.abc import Sequence
 
 import jax
 import jax.experimental.pallas as pl
@@ -53,24 +54,26 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QueryBlocks:
-    """Queries in equal blocks of tokens, with at most `WGMMA_ROWS` rows per kv head (GQA packing).
+    """Queries in equal blocks of tokens, with few rows per kv head (GQA packing).
 
     The last block is padded with queries that see nothing. Row `t * group + g` of a block is its token `t`.
 
     Attributes:
       batch, queries: rows of the batch, and tokens per row.
       kv_heads, group: kv heads, and query heads per kv head.
+      most: rows per block and kv head, at most, but for a group that alone is larger.
     """
 
     batch: int
     queries: int
     kv_heads: int
     group: int
+    most: int = WGMMA_ROWS
 
     @property
     def per_batch_row(self) -> int:
         """Number of blocks per row of the batch."""
-        return pl.cdiv(self.queries, WGMMA_ROWS // self.group)
+        return pl.cdiv(self.queries, max(1, self.most // self.group))
 
     @property
     def tokens(self) -> int:
@@ -125,11 +128,11 @@ class SplitTiles:
             slot = slots_gmem[slot]
         self.base = (slot * heads + head) * keys
         self._block_kv = block_kv
-        low, self._high = keys, 0
+        self._low, self._high = keys, 0
         for first, last in self.ranges:
-            low = jnp.where(first < last, jnp.minimum(low, first), low)
+            self._low = jnp.where(first < last, jnp.minimum(self._low, first), self._low)
             self._high = jnp.where(first < last, jnp.maximum(self._high, last), self._high)
-        low = lax.div(self.base + low, 8) * 8 - self.base
+        low = lax.div(self.base + self._low, 8) * 8 - self.base
         count = pl.cdiv(jnp.maximum(self._high - low, 0), block_kv)
         first_tile, last_tile = lax.div(split * count, splits), lax.div((split + 1) * count, splits)
         self._first = low + first_tile * block_kv
@@ -154,6 +157,15 @@ class SplitTiles:
     def all_used(self, at):
         """Whether a single query sees the whole tile that starts at this key."""
         return _any([(first <= at) & (at + self._block_kv <= last) for first, last in self.ranges])
+
+    def one_sees_all(self, at):
+        """Whether a single query sees whatever any sees of the tile that starts at this key."""
+        low, high = jnp.maximum(self._low, at), jnp.minimum(self._high, at + self._block_kv)
+        return _any([(first <= low) & (high <= last) for first, last in self.ranges])
+
+    def between(self, key):
+        """Which keys lie between the first and the last that some query sees."""
+        return (self._low <= key) & (key < self._high)
 
     def used(self, key):
         """Which keys some query sees."""
@@ -192,22 +204,30 @@ def flatten(x, block: int, trailing: int = 0):
 
 
 def combine_splits(
-    out: Float[Array, "Q K P R C"],
-    row_max: Float[Array, "Q K P rows"],
-    row_sum: Float[Array, "Q K P rows"],
+    out: Float[Array, "Q K P R D"],
+    stats: Sequence[Float[Array, "Q K P rows"]],
     tokens: int,
     group: int,
     dtype: DTypeLike,
-) -> Float[Array, "Q tokens K group C"]:
-    """Combines the splits' unnormalised outputs, each relative to its own row maximum, into attention's."""
-    Q, K, _, _, C = out.shape
+) -> Float[Array, "Q tokens K group D"]:
+    """Combines the splits' unnormalised outputs, each relative to its own row maximum, into attention's.
+
+    Args:
+      stats: row maxima and row sums; empty for a single split, whose output is normalised.
+    """
+    Q, K, _, _, D = out.shape
+    if not stats:
+        out = out[:, :, 0, : tokens * group].reshape(Q, K, tokens, group, D)
+        return out.swapaxes(1, 2).astype(dtype)
+    # The combine pass reads whole lines.
+    out = jnp.pad(out, (*[(0, 0)] * 4, (0, -D % LANES)))
     return plgpu.kernel(
         _combine_kernel,
-        out_type=jax.ShapeDtypeStruct((Q, tokens, K, group, C), dtype),
+        out_type=jax.ShapeDtypeStruct((Q, tokens, K, group, out.shape[-1]), dtype),
         grid=(tokens * group, K, Q),
         grid_names=("row", "head", "queries"),
         compiler_params=tiles.COMPILER_PARAMS,
-    )(out, row_max, row_sum)
+    )(out, *stats)[..., :D]
 
 
 def _combine_kernel(out_gmem, max_gmem, sum_gmem, combined_gmem):
