@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -167,25 +167,31 @@ class Engine:
         pure_start = functools.partial(start, model.config, model.dtype, self.sampling)
         # Programs return a state as a list of arrays, so that each can have its own output sharding.
         self._abstract_state = jax.eval_shape(functools.partial(pure_start, self.config))
-        arrays, self._structure = jax.tree.flatten(self._abstract_state)
-        shardings = [state_sharding(x, self.placement) for x in arrays]
-        self._start = jax.jit(_flat(pure_start), static_argnums=0, out_shardings=shardings)
+        self._structure = jax.tree.structure(self._abstract_state)
+        stream = self._abstract_state.stream
 
-        # Only the state is returned, in its donated buffers: where no buffer changes its address, the device
-        # replays the step as a captured graph. `keep_unused` keeps the logits, which a step does not read,
-        # among the donated arguments.
-        def program(change: Callable[..., EngineState], state: int, static: tuple[int, ...] = ()):
-            """Jits a function that updates the state, its argument number `state`."""
+        def shardings(of: Any) -> list[Sharding]:
+            return [state_sharding(x, self.placement) for x in jax.tree.leaves(of)]
+
+        self._start = jax.jit(
+            _flat(pure_start), static_argnums=0, out_shardings=shardings(self._abstract_state)
+        )
+
+        # Only the state, or a part of it, is returned, in its donated buffers: where no buffer changes its
+        # address, the device replays the step as a captured graph. `keep_unused` keeps the logits, which a
+        # step does not read, among the donated arguments.
+        def program(change: Callable, donated: int, static: tuple[int, ...] = (), of: Any = None):
+            """Jits a function that updates its argument number `donated`: the state, or the part `of` it."""
             return jax.jit(
                 _flat(traced_on(self.placement, change)),
                 static_argnums=static,
-                donate_argnums=(state,),
+                donate_argnums=(donated,),
                 keep_unused=True,
-                out_shardings=shardings if mesh_of(self.placement) else None,
+                out_shardings=shardings(of or self._abstract_state) if mesh_of(self.placement) else None,
             )
 
         self._step = program(pure_step, 2, static=(5,))
-        self._compact_text = program(compact_text, 0)
+        self._compact_text = program(compact_text, 0, of=stream.text)
         self._put_slot = program(put_slot, 0)
         self._set_sampling = program(set_sampling, 0)
         self._reset_slot = program(reset_slot, 0)
@@ -203,7 +209,7 @@ class Engine:
         for memory in self._memories:
             if policy := make_policy(memory, model.config, self.config.bank_capacity):
                 compact = functools.partial(compact_bank, policy.compact)
-                self._compact_bank[memory.policy] = program(compact, 0)
+                self._compact_bank[memory.policy] = program(compact, 0, of=stream.bank)
         self.programs = {
             "step": self._step,
             **{f"sample.{kind.name.lower()}": sample for kind, sample in self._sample.items()},
@@ -371,11 +377,12 @@ class Engine:
             policy = make_policy(row.compact.memory, self.model_config, row.compact.frames)
             assert policy is not None, "with the policy full there is no compaction to ask for"
             compact = self._compact_bank[row.compact.memory.policy]
-            state = self._change(compact, state, np.int32(slot), policy.budget)
+            state = _change_part(compact, state, "bank", np.int32(slot), policy.budget)
         if row.kept is not None:
             kept = np.zeros(self.config.text_capacity, np.int32)
             kept[: len(row.kept)] = row.kept
-            state = self._change(self._compact_text, state, np.int32(slot), kept, np.int32(len(row.kept)))
+            length = np.int32(len(row.kept))
+            state = _change_part(self._compact_text, state, "text", np.int32(slot), kept, length)
         return state
 
     def _change(self, program: Callable[..., list[jax.Array]], state: EngineState, *arguments) -> EngineState:
@@ -550,7 +557,19 @@ def _flat_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
-def _flat[**Arguments](function: Callable[Arguments, EngineState]) -> Callable[Arguments, list[jax.Array]]:
+def _change_part(
+    program: Callable[..., list[jax.Array]], state: EngineState, part: Literal["bank", "text"], *arguments
+) -> EngineState:
+    """Calls a program that updates one part of the streams.
+
+    Launching a program takes the host time for each array, of which a state has hundreds.
+    """
+    old = getattr(state.stream, part)
+    new = jax.tree.unflatten(jax.tree.structure(old), program(old, *arguments))
+    return dataclasses.replace(state, stream=dataclasses.replace(state.stream, **{part: new}))
+
+
+def _flat[**Arguments](function: Callable[Arguments, Any]) -> Callable[Arguments, list[jax.Array]]:
     return lambda *args, **kwargs: jax.tree.leaves(function(*args, **kwargs))
 
 

@@ -16,7 +16,16 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from moss_jax.config import EngineConfig, ModelConfig, TokenSampling
-from moss_jax.memory import NO_POSITION, StreamState, init_state, keep_tokens, load_slot, save_slot
+from moss_jax.memory import (
+    NO_POSITION,
+    MemoryBank,
+    StreamState,
+    TextCache,
+    init_state,
+    keep_tokens,
+    load_slot,
+    save_slot,
+)
 from moss_jax.memory.policies import Compact
 from moss_jax.nn.decoder import Decoder, Rows
 from moss_jax.ops.qarray import DTYPES
@@ -190,19 +199,17 @@ def sample_pending(
 
 
 def compact_bank(
-    compact: Compact, state: EngineState, slot: Int[Array, ""], budget: Int[Array, " n"]
-) -> EngineState:
+    compact: Compact, bank: MemoryBank, slot: Int[Array, ""], budget: Int[Array, " n"]
+) -> MemoryBank:
     """Compacts the bank of one slot to a budget of its policy."""
-    bank = _replace_slot(state.stream.bank, slot, lambda bank: compact(bank, budget))
-    return dataclasses.replace(state, stream=dataclasses.replace(state.stream, bank=bank))
+    return _replace_slot(bank, slot, lambda bank: compact(bank, budget))
 
 
 def compact_text(
-    state: EngineState, slot: Int[Array, ""], kept: Int[Array, " C"], length: Int[Array, ""]
-) -> EngineState:
+    text: TextCache, slot: Int[Array, ""], kept: Int[Array, " C"], length: Int[Array, ""]
+) -> TextCache:
     """Evicts all tokens from the text cache of one slot except the first `length` of `kept`."""
-    text = keep_tokens(state.stream.text, kept[None], length[None], slots=slot[None])
-    return dataclasses.replace(state, stream=dataclasses.replace(state.stream, text=text))
+    return keep_tokens(text, kept[None], length[None], slots=slot[None])
 
 
 def set_sampling(state: EngineState, slot: Int[Array, ""], sampling: SlotSampling) -> EngineState:

@@ -1,6 +1,5 @@
 """The engine: steps give the logits of one pass, slots are independent, and programs are few."""
 
-import dataclasses
 import itertools
 import re
 from unittest import mock
@@ -396,7 +395,7 @@ def test_no_step_copies_a_cache(random_model, tokenizer):
     engine = Engine(model, tokenizer, EngineConfig(8, text_capacity=8192, bank_capacity=128))
     shape = str(engine.start().stream.text.keys[0].shape).replace(" ", "")
     cache = re.compile(rf"bf16\[{re.escape(shape[1:-1])}\]\S* copy(-start)?\(")
-    state, kept = dataclasses.replace(engine.start(), kinds=()), np.zeros(8192, np.int32)
-    evict = engine.programs["compact_text"].lower(state, np.int32(0), kept, np.int32(0))
+    kept = np.zeros(8192, np.int32)
+    evict = engine.programs["compact_text"].lower(engine.start().stream.text, np.int32(0), kept, np.int32(0))
     for program in (evict, *engine._lower()):
         assert not cache.search(program.compile().as_text())
