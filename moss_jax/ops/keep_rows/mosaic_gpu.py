@@ -92,6 +92,7 @@ def move(
     refs = [jax.new_ref(x) for x in buffers]
     plgpu.kernel(
         _kernel,
+        kernel_name="keep_rows",
         out_type=(),
         grid=(len(refs), buffers[0].shape[1], len(source)),
         grid_names=("array", "head", "entry"),

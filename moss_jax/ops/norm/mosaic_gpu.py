@@ -124,6 +124,7 @@ def one_pass(a: Arguments, config: Config) -> tuple[Float[Array, "M D"], Float[A
 
     normed, *y = plgpu.kernel(
         kernel,
+        kernel_name="add_norm",
         out_type=out_type,
         grid=(blocks,),
         grid_names=("block",),

@@ -300,6 +300,7 @@ def few_rows(o: Operands, config: Config) -> Float[Array, "M D"]:
     out, up, down = p.phases
     *_, y = plgpu.kernel(
         functools.partial(_kernel, plan=p, eps=o.eps),
+        kernel_name="post_attention",
         out_type=[
             f32((out.parts, p.stored, p.D)),
             f32((up.parts, p.rows)),

@@ -53,6 +53,7 @@ def rotate_and_append_quantized(
     refs = [jax.new_ref(x) for x in cache]
     q = plgpu.kernel(
         functools.partial(_quantized_kernel, capacity=capacity),
+        kernel_name="quantized_append",
         out_type=jax.ShapeDtypeStruct((batch, T, K, group_and_kv - 2, D), qkv.dtype),
         grid=(K, T, batch),
         grid_names=("head", "token", "row"),
@@ -158,6 +159,7 @@ def rotate_and_append(
     keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
     q = plgpu.kernel(
         functools.partial(_kernel, blocks=blocks, capacity=capacity),
+        kernel_name="append",
         out_type=jax.ShapeDtypeStruct((blocks.count, K, blocks.rows, D), qkv.dtype),
         grid=(K, T, batch),
         grid_names=("head", "token", "row"),

@@ -72,6 +72,7 @@ def decode_blocks(
             group=blocks.group,
             sizes={"keys": S, "heads": K, "splits": splits, "blocks": blocks.per_batch_row},
         ),
+        kernel_name="decode_attention",
         out_type=[
             part((Q, K, splits, rows, pl.cdiv(D, LANES) * LANES)),
             *[part((Q, K, splits, WGMMA_ROWS))] * (2 if splits > 1 else 0),

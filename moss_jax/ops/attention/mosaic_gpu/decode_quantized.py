@@ -61,6 +61,7 @@ def quantized_decode_attention(a: Arguments, config: DecodeConfig) -> Float[Arra
     sizes = {"keys": S, "heads": K, "splits": splits, "blocks": blocks.per_batch_row}
     out, *stats = plgpu.kernel(
         functools.partial(_kernel, group=H // K, sizes=sizes),
+        kernel_name="quantized_decode_attention",
         out_type=[part((Q, K, splits, D, N)), *[part((Q, K, splits, N))] * (2 if splits > 1 else 0)],
         scratch_types={
             "q_smem": tiles.tile((N, D), q.dtype),

@@ -177,6 +177,7 @@ def dense_attention(
 
     return plgpu.kernel(
         kernel,
+        kernel_name="dense_attention",
         out_type=jax.ShapeDtypeStruct((B, P, H, D), out_dtype),
         scratch_types={
             "q_smem": [_buffer((W, ROWS), part, D, qk_dtype) for part in k_parts],

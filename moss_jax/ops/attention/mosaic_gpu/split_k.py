@@ -223,6 +223,7 @@ def combine_splits(
     out = jnp.pad(out, (*[(0, 0)] * 4, (0, -D % LANES)))
     return plgpu.kernel(
         _combine_kernel,
+        kernel_name="combine_splits",
         out_type=jax.ShapeDtypeStruct((Q, tokens, K, group, out.shape[-1]), dtype),
         grid=(tokens * group, K, Q),
         grid_names=("row", "head", "queries"),

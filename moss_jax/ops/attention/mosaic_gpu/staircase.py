@@ -85,6 +85,7 @@ def _forward(config, scale, q, k, v, bias, start, end, slots):
     Y, X, stages = config.block_q, config.block_kv, config.stages
     out, log_sum = plgpu.kernel(
         functools.partial(_forward_kernel, scale=scale * LOG2E, group=H // k.shape[1]),
+        kernel_name="staircase_forward",
         out_type=[jax.typeof(q), jax.ShapeDtypeStruct((R, H, T), jnp.float32)],
         scratch_types={
             "q_smem": tiles.tile((CONSUMERS, Y, D), q.dtype),
@@ -113,6 +114,7 @@ def _backward(config, scale, residuals, d_out):
     per_row = plgpu.SMEM((CONSUMERS, Y), jnp.float32)
     d_q = plgpu.kernel(
         functools.partial(_d_q_kernel, scale=scale, group=H // K),
+        kernel_name="staircase_d_q",
         out_type=jax.typeof(q),
         scratch_types={
             "q_smem": tiles.tile((CONSUMERS, Y, D), q.dtype),
@@ -128,6 +130,7 @@ def _backward(config, scale, residuals, d_out):
     blocks = _blocks_of(start, end, Y)
     d_k, d_v, d_bias = plgpu.kernel(
         functools.partial(_d_kv_kernel, scale=scale),
+        kernel_name="staircase_d_kv",
         out_type=[
             jax.typeof(k),
             jax.typeof(v),

@@ -103,6 +103,7 @@ def biased_gelu(a: Arguments, config: Config) -> Float[Array, "... N"]:
         raise ValueError(f"{rows} rows are fewer than a block's {config.rows}")
     out = plgpu.kernel(
         functools.partial(_kernel, block=config.rows),
+        kernel_name="bias_gelu",
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
         grid=(pl.cdiv(rows, config.rows), columns // COLUMNS),
         grid_names=("rows", "columns"),

@@ -267,6 +267,7 @@ def many_rows(a: Operands, config: Config) -> Float[Array, "M N"]:
 
     return plgpu.kernel(
         kernel,
+        kernel_name="matmul_epilogue",
         out_type=jax.ShapeDtypeStruct((M, N), a.out_dtype),
         scratch_types={
             "x_smem": tiles.tile((stages, R, X), a.x.dtype),

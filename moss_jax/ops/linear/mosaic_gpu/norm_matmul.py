@@ -158,6 +158,7 @@ def few_rows(
         )
     return plgpu.kernel(
         functools.partial(_kernel, eps=eps, config=config),
+        kernel_name="norm_matmul",
         out_type=jax.ShapeDtypeStruct((rows, N), x.dtype),
         scratch_types={
             "x_smem": plgpu.SMEM((rows, skinny_matmul.pitch(rows, K)), jnp.bfloat16),

@@ -128,6 +128,7 @@ def few_rows(
     x = upcast.permute_columns(jnp.pad(x, ((0, C - rows), (0, 0))))
     sums = plgpu.kernel(
         functools.partial(_kernel, each=each),
+        kernel_name="weight_only",
         out_type=jax.ShapeDtypeStruct((splits, 1 if rows == 1 else C, outputs), jnp.float32),
         scratch_types={
             "x_smem": tiles.tile((inputs // splits // X, C, X), x.dtype),

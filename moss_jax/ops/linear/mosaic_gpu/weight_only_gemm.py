@@ -224,6 +224,7 @@ def many_rows(
     y_smem = {"y_smem": tiles.tile((WARPGROUPS, SLOTS, CHUNK, UNIT), dtype)} if staged else {}
     y = plgpu.kernel(
         functools.partial(_kernel, config=config, cuts=cuts, stride=clusters),
+        kernel_name="weight_only_gemm",
         out_type=jax.ShapeDtypeStruct(shape, dtype),
         scratch_types=y_smem
         | {
