@@ -1,5 +1,6 @@
 """Live streams: the engine, the scheduler and session that drive it, and the events they emit."""
 
+from moss_jax.stream.admission import Refused, Reservation
 from moss_jax.stream.completion import DialogueTurn
 from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import (
@@ -24,7 +25,7 @@ from moss_jax.stream.limits import stream_config
 from moss_jax.stream.offline import answer_offline
 from moss_jax.stream.rows import PENDING, Compaction, Row
 from moss_jax.stream.saved import SavedStreamError
-from moss_jax.stream.scheduler import Refused, Reservation, Scheduler
+from moss_jax.stream.scheduler import Scheduler
 from moss_jax.stream.session import Session
 from moss_jax.stream.step import NOT_FINITE, EngineState, Sampled
 from moss_jax.stream.stream import SessionError, Stream

@@ -9,16 +9,17 @@ from concurrent.futures import Future
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from moss_jax.config import EngineConfig, SessionConfig, TokenSampling
+from moss_jax.config import EngineConfig, SessionConfig, TokenSampling, UnseenReason
 from moss_jax.memory.selection import thumbnail
 from moss_jax.stream.conversation import Conversation, Inbound
 from moss_jax.stream.engine import Engine, EngineLike
 from moss_jax.stream.events import End, Event
 from moss_jax.stream.rows import Encoded
-from moss_jax.stream.saved import SavedStream, write_stream
+from moss_jax.stream.saved import SavedStream, SavedStreamError, write_stream
 from moss_jax.text import chat
 
 if TYPE_CHECKING:
@@ -225,6 +226,42 @@ class Stream:
         settings = engine.stream_settings(self.conversation.capacity)
         return SavedStream(settings, copy.deepcopy(dialogue), arrays, frames, compared, engine.weights)
 
+    def resume(self, path: str | os.PathLike, saved: SavedStream) -> None:
+        """Restores what `copy` returned, into a stream that has not begun.
+
+        Args:
+          path: file that it was read from, for errors.
+
+        Raises:
+          SavedStreamError: the arrays or the dialogue are not as they were saved.
+        """
+        conversation, engine = self.conversation, saving_engine(self._scheduler.engine)
+
+        def make_prompt(time: float, text: str) -> Inbound:
+            tokens = chat.interjection(engine.tokenizer, text)
+            return Inbound(time, 0, self._scheduler.next_order(), prompt=text, tokens=tokens)
+
+        def make_frame(
+            time: float, rgb: UInt8[np.ndarray, "H W 3"] | None, unseen: UnseenReason | None
+        ) -> Inbound:
+            return Inbound(time, 1, self._scheduler.next_order(), rgb=rgb, unseen=unseen)
+
+        try:
+            self.arrays = engine.check_slot(saved.arrays)
+            small = saved.compared.get("thumbnail")
+            conversation.resume(saved.dialogue, saved.frames, small, make_prompt, make_frame)
+            features = saved.compared.get("features")
+            # Kept only if the resumed stream compares frames; otherwise they would go stale.
+            if features is not None and min_distance(self) is not None:
+                self.remembered = Encoded(jnp.asarray(features)[None], 0)
+            length = int(saved.arrays["text.length"])
+            conversation.position = int(saved.arrays["text.position"])
+            conversation.moments.resume(saved.compared)
+            if length != conversation.text_length:
+                raise ValueError(f"there are {length} tokens, of which {conversation.text_length} are known")
+        except (KeyError, TypeError, ValueError) as error:
+            raise SavedStreamError(f"{path} is not as it was saved: {error}") from error
+
     def copy_while_running(self) -> "Future[SavedStream]":
         """Asks the scheduler for a copy of the stream between two of its steps, for `write_stream`.
 
@@ -245,7 +282,7 @@ class Stream:
                 _check_order(target, inbound, is_running=self._scheduler.is_running)
             inbound.arrived = monotonic()
             if inbound.is_frame:
-                self._scheduler.frame_arrived(inbound.arrived)
+                self._scheduler.frame_batcher.frame_arrived(inbound.arrived)
             target.receive(inbound)
             self._scheduler.changed.notify_all()
             return True

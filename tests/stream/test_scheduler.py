@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moss_jax.config import (
-    ConfigError,
     EngineConfig,
     MemoryConfig,
     SchedulerConfig,
@@ -24,11 +23,9 @@ from moss_jax.stream import (
     FrameSeen,
     FrameUnseen,
     Interrupted,
-    Refused,
     Row,
     Scheduler,
     SessionError,
-    Stream,
     Text,
     Turn,
 )
@@ -114,29 +111,6 @@ def test_streams_that_come_and_go_say_what_they_say_alone(make_engine, frames):
         assert scheduler.free_slots == 3
     for number, events in enumerate(alone):
         assert together[number] == events, number
-
-
-def test_a_stream_that_does_not_fit_is_refused_and_the_others_go_on(make_engine, frames):
-    with Scheduler(make_engine(slots=2, policies=POLICIES), LOCKSTEP) as scheduler:
-        first, second = scheduler.open(), scheduler.open()
-        assert scheduler.free_slots == 0
-        with pytest.raises(Refused, match=r"all 2 slots are taken; close a stream, or raise engine\.slots"):
-            scheduler.open()
-        second.finish()
-        assert [type(event) for event in second][-1] is End
-        assert scheduler.free_slots == 1
-        with pytest.raises(ConfigError, match="bank_capacity can be at most 32, the engine's, not 64"):
-            scheduler.open(bank_capacity=64)
-        with pytest.raises(SessionError, match="the prompt takes"):
-            scheduler.open(prompt="word " * 600)
-        with pytest.raises(ConfigError, match="too small for a pyramid"):
-            scheduler.open(memory=MemoryConfig("pyramid"), bank_capacity=2)
-        assert scheduler.free_slots == 1
-        first.push_frame(frames[0], 0.0)
-        first.finish()
-        assert any(isinstance(event, FrameSeen) for event in first)
-    with pytest.raises(Refused, match="the scheduler is closed"):
-        scheduler.open()
 
 
 def test_close_ends_all_streams(make_engine):
@@ -249,39 +223,6 @@ def listen(stream) -> tuple[list, threading.Thread]:
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     return events, thread
-
-
-def test_what_is_encoded_while_a_stream_talks(make_engine, frames, monkeypatch):
-    """First what a prompt waits behind, then in turns; a batch that is likely to grow waits a little."""
-    engine = make_engine(slots=3)
-    monkeypatch.setattr(engine.frame_encoder, "largest_batch", lambda seconds: 4 if seconds < 1 else 32)
-    scheduler = Scheduler(engine)
-    first, second, third = (scheduler.open() for _ in range(3))
-
-    def due(*, interval: float) -> tuple[list[Stream], float | None]:
-        scheduler._frame_interval = interval
-        batch, wait = scheduler._due_frames(scheduler.streams)
-        return [shown[frame.order] for frame in batch], wait
-
-    shown = {}
-    for stream in (first, first, second, third):
-        stream.push_frame(frames[0])
-        shown[max(frame.order for frame in stream.conversation.unclaimed_frames())] = stream
-    third.push_prompt("And now?")
-    first.conversation.speaking = True
-    assert due(interval=0.001) == ([third, first, second, first], None)
-    second.push_frame(frames[0])
-    shown[second.conversation.unclaimed_frames()[0].order] = second
-    batch, wait = due(interval=0.001)
-    assert batch == []
-    assert 0 < wait <= 0.05
-    assert due(interval=1.0) == ([second], None)
-    assert due(interval=1.0) == ([], None)
-    # A prompt doesn't wait for a batch to fill; it is cut to a size without padding.
-    for stream in (first, second, third):
-        stream.push_frame(frames[0])
-        shown[max(frame.order for frame in stream.conversation.unclaimed_frames())] = stream
-    assert due(interval=0.001) == ([third, first], None)
 
 
 def test_frames_travel_to_the_device_while_a_step_runs(make_engine, frames, monkeypatch):
