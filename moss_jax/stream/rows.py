@@ -25,7 +25,7 @@ TOKEN_BUCKETS = (2, 4, 16, 64, 320)
 FRAME_BUCKETS = (1, 8, 32, 256)
 # Tokens per chunk of a prompt, and numbers of frames of a step without prompts, if there are several slots.
 WIDTH = 16
-FRAME_COUNTS = (1, 8, 32)
+FRAME_COUNTS = (1, 8, 16, 32)
 # Number of slots from which on there are also programs that decode a quarter of them: with fewer, reading
 # the weights takes most of a step, however many rows there are.
 MANY_SLOTS = 32
@@ -134,7 +134,10 @@ def shapes(slots: int) -> tuple[Shape, ...]:
     # seconds to compile, and a larger one hardly takes longer to run than a smaller one: padding is cheap.
     most = 1 << (slots - 1).bit_length()
     short = [(count, 2, count) for count in sorted({min(count, most) for count in FRAME_COUNTS})]
-    long = [(4, WIDTH, 0), (4, WIDTH, 4), (8, WIDTH, 8), (16, WIDTH, 16)]
+    long = [(4, WIDTH, 0), (4, WIDTH, 4), (8, WIDTH, 8)]
+    if slots < MANY_SLOTS:
+        # Beside the rows of many slots, 16 chunks take more than twice as long as 8.
+        long.append((16, WIDTH, 16))
     return tuple(
         Shape(decode, *chunks) for chunks in ((0, 0, 0), *short, *long) for decode in decode_counts(slots)
     )

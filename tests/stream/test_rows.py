@@ -223,7 +223,15 @@ def test_a_step_is_of_the_smallest_shape_that_has_room():
     assert shape(few | {20: frame}, 40) == Shape(10, 1, 2, 1)
     assert shape(many, 40) == Shape(40)
     assert shape(many | {20: frame}, 40) == Shape(40, 1, 2, 1)
+    assert shape(many | dict.fromkeys(range(9), frame), 40) == Shape(10, 16, 2, 16)
     assert shape({0: Row([5])}, 1) == Shape(0, 1, 2)
+
+
+def test_beside_many_slots_a_step_has_few_chunks():
+    prompt = Row([PENDING, *[1] * 42])
+    steps = planned(40, {0: prompt, 1: prompt, 2: prompt})
+    assert [arguments.shape for _, arguments in steps] == [Shape(10, 8, 16, 8), Shape(10, 4, 16)]
+    assert [len(now[2].tokens) for now, _ in steps] == [32, 11]
 
 
 def test_frames_and_prompts_take_turns():
