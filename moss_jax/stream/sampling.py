@@ -61,8 +61,12 @@ class SlotSampling:
             top_k=jnp.asarray(np.array([min(x.top_k, 2**31 - 1) for x in each], np.int32)),
             top_p=jnp.asarray(np.array([x.top_p for x in each], np.float32)),
             repetition_penalty=jnp.asarray(np.array([x.repetition_penalty for x in each], np.float32)),
-            key=jax.vmap(jax.random.key)(np.array([x.seed for x in each], np.int64)),
+            key=_keys(np.array([x.seed for x in each], np.int64)),
         )
+
+
+# Jitted, since outside of a program it takes the host 2 ms, for each stream that is opened.
+_keys = jax.jit(jax.vmap(jax.random.key))
 
 
 def kind_of(sampling: TokenSampling) -> SamplingKind:
