@@ -316,11 +316,11 @@ class Scheduler:
             _logger.exception("a step failed; all streams were ended")
             self.counters.failures += 1
             with self.changed:
-                # A client notified of the failure may restart at once, and a stream opened after that is not
-                # one of these.
+                # A client notified of the failure may restart at once, but not among streams of before, and a
+                # stream opened after that is not one of these.
                 streams, self._thread = self.streams, None
-            for stream in streams:
-                self._fail(stream, error)
+                for stream in streams:
+                    self._fail(stream, error)
         else:
             with self.changed:
                 self._thread = None
