@@ -1,4 +1,6 @@
-"""Split-K decode attention for Hopper GPUs: one warpgroup for each split of the keys, then a combine pass.
+"""Split-K decode attention for Hopper GPUs: one warpgroup for each split of the keys.
+
+If there are several, a combine pass follows.
 
 With GQA, up to 64 rows of a kv head's queries (tokens times G heads) share every tile of K and V: they are
 the 64 rows of wgmma's left operand. The kernel is bound by the bandwidth of reading K and V. The tokens of a

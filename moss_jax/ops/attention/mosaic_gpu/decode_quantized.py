@@ -2,8 +2,8 @@
 
 Keys are the rows of the scores and queries their columns, because wgmma takes 64 rows but as few as 8
 columns. K goes from shared memory through registers, where it is upcast, straight into the tensor core; only
-V returns to shared memory in 16 bits, because its product reads it transposed. As in `decode`, a second pass
-combines the splits.
+V returns to shared memory in 16 bits, because its product reads it transposed. If there are several splits, a
+second pass combines them, as in `decode`.
 
 B batch/slot, T query tokens, Q blocks of queries over the whole batch, N rows of a block, S keys, X keys of a
 tile, P splits, K kv heads, G query heads per kv head, D head
@@ -211,7 +211,8 @@ def _kernel(
         def keep(used):
             wide_smem[...] = jnp.where(used(at + tiles.index((X, D), 0)), v, jnp.zeros_like(v))
 
-        # As nearly always; to look at the range of each query for each number takes longer than the products.
+        # The first is the common case. Comparing each number with the range of each query takes longer than
+        # the products.
         pl.when(contiguous & ~all_used)(functools.partial(keep, split_tiles.between))
         pl.when(~contiguous & ~all_used)(functools.partial(keep, split_tiles.used))
 

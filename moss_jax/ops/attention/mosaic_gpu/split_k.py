@@ -54,14 +54,14 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QueryBlocks:
-    """Queries in equal blocks of tokens, with few rows per kv head (GQA packing).
+    """Queries in equal blocks of tokens, with at most `most` rows per kv head (GQA packing).
 
     The last block is padded with queries that see nothing. Row `t * group + g` of a block is its token `t`.
 
     Attributes:
       batch, queries: rows of the batch, and tokens per row.
       kv_heads, group: kv heads, and query heads per kv head.
-      most: rows per block and kv head, at most, but for a group that alone is larger.
+      most: maximum rows per block and kv head; if the group alone has more, a block is one token.
     """
 
     batch: int
