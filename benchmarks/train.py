@@ -22,7 +22,7 @@ import numpy as np
 from profiles import device_ms, name_operations
 from report import add_out, make_parser, publish
 
-from moss_jax.config import PRESETS, ModelConfig, OptimizerConfig, Remat, TrainConfig
+from moss_jax.config import PRESETS, ModelConfig, MomentDType, OptimizerConfig, Remat, TrainConfig
 from moss_jax.data.batch import Batch
 from moss_jax.sharding import make_mesh
 from moss_jax.text.labels import IGNORED
@@ -44,6 +44,12 @@ def main() -> None:
         "--tensor", type=int, default=1, help="size of the tensor-parallel mesh axis; the rest is fsdp"
     )
     parser.add_argument("--remat", default="full", choices=get_args(Remat), help="rematerialisation")
+    parser.add_argument(
+        "--first-moment",
+        choices=get_args(MomentDType),
+        default="float32",
+        help="storage of Adam's first moment",
+    )
     parser.add_argument(
         "--vision-remat", choices=get_args(Remat), help="that of the vision encoder, if another"
     )
@@ -71,7 +77,7 @@ def run(args: argparse.Namespace) -> dict:
     trainer = Trainer(
         config,
         TrainConfig(batch_size=rows),
-        OptimizerConfig(),
+        OptimizerConfig(first_moment_dtype=args.first_moment),
         mesh,
         silence_id=config.decoder.vocab_size - 1,
     )

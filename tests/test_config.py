@@ -219,7 +219,11 @@ def test_a_fraction_is_no_whole_number():
             {"token_buckets": (1.5,)},
             "a tuple with each element a whole number; got (1.5,)",
         ),
-        (InitialModelConfig(), {"remat": "all"}, "one of 'none', 'dots', 'attention', 'full'; got 'all'"),
+        (
+            InitialModelConfig(),
+            {"remat": "all"},
+            "one of 'none', 'dots', 'projections', 'attention', 'full'; got 'all'",
+        ),
         (InitialModelConfig(), {"pool": "mean"}, "'channelFusion' or None; got 'mean'"),
         (InitialModelConfig(), {"checkpoint": 3}, "checkpoint must be a string or None; got 3"),
         (InitialModelConfig(), {"stride": 0}, "stride must be at least 1, not 0"),

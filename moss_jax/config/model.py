@@ -13,7 +13,7 @@ from moss_jax.config.fields import (
 
 PoolMode = Literal["average", "max", "bilinear", "channelFusion"]
 RowsBeforeFirstFrame = Literal["skip", "attend"]
-Remat = Literal["none", "dots", "attention", "full"]
+Remat = Literal["none", "dots", "projections", "attention", "full"]
 DecoderWeights = Literal["int8", "fp8"]
 EncoderWeights = Literal["fp8"]
 
@@ -210,8 +210,8 @@ class ModelConfig:
         the original's training forward pass does.
       attention: name of an attention implementation to force everywhere; None chooses by platform.
       remat: rematerialisation in the backward pass of the one-pass call. "none" saves all activations,
-        "dots" the outputs of matmuls and of attention, "attention" those of attention, "full" only the
-        inputs of each layer.
+        "dots" the outputs of matmuls and of attention, "projections" those of attention and of the fused
+        projections before it, "attention" those of attention, "full" only the inputs of each layer.
       vision_remat: that of the vision encoder, whose activations are the largest; None for `remat`.
     """
 

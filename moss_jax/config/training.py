@@ -16,6 +16,7 @@ from moss_jax.config.model import PRESETS, PoolMode, Remat
 
 ModelPart = Literal["vision", "compressor", "projector", "decoder"]
 ComputeDtype = Literal["bfloat16", "float32"]
+MomentDType = Literal["bfloat16", "float32"]
 DataKind = Literal["tabletop", "conversations"]
 
 MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
@@ -88,6 +89,8 @@ class OptimizerConfig:
       final_share: learning rate after the last step, as a share of the peak.
       b1: decay of the first moment.
       b2: decay of the second moment.
+      first_moment_dtype: storage of the first moment. bfloat16 saves 2 bytes a parameter; the second moment
+        is float32 in any case, since its small changes would be lost.
       eps: added to the root of the second moment.
       weight_decay: of matrices; norms, biases, gates and embeddings are not decayed.
       clip_norm: maximum global norm of the gradient.
@@ -98,6 +101,7 @@ class OptimizerConfig:
     final_share: float = 0.0
     b1: float = 0.9
     b2: float = 0.95
+    first_moment_dtype: MomentDType = "float32"
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0

@@ -18,7 +18,7 @@ from moss_jax.config import DecoderConfig, Remat, RowsBeforeFirstFrame
 from moss_jax.memory import MemoryBank, StreamState, TextCache, remember_frames, vectors_visible
 from moss_jax.nn.layers import INITIAL_GATE, GatedMLP, Linear, RMSNorm, gate, normal, remat
 from moss_jax.nn.rope import rotation
-from moss_jax.ops.attention import KeyRange, append, attention
+from moss_jax.ops.attention import KeyRange, append, attention, tag_projection
 from moss_jax.ops.linear import norm_linear
 from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.post_attention import post_attention
@@ -146,6 +146,7 @@ class SelfAttention(nnx.Module):
             return join(heads), x, KeysValues(keys, values)
         (rope,) = (part.rope for part in rows)
         B, T = x.shape[:2]
+        qkv = tag_projection(qkv)
         q = rotate(qkv[..., :-2, :].reshape(B, T, -1, self.config.head_dim), rope)
         k = rotate(qkv[..., -2, :], rope).swapaxes(1, 2)  # [B, K, T, head]
         v = qkv[..., -1, :].swapaxes(1, 2)

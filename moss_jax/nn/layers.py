@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from moss_jax.config import Remat
-from moss_jax.ops.attention import save_residuals
+from moss_jax.ops.attention import save_projections, save_residuals
 from moss_jax.ops.linear import Layout, Weights, linear
 from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.qarray import QArray
@@ -58,6 +58,8 @@ def remat(layer: Callable, keep: Remat) -> Callable:
             policy = policies.save_from_both_policies(
                 save_residuals, policies.dots_with_no_batch_dims_saveable
             )
+        case "projections":
+            policy = save_projections
         case "attention":
             policy = save_residuals
         case "full":

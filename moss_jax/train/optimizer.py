@@ -1,5 +1,6 @@
 """The optimizer: AdamW with gradient clipping, linear warm-up and cosine decay."""
 
+import jax.numpy as jnp
 import optax
 
 from moss_jax.config import OptimizerConfig
@@ -30,6 +31,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             learning_rate(config, steps),
             b1=config.b1,
             b2=config.b2,
+            mu_dtype=jnp.dtype(config.first_moment_dtype),
             eps=config.eps,
             weight_decay=config.weight_decay,
             mask=decays,

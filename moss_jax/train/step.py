@@ -187,7 +187,7 @@ class Trainer:
         # Moments are sharded like their parameters.
         optimizer = optax.tree_map_params(
             self._optimizer,
-            lambda _, param: param,
+            lambda moment, param: array(moment.shape, moment.dtype, param.sharding),
             jax.eval_shape(self._optimizer.init, trained),
             trained,
             transform_non_params=lambda x: array(x.shape, x.dtype, self._replicated()),

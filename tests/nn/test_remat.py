@@ -39,7 +39,7 @@ def expected(random_model, tiny_config, arguments):
     return jax.jit(jax.value_and_grad(loss))(params, *arguments)
 
 
-@pytest.mark.parametrize("keep", ["dots", "attention", "full"])
+@pytest.mark.parametrize("keep", ["dots", "projections", "attention", "full"])
 def test_loss_and_gradients_are_the_same(random_model, tiny_config, arguments, expected, keep):
     loss, params = loss_of(random_model(tiny_config(remat=keep)))
     actual = jax.jit(jax.value_and_grad(loss))(params, *arguments)
@@ -56,10 +56,10 @@ def test_less_is_kept(random_model, tiny_config, arguments):
         _, backward = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, *arguments), p), params)
         return sum(x.size for x in jax.tree.leaves(backward))
 
-    assert kept("full") < kept("attention") < kept("dots") < kept("none")
+    assert kept("full") < kept("attention") < kept("projections") < kept("dots") < kept("none")
 
 
-@pytest.mark.parametrize("keep", ["dots", "attention", "full"])
+@pytest.mark.parametrize("keep", ["dots", "projections", "attention", "full"])
 def test_one_array_of_a_residual_stream_is_kept(keep):
     def kept(residual):
         layer = remat(lambda residual: Residual(jnp.sin(residual.sum())), keep)

@@ -61,3 +61,29 @@ def test_gradients_are_clipped_by_global_norm():
         _, state = optimizer.update(gradient, optimizer.init(params), params)
         moments = state[1][0].mu
         np.testing.assert_allclose([float(moments[name][0]) / 0.1 for name in "ab"], expected, rtol=1e-5)
+
+
+def test_first_moments_in_half_the_bytes():
+    """They are rounded, to 8 bits of precision each step; the second moments are not."""
+    params = {"a/kernel": jnp.full((2, 2), 3.0)}
+
+    def run(dtype):
+        optimizer = make_optimizer(
+            OptimizerConfig(learning_rate=0.5, warmup_share=0, clip_norm=100, first_moment_dtype=dtype),
+            steps=10,
+        )
+        state, total = optimizer.init(params), jnp.zeros((2, 2))
+        for step in range(4):
+            gradient = {"a/kernel": jnp.arange(4.0).reshape(2, 2) + step}
+            updates, state = optimizer.update(gradient, state, params)
+            total += updates["a/kernel"]
+        adam = state[1][0]
+        return total, adam.mu["a/kernel"].dtype, adam.nu["a/kernel"].dtype
+
+    exact, *dtypes = run("float32")
+    assert dtypes == [jnp.float32, jnp.float32]
+    rounded, *dtypes = run("bfloat16")
+    assert dtypes == [jnp.bfloat16, jnp.float32]
+    # Four updates of a learning rate each, at most.
+    np.testing.assert_allclose(rounded, exact, rtol=0, atol=4 * 4 * 2.0**-8 * 0.5)
+    assert (rounded != exact).any()

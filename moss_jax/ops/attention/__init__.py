@@ -10,7 +10,7 @@ from moss_jax.ops.attention.api import (
 )
 from moss_jax.ops.attention.base import Arguments, KeyRange, QuantizedProjection
 from moss_jax.ops.attention.projected import QuantizedQKV, norm_self_attention
-from moss_jax.ops.attention.residuals import save_residuals
+from moss_jax.ops.attention.residuals import save_projections, save_residuals, tag_projection
 from moss_jax.ops.dispatch import Unsupported
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "append",
     "attention",
     "norm_self_attention",
+    "save_projections",
     "save_residuals",
     "self_attention",
+    "tag_projection",
 ]

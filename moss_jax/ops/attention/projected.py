@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from moss_jax.ops.attention.api import self_attention
 from moss_jax.ops.attention.base import QuantizedProjection
+from moss_jax.ops.attention.residuals import tag_projection
 from moss_jax.ops.linear import Weights, linear
 from moss_jax.ops.norm import Norm, Residual, add_norm
 from moss_jax.ops.qarray import QArray
@@ -60,7 +61,7 @@ def norm_self_attention(
         normed, x = add_norm(residual, norm)
         projection = linear(normed, Weights(qkv))
         assert isinstance(projection, Array)
-        return self_attention(projection, implementation=implementation), x
+        return self_attention(tag_projection(projection), implementation=implementation), x
     normed, x = add_norm(residual, norm, out_scale=qkv.qk.input_scale)
     qk = linear(normed, Weights(qkv.qk, layout="outputs_first"), out_dtype=qkv.qk.dtype)
     v = linear(normed, Weights(qkv.v, layout="outputs_first"), out_dtype=x.dtype)
