@@ -101,7 +101,7 @@ from moss_jax.sharding import parse_mesh
 from moss_jax.stream import PENDING, Row
 from moss_jax.stream.capacity import capacity, memory_bytes, slot_bytes, workspace_bytes
 from moss_jax.stream.engine import gather
-from moss_jax.stream.rows import shapes
+from moss_jax.stream.rows import Shape, first_step, shapes, step_arguments
 from moss_jax.stream.scheduler import Scheduler
 from moss_jax.stream.stream import Clock, Stream
 from moss_jax.text import Tokenizer, chat
@@ -111,6 +111,9 @@ MB = 1e6
 LEAST_SECONDS = 1.0  # Minimum traffic for a row.
 # With --micro: blocks of each kind and steps of each, and batches of frames of each size.
 BLOCKS, STEPS, CALLS = 5, 10, 20
+# Kinds of steps. "changing": another slot pauses each time. "with_frame", "with_prompt": one of the slots
+# has an encoded frame or a prompt. "blocking": decode steps that are each awaited.
+MICRO = ("decode", "changing", "with_frame", "with_prompt", "blocking")
 # An answer continues until it is cut, by a prompt or by the mask.
 WITHOUT_END = 1 << 30
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -317,9 +320,10 @@ def micro(engine: StreamsEngine, prompt: str, picture: np.ndarray, *, encodes: b
         raise ConfigError(f"--micro appends up to {room} tokens to a slot, which --text-capacity must hold")
     engine.talk([True] * slots)
     times = collections.defaultdict(list)
-    # The first of a kind may compile.
+    engine.compile_steps({shape_of(engine, micro_rows(engine, kind, tokens, 0)) for kind in MICRO})
+    # The first block of a kind may still compile how it samples.
     for _ in range(BLOCKS + 1):
-        for kind in ("decode", "changing", "with_frame", "with_prompt", "blocking"):
+        for kind in MICRO:
             times[kind].append([1e3 * seconds / STEPS for seconds in block_seconds(engine, kind, tokens)])
     medians = {kind: np.median(some[1:], axis=0).tolist() for kind, some in times.items()}
     step = {
@@ -339,30 +343,19 @@ def block_seconds(engine: StreamsEngine, kind: str, tokens: Sequence[int]) -> tu
     """Times a block of steps of all slots from new caches, so that blocks of all kinds find the same.
 
     Args:
-      kind: "decode"; "changing", decode steps in which another slot pauses each time; "with_frame" or
-        "with_prompt", with an encoded frame or a prompt in one of the slots at each step; or "blocking",
-        decode steps that are each awaited.
+      kind: of `MICRO`.
       tokens: of the prompt.
 
     Returns:
       Seconds of the block, and of the processor that dispatched it.
     """
-    slots, sampled = engine.config.slots, None
-    config, image = engine.model_config, engine.tokenizer.special.image
+    sampled, config = None, engine.model_config
     shape = engine.frame_encoder.padded_length(1), config.vectors_per_frame, config.decoder.hidden_size
     frame = jax.device_put(np.zeros(shape, engine.dtype), engine.placement)
     state = jax.block_until_ready(engine.start())
     started, busy = time.perf_counter(), time.thread_time()
     for number in range(STEPS):
-        rows: list[Row[int] | None] = [Row([PENDING])] * slots
-        # Spread over the slots, which are of different ages.
-        slot = number * slots // STEPS
-        if kind == "with_prompt":
-            rows[slot] = Row([PENDING, *tokens], new_turn=True)
-        elif kind == "with_frame":
-            rows[slot] = Row([PENDING, image], [0])
-        elif kind == "changing" and slots > 1:
-            rows[slot] = None
+        rows = micro_rows(engine, kind, tokens, number)
         # The state is donated, so each step on the device waits for the one before, but the host does not.
         state, sampled = engine.step(state, rows, frame if kind == "with_frame" else None)
         if kind == "blocking":
@@ -373,6 +366,28 @@ def block_seconds(engine: StreamsEngine, kind: str, tokens: Sequence[int]) -> tu
     seconds = time.perf_counter() - started
     engine.calls.clear()
     return seconds, busy
+
+
+def micro_rows(engine: StreamsEngine, kind: str, tokens: Sequence[int], number: int) -> list[Row[int] | None]:
+    """The rows of one step of a block."""
+    slots = engine.config.slots
+    rows: list[Row[int] | None] = [Row([PENDING])] * slots
+    # Spread over the slots, which are of different ages.
+    slot = number * slots // STEPS
+    if kind == "with_prompt":
+        rows[slot] = Row([PENDING, *tokens], new_turn=True)
+    elif kind == "with_frame":
+        rows[slot] = Row([PENDING, engine.tokenizer.special.image], [0])
+    elif kind == "changing" and slots > 1:
+        rows[slot] = None
+    return rows
+
+
+def shape_of(engine: StreamsEngine, rows: Sequence[Row[int] | None]) -> Shape:
+    """The shape of the step that appends these rows."""
+    slots, image = engine.config.slots, engine.tokenizer.special.image
+    now, _ = first_step({slot: row for slot, row in enumerate(rows) if row}, slots, image)
+    return step_arguments(now, slots, image).shape
 
 
 def encoding(engine: StreamsEngine, picture: np.ndarray) -> dict[str, dict[str, float]]:

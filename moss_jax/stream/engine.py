@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Literal, Protocol
 
@@ -467,11 +467,8 @@ class Engine:
     def warm_up(self, frame_shape: tuple[int, int, int]) -> None:
         """Compiles all programs that streams with frames of this shape use."""
         # Compiled in parallel threads first; the calls below hit the cache.
-        with futures.ThreadPoolExecutor() as threads:
-            programs = itertools.chain(self.frame_encoder.lower(frame_shape), self._lower())
-            compiled = [threads.submit(program.compile) for program in programs]
-        for program in compiled:
-            program.result()
+        steps = self._lower(shapes(self.config.slots))
+        _compile(itertools.chain(self.frame_encoder.lower(frame_shape), steps))
         frame = np.zeros(frame_shape, np.uint8)
         encoded = [self.encode([frame] * count) for count in self.frame_encoder.warm_counts]
         for features in encoded:
@@ -507,11 +504,15 @@ class Engine:
             state, sampled = self.step(state, [row] * self.config.slots)
             jax.block_until_ready(sampled)
 
-    def _lower(self) -> Iterator[jax.stages.Lowered]:
-        """Lowers the step for each of its shapes, without compiling."""
+    def compile_steps(self, wanted: Iterable[Shape]) -> None:
+        """Compiles the steps of these shapes in parallel, for callers that need only a few."""
+        _compile(self._lower(wanted))
+
+    def _lower(self, wanted: Iterable[Shape]) -> Iterator[jax.stages.Lowered]:
+        """Lowers the steps of these shapes, without compiling."""
         state = jax.tree.map(lambda x: abstract(x, state_sharding(x, self.placement)), self._abstract_state)
         vectors = self.model_config.vectors_per_frame, self.model_config.decoder.hidden_size
-        for shape in shapes(self.config.slots):
+        for shape in wanted:
             _, packed = self._empty_arguments(shape)
             features = None
             if shape.frames:
@@ -526,6 +527,14 @@ class Engine:
         arguments = empty_arguments(shape, self.config.slots)
         packed = pack(arguments, self.config.slots)
         return arguments, packed if shape.chunks else jax.device_put(packed, self.placement)
+
+
+def _compile(programs: Iterable[jax.stages.Lowered]) -> None:
+    """Compiles programs in parallel threads, while the next ones are lowered."""
+    with futures.ThreadPoolExecutor() as threads:
+        compiled = [threads.submit(program.compile) for program in programs]
+    for program in compiled:
+        program.result()
 
 
 def _decode_arguments(

@@ -13,7 +13,7 @@ from moss_jax.config import ConfigError, EngineConfig, TokenSampling, moss_tiny
 from moss_jax.stream import PENDING, Engine, Row
 from moss_jax.stream.engine import gather, pick_frame
 from moss_jax.stream.perception import ENCODE_BUCKETS
-from moss_jax.stream.rows import FRAME_BUCKETS, TOKEN_BUCKETS, Shape, empty_arguments, pack
+from moss_jax.stream.rows import FRAME_BUCKETS, TOKEN_BUCKETS, Shape, empty_arguments, pack, shapes
 from moss_jax.stream.sampling import SamplingKind
 from moss_jax.text import Tokenizer
 
@@ -397,5 +397,5 @@ def test_no_step_copies_a_cache(random_model, tokenizer):
     cache = re.compile(rf"bf16\[{re.escape(shape[1:-1])}\]\S* copy(-start)?\(")
     kept = np.zeros(8192, np.int32)
     evict = engine.programs["compact_text"].lower(engine.start().stream.text, np.int32(0), kept, np.int32(0))
-    for program in (evict, *engine._lower()):
+    for program in (evict, *engine._lower(shapes(8))):
         assert not cache.search(program.compile().as_text())
