@@ -1,4 +1,4 @@
-"""Dispatch of steps: turns the plans of streams into rows, and appends as many as fit in each step."""
+"""Batching of the pending rows of all streams into steps, and the dispatch of those."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from moss_jax.stream.stream import Stream, min_distance
 
 
 class StepDispatcher:
-    """The rows to append in one run of the loop, and the dispatch of its steps.
+    """Batches pending rows into steps and dispatches them, for one run of the loop.
 
     A row longer than the chunks of a step continues in the next one. No lock guards it, since only the
     thread of the loop uses it.

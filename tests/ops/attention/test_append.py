@@ -180,7 +180,7 @@ def check_8_bits(stored, start, count, T, slots, *, dtype="float32", config=None
             np.testing.assert_allclose(*scales, rtol=0 if x is before else max(1e-6, unit))
             steps = np.abs(np.subtract(*numbers))
             assert steps.max(initial=0) <= (0 if x is before else 2 if stored == "int8" else 32)
-    unused = np.zeros((wide[0].shape), qkv.dtype)
+    unused = np.zeros(wide[0].shape, qkv.dtype)
     _, q, *_ = expected(qkv, rotation, unused, unused, start, count, slots)
     token, position = np.arange(T), np.array(start)[:, None] + np.arange(T)
     end = np.where(token < np.array(count)[:, None], np.minimum(position + 1, CAPACITY), 0)

@@ -99,13 +99,9 @@ def _quantized_kernel(
     cos, sin = (load(gmem.at[row, token]) for gmem in (cos_gmem, sin_gmem))
     at = start_gmem[row] + token
 
-    def rotated(parts):
-        a, b = (x.astype(jnp.float32) for x in parts)
-        return [x.astype(qkv_gmem.dtype) for x in (a * cos - b * sin, b * cos + a * sin)]
-
     *queries, key, value = projected
     for i, parts in enumerate(queries):
-        for part, x in zip(halves, rotated(parts), strict=True):
+        for part, x in zip(halves, _rotated(parts, cos, sin), strict=True):
             q_gmem[row, token, head, i, part] = x
 
     @pl.when((token < count_gmem[row]) & (at < capacity))
@@ -113,7 +109,7 @@ def _quantized_kernel(
         slot = row if slots_gmem is None else slots_gmem[row]
         is_first = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) == 0
         for gmem, scales_gmem, parts in (
-            (keys_gmem, key_scales_gmem, rotated(key)),
+            (keys_gmem, key_scales_gmem, _rotated(key, cos, sin)),
             (values_gmem, value_scales_gmem, value),
         ):
             a, b = (
@@ -123,6 +119,12 @@ def _quantized_kernel(
             numbers, scale = _quantized(jnp.where(is_first, a, b), gmem.dtype)
             gmem[slot, head, at] = numbers
             scales_gmem[slot, head, at] = scale
+
+
+def _rotated(halves, cos, sin):
+    """The halves of a vector after RoPE, in their dtype."""
+    a, b = (x.astype(jnp.float32) for x in halves)
+    return [x.astype(halves[0].dtype) for x in (a * cos - b * sin, b * cos + a * sin)]
 
 
 def _quantized(x, dtype):
@@ -204,20 +206,16 @@ def _kernel(
     at = start_gmem[row] + token
     appended = (token < count_gmem[row]) & (at < capacity)
 
-    def rotated(parts):
-        a, b = (x.astype(jnp.float32) for x in parts)
-        return [x.astype(qkv_gmem.dtype) for x in (a * cos - b * sin, b * cos + a * sin)]
-
     *queries, key, value = projected
     block = row * blocks.per_batch_row + lax.div(token, blocks.tokens)
     first = lax.rem(token, blocks.tokens) * blocks.group
     for i, parts in enumerate(queries):
-        for part, x in zip(halves, rotated(parts), strict=True):
+        for part, x in zip(halves, _rotated(parts, cos, sin), strict=True):
             q_gmem[block, head, first + i, part] = x
 
     @pl.when(appended)
     def _():
         slot = row if slots_gmem is None else slots_gmem[row]
-        for gmem, parts in ((keys_gmem, rotated(key)), (values_gmem, value)):
+        for gmem, parts in ((keys_gmem, _rotated(key, cos, sin)), (values_gmem, value)):
             for part, x in zip(halves, parts, strict=True):
                 gmem[slot, head, at, part] = x
