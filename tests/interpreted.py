@@ -17,6 +17,7 @@ from moss_jax.ops.attention import mosaic_tpu
 from moss_jax.ops.attention.mosaic_gpu import dense
 from moss_jax.ops.keep_rows import mosaic_gpu as keep_rows
 from moss_jax.ops.linear.mosaic_gpu import bias_gelu, norm_matmul, weight_only_gemm
+from moss_jax.ops.merge_rows import mosaic_gpu as merge_rows
 from moss_jax.ops.mosaic_gpu import hopper, skinny_matmul, tiles, upcast
 from moss_jax.ops.post_attention import mosaic_gpu as post_attention
 
@@ -91,6 +92,10 @@ def on_gpu():
         x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, sums.shape[1] - x.shape[1]), (0, 0)), mode="edge")
         return sums + jnp.einsum("wox,wmx->wom", warps, x, precision="highest").reshape(sums.shape)
 
+    def gather(rows, at, layout):
+        del layout
+        return rows[...][at]
+
     with (
         mock.patch.object(hopper, "unsupported", return_value=None),
         mock.patch.multiple(tiles, product=product, products=products, add_product=add_product),
@@ -114,7 +119,8 @@ def on_gpu():
             prefetch=lambda ref: None,
             grid_barrier=lambda counters, blocks: None,
         ),
-        mock.patch.object(keep_rows, "gather", lambda rows, at, layout: rows[...][at]),
+        mock.patch.object(keep_rows, "gather", gather),
+        mock.patch.object(merge_rows, "gather_rows", gather),
         mock.patch.object(plgpu, "copy_gmem_to_smem", lambda *refs, collective_axes=None: copy(*refs)),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
     ):

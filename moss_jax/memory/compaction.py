@@ -4,13 +4,15 @@ B slots, K kv heads, S vectors, M vectors that become one, D head
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from moss_jax.memory.bank import NO_POSITION, MemoryBank
+from moss_jax.ops.merge_rows import merge_rows
 from moss_jax.ops.qarray import QArray
 
 # Target of a vector that is dropped.
@@ -51,51 +53,42 @@ class Groups(NamedTuple):
     Attributes:
       target: index of the new vector that each vector becomes part of; S for one that is dropped.
       source: indices of the vectors that each new vector is made of.
-      exists: whether there is a new vector.
+      count: number of vectors that each new vector is made of; 0 where there is none.
     """
 
     target: Int[Array, "B S"]
-    source: Int[Array, "B S M"]
-    exists: Bool[Array, "B S"]
+    source: Int[Array, "M B S"]
+    count: Int[Array, "B S"]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def weighted_sum(
-    x: Float[Array, "B K S"] | Float[Array, "B K S D"], weights: Float[Array, "M B K S"], groups: Groups
+    x: Float[Array, "B K S D"], weights: Float[Array, "M B #K S"], groups: Groups, dtype: DTypeLike
 ):
-    """The weighted sum of each group in float32, and 0 where there is none; the weights have no gradient."""
-    axes = tuple(range(3, x.ndim))
-    parts = (
-        jnp.expand_dims(weight, axes)
-        * jnp.take_along_axis(x, jnp.expand_dims(groups.source[:, None, :, m], axes), axis=2).astype(
-            jnp.float32
-        )
-        for m, weight in enumerate(weights)
-    )
-    # Empty places may contain anything, including NaN.
-    return jnp.where(jnp.expand_dims(groups.exists[:, None], axes), sum(parts), 0)
+    """The weighted sum of each group, computed in float32; the weights have no gradient."""
+    return merge_rows(x, weights, groups.source, groups.count, out_dtype=dtype)
 
 
-def _weighted_sum_forward(x, weights, groups):
-    return weighted_sum(x, weights, groups), (jnp.zeros((), x.dtype), weights, groups)
+def _weighted_sum_forward(x, weights, groups, dtype):
+    return weighted_sum(x, weights, groups, dtype), (jnp.zeros((), x.dtype), weights, groups)
 
 
-def _weighted_sum_backward(saved, d_sums):
+def _weighted_sum_backward(dtype, saved, d_sums):
     # A vector is in at most one group, so its gradient is a gather; the automatic gradient of a gather would
     # be a scatter.
+    del dtype
     like, weights, (target, source, _) = saved
     S = target.shape[1]
-    member = jnp.take_along_axis(source, jnp.minimum(target, S - 1)[:, :, None], axis=1)
-    number = jnp.argmax(member == jnp.arange(S)[:, None], axis=2)  # Index of each vector in its group.
-    at = jnp.minimum(target, S - 1)[:, None]
-    axes = tuple(range(3, d_sums.ndim))
+    at = jnp.minimum(target, S - 1)
+    member = jnp.take_along_axis(source, at[None], axis=2)
+    number = jnp.argmax(member == jnp.arange(S), axis=0)  # Index of each vector in its group.
     # [M, B, K, S] to the weight of each vector, [B, K, S].
-    share = jnp.take_along_axis(weights, at[None], axis=3)
+    share = jnp.take_along_axis(weights, at[None, :, None], axis=3)
     share = jnp.take_along_axis(
         share, jnp.broadcast_to(number[None, :, None], (1, *share.shape[1:])), axis=0
     )[0]
     share = jnp.where(target[:, None] < S, share, 0)
-    d_x = jnp.expand_dims(share, axes) * jnp.take_along_axis(d_sums, jnp.expand_dims(at, axes), axis=2)
+    d_x = share[..., None] * jnp.take_along_axis(d_sums, at[:, None, :, None], axis=2)
     return d_x.astype(like.dtype), None, None
 
 
@@ -124,49 +117,43 @@ def regroup(
     order = jnp.argsort(target, axis=1, stable=True)
     ordered = jnp.take_along_axis(target, order, axis=1)
     first = jax.vmap(lambda ordered: jnp.searchsorted(ordered, jnp.arange(S + 1)))(ordered)
-    member = first[:, :-1, None] + jnp.arange(most)  # [B, S, M]
-    is_member = member < first[:, 1:, None]
-    # Groups with fewer members are padded by their first with weight 0: other vectors may be NaN.
-    member = jnp.minimum(jnp.where(is_member, member, first[:, :-1, None]), S - 1)
-    source = jnp.take_along_axis(order[:, :, None], member, axis=1)
+    member = first[:, :-1] + jnp.arange(most)[:, None, None]  # [M, B, S]
+    is_member = member < first[:, 1:]
+    # Padded with the first of the group: an index of some vector.
+    member = jnp.minimum(jnp.where(is_member, member, first[:, :-1]), S - 1)
+    source = jnp.take_along_axis(order[None], member, axis=2)
 
     def pick(x):
-        return jnp.take_along_axis(x[:, :, None], source, axis=1)
+        return jnp.take_along_axis(x[None], source, axis=2)
 
     counts = jnp.where(is_member, 1 if bank.counts is None else pick(bank.counts), 0)
-    total = jnp.sum(counts, axis=2)
+    total = jnp.sum(counts, axis=0)
     # XLA multiplies by the reciprocal of a broadcast divisor, and c * (1 / c) is not always 1: single vectors
     # would drift, compaction after compaction.
-    is_alone = counts == total[..., None]
-    share = jnp.where(is_alone, 1, counts / jnp.maximum(total, 1)[..., None])
+    share = jnp.where(counts == total, 1, counts / jnp.maximum(total, 1))
+    shares = jnp.where(is_member, share, 0).astype(jnp.float32)[:, :, None]  # [M, B, 1, S]
     exists = jnp.arange(S) < length[:, None]
-
-    groups = Groups(target, source, exists)
-
-    shares = jnp.moveaxis(share, 2, 0)[:, :, None]  # [M, B, 1, S]
+    groups = Groups(target, source, jnp.where(exists, jnp.sum(is_member, axis=0), 0))
 
     def merged(x: Float[Array, "B K S D"] | QArray) -> Float[Array, "B K S D"] | QArray:
         if not isinstance(x, QArray):
-            return weighted_sum(x, shares, groups).astype(x.dtype)
+            return weighted_sum(x, shares, groups, x.dtype)
         # The mean of the scales is large enough for the mean of the vectors, and a single vector stays exact.
         # The scale of the actual maximum would take a second pass.
-        scale = weighted_sum(x.scale, shares, groups)
-        weights = shares * jnp.moveaxis(
-            jnp.take_along_axis(x.scale[..., None], source[:, None], axis=2), 3, 0
-        )
+        scales = jnp.take_along_axis(x.scale[None], source[:, :, None], axis=3)
+        scales = jnp.where(is_member[:, :, None], shares * scales, 0)
+        scale = jnp.sum(scales, axis=0)
         # Without the barrier, XLA recomputes them for each element of a vector.
-        weights = jax.lax.optimization_barrier(weights / jnp.where(scale > 0, scale, 1))
-        values = weighted_sum(x.values, weights, groups)
-        rounded = values if jnp.issubdtype(x.dtype, jnp.floating) else jnp.round(values)
-        return QArray(rounded.astype(x.dtype), scale)
+        weights = jax.lax.optimization_barrier(scales / jnp.where(scale > 0, scale, 1))
+        return QArray(weighted_sum(x.values, weights, groups, x.dtype), scale)
 
-    newest = jnp.max(jnp.where(is_member, pick(bank.positions), -1), axis=2)
+    newest = jnp.max(jnp.where(is_member, pick(bank.positions), -1), axis=0)
     return dataclasses.replace(
         bank,
         keys=tuple(map(merged, bank.keys)),
         values=tuple(map(merged, bank.values)),
         positions=jnp.where(exists, newest, NO_POSITION).astype(jnp.int32),
-        places=jnp.where(exists, pick(places)[:, :, 0], 0),
+        places=jnp.where(exists, pick(places)[0], 0),
         counts=None if bank.counts is None else jnp.where(exists, total, 0),
         length=length.astype(jnp.int32),
     )

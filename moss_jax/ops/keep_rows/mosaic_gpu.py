@@ -25,17 +25,14 @@ import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float, Int
 
 from moss_jax.ops.keep_rows.base import Arguments
 from moss_jax.ops.mosaic_gpu import hopper, tiles
+from moss_jax.ops.mosaic_gpu.row_gather import gather_rows, row_layout
 
 CHUNK = 128  # Rows per chunk: of 128 numbers, 64 registers per thread, and 32 KB in flight per block.
-VECTOR = 8  # Numbers per load, 16 bytes.
 # Arrays per launch: with 8 heads, one block for almost each of 132 multiprocessors. Their descriptors also
 # fit in the 4 KB of a kernel's parameters.
 ARRAYS = 16
@@ -108,7 +105,8 @@ def _kernel(source_gmem, begin_gmem, end_gmem, slots_gmem, *buffers_gmem):
 
         @pl.when(array == i)
         def _(buffer_gmem=buffer_gmem):
-            rows_gmem, layout = buffer_gmem.at[slot, head], chunk_layout(buffer_gmem.shape[-1])
+            rows_gmem = buffer_gmem.at[slot, head]
+            layout = row_layout(buffer_gmem.shape[-1], 2)
 
             def move_chunk(chunk, _):
                 to = pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)
@@ -118,42 +116,6 @@ def _kernel(source_gmem, begin_gmem, end_gmem, slots_gmem, *buffers_gmem):
             lax.fori_loop(begin, end, move_chunk, None)
 
 
-def chunk_layout(head_dim: int):
-    """Register layout of a chunk, [128, D]: neighbouring lanes have neighbouring vectors of a row.
-
-    A warp has some whole rows, those of all warps are neighbours, and a thread has every so many.
-    """
-    rows = 32 * VECTOR // head_dim
-    return plgpu.Layout.TILED(
-        plgpu.Tiling(((4 * rows, head_dim), (rows, head_dim), (rows, VECTOR))),
-        warp_dims=(-6,),
-        lane_dims=(-2, -3),
-        vector_dim=-1,
-    )
-
-
 def gather(rows_gmem, at, layout):
     """Loads the rows with these indices; returns when all threads of the block have."""
-    shape = (*at.shape, rows_gmem.shape[-1])
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), layout.reduce(1)),
-        return_type=plgpu.ShapeDtypeStruct(shape, rows_gmem.dtype, layout=layout),
-    )
-    def load(_, rows, at):
-        i32, chunk = ir.IntegerType.get_signless(32), layout.to_mgpu()
-        kind = ir.MemRefType(rows.type)
-        (pitch, _), _ = kind.get_strides_and_offset()
-        base, vector = mgpu.utils.memref_ptr(rows), ir.VectorType.get((VECTOR,), kind.element_type)
-        # All vectors of a thread have one place in their rows.
-        _, column = next(iter(chunk.thread_idxs(shape)))
-        column = arith.index_cast(i32, column)
-        registers = np.empty(chunk.registers_shape(shape), dtype=object)
-        for i, row in zip(np.ndindex(registers.shape), at.registers.flat, strict=True):
-            row = arith.muli(mgpu.utils.bitcast(row, i32), mgpu.utils.c(pitch, i32))
-            address = mgpu.utils.getelementptr(base, [arith.addi(row, column)], kind.element_type)
-            registers[i] = llvm.load(vector, address)
-        mgpu.utils.warpgroup_barrier()
-        return mgpu.FragmentedArray(_registers=registers, _layout=chunk, _is_signed=None)
-
-    return load(rows_gmem, at)
+    return gather_rows(rows_gmem, at, layout, mgpu.utils.warpgroup_barrier)
