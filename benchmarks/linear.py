@@ -22,14 +22,14 @@ from timing import SHARED_BYTES, add_flags, checked, line, measure_ceilings, nam
 
 from moss_jax.ops.linear import LINEAR, Weights, linear
 from moss_jax.ops.linear.base import Arguments
-from moss_jax.ops.linear.mosaic_gpu.weight_only import Config, default_config
+from moss_jax.ops.linear.mosaic_gpu.weight_only import Config
 from moss_jax.ops.qarray import DTYPES, QArray
 
 QUANTIZED = [dtype.name for dtype in DTYPES.values()]
 
 # (K, N) of the 11B's decoder: MLP gate and up, MLP down, QKV, attention output, logits.
 SHAPES = ((4096, 28672), (14336, 4096), (4096, 6144), (4096, 4096), (4096, 128256))
-ROWS = (1, 8, 64)
+ROWS = (1, 8)
 BYTES = 3e8  # Weights of a program, so that launching it is negligible.
 MAX_CALLS = 16
 
@@ -104,7 +104,7 @@ def compare(K, N, stored, rows, configs, repeats, copy, deadline) -> list[dict]:
 
 
 def make_inputs(K: int, N: int, stored: str):
-    """Returns 64 rows, the weights with their scales, and some exact outputs, about as large as x."""
+    """Returns the rows, the weights with their scales, and some exact outputs, about as large as x."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((max(ROWS), K), np.float32), jnp.bfloat16)
     integers = rng.integers(-127, 128, (N, K), np.int8)
@@ -147,7 +147,7 @@ def contenders(M: int, K: int, N: int, stored: str, configs):
     call = Arguments(x, Weights(QArray(kernel, scale), layout="outputs_first"), out_dtype=x.dtype)
     if LINEAR.implementations["weight_only"].unsupported(call, jax.default_backend()) is None:
         for changes in configs:
-            config = dataclasses.replace(default_config(M), **changes)
+            config = dataclasses.replace(Config(), **changes)
             if shared_bytes(M, K, config) <= SHARED_BYTES:
                 forced = functools.partial(run, implementation="weight_only", config=config)
                 yield named(changes) or "mosaic_gpu", forced

@@ -68,9 +68,9 @@ class TestLinear(Contract):
     keeps_float32 = (FEW, GEMM, MANY, GEMV)
     supports_vjp = (MANY, GEMV)
     cases = (
-        FEW_ROWS("int8", rows=(2, 8), stored="int8"),
+        FEW_ROWS("int8", rows=(2, 4), stored="int8"),
         FEW_ROWS("a vector", rows=(), out_dtype="float32"),
-        FEW_ROWS("64 rows", rows=(64,)),
+        FEW_ROWS("fp8", rows=(2, 3)),
         CUT("2 splits, 2 blocks each", config=weight_only.Config(part=256, stages=3, blocks=4)),
         CUT("1 block", config=weight_only.Config(64, part=512, stages=2, blocks=1), stored="int8"),
         CUT("a tile a block", config=weight_only.Config(256, part=256, stages=1, blocks=100)),
@@ -99,10 +99,10 @@ class TestLinear(Contract):
     )
     real = (
         *(W8A16(f"{N} int8", FEW, rows=(1,), inputs=(K,), outputs=(N,), stored="int8") for K, N in DECODER),
-        *(W8A16(f"{N} fp8", FEW, rows=(64,), inputs=(K,), outputs=(N,)) for K, N in DECODER),
+        *(W8A16(f"{N} fp8", FEW, rows=(8,), inputs=(K,), outputs=(N,)) for K, N in DECODER),
         *(W8A16(f"{N} int8, 96 rows", GEMM, **of, stored="int8") for N, of in shapes(rows=(96,))),
         *(W8A16(f"{N} fp8, 2 x 128 rows", GEMM, **of) for N, of in shapes(rows=(2, 128))),
-        *(W8A16(f"{M} rows", GEMM, rows=(M,), **SQUARE, stored="int8") for M in (65, 100, 128, 200, 512)),
+        *(W8A16(f"{M} rows", GEMM, rows=(M,), **SQUARE, stored="int8") for M in (9, 32, 65, 128, 200, 512)),
         W8A16("300 rows", GEMM, rows=(300,), inputs=(4096,), outputs=(6144,), out_dtype="float32"),
         W8A16("outputs for no whole tile", GEMM, rows=(70,), inputs=(1152,), outputs=(7, 64)),
         *(of(name, MANY, rows=(1608,)) for name, of in ENCODER.items()),
@@ -113,8 +113,8 @@ class TestLinear(Contract):
         W8A16("a long prompt", None, rows=(513,), inputs=(4096,), outputs=(4096,)),
     )
     unsupported = (
-        (FEW, FEW_8 | {"rows": (65,)}, "it takes 1 to 64 rows, not 65"),
-        (FEW, FEW_8 | {"rows": (0,)}, "it takes 1 to 64 rows, not 0"),
+        (FEW, FEW_8 | {"rows": (9,)}, "it takes 1 to 8 rows, not 9"),
+        (FEW, FEW_8 | {"rows": (0,)}, "it takes 1 to 8 rows, not 0"),
         (FEW, FEW_8 | {"inputs": (192,)}, "K = 192 is not a multiple of 128"),
         (FEW, FEW_8 | {"outputs": (96,)}, "N = 96 is not a multiple of 64"),
         (FEW, FEW_8 | {"dtype": "float16"}, "it takes x in bfloat16, not float16"),
@@ -290,6 +290,10 @@ def test_default_configs():
         one = wide if name in ("queries and keys", "fc1", "fc1 in bfloat16") else narrow
         assert matmul_epilogue.default_config(frame) == one
         assert matmul_epilogue.default_config(frames) == many.get(name, matmul_epilogue.Config(lag=1))
+    # Lines of 128 bytes while reading the weights takes longest, larger tiles afterwards.
+    for rows, tile in ((16, (128, 16, 128)), (128, (128, 128, 128)), (256, (128, 256, 64))):
+        gate_up = weight_only_gemm.default_config(rows, 4096, 28672)
+        assert (gate_up.outputs, gate_up.rows, gate_up.block_k) == tile
     few = weight_only.Config(block_k=128, part=1024, blocks=264)
     assert [few.splits(K) for K in (128, 1024, 4096, 14336, 128 * 37)] == [1, 1, 4, 14, 37]
     assert [few.tiles_a_block(*shape) for shape in DECODER] == [2, 1, 7, 4, 31]

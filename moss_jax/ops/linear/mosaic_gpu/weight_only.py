@@ -1,16 +1,17 @@
 """Weight-only (W8A16) split-K GEMM of few rows in Pallas for NVIDIA's Hopper GPUs (Mosaic GPU).
 
 It is bound by reading the weights, once. Each thread block walks over tiles of outputs along one split of the
-inputs, with TMA copies of the next tiles in flight; XLA adds up the splits.
+inputs, with TMA copies of the next tiles in flight; XLA adds up the splits. For more than 8 rows the sums of
+the splits become too large; `weight_only_gemm` is faster then.
 
 The operands are swapped, as in decode attention over 8 bits: weights are the 64 rows that the tensor core
-takes, and x the columns, of which it takes as few as 8. Weights go from shared memory through registers,
+takes, and x the columns, of which it takes no fewer than 8. Weights go from shared memory through registers,
 where they are upcast, straight into the tensor core.
 
 Everything is multiplied in bfloat16, which represents every int8 and float8_e4m3fn exactly. So x needs no
 scale, and no pass over x precedes the kernel.
 
-M rows, C = M rounded up to a multiple of 8, K inputs, X inputs of a tile, N outputs, R outputs of a tile
+M rows, K inputs, X inputs of a tile, N outputs, R outputs of a tile
 """
 
 # Pallas types layouts, inline instructions and the references of kernels too narrowly.
@@ -31,7 +32,7 @@ from moss_jax.ops.linear.base import Arguments
 from moss_jax.ops.mosaic_gpu import hopper, tiles, upcast
 from moss_jax.ops.mosaic_gpu.tiles import MATRIX
 
-ROWS = 64  # Maximum rows of x.
+ROWS = 8  # Maximum rows of x: columns of the tensor core.
 OUTPUTS = 64  # Per tile: the rows that the tensor core takes.
 
 
@@ -98,14 +99,8 @@ def unsupported_scheme(a: Arguments) -> str | None:
 def apply(a: Arguments, config: Config | None = None) -> Float[Array, "..."]:
     """Computes the op; forward only."""
     rows, K, _ = a.shape
-    config = config or default_config(rows)
     assert isinstance(a.x, Array)
-    return a.unflatten(few_rows(a.x.reshape(rows, K), a.matrix, a.scale, config, a.out_dtype))
-
-
-def default_config(rows: int) -> Config:
-    """Tiling with two thread blocks per multiprocessor."""
-    return Config() if rows <= 16 else Config(stages=5, part=512)
+    return a.unflatten(few_rows(a.x.reshape(rows, K), a.matrix, a.scale, config or Config(), a.out_dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype"))
@@ -116,22 +111,22 @@ def few_rows(
     config: Config,
     out_dtype: DTypeLike,
 ) -> Float[Array, "M N"]:
-    """Computes `x @ weights.T * scale` for M <= 64; forward only.
+    """Computes `x @ weights.T * scale` for M <= 8; forward only.
 
     Jitted, so that a model's layers, which call it with the same shapes, trace and lower it once.
     """
     (rows, inputs), outputs = x.shape, len(weights)
-    C, X = pl.cdiv(rows, 8) * 8, config.block_k
+    X = config.block_k
     if inputs % X:
         raise ValueError(f"K = {inputs} is not a multiple of block_k, {X}")
     splits, each = config.splits(inputs), config.tiles_a_block(inputs, outputs)
-    x = upcast.permute_columns(jnp.pad(x, ((0, C - rows), (0, 0))))
+    x = upcast.permute_columns(jnp.pad(x, ((0, ROWS - rows), (0, 0))))
     sums = plgpu.kernel(
         functools.partial(_kernel, each=each),
         kernel_name="weight_only",
-        out_type=jax.ShapeDtypeStruct((splits, 1 if rows == 1 else C, outputs), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((splits, 1 if rows == 1 else ROWS, outputs), jnp.float32),
         scratch_types={
-            "x_smem": tiles.tile((inputs // splits // X, C, X), x.dtype),
+            "x_smem": tiles.tile((inputs // splits // X, ROWS, X), x.dtype),
             "kernel_smem": tiles.tile((config.stages, OUTPUTS, X), weights.dtype),
             "barriers": (
                 # One arrival per copy.

@@ -175,8 +175,9 @@ def estimate(M: int, K: int, N: int, config: Config) -> float:
 
     A tile takes as long as its slowest resource: the tensor core multiplies 2,048 numbers per cycle, of which
     3/4 are reached; shared memory moves 128 bytes per cycle, of which 85 % are reached (x is read for every
-    64 outputs, weights at half the width); L2 delivers some 28 and memory 17. Writing the results comes on
-    top, and with splits they are read and written once more.
+    64 outputs, weights at half the width); L2 delivers some 28 and memory 17, but 11 in lines of 64 inputs,
+    half of what memory fetches at once. Writing the results comes on top, and with splits they are read and
+    written once more.
     """
     stripes, splits, tiles_of_rows = config.cuts(M, N)
     each = K // splits
@@ -184,7 +185,7 @@ def estimate(M: int, K: int, N: int, config: Config) -> float:
     multiplied = each * config.outputs * config.rows / (2048 * 0.75)
     shared = each * (config.outputs * (config.rows / 32 + 3) + 2 * config.rows) / (128 * 0.85)
     delivered = each * (config.outputs + 2 * config.rows / config.cluster) / 28
-    read = each * config.outputs / tiles_of_rows / 17
+    read = each * config.outputs / tiles_of_rows / (17 if config.block_k == 128 else 11)
     written = config.outputs * config.rows / 16 + 1500
     summed = 0 if splits == 1 else 3000 + M * N * 4 * (splits + 1) / (28 * config.blocks)
     return waves * (max(multiplied, shared, delivered, read) + written) + summed
