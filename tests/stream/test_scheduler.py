@@ -382,7 +382,8 @@ def test_the_bits_of_a_slot_do_not_depend_on_its_neighbours(random_model, tokeni
 
 @pytest.mark.slow
 def test_ten_thousand_streams_leave_nothing_behind(make_engine, frames):
-    engine = make_engine(slots=4, text_capacity=128, bank_capacity=8, policies=POLICIES)
+    slots = 16
+    engine = make_engine(slots=slots, text_capacity=128, bank_capacity=8, policies=POLICIES)
     engine.warm_up(frames[0].shape)
     with Scheduler(engine, LOCKSTEP) as scheduler:
 
@@ -393,16 +394,16 @@ def test_ten_thousand_streams_leave_nothing_behind(make_engine, frames):
                 stream.push_frame(frames[number % len(frames)], 0.0)
                 stream.finish()
                 open_ones.append(stream)
-                if len(open_ones) == 4:
+                if len(open_ones) == slots:
                     for one in open_ones:
                         assert list(one)[-1].reason == "finished"
                     open_ones.clear()
 
-        run(200)
+        run(10 * slots)
         programs = [program._cache_size() for program in engine.programs.values()]
         threads, held = threading.active_count(), resident_mb()
-        run(9_800)
-        assert scheduler.free_slots == 4
+        run(10_000 - 10 * slots)
+        assert scheduler.free_slots == slots
         assert [program._cache_size() for program in engine.programs.values()] == programs
         assert threading.active_count() == threads
         assert resident_mb() < held + 40

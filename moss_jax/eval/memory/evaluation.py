@@ -28,7 +28,6 @@ from moss_jax.memory.policies import make_policy
 from moss_jax.stream import Engine, Event
 from moss_jax.text import Tokenizer
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
-from moss_jax.worlds.tabletop.language import LIVE
 
 # Size of the bank of the baseline that sees only the newest frames.
 RECENT = 4
@@ -281,8 +280,7 @@ def programs_compiled(engine: Engine) -> int:
 def present(found: Sequence[Score]) -> dict[str, Any]:
     """Five figures of the tabletop evaluation that need no long memory, answers about the present first."""
     figures = scores.summary(found)
-    live = [[probe for probe in score.probes if probe.kind in LIVE] for score in found]
     return {
-        "accuracy": scores.accuracy(live)["accuracy"],
+        "accuracy": figures["accuracy_now"],
         **{name: figures[name] for name in ("alerts", "silence", "revision", "stale")},
     }

@@ -16,6 +16,7 @@ from moss_jax.config import DecoderWeights, EncoderWeights, KVDtype, SelectionCo
 from moss_jax.eval.arguments import BAD_INPUT, make_parser
 from moss_jax.eval.tabletop.evaluation import EvaluationConfig, evaluate
 from moss_jax.eval.tabletop.report import print_tables
+from moss_jax.memory.policies import FULL, POLICIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,9 +33,13 @@ def score(args: argparse.Namespace) -> None:
         encoder_weights=args.encoder_weights,
         streams=args.streams,
         seconds=args.seconds,
+        last=args.last,
         seed=args.seed,
         slots=args.slots,
         tokens_per_second=args.tokens_per_second,
+        policy=args.policy,
+        frames=args.budget,
+        text_capacity=args.text_capacity,
         bank_dtype=args.bank_dtype,
         text_dtype=args.text_dtype,
         selection=SelectionConfig(enabled=args.select, max_gap=args.max_gap or SelectionConfig.max_gap),
@@ -70,6 +75,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add("--seconds", type=positive, default=default.seconds, metavar="N", help="length of a stream")
     add(
+        "--last",
+        type=positive,
+        metavar="N",
+        help="score only the last N seconds of each stream (default: all)",
+    )
+    add(
+        "--policy",
+        choices=(FULL, *POLICIES),
+        default=default.policy,
+        help="of the memory bank, if it is too small for the stream",
+    )
+    add(
+        "--budget",
+        type=positive,
+        metavar="FRAMES",
+        help="size of the bank, in whole frames (default: the whole stream)",
+    )
+    add(
+        "--text-capacity",
+        type=positive,
+        metavar="N",
+        help="tokens in the text cache, which forgets as that of a live stream does (default: room for all)",
+    )
+    add(
         "--event-rate",
         type=_rates,
         metavar="LOW,HIGH",
@@ -95,6 +124,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--blind-streams", type=positive, metavar="N", help="streams of the run without frames (default: all)"
     )
     args = parser.parse_args(arguments)
+    if args.last and args.last > args.seconds:
+        parser.error(f"--last {args.last} exceeds the {args.seconds} s of a stream; give at most that")
     if args.max_gap and not args.select:
         parser.error("--max-gap has no effect without --select; give both, or leave it out")
     if args.blind_streams and args.skip_blind:

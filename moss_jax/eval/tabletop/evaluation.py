@@ -47,9 +47,14 @@ class EvaluationConfig:
       weights, encoder_weights: as `open_model` takes them.
       streams: number of held-out streams.
       seconds: length of a stream.
+      last: how many seconds at the end of each stream are scored; None for all.
       seed: selects the held-out streams.
       slots: streams side by side.
       tokens_per_second: speed of speech.
+      policy: a name in `memory.policies`, for a bank that is too small for the stream.
+      frames: size of the bank, in whole frames; None for a bank that never gets full.
+      text_capacity: tokens in the text cache, which evicts as in a live stream; None for one that never gets
+        full.
       bank_dtype: dtype of keys and values in the bank; None for the dtype of the model.
       text_dtype: likewise in the text cache.
       selection: which frames are shown to the model.
@@ -64,9 +69,13 @@ class EvaluationConfig:
     encoder_weights: EncoderWeights | None = None
     streams: int = 200
     seconds: int = 32
+    last: int | None = None
     seed: int = 0
     slots: int = 8
     tokens_per_second: int = 8
+    policy: str = MemoryConfig.policy
+    frames: int | None = None
+    text_capacity: int | None = None
     bank_dtype: KVDtype | None = None
     text_dtype: KVDtype | None = None
     selection: SelectionConfig = EVERY_FRAME
@@ -87,15 +96,17 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
 
     Raises:
       CheckpointError, TokenizerError: the checkpoint can't be used.
-      ConfigError: the model can't be quantized as asked.
+      ConfigError: the model can't be quantized as asked, the policy is unknown, or the bank is too small for
+        it.
     """
     opened = open_model(config.checkpoint, weights=config.weights, encoder_weights=config.encoder_weights)
     model, tokenizer = opened.model, opened.tokenizer
     # Room for a model that never stops talking, frames and prompts included.
-    capacity = max(1024, (config.tokens_per_second + 10) * config.seconds + 256)
-    memory = MemoryConfig(bank_dtype=config.bank_dtype, text_dtype=config.text_dtype)
+    room = max(1024, (config.tokens_per_second + 10) * config.seconds + 256)
+    capacities = config.text_capacity or room, config.frames or config.seconds
+    memory = MemoryConfig(config.policy, bank_dtype=config.bank_dtype, text_dtype=config.text_dtype)
     engines = {
-        slots: Engine(model, tokenizer, EngineConfig(slots, capacity, config.seconds, memory))
+        slots: Engine(model, tokenizer, EngineConfig(slots, *capacities, memory))
         for slots in {1, config.slots}
     }
     size = model.config.vision.image_size
@@ -114,6 +125,8 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
             selection=config.selection,
         )
 
+    scored = range(config.seconds - config.last, config.seconds) if config.last else scores.ALWAYS
+
     def judge(played: Sequence[Iterable[Event]]) -> list[Score]:
         return [
             scores.score(
@@ -122,6 +135,7 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
                 ideal,
                 tokenizer=tokenizer,
                 tokens_per_second=config.tokens_per_second,
+                during=scored,
             )
             for stream, events, ideal in zip(streams, played, ideals, strict=False)
         ]
@@ -136,8 +150,12 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
         "seed": config.seed,
         "streams": config.streams,
         "seconds": config.seconds,
+        "last": config.last,
         "slots": config.slots,
         "tokens_per_second": config.tokens_per_second,
+        "policy": config.policy,
+        "frames": config.frames,
+        "text_capacity": config.text_capacity,
         "bank_dtype": config.bank_dtype,
         "text_dtype": config.text_dtype,
         "selection": dataclasses.asdict(config.selection),

@@ -17,6 +17,7 @@ def print_tables(result: Mapping[str, Any], console: Console) -> None:
         ("answers right when probed, each question once", result["accuracy"]),
         ("  over all probes", result["accuracy_all_probes"]),
         ("  at first probes", result["accuracy_first_probes"]),
+        ("  about the present", result["accuracy_now"]),
         ("  best constant guess", result["constant_guess"]),
         *([("  frames taken away", blind["accuracy"])] if blind else []),
         *([("  one question a stream, clip seen whole first", offline["accuracy"])] if offline else []),
@@ -33,9 +34,10 @@ def print_tables(result: Mapping[str, Any], console: Console) -> None:
         ("statements understood", result["understood"]),
         *([("frames encoded", result["encoded"])] if result["selection"]["enabled"] else []),
     ]
+    last = f", the last {result['last']} s of each" if result["last"] else ""
     console.print(
         f"{result['checkpoint']} · seed {result['seed']} · {result['streams']} streams of "
-        f"{result['seconds']} s · {result['times_real_time']:.1f} x real time",
+        f"{result['seconds']} s{last} · {result['times_real_time']:.1f} x real time",
         markup=False,
     )
     table = Table("", "share", "n")

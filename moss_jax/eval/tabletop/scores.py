@@ -572,18 +572,20 @@ def _until(stream: TabletopStream, number: int) -> float:
 def summary(scores: Sequence[Score]) -> dict[str, Any]:
     """Aggregates the scores of many streams, JSON-ready: each value with its number of cases.
 
-    `accuracy` is over the probes, weighted so that each question counts once. `constant_guess` is the
-    accuracy of always giving the one answer to each kind of question that is right most often, chosen in
-    hindsight.
+    `accuracy` is over the probes, weighted so that each question counts once, and `accuracy_now` is that of
+    questions about the present. `constant_guess` is the accuracy of always giving the one answer to each kind
+    of question that is right most often, chosen in hindsight.
     """
 
     def total(name: str) -> Ratio:
         return sum((getattr(s, name) for s in scores), Ratio())
 
     delays = [delay for s in scores for delay in s.delays]
+    live = [[probe for probe in s.probes if probe.kind in LIVE] for s in scores]
     recall, precision = total("alert_recall"), total("alert_precision")
     return {
         **accuracy([s.probes for s in scores]),
+        "accuracy_now": accuracy(live)["accuracy"],
         "alerts": {"f1": f1(recall, precision), "recall": entry(recall), "precision": entry(precision)},
         "silence": entry(total("silence")),
         "revision": {

@@ -14,14 +14,18 @@ from moss_jax.stream import FrameSeen, FrameUnseen
 def test_the_command_with_a_random_model(model, tmp_path, capsys):
     save(tmp_path / "random", model, tokenizer=shipped("moss-tiny") / "tokenizer.json")
     out = tmp_path / "out" / "scores.json"
-    settings = {"checkpoint": tmp_path / "random", "json": out, "seed": 4, "streams": 3, "blind-streams": 1}
+    settings = {"checkpoint": tmp_path / "random", "json": out, "seed": 10, "streams": 3, "blind-streams": 1}
     settings |= {"seconds": 10, "slots": 2, "tokens-per-second": 2}
+    settings |= {"last": 7, "policy": "merge", "budget": 6, "text-capacity": 256}
     settings |= {"weights": "int8", "encoder-weights": "fp8"}
     settings |= {"bank-dtype": "int8", "text-dtype": "fp8", "event-rate": "0.01,0.02", "max-gap": 20}
     assert main(["--select", *(f"--{name}={value}" for name, value in settings.items())]) == 0
     result = json.loads(out.read_text())
-    assert (result["checkpoint"], result["seed"]) == ("random", 4)
-    assert (result["streams"], result["seconds"]) == (3, 10)
+    assert (result["checkpoint"], result["seed"]) == ("random", 10)
+    assert (result["streams"], result["seconds"], result["last"]) == (3, 10, 7)
+    assert (result["policy"], result["frames"], result["text_capacity"]) == ("merge", 6, 256)
+    # In whole streams, nothing is due at 17 frames.
+    assert result["silence"]["n"] == 10
     assert result["accuracy"]["n"] >= result["offline"]["accuracy"]["n"]
     assert result["offline"]["accuracy"]["n"] == result["offline"]["streaming_accuracy"]["n"]
     assert result["blind"]["streams"] == 1
@@ -67,6 +71,7 @@ def test_bad_flags_are_refused(flag, message, capsys):
     ("flags", "message"),
     [
         (["--max-gap=10"], "--max-gap has no effect without --select; give both, or leave it out"),
+        (["--last=33"], "--last 33 exceeds the 32 s of a stream; give at most that"),
         (["--blind-streams=1", "--skip-blind"], "--blind-streams has no effect with --skip-blind"),
     ],
 )
