@@ -1,6 +1,6 @@
 """Weight-only (W8A16) GEMM of many rows: a warp-specialised persistent kernel for Hopper GPUs (Mosaic GPU).
 
-For batches so large that a GEMM is bound by arithmetic as much as by reading weights. The operands are
+Up to some 77 rows on an H200 it is bound by reading the weights, beyond by arithmetic. The operands are
 swapped, as in `weight_only`: weights are the rows that the tensor core takes, from registers, where they are
 upcast, and x the columns, up to 256 of them. Here x passes through shared memory along with the weights, so
 that a thread block keeps all sums of its tile of the result, whatever K.
