@@ -1,8 +1,8 @@
 """The evaluation of memory: the same long streams under each memory policy in turn.
 
-A model answers questions about the past from three sources: the bank, the part of the dialogue that is still
-in the text cache, and prior likelihood. Baselines separate them: only the last four frames, an empty bank, a
-bank without eviction, and the best constant guess.
+A model answers questions about the past from three sources: the bank, the text cache with the tokens of
+earlier frames and answers, and prior likelihood. Baselines separate them: the last four frames alone
+(`recent`), a bank of four frames, an empty one, one without eviction, and the best constant guess.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from moss_jax.config import EngineConfig, KVDtype, MemoryConfig
 from moss_jax.convert import open_model
 from moss_jax.eval.feeding import Renderer
 from moss_jax.eval.harness import Blindfold, library_versions, play
-from moss_jax.eval.memory import ages
+from moss_jax.eval.memory import ages, recent
+from moss_jax.eval.memory.recent import RECENT
 from moss_jax.eval.memory.stopwatch import Stopwatch
 from moss_jax.eval.tabletop import ideal_dialogue, scores
 from moss_jax.eval.tabletop.scores import Score, StreamTranscript
@@ -29,8 +30,6 @@ from moss_jax.stream import Engine, Event
 from moss_jax.text import Tokenizer
 from moss_jax.worlds.tabletop import TabletopStream, evaluation_stream
 
-# Size of the bank of the baseline that sees only the newest frames.
-RECENT = 4
 # Seconds at the end of a stream, and at its beginning, whose figures are reported separately.
 MINUTE = 60
 
@@ -109,8 +108,8 @@ class Variant:
 def variants(config: MemoryEvaluationConfig) -> list[Variant]:
     """Returns the policies at each size and dtype, each with "window" at the same bytes, and the baselines.
 
-    "recent-4" is the policy "window" with a bank of four frames: a compaction leaves three, before the next
-    frame comes in, so the four newest are visible at any time. "full" has room for the whole stream.
+    "full" has room for the whole stream. With a bank of four frames, a compaction of "window" leaves three,
+    before the next frame comes in, so the four newest are visible at any time.
     """
     compared = [
         Variant(policy, policy, frames, bank_dtype)
@@ -123,7 +122,7 @@ def variants(config: MemoryEvaluationConfig) -> list[Variant]:
             [
                 *compared,
                 Variant("full", "full", config.seconds),
-                Variant(f"recent-{RECENT}", "window", RECENT),
+                Variant("window", "window", RECENT),
                 Variant("empty bank", "window", RECENT, blind=True),
             ]
         )
@@ -193,6 +192,23 @@ def evaluate(config: MemoryEvaluationConfig, log: Callable[[str], None] = lambda
                     **judge.figures(played),
                 }
             )
+    log(f"the last {RECENT} frames alone")
+    slots = min(config.slots, config.streams)
+    engine = Engine(model, tokenizer, recent.engine_config(slots, config.text_capacity))
+    started = time.monotonic()
+    answered = recent.ask(
+        engine, judge.excerpts(), image_size=image_size, tokens_per_second=config.tokens_per_second
+    )
+    runs.append(
+        {
+            "memory": f"recent-{RECENT}",
+            "frames": RECENT,
+            "bank_dtype": None,
+            **bytes_of_a_stream(engine),
+            "wall_s": time.monotonic() - started,
+            **ages.summary(answered),
+        }
+    )
     return {
         "checkpoint": opened.name,
         **{name: value for name, value in dataclasses.asdict(config).items() if name != "checkpoint"},
@@ -238,17 +254,30 @@ class Judge:
 
     def constant_guess(self) -> dict[str, Any]:
         """The counts of the best constant guess, JSON-ready."""
-        # Questions and right answers don't depend on what the model says.
-        nothing = StreamTranscript((), frozenset())
-        return ages.constant_guess(self._answers([nothing] * len(self._streams)))
+        return ages.constant_guess(self._answers(self._nothing))
+
+    def excerpts(self) -> list[recent.Excerpt]:
+        """The questions, each with the newest frames alone."""
+        return [
+            excerpt
+            for stream, probes in self._probes(self._nothing)
+            for excerpt in recent.excerpts(stream, probes)
+        ]
+
+    @property
+    def _nothing(self) -> list[StreamTranscript]:
+        """A model that says nothing: questions and right answers don't depend on what is said."""
+        return [StreamTranscript((), frozenset())] * len(self._streams)
 
     def _answers(self, said: Sequence[StreamTranscript]) -> list[ages.Answer]:
+        return [answer for stream, probes in self._probes(said) for answer in ages.answers(stream, probes)]
+
+    def _probes(
+        self, said: Sequence[StreamTranscript]
+    ) -> Iterator[tuple[TabletopStream, Iterator[scores.Probe]]]:
         rate = scores.SpeechRate(self._tokenizer, self._speed)
-        return [
-            answer
-            for stream, transcript in zip(self._streams, said, strict=True)
-            for answer in ages.answers(stream, scores.probes(stream, transcript, rate))
-        ]
+        for stream, transcript in zip(self._streams, said, strict=True):
+            yield stream, scores.probes(stream, transcript, rate)
 
     def _scores(self, said: Sequence[StreamTranscript], during: range) -> list[Score]:
         settings = {"tokenizer": self._tokenizer, "tokens_per_second": self._speed, "during": during}

@@ -14,7 +14,8 @@ GUESS = "best constant guess"
 # Baselines of the figure, in grey.
 STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "0.2", "linestyle": "-"},
-    "recent-4": {"color": "0.35", "linestyle": "-."},
+    "window 4": {"color": "0.35", "linestyle": "-."},
+    "recent-4": {"color": "0.45", "linestyle": (0, (5, 1))},
     GUESS: {"color": "0.5", "linestyle": "--"},
     "empty bank": {"color": "0.65", "linestyle": ":"},
 }
@@ -41,7 +42,9 @@ def print_tables(result: Mapping[str, Any], console: Console) -> None:
     table = Table(
         "last minute (first)", "right about now", "alerts, F1", "silent", "revised", "false statements"
     )
-    for run in result["runs"]:
+    # The newest frames alone are no stream: they have no minutes, and no speed.
+    streams = [run for run in result["runs"] if "last_minute" in run]
+    for run in streams:
         last, first = run["last_minute"], run["first_minute"]
         figures = (
             [minute["accuracy"]["value"], minute["alerts"]["f1"]]
@@ -51,7 +54,7 @@ def print_tables(result: Mapping[str, Any], console: Console) -> None:
         table.add_row(label(run), *(f"{number(a)} ({number(b)})" for a, b in zip(*figures, strict=True)))
     console.print(table)
     table = Table("cost", "kB a bank", "ms a token", "ms a frame", "x real time")
-    for run in result["runs"]:
+    for run in streams:
         table.add_row(
             label(run),
             f"{run['bank_bytes'] / 1000:,.0f}",

@@ -12,6 +12,7 @@ from moss_jax.eval.feeding import Renderer
 from moss_jax.eval.harness import Blindfold, play
 from moss_jax.eval.memory import MemoryEvaluationConfig, ages
 from moss_jax.eval.memory.evaluation import Judge, bytes_of_a_stream, variants
+from moss_jax.eval.memory.recent import RECENT
 from moss_jax.eval.tabletop import ideal_dialogue
 from moss_jax.stream import Text, Turn
 from moss_jax.text.labels import IGNORED
@@ -118,13 +119,13 @@ def test_every_policy_has_its_baselines():
         "merge, 32 frames in int8",
         "window, 32 frames in int8",
         "full, 600 frames",
-        "recent-4, 4 frames",
+        "window, 4 frames",
         "empty bank, 4 frames",
     ]
 
 
-def test_recent_4_sees_the_four_newest_frames(make_engine, frames):
-    (recent,) = (v for v in variants(CONFIG) if v.name == "recent-4")
+def test_a_window_of_four_has_the_four_newest_frames(make_engine, frames):
+    (recent,) = (v for v in variants(CONFIG) if v.frames == RECENT and not v.blind)
     memory = recent.engine_config(CONFIG).memory
     engine = make_engine(bank_capacity=recent.frames, text_capacity=128, memory=memory)
     vectors = engine.model_config.vectors_per_frame
