@@ -13,11 +13,13 @@ from jaxtyping import UInt8
 
 from moss_jax.config import ConfigError
 from moss_jax.serving import protocol
-from moss_jax.serving.hub import CLOSE_NORMAL, Hub, SavedSession, Session
+from moss_jax.serving.hub import Hub
 from moss_jax.serving.items import Items
 from moss_jax.serving.media import MediaError, MediaLimits, decode_image, parse_data_url
 from moss_jax.serving.protocol import FrameInfo, MossFrames, ProtocolError
 from moss_jax.serving.responses import Asked, Responses
+from moss_jax.serving.saved import SavedSession
+from moss_jax.serving.session import CLOSE_NORMAL, Session
 from moss_jax.serving.settings import Settings
 from moss_jax.stream import (
     End,

@@ -4,8 +4,8 @@ import collections
 from typing import Any, Literal
 
 from moss_jax.serving import protocol
-from moss_jax.serving.hub import Session
 from moss_jax.serving.protocol import MossFrames
+from moss_jax.serving.session import Session
 from moss_jax.serving.settings import Settings
 
 

@@ -9,16 +9,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from moss_jax.serving import protocol
 from moss_jax.serving.dialogue import Dialogue
-from moss_jax.serving.hub import (
-    CLOSE_LATER,
-    CLOSE_NORMAL,
-    CLOSE_SLOW,
-    Hub,
-    encoded,
-    event_number,
-)
+from moss_jax.serving.hub import Hub
 from moss_jax.serving.logs import session_id as logged_session
 from moss_jax.serving.protocol import ProtocolError
+from moss_jax.serving.session import CLOSE_LATER, CLOSE_NORMAL, CLOSE_SLOW, encoded, event_number
 from moss_jax.stream import Refused
 
 _logger = logging.getLogger(__name__)

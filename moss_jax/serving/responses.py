@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from moss_jax.serving import protocol
-from moss_jax.serving.hub import Hub, Session
+from moss_jax.serving.hub import Hub
 from moss_jax.serving.items import Items
+from moss_jax.serving.session import Session
 from moss_jax.serving.settings import Settings
 
 

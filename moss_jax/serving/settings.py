@@ -5,8 +5,9 @@ from typing import Any
 
 from moss_jax.config import ConfigError, MemoryConfig, SessionConfig, TokenSampling
 from moss_jax.serving import protocol
-from moss_jax.serving.hub import Hub, Session
+from moss_jax.serving.hub import Hub
 from moss_jax.serving.protocol import ProtocolError
+from moss_jax.serving.session import Session
 from moss_jax.stream import Engine
 from moss_jax.text import chat
 

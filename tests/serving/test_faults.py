@@ -33,11 +33,12 @@ from moss_jax.config import (
     ServerConfig,
     SessionConfig,
 )
-from moss_jax.serving import app, hub, protocol
+from moss_jax.serving import app, hub, protocol, saved
 from moss_jax.serving.dialogue import Dialogue
-from moss_jax.serving.hub import Hub, Session
+from moss_jax.serving.hub import Hub
 from moss_jax.serving.realtime import Client as Connected
 from moss_jax.serving.security import Gate, Tokens, protection
+from moss_jax.serving.session import Session
 from moss_jax.stream import Scheduler, Stream
 
 GREY = np.full((24, 32, 3), 128, np.uint8)
@@ -520,14 +521,14 @@ def test_a_full_disk_at_a_save(server, others, monkeypatch):
         files = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
         assert len(files) == 2
 
-        write = hub.write_stream
+        write = saved.write_stream
 
         def fill(path, saved):
             with open(path, "wb") as file:
                 file.write(b"a part")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(hub, "write_stream", fill)
+        monkeypatch.setattr(saved, "write_stream", fill)
         failed = server.hub.counters.failed_saves
         client.send("moss.save", event_id="mine")
         error = client.until("error")["error"]
@@ -535,8 +536,8 @@ def test_a_full_disk_at_a_save(server, others, monkeypatch):
         assert "No space left on device" in error["message"]
         assert server.hub.counters.failed_saves == failed + 1
         # The description of the stream does not fit either.
-        monkeypatch.setattr(hub, "write_stream", write)
-        monkeypatch.setattr(hub.json, "dump", lambda *_: fill(os.devnull, None))
+        monkeypatch.setattr(saved, "write_stream", write)
+        monkeypatch.setattr(saved.json, "dump", lambda *_: fill(os.devnull, None))
         client.send("moss.save")
         assert client.until("error")["error"]["code"] == "save_failed"
         monkeypatch.undo()

@@ -13,7 +13,9 @@ from servers import Client, Running, running, wait_for
 from websockets.exceptions import ConnectionClosed
 
 from moss_jax.config import SchedulerConfig, ServerConfig, SessionConfig
-from moss_jax.serving.hub import Hub, event_number, read_session
+from moss_jax.serving.hub import Hub
+from moss_jax.serving.saved import read_session
+from moss_jax.serving.session import event_number
 from moss_jax.stream import Scheduler
 
 CONFIG = ServerConfig(grace_seconds=30.0, counters_seconds=0.05, save_seconds=0.2)
@@ -131,7 +133,7 @@ def test_a_save_that_fails_is_told_and_harms_nothing(serve, frames, tmp_path, mo
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("moss_jax.serving.hub.write_stream", full)
+        monkeypatch.setattr("moss_jax.serving.saved.write_stream", full)
         client.send("moss.save", event_id="mine")
         error = client.until("error")["error"]
         assert (error["code"], error["event_id"]) == ("save_failed", "mine")

@@ -9,7 +9,8 @@ from servers import Client, Running, running, wait_for
 from websockets.exceptions import ConnectionClosed
 
 from moss_jax.config import SchedulerConfig, ServerConfig, SessionConfig
-from moss_jax.serving.hub import CLOSE_LATER, Hub
+from moss_jax.serving.hub import Hub
+from moss_jax.serving.session import CLOSE_LATER
 from moss_jax.stream import Scheduler
 
 POLICIES = ("window", "pyramid", "merge")

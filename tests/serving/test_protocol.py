@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moss_jax.serving import protocol, tables
-from moss_jax.serving.hub import encoded, event_number
 from moss_jax.serving.protocol import ProtocolError
+from moss_jax.serving.session import encoded, event_number
 
 TYPES = [event.model_fields["type"].annotation.__args__[0] for event in tables.members(protocol.ClientEvent)]
 JSON = st.recursive(
