@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from moss_jax.config import EngineConfig, KVDtype, MemoryConfig
-from moss_jax.convert import open_model
+from moss_jax.convert import OpenModel, open_model
 from moss_jax.eval.feeding import Renderer
 from moss_jax.eval.harness import Blindfold, library_versions, play
 from moss_jax.eval.memory import ages, recent
@@ -193,22 +193,7 @@ def evaluate(config: MemoryEvaluationConfig, log: Callable[[str], None] = lambda
                 }
             )
     log(f"the last {RECENT} frames alone")
-    slots = min(config.slots, config.streams)
-    engine = Engine(model, tokenizer, recent.engine_config(slots, config.text_capacity))
-    started = time.monotonic()
-    answered = recent.ask(
-        engine, judge.excerpts(), image_size=image_size, tokens_per_second=config.tokens_per_second
-    )
-    runs.append(
-        {
-            "memory": f"recent-{RECENT}",
-            "frames": RECENT,
-            "bank_dtype": None,
-            **bytes_of_a_stream(engine),
-            "wall_s": time.monotonic() - started,
-            **ages.summary(answered),
-        }
-    )
+    runs.append(run_of_recent(opened, config, judge))
     return {
         "checkpoint": opened.name,
         **{name: value for name, value in dataclasses.asdict(config).items() if name != "checkpoint"},
@@ -218,6 +203,26 @@ def evaluate(config: MemoryEvaluationConfig, log: Callable[[str], None] = lambda
         "versions": library_versions(),
         "constant_guess": judge.constant_guess(),
         "runs": runs,
+    }
+
+
+def run_of_recent(opened: OpenModel, config: MemoryEvaluationConfig, judge: "Judge") -> dict[str, Any]:
+    """Asks each question about the newest frames alone, and scores the answers, JSON-ready."""
+    engine = Engine(opened.model, opened.tokenizer, recent.engine_config(min(config.slots, config.streams)))
+    started = time.monotonic()
+    answers = recent.ask(
+        engine,
+        judge.excerpts(),
+        image_size=opened.model.config.vision.image_size,
+        tokens_per_second=config.tokens_per_second,
+    )
+    return {
+        "memory": f"recent-{RECENT}",
+        "frames": RECENT,
+        "bank_dtype": None,
+        **bytes_of_a_stream(engine),
+        "wall_s": time.monotonic() - started,
+        **ages.summary(answers),
     }
 
 

@@ -5,6 +5,7 @@ answers remain in the text cache, whatever is left in the bank.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -23,6 +24,8 @@ from moss_jax.worlds.tabletop.requests import Request
 
 # Frames that a question is asked about: the newest.
 RECENT = 4
+# Tokens, more than an excerpt has: the opening, the frames, the question and an answer.
+TEXT_CAPACITY = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +58,22 @@ class Excerpt:
     def judge(self, events: Iterable[Event]) -> ages.Answer:
         """Judges the answer in the events of this stream, by the truth at the probe."""
         (request,), probe = self.requests, self.probe
-        stated = [s.facts for s in scores.transcribe(events, self.requests).statements if s.facts]
-        # As in `scores.probes`: later statements override earlier ones about the present, and an answer about
-        # the past is the first one.
-        facts = {key: value for each in stated for key, value in each.items()}
-        if request.kind not in LIVE:
-            facts = stated[0] if stated else {}
+        said = scores.transcribe(events, self.requests).statements
+        stated = [s.facts for s in said if s.request == 0 and s.facts]
+        # As in `scores.probes`: about the present, later statements override earlier ones; about the past,
+        # the first is the answer.
+        facts: dict[str, str] = {}
+        for each in stated if request.kind in LIVE else stated[:1]:
+            facts.update(each)
         truth = truth_of(request, self.stream.world, probe.second)
         right = bool(facts) and scores.is_right_answer(request, facts, truth)
         age = ages.bucket(ages.evidence(request, self.stream.world, probe.second), probe.second)
         return ages.Answer(request.kind, age, float(right), {probe.value: 1.0})
 
 
-def engine_config(slots: int, text_capacity: int) -> EngineConfig:
+def engine_config(slots: int) -> EngineConfig:
     """Capacities of an engine for excerpts, in which nothing is evicted."""
-    return EngineConfig(slots, text_capacity, RECENT, MemoryConfig("full", text="full"))
+    return EngineConfig(slots, TEXT_CAPACITY, RECENT, MemoryConfig("full", text="full"))
 
 
 def excerpts(stream: TabletopStream, probes: Iterable[Probe]) -> Iterator[Excerpt]:
@@ -79,8 +83,8 @@ def excerpts(stream: TabletopStream, probes: Iterable[Probe]) -> Iterator[Excerp
       stream: the stream that the questions are about.
       probes: its probes, in order.
     """
-    first = {probe.request: probe for probe in reversed(list(probes))}
-    return (Excerpt(stream, first[number]) for number in sorted(first))
+    for _, asked in itertools.groupby(probes, key=lambda probe: probe.request):
+        yield Excerpt(stream, next(asked))
 
 
 def ask(

@@ -24,13 +24,16 @@ def probes(stream, tokenizer):
     return list(scores.probes(stream, NOTHING, SpeechRate(tokenizer, 8)))
 
 
-def events(excerpt, *sentences):
-    """An excerpt in which these sentences are said."""
+def events(excerpt, *sentences, unasked=()):
+    """An excerpt in which these sentences are said, some of them before the question."""
     (request,) = excerpt.requests
     at = {"slot": 0, "stream_time": request.time, "wall_time": 0.0}
     frames = [FrameSeen(**at, index=n, time=float(n)) for n in range(len(excerpt.frames(8)))]
-    said = [event for text in sentences for event in (Text(**at, text=text), Silence(**at))]
-    return [*frames, Turn(**at, prompt=request.text), *said]
+    before, after = (
+        [event for text in said for event in (Text(**at, text=text), Silence(**at))]
+        for said in (unasked, sentences)
+    )
+    return [*frames, *before, Turn(**at, prompt=request.text), *after]
 
 
 def test_every_question_is_asked_once_after_the_newest_frames(stream, probes):
@@ -55,6 +58,7 @@ def test_answers_are_judged_by_the_truth_at_the_probe(stream, probes):
         right.append(excerpt.judge(events(excerpt, words)))
         assert right[-1].right == 1
         assert excerpt.judge(events(excerpt)).right == 0
+        assert excerpt.judge(events(excerpt, unasked=[words])).right == 0
         assert excerpt.judge(events(excerpt, "I like tables.")).right == 0
     found = ages.summary(right)
     live = ages.summary(list(ages.answers(stream, probes)))

@@ -1,9 +1,9 @@
 """Weight-only (W8A16) GEMM of many rows: a warp-specialised persistent kernel for Hopper GPUs (Mosaic GPU).
 
-Up to some 77 rows on an H200 it is bound by reading the weights, beyond by arithmetic. The operands are
-swapped, as in `weight_only`: weights are the rows that the tensor core takes, from registers, where they are
-upcast, and x the columns, up to 256 of them. Here x passes through shared memory along with the weights, so
-that a thread block keeps all sums of its tile of the result, whatever K.
+Up to some 77 rows on an H200, by count, it is bound by reading the weights, beyond by arithmetic. The
+operands are swapped, as in `weight_only`: weights are the rows that the tensor core takes, from registers,
+where they are upcast, and x the columns, up to 256 of them. Here x passes through shared memory along with
+the weights, so that a thread block keeps all sums of its tile of the result, whatever K.
 
 There is one thread block per multiprocessor, which takes tiles one after another. One warpgroup issues TMA
 copies and runs ahead into the next tiles; two compute, each its own outputs of a tile. While the tensor core
