@@ -13,7 +13,8 @@ Each row covers 1,000 frames; the first begins when the bank is full. The ratios
 first. Rows differ in how much is said, and each token is a step, so times are also given per step. CPU time
 is that of all threads of the process, so on a busy machine it is more meaningful than wall time. A stall is
 the time from one sample to the next with a compaction between them, minus the median of the row's steps that
-append a silence and a frame.
+append a silence and a frame. The longest of many such steps is above their median without any compaction,
+too, so `gaps_ms` has the distribution of both.
 """
 
 import argparse
@@ -76,14 +77,23 @@ class Watched:
         self.steps, self._sampled_at, self._stream = self.steps + 1, now, state.stream
         return state, sampled
 
-    def stalls(self) -> dict[str, float]:
-        """Returns the longest stall since the last call by kind of compaction, in milliseconds."""
+    def gaps(self) -> dict[str, dict[str, float]]:
+        """Returns the time between samples since the last call, in milliseconds.
+
+        By kind of compaction between them; "neither" is that of the steps which append a silence and a frame.
+        """
         gaps, self._gaps = self._gaps, collections.defaultdict(list)
-        usual = gaps.get(str((2, 1)))  # A silence and a frame.
-        if not usual:
-            return {}
-        kinds = ("bank", "text", "bank and text")
-        return {kind: 1e3 * (max(gaps[kind]) - float(np.median(usual))) for kind in kinds if gaps[kind]}
+        gaps["neither"] = gaps[str((2, 1))]
+        return {
+            kind: {
+                "count": len(gaps[kind]),
+                "median": 1e3 * float(np.median(gaps[kind])),
+                "p97": 1e3 * float(np.quantile(gaps[kind], 0.97)),
+                "longest": 1e3 * max(gaps[kind]),
+            }
+            for kind in ("bank", "text", "bank and text", "neither")
+            if gaps[kind]
+        }
 
     def held(self) -> dict[str, int]:
         """Returns bank vectors, text tokens and position of the stream after the last step."""
@@ -132,7 +142,9 @@ def endless(
         if (seen - engine.config.bank_capacity) % EVERY or seen < engine.config.bank_capacity:
             continue
         now = {"wall": time.monotonic(), "cpu": time.process_time(), "steps": watched.steps}
-        stalls = watched.stalls()
+        gaps = watched.gaps()
+        usual = gaps.pop("neither")
+        stalls = {kind: gap["longest"] - usual["median"] for kind, gap in gaps.items()}
         if begin:
             steps = now["steps"] - begin["steps"]
             took = {f"{clock}_ms": 1e3 * (now[clock] - begin[clock]) for clock in ("wall", "cpu")}
@@ -142,6 +154,7 @@ def endless(
                 **{f"{name}_a_step": time_ms / steps for name, time_ms in took.items()},
                 "steps": steps,
                 "stalls_ms": stalls,
+                "gaps_ms": {**gaps, "neither": usual},
                 "compactions": dict(watched.compactions),
                 **watched.held(),
                 "programs": watched.num_programs(),
@@ -250,6 +263,7 @@ def line(row: dict[str, Any]) -> str:
     """Formats a row as text."""
     shown = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items() if k != "frames"}
     shown["stalls_ms"] = {kind: f"{stall:.1f}" for kind, stall in row["stalls_ms"].items()}
+    shown["gaps_ms"] = {kind: f"{gap['median']:.1f}" for kind, gap in row["gaps_ms"].items()}
     return f"{row['frames']:>6} frames  " + "  ".join(f"{name} {value}" for name, value in shown.items())
 
 
