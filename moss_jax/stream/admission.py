@@ -5,15 +5,16 @@ elsewhere. Its limits and its dialogue or file are checked first, without a lock
 slot.
 """
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from moss_jax.config import EngineConfig, MemoryConfig
 from moss_jax.stream.completion import DialogueTurn, Part, dialogue_parts, misfit, sizes
-from moss_jax.stream.engine import Engine, EngineLike
+from moss_jax.stream.engine import Engine, EngineLike, SlotArrays
 from moss_jax.stream.limits import saved_config, stream_config
-from moss_jax.stream.saved import SavedStream, check_settings, compare_weights, read_stream
+from moss_jax.stream.saved import SavedStream, SavedStreamError, check_settings, compare_weights, read_stream
 from moss_jax.stream.stream import SessionError, Stream, saving_engine
 
 
@@ -89,6 +90,22 @@ class Slots:
             self.reserved.add(reservation)
             return reservation
 
+    @contextlib.contextmanager
+    def held(self, reservation: Reservation | None = None) -> Iterator[Reservation]:
+        """Yields the reservation, or a new one that is released in the end.
+
+        Raises:
+          Refused: no slot is free, or the scheduler is closed.
+        """
+        if reservation:
+            yield reservation
+            return
+        reservation = self.reserve()
+        try:
+            yield reservation
+        finally:
+            reservation.release()
+
     def _free_slot(self, reservation: Reservation | None = None) -> int:
         """Finds a slot for a new stream; the caller holds the lock.
 
@@ -148,8 +165,8 @@ def checked_limits(
     return stream_config(engine.config, memory, bank_capacity, text_capacity, model=model)
 
 
-def checked_file(engine: EngineLike, path: str | os.PathLike) -> tuple[SavedStream, EngineConfig]:
-    """Reads a saved stream that the engine can resume, and the limits that it was saved with.
+def checked_file(engine: EngineLike, path: str | os.PathLike) -> tuple[SavedStream, EngineConfig, SlotArrays]:
+    """Reads a saved stream that the engine can resume, with its limits, and its arrays on the device.
 
     Raises:
       SessionError: the engine is a stand-in.
@@ -160,7 +177,11 @@ def checked_file(engine: EngineLike, path: str | os.PathLike) -> tuple[SavedStre
     limits = saved_config(engine.config, saved.settings)
     check_settings(path, saved.settings, engine.stream_settings(limits))
     compare_weights(path, saved.weights, engine.weights)
-    return saved, limits
+    try:
+        arrays = engine.upload_slot(saved.arrays)
+    except (KeyError, ValueError) as error:
+        raise SavedStreamError(f"{path} is not as it was saved: {error}") from error
+    return saved, limits, arrays
 
 
 def checked_dialogue(

@@ -60,6 +60,19 @@ from moss_jax.text import Tokenizer
 DECODE_ARGUMENTS = 64
 
 
+@dataclasses.dataclass(frozen=True)
+class SlotArrays:
+    """The arrays of a saved slot, on the device.
+
+    Attributes:
+      arrays: [1, ...] each, in the order of a state's.
+      kind: sampling kind of the slot.
+    """
+
+    arrays: list[jax.Array]
+    kind: SamplingKind
+
+
 class EngineLike(Protocol):
     """The interface of an engine that `Session` and `answer_offline` use.
 
@@ -215,6 +228,7 @@ class Engine:
             **{f"sample.{kind.name.lower()}": sample for kind, sample in self._sample.items()},
             "set_sampling": self._set_sampling,
             "reset_slot": self._reset_slot,
+            "put_slot": self._put_slot,
             "compact_text": self._compact_text,
             **{f"compact_bank.{name}": compact for name, compact in self._compact_bank.items()},
             **self.frame_encoder.programs,
@@ -444,25 +458,32 @@ class Engine:
         """Copies the positions and counts of the vectors in all banks, on the device; see `MemoryBank`."""
         return _copy((state.stream.bank.positions, state.stream.bank.counts))
 
-    def check_slot(self, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Checks and pads the arrays of `save_slot`, from an engine of the same settings, for `load_slot`.
+    def upload_slot(self, saved: Mapping[str, np.ndarray]) -> SlotArrays:
+        """Checks and pads the arrays of `save_slot`, and copies them to the device for `load_slot`.
+
+        Any thread may call it while steps run.
+
+        Args:
+          saved: from an engine of the same settings.
 
         Raises:
           ValueError: naming an array that does not fit.
         """
-        return slot_from_host(jax.eval_shape(self.start), saved)
+        arrays = slot_from_host(self._abstract_state, saved)
+        sampling = jax.tree.unflatten(self._structure, arrays).sampling
+        kind = kind_of(TokenSampling(**{name: getattr(sampling, name).item() for name in SETTINGS}))
+        on_device = jax.device_put(arrays, [state_sharding(x, self.placement) for x in arrays])
+        return SlotArrays(jax.block_until_ready(on_device), kind)
 
-    def load_slot(self, state: EngineState, slot: int, arrays: Sequence[np.ndarray]) -> EngineState:
+    def load_slot(self, state: EngineState, slot: int, arrays: SlotArrays) -> EngineState:
         """Writes saved arrays into one slot.
 
         Args:
           state: is donated.
-          arrays: from `check_slot`.
+          arrays: from `upload_slot`.
         """
-        state = self._change(self._put_slot, state, np.int32(slot), list(arrays))
-        saved = jax.tree.unflatten(self._structure, arrays).sampling
-        sampling = TokenSampling(**{name: getattr(saved, name).item() for name in SETTINGS})
-        return state.with_kind(slot, kind_of(sampling))
+        state = self._change(self._put_slot, state, np.int32(slot), arrays.arrays)
+        return state.with_kind(slot, arrays.kind)
 
     def warm_up(self, frame_shape: tuple[int, int, int]) -> None:
         """Compiles all programs that streams with frames of this shape use."""
@@ -496,6 +517,7 @@ class Engine:
         for kind, packed in itertools.product(SamplingKind, (on_device, np.asarray(on_device))):
             state, tokens = self._run(state, shape, packed, None, kind)
         state = self.reset_slot(state, 0)
+        state = self.load_slot(state, 0, self.upload_slot(self.save_slot(state, 0)))
         del state
         state = self.set_sampling(self.start(), 0, self.sampling)
         for memory in self._memories:

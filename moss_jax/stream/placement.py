@@ -6,6 +6,7 @@ B slots, K kv heads, D head
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from moss_jax.sharding import named_sharding
@@ -52,7 +53,7 @@ def abstract(tree, placement: Sharding):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)
 
 
-def state_sharding(x: jax.Array, placement: Sharding) -> Sharding:
+def state_sharding(x: jax.Array | np.ndarray, placement: Sharding) -> Sharding:
     """Sharding of a state array [B, ...]: by slot, and by head for keys, values and their scales.
 
     Those are the only ones of three or more axes: [B, K, rows, D] and [B, K, rows].

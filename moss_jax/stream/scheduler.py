@@ -142,9 +142,8 @@ class Scheduler:
         config = dataclasses.replace(config or SessionConfig(), clock=self.config.clock)
         clock = clock or Clock(is_realtime=config.clock == "realtime")
         limits = checked_limits(self.engine, memory, bank_capacity, text_capacity)
-        opening, saved = [], None
+        opening, saved, arrays = [], None, None
         if resume:
-            saved, limits = checked_file(self.engine, resume)
             prompt, sampling = "", None
         else:
             opening = chat.opening(self.engine.tokenizer, system=system, prompt=prompt)
@@ -157,13 +156,17 @@ class Scheduler:
             if isinstance(self.engine, Engine):
                 conversation.speed.bytes = self.engine.slot_bytes
             stream = Stream(self, conversation, clock)
-            stream.sampling = sampling
+            stream.sampling, stream.arrays = sampling, arrays
             if resume and saved:
                 stream.resume(resume, saved)
             clock.start_time = max(clock.start_time, conversation.start_time)
             return stream
 
-        return self._slots.admit(make, reservation)
+        # The slot is reserved first, so that no file is copied to the device for a stream that is refused.
+        with self._slots.held(reservation) as reservation:
+            if resume:
+                saved, limits, arrays = checked_file(self.engine, resume)
+            return self._slots.admit(make, reservation)
 
     def complete(
         self,

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from moss_jax.config import EngineConfig, SessionConfig, TokenSampling, UnseenReason
 from moss_jax.memory.selection import thumbnail
 from moss_jax.stream.conversation import Conversation, Inbound
-from moss_jax.stream.engine import Engine, EngineLike
+from moss_jax.stream.engine import Engine, EngineLike, SlotArrays
 from moss_jax.stream.events import End, Event
 from moss_jax.stream.rows import Encoded
 from moss_jax.stream.saved import SavedStream, SavedStreamError, write_stream
@@ -101,7 +101,7 @@ class Stream:
         self._scheduler = scheduler
         self.conversation, self.clock = conversation, clock
         self.slot = conversation.slot
-        self.arrays: list[np.ndarray] | None = None
+        self.arrays: SlotArrays | None = None
         self.sampling: TokenSampling | None = None
         self.remembered: Encoded | None = None
         self.inbox = Inbox()
@@ -227,13 +227,14 @@ class Stream:
         return SavedStream(settings, copy.deepcopy(dialogue), arrays, frames, compared, engine.weights)
 
     def resume(self, path: str | os.PathLike, saved: SavedStream) -> None:
-        """Restores what `copy` returned, into a stream that has not begun.
+        """Restores the dialogue that `copy` returned, into a stream that has not begun.
 
         Args:
           path: file that it was read from, for errors.
+          saved: whose arrays have been checked.
 
         Raises:
-          SavedStreamError: the arrays or the dialogue are not as they were saved.
+          SavedStreamError: the dialogue is not as it was saved.
         """
         conversation, engine = self.conversation, saving_engine(self._scheduler.engine)
 
@@ -247,7 +248,6 @@ class Stream:
             return Inbound(time, 1, self._scheduler.next_order(), rgb=rgb, unseen=unseen)
 
         try:
-            self.arrays = engine.check_slot(saved.arrays)
             small = saved.compared.get("thumbnail")
             conversation.resume(saved.dialogue, saved.frames, small, make_prompt, make_frame)
             features = saved.compared.get("features")

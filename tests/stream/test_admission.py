@@ -1,12 +1,14 @@
 """Who gets a slot, and who is refused."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from moss_jax.config import ConfigError, MemoryConfig, SchedulerConfig
 from moss_jax.stream import End, FrameSeen, Refused, Scheduler, SessionError, Stream
 from moss_jax.stream.admission import Slots
+from moss_jax.stream.saved import SavedStreamError, write_stream
 
 LOCKSTEP = SchedulerConfig(clock="lockstep")
 
@@ -59,6 +61,48 @@ def test_a_released_reservation_frees_its_slot_once(make_engine):
     for _ in range(2):
         reservation.release()
         assert scheduler.free_slots == 2
+
+
+def test_others_go_on_while_a_saved_stream_is_copied_to_the_device(
+    make_engine, frames, tmp_path, monkeypatch
+):
+    engine = make_engine(slots=2)
+    with Scheduler(engine, LOCKSTEP) as scheduler:
+        saved, other = scheduler.open(), scheduler.open()
+        saved.push_frame(frames[0], 0.0)
+        write_stream(tmp_path / "saved", saved.copy_while_running().result(60))
+        saved.finish()
+        assert [type(event) for event in saved][-1] is End
+        upload, goes_on, uploading = engine.upload_slot, threading.Event(), threading.Event()
+
+        def slowly(arrays):
+            uploading.set()
+            assert goes_on.wait(60)
+            return upload(arrays)
+
+        monkeypatch.setattr(engine, "upload_slot", slowly)
+        with ThreadPoolExecutor() as threads:
+            resumed = threads.submit(scheduler.open, resume=tmp_path / "saved")
+            assert uploading.wait(60)
+            assert scheduler.free_slots == 0  # Its slot is reserved.
+            with pytest.raises(Refused, match="all 2 slots are taken"):
+                scheduler.open(resume=tmp_path / "saved")
+            other.push_frame(frames[1], 0.0)
+            other.finish()
+            assert any(isinstance(event, FrameSeen) for event in other)
+            goes_on.set()
+            stream = resumed.result(60)
+        stream.finish()
+        assert [type(event) for event in stream][-1] is End
+
+
+def test_a_file_that_does_not_fit_takes_no_slot(make_engine, tmp_path):
+    (tmp_path / "other").write_bytes(b"something else")
+    with Scheduler(make_engine(slots=1), LOCKSTEP) as scheduler:
+        with pytest.raises(SavedStreamError, match="is not a saved stream"):
+            scheduler.open(resume=tmp_path / "other")
+        assert scheduler.free_slots == 1
+        assert not scheduler.reserved
 
 
 def test_a_stream_that_cannot_be_made_takes_no_slot():
