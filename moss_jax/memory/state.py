@@ -92,12 +92,16 @@ def init_state(
     )
 
 
-def save_slot(state: StreamState, slot: int) -> dict[str, np.ndarray]:
-    """Copies one slot's arrays to the host, by names such as "bank.keys.0", cut to the rows in use."""
-    lengths = {"text": int(state.text.length[slot]), "bank": int(state.bank.length[slot])}
+def save_slot(state: StreamState) -> dict[str, np.ndarray]:
+    """Copies the arrays of a single slot to the host, by names such as "bank.keys.0", cut to the rows in use.
+
+    Args:
+      state: of one slot.
+    """
+    lengths = {"text": int(np.asarray(state.text.length)[0]), "bank": int(np.asarray(state.bank.length)[0])}
     saved = {}
     for name, x in _named(state):
-        x = np.asarray(x[slot])
+        x = np.asarray(x)[0]
         saved[name] = x[_rows(x.ndim, lengths[name.partition(".")[0]])]
     return saved
 

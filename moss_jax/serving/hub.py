@@ -85,11 +85,9 @@ class ServerCounters:
 
 
 def warm_up_all(engine: Engine, image_size: int) -> None:
-    """Compiles the programs that streams run, and the one that copies a stream to the host."""
+    """Compiles the programs that streams run, and the one that copies the banks of all."""
     engine.warm_up((image_size, image_size, 3))
-    state = engine.start()
-    engine.save_slot(state, 0)
-    engine.bank_vectors(state)
+    engine.bank_vectors(engine.start())
     command.freeze_heap()
 
 
@@ -172,6 +170,7 @@ class Hub:
       counters: server-wide counters.
       decoders: thread pool for decoding images.
       relay: passes the events of all streams to the event loop, once it is started.
+      saving: held while a session is saved.
       image_size: side in pixels of the square to which frames are scaled.
     """
 
@@ -208,6 +207,7 @@ class Hub:
         if self.state_folder is not None:
             await asyncio.to_thread(prepare_folder, self.state_folder, self.config.keep_seconds)
         self.relay = Relay(asyncio.get_running_loop())
+        self.saving = asyncio.Lock()
         engine = self.scheduler.engine
         if warm_up and isinstance(engine, Engine):
             await in_thread(lambda: warm_up_all(engine, self.image_size))

@@ -45,6 +45,7 @@ from moss_jax.stream.step import (
     SamplingRules,
     compact_bank,
     compact_text,
+    copy_slot,
     packed_step,
     put_slot,
     reset_slot,
@@ -206,6 +207,7 @@ class Engine:
         self._step = program(pure_step, 2, static=(5,))
         self._compact_text = program(compact_text, 0, of=stream.text)
         self._put_slot = program(put_slot, 0)
+        self._copy_slot = jax.jit(traced_on(self.placement, copy_slot))
         self._set_sampling = program(set_sampling, 0)
         self._reset_slot = program(reset_slot, 0)
         mesh = mesh_of(self.placement)
@@ -229,6 +231,7 @@ class Engine:
             "set_sampling": self._set_sampling,
             "reset_slot": self._reset_slot,
             "put_slot": self._put_slot,
+            "copy_slot": self._copy_slot,
             "compact_text": self._compact_text,
             **{f"compact_bank.{name}": compact for name, compact in self._compact_bank.items()},
             **self.frame_encoder.programs,
@@ -450,9 +453,13 @@ class Engine:
         """
         return self._change(self._reset_slot, state, np.int32(slot))
 
-    def save_slot(self, state: EngineState, slot: int) -> dict[str, np.ndarray]:
-        """Copies all arrays of one slot to the host, by name."""
-        return slot_to_host(state, slot)
+    def copy_slot(self, state: EngineState, slot: int) -> EngineState:
+        """Copies one slot on the device, as a state of one slot, so that no stream waits for `save_slot`."""
+        return self._copy_slot(dataclasses.replace(state, kinds=()), np.int32(slot))
+
+    def save_slot(self, copied: EngineState) -> dict[str, np.ndarray]:
+        """Copies what `copy_slot` returned to the host, by name; any thread may call it while steps run."""
+        return slot_to_host(copied)
 
     def bank_vectors(self, state: EngineState) -> tuple[Int[Array, "B S"], Float[Array, "B S"] | None]:
         """Copies the positions and counts of the vectors in all banks, on the device; see `MemoryBank`."""
@@ -517,7 +524,7 @@ class Engine:
         for kind, packed in itertools.product(SamplingKind, (on_device, np.asarray(on_device))):
             state, tokens = self._run(state, shape, packed, None, kind)
         state = self.reset_slot(state, 0)
-        state = self.load_slot(state, 0, self.upload_slot(self.save_slot(state, 0)))
+        state = self.load_slot(state, 0, self.upload_slot(self.save_slot(self.copy_slot(state, 0))))
         del state
         state = self.set_sampling(self.start(), 0, self.sampling)
         for memory in self._memories:

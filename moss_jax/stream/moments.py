@@ -34,6 +34,18 @@ class FrameTimes(NamedTuple):
     positions: Int[np.ndarray, " F"]
     times: Float[np.ndarray, " F"]
 
+    def save(self, positions: Int[np.ndarray, " S"]) -> dict[str, np.ndarray]:
+        """The frames that a bank still holds vectors of, as arrays for a file.
+
+        Args:
+          positions: of the vectors in the bank.
+        """
+        held = np.isin(self.positions, positions)
+        return {
+            "moments.positions": self.positions[held].astype(np.int32),
+            "moments.times": self.times[held].astype(np.float32),
+        }
+
 
 class Moments:
     """Times of the frames shown in a stream: at most 32 bytes each and bounded, since a stream never ends.
@@ -70,21 +82,8 @@ class Moments:
     def _set(self, positions: Int[np.ndarray, " F"], times: Float[np.ndarray, " F"]) -> None:
         self._buffers, self._length = FrameTimes(positions.copy(), times.copy()), len(positions)
 
-    def save(self, positions: Int[np.ndarray, " S"]) -> dict[str, np.ndarray]:
-        """The frames that a bank still holds vectors of, as arrays for a file.
-
-        Args:
-          positions: of the vectors in the bank.
-        """
-        known = self.times()
-        held = np.isin(known.positions, positions)
-        return {
-            "moments.positions": known.positions[held].astype(np.int32),
-            "moments.times": known.times[held].astype(np.float32),
-        }
-
     def resume(self, saved: Mapping[str, np.ndarray]) -> None:
-        """Restores what `save` returned; files of earlier versions do not have it."""
+        """Restores what `FrameTimes.save` returned; files of earlier versions do not have it."""
         if "moments.positions" in saved:
             positions, times = saved["moments.positions"], saved["moments.times"]
             self._set(positions.astype(np.int64), times.astype(np.float64))

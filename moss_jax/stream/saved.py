@@ -55,7 +55,7 @@ class SavedStream:
       frames: in the inbox, in order.
       compared: what the next frame is compared with, by name: "thumbnail" of the frame that was encoded last,
         "features" of the one that was remembered last; empty if frames are not selected. Also the times of
-        the frames in the bank; see `Moments.save`.
+        the frames in the bank; see `FrameTimes.save`.
       weights: how the engine's weights are stored, by part of the model; empty if the file does not say.
     """
 

@@ -238,10 +238,15 @@ def reset_slot(state: EngineState, slot: Int[Array, ""]) -> EngineState:
     )
 
 
-def slot_to_host(state: EngineState, slot: int) -> dict[str, np.ndarray]:
-    """Copies all arrays of one slot to the host, by name."""
+def copy_slot(state: EngineState, slot: Int[Array, ""]) -> EngineState:
+    """Copies one slot, as a state of one slot."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), state)
+
+
+def slot_to_host(state: EngineState) -> dict[str, np.ndarray]:
+    """Copies all arrays of a state of one slot to the host, by name."""
     own = zip(OWN, _own(state), strict=True)
-    return save_slot(state.stream, slot) | {name: np.asarray(x[slot]) for name, x in own}
+    return save_slot(state.stream) | {name: np.asarray(x)[0] for name, x in own}
 
 
 def slot_from_host(state: EngineState, saved: Mapping[str, np.ndarray]) -> list[np.ndarray]:

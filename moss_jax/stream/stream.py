@@ -1,6 +1,7 @@
 """One stream of a scheduler: its input queue, its events, and saving it."""
 
 import copy
+import dataclasses
 import os
 import queue
 import threading
@@ -14,12 +15,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from moss_jax.config import EngineConfig, SessionConfig, TokenSampling, UnseenReason
-from moss_jax.memory.selection import thumbnail
+from moss_jax.memory.selection import Thumbnail, thumbnail
 from moss_jax.stream.conversation import Conversation, Inbound
 from moss_jax.stream.engine import Engine, EngineLike, SlotArrays
 from moss_jax.stream.events import End, Event
+from moss_jax.stream.moments import FrameTimes
 from moss_jax.stream.rows import Encoded
 from moss_jax.stream.saved import SavedStream, SavedStreamError, write_stream
+from moss_jax.stream.step import EngineState
 from moss_jax.text import chat
 
 if TYPE_CHECKING:
@@ -79,6 +82,38 @@ class Inbox:
             while not self._queue.empty():
                 take(self._queue.get())
             self._take = take
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamCopy:
+    """A copy of a stream between two steps, with its arrays on the device.
+
+    Attributes:
+      engine: that steps the stream.
+      state: of the stream's slot alone.
+      settings, dialogue, frames: as in `SavedStream`.
+      thumbnail: of the frame that was encoded last, if frames are selected.
+      remembered: features of the frame that was remembered last, if frames are compared.
+      times: of the frames shown in the stream.
+    """
+
+    engine: Engine
+    state: EngineState
+    settings: dict[str, Any]
+    dialogue: dict[str, Any]
+    frames: list[UInt8[np.ndarray, "H W 3"]]
+    thumbnail: Thumbnail | None
+    remembered: Encoded | None
+    times: FrameTimes
+
+    def fetch(self) -> SavedStream:
+        """Copies the arrays to the host; any thread may do that while the stream goes on."""
+        arrays = self.engine.save_slot(self.state)
+        compared = {} if self.thumbnail is None else {"thumbnail": self.thumbnail}
+        if self.remembered:
+            compared["features"] = np.asarray(self.remembered.features)[self.remembered.index]
+        compared |= self.times.save(arrays["bank.positions"])
+        return SavedStream(self.settings, self.dialogue, arrays, self.frames, compared, self.engine.weights)
 
 
 class Stream:
@@ -208,26 +243,29 @@ class Stream:
           SessionError: the logits of the stream were not finite.
           OSError: the file cannot be written.
         """
-        saved = self.copy(state, wall)
-        write_stream(path, saved)
-        return saved.dialogue["start_time"]
+        copied = self.copy(state, wall)
+        write_stream(path, copied.fetch())
+        return copied.dialogue["start_time"]
 
-    def copy(self, state: Any, wall: float) -> SavedStream:
-        """Copies the stream to the host, between two steps; arguments and errors are those of `save`."""
+    def copy(self, state: Any, wall: float) -> StreamCopy:
+        """Copies the stream between two steps; arguments and errors are those of `save`."""
         if not self.conversation.is_finite():
             raise SessionError("a stream whose logits are not finite cannot continue, so it is not saved")
         engine = saving_engine(self._scheduler.engine)
         dialogue, frames, small = self.conversation.save(wall)
-        compared = {} if small is None else {"thumbnail": small}
-        if self.remembered:
-            compared["features"] = np.asarray(self.remembered.features[self.remembered.index])
-        arrays = engine.save_slot(state, self.slot)
-        compared |= self.conversation.moments.save(arrays["bank.positions"])
-        settings = engine.stream_settings(self.conversation.capacity)
-        return SavedStream(settings, copy.deepcopy(dialogue), arrays, frames, compared, engine.weights)
+        return StreamCopy(
+            engine,
+            engine.copy_slot(state, self.slot),
+            settings=engine.stream_settings(self.conversation.capacity),
+            dialogue=copy.deepcopy(dialogue),
+            frames=frames,
+            thumbnail=small,
+            remembered=self.remembered,
+            times=self.conversation.moments.times(),
+        )
 
     def resume(self, path: str | os.PathLike, saved: SavedStream) -> None:
-        """Restores the dialogue that `copy` returned, into a stream that has not begun.
+        """Restores the dialogue of a copy, into a stream that has not begun.
 
         Args:
           path: file that it was read from, for errors.
@@ -262,10 +300,10 @@ class Stream:
         except (KeyError, TypeError, ValueError) as error:
             raise SavedStreamError(f"{path} is not as it was saved: {error}") from error
 
-    def copy_while_running(self) -> "Future[SavedStream]":
-        """Asks the scheduler for a copy of the stream between two of its steps, for `write_stream`.
+    def copy_while_running(self) -> "Future[StreamCopy]":
+        """Asks the scheduler for a copy of the stream between two of its steps, which stalls no stream.
 
-        Other streams continue meanwhile. When the future is done, the inbox holds the events up to the copy
+        When the future is done, the inbox holds the events up to the copy
         and no later ones.
 
         Returns:

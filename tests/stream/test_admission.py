@@ -70,7 +70,7 @@ def test_others_go_on_while_a_saved_stream_is_copied_to_the_device(
     with Scheduler(engine, LOCKSTEP) as scheduler:
         saved, other = scheduler.open(), scheduler.open()
         saved.push_frame(frames[0], 0.0)
-        write_stream(tmp_path / "saved", saved.copy_while_running().result(60))
+        write_stream(tmp_path / "saved", saved.copy_while_running().result(60).fetch())
         saved.finish()
         assert [type(event) for event in saved][-1] is End
         upload, goes_on, uploading = engine.upload_slot, threading.Event(), threading.Event()

@@ -201,7 +201,7 @@ def test_warm_up_compiles_all_programs_of_a_session(model, tokenizer, frames):
     engine.distance(jnp.asarray(saved)[None], 0, alone, 0)
     for count in (1, 3, 9, 16, 30, 40):
         engine.distance(alone, 0, engine.encode((frames * 3)[:count]), count - 1)
-    engine.load_slot(state, 0, engine.upload_slot(engine.save_slot(state, 0)))
+    engine.load_slot(state, 0, engine.upload_slot(engine.save_slot(engine.copy_slot(state, 0))))
     assert [program._cache_size() for program in programs] == compiled
 
 
@@ -349,7 +349,7 @@ def test_a_step_samples_by_the_kind_of_the_slots_that_take_part(make_engine):
             state, found = kinds(state, *slots)
             assert found == [SamplingKind(max(slots))]
         for slot in (2, 0, 1):
-            saved = engine.upload_slot(engine.save_slot(state, slot))
+            saved = engine.upload_slot(engine.save_slot(engine.copy_slot(state, slot)))
             state, found = kinds(engine.load_slot(state, 0, saved), 0)
             assert found == [SamplingKind(slot if slot else 2)]
         state = engine.reset_slot(state, 2)

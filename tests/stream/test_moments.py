@@ -30,7 +30,7 @@ def test_the_oldest_moments_are_forgotten():
     moments.forget(3)
     assert moments.times().positions.tolist() == [6, 8, 10, 12, 14, 16, 20]
     assert moments.times().times.tolist() == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0]
-    saved = moments.save(np.array([8, 8, 20, NO_POSITION]))
+    saved = moments.times().save(np.array([8, 8, 20, NO_POSITION]))
     resumed = Moments()
     resumed.resume(saved)
     resumed.add(24, 12.0)
@@ -79,7 +79,7 @@ def test_a_running_stream_tells_what_its_bank_holds(make_engine, frames, tmp_pat
         # None is forgotten, and old ones are coarser.
         assert sum(moment.frames for moment in moments) == 40
         assert moments[0].vectors < newest.vectors
-        write_stream(tmp_path / "saved", stream.copy_while_running().result(60))
+        write_stream(tmp_path / "saved", stream.copy_while_running().result(60).fetch())
         again = scheduler.open(resume=tmp_path / "saved")
         again.push_prompt("Well?", 42.0)
         again.push_prompt("And?", 43.0)

@@ -431,7 +431,7 @@ def test_a_running_stream_is_saved_and_goes_on_elsewhere(make_engine, frames, tm
         # The copy's place among the events.
         future.add_done_callback(streams[0].inbox.put)
         before = list(iter(streams[0].inbox.get, future))
-        write_stream(tmp_path / "saved", future.result())
+        write_stream(tmp_path / "saved", future.result().fetch())
         copies = [streams[0], scheduler.open(scripts[0].options["config"], resume=tmp_path / "saved")]
         for stream in copies:
             for at, what in scripts[0].pushes[half:]:
@@ -456,13 +456,32 @@ def test_a_talking_stream_is_copied_and_talks_on(make_engine, frames):
         for each in (stream, other):
             each.push_frame(frames[0])
             each.push_prompt("Well?")
-        copied = [stream.copy_while_running().result(60) for _ in range(5)]
+        copied = [stream.copy_while_running().result(60).fetch() for _ in range(5)]
         counts = [copy.dialogue["counts"]["tokens"] for copy in copied]
         assert counts == sorted(counts)
         assert all(len(c.arrays["text.keys.0"][0]) == len(c.dialogue["kinds"]) for c in copied)
         for each in (stream, other):
             each.stop()
             assert list(each)[-1].reason == "stopped"
+
+
+def test_a_copy_is_fetched_while_its_stream_goes_on(make_engine, frames):
+    with Scheduler(make_engine(slots=2), LOCKSTEP) as scheduler:
+        stream = scheduler.open()
+        stream.push_frame(frames[0], 0.0)
+        stream.push_frame(frames[1], 1.0)
+        assert any(isinstance(event, FrameSeen) for event in iter(stream.inbox.get, None))
+        copied = stream.copy_while_running().result(60)
+        expected = copied.fetch()
+        for second in range(2, 6):
+            stream.push_frame(frames[second], float(second))
+        stream.finish()
+        assert sum(isinstance(event, FrameSeen) for event in stream) >= 4
+        # Later steps are given the state's buffers, not those of the copy.
+        again = copied.fetch()
+        for name, x in expected.arrays.items():
+            np.testing.assert_array_equal(again.arrays[name], x)
+        assert again.dialogue == expected.dialogue
 
 
 def test_a_call_that_nobody_waits_for_harms_nothing(make_engine, frames):
@@ -490,7 +509,7 @@ def test_a_stream_that_cannot_be_copied_goes_on(make_engine, frames, monkeypatch
         def fail(*_):
             raise MemoryError("no room on the host")
 
-        monkeypatch.setattr(engine, "save_slot", fail)
+        monkeypatch.setattr(engine, "copy_slot", fail)
         with pytest.raises(MemoryError, match="no room"):
             stream.copy_while_running().result(60)
         stream.push_frame(frames[0], 0.0)
