@@ -170,7 +170,7 @@ class Hub:
       counters: server-wide counters.
       decoders: thread pool for decoding images.
       relay: passes the events of all streams to the event loop, once it is started.
-      saving: held while a session is saved.
+      copying: held while a session is copied to the host.
       image_size: side in pixels of the square to which frames are scaled.
     """
 
@@ -207,7 +207,7 @@ class Hub:
         if self.state_folder is not None:
             await asyncio.to_thread(prepare_folder, self.state_folder, self.config.keep_seconds)
         self.relay = Relay(asyncio.get_running_loop())
-        self.saving = asyncio.Lock()
+        self.copying = asyncio.Lock()
         engine = self.scheduler.engine
         if warm_up and isinstance(engine, Engine):
             await in_thread(lambda: warm_up_all(engine, self.image_size))

@@ -20,7 +20,7 @@ from moss_jax.serving import protocol
 from moss_jax.serving.protocol import ProtocolError
 from moss_jax.serving.saved import remove_session, write_session
 from moss_jax.stream import End, Event, Reservation, SessionError, Stream
-from moss_jax.stream.stream import StreamCopy
+from moss_jax.stream.saved import SavedStream
 
 if TYPE_CHECKING:
     from moss_jax.serving.hub import Hub
@@ -260,39 +260,50 @@ class Session:
         folder = self._hub.state_folder
         if folder is None:
             raise SessionError("the server keeps no streams: it was started without --state-dir")
-        # One session at a time, or their copies could fill the device.
-        async with self._hub.saving:
-            if self.stream is None or self.is_over or self.owner is None:
-                raise SessionError("there is no stream to save")
-            return await self._save(folder, self.stream, self.owner)
-
-    async def _save(self, folder: Path, stream: Stream, owner: Owner) -> float:
-        """Saves the session; arguments are its own, as they were when the save began."""
         started = time.monotonic()
-        future = stream.copy_while_running()
-        # When the copy comes out of the inbox, the dialogue has seen exactly the events before the copy.
-        state: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._marks[future] = lambda: state.set_result(owner.state() | {"sequence": self.sequence})
-        future.add_done_callback(stream.inbox.put)
+        # One session at a time, or their copies could fill the device.
+        async with self._hub.copying:
+            saved, dialogue = await self._copy()
         try:
-            copied = await asyncio.wrap_future(future)
-            # Input that arrived after the copy was made is not part of it.
-            dialogue = await state | {"inbox": copied.dialogue["inbox"]}
-        finally:
-            self._marks.pop(future, None)
-        try:
-            await asyncio.to_thread(self._write, folder, copied, dialogue)
+            await asyncio.to_thread(self._write, folder, saved, dialogue)
         except OSError:
             self._hub.counters.failed_saves += 1
             raise
         self._hub.counters.saves += 1
         self._hub.counters.observe("save", time.monotonic() - started)
-        return copied.dialogue["start_time"]
+        return saved.dialogue["start_time"]
 
-    def _write(self, folder: Path, copied: StreamCopy, dialogue: dict[str, Any]) -> None:
+    async def _copy(self) -> tuple[SavedStream, dict[str, Any]]:
+        """Copies the stream and the dialogue, which has seen exactly the events before the copy."""
+        if self.stream is None or self.is_over or self.owner is None:
+            raise SessionError("there is no stream to save")
+        stream, owner = self.stream, self.owner
+        future = stream.copy_while_running()
+        state: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+        def mark() -> None:
+            """Called when the copy comes out of the inbox."""
+            try:
+                state.set_result(owner.state() | {"sequence": self.sequence})
+            except Exception as error:
+                # Or whoever waits to save would wait for ever.
+                state.set_exception(error)
+
+        self._marks[future] = mark
+        future.add_done_callback(stream.inbox.put)
+        try:
+            copied = await asyncio.wrap_future(future)
+            dialogue = await state
+        finally:
+            self._marks.pop(future, None)
+        # Input that arrived after the copy was made is not part of it.
+        dialogue |= {"inbox": copied.dialogue["inbox"]}
+        return await asyncio.to_thread(copied.fetch), dialogue
+
+    def _write(self, folder: Path, saved: SavedStream, dialogue: dict[str, Any]) -> None:
         """Writes the session to the folder, in a worker thread that outlives a cancelled caller."""
         with self._writing:
-            write_session(folder, self.id, self.token, copied.fetch(), dialogue)
+            write_session(folder, self.id, self.token, saved, dialogue)
         if self.is_forgotten:
             remove_session(folder, self.id)
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -119,6 +120,32 @@ def test_running_streams_are_saved_again_and_again(serve, frames, tmp_path):
         # The other client does not know how to resume it.
         assert names == {session["id"]}
         assert len(list((tmp_path / "state").glob("*.stream"))) <= 2
+
+
+def test_copies_of_sessions_are_fetched_one_at_a_time(serve, frames, monkeypatch):
+    with serve(save_seconds=1000.0) as server, Client(server.realtime) as one, Client(server.realtime) as two:
+        engine, lock, at_once = server.hub.scheduler.engine, threading.Lock(), []
+        fetch = engine.save_slot
+
+        def fetch_alone(copied):
+            at_once.append(lock.acquire(blocking=False))
+            try:
+                time.sleep(0.2)  # Long enough for the other session to begin.
+                return fetch(copied)
+            finally:
+                if at_once[-1]:
+                    lock.release()
+
+        monkeypatch.setattr(engine, "save_slot", fetch_alone)
+        for client in (one, two):
+            client.negotiate()
+            client.show(frames[0])
+            client.until("conversation.item.done")
+        for client in (one, two):
+            client.send("moss.save")
+        for client in (one, two):
+            client.until("moss.saved")
+        assert at_once == [True, True]
 
 
 def test_a_save_that_fails_is_told_and_harms_nothing(serve, frames, tmp_path, monkeypatch):
