@@ -31,7 +31,13 @@ def slot_bytes(model: ModelConfig, engine: EngineConfig, dtype: DTypeLike) -> in
 
 
 def workspace_bytes(
-    model: ModelConfig, engine: EngineConfig, dtype: DTypeLike, *, tokens: int, waiting: int = 0
+    model: ModelConfig,
+    engine: EngineConfig,
+    dtype: DTypeLike,
+    *,
+    tokens: int,
+    waiting: int = 0,
+    copies: int = 0,
 ) -> int:
     """Bytes to reserve beside parameters and state: for the largest program and for queued frames.
 
@@ -45,12 +51,13 @@ def workspace_bytes(
       intermediate states kept for the compressor, twice, since it stacks them;
     - a compaction: the slot that is compacted, before and after.
 
-    Queued frames hold their features. Not included are the compiler's own temporaries, and attention scores
-    where no kernel keeps them on the chip.
+    Queued frames hold their features, and copies of streams the bytes of their slots. Not included are the
+    compiler's own temporaries, and attention scores where no kernel keeps them on the chip.
 
     Args:
       tokens: number of tokens in the largest step, over all slots, padding included.
       waiting: number of encoded frames that wait for their step.
+      copies: number of streams that are being saved or resumed at a time; a live server saves one.
     """
     decoder, vision, itemsize = model.decoder, model.vision, jnp.dtype(dtype).itemsize
     heads = decoder.num_heads + 2 * decoder.num_kv_heads
@@ -60,7 +67,8 @@ def workspace_bytes(
     per_frame = vision.num_positions * per_position + 3 * vision.image_size**2
     encoding = ENCODE_BUCKETS[-1] * per_frame * itemsize
     features = waiting * model.vectors_per_frame * decoder.hidden_size * itemsize
-    return max(step, encoding, 2 * slot_bytes(model, engine, dtype)) + features
+    slot = slot_bytes(model, engine, dtype)
+    return max(step, encoding, 2 * slot) + features + copies * slot
 
 
 def memory_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
@@ -240,7 +241,7 @@ class Stream:
           Stream time at which it resumes.
 
         Raises:
-          SessionError: the logits of the stream were not finite.
+          SessionError: the logits of the stream were not finite, or the device has no room for a copy.
           OSError: the file cannot be written.
         """
         copied = self.copy(state, wall)
@@ -253,9 +254,13 @@ class Stream:
             raise SessionError("a stream whose logits are not finite cannot continue, so it is not saved")
         engine = saving_engine(self._scheduler.engine)
         dialogue, frames, small = self.conversation.save(wall)
+        try:
+            slot = engine.copy_slot(state, self.slot)
+        except jax.errors.JaxRuntimeError as error:
+            raise SessionError(f"the device could not copy the stream: {error}") from error
         return StreamCopy(
             engine,
-            engine.copy_slot(state, self.slot),
+            slot,
             settings=engine.stream_settings(self.conversation.capacity),
             dialogue=copy.deepcopy(dialogue),
             frames=frames,

@@ -45,6 +45,7 @@ def test_the_workspace_grows_with_what_runs_and_what_waits():
     assert reserve(tokens=32_000) > 32_000 * (4 * decoder.vocab_size + 3 * 2 * decoder.intermediate_size)
     frame = model.vectors_per_frame * decoder.hidden_size * 2
     assert reserve(tokens=1, waiting=7) - reserve(tokens=1) == 7 * frame
+    assert reserve(tokens=1, copies=2) - reserve(tokens=1) == 2 * slot_bytes(model, engine, "bfloat16")
     # A large slot is copied by its compaction.
     large = dataclasses.replace(engine, bank_capacity=4096)
     copies = 2 * slot_bytes(model, large, "bfloat16")

@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -509,6 +510,12 @@ def test_a_stream_that_cannot_be_copied_goes_on(make_engine, frames, monkeypatch
         def fail(*_):
             raise MemoryError("no room on the host")
 
+        def fill(*_):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room on the device")
+
+        monkeypatch.setattr(engine, "copy_slot", fill)
+        with pytest.raises(SessionError, match=r"could not copy the stream: .*no room on the device"):
+            stream.copy_while_running().result(60)
         monkeypatch.setattr(engine, "copy_slot", fail)
         with pytest.raises(MemoryError, match="no room"):
             stream.copy_while_running().result(60)
