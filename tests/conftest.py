@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gc
 import os
 import shutil
 import tempfile
@@ -58,8 +57,6 @@ def pytest_configure(config):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         jax.config.update("jax_compilation_cache_dir", folder)
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    # Most of the many objects of traced programs live as long as the process, so collecting often is in vain.
-    gc.set_threshold(100_000, 50, 100)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
