@@ -143,8 +143,8 @@ def endless(
             continue
         now = {"wall": time.monotonic(), "cpu": time.process_time(), "steps": watched.steps}
         gaps = watched.gaps()
-        usual = gaps.pop("neither")
-        stalls = {kind: gap["longest"] - usual["median"] for kind, gap in gaps.items()}
+        usual = gaps["neither"]["median"]
+        stalls = {kind: gap["longest"] - usual for kind, gap in gaps.items() if kind != "neither"}
         if begin:
             steps = now["steps"] - begin["steps"]
             took = {f"{clock}_ms": 1e3 * (now[clock] - begin[clock]) for clock in ("wall", "cpu")}
@@ -154,7 +154,7 @@ def endless(
                 **{f"{name}_a_step": time_ms / steps for name, time_ms in took.items()},
                 "steps": steps,
                 "stalls_ms": stalls,
-                "gaps_ms": {**gaps, "neither": usual},
+                "gaps_ms": gaps,
                 "compactions": dict(watched.compactions),
                 **watched.held(),
                 "programs": watched.num_programs(),

@@ -10,6 +10,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
+
 from moss_jax.config import EngineConfig, MemoryConfig
 from moss_jax.stream.completion import DialogueTurn, Part, dialogue_parts, misfit, sizes
 from moss_jax.stream.engine import Engine, EngineLike, SlotArrays
@@ -169,6 +171,7 @@ def checked_file(engine: EngineLike, path: str | os.PathLike) -> tuple[SavedStre
     """Reads a saved stream that the engine can resume, with its limits, and its arrays on the device.
 
     Raises:
+      Refused: the device has no room for a copy.
       SessionError: the engine is a stand-in.
       SavedStreamError: the file cannot be read or does not fit the engine.
     """
@@ -181,6 +184,8 @@ def checked_file(engine: EngineLike, path: str | os.PathLike) -> tuple[SavedStre
         arrays = engine.upload_slot(saved.arrays)
     except (KeyError, ValueError) as error:
         raise SavedStreamError(f"{path} is not as it was saved: {error}") from error
+    except jax.errors.JaxRuntimeError as error:
+        raise Refused(f"the device could not take a copy of the stream: {error}") from error
     return saved, limits, arrays
 
 

@@ -57,7 +57,7 @@ def workspace_bytes(
     Args:
       tokens: number of tokens in the largest step, over all slots, padding included.
       waiting: number of encoded frames that wait for their step.
-      copies: number of streams that are being saved or resumed at a time; a live server saves one.
+      copies: number of streams being saved or resumed at a time; a live server saves one and resumes one.
     """
     decoder, vision, itemsize = model.decoder, model.vision, jnp.dtype(dtype).itemsize
     heads = decoder.num_heads + 2 * decoder.num_kv_heads

@@ -98,6 +98,8 @@ class Scheduler:
         self._calls: dict[Stream | None, list[tuple[Callable[[Any], Any], Future]]] = {}
         self._thread: threading.Thread | None = None
         self._paused = self._is_persistent = False
+        # Held while a saved stream is copied to the device.
+        self._resuming = threading.Lock()
         # State of the engine, once the loop has ended.
         self.state: Any = None
 
@@ -134,7 +136,7 @@ class Scheduler:
           reservation: of its slot; None for a slot that nobody has reserved.
 
         Raises:
-          Refused: no slot is free, or the scheduler is closed.
+          Refused: no slot is free, the device has no room to resume, or the scheduler is closed.
           ConfigError: the engine has no room or no program for these limits.
           SessionError: the prompt does not fit.
           SavedStreamError: the file cannot be read or does not fit the engine.
@@ -164,9 +166,12 @@ class Scheduler:
 
         # The slot is reserved first, so that no file is copied to the device for a stream that is refused.
         with self._slots.held(reservation) as reservation:
-            if resume:
+            if not resume:
+                return self._slots.admit(make, reservation)
+            # One file at a time, or their arrays could fill the device.
+            with self._resuming:
                 saved, limits, arrays = checked_file(self.engine, resume)
-            return self._slots.admit(make, reservation)
+                return self._slots.admit(make, reservation)
 
     def complete(
         self,

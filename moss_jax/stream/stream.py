@@ -306,10 +306,9 @@ class Stream:
             raise SavedStreamError(f"{path} is not as it was saved: {error}") from error
 
     def copy_while_running(self) -> "Future[StreamCopy]":
-        """Asks the scheduler for a copy of the stream between two of its steps, which stalls no stream.
+        """Asks the scheduler for a copy of the stream between two of its steps, on the device.
 
-        When the future is done, the inbox holds the events up to the copy
-        and no later ones.
+        When the future is done, the inbox holds the events up to the copy and no later ones.
 
         Returns:
           A future that raises `SessionError` if the stream has ended or cannot be saved.

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 
 from moss_jax.config import ConfigError, MemoryConfig, SchedulerConfig
@@ -94,6 +95,30 @@ def test_others_go_on_while_a_saved_stream_is_copied_to_the_device(
             stream = resumed.result(60)
         stream.finish()
         assert [type(event) for event in stream][-1] is End
+
+
+def test_a_stream_that_the_device_has_no_room_to_resume_is_refused(
+    make_engine, frames, tmp_path, monkeypatch
+):
+    engine = make_engine(slots=1)
+    with Scheduler(engine, LOCKSTEP) as scheduler:
+        stream = scheduler.open()
+        write_stream(tmp_path / "saved", stream.copy_while_running().result(60).fetch())
+        stream.finish()
+        assert [type(event) for event in stream][-1] is End
+
+        def fill(_):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "upload_slot", fill)
+            with pytest.raises(Refused, match=r"could not take a copy of the stream: .*no room"):
+                scheduler.open(resume=tmp_path / "saved")
+        assert scheduler.free_slots == 1
+        again = scheduler.open(resume=tmp_path / "saved")
+        again.push_frame(frames[0], 1.0)
+        again.finish()
+        assert any(isinstance(event, FrameSeen) for event in again)
 
 
 def test_a_file_that_does_not_fit_takes_no_slot(make_engine, tmp_path):
