@@ -4,16 +4,18 @@ B rows, K segments, T tokens of a segment, F frames of a segment, N vectors a fr
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from moss_jax.config import ConfigError, MemoryConfig, ModelConfig, SegmentsConfig
 from moss_jax.data.batch import Segments
 from moss_jax.memory import NO_POSITION, MemoryBank, StreamState, TextCache, init_state, keep_tokens
-from moss_jax.memory.policies import Policy, make_policy
+from moss_jax.memory.policies import Compact, Policy, make_policy
 from moss_jax.nn import MossVideo
 from moss_jax.ops.qarray import DTYPES, dequantize, quantize
 
@@ -87,6 +89,8 @@ def run_segments(
     B, KT = tokens.shape
     K = segments.lengths.shape[1]
     T = KT // K
+    # Row `b` has memory `b` modulo their number, so that each device of a mesh has rows of all.
+    memories = [memories[b % len(memories)] for b in range(B)]
 
     def split(x):  # [B, K ...] to [K, B, ...]
         return x.reshape(B, K, -1, *x.shape[2:]).swapaxes(0, 1)
@@ -99,10 +103,10 @@ def run_segments(
         text, bank = _begin(memory, changes.begins)
         text = keep_tokens(text, changes.kept, changes.kept_length)
         text = dataclasses.replace(text, position=text.position + changes.skipped)
-        bank = _by_rows(bank, memories, _make_room)
+        bank = _make_room(bank, memories)
         positions = text.position[:, None] + offsets
         state = model.remember(StreamState(text, bank), features, positions, mask=offsets < T)
-        state = dataclasses.replace(state, bank=_by_rows(state.bank, memories, _round))
+        state = dataclasses.replace(state, bank=_round(state.bank, memories))
         hidden, state = model.decoder.decode(state, tokens, changes.lengths)
         return state, hidden
 
@@ -128,41 +132,54 @@ def _begin(memory: StreamState, begins: Bool[Array, " B"]) -> tuple[TextCache, M
     return text, bank
 
 
-def _by_rows(
-    bank: MemoryBank,
-    memories: Sequence[RowMemory],
-    change: Callable[[MemoryBank, RowMemory], MemoryBank],
-) -> MemoryBank:
-    """Applies a change to the bank of each row with the row's memory configuration."""
-    # Row `b` has memory `b` modulo their number, so that each device of a mesh has rows of all.
-    count = len(memories)
+def _make_room(bank: MemoryBank, memories: Sequence[RowMemory]) -> MemoryBank:
+    """Compacts the banks in which another segment would not fit.
 
-    def rows(i):
-        return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, i], bank)
+    Rows of one policy are compacted together, as they differ only in their budgets: a compaction is a hundred
+    small kernels, whatever the number of rows.
 
-    changed = [change(rows(i), memory) for i, memory in enumerate(memories)]
-    return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *changed)
-
-
-def _make_room(bank: MemoryBank, memory: RowMemory) -> MemoryBank:
-    """Compacts the banks in which another segment would not fit."""
-    full = bank.length > memory.room
+    Args:
+      memories: of each row.
+    """
+    by_policy: dict[Compact, list[int]] = {}
+    for row, memory in enumerate(memories):
+        by_policy.setdefault(memory.compact.compact, []).append(row)
+    parts = []
+    for compact, rows in by_policy.items():
+        budgets = np.stack([memories[row].compact.budget for row in rows], axis=1)
+        parts.append(compact(_rows(bank, rows), jnp.asarray(budgets[:, :, None])))
+    order = np.argsort(list(itertools.chain.from_iterable(by_policy.values()))).tolist()
+    compacted = _rows(jax.tree.map(lambda *x: jnp.concatenate(x), *parts), order)
+    full = bank.length > np.array([memory.room for memory in memories])
     return jax.tree.map(
-        lambda new, old: jnp.where(full.reshape(-1, *(1,) * (old.ndim - 1)), new, old),
-        memory.compact(bank),
+        lambda new, old: jnp.where(full.reshape(-1, *(1,) * (old.ndim - 1)), new, old), compacted, bank
+    )
+
+
+def _rows(bank: MemoryBank, rows: Sequence[int]) -> MemoryBank:
+    """Picks rows, each of which at most once."""
+    index = np.array(rows)
+    return jax.tree.map(
+        # The hints spare the gradient a scatter with atomic sums.
+        lambda x: x.at[index].get(unique_indices=True, mode="promise_in_bounds"),
         bank,
     )
 
 
-def _round(bank: MemoryBank, memory: RowMemory) -> MemoryBank:
-    """Rounds keys and values as storing them in 8 bits would, with straight-through gradients."""
-    dtype = memory.dtype
-    if dtype is None:
-        return bank
+def _round(bank: MemoryBank, memories: Sequence[RowMemory]) -> MemoryBank:
+    """Rounds keys and values as storing them in 8 bits would, with straight-through gradients.
+
+    Args:
+      memories: of each row.
+    """
+    dtypes = {memory.dtype for memory in memories if memory.dtype is not None}
 
     def rounded(x):
-        stored = dequantize(quantize(jax.lax.stop_gradient(x), dtype, axes=3), x.dtype)
-        return x + jax.lax.stop_gradient(stored - x)
+        exact = stored = jax.lax.stop_gradient(x)
+        for dtype in dtypes:
+            has = np.array([memory.dtype == dtype for memory in memories])[:, None, None, None]
+            stored = jnp.where(has, dequantize(quantize(exact, dtype, axes=3), x.dtype), stored)
+        return x + (stored - exact)
 
     return dataclasses.replace(
         bank, keys=tuple(map(rounded, bank.keys)), values=tuple(map(rounded, bank.values))

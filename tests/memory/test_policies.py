@@ -166,6 +166,23 @@ def test_a_bank_in_a_larger_buffer_is_as_in_one_of_its_size(name, stored):
     assert compact_by_name(name)._cache_size() == len({room, *(frames for frames, _ in sizes)})
 
 
+@pytest.mark.parametrize("stored", [None, "int8"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_each_slot_has_a_budget_of_its_own(name, stored):
+    """A compaction of several slots with different budgets is that of each alone, bit for bit."""
+    budgets, banks = [], []
+    for frames, low_water in ((16, 0.8), (9, 0.75), (12, 0.7)):
+        memory = MemoryConfig(name, low_water=low_water)
+        banks.append(filled(memory, 16, frames, stored)[0])
+        budgets.append(make_policy(memory, model(), frames).budget)
+    alone = [compact_by_name(name)(*each) for each in zip(banks, budgets, strict=True)]
+    together = jax.tree.map(lambda *x: jnp.concatenate(x), *banks)
+    together = compact_by_name(name)(together, np.stack(budgets, axis=1)[:, :, None])
+    assert len({int(bank.length[0]) for bank in alone}) == 3
+    for found, *expected in zip(*map(jax.tree.leaves, (together, *alone)), strict=True):
+        np.testing.assert_array_equal(found, jnp.concatenate(expected))
+
+
 def test_policies_of_one_name_have_one_compaction():
     for name in POLICIES:
         one = make_policy(MemoryConfig(name), model(), 64)

@@ -19,7 +19,7 @@ def merge(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy:
     return Policy(merge_alike, make_budget([memory.low_mark(frames) * model.vectors_per_frame]))
 
 
-def merge_alike(bank: MemoryBank, budget: Int[Array, " 1"]) -> MemoryBank:
+def merge_alike(bank: MemoryBank, budget: Int[Array, "1 ..."]) -> MemoryBank:
     """Merges pairs of vectors, most similar values first, until the bank is within the budget.
 
     Among the vectors of one place, the first and second are a pair, the third and fourth, and so on. The
@@ -40,7 +40,7 @@ def merge_alike(bank: MemoryBank, budget: Int[Array, " 1"]) -> MemoryBank:
     back = jnp.argsort(order, axis=1)
     is_pair, newer = (jnp.take_along_axis(x, back, axis=1) for x in (is_pair, newer))
     alike = jnp.where(is_pair, likeness(dequantize(bank.values[len(bank.values) // 2]), newer), -jnp.inf)
-    excess = jnp.maximum(bank.length - low, 0)[:, None]
+    excess = jnp.maximum(bank.length[:, None] - low, 0)
     chosen = is_pair & (jnp.argsort(jnp.argsort(-alike, axis=1, stable=True), axis=1) < excess)
     target = jnp.cumsum(held & ~chosen, axis=1) - 1
     target = jnp.where(chosen, jnp.take_along_axis(target, newer, axis=1), target)

@@ -9,9 +9,9 @@ from jaxtyping import Array, Int
 
 from moss_jax.memory.bank import MemoryBank
 
-# A pure function of a bank and a budget. Its static parts depend only on the model, so one compiled program
-# serves every budget.
-type Compact = Callable[[MemoryBank, Int[Array, " n"]], MemoryBank]
+# A pure function of a bank and a budget: [n] for all slots alike, or [n, B, 1] for each its own. Its static
+# parts depend only on the model, so one compiled program serves every budget.
+type Compact = Callable[[MemoryBank, Int[Array, "n ..."]], MemoryBank]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -75,13 +75,13 @@ def _compaction(grids: tuple[int, ...]) -> Compact:
     return functools.partial(coarsen, grids=grids)
 
 
-def coarsen(bank: MemoryBank, budget: Int[Array, " levels"], *, grids: tuple[int, ...]) -> MemoryBank:
+def coarsen(bank: MemoryBank, budget: Int[Array, "levels ..."], *, grids: tuple[int, ...]) -> MemoryBank:
     """Moves the oldest frames of each level over its budget one level down.
 
     In the last level, neighbouring frames are merged, starting with those that stand for the fewest.
 
     Args:
-      budget: number of frames that may stay at each level.
+      budget: number of frames that may stay at each level, the same for all slots or [levels, B, 1].
       grids: of the levels.
     """
     frames = frames_of(bank)

@@ -17,7 +17,7 @@ def window(memory: MemoryConfig, model: ModelConfig, frames: int) -> Policy:
     return Policy(keep_newest, make_budget([memory.low_mark(frames) * model.vectors_per_frame]))
 
 
-def keep_newest(bank: MemoryBank, budget: Int[Array, " 1"]) -> MemoryBank:
+def keep_newest(bank: MemoryBank, budget: Int[Array, "1 ..."]) -> MemoryBank:
     """Drops the oldest frames until the number of vectors is within the budget."""
     (low,) = budget
     frames = frames_of(bank)
