@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
+import itertools
 import logging
 import math
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent import futures
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from moss_jax.config import (
 from moss_jax.convert import hub, run_checkpoint
 from moss_jax.data.batch import Batch
 from moss_jax.data.conversations import ConversationBatches
-from moss_jax.data.pipeline import BatchSource, iterate
+from moss_jax.data.pipeline import BatchSource, LoadedBatch, iterate
 from moss_jax.data.segments import TabletopSegments
 from moss_jax.data.worlds import TabletopBatches
 from moss_jax.nn.compressor import Compressor
@@ -193,9 +194,10 @@ def _run(config: RunConfig, workdir: Path, *, resume: bool) -> None:
         workers = config.data.workers
         batches = iterate(source, start=start, workers=workers, read_ahead=config.data.read_ahead)
         stack.callback(batches.close)
+        due = itertools.islice(batches, train.steps - start)
+        placed = stack.enter_context(contextlib.closing(_placed(due, trainer)))
         for step in range(start + 1, train.steps + 1):
-            loaded = next(batches)
-            batch = trainer.put(loaded.batch)
+            loaded, batch = next(placed)
             called = time.perf_counter()
             state, metrics = trainer.step(state, batch)
             if compiled := (shape := batch.frames.shape[:2] + batch.tokens.shape[1:]) not in shapes:
@@ -227,6 +229,20 @@ def _run(config: RunConfig, workdir: Path, *, resume: bool) -> None:
     _logger.info("%s", drops)
     if log:
         draw_curve(workdir)
+
+
+def _placed(batches: Iterator[LoadedBatch], trainer: Trainer) -> Generator[tuple[LoadedBatch, Batch]]:
+    """Yields batches with their copies on the devices, which a thread makes during the previous step."""
+
+    def place() -> tuple[LoadedBatch, Batch] | None:
+        loaded = next(batches, None)
+        return loaded and (loaded, trainer.put(loaded.batch))
+
+    with futures.ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(place)
+        while placed := pending.result():
+            pending = thread.submit(place)
+            yield placed
 
 
 @dataclasses.dataclass(frozen=True)

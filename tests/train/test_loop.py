@@ -312,12 +312,16 @@ def test_numbers_that_are_not_finite(bad, last, message):
 
 def test_metrics_are_read_two_steps_later(tmp_path, checkpoint, monkeypatch):
     """So that the device never waits for the host, except before a checkpoint."""
-    dispatched, read, compiled = [], [], []
-    put, device_get = Trainer.put, jax.device_get
+    placed, dispatched, read, compiled = [], [], [], []
+    put, device_get, step_class = Trainer.put, jax.device_get, loop.DispatchedStep
 
-    def count(self, batch):
-        dispatched.append(batch)
+    def note(self, batch):
+        placed.append(batch)
         return put(self, batch)
+
+    def dispatch(number, *args, **options):
+        dispatched.append(number)
+        return step_class(number, *args, **options)
 
     def get(x):
         read.append(len(dispatched))
@@ -329,14 +333,16 @@ def test_metrics_are_read_two_steps_later(tmp_path, checkpoint, monkeypatch):
             super().record(*args, **options)
 
     monkeypatch.setattr(loop, "Log", Recorded)
-    monkeypatch.setattr(Trainer, "put", count)
+    monkeypatch.setattr(loop, "DispatchedStep", dispatch)
+    monkeypatch.setattr(Trainer, "put", note)
     monkeypatch.setattr(loop.jax, "device_get", get)
     loop.run(runs.make_config(checkpoint, "train.checkpoint_every = 100"), tmp_path)
     assert read == [3, 4, 5, 6, 6, 6]
     # The last step is saved though no checkpoint is due.
     assert run_checkpoint.find_checkpoint(tmp_path).name == "6"
     # The first step of each shape is known to be compiled.
-    shapes = [(batch.frames.shape, batch.tokens.shape) for batch in dispatched]
+    shapes = [(batch.frames.shape, batch.tokens.shape) for batch in placed]
+    assert len(placed) == len(dispatched) == 6
     assert compiled == [shape not in shapes[:i] for i, shape in enumerate(shapes)]
     assert 0 < sum(compiled) < 6
 
