@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moss_jax.config import ConfigError
@@ -100,6 +101,15 @@ def partition_spec(
 def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Returns `partition_spec` on a mesh."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def pinned(x: jax.Array) -> np.ndarray:
+    """Copies an array to pinned host memory.
+
+    A transfer to pageable memory makes a GPU's driver wait for it in whatever thread launches something
+    meanwhile.
+    """
+    return np.asarray(jax.device_put(x, x.sharding.with_memory_kind("pinned_host")))
 
 
 def gather(x: jax.Array, spec: PartitionSpec, mesh: Mesh) -> jax.Array:

@@ -13,6 +13,7 @@ from moss_jax.memory.bank import NO_POSITION, MemoryBank
 from moss_jax.memory.room import CapacityError
 from moss_jax.memory.text import ROWS_MULTIPLE, TextCache
 from moss_jax.ops.qarray import QArray
+from moss_jax.sharding import pinned
 
 
 @jax.tree_util.register_dataclass
@@ -101,8 +102,9 @@ def save_slot(state: StreamState) -> dict[str, np.ndarray]:
     lengths = {"text": int(np.asarray(state.text.length)[0]), "bank": int(np.asarray(state.bank.length)[0])}
     saved = {}
     for name, x in _named(state):
-        x = np.asarray(x)[0]
-        saved[name] = x[_rows(x.ndim, lengths[name.partition(".")[0]])]
+        x = pinned(x)[0]
+        # A copy, so that the next array finds the pinned memory free.
+        saved[name] = x[_rows(x.ndim, lengths[name.partition(".")[0]])].copy()
     return saved
 
 
