@@ -172,7 +172,8 @@ def _round(bank: MemoryBank, memories: Sequence[RowMemory]) -> MemoryBank:
     Args:
       memories: of each row.
     """
-    dtypes = {memory.dtype for memory in memories if memory.dtype is not None}
+    # In order: all processes must trace the same program.
+    dtypes = dict.fromkeys(memory.dtype for memory in memories if memory.dtype is not None)
 
     def rounded(x):
         exact = stored = jax.lax.stop_gradient(x)
