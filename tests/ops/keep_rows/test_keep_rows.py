@@ -69,6 +69,24 @@ def test_cases(kept, implementation):
     check([kept], [1], implementation=implementation, buffers=inputs(1, K=1))
 
 
+def test_only_rows_that_stay_have_a_gradient():
+    """It is the gather's; rows behind those that stay may contain anything, so theirs doesn't count."""
+    kept = np.int32([[1, 4, 5, 0], [0, 2, 3, 7]])
+    length = np.int32([3, 4])
+    x, weights = np.random.default_rng(1).normal(size=(2, 2, 2, 8, 3)).astype(np.float32)
+
+    def loss(x):
+        (new,) = keep_rows([x], kept, length, implementation="xla")
+        return jnp.sum(jnp.where((jnp.arange(8) < length[:, None])[:, None, :, None], weights * new**2, 0))
+
+    expected = np.zeros_like(x)
+    for slot, count in enumerate(length):
+        for new, row in enumerate(kept[slot, :count]):
+            expected[slot, :, row] = 2 * weights[slot, :, new] * x[slot, :, row]
+    # Products of three numbers in float32.
+    np.testing.assert_allclose(jax.grad(loss)(x), expected, rtol=1e-6)
+
+
 def random_sets(seed, count, capacity=CAPACITY):
     rng = np.random.default_rng(seed)
     return [np.flatnonzero(rng.random(capacity) < share) for share in rng.uniform(0.2, 1, count)]
