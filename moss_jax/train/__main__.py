@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,12 +81,14 @@ def set_up_logging() -> None:
 def quiet_failed_writes() -> None:
     """Drops library output about a checkpoint that cannot be written, which the run raises as one RunError.
 
-    orbax and asyncio log tracebacks, and tensorstore reports an exception for each array to an event loop
-    that orbax has closed, which only `sys.unraisablehook` can keep off stderr: 3000 lines for the small
-    model. Threads keep reporting after the run has raised, so this stays in place until the process ends.
+    orbax and asyncio log tracebacks, coroutines of orbax may never be awaited, and tensorstore reports an
+    exception for each array to an event loop that orbax has closed, which only `sys.unraisablehook` can keep
+    off stderr: 3000 lines for the small model. Threads keep reporting after the run has raised, so this stays
+    in place until the process ends.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_no_failed_write)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _report_unraisable
 
 

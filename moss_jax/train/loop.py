@@ -194,7 +194,7 @@ def _run(config: RunConfig, workdir: Path, *, resume: bool) -> None:
         workers = config.data.workers
         batches = iterate(source, start=start, workers=workers, read_ahead=config.data.read_ahead)
         stack.callback(batches.close)
-        due = itertools.islice(batches, train.steps - start)
+        due = itertools.islice(batches, max(0, train.steps - start))
         placed = stack.enter_context(contextlib.closing(_placed(due, trainer)))
         for step in range(start + 1, train.steps + 1):
             loaded, batch = next(placed)
