@@ -120,13 +120,15 @@ def test_a_killed_and_resumed_run_has_the_same_losses(tmp_path, checkpoint, comp
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_a_run_after_a_checkpoint(tmp_path, finished, checkpoint, monkeypatch, number):
-    def interrupt(step, loaded):
-        if step == 2:
+    step_class = loop.DispatchedStep
+
+    def dispatch(step, *args, **options):
+        if step == 3:
             os.kill(os.getpid(), number)
-        return loaded
+        return step_class(step, *args, **options)
 
     before = signal.getsignal(number)
-    wrap_source(monkeypatch, interrupt)
+    monkeypatch.setattr(loop, "DispatchedStep", dispatch)
     config = runs.make_config(checkpoint, "train.checkpoint_every = 100")
     loop.run(config, tmp_path)
     assert signal.getsignal(number) is before
