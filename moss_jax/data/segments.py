@@ -23,8 +23,8 @@ from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offli
 from moss_jax.worlds.tabletop.requests import draw_question
 from moss_jax.worlds.tabletop.stream import TRAINING, TabletopStream, draw_stream
 
-# Maximum length of a short stream, in seconds, whose requests are the usual ones.
-SHORT = 80
+# Maximum length of a short stream, in seconds.
+SHORT = 40
 # Longest times without a frame in streams whose frames are selected, in seconds.
 MAX_GAPS = (2, 3, 5, 10, 30)
 
