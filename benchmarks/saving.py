@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         def resume() -> Stream:
             # A clock of its own, since it continues at the time of the file.
-            return scheduler.open(settings, clock=None, resume=path)
+            return scheduler.open(settings, resume=path)
 
         def timed[T](phase: str, call: Callable[[], T]) -> T:
             begin = clock.now()

@@ -106,8 +106,7 @@ def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
 def pinned(x: jax.Array) -> np.ndarray:
     """Copies an array to pinned host memory.
 
-    A transfer to pageable memory makes a GPU's driver wait for it in whatever thread launches something
-    meanwhile.
+    While an array is transferred from a GPU to pageable memory, launches by other threads wait.
     """
     return np.asarray(jax.device_put(x, x.sharding.with_memory_kind("pinned_host")))
 
