@@ -190,12 +190,16 @@ class SegmentsConfig:
       skips: share of the segments that begin with a gap, in half of the streams.
       selected: share of the streams in which `<|image|>` tokens come without a frame while nothing changes,
         as in a session with frame selection (`SelectionConfig`), but by the ground truth of the stream.
-      past: share of questions about the past among the requests of streams of more than 40 seconds.
+      usual: share of the streams of more than 80 seconds in which the user asks for what is asked for in
+        shorter ones, mostly about the present; `past`, `old` and `late` concern the others.
+      past: share of questions about the past among the requests of the others.
       old: share of those questions that are drawn again for old evidence; see `draw_stream`.
-      late: share of the streams of more than 40 seconds in which the user says nothing before a time drawn
-        uniformly, so that only the bank remembers what was seen until then.
-      paces: of those streams, the shortest and the longest mean time between two requests, in seconds; each
-        stream draws one, log-uniformly.
+      late: share of the others in which the user says nothing before a time drawn uniformly, so that only the
+        bank remembers what was seen until then.
+      narrated: share of the streams, of any length, in which the user first asks for a narration and then
+        says nothing before a time drawn uniformly, so that the model learns to narrate for long.
+      paces: in streams of more than 80 seconds, the shortest and the longest mean time between two requests,
+        in seconds; each stream draws one, log-uniformly.
     """
 
     per_step: int = 0
@@ -207,16 +211,18 @@ class SegmentsConfig:
     max_skip: int = 2**17
     skips: float = 0.125
     selected: float = 0.3
+    usual: float = 0.0
     past: float = 0.5
     old: float = 0.0
     late: float = 0.0
+    narrated: float = 0.0
     paces: tuple[float, float] = (3.0, 30.0)
 
     def __post_init__(self):
         convert_fields(self)
         require_at_least(0, self, "per_step")
         require_at_least(1, self, "frames", "tokens", "max_skip")
-        require_share(self, "skips", "selected", "past", "old", "late")
+        require_share(self, "skips", "selected", "usual", "past", "old", "late", "narrated")
         require(
             len(self.paces) == 2 and 1 <= self.paces[0] <= self.paces[1],
             f"paces are the shortest and the longest, of at least 1 second; got {self.paces}",

@@ -23,8 +23,8 @@ from moss_jax.worlds.tabletop.dialogue import Dialogue, converse, converse_offli
 from moss_jax.worlds.tabletop.requests import draw_question
 from moss_jax.worlds.tabletop.stream import TRAINING, TabletopStream, draw_stream
 
-# Maximum length of a short stream, in seconds.
-SHORT = 40
+# Maximum length of a short stream, in seconds, whose requests are the usual ones.
+SHORT = 80
 # Longest times without a frame in streams whose frames are selected, in seconds.
 MAX_GAPS = (2, 3, 5, 10, 30)
 
@@ -139,14 +139,17 @@ class TabletopSegments(TabletopSource):
         config = self.segments
         seconds = length * config.frames
         is_short = seconds <= SHORT
-        is_late = not is_short and config.late and rng.random() < config.late
+        narrated = bool(config.narrated) and rng.random() < config.narrated
+        is_usual = is_short or (config.usual and rng.random() < config.usual)
+        is_late = not is_usual and config.late and rng.random() < config.late
         stream = draw_stream(
             rng,
             seconds,
-            past=None if is_short else config.past,
+            past=None if is_usual else config.past,
             paces=config.paces,
-            old=0.0 if is_short else config.old,
-            quiet=rng.uniform() if is_late else 0.0,
+            old=0.0 if is_usual else config.old,
+            quiet=rng.uniform() if is_late or narrated else 0.0,
+            narrated=narrated,
         )
         if is_short and rng.random() < self.config.offline_share:
             question = draw_question(rng, stream.world)

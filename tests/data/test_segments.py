@@ -124,20 +124,21 @@ def test_streams_of_all_lengths_begin_and_some_skip_positions(make_segments):
     assert max(skipped) <= SEGMENTS.max_skip
 
 
-def test_users_may_be_late(tokenizer):
-    """Less is said in the first third of the streams, and nothing in some."""
+def test_users_may_be_late_or_listen(tokenizer):
+    """Less is said in the first third of the streams, and nothing in some, unless what happens is narrated."""
 
-    def spoken(late):
+    def spoken(**shares):
         # A step is a whole stream of each row.
         settings = dataclasses.replace(
-            SEGMENTS, per_step=30, streams=(30,), past=0.8, old=0.5, late=late, paces=(3.0, 6.0)
+            SEGMENTS, per_step=30, streams=(30,), past=0.8, old=0.5, paces=(3.0, 6.0), **shares
         )
         config = TabletopConfig(image_size=32)
         batch = TabletopSegments(config, settings, tokenizer, batch_size=8, seed=0)[0].batch
         labels = batch.labels[:, : 10 * SEGMENTS.tokens]
         return ((labels != IGNORED) & (labels != tokenizer.special.silence)).sum(axis=1)
 
-    usual, late = spoken(0.0), spoken(1.0)
+    usual, late, narrated = spoken(), spoken(late=1.0), spoken(late=1.0, narrated=1.0)
     assert usual.min() > 0
     assert late.min() == 0
     assert late.mean() < 0.7 * usual.mean()
+    assert narrated.min() > 0

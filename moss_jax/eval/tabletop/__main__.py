@@ -44,6 +44,7 @@ def score(args: argparse.Namespace) -> None:
         text_dtype=args.text_dtype,
         selection=SelectionConfig(enabled=args.select, max_gap=args.max_gap or SelectionConfig.max_gap),
         event_rate=args.event_rate,
+        narrated=args.narrated,
         offline=not args.skip_offline,
         blind_streams=0 if args.skip_blind else args.blind_streams,
     )
@@ -103,6 +104,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=_rates,
         metavar="LOW,HIGH",
         help="range of the rates of events, per second, that streams are drawn with (default: as usual)",
+    )
+    add(
+        "--narrated",
+        action="store_true",
+        help="the user asks for a narration at the beginning of each stream, and for nothing else",
     )
     add(
         "--bank-dtype",

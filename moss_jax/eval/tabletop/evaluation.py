@@ -60,6 +60,7 @@ class EvaluationConfig:
       selection: which frames are shown to the model.
       event_rate: range that event rates, per second, are drawn from; the rates then vary within a stream, as
         in streams of more than a minute. None for the usual rates.
+      narrated: the user asks for a narration at the beginning of each stream, and for nothing else.
       offline: ask the questions offline as well.
       blind_streams: how many of the streams to repeat without their frames; None for all, 0 for none.
     """
@@ -80,6 +81,7 @@ class EvaluationConfig:
     text_dtype: KVDtype | None = None
     selection: SelectionConfig = EVERY_FRAME
     event_rate: tuple[float, float] | None = None
+    narrated: bool = False
     offline: bool = True
     blind_streams: int | None = None
 
@@ -111,6 +113,8 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
     }
     size = model.config.vision.image_size
     drawn: dict[str, Any] = {"varied": True, "rates": config.event_rate} if config.event_rate else {}
+    if config.narrated:
+        drawn |= {"quiet": 1.0, "narrated": True}
     streams = [
         evaluation_stream(config.seed, index, config.seconds, **drawn) for index in range(config.streams)
     ]
@@ -160,6 +164,7 @@ def evaluate(config: EvaluationConfig, log: Callable[[str], None] = lambda _: No
         "text_dtype": config.text_dtype,
         "selection": dataclasses.asdict(config.selection),
         "event_rate": config.event_rate,
+        "narrated": config.narrated,
         "image_size": size,
         "dtype": str(model.dtype),
         "weights": config.weights,

@@ -9,9 +9,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from moss_jax.worlds.tabletop import digits
+from moss_jax.worlds.tabletop import digits, language
 from moss_jax.worlds.tabletop.answers import evidence
-from moss_jax.worlds.tabletop.language import PAST
 from moss_jax.worlds.tabletop.render import Look, Scene, impair, paint, photograph
 from moss_jax.worlds.tabletop.requests import PACE, Request, draw_request, draw_requests
 from moss_jax.worlds.tabletop.world import IMPAIRMENTS, Impairment, World, generate, pick
@@ -26,6 +25,8 @@ RATES, PACES = (0.01, 0.6), (3.0, 30.0)
 STRETCHES = (20.0, 240.0)
 # Share of the training streams with an impaired camera, and the length of a stream that may have one.
 IMPAIRED, SHORTEST_IMPAIRED = 0.12, 12
+# Narrations of quiet users are asked for within so many seconds.
+FIRST = 8
 # Range of the ages, in seconds, beyond which old evidence must be, and how often a question is drawn for it.
 OLD, DRAWS = (15.0, 300.0), 8
 
@@ -118,6 +119,7 @@ def draw_stream(
     impaired: float | None = None,
     old: float = 0.0,
     quiet: float = 0.0,
+    narrated: bool = False,
 ) -> TabletopStream:
     """Samples a stream.
 
@@ -138,6 +140,7 @@ def draw_stream(
         time drawn log-uniformly between 15 seconds and 5 minutes, as far as there are such questions.
       quiet: share of the stream, at its beginning, in which the user says nothing, so that no earlier answer
         helps to remember it.
+      narrated: whether the user asks for a narration in the first seconds, which goes on all that time.
 
     Raises:
       ValueError: a share is not in [0, 1], rates are not a range within (0, 1], or a stream of less than 4
@@ -167,9 +170,15 @@ def draw_stream(
     first_turn = 0.3 if split == TRAINING and not dense else 0.0
     requests = draw_requests(rng, world, first_turn=first_turn, dense=dense, past=past, pace=pace)
     requests = tuple(request for request in requests if request.time >= quiet * seconds)
+    if narrated:
+        asked = round(int(rng.integers(min(FIRST, seconds))) + rng.uniform(0.05, 0.95), 2)
+        requests = (
+            Request(asked, language.ask(rng, "narrate"), "narrate"),
+            *(request for request in requests if request.time > asked),
+        )
     if old:
         requests = tuple(
-            _older(rng, world, request) if request.kind in PAST and rng.random() < old else request
+            _older(rng, world, request) if request.kind in language.PAST and rng.random() < old else request
             for request in requests
         )
     return TabletopStream(world, Look.draw(rng), requests, int(rng.integers(2**31)))
@@ -233,8 +242,9 @@ def evaluation_stream(
     impaired: float = 0.0,
     old: float = 0.0,
     quiet: float = 0.0,
+    narrated: bool = False,
 ) -> TabletopStream:
     """Returns held-out stream `index` of a seed; see `draw_stream`."""
     rng = np.random.default_rng([EVALUATION, seed, index])
-    chosen = {"past": past, "varied": varied, "rates": rates, "impaired": impaired}
+    chosen = {"past": past, "varied": varied, "rates": rates, "impaired": impaired, "narrated": narrated}
     return draw_stream(rng, seconds, split=EVALUATION, old=old, quiet=quiet, **chosen)

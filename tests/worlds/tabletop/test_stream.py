@@ -245,6 +245,18 @@ def test_a_share_of_a_stream_can_be_quiet():
         assert quiet.world == usual.world
 
 
+def test_a_quiet_user_may_listen_to_a_narration():
+    for seed in range(5):
+        quiet, narrated = (
+            draw_stream(np.random.default_rng(seed), 100, quiet=0.6, narrated=n) for n in (False, True)
+        )
+        first, *rest = narrated.requests
+        assert first.kind == "narrate"
+        assert 0 < first.time < 8
+        assert first.time % 1
+        assert tuple(rest) == quiet.requests
+
+
 def test_a_part_of_the_longer_training_streams_has_an_impaired_camera():
     drawn = [draw_stream(np.random.default_rng(seed), 13) for seed in range(400)]
     assert 0.08 < np.mean([bool(stream.impairments) for stream in drawn]) < 0.17
