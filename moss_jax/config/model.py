@@ -284,6 +284,8 @@ def moss_tiny() -> ModelConfig:
             num_heads=8,
             num_kv_heads=2,
             cross_attention_layers=(1, 4, 7),
+            # Stretched as in the original, only one of 16 wavelengths tells minutes from an hour; now four.
+            rope=RopeConfig(factor=1),
             max_positions=8192,
         ),
     )

@@ -125,7 +125,7 @@ def test_streams_of_all_lengths_begin_and_some_skip_positions(make_segments):
 
 
 def test_users_may_be_late_or_listen(tokenizer):
-    """Less is said in the first third of the streams, and nothing in some, unless what happens is narrated."""
+    """Less is said in the first third of the streams, and nothing in some, unless it is narrated."""
 
     def spoken(**shares):
         # A step is a whole stream of each row.

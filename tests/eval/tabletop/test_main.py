@@ -43,6 +43,18 @@ def test_the_command_with_a_random_model(model, tmp_path, capsys):
     assert "frames encoded" in out
 
 
+def test_narrations_of_whole_streams(model, tmp_path):
+    save(tmp_path / "random", model, tokenizer=shipped("moss-tiny") / "tokenizer.json")
+    out = tmp_path / "scores.json"
+    settings = {"checkpoint": tmp_path / "random", "json": out, "streams": 2, "seconds": 20, "slots": 2}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    assert main(["--narrated", "--skip-offline", "--skip-blind", *flags]) == 0
+    result = json.loads(out.read_text())
+    assert result["narrated"]
+    assert result["accuracy"]["n"] == 0
+    assert result["narration"]["recall"]["n"] > 0
+
+
 def test_the_share_of_frames_encoded():
     def frame(kind, **reason):
         return kind(slot=0, stream_time=0.0, wall_time=0.0, index=0, time=0.0, **reason)
