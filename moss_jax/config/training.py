@@ -198,8 +198,8 @@ class SegmentsConfig:
         bank remembers what was seen until then.
       narrated: share of the streams, of any length, in which the user first asks for a narration and then
         says nothing before a time drawn uniformly, so that the model learns to narrate for long.
-      paces: in streams of more than 80 seconds, the shortest and the longest mean time between two requests,
-        in seconds; each stream draws one, log-uniformly.
+      paces: in streams of more than a minute, the shortest and the longest mean time between two requests, in
+        seconds; each stream draws one, log-uniformly.
     """
 
     per_step: int = 0

@@ -142,3 +142,5 @@ def test_users_may_be_late_or_listen(tokenizer):
     assert late.min() == 0
     assert late.mean() < 0.7 * usual.mean()
     assert narrated.min() > 0
+    # Nor is a user late whose requests are the usual ones.
+    assert spoken(late=1.0, usual=1.0).min() > 0

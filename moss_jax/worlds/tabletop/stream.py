@@ -25,8 +25,8 @@ RATES, PACES = (0.01, 0.6), (3.0, 30.0)
 STRETCHES = (20.0, 240.0)
 # Share of the training streams with an impaired camera, and the length of a stream that may have one.
 IMPAIRED, SHORTEST_IMPAIRED = 0.12, 12
-# Narrations of quiet users are asked for within so many seconds.
-FIRST = 8
+# Seconds from the beginning of a stream within which a user who then only listens asks for a narration.
+ASKED_WITHIN = 8
 # Range of the ages, in seconds, beyond which old evidence must be, and how often a question is drawn for it.
 OLD, DRAWS = (15.0, 300.0), 8
 
@@ -171,7 +171,7 @@ def draw_stream(
     requests = draw_requests(rng, world, first_turn=first_turn, dense=dense, past=past, pace=pace)
     requests = tuple(request for request in requests if request.time >= quiet * seconds)
     if narrated:
-        asked = round(int(rng.integers(min(FIRST, seconds))) + rng.uniform(0.05, 0.95), 2)
+        asked = round(int(rng.integers(min(ASKED_WITHIN, seconds))) + rng.uniform(0.05, 0.95), 2)
         requests = (
             Request(asked, language.ask(rng, "narrate"), "narrate"),
             *(request for request in requests if request.time > asked),

@@ -46,7 +46,7 @@ def test_the_command_with_a_random_model(model, tmp_path, capsys):
 def test_narrations_of_whole_streams(model, tmp_path):
     save(tmp_path / "random", model, tokenizer=shipped("moss-tiny") / "tokenizer.json")
     out = tmp_path / "scores.json"
-    settings = {"checkpoint": tmp_path / "random", "json": out, "streams": 2, "seconds": 20, "slots": 2}
+    settings = {"checkpoint": tmp_path / "random", "json": out, "streams": 2, "seconds": 20, "slots": 1}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     assert main(["--narrated", "--skip-offline", "--skip-blind", *flags]) == 0
     result = json.loads(out.read_text())
