@@ -91,8 +91,9 @@ class MemoryConfig:
       bank_dtype: 8-bit dtype for keys and values of the bank; None for the dtype of the model.
       text_dtype: likewise of the text cache.
       text: for the tokens. "full" evicts none, so the stream ends when the text cache is full. "window" keeps
-        the opening and the newest tokens; of older ones, silences and frames are evicted first, then user
-        turns, and answers last.
+        the opening, the first tokens after it, and the newest; of the others, silences and frames are evicted
+        first, then user turns, and answers last.
+      text_first: share of the text cache for the first tokens after the opening, which are all kept.
       text_recent: share of the text cache for the newest tokens, which are all kept.
       text_assistant: share of the text cache for older answers of the model.
     """
@@ -103,6 +104,7 @@ class MemoryConfig:
     bank_dtype: KVDtype | None = None
     text_dtype: KVDtype | None = None
     text: TextMemory = "window"
+    text_first: float = 0.125
     text_recent: float = 0.5
     text_assistant: float = 0.25
 
@@ -114,6 +116,7 @@ class MemoryConfig:
             f"text_recent {self.text_recent} must be between 0 and low_water {self.low_water}, "
             f"and text_assistant {self.text_assistant} in [0, 1]",
         )
+        require(0 <= self.text_first < 1, f"text_first {self.text_first} must be in [0, 1)")
         require(
             len(self.pyramid_shares) >= 2
             and all(share > 0 for share in self.pyramid_shares)

@@ -1,4 +1,4 @@
-"""KV-cache eviction: the opening is pinned, a recent window is kept, and answers are evicted last."""
+"""KV-cache eviction: the opening and the first tokens are pinned, the newest are kept, answers go last."""
 
 import enum
 import itertools
@@ -26,14 +26,17 @@ def tokens_to_keep(kinds: Sequence[Kind], room: int, memory: MemoryConfig, capac
     """Indices of the tokens to keep, ascending; at most `room`, unless the opening alone is longer.
 
     Evicts the oldest first: silences and frames, then answers beyond their budget, then user turns, then the
-    other answers. Turns and answers are evicted whole. The recent window goes only if that is not enough.
+    other answers. Turns and answers are evicted whole. The first tokens after the opening and the recent
+    window go only if that is not enough.
 
     Args:
       kinds: of the tokens in the cache.
-      room: number of tokens that may stay.
+      room: number of tokens that may stay; negative if not even the opening may.
       capacity: of the cache.
     """
-    recent = len(kinds) - min(int(memory.text_recent * capacity), room)
+    newest = max(min(int(memory.text_recent * capacity), room), 0)
+    recent = max(len(kinds) - newest, 0)
+    first = min(kinds.count(Kind.PINNED) + int(memory.text_first * capacity), recent)
     excess = len(kinds) - room
     dropped: set[int] = set()
     runs = list(_runs(kinds))
@@ -45,9 +48,10 @@ def tokens_to_keep(kinds: Sequence[Kind], room: int, memory: MemoryConfig, capac
             dropped.update(run)
 
     old = [run for kind, run in runs if run.start < recent and kind in (Kind.FRAME, Kind.SILENCE)]
-    drop(range(i, i + 1) for run in old for i in run if i < recent)
+    drop(range(i, i + 1) for run in old for i in run if first <= i < recent)
     user, assistant = (
-        [run for kind, run in runs if kind is of and run.stop <= recent] for of in (Kind.USER, Kind.ASSISTANT)
+        [run for kind, run in runs if kind is of and first <= run.start and run.stop <= recent]
+        for of in (Kind.USER, Kind.ASSISTANT)
     )
     # The oldest answers beyond the budget.
     lengths = list(itertools.accumulate(map(len, reversed(assistant))))
@@ -55,7 +59,8 @@ def tokens_to_keep(kinds: Sequence[Kind], room: int, memory: MemoryConfig, capac
     drop(iter(assistant[: len(assistant) - within]))
     drop(iter(user))
     drop(iter(assistant))
-    drop(range(i, i + 1) for i, kind in enumerate(kinds) if kind is not Kind.PINNED and i not in dropped)
+    remaining = (*range(first, recent), *range(first), *range(recent, len(kinds)))
+    drop(range(i, i + 1) for i in remaining if kinds[i] is not Kind.PINNED and i not in dropped)
     return [i for i in range(len(kinds)) if i not in dropped]
 
 

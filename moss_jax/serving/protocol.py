@@ -75,6 +75,7 @@ class MemorySettings(Strict):
     low_water: float | None = None
     pyramid_shares: tuple[float, ...] | None = None
     text: Literal["full", "window"] | None = None
+    text_first: float | None = None
     text_recent: float | None = None
     text_assistant: float | None = None
     bank_capacity: int | None = None

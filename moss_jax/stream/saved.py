@@ -154,8 +154,10 @@ def read_stream(path: str | os.PathLike) -> SavedStream:
         if metadata.pop("checksum", "") != _checksum(metadata, tensors):
             raise SavedStreamError(damaged)
         settings, dialogue = json.loads(metadata["settings"]), json.loads(metadata["dialogue"])
-        # Files of earlier versions have none.
+        # Files of earlier versions have neither.
         weights = json.loads(metadata.get("weights", "{}"))
+        if "memory.text" in settings:
+            settings.setdefault("memory.text_first", 0.0)
     except (KeyError, TypeError, ValueError) as error:
         raise SavedStreamError(damaged) from error
     names = sorted((name for name in tensors if name.startswith(INBOX)), key=lambda n: int(n[len(INBOX) :]))

@@ -336,7 +336,7 @@ def test_compactions_leave_other_slots_alone(make_engine, frames):
         np.testing.assert_array_equal(x[:, :rows] if rows else x, y[:, :rows] if rows else y)
 
 
-@given(st.lists(st.sampled_from([k for k in Kind if k is not Kind.PINNED]), max_size=90), st.integers(20, 60))
+@given(st.lists(st.sampled_from([k for k in Kind if k is not Kind.PINNED]), max_size=90), st.integers(-5, 60))
 def test_what_stays_of_the_text(kinds, room):
     kinds = [Kind.PINNED] * 10 + kinds
     kept = tokens_to_keep(kinds, room, WINDOW, 100)
@@ -359,7 +359,7 @@ def test_silences_go_first_and_answers_last():
         + [assistant] * 5
         + [frame] * 5
     )
-    memory = MemoryConfig(text_recent=0.1, text_assistant=0.2)
+    memory = MemoryConfig(text_first=0, text_recent=0.1, text_assistant=0.2)
 
     def left(room):
         counts = [kinds[i] for i in tokens_to_keep(kinds, room, memory, 50)]
@@ -372,6 +372,29 @@ def test_silences_go_first_and_answers_last():
     assert left(14) == (0, 5, 0, 5)
     assert left(9) == (0, 0, 0, 5)
     assert left(6) == (0, 0, 0, 2)
+
+
+@given(st.lists(st.sampled_from([k for k in Kind if k is not Kind.PINNED]), max_size=40))
+def test_the_first_tokens_after_the_opening_stay_through_any_number_of_evictions(new):
+    memory = MemoryConfig(text_first=0.2, text_recent=0.3)
+    # Each token with its number; an answer that begins among the first 20 of 100 stays whole.
+    protected = 30 if Kind.UNKNOWN in new else 34
+    opening, answer = [Kind.PINNED] * 10, [Kind.ASSISTANT] * 6
+    context = list(enumerate([*opening, *[Kind.FRAME, Kind.SILENCE] * 9, *answer]))
+    for number in range(12):
+        start = len(opening) + 24 + number * 60
+        context += list(enumerate([*new, *[Kind.FRAME] * (60 - len(new))], start))
+        if len(context) > 80:
+            kept = tokens_to_keep([kind for _, kind in context], 80, memory, 100)
+            context = [context[i] for i in kept]
+        assert [number for number, _ in context[:protected]] == list(range(protected))
+
+
+def test_without_room_the_first_tokens_go_before_the_newest():
+    kinds = [Kind.PINNED] * 5 + [Kind.FRAME] * 30
+    memory = MemoryConfig(text_first=0.2, text_recent=0.2)
+    assert tokens_to_keep(kinds, 25, memory, 50) == [*range(15), *range(25, 35)]
+    assert tokens_to_keep(kinds, 12, memory, 50) == [*range(5), *range(28, 35)]
 
 
 def watched(engine, **settings):

@@ -409,6 +409,29 @@ def test_a_stream_keeps_its_limits_in_a_larger_engine(make_engine, frames, tmp_p
     assert events + rest + last == expected
 
 
+def test_a_file_from_before_the_first_tokens_were_kept_goes_on_as_it_began(make_engine, frames, tmp_path):
+    prompts, path = [(2.5, "What is it?"), (31.25, "And now?")], tmp_path / "stream"
+    settings = {"text_capacity": 96, "bank_capacity": 8}
+    engine = make_engine(**settings, memory=dataclasses.replace(WINDOW, text_first=0))
+
+    def start() -> Session:
+        session = Session(engine, CONFIG, system="Watch.", prompt="Hello?")
+        push(session, frames, range(40), prompts)
+        session.finish()
+        return session
+
+    expected = told(start())
+    session = start()
+    events = told(until(session, lambda event, events: isinstance(event, FrameSeen) and event.index == 11))
+    session.save(path)
+    stream = read_stream(path)
+    del stream.settings["memory.text_first"]
+    write_stream(path, stream)
+    session = Session(make_engine(**settings, memory=WINDOW), CONFIG, resume={0: path})
+    session.finish()
+    assert events + told(session) == expected
+
+
 def test_a_stream_of_another_model_is_refused(saved, model, tokenizer, random_model):
     engine, path = saved
     capacity = EngineConfig(1, 512, 8, WINDOW)
