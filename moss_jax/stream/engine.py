@@ -479,8 +479,11 @@ class Engine:
         arrays = slot_from_host(self._abstract_state, saved)
         sampling = jax.tree.unflatten(self._structure, arrays).sampling
         kind = kind_of(TokenSampling(**{name: getattr(sampling, name).item() for name in SETTINGS}))
-        on_device = jax.device_put(arrays, [state_sharding(x, self.placement) for x in arrays])
-        return SlotArrays(jax.block_until_ready(on_device), kind)
+        # One at a time: during transfers of several at once, launches by other threads wait.
+        on_device = [
+            jax.block_until_ready(jax.device_put(x, state_sharding(x, self.placement))) for x in arrays
+        ]
+        return SlotArrays(on_device, kind)
 
     def load_slot(self, state: EngineState, slot: int, arrays: SlotArrays) -> EngineState:
         """Writes saved arrays into one slot.
