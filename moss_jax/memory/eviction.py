@@ -1,4 +1,4 @@
-"""KV-cache eviction: the opening and the first tokens are pinned, the newest are kept, answers go last."""
+"""KV-cache eviction: the opening is pinned, the first and the newest tokens are kept, answers go last."""
 
 import enum
 import itertools

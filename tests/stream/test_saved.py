@@ -63,6 +63,14 @@ def until(session, is_enough) -> list:
     return events
 
 
+def finished(engine, frames, seconds, prompts) -> Session:
+    """A session that has been given all frames and prompts, and is still to be played."""
+    session = Session(engine, CONFIG, system="Watch.", prompt="Hello?")
+    push(session, frames, seconds, prompts)
+    session.finish()
+    return session
+
+
 # At the beginning, in mid-answer, before a compaction, and after several.
 CUTS = (
     lambda event, events: True,
@@ -86,13 +94,10 @@ def test_a_resumed_stream_goes_on_as_one_that_was_never_cut(make_engine, frames,
     settings = {"text_capacity": 96, "bank_capacity": 8, "memory": memory}
     settings |= {"temperature": 0.9, "repetition_penalty": 1.2}
     engine, larger = make_engine(**settings), make_engine(slots=2, **settings)
-    prompts, path = [(2.5, "What is it?"), (11.25, "And now?")], tmp_path / "stream"
+    path = tmp_path / "stream"
 
     def start() -> Session:
-        session = Session(engine, CONFIG, system="Watch.", prompt="Hello?")
-        push(session, frames, range(30), prompts)
-        session.finish()
-        return session
+        return finished(engine, frames, range(30), [(2.5, "What is it?"), (11.25, "And now?")])
 
     expected = told(start())
     assert sum(e["type"] == "text" for e in expected) > 30
@@ -369,7 +374,7 @@ def test_settings_that_differ_are_named(saved, make_engine, model, tokenizer):
 )
 def test_a_stream_keeps_its_limits_in_a_larger_engine(make_engine, frames, tmp_path, memory):
     """Also where the engine has another policy of its own, and a bank with counts."""
-    prompts, path = [(2.5, "What is it?"), (31.25, "And now?")], tmp_path / "stream"
+    path = tmp_path / "stream"
     small = make_engine(text_capacity=96, bank_capacity=8, memory=memory)
     larger = make_engine(
         slots=2,
@@ -379,14 +384,11 @@ def test_a_stream_keeps_its_limits_in_a_larger_engine(make_engine, frames, tmp_p
         policies=("pyramid", "window"),
     )
 
-    def start(engine, **arguments) -> Session:
-        session = Session(engine, CONFIG, system="Watch.", prompt="Hello?", **arguments)
-        push(session, frames, range(40), prompts)
-        session.finish()
-        return session
+    def start() -> Session:
+        return finished(small, frames, range(40), [(2.5, "What is it?"), (31.25, "And now?")])
 
-    expected = told(start(small))
-    session = start(small)
+    expected = told(start())
+    session = start()
     events = told(until(session, lambda event, events: isinstance(event, FrameSeen) and event.index == 11))
     session.save(path)
     # To the larger engine, and, as it keeps its limits, from there to another of that size.
@@ -410,15 +412,11 @@ def test_a_stream_keeps_its_limits_in_a_larger_engine(make_engine, frames, tmp_p
 
 
 def test_a_file_from_before_the_first_tokens_were_kept_goes_on_as_it_began(make_engine, frames, tmp_path):
-    prompts, path = [(2.5, "What is it?"), (31.25, "And now?")], tmp_path / "stream"
-    settings = {"text_capacity": 96, "bank_capacity": 8}
+    path, settings = tmp_path / "stream", {"text_capacity": 96, "bank_capacity": 8}
     engine = make_engine(**settings, memory=dataclasses.replace(WINDOW, text_first=0))
 
     def start() -> Session:
-        session = Session(engine, CONFIG, system="Watch.", prompt="Hello?")
-        push(session, frames, range(40), prompts)
-        session.finish()
-        return session
+        return finished(engine, frames, range(40), [(2.5, "What is it?"), (31.25, "And now?")])
 
     expected = told(start())
     session = start()
